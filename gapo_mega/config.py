@@ -1,0 +1,206 @@
+"""The configuration of a run: frozen, validated, every field documented where it is declared.
+
+Field types, ranges and the checks that need no model live here; ``config_loading.py`` reads YAML
+and dotted overrides; checks that need the model's shape (does tensor parallelism divide the
+heads?) are in ``layout_checks.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The policy; the reference is its frozen copy."""
+
+    path: str = Field(description="Hugging Face directory or hub name of the policy")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 main parameters")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks; data parallelism takes what is left of the world."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    sequence_parallel: bool = Field(False, description="needs tensor > 1")
+    virtual_pipeline: int = Field(1, ge=1, description="interleaved schedule; only 1 is accepted")
+    context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
+    expert: int = Field(1, ge=1, description="expert parallelism; only 1 is accepted")
+    distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
+
+    @model_validator(mode="after")
+    def _refuse_untested(self) -> ParallelConfig:
+        for name in ("virtual_pipeline", "context", "expert", "distributed_optimizer_instances"):
+            value = getattr(self, name)
+            if value != 1:
+                raise ValueError(
+                    f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
+                    "not been verified in other layouts)"
+                )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2")
+        return self
+
+
+class DataConfig(Section):
+    """Prompts. ``source`` is a hub name, a .jsonl/.json/.parquet file, or ``package:NAME``."""
+
+    source: str
+    split: str = "train"
+    prompt_column: str = Field("prompt", description="a string, or a list of {role, content} messages")
+    heldout_source: str | None = Field(None, description="where held-out prompts come from; none: cut from source")
+    heldout_split: str = "test"
+    heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
+    system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
+    chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
+    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are left out, and counted in the log")
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    """Sampling of responses."""
+
+    prompts_per_step: int = Field(8, ge=1, description="prompts of one step over all data-parallel ranks")
+    samples_per_prompt: int = Field(4, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary")
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="sequences generated at once on a data-parallel rank")
+
+
+class ObjectiveConfig(Section):
+    """One reward. Higher is better; flip the sign of costs in the function."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    kind: str = Field("python", description="an entry of gapo_mega.objectives")
+    function: str | None = Field(None, description="module:function over (prompts, responses) -> scores")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the kind")
+    clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
+
+
+class AggregationConfig(Section):
+    """The method that turns the Gram matrix into weights; ``options`` are its own."""
+
+    name: str = "gapo"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdvantageConfig(Section):
+    """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
+
+    name: str = "group"
+    options: dict[str, Any] = Field(default_factory=dict)
+    whiten: bool = Field(False, description="unit variance per objective over the step's tokens; rescales ||g_i||")
+
+
+class AlgorithmConfig(Section):
+    """PPO around the aggregation."""
+
+    kl_beta: float = Field(0.05, ge=0)
+    clip_epsilon: float = Field(0.1, gt=0)
+    value_clip: float = Field(5.0, gt=0)
+    ppo_epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
+
+
+class OptimizerConfig(Section):
+    """Megatron's optimizer for one model."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    clip_grad: float = Field(1.0, ge=0, description="norm to clip the combined gradient to; 0 turns it off")
+    distributed: bool = Field(True, description="Megatron's distributed optimizer; adam only")
+    overlap_grad_reduce: bool = False
+
+    @model_validator(mode="after")
+    def _sgd_is_not_distributed(self) -> OptimizerConfig:
+        if self.name == "sgd" and self.distributed:
+            raise ValueError("optimizer.distributed: found true with name sgd; Megatron's distributed optimizer is Adam only, set false")
+        return self
+
+
+class CriticConfig(Section):
+    """Value models, used when the advantage estimator needs them."""
+
+    path: str | None = Field(None, description="Hugging Face directory of the backbone; none: the policy's")
+    heads: Literal["shared", "separate"] = Field("shared", description="one model with M heads, or M models")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
+
+
+class GradientConfig(Section):
+    """How per-objective gradients are held and checked."""
+
+    max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+
+
+class CheckpointConfig(Section):
+    """Resumable state in megatron's torch_dist format."""
+
+    every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
+    save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
+    export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
+
+
+class EvaluationConfig(Section):
+    """Held-out scores before and after training: paired, same prompts, same sampling seed."""
+
+    samples_per_prompt: int = Field(1, ge=1)
+    shown: int = Field(6, ge=0, description="sample responses shown in the report")
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = Field(False, description="needs the wandb extra")
+    wandb_project: str = "gapo_mega"
+    progress: bool = True
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    output_dir: str
+    seed: int = 1
+    steps: int = Field(100, ge=1, description="rollout steps")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objectives: list[ObjectiveConfig] = Field(min_length=1)
+    aggregation: AggregationConfig = AggregationConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    gradients: GradientConfig = GradientConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _objective_names_differ(self) -> Config:
+        names = [o.name for o in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives: names must differ, found {names}")
+        return self

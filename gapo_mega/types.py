@@ -1,0 +1,105 @@
+"""Data that travels between the parts of a training step.
+
+Shape legend, used as suffixes everywhere: B sequences, T token positions, M objectives,
+N local parameters, V vocabulary. Tensors named ``x_BT`` have shape ``[B, T]``.
+
+Sequences are *right* padded: prompt, response (its end-of-sequence token included when it was
+sampled), padding. ``logprobs_BT[:, t]`` is the log-probability of ``tokens_BT[:, t]`` given the
+tokens before it; it is 0 outside the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: what the user wrote and the token ids that the policy is given."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generator returns for a list of token-id prompts (same order, CPU tensors)."""
+
+    tokens_BT: Tensor  # int64, right padded with the pad id
+    prompt_lengths_B: Tensor  # int64
+    response_mask_BT: Tensor  # bool, True on response tokens (end-of-sequence included)
+    logprobs_BT: Tensor  # float32, raw softmax (temperature 1, no penalty), 0 off the response
+    finished_B: Tensor  # bool, True where an end-of-sequence token was produced
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses of this data-parallel rank, with their decoded text."""
+
+    prompts: list[str]
+    responses: list[str]
+    group_B: Tensor  # int64; samples of one prompt share a number
+    tokens_BT: Tensor
+    prompt_lengths_B: Tensor
+    response_mask_BT: Tensor
+    logprobs_BT: Tensor
+    finished_B: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.tokens_BT.shape[0])
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout: all that the losses need. Tensors only, one row per sequence."""
+
+    tokens_BT: Tensor
+    response_mask_BT: Tensor
+    group_B: Tensor
+    old_logprobs_BT: Tensor
+    ref_logprobs_BT: Tensor
+    scores_MB: Tensor  # raw objective scores, higher is better
+    token_rewards_MBT: Tensor  # score at the last response token plus beta * KL reward per token
+    values_MBT: Tensor | None = None  # critic before the update; None when critic-free
+    advantages_MBT: Tensor | None = None
+    returns_MBT: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.tokens_BT.shape[0])
+
+    @property
+    def num_objectives(self) -> int:
+        return int(self.scores_MB.shape[0])
+
+    def select(self, index_B: Tensor) -> Experience:
+        """The rows ``index_B`` (int64)."""
+        changes: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                dim = 1 if "_MB" in field.name else 0
+                changes[field.name] = value.index_select(dim, index_B)
+        return replace(self, **changes)
+
+    def split(self, size: int) -> list[Experience]:
+        """Consecutive pieces of at most ``size`` rows."""
+        rows = torch.arange(self.batch_size)
+        return [self.select(rows[i : i + size]) for i in range(0, self.batch_size, size)]
+
+    def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Experience]:
+        """``count`` random disjoint minibatches of equal size that together cover every row."""
+        if self.batch_size % count:
+            raise ValueError(
+                f"algorithm.minibatches: found {count}, which does not divide the "
+                f"{self.batch_size} sequences of a data-parallel rank"
+            )
+        order = torch.randperm(self.batch_size, generator=generator)
+        for rows in order.chunk(count):
+            yield self.select(rows)
