@@ -1,0 +1,192 @@
+"""Reads a run's configuration: one YAML file, then dotted overrides in order; writes it back resolved.
+
+Every error is a one-line ``ValueError`` that names the parameter by its full dotted path, what was
+found, what is accepted, and the file or the override that it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from gapo_mega.config import Config
+
+Location = tuple[int | str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-6`` as a number and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, wants a dot in a float; learning rates are rarely written that way.
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
+
+    Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``).
+    Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
+    """
+    data = _read(Path(path))
+    applied: list[tuple[Location, str]] = []
+    for override in overrides:
+        applied.append((_apply(data, override), override))
+    try:
+        # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
+        return Config.model_validate(data, strict=True)
+    except ValidationError as error:
+        message, location = _explain(error)
+    raise ValueError(f"{message} ({_origin(location, applied, path)})")
+
+
+def dump(config: Config, path: str | Path) -> None:
+    """Write every field of ``config``, defaults included, as YAML that :func:`load` reads back."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order in which the fields are declared."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config: file {path} not found; accepted: a YAML file")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: found {_shown(data)}, accepted: a mapping with the keys {_listed(Config)}")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> Location:
+    """Set one override in ``data`` and return the place that it set."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or key.startswith("-"):
+        raise ValueError(
+            f"override {override!r}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"override {override!r}: value not readable as YAML: {' '.join(str(error).split())}"
+        ) from None
+    node: Any = data
+    location: list[int | str] = []
+    for depth, part in enumerate(parts):
+        step = _step(node, part, override, ".".join(parts[:depth]))
+        location.append(step)
+        if depth == len(parts) - 1:
+            node[step] = value
+        elif isinstance(step, str) and node.get(step) is None:
+            node[step] = {}
+        node = node[step]
+    return tuple(location)
+
+
+def _step(node: Any, part: str, override: str, where: str) -> int | str:
+    """``part`` as a key or an index of ``node``."""
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list):
+        if part.isdigit() and int(part) < len(node):
+            return int(part)
+        raise ValueError(
+            f"{where}.{part}: {where} has {len(node)} items, accepted: an index from 0 to {len(node) - 1} "
+            f"(from override {override!r})"
+        )
+    raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
+
+
+def _explain(error: ValidationError) -> tuple[str, Location]:
+    """One line about the most telling of pydantic's complaints, and where it is."""
+    details = error.errors(include_url=False)
+    # A misspelled key often causes a "missing" elsewhere, so it comes first.
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    more = f"; {len(details) - 1} more after this one" if len(details) > 1 else ""
+    return _sentence(first) + more, first["loc"]
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    location = detail["loc"]
+    path = ".".join(map(str, location))
+    if detail["type"] == "extra_forbidden":
+        section = _section(location[:-1])
+        name = str(location[-1])
+        near = difflib.get_close_matches(name, list(section.model_fields), n=1, cutoff=0.0)[0]
+        return f"{path}: unknown key, the nearest is {near!r}; accepted: {_listed(section)}"
+    if detail["type"] == "missing":
+        field = _section(location[:-1]).model_fields[str(location[-1])]
+        meaning = f" ({field.description})" if field.description else ""
+        return f"{path}: not given, accepted: a value{meaning}"
+    if detail["type"] == "value_error":
+        message = str(detail["msg"]).removeprefix("Value error, ")
+        outer = ".".join(map(str, location[:-1]))
+        # Validators of a section name their own keys; a section that sits deeper gets the way to it.
+        return f"in {path}: {message}" if outer else message
+    accepted = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
+    return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {accepted}"
+
+
+def _section(location: Location) -> type[BaseModel]:
+    """The section class that lies at ``location`` of the schema."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue  # an item of the list whose item type was already taken
+        annotation = section.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return section
+
+
+def _listed(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: short, on one line."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: str | Path) -> str:
+    """The last override that set ``location``, a part of it or something around it; else the file."""
+    if not location and applied:
+        return f"from {path} and its overrides"  # a check over several keys: any of them may be the cause
+    for place, override in reversed(applied):
+        shared = min(len(place), len(location))
+        if place[:shared] == location[:shared]:
+            return f"from override {override!r}"
+    return f"from {path}"

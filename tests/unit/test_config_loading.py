@@ -1,0 +1,169 @@
+"""Configuration files and overrides: what is read, and that every mistake is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gapo_mega.config import Config
+from gapo_mega.config_loading import dump, load, to_yaml
+
+MINIMAL = """
+output_dir: runs/x
+model: {path: m}
+data: {source: prompts.jsonl}
+objectives:
+  - {name: short, function: "a.b:c"}
+  - {name: kind, function: "a.b:d", options: {threshold: 1e-3}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def failure(path: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_file_and_overrides(file: Path) -> None:
+    config = load(
+        file,
+        [
+            "optimizer.lr=3e-5",
+            "objectives.0.name=brief",
+            "aggregation.options.p=2",
+            "data.system_prompt=Be brief.",
+            "rollout={top_k: 5, top_p: 0.5}",
+            "rollout.top_k=7",
+            "model.path=a=b",
+        ],
+    )
+    assert config.optimizer.lr == 3e-5
+    assert config.critic.optimizer.lr == 5e-7
+    assert [o.name for o in config.objectives] == ["brief", "kind"]
+    assert config.objectives[1].options == {"threshold": 1e-3}
+    assert config.aggregation.options == {"p": 2}
+    assert config.data.system_prompt == "Be brief."
+    assert (config.rollout.top_k, config.rollout.top_p) == (7, 0.5)
+    assert config.model.path == "a=b"
+
+
+def test_list_can_be_replaced_as_a_whole(file: Path) -> None:
+    config = load(file, ["objectives=[{name: only, function: 'm:f'}]"])
+    assert [o.name for o in config.objectives] == ["only"]
+
+
+def test_unknown_key_names_path_neighbour_and_keys(file: Path) -> None:
+    message = failure(file, "rollout.temprature=0.5")
+    assert message.startswith("rollout.temprature: unknown key, the nearest is 'temperature'")
+    assert "accepted: prompts_per_step, samples_per_prompt" in message
+    assert "from override 'rollout.temprature=0.5'" in message
+
+
+def test_unknown_key_of_a_list_item_and_of_the_file(file: Path) -> None:
+    file.write_text(MINIMAL.replace("name: kind", "name: kind, clipp: 3"))
+    message = failure(file)
+    assert message.startswith("objectives.1.clipp: unknown key, the nearest is 'clip'")
+    assert f"(from {file})" in message
+
+
+def test_unknown_key_is_reported_before_what_it_made_missing(file: Path) -> None:
+    file.write_text(MINIMAL.replace("source:", "sources:"))
+    assert failure(file).startswith("data.sources: unknown key, the nearest is 'source'")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rollout.temperature=-1", ["rollout.temperature: found -1, accepted: greater than or equal to 0"]),
+        ("steps=ten", ["steps: found 'ten', accepted: a valid integer"]),
+        ("steps=true", ["steps: found True, accepted: a valid integer"]),
+        ("model.dtype=fp16", ["model.dtype: found 'fp16', accepted: 'fp32' or 'bf16'"]),
+        ("objectives.0.clip=0", ["objectives.0.clip: found 0, accepted: greater than 0"]),
+        ("objectives.0.name=a b", ["objectives.0.name: found 'a b', accepted: match pattern"]),
+        ("objectives=[]", ["objectives: found [], accepted:", "at least 1 item"]),
+        ("objectives.5.name=x", ["objectives.5: objectives has 2 items, accepted: an index from 0 to 1"]),
+        ("objectives.first.name=x", ["objectives.first:", "accepted: an index from 0 to 1"]),
+        ("parallel.expert=2", ["parallel.expert: found 2, accepted: 1"]),
+        (
+            "critic.optimizer.name=sgd",
+            ["in critic.optimizer: optimizer.distributed: found true with name sgd"],
+        ),
+        ("model.path.x=1", ["model.path: found 'm', which has no parts to set"]),
+        ("model=", ["model: found nothing, accepted:"]),
+    ],
+)
+def test_wrong_value_is_named_with_what_is_accepted(file: Path, override: str, parts: list[str]) -> None:
+    message = failure(file, override)
+    assert message.startswith(parts[0])
+    for part in parts:
+        assert part in message
+    assert f"(from override {override!r})" in message
+
+
+def test_the_last_override_is_blamed(file: Path) -> None:
+    message = failure(file, "steps=5", "steps=0", "seed=3")
+    assert "(from override 'steps=0')" in message
+
+
+def test_missing_value_says_what_it_means(file: Path) -> None:
+    file.write_text(MINIMAL.replace("path: m", "dtype: fp32"))
+    assert failure(file).startswith("model.path: not given, accepted: a value (Hugging Face directory")
+
+
+def test_check_over_several_keys_names_both_origins(file: Path) -> None:
+    message = failure(file, "objectives.0.name=kind")
+    assert message == f"objectives: names must differ, found ['kind', 'kind'] (from {file} and its overrides)"
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "--steps=3"])
+def test_malformed_override(file: Path, override: str) -> None:
+    assert "accepted: key=value" in failure(file, override)
+
+
+def test_broken_files(file: Path, tmp_path: Path) -> None:
+    assert "not found" in failure(tmp_path / "absent.yaml")
+    file.write_text("steps: [1")
+    assert f"{file}: not readable as YAML" in failure(file)
+    file.write_text("- a")
+    assert "accepted: a mapping with the keys output_dir" in failure(file)
+    file.write_text(MINIMAL + "\nsteps: 3\nsteps: 4\n")
+    assert "key 'steps' is given twice" in failure(file)
+    file.write_text(MINIMAL)
+    assert "value not readable as YAML" in failure(file, "steps=[1")
+
+
+def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
+    config = load(file, ["optimizer.lr=1e-7", "data.system_prompt='no: really'", "seed=7"])
+    dump(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+
+
+@given(lr=st.floats(min_value=1e-300, max_value=1e300), seed=st.integers(), text=st.text(max_size=30))
+def test_dump_reads_back_any_number_and_text(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, text: str
+) -> None:
+    config = Config.model_validate(
+        {
+            "output_dir": "o",
+            "seed": seed,
+            "model": {"path": "m"},
+            "data": {"source": "s", "system_prompt": text},
+            "objectives": [{"name": "a"}],
+            "optimizer": {"lr": lr},
+        }
+    )
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load(path) == config
