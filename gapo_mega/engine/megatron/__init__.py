@@ -1,0 +1,1 @@
+"""The Megatron wall: the only folder that imports ``megatron``."""

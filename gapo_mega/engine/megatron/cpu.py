@@ -1,0 +1,97 @@
+"""Runs Megatron-core's CUDA-only lines on the CPU.
+
+Megatron-core 0.16 names the device "cuda" literally in its schedules, optimizers, gradient clipping
+and random-number tracker. Without a GPU the same code works once those names mean the CPU. Only
+inside ``cpu_mode()`` do they: nothing is changed at import, and everything is put back on exit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_PREFIX = "torch.cuda."
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Device arguments, ``Tensor.cuda`` and the ``torch.cuda.*Tensor`` type names."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron compares with "torch.cuda.FloatTensor" to learn the element type.
+            return func(args[0]).replace("torch.", _CUDA_TYPE_PREFIX, 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
+
+
+@contextmanager
+def _megatron_rng_on_cpu() -> Iterator[None]:
+    """Megatron's RNG tracker on the CPU generator, without its warning that the CPU generator moved."""
+    from megatron.core.tensor_parallel import random
+
+    logger = logging.getLogger(random.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            patch.object(random, "_get_cuda_rng_state", _get_rng_state),
+            patch.object(random, "_set_cuda_rng_state", _set_rng_state),
+            patch.object(torch.cuda, "get_rng_state", _get_rng_state),
+            patch.object(torch.cuda, "manual_seed", torch.manual_seed),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _cpu_mode() -> Iterator[None]:
+    with (
+        patch.object(torch.cuda, "current_device", lambda: _CPU),
+        patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        _megatron_rng_on_cpu(),
+        _CudaMeansCpu(),
+    ):
+        yield
+
+
+@contextmanager
+def megatron_device() -> Iterator[None]:
+    """The context in which every call into Megatron runs: CUDA as it is, or the CPU in its place."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with _cpu_mode():
+            yield
+
+
+def device() -> torch.device:
+    """Where parameters and gradients live."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU

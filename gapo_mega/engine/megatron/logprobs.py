@@ -1,0 +1,68 @@
+"""Log-probabilities of given tokens from vocabulary-parallel logits.
+
+Megatron's ``vocab_parallel_cross_entropy`` overwrites the logits and cannot be backpropagated
+twice; this one keeps them, leaves out the padded part of the vocabulary, and computes only the
+positions that are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, group: dist.ProcessGroup) -> Tensor:
+        logits_NV = logits_NV.float()
+        maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
+        dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)
+        probabilities_NV = (logits_NV - maximum_N1).exp_()
+        total_N1 = probabilities_NV.sum(dim=-1, keepdim=True)
+        dist.all_reduce(total_N1, group=group)
+        local_N1 = (targets_N - start).unsqueeze(-1)
+        mine_N1 = (local_N1 >= 0) & (local_N1 < logits_NV.shape[-1])
+        local_N1 = local_N1.clamp(0, logits_NV.shape[-1] - 1)
+        target_N1 = logits_NV.gather(-1, local_N1) * mine_N1
+        dist.all_reduce(target_N1, group=group)
+        probabilities_NV /= total_N1
+        ctx.save_for_backward(probabilities_NV, local_N1, mine_N1)
+        return (target_N1 - maximum_N1 - total_N1.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        probabilities_NV, local_N1, mine_N1 = ctx.saved_tensors
+        grad_N1 = grads[0].unsqueeze(-1)
+        grad_NV = probabilities_NV * -grad_N1
+        grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
+        return grad_NV, None, None, None
+
+
+def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
+    """Log-probability of every response token given those before it; 0 elsewhere.
+
+    Args:
+        logits_BTV: this tensor rank's columns, ``logits_BTV[:, t]`` predicting token ``t + 1``.
+        tokens_BT: int64.
+        mask_BT: bool, True on response tokens; column 0 must be False.
+        vocabulary: true vocabulary size; columns beyond it are padding and left out.
+
+    Returns float32 ``[B, T]`` with a graph that can be backpropagated more than once.
+    """
+    columns = logits_BTV.shape[-1]
+    start = parallel_state.get_tensor_model_parallel_rank() * columns
+    valid = min(columns, vocabulary - start)
+    assert valid > 0, "a tensor rank holds padding only"
+    wanted_BS = mask_BT[:, 1:]
+    logits_NV = logits_BTV[:, :-1][wanted_BS][:, :valid]
+    values_N = _VocabParallelLogProbs.apply(
+        logits_NV, tokens_BT[:, 1:][wanted_BS], start, parallel_state.get_tensor_model_parallel_group()
+    )
+    zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_BTV.device)
+    return zeros_BT.masked_scatter(mask_BT, values_N)

@@ -1,0 +1,61 @@
+"""Optional accelerators, probed once without importing them.
+
+An installed package of the right name proves little: the bare ``transformer-engine`` meta package
+raises on import, and ``apex`` on PyPI is an unrelated project. What is looked for is the compiled
+part that Megatron-core uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found of an optional package and what is lost without it."""
+
+    usable: bool
+    found: str
+    lost: str
+
+
+def _distribution(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def transformer_engine() -> Probe:
+    """Transformer Engine: its PyTorch part is the distribution ``transformer-engine-torch``."""
+    lost = "fused attention, norms and FP8; Megatron's local layers are used"
+    meta, torch_part = _distribution("transformer-engine"), _distribution("transformer-engine-torch")
+    if torch_part is not None:
+        return Probe(True, f"transformer-engine-torch {torch_part}", "")
+    if meta is not None:
+        return Probe(False, f"transformer-engine {meta} without its PyTorch part", lost)
+    return Probe(False, "not installed", lost)
+
+
+@cache
+def apex() -> Probe:
+    """NVIDIA Apex: the extension ``amp_C`` is what tells it from the unrelated PyPI package."""
+    lost = "fused Adam and multi-tensor norms; torch's are used"
+    if find_spec("amp_C") is not None:
+        return Probe(True, "NVIDIA apex (amp_C)", "")
+    if find_spec("apex") is not None:
+        return Probe(False, "a package named apex that is not NVIDIA's (no amp_C)", lost)
+    return Probe(False, "not installed", lost)
+
+
+@cache
+def wandb() -> Probe:
+    """Weights & Biases, the ``wandb`` extra."""
+    found = _distribution("wandb")
+    if found is not None:
+        return Probe(True, f"wandb {found}", "")
+    return Probe(False, "not installed", "logging to Weights & Biases; TensorBoard and metrics.jsonl remain")
