@@ -1,0 +1,240 @@
+"""Prompts: reading, templates, what is left out, and how they are dealt to data-parallel ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gapo_mega.config import DataConfig
+from gapo_mega.rollout.prompts import PromptSchedule, load_prompts
+from gapo_mega.types import Prompt
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('role ' + m.role) }}{% endif %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDS = ["[UNK]", "<bos>", "<end>", "<system>", "<user>", "<assistant>", "be", "brief"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {w: i for i, w in enumerate(WORDS + [f"w{i}" for i in range(200)])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # As many real tokenizers do, this one adds <bos> to raw text, which a chat template must not get twice.
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", bos_token="<bos>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(path: Path, count: int) -> str:
+    return write(path, [{"prompt": f"w{i}"} for i in range(count)])
+
+
+def data(source: str, **changes: Any) -> DataConfig:
+    return DataConfig.model_validate({"source": source, "heldout_prompts": 0, **changes})
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.convert_tokens_to_ids(text.split()))
+
+
+def test_string_and_conversation_go_through_the_chat_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = numbered(tmp_path / "a.jsonl", 1)
+    (prompt,), _ = load_prompts(data(plain, system_prompt="be brief"), tokenizer, seed=0)
+    assert prompt == Prompt(0, "w0", ids(tokenizer, "<system> be brief <end> <user> w0 <end> <assistant>"))
+    chat = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3 w4"},
+    ]
+    source = write(tmp_path / "b.jsonl", [{"chat": chat}])
+    (prompt,), _ = load_prompts(data(source, prompt_column="chat"), tokenizer, seed=0)
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert prompt == Prompt(0, "w3 w4", tuple(expected))
+    own = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1"}]
+    source = write(tmp_path / "c.jsonl", [{"chat": own}])
+    (prompt,), _ = load_prompts(data(source, prompt_column="chat", system_prompt="be"), tokenizer, seed=0)
+    assert prompt.token_ids == ids(tokenizer, "<system> w9 <end> <user> w1 <end> <assistant>")
+
+
+def test_raw_text_keeps_the_tokenizers_own_special_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (prompt,), _ = load_prompts(
+        data(numbered(tmp_path / "a.jsonl", 1), chat_template=False), tokenizer, seed=0
+    )
+    assert prompt.token_ids == ids(tokenizer, "<bos> w0")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory"])
+def test_every_kind_of_local_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    table = Dataset.from_list([{"prompt": f"w{i}"} for i in range(5)])
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        table.to_parquet(str(path))
+    elif kind == "directory":
+        path.mkdir()
+        table.to_parquet(str(path / "train.parquet"))
+    else:
+        table.to_json(str(path))
+    train, heldout = load_prompts(data(str(path), shuffle=False), tokenizer, seed=0)
+    assert [p.text for p in train] == [f"w{i}" for i in range(5)]
+    assert heldout == []
+
+
+def test_long_and_empty_prompts_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "w1"}, {"prompt": "w1 w2 w3"}, {"prompt": "  "}, {"prompt": "w4 w5"}]
+    source = write(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.INFO):
+        train, _ = load_prompts(data(source, max_prompt_tokens=5, shuffle=False), tokenizer, seed=0)
+    assert [(p.index, p.text) for p in train] == [(0, "w1"), (3, "w4 w5")]
+    assert "2 prompts, left out 1 longer than 5 tokens and 1 empty" in caplog.text
+    with pytest.raises(ValueError, match=r"no prompt of .* is left of 4 rows, 3 longer than 3 tokens"):
+        load_prompts(data(source, max_prompt_tokens=3), tokenizer, seed=0)
+
+
+def test_order_depends_on_the_seed_only(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = data(numbered(tmp_path / "a.jsonl", 50), heldout_prompts=8)
+    first, second, other = (load_prompts(config, tokenizer, seed=s) for s in (3, 3, 4))
+    assert first == second
+    assert first[0] != other[0] and first[1] != other[1]
+    assert {p.index for p in first[0]} | {p.index for p in first[1]} == set(range(50))
+
+
+def test_heldout_prompts_are_never_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"w{i % 10}"} for i in range(40)]
+    source = write(tmp_path / "a.jsonl", rows)
+    train, heldout = load_prompts(data(source, heldout_prompts=4), tokenizer, seed=0)
+    texts = [p.text for p in heldout]
+    assert len(set(texts)) == 4
+    assert len(train) == 24 and not {p.text for p in train} & set(texts)
+    other = numbered(tmp_path / "b.jsonl", 3)
+    train, heldout = load_prompts(data(source, heldout_source=other, heldout_prompts=9), tokenizer, seed=0)
+    assert {p.text for p in heldout} == {"w0", "w1", "w2"}
+    assert {p.text for p in train} == {f"w{i}" for i in range(3, 10)}
+    with pytest.raises(ValueError, match=r"data.heldout_prompts: found 64, which leaves no training prompt"):
+        load_prompts(data(source, heldout_prompts=64), tokenizer, seed=0)
+
+
+def test_split_column(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"w{i}", "split": "test" if i % 4 == 0 else "train"} for i in range(12)]
+    source = write(tmp_path / "a.jsonl", rows)
+    config = data(source, heldout_source=source, heldout_prompts=64)
+    train, heldout = load_prompts(config, tokenizer, seed=0)
+    assert {p.text for p in heldout} == {"w0", "w4", "w8"}
+    assert len(train) == 9
+    with pytest.raises(ValueError, match=r"data.split: found 'dev', accepted for .*: test, train"):
+        load_prompts(data(source, split="dev"), tokenizer, seed=0)
+
+
+def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    good = numbered(tmp_path / "a.jsonl", 2)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    odd = write(tmp_path / "odd.jsonl", [{"prompt": [{"content": "w1"}]}])
+    role = write(
+        tmp_path / "role.jsonl",
+        [{"prompt": [{"role": "user", "content": "w1"}, {"role": "tool", "content": "x"}]}],
+    )
+    cases: list[tuple[DataConfig, str]] = [
+        (data(str(tmp_path / "absent.jsonl")), "data.source: file .*absent.jsonl' not found"),
+        (data(good, heldout_source="x.json", heldout_prompts=1), "data.heldout_source: file"),
+        (data(str(tmp_path / "empty.jsonl")), "empty.jsonl' is empty"),
+        (data(str(tmp_path / "broken.jsonl")), "broken.jsonl' not readable as .jsonl"),
+        (data(good, prompt_column="text"), "data.prompt_column: found 'text', accepted for .*: prompt"),
+        (data("package:nothing"), "data.source: found 'package:nothing', accepted: "),
+        (data(odd), "row 0: found .* accepted: a string or a list"),
+        (data(role), "row 0: the chat template of model.path refuses it: role tool"),
+        (data(role, chat_template=False), "row 0: found a list of messages, which needs data.chat_template"),
+        (data(good, chat_template=False, system_prompt="x"), "data.system_prompt: found a text"),
+        (data(str(tmp_path / "nowhere")), "data.source: found .*nowhere', accepted: a hub name"),
+    ]  # fmt: skip
+    for config, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load_prompts(config, tokenizer, seed=0)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match=r"data.chat_template: found true, but the tokenizer"):
+        load_prompts(data(good), bare, seed=0)
+
+
+def test_unreachable_hub_is_said_in_one_line(tmp_path: Path) -> None:
+    script = (
+        "from gapo_mega.rollout.prompts import _read_named\n"
+        "try: _read_named('data.source', 'some/thing', 'data.split', 'train')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "data.source: found 'some/thing'" in done.stdout, done.stderr
+    assert "accepted" in done.stdout and done.stdout.count("\n") == 1
+
+
+def stream(count: int) -> list[Prompt]:
+    return [Prompt(i, str(i), (i,)) for i in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_union_over_ranks_does_not_depend_on_their_number(ranks: int) -> None:
+    whole = PromptSchedule(stream(30), 8, 0, 1, seed=5)
+    parts = [PromptSchedule(stream(30), 8, rank, ranks, seed=5) for rank in range(ranks)]
+    for _ in range(9):
+        dealt = [prompt for part in parts for prompt in part.next()]
+        assert len({p.index for p in dealt}) == 8
+        assert dealt == whole.next()
+
+
+def test_epochs_are_reshuffled_and_cover_all_but_the_rest() -> None:
+    schedule = PromptSchedule(stream(26), 8, 0, 1, seed=5)
+    epochs = [[p.index for _ in range(schedule.steps_per_epoch) for p in schedule.next()] for _ in range(3)]
+    assert schedule.steps_per_epoch == 3
+    assert all(len(set(epoch)) == 24 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    unshuffled = PromptSchedule(stream(4), 2, 0, 1, seed=5, shuffle=False)
+    assert [p.index for _ in range(4) for p in unshuffled.next()] == [0, 1, 2, 3] * 2
+
+
+def test_resume_continues_where_it_stopped_even_with_other_ranks() -> None:
+    straight = PromptSchedule(stream(20), 4, 0, 1, seed=1)
+    for _ in range(7):
+        straight.next()
+    state = json.loads(json.dumps(straight.state_dict()))
+    resumed = [PromptSchedule(stream(20), 4, rank, 2, seed=1) for rank in range(2)]
+    for schedule in resumed:
+        schedule.load_state_dict(state)
+    for _ in range(6):
+        assert straight.next() == [p for schedule in resumed for p in schedule.next()]
+    with pytest.raises(ValueError, match="the checkpoint was written with other prompts"):
+        PromptSchedule(stream(21), 4, 0, 1, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"rollout.prompts_per_step: the checkpoint"):
+        PromptSchedule(stream(20), 2, 0, 1, seed=1).load_state_dict(state)
+
+
+def test_impossible_schedules_are_refused() -> None:
+    with pytest.raises(ValueError, match="found 6, accepted: a multiple of the data-parallel size 4"):
+        PromptSchedule(stream(20), 6, 0, 4, seed=1)
+    with pytest.raises(ValueError, match="found 8, accepted: at most the 5 training prompts"):
+        PromptSchedule(stream(5), 8, 0, 1, seed=1)
