@@ -1,0 +1,1 @@
+int gapo_placeholder;

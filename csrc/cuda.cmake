@@ -1,0 +1,3 @@
+set(GAPO_HAS_CUDA 0)
+set(GAPO_BUILT_ARCHS "")
+set(GAPO_CUDA_TARGET "")
