@@ -1,0 +1,50 @@
+"""The table that ends a run in the terminal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gapo_mega.evaluation.heldout import Summary, change_in_standard_errors
+
+
+def summary_table(summary: Summary) -> Table:
+    """Objective, before, after, change, standard error, change in standard errors."""
+    table = Table(title="Held-out reward before and after training", title_justify="left")
+    table.add_column("objective", style="bold")
+    for column in ("before", "after", "change", "std. error", "change / s.e.", "prompts"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, facts in summary["objectives"].items():
+        error = facts["standard_error"]
+        ratio = change_in_standard_errors(facts)
+        table.add_row(
+            escape(name),
+            f"{facts['before']:.4g}",
+            f"{facts['after']:.4g}",
+            f"{facts['after'] - facts['before']:+.4g}",
+            "-" if error is None or math.isnan(error) else f"{error:.3g}",
+            _ratio(ratio),
+            str(facts["samples"]),
+        )
+    return table
+
+
+def _ratio(ratio: float | None) -> str:
+    """Coloured from two standard errors on: below that a change may be chance."""
+    if ratio is None:
+        return "-"
+    colour = "green" if ratio > 2 else "red" if ratio < -2 else "yellow"
+    return f"[{colour}]{ratio:+.1f}[/{colour}]"
+
+
+def print_summary(summary: Summary, report: Path | None, console: Console | None = None) -> None:
+    """Print the table and where the report lies."""
+    console = console or Console()
+    console.print(summary_table(summary))
+    if report is not None:
+        # A path must stay in one piece to be copied.
+        console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,101 @@
+"""Held-out scores before and after training, and how far the rewards agree with one another."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Scores: TypeAlias = Tensor | NDArray[np.floating[Any]]
+Summary: TypeAlias = dict[str, Any]
+
+SUMMARY_FILE = "summary.json"
+
+
+def paired_summary(
+    before: Scores, after: Scores, names: Sequence[str], samples_per_prompt: int = 1
+) -> Summary:
+    """Mean score of every objective before and after, with the standard error of the *paired* difference.
+
+    ``before`` and ``after`` are ``[M, n]`` with the same prompt in the same column; with several samples a
+    prompt, its columns stand side by side and are averaged first, because samples of one prompt are not
+    independent. The standard error is std(d, ddof 1) / sqrt(P) of the P per-prompt differences d, and
+    ``samples`` is P. With one prompt there is no standard error: NaN.
+    Raises ``ValueError`` on shapes that do not fit.
+    """
+    before_MP = _prompt_means(before, "before", names, samples_per_prompt)
+    after_MP = _prompt_means(after, "after", names, samples_per_prompt)
+    if before_MP.shape != after_MP.shape:
+        raise ValueError(
+            f"after: found shape {tuple(after.shape)}, accepted: that of before, {tuple(before.shape)}"
+        )
+    prompts = before_MP.shape[1]
+    objectives = {}
+    for name, old_P, new_P in zip(names, before_MP, after_MP, strict=True):
+        error = float(np.std(new_P - old_P, ddof=1)) / math.sqrt(prompts) if prompts > 1 else math.nan
+        objectives[name] = {
+            "before": float(old_P.mean()),
+            "after": float(new_P.mean()),
+            "standard_error": error,
+            "samples": prompts,
+        }
+    return {"objectives": objectives}
+
+
+def _prompt_means(
+    scores: Scores, label: str, names: Sequence[str], samples_per_prompt: int
+) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = torch.as_tensor(scores).detach().cpu().double().numpy()
+    if values.ndim != 2 or values.shape[0] != len(names) or not values.shape[1]:
+        raise ValueError(f"{label}: found shape {values.shape}, accepted: [{len(names)}, n], n >= 1")
+    if values.shape[1] % samples_per_prompt:
+        raise ValueError(
+            f"samples_per_prompt: found {samples_per_prompt}, which does not divide the "
+            f"{values.shape[1]} columns of {label}"
+        )
+    means: NDArray[np.float64] = values.reshape(len(names), -1, samples_per_prompt).mean(axis=2)
+    return means
+
+
+def write_summary(path: Path, summary: Summary, seconds: float) -> None:
+    """``summary`` and the run's wall-clock ``seconds`` as JSON; a missing standard error is null."""
+    objectives = {
+        name: {key: value if math.isfinite(value) else None for key, value in facts.items()}
+        for name, facts in summary["objectives"].items()
+    }
+    document = {**summary, "objectives": objectives, "seconds": seconds}
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def change_in_standard_errors(facts: dict[str, Any]) -> float | None:
+    """(after - before) / standard_error; None where there is no standard error or it is zero."""
+    error = facts["standard_error"]
+    if error is None or not math.isfinite(error) or error == 0:
+        return None
+    return float((facts["after"] - facts["before"]) / error)
+
+
+def reward_correlation(scores_MB: Tensor, group_B: Tensor) -> Tensor:
+    """Pearson correlation of the objectives *within* groups (samples of one prompt), float64 ``[M, M]``.
+
+    Scores are centred on their group's mean and pooled, so that prompts that are easy on every objective do
+    not hide a conflict between responses. NaN where an objective never varies within a group.
+    """
+    scores = scores_MB.double()
+    _, index_B = torch.unique(group_B, return_inverse=True)
+    counts = torch.bincount(index_B).double()
+    sums = scores.new_zeros(scores.shape[0], len(counts)).index_add_(1, index_B, scores)
+    centred = scores - (sums / counts)[:, index_B]
+    covariance = centred @ centred.T
+    # Rounding leaves a constant objective with a tiny variance, which would pass for a real one.
+    scale = 1e-12 * scores.square().sum(dim=1).sqrt()
+    deviation = covariance.diagonal().sqrt()
+    deviation = torch.where(deviation > scale, deviation, torch.full_like(deviation, torch.nan))
+    return (covariance / deviation[:, None] / deviation[None, :]).clamp(-1, 1)

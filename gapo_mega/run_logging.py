@@ -1,0 +1,303 @@
+"""What a run writes down at every optimizer step: ``metrics.jsonl``, TensorBoard, wandb, progress bar.
+
+``metrics.jsonl`` is the record that the report is drawn from and that resumption is checked against;
+the others are views of the same dictionary. Only rank 0 writes: on other ranks a ``RunLog`` has no
+sinks and does nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+from gapo_mega import optional
+from gapo_mega.config import LoggingConfig
+from gapo_mega.engine.base import GradientReport
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def step_metrics(
+    report: GradientReport,
+    names: Sequence[str],
+    *,
+    rewards: Sequence[float],
+    kl: float,
+    tokens_per_second: float,
+    peak_memory_bytes: int,
+    seconds: Mapping[str, float],
+    extra: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """One flat dictionary of everything a step measured.
+
+    ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
+    which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
+
+    All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
+    G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
+    first-order change of objective i for a plain gradient step of unit length factor along the
+    combined direction, before clipping: negative means that the step hurts this objective.
+    ``corner`` is 1 where one objective alone holds all the weight.
+    """
+    count = len(names)
+    assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
+    assert tuple(report.gram.shape) == (count, count), report.gram.shape
+    gram = report.gram.double()
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    metrics = _per_objective("reward", names, rewards)
+    metrics |= _per_objective("grad_norm", names, norms.tolist())
+    metrics |= _cosines(gram, norms, names)
+    metrics |= _per_objective("weight", names, report.weights.tolist())
+    metrics |= _per_objective("predicted_change", names, (gram @ report.weights.double()).tolist())
+    metrics["kl"] = kl
+    metrics |= _per_objective("loss", names, report.losses)
+    metrics |= {
+        "gradient_norm": report.gradient_norm,
+        "clip_factor": report.clip_factor,
+        "learning_rate": report.learning_rate,
+        "skipped": float(report.skipped),
+        "corner": float(count > 1 and not report.skipped and int((report.weights != 0).sum()) == 1),
+    }
+    metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
+    metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
+    metrics |= dict(extra or {})
+    metrics |= {f"time/{phase}": value for phase, value in {**seconds, **report.seconds}.items()}
+    return metrics | {"tokens_per_second": tokens_per_second, "memory/peak_bytes": peak_memory_bytes}
+
+
+def _per_objective(prefix: str, names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": float(value) for name, value in zip(names, values, strict=True)}
+
+
+def _cosines(gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
+    # Divided one norm after the other: the product of two tiny norms may underflow.
+    cosines = gram / norms[:, None] / norms[None, :]
+    return {
+        f"cosine/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
+    }
+
+
+class Sink(Protocol):
+    """One place that metrics go to."""
+
+    def restart(self, step: int) -> None:
+        """Forget every step after ``step``; called once before the first ``write``."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, on disk before ``write`` returns; values that are not finite become null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def restart(self, step: int) -> None:
+        self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        # A process killed while writing leaves a last line without its newline.
+        complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        replacement = self.path.with_name(self.path.name + ".partial")
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self._file is not None, "restart() comes first"
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class TensorBoard:
+    """Event files under ``tensorboard/``; after a restart readers drop the purged steps."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: Any = None
+
+    def restart(self, step: int) -> None:
+        self.close()
+        module = importlib.import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(log_dir=str(self._directory), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Wandb:
+    """A wandb run that a resumed process joins again: its id is kept in the run directory.
+
+    Steps repeated after a kill stay in wandb twice; ``metrics.jsonl`` has them once.
+    """
+
+    def __init__(self, directory: Path, project: str) -> None:
+        self._directory = directory
+        self._project = project
+        self._run: Any = None
+
+    def restart(self, step: int) -> None:
+        self.close()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        id_file = self._directory / "wandb_id"
+        if step == 0 or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+        self._run = importlib.import_module("wandb").init(
+            project=self._project,
+            name=self._directory.name,
+            dir=str(self._directory),
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+class Progress:
+    """A bar on standard error: rewards, weights, cosines, tokens per second."""
+
+    def __init__(self, names: Sequence[str], total_steps: int) -> None:
+        self._names = list(names)
+        self._total = total_steps
+        self._bar: tqdm[Any] | None = None
+
+    def restart(self, step: int) -> None:
+        self.close()
+        self._bar = tqdm(total=self._total, initial=step, desc="train", unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self._bar is not None, "restart() comes first"
+        self._bar.set_postfix_str(progress_text(metrics, self._names), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
+    """The one-line state that stands beside the progress bar."""
+    parts = [f"{name} {metrics[f'reward/{name}']:.3g}" for name in names]
+    parts.append("w " + "/".join(f"{metrics[f'weight/{name}']:.2g}" for name in names))
+    cosines = [metrics[f"cosine/{a}/{b}"] for a, b in combinations(names, 2)]
+    if cosines:
+        parts.append("cos " + "/".join(f"{value:.2f}" for value in cosines))
+    parts.append(f"{metrics['tokens_per_second']:.0f} tok/s")
+    if metrics["skipped"]:
+        parts.append("SKIPPED")
+    return " | ".join(parts)
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Refuse, before any work, a log whose package is missing. Raises ``ValueError``."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "logging.tensorboard: found true, but tensorboard is not installed; run `pip install tensorboard` "
+            f"or set logging.tensorboard=false (lost: its event files; {METRICS_FILE} remains)"
+        )
+    if config.wandb and not optional.wandb().usable:
+        raise ValueError(
+            f"logging.wandb: found true, but wandb is {optional.wandb().found}; run `pip install wandb`, or "
+            f"set logging.wandb=false (lost: {optional.wandb().lost})"
+        )
+
+
+class RunLog:
+    """Every sink that the configuration asks for, behind one ``write`` a step.
+
+    ``total_steps`` counts optimizer steps. With ``enabled`` false (every rank but 0) nothing is
+    opened or written. Raises ``ValueError`` where a requested package is missing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        objective_names: Sequence[str],
+        config: LoggingConfig,
+        total_steps: int,
+        enabled: bool = True,
+    ) -> None:
+        check_logging(config)
+        self._last_step: int | None = None
+        self._sinks: list[Sink] = []
+        if not enabled:
+            return
+        self._sinks.append(JsonLines(directory / METRICS_FILE))
+        if config.tensorboard:
+            self._sinks.append(TensorBoard(directory / "tensorboard"))
+        if config.wandb:
+            self._sinks.append(Wandb(directory, config.wandb_project))
+        if config.progress:
+            self._sinks.append(Progress(objective_names, total_steps))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what an interrupted run wrote after ``step``, the last step in its checkpoint.
+
+        A run resumed from the checkpoint of step j although it had reached k > j then ends with the same
+        lines as one that was never interrupted (times and memory aside). 0 starts afresh.
+        """
+        for sink in self._sinks:
+            sink.restart(step)
+        self._last_step = step
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record optimizer step ``step`` (from 1). The first call drops what the files hold from there on."""
+        if self._last_step is None:
+            self.truncate_after(step - 1)
+        assert self._last_step is not None and step > self._last_step, (step, self._last_step)
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        self._last_step = step
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,113 @@
+"""FLOPs counts against PyTorch's own counter on a transformers Llama."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gapo_mega import throughput
+from gapo_mega.throughput import TransformerShape
+
+SHAPE = TransformerShape(layers=2, hidden=48, ffn=80, heads=6, kv_groups=2, head_dim=8, outputs=101)
+
+
+def llama(shape: TransformerShape) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_groups,
+            head_dim=shape.head_dim,
+            vocab_size=shape.outputs,
+            attn_implementation="eager",
+        )
+    )
+
+
+@pytest.mark.parametrize("length", [1, 7, 32])
+@pytest.mark.parametrize("kv_groups", [1, 6])
+def test_forward_equals_the_flop_counter(length: int, kv_groups: int) -> None:
+    shape = TransformerShape(2, 48, 80, 6, kv_groups, 8, 101)
+    with FlopCounterMode(display=False) as counter:
+        llama(shape)(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    # The eager attention masks instead of skipping, hence causal=False.
+    expected = throughput.forward_flops(shape, length, causal=False)
+    assert counter.get_total_flops() == expected
+
+
+def test_backward_is_twice_the_forward() -> None:
+    length = 16
+    with FlopCounterMode(display=False) as counter:
+        llama(SHAPE)(torch.zeros(1, length, dtype=torch.long), use_cache=False).logits.sum().backward()
+    forward = throughput.forward_flops(SHAPE, length, causal=False)
+    assert counter.get_total_flops() == 3 * forward
+
+
+def test_causal_attention_counts_visible_pairs() -> None:
+    length = 9
+    visible = int(torch.ones(length, length).tril().sum())
+    full, causal = (throughput.attention_flops(SHAPE, length, causal) for causal in (False, True))
+    assert causal * length**2 == full * visible
+
+
+def test_generation_equals_the_flop_counter_token_by_token() -> None:
+    """With a cache, one query at a time sees exactly the causal pairs; logits of the last position only."""
+    model, prompt, response = llama(SHAPE), 1, 5
+    tokens = torch.zeros(1, prompt, dtype=torch.long)
+    cache = None
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(response):
+            out = model(tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            tokens = torch.cat([tokens, tokens[:, -1:]], dim=1)
+    expected = throughput.generation_flops(SHAPE, prompt, response)
+    assert counter.get_total_flops() == expected
+
+
+def test_a_step_is_made_of_its_passes() -> None:
+    lengths = [(4, 8), (6, 2)]
+    forward = sum(throughput.forward_flops(SHAPE, p + r) for p, r in lengths)
+    plain = throughput.step_flops(SHAPE, lengths, 3, ppo_epochs=2)
+    assert (plain.reference, plain.update, plain.recompute) == (forward, 18 * forward, 0)
+    assert plain.hardware == plain.model
+    full = throughput.step_flops(SHAPE, lengths, 3, ppo_epochs=2, recompute="full")
+    assert full.model == plain.model
+    assert full.recompute == 6 * (forward - 2 * 20 * SHAPE.hidden * SHAPE.outputs)
+    critic = TransformerShape(2, 48, 80, 6, 2, 8, 3)
+    with_critic = throughput.step_flops(SHAPE, lengths, 3, critic=critic)
+    assert with_critic.critic == 4 * sum(throughput.forward_flops(critic, p + r) for p, r in lengths)
+
+
+def test_mfu() -> None:
+    assert throughput.mfu(6e15, 2.0, 3, 2e15) == 0.5
+    with pytest.raises(ValueError, match="seconds"):
+        throughput.mfu(1.0, 0.0, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+    ],
+)
+def test_known_peaks(name: str, tera: float) -> None:
+    assert throughput.known_peak_flops(name) == tera * 1e12
+
+
+def test_unknown_peaks() -> None:
+    assert throughput.known_peak_flops("NVIDIA GeForce RTX 4090") is None
+    assert throughput.known_peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+def test_measured_peak_is_a_rate() -> None:
+    """Wide bounds around any CPU: a time, a count or a rate in Gflop/s would fall outside."""
+    assert 1e8 < throughput.measure_gemm_peak(size=256, seconds=0.05) < 1e15
