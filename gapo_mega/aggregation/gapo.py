@@ -1,0 +1,54 @@
+"""GAPO: the min-norm combination of rescaled gradients (paper, eqs. 6 and 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gapo_mega.aggregation.base import Aggregator, Solution, cosine_matrix, is_number, require_bool
+from gapo_mega.ops import min_norm
+
+# Rescaled gradients longer than this, relative to the shortest one, are treated as this long.
+_LONGEST = 1e20
+
+
+@dataclass(kw_only=True)
+class Gapo(Aggregator):
+    """``g^N_i = g_i / ||g_i||^p``, ``a = argmin over the simplex of ||sum_i a_i g^N_i||^2``, and
+    ``w_i = a_i / ||g_i||^p``, so that the direction is ``sum_i a_i g^N_i``.
+
+    ``p``: any number >= 0; the paper uses 1 and 2, 0 is MGDA. Objectives improve in the ratio
+    ``||g_i||^p / ||g_j||^p`` (Theorem 3.3).
+
+    ``eq17_literal``: ``w_i = a_i``, the printed eq. 17, which weights the raw losses by ``a`` and leaves
+    the factor ``1 / ||g_i||^p`` out. Theorem 3.2 does not hold for it.
+    """
+
+    name: ClassVar[str] = "gapo"
+
+    p: float = 1.0
+    eq17_literal: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_bool("eq17_literal", self.eq17_literal)
+        if not is_number(self.p) or self.p < 0:
+            raise ValueError(f"p: found {self.p!r}, accepted: a finite number >= 0")
+
+    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
+        norms = gram.diagonal().sqrt()
+        # ||g^N_i|| = ||g_i||^(1-p), as logarithms relative to the shortest: nothing overflows.
+        log_lengths = (1.0 - self.p) * norms.log()
+        shortest = float(log_lengths.min())
+        # Where lengths differ by more than 1e20 the long ones add less than 1e-20 to the constraint
+        # sum(a) = 1, so how long they are exactly changes no digit of the direction.
+        lengths = (log_lengths - shortest).clamp(max=math.log(_LONGEST)).exp()
+        simplex = min_norm(cosine_matrix(gram) * lengths[:, None] * lengths[None, :])
+        if self.eq17_literal:
+            return Solution(simplex)
+        # a_i / ||g_i||^p = (a_i ||g^N_i||) / ||g_i||
+        return Solution(simplex * lengths / norms, log_factor=shortest)

@@ -1,0 +1,53 @@
+"""P-GAPO: a user's preference over unit gradients (paper, eq. 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gapo_mega.aggregation.base import Aggregator, Solution, is_number, require_length
+
+# Preferences are typed by people: 1/3 is written 0.3333.
+_SUM_TOLERANCE = 1e-3
+
+
+@dataclass(kw_only=True)
+class PGapo(Aggregator):
+    """``w_i = lambda_i / ||g_i||``; there is no minimisation.
+
+    ``preference``: lambda, one number > 0 per objective with sum 1 (within 0.001, then normalised).
+    Left out, every objective has 1/M. When objectives are excluded, lambda is renormalised over the
+    others.
+
+    Not a common ascent direction in general: of two objectives, i loses to first order exactly when
+    ``cos(g_1, g_2) < -lambda_i / lambda_j``.
+    """
+
+    name: ClassVar[str] = "p_gapo"
+
+    preference: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preference is None:
+            return
+        numbers = list(self.preference) if isinstance(self.preference, Sequence) else []
+        positive = bool(numbers) and all(is_number(x) and x > 0 for x in numbers)
+        if not positive or abs(sum(numbers) - 1.0) > _SUM_TOLERANCE:
+            raise ValueError(
+                f"preference: found {self.preference!r}, accepted: a list of numbers > 0 with sum 1"
+            )
+
+    def check_objectives(self, count: int) -> None:
+        if self.preference is not None:
+            require_length("preference", self.preference, count)
+
+    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
+        preference = torch.ones(len(active), dtype=torch.float64)
+        if self.preference is not None:
+            preference = torch.tensor([float(self.preference[i]) for i in active], dtype=torch.float64)
+        return Solution(preference / preference.sum() / gram.diagonal().sqrt())

@@ -1,0 +1,45 @@
+"""Fixed weights: the gradient of one weighted sum of the objectives (MORLHF in the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gapo_mega.aggregation.base import Aggregator, Solution, is_number, require_length
+
+
+@dataclass(kw_only=True)
+class WeightedSum(Aggregator):
+    """``w = weights``, whatever the gradients are.
+
+    ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. Left
+    out, every objective has weight 1/M. The weights of excluded objectives are dropped, the others
+    stay as they are (``scale: sum_to_one`` renormalises them).
+    """
+
+    name: ClassVar[str] = "weighted_sum"
+
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None:
+            return
+        numbers = list(self.weights) if isinstance(self.weights, Sequence) else []
+        if not numbers or not all(is_number(x) and x >= 0 for x in numbers) or not any(numbers):
+            raise ValueError(
+                f"weights: found {self.weights!r}, accepted: a list of finite numbers >= 0, not all 0"
+            )
+
+    def check_objectives(self, count: int) -> None:
+        if self.weights is not None:
+            require_length("weights", self.weights, count)
+
+    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
+        if self.weights is None:
+            return Solution(torch.full((len(active),), 1.0 / len(active), dtype=torch.float64))
+        return Solution(torch.tensor([float(self.weights[i]) for i in active], dtype=torch.float64))

@@ -1,0 +1,76 @@
+"""What an objective is, and the checks that every kind of objective gets for free."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from gapo_mega.config import ObjectiveConfig
+
+
+class Objective(Protocol):
+    """What the rest of the package sees: a name, and scores for pairs of text. Higher is better."""
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One finite score per pair; the two lists have the same length."""
+        ...
+
+
+class ObjectiveKind(ABC):
+    """Base of every kind of objective. A kind says how to ``evaluate``; the checks are here."""
+
+    kind: ClassVar[str]  # what ``objectives[].kind`` in the configuration calls it
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @abstractmethod
+    def evaluate(self, prompts: Sequence[str], responses: Sequence[str]) -> object:
+        """Raw scores: a sequence, array or tensor of numbers, one per pair."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Checked scores, clipped to ``[-clip, clip]`` where the configuration says so.
+
+        Raises ``ValueError`` naming the objective (and the index and value at fault) unless there is
+        exactly one finite number per pair.
+        """
+        if not responses:
+            return []
+        scores = self._numbers(self.evaluate(prompts, responses), len(responses))
+        clip = self.config.clip
+        return scores if clip is None else [max(-clip, min(clip, score)) for score in scores]
+
+    def _numbers(self, result: object, count: int) -> list[float]:
+        values = result.tolist() if isinstance(result, Tensor) else result
+        try:
+            items = list(values)  # type: ignore[call-overload]
+        except TypeError:
+            raise self._error(
+                f"found a result of type {type(result).__name__}, accepted: a list of scores"
+            ) from None
+        if isinstance(values, str | bytes) or len(items) != count:
+            raise self._error(f"found {len(items)} scores, accepted: {count}, one for each response")
+        return [self._number(index, item) for index, item in enumerate(items)]
+
+    def _number(self, index: int, item: object) -> float:
+        try:
+            number = math.nan if isinstance(item, str | bytes) else float(item)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self._error(f"found the score {item!r} for response {index}, accepted: a finite number")
+        return number
+
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"objective {self.name!r}: {what}")
