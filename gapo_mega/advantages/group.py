@@ -26,7 +26,7 @@ def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, no
 
     Raises ``ValueError`` for a group of a single sample: nothing is left to compare it with.
     """
-    _, member_B, counts_G = group_B.unique(return_inverse=True, return_counts=True)
+    _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
     if bool((counts_G < 2).any()):
         alone = int((counts_G < 2).sum())
         raise ValueError(
@@ -52,7 +52,8 @@ def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, no
 def _group_sum(x_MB: Tensor, member_B: Tensor, groups: int) -> Tensor:
     """The sum over each row's group, in every row of the group."""
     sums_MG = x_MB.new_zeros(x_MB.shape[0], groups).index_add(1, member_B, x_MB)
-    return sums_MG[:, member_B]
+    per_row_MB: Tensor = sums_MG[:, member_B]
+    return per_row_MB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,8 +85,9 @@ class Aggregator(ABC):
         ``active`` (K ascending indices); methods with one parameter per objective pick theirs by it.
         """
 
-    def check_objectives(self, count: int) -> None:
-        """Raise ``ValueError`` where the options do not fit ``count`` objectives."""
+    def per_objective(self) -> Mapping[str, Sequence[float]]:
+        """The options in use that hold one number per objective, by name; their lengths are checked."""
+        return {}
 
     def __call__(self, gram: Tensor) -> Tensor:
         """Weights [M] float64 on the CPU for ``gram`` [M, M].
@@ -100,7 +101,7 @@ class Aggregator(ABC):
         """
         gram = gram.detach().to("cpu", torch.float64)
         check_gram(gram)
-        self.check_objectives(gram.shape[0])
+        self._check_lengths(gram.shape[0])
         excluded = zero_objectives(gram)
         if excluded and self.zero_gradient == "stop":
             raise ZeroGradientError(excluded)
@@ -124,6 +125,12 @@ class Aggregator(ABC):
         """Inverse of ``state_dict``. Raises ``ValueError`` for the state of another method."""
         if state:
             raise ValueError(f"aggregation {self.name}: found state {sorted(state)}, accepted: none")
+
+    def _check_lengths(self, count: int) -> None:
+        for option, numbers in self.per_objective().items():
+            if len(numbers) != count:
+                accepted = f"one for each of the {count} objectives"
+                raise ValueError(f"{option}: found {len(numbers)} numbers, accepted: {accepted}")
 
     def _scaled(self, solution: Solution, norms: Tensor) -> Tensor:
         weights = solution.weights
@@ -196,11 +203,3 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) != float("inf") and value == value
-
-
-def require_length(option: str, numbers: Sequence[float], count: int) -> None:
-    """Raise ``ValueError`` unless there is one number per objective."""
-    if len(numbers) != count:
-        raise ValueError(
-            f"{option}: found {len(numbers)} numbers, accepted: one for each of the {count} objectives"
-        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, is_number, require_length
+from gapo_mega.aggregation.base import Aggregator, Solution, is_number
 
 # Preferences are typed by people: 1/3 is written 0.3333.
 _SUM_TOLERANCE = 1e-3
@@ -42,9 +42,8 @@ class PGapo(Aggregator):
                 f"preference: found {self.preference!r}, accepted: a list of numbers > 0 with sum 1"
             )
 
-    def check_objectives(self, count: int) -> None:
-        if self.preference is not None:
-            require_length("preference", self.preference, count)
+    def per_objective(self) -> Mapping[str, Sequence[float]]:
+        return {} if self.preference is None else {"preference": self.preference}
 
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
         preference = torch.ones(len(active), dtype=torch.float64)

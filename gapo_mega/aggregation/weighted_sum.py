@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, is_number, require_length
+from gapo_mega.aggregation.base import Aggregator, Solution, is_number
 
 
 @dataclass(kw_only=True)
@@ -35,9 +35,8 @@ class WeightedSum(Aggregator):
                 f"weights: found {self.weights!r}, accepted: a list of finite numbers >= 0, not all 0"
             )
 
-    def check_objectives(self, count: int) -> None:
-        if self.weights is not None:
-            require_length("weights", self.weights, count)
+    def per_objective(self) -> Mapping[str, Sequence[float]]:
+        return {} if self.weights is None else {"weights": self.weights}
 
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
         if self.weights is None:

@@ -24,7 +24,7 @@ class PolicyStatistics:
 def policy_loss_sum(
     logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip_epsilon: float
 ) -> Tensor:
-    """Sum over response tokens of ``-min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, rho = new / old probability.
+    """Sum over response tokens of ``-min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, rho = pi / pi_old.
 
     A scalar with a graph to ``logprobs_BT`` [B, T]. Positions where ``mask_BT`` (bool) is False add
     exactly 0 to the loss and to the gradient, whatever they hold, NaN included.

@@ -56,9 +56,8 @@ class ObjectiveKind(ABC):
         try:
             items = list(values)  # type: ignore[call-overload]
         except TypeError:
-            raise self._error(
-                f"found a result of type {type(result).__name__}, accepted: a list of scores"
-            ) from None
+            kind = type(result).__name__
+            raise self._error(f"found a result of type {kind}, accepted: a list of scores") from None
         if isinstance(values, str | bytes) or len(items) != count:
             raise self._error(f"found {len(items)} scores, accepted: {count}, one for each response")
         return [self._number(index, item) for index, item in enumerate(items)]
