@@ -1,0 +1,23 @@
+"""Hugging Face models: what Megatron has to know of them, and their weights in and out.
+
+Every file of this folder that defines a ``Family`` is a model family; see docs/extending.md. Nothing
+here imports Megatron.
+"""
+
+from gapo_mega.models.family import Family
+from gapo_mega.models.hf_directory import HFDirectory, resolve, write_hf
+from gapo_mega.models.mapping import WeightMap
+from gapo_mega.models.registry import families, family_of, shape_of
+from gapo_mega.models.shape import ModelShape
+
+__all__ = [
+    "Family",
+    "HFDirectory",
+    "ModelShape",
+    "WeightMap",
+    "families",
+    "family_of",
+    "resolve",
+    "shape_of",
+    "write_hf",
+]

@@ -103,7 +103,7 @@ def _config(metadata: _Metadata) -> LlamaConfig:
 
 
 def _generation_config(config: LlamaConfig) -> GenerationConfig:
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
 
@@ -128,6 +128,7 @@ def _tensors(metadata: _Metadata, config: LlamaConfig) -> Iterator[tuple[str, Te
     """Hugging Face names and fp32 tensors, one at a time."""
     tensors = {tensor.name: tensor for tensor in metadata.reader.tensors}
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads_of = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with torch.device("meta"):
         expected = LlamaForCausalLM(config)
     for name, parameter in expected.named_parameters():
@@ -136,10 +137,9 @@ def _tensors(metadata: _Metadata, config: LlamaConfig) -> Iterator[tuple[str, Te
             raise ValueError(f"GGUF file {metadata.path}: no tensor {stored} for {name}")
         source = tensors.pop(stored)
         tensor = torch.from_numpy(gguf.dequantize(source.data, source.tensor_type).astype(np.float32))
-        if "self_attn.q_proj" in name:
-            tensor = _rotate_half_order(tensor, config.num_attention_heads)
-        if "self_attn.k_proj" in name:
-            tensor = _rotate_half_order(tensor, config.num_key_value_heads)
+        heads = heads_of.get(name.split(".")[-2])
+        if heads is not None:
+            tensor = _rotate_half_order(tensor, heads)
         if tensor.shape != parameter.shape:
             raise ValueError(
                 f"GGUF file {metadata.path}: {stored} has shape {list(tensor.shape)}, "
@@ -147,7 +147,9 @@ def _tensors(metadata: _Metadata, config: LlamaConfig) -> Iterator[tuple[str, Te
             )
         yield name, tensor
     if tensors:
-        raise ValueError(f"GGUF file {metadata.path}: tensors that a Llama model does not have: {sorted(tensors)}")
+        raise ValueError(
+            f"GGUF file {metadata.path}: tensors that a Llama model does not have: {sorted(tensors)}"
+        )
 
 
 def _rotate_half_order(weight: Tensor, heads: int) -> Tensor:

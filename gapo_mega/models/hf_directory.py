@@ -47,14 +47,17 @@ class HFDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
-            raise ValueError(f"model.path: {self.path} has no config.json; accepted: a Hugging Face directory")
+            raise ValueError(
+                f"model.path: {self.path} has no config.json; accepted: a Hugging Face directory"
+            )
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, Path]:
         index = self.path / _INDEX
         if index.is_file():
-            files = {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {name: self.path / file for name, file in weight_map.items()}
             missing = sorted({file.name for file in files.values() if not file.is_file()})
             if missing:
                 raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
@@ -99,7 +102,7 @@ def resolve(name_or_path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model.path: found {str(name_or_path)!r}, which is neither a local directory (looked at "
-            f"{path.absolute()}) nor a Hugging Face repository that could be downloaded or was cached before: {error}"
+            f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {error}"
         ) from error
 
 

@@ -1,0 +1,171 @@
+"""Hugging Face tensors <-> one tensor-parallel rank's Megatron parameters: pure tensor code.
+
+Megatron names are those of a whole model (layer numbers count from its first layer, from 0), in
+Megatron-core's local layer spec. Transformer Engine fuses the norms into the layers behind them and
+so only names them differently, which ``local_spec_name`` undoes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gapo_mega.models.shape import ModelShape
+
+OUTPUT_LAYER = "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+_LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
+_TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one Megatron parameter is made of Hugging Face tensors.
+
+    Attributes:
+        kind: ``replicated`` (one tensor, the same on all ranks), ``vocab`` (rows padded, then split),
+            ``columns`` (second dimension split), ``gated`` (gate and up projection: every rank holds
+            its rows of the one, then of the other) or ``qkv`` (Q, K and V rows interleaved by
+            key/value group, the groups split).
+        sources: Hugging Face names, ``{layer}`` standing for the layer number.
+    """
+
+    kind: Literal["replicated", "vocab", "columns", "gated", "qkv"]
+    sources: tuple[str, ...]
+
+
+# Megatron name -> rule, ``{layer}`` standing for the layer number in both.
+Table = Mapping[str, Rule]
+
+
+def local_spec_name(name: str) -> str:
+    """The local-spec name of a parameter that may carry Transformer Engine's fused name.
+
+    Written against megatron-core 0.16.1's Transformer Engine spec.
+    """
+    for fused, plain in _TRANSFORMER_ENGINE_NAMES.items():
+        if name.endswith(fused):
+            return name.removesuffix(fused) + plain
+    return name
+
+
+class WeightMap:
+    """Both directions of the conversion for one model and one tensor-parallel size.
+
+    Args:
+        shape: the model.
+        table: its family's rules.
+        tensor: tensor-parallel size.
+        padded_vocab: embedding rows over all ranks, padding included; none: the least possible.
+
+    Raises:
+        ValueError: ``tensor`` does not divide the heads, groups, MLP width or padded vocabulary.
+    """
+
+    def __init__(
+        self, shape: ModelShape, table: Table, tensor: int = 1, padded_vocab: int | None = None
+    ) -> None:
+        self.shape = shape
+        self.tensor = tensor
+        self.padded_vocab = shape.padded_vocab(tensor) if padded_vocab is None else padded_vocab
+        self._table = {name: rule for name, rule in table.items() if shape.qkv_bias or "qkv.bias" not in name}
+        if shape.tied:
+            self._table[OUTPUT_LAYER] = self._table[EMBEDDING]
+        divided = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "padded vocabulary": self.padded_vocab}
+        for what, size in divided.items():
+            if size % tensor:
+                raise ValueError(
+                    f"parallel.tensor: found {tensor}, accepted: a divisor of the model's {what} {size}"
+                )
+
+    def hf_names(self) -> frozenset[str]:
+        """All tensors of the model's Hugging Face directory."""
+        layers = range(self.shape.num_layers)
+        sources = [source for rule in self._table.values() for source in rule.sources]
+        return frozenset(source.format(layer=layer) for source in sources for layer in layers)
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Hugging Face names of the tensors that the Megatron parameter ``name`` is made of."""
+        return self._find(name)[1]
+
+    def is_copy(self, name: str) -> bool:
+        """True for a tied output layer: on the last of several pipeline stages it is a parameter."""
+        return self.shape.tied and name == OUTPUT_LAYER
+
+    def to_megatron(self, name: str, read: Callable[[str], Tensor], rank: int) -> Tensor:
+        """Tensor-parallel rank ``rank``'s part of parameter ``name``; padding rows are zero.
+
+        ``read`` gives a Hugging Face tensor by name. Raises ``ValueError`` when one has another
+        shape than the model's.
+        """
+        rule, sources = self._find(name)
+        tensors = [read(source) for source in sources]
+        self._check_shapes(rule, sources, tensors)
+        if rule.kind == "vocab":
+            padding = tensors[0].new_zeros(self.padded_vocab - self.shape.vocab, *tensors[0].shape[1:])
+            return torch.cat([tensors[0], padding]).chunk(self.tensor)[rank]
+        if rule.kind == "columns":
+            return tensors[0].chunk(self.tensor, dim=1)[rank]
+        if rule.kind == "gated":
+            return torch.cat([tensor.chunk(self.tensor)[rank] for tensor in tensors])
+        if rule.kind == "qkv":
+            groups = [self._by_group(tensor).chunk(self.tensor)[rank] for tensor in tensors]
+            return torch.cat(groups, dim=1).flatten(0, 1)
+        return tensors[0]
+
+    def to_hf(self, name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole Hugging Face tensors from all tensor-parallel ranks' parts of parameter ``name``."""
+        assert len(parts) == self.tensor, f"{name}: {len(parts)} parts for {self.tensor} ranks"
+        rule, sources = self._find(name)
+        if rule.kind == "vocab":
+            tensors = [torch.cat(list(parts))[: self.shape.vocab]]
+        elif rule.kind == "columns":
+            tensors = [torch.cat(list(parts), dim=1)]
+        elif rule.kind == "gated":
+            halves = [part.chunk(2) for part in parts]
+            tensors = [torch.cat([half[i] for half in halves]) for i in range(2)]
+        elif rule.kind == "qkv":
+            whole = self._by_group(torch.cat(list(parts)))
+            sizes = [rows // self.shape.kv_groups for rows in self._qkv_rows()]
+            tensors = [piece.flatten(0, 1) for piece in torch.split(whole, sizes, dim=1)]
+        else:
+            tensors = [parts[0]]
+        return dict(zip(sources, tensors, strict=True))
+
+    def _find(self, name: str) -> tuple[Rule, tuple[str, ...]]:
+        number = _LAYER_NUMBER.search(name)
+        layer = number.group() if number else ""
+        pattern = local_spec_name(_LAYER_NUMBER.sub("{layer}", name))
+        if pattern not in self._table:
+            raise ValueError(f"{name}: family {self.shape.family} has no tensor for this parameter")
+        rule = self._table[pattern]
+        return rule, tuple(source.format(layer=layer) for source in rule.sources)
+
+    def _by_group(self, tensor: Tensor) -> Tensor:
+        """``[rows, ...] -> [groups, rows of a group, ...]``"""
+        return tensor.reshape(self.shape.kv_groups, -1, *tensor.shape[1:])
+
+    def _qkv_rows(self) -> tuple[int, int, int]:
+        queries, keys = self.shape.heads * self.shape.head_dim, self.shape.kv_groups * self.shape.head_dim
+        return queries, keys, keys
+
+    def _check_shapes(self, rule: Rule, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Rows (or, where the second dimension is split, columns) as the configuration promises."""
+        shape = self.shape
+        rows: dict[str, tuple[int, ...]] = {
+            "vocab": (shape.vocab,),
+            "gated": (shape.ffn, shape.ffn),
+            "qkv": self._qkv_rows(),
+        }
+        expected = rows.get(rule.kind, tuple(tensor.shape[0] for tensor in tensors))
+        for name, tensor, count in zip(names, tensors, expected, strict=True):
+            if tensor.shape[0] != count:
+                raise ValueError(f"{name}: found {tensor.shape[0]} rows, config.json promises {count}")

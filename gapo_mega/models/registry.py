@@ -1,0 +1,42 @@
+"""Finds the families of this folder: one file, one family, nothing to register."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+from transformers import PreTrainedConfig
+
+import gapo_mega.models as package
+from gapo_mega.models.family import Family
+from gapo_mega.models.shape import ModelShape
+
+
+def families() -> dict[str, Family]:
+    """Every ``Family`` that a file of this folder defines, by its ``model_type``."""
+    found: dict[str, Family] = {}
+    for module_info in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
+        module = importlib.import_module(module_info.name)
+        for _, member in inspect.getmembers(module, inspect.isclass):
+            if member.__module__ != module.__name__ or inspect.isabstract(member):
+                continue
+            if issubclass(member, Family):
+                found[member.model_type] = member()
+    return found
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a Hugging Face configuration. ``ValueError`` when there is none."""
+    known = families()
+    for family in known.values():
+        if family.matches(config):
+            return family
+    raise ValueError(
+        f"model.path: found model_type {config.model_type!r}, accepted: {', '.join(sorted(known))}"
+    )
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """The facts of a model from its Hugging Face configuration, or ``ValueError``: see ``Family.shape``."""
+    return family_of(config).shape(config)

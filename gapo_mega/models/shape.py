@@ -1,0 +1,47 @@
+"""What Megatron has to know of a model to build it, read off a Hugging Face configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer: RMSNorm before each block, rotary positions, gated SiLU MLP.
+
+    Attributes:
+        family: name of the ``gapo_mega.models`` family that the model belongs to.
+        num_layers: decoder layers.
+        hidden: width of the residual stream.
+        ffn: width of the MLP, for the gate and for the up projection each.
+        heads: query heads.
+        kv_groups: key/value heads; ``heads`` is a multiple of it.
+        head_dim: width of one head; ``heads * head_dim`` may differ from ``hidden``.
+        vocab: rows of the embedding, without padding.
+        tied: the output layer is the embedding.
+        rope_theta: base of the rotary frequencies; they are not scaled.
+        norm_eps: epsilon of every RMSNorm.
+        qkv_bias: Q, K and V projections carry a bias; no other layer does.
+        max_positions: longest sequence that the model was trained for.
+        sliding_window: a token attends to itself and the ``sliding_window - 1`` tokens before it;
+            ``None``: to all before it. Sequences up to this length are not affected by it.
+    """
+
+    family: str
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    max_positions: int
+    sliding_window: int | None = None
+
+    def padded_vocab(self, multiple: int) -> int:
+        """``vocab`` rounded up to a multiple, so that tensor-parallel ranks hold equal parts."""
+        return -(-self.vocab // multiple) * multiple
