@@ -33,7 +33,7 @@ def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, no
             f"rollout.samples_per_prompt: {alone} of {counts_G.numel()} prompts have a single sample, "
             "accepted: at least 2 for advantages.name group"
         )
-    count_B = counts_G[member_B].to(returns_MB.dtype)
+    count_B: Tensor = counts_G[member_B].to(returns_MB.dtype)
     groups = counts_G.numel()
     deviation_MB = returns_MB - _group_sum(returns_MB, member_B, groups) / count_B
     advantages_MB = deviation_MB
@@ -52,8 +52,7 @@ def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, no
 def _group_sum(x_MB: Tensor, member_B: Tensor, groups: int) -> Tensor:
     """The sum over each row's group, in every row of the group."""
     sums_MG = x_MB.new_zeros(x_MB.shape[0], groups).index_add(1, member_B, x_MB)
-    per_row_MB: Tensor = sums_MG[:, member_B]
-    return per_row_MB
+    return sums_MG.index_select(1, member_B)
 
 
 @dataclass(frozen=True, kw_only=True)

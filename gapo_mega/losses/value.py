@@ -1,4 +1,4 @@
-"""The clipped value loss of PPO, for all objectives' values at once."""
+"""The clipped value loss of PPO, for the values of one objective or of all at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ def value_loss_sum(
 ) -> Tensor:
     """Sum over objectives and response tokens of ``0.5 max((v - R)^2, (v_clip - R)^2)``.
 
-    ``v_clip`` is ``v`` kept within ``value_clip`` of the value before the update. A scalar with a graph
-    to ``values_MBT`` [M, B, T]; positions where ``mask_BT`` (bool [B, T]) is False add exactly 0 to the
-    loss and to the gradient, whatever they hold.
+    ``v_clip`` is ``v`` kept within ``value_clip`` of the value before the update. The values and returns
+    are all [M, B, T], or all [B, T] of one objective. The result is a scalar with a graph to
+    ``values_MBT``; positions where ``mask_BT`` (bool [B, T]) is False add exactly 0 to the loss and to
+    the gradient, whatever they hold.
     """
     change_MBT = torch.where(mask_BT, values_MBT - old_values_MBT, 0.0)
     old_error_MBT = torch.where(mask_BT, old_values_MBT - returns_MBT, 0.0)
