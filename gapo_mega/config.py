@@ -22,7 +22,9 @@ class ModelConfig(Section):
     """The policy; the reference is its frozen copy."""
 
     path: str = Field(description="Hugging Face directory or hub name of the policy")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 main parameters")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute type; bf16 keeps fp32 main parameters"
+    )
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
 
 
@@ -47,7 +49,9 @@ class ParallelConfig(Section):
                     "not been verified in other layouts)"
                 )
         if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2")
+            raise ValueError(
+                "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
+            )
         return self
 
 
@@ -57,12 +61,16 @@ class DataConfig(Section):
     source: str
     split: str = "train"
     prompt_column: str = Field("prompt", description="a string, or a list of {role, content} messages")
-    heldout_source: str | None = Field(None, description="where held-out prompts come from; none: cut from source")
+    heldout_source: str | None = Field(
+        None, description="where held-out prompts come from; none: cut from source"
+    )
     heldout_split: str = "test"
     heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
     system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
     chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
-    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are left out, and counted in the log")
+    max_prompt_tokens: int = Field(
+        256, ge=1, description="longer prompts are left out, and counted in the log"
+    )
     shuffle: bool = True
 
 
@@ -101,7 +109,9 @@ class AdvantageConfig(Section):
 
     name: str = "group"
     options: dict[str, Any] = Field(default_factory=dict)
-    whiten: bool = Field(False, description="unit variance per objective over the step's tokens; rescales ||g_i||")
+    whiten: bool = Field(
+        False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
+    )
 
 
 class AlgorithmConfig(Section):
@@ -112,6 +122,11 @@ class AlgorithmConfig(Section):
     value_clip: float = Field(5.0, gt=0)
     ppo_epochs: int = Field(1, ge=1)
     minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
+    old_logprobs: Literal["recompute", "generator"] = Field(
+        "recompute",
+        description="recompute: by the training forward; generator: those of the rollout, one forward less "
+        "(equal to ~1e-5 in fp32; in bf16 the ratio of the first update is not exactly 1)",
+    )
 
 
 class OptimizerConfig(Section):
@@ -134,7 +149,9 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _sgd_is_not_distributed(self) -> OptimizerConfig:
         if self.name == "sgd" and self.distributed:
-            raise ValueError("optimizer.distributed: found true with name sgd; Megatron's distributed optimizer is Adam only, set false")
+            raise ValueError(
+                "optimizer.distributed: found true with name sgd; Megatron's distributed optimizer is Adam only, set false"
+            )
         return self
 
 

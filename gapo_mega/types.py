@@ -103,3 +103,18 @@ class Experience:
         order = torch.randperm(self.batch_size, generator=generator)
         for rows in order.chunk(count):
             yield self.select(rows)
+
+
+def bare_experience(tokens_BT: Tensor, response_mask_BT: Tensor) -> Experience:
+    """Tokens and mask alone, for forward passes; everything else is empty."""
+    rows = tokens_BT.shape[0]
+    empty_B0 = torch.empty(rows, 0)
+    return Experience(
+        tokens_BT=tokens_BT,
+        response_mask_BT=response_mask_BT,
+        group_B=torch.zeros(rows, dtype=torch.int64),
+        old_logprobs_BT=empty_B0,
+        ref_logprobs_BT=empty_B0,
+        scores_MB=torch.empty(0, rows),
+        token_rewards_MBT=torch.empty(0, rows, 0),
+    )

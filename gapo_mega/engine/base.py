@@ -15,15 +15,15 @@ from torch import Tensor
 
 from gapo_mega.types import Experience, Generation
 
-# (gram [M, M] float64 on the CPU, names) -> weights [M] float64. See gapo_mega.aggregation.
+# gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation.
 Aggregator = Callable[[Tensor], Tensor]
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
 # with a graph). The engine divides by the global number of response tokens of the minibatch.
 PolicyLoss = Callable[[Tensor, Experience, int], Tensor]
 
-# (values_MBT, microbatch) -> sum over objectives and response tokens of the value loss.
-ValueLoss = Callable[[Tensor, Experience], Tensor]
+# (values_BT of one objective, microbatch, objective index) -> *sum* over response tokens.
+ValueLoss = Callable[[Tensor, Experience, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Engine(Protocol):
     layout: Layout
     generator: Generator
 
-    def logprobs(self, experience_like: tuple[Tensor, Tensor], model: Literal["policy", "reference"]) -> Tensor:
-        """``(tokens_BT, response_mask_BT)`` -> log-probabilities [B, T] float32, CPU, no graph."""
+    def logprobs(self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]) -> Tensor:
+        """Log-probabilities of the response tokens [B, T] float32, CPU, no graph; 0 elsewhere."""
         ...
 
     def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
@@ -101,8 +101,12 @@ class Engine(Protocol):
         """One optimizer step on the aggregated gradient of all objectives."""
         ...
 
-    def update_critic(self, minibatch: Experience, loss: ValueLoss) -> dict[str, float]:
-        """One optimizer step of the critic(s)."""
+    def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
+        """One optimizer step of the critic(s); the value loss per model, global token mean."""
+        ...
+
+    def peak_memory(self) -> int:
+        """Largest number of bytes any rank has used so far: device memory, or resident on the CPU."""
         ...
 
     # -- communication: small tensors and Python objects -------------------------------------------

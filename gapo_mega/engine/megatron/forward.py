@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.cpu import device
@@ -20,8 +22,6 @@ OutputOf = Callable[[Tensor, Experience], Tensor]
 
 def to_device(experience: Experience) -> Experience:
     """The microbatch on this rank's device."""
-    from dataclasses import fields, replace
-
     moved = {f.name: getattr(experience, f.name) for f in fields(experience)}
     return replace(experience, **{k: v.to(device()) for k, v in moved.items() if v is not None})
 
@@ -38,13 +38,8 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
 
 
 def _multiple(model: nn.Module) -> int:
-    config = _config(model)
+    config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
-
-
-def _config(model: nn.Module) -> Any:
-    inner = model.module if model.__class__.__name__ == "DistributedDataParallel" else model
-    return inner.config
 
 
 def _schedule(

@@ -1,0 +1,69 @@
+"""Value models: one GPTModel with a head per objective, or one model per objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gapo_mega.engine.base import ValueLoss
+from gapo_mega.engine.megatron.build import Trainable
+from gapo_mega.engine.megatron.forward import forward_backward, forward_only
+from gapo_mega.engine.megatron.groups import Groups
+from gapo_mega.types import Experience
+
+
+def _before_token(output_BTH: Tensor, columns: int) -> Tensor:
+    """``[B, T', H] -> [H, B, T]``: column t is the value of the state in which token t is drawn.
+
+    The model's output at position t - 1 has seen the tokens before t; column 0 has no state.
+    """
+    shifted_BTH = torch.nn.functional.pad(output_BTH[:, : columns - 1], (0, 0, 1, 0))
+    return shifted_BTH.permute(2, 0, 1)
+
+
+class Critics:
+    """All value models of a run; objective ``i`` is head ``i`` of the concatenated heads."""
+
+    def __init__(self, models: list[Trainable], heads: int, groups: Groups, micro_batch: int) -> None:
+        self.models = models
+        self._heads = heads  # per model
+        self._groups = groups
+        self._micro_batch = micro_batch
+
+    def values(self, batch: Experience) -> Tensor:
+        """``[M, B, T]`` float32 on the CPU, no graph, the same on every rank of the replica."""
+        columns = batch.tokens_BT.shape[1]
+        outputs: list[Tensor] = []
+        for trainable in self.models:
+            parts = forward_only(
+                trainable.model,
+                batch.split(self._micro_batch),
+                lambda out, _: _before_token(out, columns).cpu(),
+            )
+            shape = (self._heads, batch.batch_size, columns)
+            local = torch.cat(parts, dim=1) if parts else torch.zeros(shape)
+            outputs.append(self._groups.from_last_stage(local.float()))
+        return torch.cat(outputs)
+
+    def update(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
+        """One optimizer step of every model; the value loss per model, global token mean."""
+        tokens = float(self._groups.sum_over_data(minibatch.response_mask_BT.sum()))
+        columns = minibatch.tokens_BT.shape[1]
+        losses: list[float] = []
+        for index, trainable in enumerate(self.models):
+            first = index * self._heads
+
+            def mean_loss(output_BTH: Tensor, batch: Experience, first: int = first) -> Tensor:
+                values_HBT = _before_token(output_BTH, columns)
+                parts = [loss(values_BT, batch, first + head) for head, values_BT in enumerate(values_HBT)]
+                return torch.stack(parts).sum() / tokens
+
+            trainable.model.zero_grad_buffer()
+            part = forward_backward(
+                trainable.model, minibatch.split(self._micro_batch), mean_loss, self._groups.layout.data
+            )
+            updated, _, _ = trainable.optimizer.step()
+            assert updated
+            trainable.scheduler.step(1)
+            losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))
+        return losses

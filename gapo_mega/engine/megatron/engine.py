@@ -1,0 +1,169 @@
+"""The Engine of ``engine/base.py`` over Megatron-core."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from gapo_mega.config import Config
+from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
+from gapo_mega.engine.megatron import checkpoint, groups, weights
+from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
+from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.engine.megatron.critic import Critics
+from gapo_mega.engine.megatron.forward import forward_only
+from gapo_mega.engine.megatron.generate import MegatronGenerator
+from gapo_mega.engine.megatron.gradients import SeparatePasses
+from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.models import hf_directory
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.types import Experience, bare_experience
+
+
+class MegatronEngine:
+    """Policy, reference, critics, generator and gradients of one run on this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        source: Path,
+        *,
+        pad_id: int,
+        eos_ids: list[int],
+        with_critic: bool,
+    ) -> None:
+        """Build every model of the run and load its weights.
+
+        Args:
+            source: the policy's Hugging Face directory, of shape ``shape``.
+            pad_id, eos_ids: of the policy's tokenizer.
+            with_critic: the advantage estimator needs values.
+        """
+        self._config = config
+        self._shape = shape
+        self._source = source
+        self.groups = groups.initialize(config.parallel.tensor, config.parallel.pipeline, config.seed)
+        self.layout = self.groups.layout
+        with megatron_device():
+            updates = config.steps * config.algorithm.ppo_epochs * config.algorithm.minibatches
+            self.policy = make_trainable(self._language_model(), config.optimizer, updates)
+            self.reference = self._language_model().eval().requires_grad_(False)
+            self.critics = self._critics(updates) if with_critic else None
+            self.gradients = SeparatePasses(
+                self.policy, self.groups, len(config.objectives), shape.vocab, config.micro_batch_size
+            )
+        self.generator = MegatronGenerator(
+            self.policy.model,
+            self.groups,
+            vocabulary=shape.vocab,
+            pad_id=pad_id,
+            eos_ids=eos_ids,
+            batch_size=config.rollout.batch_size,
+        )
+
+    # -- building ----------------------------------------------------------------------------------
+    def _language_model(self) -> GPTModel:
+        model = build_gpt(self._shape, self._config.model, self._config.parallel)
+        weights.load_hf(model, self._shape, self._source)
+        return model
+
+    def _critics(self, updates: int) -> Critics:
+        config, critic = self._config, self._config.critic
+        objectives = len(config.objectives)
+        count, heads = (1, objectives) if critic.heads == "shared" else (objectives, 1)
+        models: list[Trainable] = []
+        for _ in range(count):
+            model = build_gpt(self._shape, config.model, config.parallel, value_heads=heads)
+            weights.load_hf(model, self._shape, self._source if critic.path is None else hf_directory.resolve(critic.path))
+            models.append(make_trainable(model, critic.optimizer, updates))
+        return Critics(models, heads, self.groups, config.micro_batch_size)
+
+    # -- forward -----------------------------------------------------------------------------------
+    def logprobs(self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]) -> Tensor:
+        """See ``Engine.logprobs``."""
+        batch = bare_experience(tokens_BT, response_mask_BT)
+        stage: nn.Module = self.policy.model if model == "policy" else self.reference
+
+        def output_of(logits_BTV: Tensor, part: Experience) -> Tensor:
+            logprobs_BT = response_logprobs(logits_BTV, part.tokens_BT, part.response_mask_BT, self._shape.vocab)
+            return logprobs_BT.cpu()
+
+        with megatron_device():
+            parts = forward_only(stage, batch.split(self._config.micro_batch_size), output_of)
+        local = torch.cat(parts) if parts else torch.zeros(tokens_BT.shape)
+        return self.groups.from_last_stage(local)
+
+    def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+        """See ``Engine.values``."""
+        assert self.critics is not None
+        with megatron_device():
+            return self.critics.values(bare_experience(tokens_BT, response_mask_BT))
+
+    # -- updates -----------------------------------------------------------------------------------
+    def update_policy(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
+        """See ``Engine.update_policy``."""
+        with megatron_device():
+            return self.gradients.step(minibatch, loss, aggregator)
+
+    def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
+        """See ``Engine.update_critic``."""
+        assert self.critics is not None
+        with megatron_device():
+            return self.critics.update(minibatch, loss)
+
+    # -- communication -----------------------------------------------------------------------------
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """See ``Engine.sum_over_data``."""
+        return self.groups.sum_over_data(tensor)
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """See ``Engine.gather_over_data``."""
+        return self.groups.gather_over_data(value)
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """See ``Engine.broadcast_in_replica``."""
+        return self.groups.broadcast_in_replica(value)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def peak_memory(self) -> int:
+        """See ``Engine.peak_memory``."""
+        if torch.cuda.is_available():
+            own = torch.cuda.max_memory_allocated()
+        else:
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        result = torch.tensor(own)
+        for group in (self.groups.replica, self.groups.data):
+            dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+        return int(result)
+
+    # -- persistence -------------------------------------------------------------------------------
+    def _trainables(self) -> dict[str, Trainable]:
+        critics = self.critics.models if self.critics is not None else []
+        return {"policy": self.policy, **{f"critic{i}": c for i, c in enumerate(critics)}}
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+        """See ``Engine.save``."""
+        checkpoint.save(directory, self._trainables(), extra, self.groups)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """See ``Engine.load``."""
+        return checkpoint.load(directory, self._trainables(), self.groups)
+
+    def export_hf(self, directory: Path) -> None:
+        """See ``Engine.export_hf``."""
+        with megatron_device():
+            weights.export_hf(self.policy.model.module, self._shape, self._source, directory, overwrite=True)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        groups.shutdown()

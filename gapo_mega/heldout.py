@@ -1,0 +1,66 @@
+"""Held-out prompts answered before and after training: same prompts, same sampling seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gapo_mega.config import EvaluationConfig
+from gapo_mega.engine.base import Engine
+from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.score import Scorer
+from gapo_mega.types import Prompt
+
+_SEED_OFFSET = 77_003  # away from the seeds of training rollouts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Responses to all held-out prompts, in the prompts' order, with their scores."""
+
+    prompts: list[str]
+    responses: list[str]
+    scores: list[list[float]]  # [M][prompts x samples]
+
+
+class HeldOut:
+    """Answers the held-out prompts with the current policy, shared over data-parallel ranks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        collector: Collector,
+        scorer: Scorer,
+        prompts: list[Prompt],
+        evaluation: EvaluationConfig,
+        seed: int,
+    ) -> None:
+        self._engine = engine
+        self._collector = collector
+        self._scorer = scorer
+        self._prompts = prompts
+        self.samples = evaluation.samples_per_prompt
+        self._seed = seed + _SEED_OFFSET
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def answer(self) -> Answers:
+        """Collective; the same on every rank. Empty without held-out prompts."""
+        layout = self._engine.layout
+        numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
+        part: list[tuple[int, str, str, list[float]]] = []
+        if numbers:
+            rollout = self._collector.collect(
+                [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank
+            )
+            scores_BM = self._scorer.scores(rollout.prompts, rollout.responses).T.tolist()
+            rows = [i for i in numbers for _ in range(self.samples)]
+            part = list(zip(rows, rollout.prompts, rollout.responses, scores_BM, strict=True))
+        # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
+        everything = sorted(sum(self._engine.gather_over_data(part), []), key=lambda answer: answer[0])
+        if not everything:
+            return Answers([], [], [])
+        _, prompts, responses, scores = zip(*everything, strict=True)
+        return Answers(list(prompts), list(responses), torch.tensor(scores, dtype=torch.float64).T.tolist())

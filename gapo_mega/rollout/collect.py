@@ -1,0 +1,39 @@
+"""From prompts to decoded responses."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gapo_mega.engine.base import Generator, SamplingParameters
+from gapo_mega.types import Prompt, Rollout
+
+
+class Collector:
+    """Samples responses of the current policy for this data-parallel rank's prompts."""
+
+    def __init__(
+        self, generator: Generator, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParameters
+    ) -> None:
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+
+    def collect(self, prompts: list[Prompt], samples: int, seed: int) -> Rollout:
+        """``samples`` responses per prompt; the samples of a prompt are adjacent rows."""
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        generation = self._generator.generate([p.token_ids for p in repeated], self._sampling, seed)
+        responses = [
+            self._tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True)
+            for tokens_T, mask_T in zip(generation.tokens_BT, generation.response_mask_BT, strict=True)
+        ]
+        return Rollout(
+            prompts=[p.text for p in repeated],
+            responses=responses,
+            group_B=torch.arange(len(prompts)).repeat_interleave(samples),
+            tokens_BT=generation.tokens_BT,
+            prompt_lengths_B=generation.prompt_lengths_B,
+            response_mask_BT=generation.response_mask_BT,
+            logprobs_BT=generation.logprobs_BT,
+            finished_B=generation.finished_B,
+        )

@@ -1,0 +1,92 @@
+"""From responses to rewards: objectives, log-probabilities, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gapo_mega.config import AlgorithmConfig
+from gapo_mega.engine.base import Engine
+from gapo_mega.types import Experience, Rollout
+
+# (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
+TokenRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+class Scored(Protocol):
+    """What the scorer needs of an objective; see ``gapo_mega.objectives``."""
+
+    name: str
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One finite number per response, higher is better."""
+        ...
+
+
+class Scorer:
+    """Turns a rollout into an experience without advantages."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        objectives: Sequence[Scored],
+        algorithm: AlgorithmConfig,
+        token_rewards: TokenRewards,
+        with_values: bool,
+        timer: Timer,
+    ) -> None:
+        self._engine = engine
+        self._objectives = objectives
+        self._algorithm = algorithm
+        self._token_rewards = token_rewards
+        self._with_values = with_values
+        self._timer = timer
+
+    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """``[M, B]`` float32. Each response is scored once per replica, not once per rank."""
+        first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0
+        outcome: Tensor | Exception | None = None
+        if first:
+            try:
+                outcome = torch.tensor(
+                    [objective.score(prompts, responses) for objective in self._objectives],
+                    dtype=torch.float32,
+                )
+            except Exception as error:  # every rank must learn of it, or the others wait for ever
+                outcome = error
+        outcome = self._engine.broadcast_in_replica(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        return outcome.reshape(len(self._objectives), len(responses))
+
+    def score(self, rollout: Rollout) -> Experience:
+        """Rewards per objective, old and reference log-probabilities, and values with a critic."""
+        tokens_BT, mask_BT = rollout.tokens_BT, rollout.response_mask_BT
+        with self._timer("score"):
+            scores_MB = self.scores(rollout.prompts, rollout.responses)
+        old_BT = rollout.logprobs_BT
+        if self._algorithm.old_logprobs == "recompute":
+            with self._timer("old_logprobs"):
+                old_BT = self._engine.logprobs(tokens_BT, mask_BT, "policy")
+        with self._timer("reference"):
+            ref_BT = self._engine.logprobs(tokens_BT, mask_BT, "reference")
+        values_MBT = None
+        if self._with_values:
+            with self._timer("values"):
+                values_MBT = self._engine.values(tokens_BT, mask_BT)
+        return Experience(
+            tokens_BT=tokens_BT,
+            response_mask_BT=mask_BT,
+            group_B=rollout.group_B,
+            old_logprobs_BT=old_BT,
+            ref_logprobs_BT=ref_BT,
+            scores_MB=scores_MB,
+            token_rewards_MBT=self._token_rewards(scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta),
+            values_MBT=values_MBT,
+        )
