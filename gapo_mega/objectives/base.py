@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
@@ -52,19 +53,18 @@ class ObjectiveKind(ABC):
         return scores if clip is None else [max(-clip, min(clip, score)) for score in scores]
 
     def _numbers(self, result: object, count: int) -> list[float]:
-        values = result.tolist() if isinstance(result, Tensor) else result
-        try:
-            items = list(values)  # type: ignore[call-overload]
-        except TypeError:
+        values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
             kind = type(result).__name__
-            raise self._error(f"found a result of type {kind}, accepted: a list of scores") from None
-        if isinstance(values, str | bytes) or len(items) != count:
+            raise self._error(f"found a result of type {kind}, accepted: a list of scores")
+        items = list(values)
+        if len(items) != count:
             raise self._error(f"found {len(items)} scores, accepted: {count}, one for each response")
         return [self._number(index, item) for index, item in enumerate(items)]
 
-    def _number(self, index: int, item: object) -> float:
+    def _number(self, index: int, item: Any) -> float:
         try:
-            number = math.nan if isinstance(item, str | bytes) else float(item)  # type: ignore[arg-type]
+            number = math.nan if isinstance(item, str | bytes) else float(item)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

@@ -66,7 +66,10 @@ class PythonFunction(ObjectiveKind):
         return checked
 
     def _check_arguments(self) -> None:
-        signature = inspect.signature(self._function)
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:  # some compiled functions do not tell their arguments
+            return
         try:
             signature.bind([], [], **self.config.options)
         except TypeError as error:
