@@ -1,0 +1,113 @@
+"""Layout checks: what cannot work is refused, with the values that would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gapo_mega.config import Config
+from gapo_mega.layout_checks import check_layout, data_parallel_size
+from gapo_mega.models import ModelShape
+
+SMOLLM2 = ModelShape(
+    family="llama", num_layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152,
+    tied=True, rope_theta=1e5, norm_eps=1e-5, qkv_bias=False, max_positions=8192,
+)  # fmt: skip
+
+
+def config(**sections: Any) -> Config:
+    base: dict[str, Any] = {
+        "output_dir": "o",
+        "model": {"path": "m"},
+        "data": {"source": "s"},
+        "objectives": [{"name": "a"}, {"name": "b"}],
+        "micro_batch_size": 4,
+    }
+    return Config.model_validate(base | sections)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world"),
+    [({}, 1), ({}, 2), ({"tensor": 3}, 3), ({"pipeline": 2}, 2), ({"tensor": 3, "pipeline": 2}, 12)],
+)
+def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
+    check_layout(config(parallel=parallel), SMOLLM2, world)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "message"),
+    [
+        (
+            {"parallel": {"tensor": 3}},
+            4,
+            "parallel: found tensor 3 x pipeline 1 = 3 processes on a world of 4, accepted: a product that "
+            "divides "
+            "it (1, 2, 4)",
+        ),
+        (
+            {"parallel": {"tensor": 2}},
+            2,
+            "parallel.tensor: found 2, accepted for a model with 9 attention heads, 3 key-value groups, "
+            "1536 feed-forward width: 1, 3",
+        ),
+        ({"parallel": {"tensor": 9}}, 9, "parallel.tensor: found 9,"),
+        (
+            {"parallel": {"pipeline": 4}},
+            4,
+            "parallel.pipeline: found 4, accepted for 30 layers: 1, 2, 3, 5, 6, 10, 15, 30",
+        ),
+        (
+            {},
+            3,
+            "rollout.prompts_per_step: found 8, accepted for 3 data-parallel ranks: a multiple of 3",
+        ),
+        (
+            {"algorithm": {"minibatches": 3}},
+            2,
+            "algorithm.minibatches: found 3, accepted for the 16 sequences of a data-parallel rank: 1, 2, "
+            "4, 8, 16",
+        ),
+        (
+            {"micro_batch_size": 3, "algorithm": {"minibatches": 2}},
+            2,
+            "micro_batch_size: found 3, accepted for minibatches of 8 sequences on a data-parallel rank: 1, "
+            "2, 4, 8",
+        ),
+        (
+            {"data": {"source": "s", "max_prompt_tokens": 8000}, "rollout": {"max_new_tokens": 193}},
+            1,
+            "data.max_prompt_tokens + rollout.max_new_tokens: found 8000 + 193 = 8193, accepted: at most "
+            "the model's "
+            "8192 positions",
+        ),
+        (
+            {"rollout": {"samples_per_prompt": 1}},
+            1,
+            "rollout.samples_per_prompt: found 1, accepted with advantages.name group: 2 or more",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(sections: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_layout(config(**sections), SMOLLM2, world)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_sliding_window_bounds_the_length() -> None:
+    windowed = replace(SMOLLM2, sliding_window=320)
+    check_layout(config(), windowed, 1)  # 256 + 64 tokens fill it exactly
+    with pytest.raises(ValueError, match="accepted: at most 319, the model's sliding attention window"):
+        check_layout(config(), replace(SMOLLM2, sliding_window=319), 1)
+
+
+def test_gae_needs_no_second_sample() -> None:
+    check_layout(
+        config(advantages={"name": "gae"}, rollout={"samples_per_prompt": 1}, micro_batch_size=8), SMOLLM2, 1
+    )
+
+
+def test_data_parallel_size_is_the_rest_of_the_world() -> None:
+    assert data_parallel_size(config(parallel={"tensor": 2, "pipeline": 3}), 24) == 4
