@@ -36,11 +36,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that ``_Loader`` would read as numbers."""
+
+
 # YAML 1.1, which PyYAML follows, wants a dot in a float; learning rates are rarely written that way.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,12 +66,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config, path: str | Path) -> None:
     """Write every field of ``config``, defaults included, as YAML that :func:`load` reads back."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, in the order in which the fields are declared."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Not allow_unicode: PyYAML does not read back every character that it then writes as it is.
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gapo_mega.config import Config
@@ -146,10 +146,13 @@ def test_broken_files(file: Path, tmp_path: Path) -> None:
 
 def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
     config = load(file, ["optimizer.lr=1e-7", "data.system_prompt='no: really'", "seed=7"])
-    dump(config, tmp_path / "config.yaml")
-    assert load(tmp_path / "config.yaml") == config
+    dump(config, tmp_path / "new" / "config.yaml")
+    assert load(tmp_path / "new" / "config.yaml") == config
 
 
+@settings(deadline=None)  # a time limit says nothing about correctness on a busy machine
+@example(lr=1.0, seed=0, text="1e5")
+@example(lr=1.0, seed=0, text="\x85")
 @given(lr=st.floats(min_value=1e-300, max_value=1e300), seed=st.integers(), text=st.text(max_size=30))
 def test_dump_reads_back_any_number_and_text(
     tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, text: str
