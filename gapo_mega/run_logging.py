@@ -233,7 +233,7 @@ def check_logging(config: LoggingConfig) -> None:
     """Refuse, before any work, a log whose package is missing. Raises ``ValueError``."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
-            "logging.tensorboard: found true, but tensorboard is not installed; run `pip install tensorboard` "
+            "logging.tensorboard: found true, but it is not installed; run `pip install tensorboard`, "
             f"or set logging.tensorboard=false (lost: its event files; {METRICS_FILE} remains)"
         )
     if config.wandb and not optional.wandb().usable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,9 +15,11 @@ from gapo_mega.evaluation.heldout import Summary, change_in_standard_errors
 
 def summary_table(summary: Summary) -> Table:
     """Objective, before, after, change, standard error, change in standard errors."""
-    table = Table(title="Held-out reward before and after training", title_justify="left")
-    table.add_column("objective", style="bold")
-    for column in ("before", "after", "change", "std. error", "change / s.e.", "prompts"):
+    table = Table(
+        title="Held-out reward before and after training", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("objective", style="bold", overflow="fold")
+    for column in ("before", "after", "change", "std. err.", "change / s.e.", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, facts in summary["objectives"].items():
         error = facts["standard_error"]

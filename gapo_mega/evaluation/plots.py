@@ -1,0 +1,333 @@
+"""The report's pictures. Plain matplotlib figures: no pyplot, no global state.
+
+Every ``draw_*`` function fills one figure or sub-figure, so that the overview is made of the same parts.
+Colours are Okabe and Ito's, which stay apart for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import MaxNLocator
+
+from gapo_mega.evaluation.heldout import Summary, change_in_standard_errors
+from gapo_mega.evaluation.series import Array, Series
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"
+CONFLICT = "#D55E00"
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "figure.dpi": 150,
+    "savefig.facecolor": "white",
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.18,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A written PNG: its file name, and what it shows in one sentence (the page's alternative text)."""
+
+    file: str
+    caption: str
+
+
+def colour(index: int) -> str:
+    """An objective's colour, the same in every picture."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def write_pictures(
+    directory: Path, series: Series, names: Sequence[str], summary: Summary | None
+) -> list[Picture]:
+    """Every PNG of a run into ``directory``; the overview comes first."""
+    pairs = list(combinations(names, 2))
+    height = 1.2 + 1.5 * len(names)
+    plans: list[tuple[str, str, tuple[float, float], Callable[[FigureBase], None]]] = [
+        (
+            "overview.png",
+            "The run in one picture.",
+            (12.0, 8.4),
+            lambda f: draw_overview(f, series, names, summary),
+        ),
+        (
+            "rewards.png",
+            "Mean reward of the responses sampled for training, per objective: dots are steps, the line is a "
+            "moving average.",
+            (6.6, max(3.8, height)),
+            lambda f: draw_rewards(f, series, names),
+        ),
+        (
+            "gradient_norms.png",
+            "Length of each objective's full-parameter gradient, on a logarithmic scale.",
+            (6.6, 3.8),
+            lambda f: draw_norms(f, series, names),
+        ),
+        (
+            "progress.png",
+            "Cosine between the combined direction and each objective's gradient: above zero, the step "
+            "improves the objective to first order.",
+            (6.6, 3.8),
+            lambda f: draw_progress(f, series, names),
+        ),
+        (
+            "weights.png",
+            "Left: how much of the combined direction each objective contributes, w_i ‖g_i‖ over their "
+            "sum. Right: the weights themselves.",
+            (6.6, 3.8),
+            lambda f: draw_weights(f, series, names),
+        ),
+        (
+            "kl.png",
+            "Mean divergence of the policy from the reference on the sampled tokens.",
+            (6.6, 3.8),
+            lambda f: draw_kl(f, series),
+        ),
+    ]
+    if pairs:
+        cosines = (
+            "cosines.png",
+            "Cosine between the objectives' gradients: below zero they are in conflict.",
+            (6.6, 3.8),
+            lambda f: draw_cosines(f, series, pairs),
+        )
+        plans.insert(3, cosines)
+    if summary is not None:
+        before_after = (
+            "before_after.png",
+            "Mean reward on held-out prompts before and after training; whiskers span two standard errors of "
+            "the paired difference either way.",
+            (max(6.6, 2.2 * len(names)), 3.8),
+            lambda f: draw_before_after(f, summary),
+        )
+        plans.insert(1, before_after)
+    with style.context(STYLE):
+        for file, _, size, draw in plans:
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            figure.savefig(directory / file)
+    return [Picture(file, caption) for file, caption, _, _ in plans]
+
+
+def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summary: Summary | None) -> None:
+    """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines."""
+    panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
+    draw_rewards(panels[0, 0], series, names)
+    if summary is not None:
+        draw_before_after(panels[0, 1], summary)
+    else:
+        draw_kl(panels[0, 1], series)
+    draw_norms(panels[1, 0], series, names)
+    pairs = list(combinations(names, 2))
+    if pairs:
+        draw_cosines(panels[1, 1], series, pairs)
+    else:
+        draw_progress(panels[1, 1], series, names)
+
+
+def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+    """One panel an objective under a shared step axis: their scales have nothing in common."""
+    _title(figure, "Reward while training", f"dots: steps · line: mean of {series.window}")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
+        _dots_and_line(axes, series, f"reward/{name}", colour(index))
+        axes.set_ylabel(name, color=colour(index), fontweight="bold")
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    figure.align_ylabels(list(panels))
+    _step_axis(panels[-1], series)
+
+
+def draw_norms(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+    """sqrt(G_ii) of every objective; logarithmic, because they may differ by orders of magnitude."""
+    _title(figure, "Gradient norm per objective", "all parameters · log scale")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        _dots_and_line(axes, series, f"grad_norm/{name}", colour(index), label=name)
+    if any((series[f"grad_norm/{name}"] > 0).any() for name in names):
+        axes.set_yscale("log")
+    axes.set_ylabel("‖g‖")
+    _step_axis(axes, series)
+    _legend(axes)
+
+
+def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, str]]) -> None:
+    """Cosines between gradients, a line a pair of objectives."""
+    _title(figure, "Do the objectives conflict?", "cosine of their gradients")
+    axes = figure.subplots()
+    for index, (a, b) in enumerate(pairs):
+        # One pair has both objectives' colours to itself; it takes a neutral one.
+        shade = INK if len(pairs) == 1 else colour(index)
+        _dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
+    _mark_below_zero(axes, "conflict")
+    axes.set_ylabel("cosine")
+    _step_axis(axes, series)
+    _legend(axes)
+
+
+def draw_progress(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+    """cos(direction, g_i) = (G w)_i / (||g_i|| ||direction||)."""
+    _title(figure, "Does the step help every objective?", "cosine: direction, gradient")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        lengths = series[f"grad_norm/{name}"] * series["gradient_norm"]
+        alignment = _ratio(series[f"predicted_change/{name}"], lengths)
+        width = _nested_width(index, len(names))
+        axes.plot(
+            series.steps, alignment, color=colour(index), label=name, linewidth=width, marker=_marker(series)
+        )
+    _mark_below_zero(axes, "this objective is hurt")
+    axes.set_ylabel("cosine")
+    _step_axis(axes, series)
+    _legend(axes)
+
+
+def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+    """Two panels: |w_i| ||g_i|| / sum_j |w_j| ||g_j||, and w_i itself."""
+    left, right = figure.subplots(1, 2)
+    lengths = np.abs([series[f"weight/{name}"] * series[f"grad_norm/{name}"] for name in names])
+    shares = _ratio(lengths, lengths.sum(axis=0, keepdims=True))
+    # Each step owns the interval around it, so that a single step is visible and a skipped one leaves a gap.
+    edges = np.concatenate([series.steps - 0.5, series.steps[-1:] + 0.5])
+    floor = np.zeros(len(series.steps))
+    for index, name in enumerate(names):
+        top = floor + shares[index]
+        left.stairs(top, edges, baseline=floor, fill=True, color=colour(index), label=name)
+        floor = top
+        width = _nested_width(index, len(names))
+        weight = series[f"weight/{name}"]
+        right.plot(series.steps, weight, color=colour(index), linewidth=width, marker=_marker(series))
+    left.set_ylim(0, 1)
+    left.set_title("Share of the direction", loc="left", fontweight="bold", fontsize=11)
+    weights = np.concatenate([series[f"weight/{name}"] for name in names])
+    positive = weights[np.isfinite(weights) & (weights > 0)]
+    # A weight of zero (an objective left out) has no place on a logarithmic axis.
+    if len(positive) == np.isfinite(weights).sum() > 0 and positive.max() > 10 * positive.min():
+        right.set_yscale("log")
+    right.set_title("Weight", loc="left", fontweight="bold", fontsize=11)
+    _step_axis(left, series)
+    _step_axis(right, series)
+    left.legend(loc="lower left", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def draw_kl(figure: FigureBase, series: Series) -> None:
+    """KL to the reference over steps."""
+    _title(figure, "Distance from the reference policy", "KL per token")
+    axes = figure.subplots()
+    _dots_and_line(axes, series, "kl", INK)
+    axes.set_ylabel("KL (nats)")
+    _step_axis(axes, series)
+
+
+def draw_before_after(figure: FigureBase, summary: Summary) -> None:
+    """Two bars an objective, each objective on its own scale."""
+    objectives = summary["objectives"]
+    prompts = next(iter(objectives.values()))["samples"]
+    _title(figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors")
+    panels = figure.subplots(1, len(objectives), squeeze=False)[0]
+    for index, ((name, facts), axes) in enumerate(zip(objectives.items(), panels, strict=True)):
+        _bars(axes, facts, colour(index))
+        ratio = change_in_standard_errors(facts)
+        change = f"{facts['after'] - facts['before']:+.3g}"
+        note = (change if ratio is None else f"{change}  ({ratio:+.1f} s.e.)").replace("-", "\N{MINUS SIGN}")
+        axes.set_title(f"{name}\n", color=colour(index), fontweight="bold", fontsize=10)
+        axes.text(0.5, 1.03, note, transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
+
+
+def _bars(axes: Axes, facts: dict[str, Any], shade: str) -> None:
+    error = facts["standard_error"]
+    values = (facts["before"], facts["after"])
+    axes.bar([0, 1], values, width=0.62, color=["#c5ccd3", shade])
+    whisker = 0.0 if error is None or not np.isfinite(error) else 2 * error
+    if whisker:
+        axes.errorbar(1, values[1], yerr=whisker, color=INK, capsize=5, linewidth=1.4)
+    axes.axhline(0, color="#9aa5b1", linewidth=0.8)
+    axes.margins(y=0.16)
+    for x, value, reach in ((0, values[0], 0.0), (1, values[1], whisker)):
+        up = value >= 0
+        axes.annotate(
+            f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
+            (x, value + reach if up else value - reach),
+            textcoords="offset points",
+            xytext=(0, 4 if up else -4),
+            ha="center",
+            va="bottom" if up else "top",
+            fontsize=9,
+        )
+    axes.set_xticks([0, 1], ["before", "after"])
+    axes.set_xlim(-0.6, 1.6)
+    axes.grid(visible=False, axis="x")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:
+    axes.plot(series.steps, series[key], "o", color=shade, alpha=0.3, markersize=3.5, markeredgewidth=0)
+    axes.plot(series.steps, series.smooth(key), color=shade, label=label, marker=_marker(series))
+
+
+def _marker(series: Series) -> str:
+    """A line through one point is invisible."""
+    return "o" if len(series.steps) == 1 else ""
+
+
+def _nested_width(index: int, count: int) -> float:
+    """Later lines are thinner: lines that coincide (two unit gradients, say) all stay visible."""
+    return 1.6 + 1.2 * (count - 1 - index)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    part, whole = np.broadcast_arrays(part, whole)
+    result: Array = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
+    return result
+
+
+def _mark_below_zero(axes: Axes, text: str) -> None:
+    low, high = axes.get_ylim()
+    low, high = min(low, -0.1), max(high, 0.1)
+    axes.axhspan(low, 0, color=CONFLICT, alpha=0.07, linewidth=0)
+    axes.axhline(0, color="#9aa5b1", linewidth=1)
+    axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", va="bottom", color=CONFLICT, fontsize=9)
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def _title(figure: FigureBase, title: str, detail: str) -> None:
+    """Bold title at the left, what the marks mean in grey at the right."""
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    figure.text(0.98, 0.985, detail, ha="right", va="top", fontsize=8.5, color=MUTED)
+
+
+def _step_axis(axes: Axes, series: Series) -> None:
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first, last = series.steps[0], series.steps[-1]
+    pad = max(0.5, 0.015 * (last - first))
+    axes.set_xlim(first - pad, last + pad)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="best", fontsize=9)

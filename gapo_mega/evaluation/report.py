@@ -1,0 +1,144 @@
+"""The report of a run: pictures, and one HTML page that holds them all.
+
+The page is self-contained (pictures embedded, no script, nothing fetched), so it can be mailed or opened
+from a cluster's file system.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+
+from gapo_mega.config import Config
+from gapo_mega.evaluation.heldout import SUMMARY_FILE, Summary, change_in_standard_errors
+from gapo_mega.evaluation.plots import PALETTE, Picture, write_pictures
+from gapo_mega.evaluation.series import Series, read_series
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """Responses of the policy to one held-out prompt before and after training, with their scores."""
+
+    prompt: str
+    before: str
+    after: str
+    scores_before: Mapping[str, float]
+    scores_after: Mapping[str, float]
+
+
+def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
+    """Write ``report/`` (PNG pictures and ``index.html``) into a run directory; returns the page's path.
+
+    Reads ``config.yaml``, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
+    Raises ``ValueError`` where nothing has been logged.
+    """
+    series = read_series(run_dir)
+    config_text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    config = Config.model_validate(yaml.safe_load(config_text))
+    names = [objective.name for objective in config.objectives]
+    summary = _read_summary(run_dir / SUMMARY_FILE)
+    directory = run_dir / "report"
+    directory.mkdir(exist_ok=True)
+    pictures = write_pictures(directory, series, names, summary)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gapo_mega.evaluation", package_path=""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=run_dir.resolve().name,
+        objectives=_objective_rows(names, summary),
+        facts=_facts(config, series, summary),
+        phases=_phases(series),
+        pictures=[_embedded(directory, picture) for picture in pictures],
+        samples=samples,
+        names=names,
+        colours={name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
+        config_text=config_text,
+    )
+    path = directory / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read_summary(path: Path) -> Summary | None:
+    if not path.exists():
+        return None
+    summary: Summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if summary["objectives"] else None
+
+
+def _objective_rows(names: Sequence[str], summary: Summary | None) -> list[dict[str, Any]]:
+    if summary is None:
+        return []
+    rows = []
+    for name in names:
+        facts = summary["objectives"][name]
+        ratio = change_in_standard_errors(facts)
+        verdict = "unclear" if ratio is None or abs(ratio) <= 2 else "better" if ratio > 0 else "worse"
+        change = facts["after"] - facts["before"]
+        rows.append({"name": name, **facts, "change": change, "ratio": ratio, "verdict": verdict})
+    return rows
+
+
+def _facts(config: Config, series: Series, summary: Summary | None) -> list[tuple[str, str]]:
+    """Label and text of what a reader wants to know about the run at a glance."""
+    rollout, parallel = config.rollout, config.parallel
+    options = ", ".join(f"{key}={value}" for key, value in config.aggregation.options.items())
+    facts = [
+        ("Policy", config.model.path),
+        ("Method", f"{config.aggregation.name}({options})"),
+        ("Optimizer steps", f"{len(series.steps)}"),
+        ("Samples per step", f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt}"),
+        ("Response length", f"at most {rollout.max_new_tokens} tokens"),
+        ("Advantages", config.advantages.name),
+        ("Learning rate", f"{config.optimizer.lr:g} ({config.optimizer.name}, {config.optimizer.schedule})"),
+        ("KL weight", f"{config.algorithm.kl_beta:g}"),
+        ("Parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {config.model.dtype}"),
+        ("Seed", f"{config.seed}"),
+        ("Throughput", f"{np.nanmedian(series['tokens_per_second']):,.0f} tokens/s (median)"),
+        ("Peak memory", f"{np.nanmax(series['memory/peak_bytes']) / 2**30:.2f} GiB per rank"),
+    ]
+    skipped = int(np.nansum(series["skipped"]))
+    if skipped:
+        facts.append(("Skipped steps", f"{skipped} (a gradient was not finite)"))
+    if summary is not None:
+        facts.append(("Wall-clock time", _duration(summary["seconds"])))
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _phases(series: Series) -> list[dict[str, Any]]:
+    """Mean seconds of every phase of a step, longest first, with its share of the longest."""
+    means = {
+        key.removeprefix("time/"): float(np.nanmean(values))
+        for key, values in series.values.items()
+        if key.startswith("time/") and np.isfinite(values).any()
+    }
+    longest = max(means.values(), default=0.0)
+    return [
+        {"name": name.replace("_", " "), "seconds": mean, "share": mean / longest if longest else 0.0}
+        for name, mean in sorted(means.items(), key=lambda item: -item[1])
+    ]
+
+
+def _embedded(directory: Path, picture: Picture) -> dict[str, str]:
+    data = base64.b64encode((directory / picture.file).read_bytes()).decode("ascii")
+    return {"caption": picture.caption, "file": picture.file, "data": f"data:image/png;base64,{data}"}
