@@ -41,6 +41,15 @@ class Trainable:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def zero_grad(self) -> None:
+        """Empty the gradient buffer, and ``param.grad`` with it.
+
+        Megatron's fp32 optimizer leaves ``param.grad`` an alias of the buffer; the next backward would
+        accumulate into it and its hook then add it to the buffer again: one microbatch twice.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
     """The vocabulary size that a model over ``tensor`` ranks allocates."""

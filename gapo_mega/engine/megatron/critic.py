@@ -58,7 +58,7 @@ class Critics:
                 parts = [loss(values_BT, batch, first + head) for head, values_BT in enumerate(values_HBT)]
                 return torch.stack(parts).sum() / tokens
 
-            trainable.model.zero_grad_buffer()
+            trainable.zero_grad()
             part = forward_backward(
                 trainable.model, minibatch.split(self._micro_batch), mean_loss, self._groups.layout.data
             )

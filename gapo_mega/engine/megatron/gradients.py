@@ -112,7 +112,7 @@ class SeparatePasses:
         norms = gram.diagonal()
         nonfinite = [i for i, row in enumerate(gram) if not math.isfinite(float(norms[i])) or row.isnan().all()]
         if nonfinite or not gram.isfinite().all():
-            self._trainable.model.zero_grad_buffer()
+            self._trainable.zero_grad()
             return self._report(losses, gram, torch.zeros_like(norms), 0.0, clock, nonfinite=nonfinite)
         weights = aggregator(gram)
         clock.lap("weights")
@@ -135,7 +135,7 @@ class SeparatePasses:
         parts: list[Tensor] = []
         last = len(self._rows) - 1
         for index, row in enumerate(self._rows):
-            self._trainable.model.zero_grad_buffer()
+            self._trainable.zero_grad()
 
             def mean_loss(logits_BTV: Tensor, batch: Experience, index: int = index) -> Tensor:
                 logprobs_BT = response_logprobs(
