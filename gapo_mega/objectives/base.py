@@ -16,8 +16,7 @@ from gapo_mega.config import ObjectiveConfig
 class Objective(Protocol):
     """What the rest of the package sees: a name, and scores for pairs of text. Higher is better."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One finite score per pair; the two lists have the same length."""
@@ -31,10 +30,7 @@ class ObjectiveKind(ABC):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-
-    @property
-    def name(self) -> str:
-        return self.config.name
+        self.name: str = config.name
 
     @abstractmethod
     def evaluate(self, prompts: Sequence[str], responses: Sequence[str]) -> object:

@@ -1,6 +1,6 @@
 """The architecture, kept by a test: who may import whom, and how long a file may be.
 
-    cli -> trainer -> {rollout, evaluation, engine} -> engine.base
+    cli -> trainer -> its parts -> {rollout, evaluation, engine} -> engine.base
         -> {aggregation, objectives, losses, advantages, models} -> ops -> {types, config, ...}
 
 Imports point down and siblings do not import each other. Megatron is imported below
@@ -25,9 +25,10 @@ LONGEST_FILE = 450
 
 # From the top down. A unit may import units of lower layers only.
 LAYERS: list[set[str]] = [
-    {"__main__"},
+    {"__main__", "launch"},
     {"cli"},
     {"trainer"},
+    {"checkpoints", "finish", "heldout", "layout_checks", "memory_plan", "run_logging"},
     {"rollout", "evaluation", "engine"},
     {"engine.base"},  # the protocol that the layer above shares
     {"aggregation", "objectives", "losses", "advantages", "models"},
@@ -36,6 +37,8 @@ LAYERS: list[set[str]] = [
 # What is in no layer is at the bottom: types, config and the small modules about them, which may
 # import each other but nothing above.
 BOTTOM = len(LAYERS)
+# The single files that the trainer is made of, and those at the bottom, are no siblings.
+MAY_IMPORT_EACH_OTHER = (3, BOTTOM)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def violation(found: Import) -> str | None:
     if source == target:
         return None
     upper, lower = layer_of(source), layer_of(target)
-    if upper < lower or upper == lower == BOTTOM:
+    if upper < lower or (upper == lower and upper in MAY_IMPORT_EACH_OTHER):
         return None
     relation = "siblings do not import each other" if upper == lower else "imports point down"
     return f"{where}: {relation} ({source} is in layer {upper}, {target} in layer {lower})"
@@ -157,6 +160,7 @@ def test_no_file_is_long() -> None:
         ("types.py", "from gapo_mega import ops", "imports point down"),
         ("config.py", "from .aggregation.registry import methods", "imports point down"),
         ("losses/x.py", "from gapo_mega.engine.base import PolicyLoss", "imports point down"),
+        ("rollout/x.py", "from gapo_mega.checkpoints import CheckpointFolder", "imports point down"),
         ("engine/x.py", "if TYPE_CHECKING:\n    import gapo_mega.trainer", "imports point down"),
     ],
 )
@@ -185,6 +189,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str, message: 
         ),
         ("trainer.py", "import gapo_mega.engine.megatron.build\nimport megatronic"),
         ("aggregation/__init__.py", "from .base import Aggregator\nfrom gapo_mega.aggregation import gapo"),
+        ("finish.py", "from gapo_mega.heldout import HeldOut\nfrom gapo_mega.evaluation import report"),
         ("config_loading.py", "from gapo_mega.config import Config"),
     ],
 )

@@ -53,7 +53,7 @@ PROBLEMS = [
     pytest.param(problem, m, seed, id=f"{problem.__name__}-{m}-{seed}")
     for problem in (quadratics, logistic)
     for m in (2, 3)
-    for seed in (0, 1, 2)
+    for seed in (0, 2, 3)
 ]
 
 
