@@ -25,7 +25,7 @@ LONGEST_FILE = 450
 
 # From the top down. A unit may import units of lower layers only.
 LAYERS: list[set[str]] = [
-    {"__main__", "launch"},
+    {"__main__"},
     {"cli"},
     {"trainer"},
     {"checkpoints", "finish", "heldout", "layout_checks", "memory_plan", "run_logging"},
