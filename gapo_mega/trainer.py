@@ -95,8 +95,8 @@ class Trainer:
         self.seconds_before_resume = 0.0
         self.started = time.perf_counter()
 
-    def run(self) -> None:
-        """Train to ``config.steps``, or until SIGTERM; then write the exports and the report."""
+    def run(self, with_report: bool = True) -> None:
+        """Train to ``config.steps``, or until SIGTERM; then write the exported model and the report."""
         self._resume()
         if self.before is None:
             self.before = self.heldout.answer()
@@ -118,7 +118,8 @@ class Trainer:
         self.log.close()
         if self.config.checkpoint.save_final:
             self._save()
-        finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
+        if with_report:
+            finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
 
     # -- one step ----------------------------------------------------------------------------------
     def _train_step(self) -> None:
@@ -228,7 +229,11 @@ class Trainer:
             "rewards": [score / rows for score in scores],
             "kl": kl / max(tokens, 1.0),
             "tokens": tokens + prompt_tokens,
-            "extra": {"response_length": tokens / rows, "finished": finished / rows},
+            "extra": {
+                "prompt_length": prompt_tokens / rows,
+                "response_length": tokens / rows,
+                "finished": finished / rows,
+            },
         }
         if len(self.names) > 1 and self.config.rollout.samples_per_prompt > 1:
             gathered = self.engine.gather_over_data((experience.scores_MB, experience.group_B))
@@ -303,9 +308,10 @@ class Trainer:
         logger.info("resumed from %s: %d of %d steps done", latest, self.step, self.config.steps)
 
 
-def train(config: Config) -> None:
+def train(config: Config, with_report: bool = True) -> None:
     """Run a whole training on this process's share of the world (torchrun's environment, or alone).
 
+    ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
     Everything that can be refused is refused before a model is built. Raises ``ValueError``.
     """
     source = hf_directory.resolve(config.model.path)
@@ -327,7 +333,7 @@ def train(config: Config) -> None:
     try:
         if engine.layout.is_main:
             dump(config, Path(config.output_dir) / "config.yaml")
-        Trainer(config, engine, tokenizer, train_prompts, heldout_prompts).run()
+        Trainer(config, engine, tokenizer, train_prompts, heldout_prompts).run(with_report)
     finally:
         engine.close()
 

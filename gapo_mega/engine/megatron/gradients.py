@@ -105,15 +105,14 @@ class SeparatePasses:
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
         """Measure every objective's gradient, aggregate, and take one optimizer step."""
         clock = _Clock()
-        losses = self._measure(minibatch, loss)
-        clock.lap("forward_backward")
+        losses = self._measure(minibatch, loss, clock)
         gram = self._gram()
         clock.lap("gram")
-        norms = gram.diagonal()
-        nonfinite = [i for i, row in enumerate(gram) if not math.isfinite(float(norms[i])) or row.isnan().all()]
-        if nonfinite or not gram.isfinite().all():
+        # A NaN or Inf anywhere in a gradient makes its own squared norm NaN or Inf.
+        nonfinite = [i for i, square in enumerate(gram.diagonal()) if not math.isfinite(square)]
+        if nonfinite:
             self._trainable.zero_grad()
-            return self._report(losses, gram, torch.zeros_like(norms), 0.0, clock, nonfinite=nonfinite)
+            return self._report(losses, gram, torch.zeros(len(gram)), 0.0, clock, nonfinite=nonfinite)
         weights = aggregator(gram)
         clock.lap("weights")
         ops.combine_(self._shard.pieces, self._rows, weights)
@@ -129,7 +128,8 @@ class SeparatePasses:
         clock.lap("optimizer")
         return self._report(losses, gram, weights, float(norm), clock, learning_rate=learning_rate)
 
-    def _measure(self, minibatch: Experience, loss: PolicyLoss) -> list[float]:
+    def _measure(self, minibatch: Experience, loss: PolicyLoss, clock: _Clock) -> list[float]:
+        """Every objective's reduced gradient into its row; the losses, as global token means."""
         microbatches = minibatch.split(self._micro_batch)
         tokens = self._groups.sum_over_data(minibatch.response_mask_BT.sum())
         parts: list[Tensor] = []
@@ -150,6 +150,7 @@ class SeparatePasses:
             if index != last:
                 for kept, piece in zip(row, self._shard.pieces, strict=True):
                     kept.copy_(piece)
+            clock.lap(f"forward_backward/{index}")
         local = self._groups.from_last_stage(torch.stack(parts))
         return [float(x) for x in self._groups.sum_over_data(local)]
 
