@@ -1,0 +1,112 @@
+"""Choosing the next token of every row from its logits. Pure functions of tensors, any device.
+
+The order of the steps and the meaning of every parameter are those of transformers' ``generate``:
+repetition penalty, temperature, top-k, top-p, then a draw. The draw turns one uniform number into
+a token through the cumulative distribution, so what a row gets depends on its own logits and its
+own number only: neither on the batch it sits in nor on how the model is spread over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gapo_mega.engine.base import SamplingParameters
+
+_SEED_MASK = 2**64 - 1
+
+
+def check(sampling: SamplingParameters) -> None:
+    """Raise ValueError naming the first parameter that is out of range."""
+    ranges: Sequence[tuple[str, float, bool, str]] = (
+        ("max_new_tokens", sampling.max_new_tokens, sampling.max_new_tokens >= 1, "at least 1"),
+        ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (whole vocabulary) or more"),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0, at most 1"),
+        ("repetition_penalty", sampling.repetition_penalty, sampling.repetition_penalty > 0, "above 0"),
+    )
+    for name, found, accepted, words in ranges:
+        if not accepted:
+            raise ValueError(f"sampling.{name}: found {found}, accepted: {words}")
+
+
+def uniform_numbers(seed: int, rows: int, steps: int) -> Tensor:
+    """float64 ``[rows, steps]`` in [0, 1): row i is the Philox stream with key (seed, i)."""
+    keys = np.array([(seed & _SEED_MASK, row) for row in range(rows)], dtype=np.uint64)
+    streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
+    return torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
+
+
+def penalize_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float) -> Tensor:
+    """Logits with every token of its row's history made less likely (CTRL, arXiv 1909.05858, sec. 4.1).
+
+    Positive logits are divided by ``penalty`` and negative ones multiplied; once per token, however
+    often it occurs.
+    """
+    seen_BT = logits_BV.gather(-1, history_BT)
+    seen_BT = torch.where(seen_BT < 0, seen_BT * penalty, seen_BT / penalty)
+    return logits_BV.scatter(-1, history_BT, seen_BT)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """All but the ``k`` largest logits of a row (and those equal to the k-th) at minus infinity."""
+    kth_B1 = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """The fewest most likely tokens whose probabilities reach ``p``; the others at minus infinity."""
+    ascending_BV, order_BV = logits_BV.sort(dim=-1)
+    # Rising order adds the small probabilities first, which keeps the sum exact where the cut is.
+    dropped_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    dropped_BV[:, -1] = False
+    return logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Tokens int64 ``[B]``: the inverse of each row's cumulative distribution at ``uniform_B`` (float64)."""
+    weights_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp_()
+    cumulative_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:]
+    # Strictly below the total: rounding up to it would point past the last token.
+    level_B1 = torch.minimum(
+        uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    )
+    # right=True steps over tokens of probability 0, where the cumulative sum stands still.
+    tokens_B1 = torch.searchsorted(cumulative_BV, level_B1, right=True)
+    return tokens_B1.squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
+
+
+def choose(
+    logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: SamplingParameters
+) -> tuple[Tensor, Tensor]:
+    """The next token of every row, and its log-probability.
+
+    Args:
+        logits_BV: float32, true vocabulary only.
+        history_BT: int64, prompt and response so far; filler must repeat a token of the same row.
+        uniform_B: float64 in [0, 1); not used when greedy.
+        sampling: ``temperature`` 0 takes the largest logit, whatever ``top_k`` and ``top_p`` are.
+
+    Returns int64 ``[B]`` and float32 ``[B]``. The log-probability is that of the unchanged logits
+    (temperature 1, no penalty, no cut). Logits that are not numbers give a log-probability that is
+    not a number.
+    """
+    scores_BV = logits_BV
+    if sampling.repetition_penalty != 1.0:
+        scores_BV = penalize_repetition(scores_BV, history_BT, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        tokens_B = scores_BV.argmax(dim=-1)
+    else:
+        if sampling.temperature != 1.0:
+            scores_BV = scores_BV / sampling.temperature
+        if sampling.top_k > 0:
+            scores_BV = keep_top_k(scores_BV, sampling.top_k)
+        if sampling.top_p < 1.0:
+            scores_BV = keep_top_p(scores_BV, sampling.top_p)
+        tokens_B = draw(scores_BV, uniform_B)
+    logprobs_B = logits_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - logits_BV.logsumexp(dim=-1)
+    return tokens_B, logprobs_B
