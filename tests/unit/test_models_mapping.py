@@ -1,0 +1,195 @@
+"""Hugging Face <-> Megatron weights, without Megatron: every layout gives the same bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, LlamaConfig, MistralConfig
+
+from gapo_mega.models import HFDirectory, WeightMap, families, family_of, shape_of
+from gapo_mega.models.mapping import local_spec_name
+from tests.tiny import tiny_llama, tiny_mistral
+
+LAYER_PARAMETERS = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+
+
+def stage_parameters(layers: range, first: bool, last: bool, tied: bool) -> list[str]:
+    names = [f"decoder.layers.{layer}.{name}" for layer in layers for name in LAYER_PARAMETERS]
+    if first:
+        names.append("embedding.word_embeddings.weight")
+    if last:
+        names.append("decoder.final_layernorm.weight")
+        if not (tied and first):
+            names.append("output_layer.weight")
+    return names
+
+
+def round_trip(
+    directory: Path, tensor: int, pipeline: int, change: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Through the parameters of every rank of a layout; ``change`` alters them on the way."""
+    source = HFDirectory(directory)
+    shape = shape_of(source.config)
+    weights = family_of(source.config).weight_map(shape, tensor, padded_vocab=shape.padded_vocab(8 * tensor))
+    per_stage = shape.num_layers // pipeline
+    back: dict[str, Tensor] = {}
+    for stage in range(pipeline):
+        layers = range(stage * per_stage, (stage + 1) * per_stage)
+        for name in stage_parameters(layers, stage == 0, stage == pipeline - 1, shape.tied):
+            parts = [weights.to_megatron(name, source.read, rank) for rank in range(tensor)]
+            assert len({part.shape for part in parts}) == 1
+            if change is not None:
+                parts = [change(name, part) for part in parts]
+            if not weights.is_copy(name):
+                back.update(weights.to_hf(name, parts))
+    assert back.keys() == weights.hf_names() == source.names
+    return back
+
+
+def llama(directory: Path, *, tied: bool) -> Path:
+    """12 heads in 6 groups (head_dim is not hidden / heads), a vocabulary that nothing divides."""
+    tiny_llama(directory, tied=tied, heads=12, groups=6, vocab=101)
+    return directory
+
+
+def assert_bit_equal(tensors: dict[str, Tensor], directory: Path) -> None:
+    for name, expected in load_file(directory / "model.safetensors").items():
+        assert torch.equal(tensors[name], expected), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (3, 1), (6, 1), (1, 2), (2, 2), (3, 4)])
+def test_llama_round_trip_is_bit_equal(tmp_path: Path, tied: bool, tensor: int, pipeline: int) -> None:
+    directory = llama(tmp_path, tied=tied)
+    assert_bit_equal(round_trip(directory, tensor, pipeline), directory)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_mistral_round_trip_is_bit_equal(tmp_path: Path, tensor: int, pipeline: int) -> None:
+    tiny_mistral(tmp_path)
+    assert_bit_equal(round_trip(tmp_path, tensor, pipeline), tmp_path)
+
+
+def test_a_row_changed_by_one_percent_shows(tmp_path: Path) -> None:
+    def change(name: str, part: Tensor) -> Tensor:
+        changed = part.clone()
+        if name == "decoder.layers.2.self_attention.linear_qkv.weight":
+            changed[5] *= 1.01
+        return changed
+
+    back = round_trip(llama(tmp_path, tied=True), 2, 1, change)
+    originals = load_file(tmp_path / "model.safetensors")
+    different = {name for name, tensor in originals.items() if not torch.equal(back[name], tensor)}
+    assert different == {"model.layers.2.self_attn.q_proj.weight"}
+
+
+def test_padding_rows_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
+    source = HFDirectory(llama(tmp_path, tied=True))
+    shape = shape_of(source.config)
+    weights = family_of(source.config).weight_map(shape, tensor=2, padded_vocab=128)
+    parts = [weights.to_megatron("embedding.word_embeddings.weight", source.read, rank) for rank in range(2)]
+    assert [part.shape[0] for part in parts] == [64, 64]
+    assert not parts[1][shape.vocab - 64 :].any()
+    (whole,) = weights.to_hf("embedding.word_embeddings.weight", parts).values()
+    assert whole.shape[0] == shape.vocab
+
+
+def test_transformer_engine_names_mean_the_same_tensors() -> None:
+    fused = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
+    }
+    weights = families()["llama"].weight_map(shape_of(LlamaConfig()))
+    for fused_name, plain_name in fused.items():
+        name, plain = f"decoder.layers.3.{fused_name}", f"decoder.layers.3.{plain_name}"
+        assert local_spec_name(name) == plain
+        assert weights.sources(name) == weights.sources(plain)
+
+
+def test_qkv_bias_is_interleaved_like_the_weight() -> None:
+    shape = shape_of(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2))
+    biased = type(shape)(**{**vars(shape), "qkv_bias": True})
+    weights = WeightMap(biased, families()["llama"].table, tensor=2)
+    tensors = {"q": torch.arange(32.0), "k": 100 + torch.arange(16.0), "v": 200 + torch.arange(16.0)}
+    name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    parts = [weights.to_megatron(name, lambda hf: tensors[hf.split(".")[-2][0]], rank) for rank in range(2)]
+    expected = torch.cat([tensors["q"][16:], tensors["k"][8:], tensors["v"][8:]])
+    assert torch.equal(parts[1], expected)
+    back = weights.to_hf(name, parts)
+    assert torch.equal(back["model.layers.0.self_attn.k_proj.bias"], tensors["k"])
+
+
+def test_facts_of_mistral_7b() -> None:
+    config = MistralConfig(  # config.json of Mistral-7B-v0.1
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        sliding_window=4096,
+        rope_theta=10000.0,
+    )
+    shape = shape_of(config)
+    assert (shape.family, shape.head_dim, shape.kv_groups, shape.sliding_window) == ("mistral", 128, 8, 4096)
+    assert (shape.rope_theta, shape.tied, shape.qkv_bias) == (10000.0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act: found 'gelu', accepted: 'silu'"),
+        ({"attention_bias": True}, r"attention_bias: found True, accepted: False"),
+        ({"mlp_bias": True}, r"mlp_bias: found True"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+            r"rope_type: found 'linear', accepted: 'default'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+            r"partial_rotary_factor: found 0.5",
+        ),
+    ],
+)
+def test_what_megatron_would_compute_differently_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shape_of(LlamaConfig(**changes))
+
+
+def test_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"model_type 'gpt2', accepted: llama, mistral"):
+        shape_of(GPT2Config())
+
+
+def test_layouts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    shape = shape_of(LlamaConfig(num_key_value_heads=8))
+    with pytest.raises(ValueError, match=r"parallel.tensor: found 3, .* kv_groups 8"):
+        families()["llama"].weight_map(shape, tensor=3)
+
+
+def test_tensors_of_another_shape_than_the_configuration_are_refused(tmp_path: Path) -> None:
+    file = llama(tmp_path, tied=True) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(80, 48)
+    save_file(tensors, file, metadata={"format": "pt"})
+    source = HFDirectory(file.parent)
+    weights = family_of(source.config).weight_map(shape_of(source.config))
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.up_proj.weight: found 80 rows, config.json promises 96"
+    ):
+        weights.to_megatron("decoder.layers.1.mlp.linear_fc1.weight", source.read, 0)
