@@ -1,2 +1,149 @@
+// The Python side of api.h. Addresses, element types and the stream come as integers, so the module
+// needs no torch headers and works with every torch.
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_native, m) { m.attr("has_cuda") = bool(GAPO_HAS_CUDA); }
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "api.h"
+
+namespace py = pybind11;
+using gapo::DType;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Segments = std::vector<std::pair<int64_t, int64_t>>;
+
+template <class T>
+std::vector<T*> pointers(const std::vector<Address>& addresses) {
+  std::vector<T*> result;
+  for (Address address : addresses) result.push_back(reinterpret_cast<T*>(address));
+  return result;
+}
+
+gapo::Rows make_rows(int m, const std::vector<Address>& addresses, std::vector<int64_t> lengths,
+                     int dtype) {
+  if (m < 1 || m > gapo::kMaxRows || addresses.size() != m * lengths.size())
+    throw std::invalid_argument("rows: found " + std::to_string(m) + " rows with " +
+                                std::to_string(addresses.size()) +
+                                " pieces in all, accepted: 1 to " + std::to_string(gapo::kMaxRows) +
+                                " rows with one address a piece");
+  return {m, static_cast<DType>(dtype), std::move(lengths), pointers<const void>(addresses)};
+}
+
+gapo::Selection make_selection(const py::object& segments, const std::vector<Address>& weights) {
+  gapo::Selection selection;
+  selection.weights = pointers<const float>(weights);
+  if (!segments.is_none()) {
+    selection.everything = false;
+    for (const auto& [begin, end] : segments.cast<Segments>())
+      selection.segments.push_back({begin, end});
+  }
+  return selection;
+}
+
+void gramian(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+             int dtype, const py::object& segments, const std::vector<Address>& weights,
+             Address out, int threads, const std::string& isa) {
+  const auto all = make_rows(m, rows, lengths, dtype);
+  const auto selection = make_selection(segments, weights);
+  const py::gil_scoped_release unlocked;
+  gapo::cpu::gramian(all, selection, reinterpret_cast<double*>(out), threads, isa.c_str());
+}
+
+void combine(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+             int dtype, const std::vector<double>& weights, const std::vector<Address>& out,
+             int out_dtype, int threads, const std::string& isa) {
+  const auto all = make_rows(m, rows, lengths, dtype);
+  const py::gil_scoped_release unlocked;
+  gapo::cpu::combine(all, weights.data(), pointers<void>(out), static_cast<DType>(out_dtype),
+                     threads, isa.c_str());
+}
+
+std::pair<std::vector<double>, int> min_norm(const std::vector<double>& gram, int m) {
+  if (m < 1 || m > gapo::kMaxRows || gram.size() != static_cast<size_t>(m * m))
+    throw std::invalid_argument("gram: found " + std::to_string(m) + " rows, accepted: 1 to " +
+                                std::to_string(gapo::kMaxRows));
+  std::vector<double> weights(m);
+  const auto status = gapo::cpu::min_norm(gram.data(), m, weights.data());
+  return {weights, static_cast<int>(status)};
+}
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+  const std::string listed = GAPO_CUDA_ARCHS;
+  for (size_t begin = 0; begin < listed.size();) {
+    const size_t end = std::min(listed.find(',', begin), listed.size());
+    archs.push_back("sm_" + listed.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return archs;
+}
+
+#if GAPO_HAS_CUDA
+void* stream_of(Address stream) { return reinterpret_cast<void*>(stream); }
+
+void cuda_gramian(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+                  int dtype, const std::vector<Address>& weights, const gapo::cuda::Plan& plan,
+                  Address table, Address workspace, Address out, int device, Address stream) {
+  const auto all = make_rows(m, rows, lengths, dtype);
+  const py::gil_scoped_release unlocked;
+  gapo::cuda::gramian(all, pointers<const float>(weights), plan,
+                      reinterpret_cast<const int64_t*>(table), reinterpret_cast<double*>(workspace),
+                      reinterpret_cast<double*>(out), device, stream_of(stream));
+}
+
+void cuda_combine(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+                  int dtype, Address weights, const std::vector<Address>& out, int out_dtype,
+                  int device, Address stream) {
+  const auto all = make_rows(m, rows, lengths, dtype);
+  const py::gil_scoped_release unlocked;
+  gapo::cuda::combine(all, reinterpret_cast<const double*>(weights), pointers<void>(out),
+                      static_cast<DType>(out_dtype), device, stream_of(stream));
+}
+
+void cuda_min_norm(Address gram, int m, Address weights, Address status, int device,
+                   Address stream) {
+  if (m < 1 || m > gapo::cuda::kMaxRowsMinNorm)
+    throw std::invalid_argument("gram: found " + std::to_string(m) +
+                                " rows, accepted on a CUDA device: 1 to " +
+                                std::to_string(gapo::cuda::kMaxRowsMinNorm));
+  gapo::cuda::min_norm(reinterpret_cast<const double*>(gram), m, reinterpret_cast<double*>(weights),
+                       reinterpret_cast<int32_t*>(status), device, stream_of(stream));
+}
+
+void bind_cuda(py::module_& module) {
+  using gapo::cuda::Plan;
+  py::class_<Plan>(module, "Plan")
+      .def_readonly("table", &Plan::table)
+      .def("workspace_size",
+           [](const Plan& plan, int m) { return gapo::cuda::workspace_size(m, plan); });
+  module.def("cuda_plan", [](const std::vector<int64_t>& lengths, const py::object& segments) {
+    return gapo::cuda::make_plan(lengths, make_selection(segments, {}));
+  });
+  module.def("cuda_require_device", &gapo::cuda::require_device);
+  module.def("cuda_gramian", &cuda_gramian);
+  module.def("cuda_combine", &cuda_combine);
+  module.def("cuda_min_norm", &cuda_min_norm);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.attr("max_rows") = gapo::kMaxRows;
+  module.attr("has_cuda") = static_cast<bool>(GAPO_HAS_CUDA);
+  module.def("cuda_archs", &cuda_archs);
+  module.def("instruction_sets", &gapo::cpu::instruction_sets);
+  module.def("gramian", &gramian);
+  module.def("combine", &combine);
+  module.def("min_norm", &min_norm);
+#if GAPO_HAS_CUDA
+  bind_cuda(module);
+#endif
+}

@@ -1,0 +1,113 @@
+// The interface between the Python bindings and the CPU and CUDA back ends. No Python, no torch.
+//
+// A "row" is one objective's flat gradient. All rows have the same length and the same element
+// type, and may be stored as several pieces; piece p of every row has lengths[p] elements.
+// Positions count through the pieces as if they were concatenated.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#ifdef __CUDACC__
+#define GAPO_HD __host__ __device__
+#else
+#define GAPO_HD
+#endif
+
+namespace gapo {
+
+constexpr int kMaxRows = 16;
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Internal linkage: the instruction-set units must not share code that the linker would merge.
+static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+struct Rows {
+  int m = 0;
+  DType dtype = DType::kFloat32;
+  std::vector<int64_t> lengths;       // [pieces]
+  std::vector<const void*> pointers;  // [m * pieces], row by row
+  int64_t pieces() const { return static_cast<int64_t>(lengths.size()); }
+  const void* piece(int row, int64_t piece) const { return pointers[row * pieces() + piece]; }
+};
+
+// Which elements of the rows count, and with what factor.
+struct Selection {
+  bool everything = true;             // false: only `segments`
+  std::vector<Range> segments;        // sorted, disjoint
+  std::vector<const float*> weights;  // [pieces], or empty: every element counts once
+};
+
+// Number of entries of the upper triangle of an m x m matrix, and the place of (i, j), i <= j.
+GAPO_HD static constexpr int pair_count(int m) { return m * (m + 1) / 2; }
+GAPO_HD static constexpr int pair_index(int m, int i, int j) {
+  return i * m - i * (i - 1) / 2 + j - i;
+}
+
+// A stretch of one piece that counts.
+struct Run {
+  int64_t piece;
+  int64_t begin;  // within the piece
+  int64_t end;
+};
+
+// Cuts the selected positions [begin, end) at piece borders.
+std::vector<Run> selected_runs(const std::vector<int64_t>& lengths, const Selection& selection,
+                               int64_t begin, int64_t end);
+
+// How min_norm ended. Everything but kOk leaves the weights at zero.
+enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2 };
+
+namespace cpu {
+
+// Names of the instruction sets that this processor runs, best first.
+std::vector<const char*> instruction_sets();
+
+// out[i * m + j] += sum over the selected k of weight_k row_i[k] row_j[k]. The result does not
+// depend on the number of threads.
+void gramian(const Rows& rows, const Selection& selection, double* out, int threads,
+             const char* isa);
+
+// out[k] = sum_i weights[i] row_i[k] in fp32. Rows of weight zero are not read. `out` has one
+// pointer per piece and may be exactly one of the rows.
+void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
+             DType out_dtype, int threads, const char* isa);
+
+// argmin over the simplex of w' gram w, for m <= kMaxRows.
+Status min_norm(const double* gram, int m, double* weights);
+
+}  // namespace cpu
+
+// Each call enqueues work on `stream` (a cudaStream_t) of `device` and returns; none synchronises
+// with the host or allocates. All throw std::runtime_error, "no CUDA device" where there is none.
+namespace cuda {
+
+constexpr int kMaxRowsMinNorm = 8;
+
+// The runs of the selected positions as the gramian kernel wants them: `table` goes to the device.
+struct Plan {
+  std::vector<int64_t> table;        // [runs, 3]: begin, end (within the piece), first chunk
+  std::vector<int64_t> first_run;    // [pieces + 1]
+  std::vector<int64_t> first_chunk;  // [pieces + 1]
+};
+Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection);
+
+// Doubles of device memory that gramian needs for its partial sums.
+int64_t workspace_size(int m, const Plan& plan);
+
+void require_device(int device);
+void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
+             const int64_t* device_table, double* workspace, double* out, int device, void* stream);
+void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
+             DType out_dtype, int device, void* stream);
+void min_norm(const double* gram, int m, double* weights, int32_t* status, int device,
+              void* stream);
+
+}  // namespace cuda
+}  // namespace gapo

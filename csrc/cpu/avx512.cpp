@@ -1,0 +1,72 @@
+// Sixteen lanes: AVX-512 F, beside AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace gapo {
+namespace cpu {
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+};
+
+constexpr int kDirect = 6;  // 21 sums and 6 rows in 32 registers
+constexpr int kTile = 4;    // 16 sums and 5 rows
+
+Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+Vec load(const Bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+Vec load(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+void store(Vec x, float* p) { _mm512_storeu_ps(p, x.v); }
+void store(Vec x, Bf16* p) {  // round to nearest, ties to even; NaN stays NaN
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i top = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
+void store(Vec x, Half* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+void add_to_doubles(Vec x, double* sums) {
+  const __m256 low = _mm512_castps512_ps256(x.v);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(low)));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace gapo
+
+#include "cpu/kernels.inl"
+
+namespace gapo {
+namespace cpu {
+const Kernels kAvx512 = {"avx512", gramian, combine};
+}
+}  // namespace gapo

@@ -1,0 +1,114 @@
+// Four lanes in the compiler's portable vector type: SSE2 on x86-64, NEON on 64-bit Arm.
+#include <cstdint>
+#include <cstring>
+
+namespace gapo {
+namespace cpu {
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+typedef float Float4 __attribute__((vector_size(16)));
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  Float4 v;
+  static Vec zero() { return {Float4{0, 0, 0, 0}}; }
+  static Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
+};
+
+constexpr int kDirect = 4;
+constexpr int kTile = 3;
+
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+float widen(Bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+float widen(Half x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u)  // Inf and NaN
+    return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {  // zero and subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+// Round to nearest, ties to even.
+Bf16 to_bf16(float x) {
+  const uint32_t bits = to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+Half to_half(float x) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // >= 65520
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result counts 2^-24s. Adding 1.5 * 2^23 makes the addition itself round.
+    const float counted = from_bits(magnitude) * 0x1p24f + 0x1.8p23f;
+    return {static_cast<uint16_t>(sign | (to_bits(counted) & 0x7ffu))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
+}
+
+Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x.v, p, sizeof(x.v));
+  return x;
+}
+
+template <class T>
+Vec load_narrow(const T* p) {
+  return {Float4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}};
+}
+Vec load(const Bf16* p) { return load_narrow(p); }
+Vec load(const Half* p) { return load_narrow(p); }
+
+void store(Vec x, float* p) { std::memcpy(p, &x.v, sizeof(x.v)); }
+void store(Vec x, Bf16* p) {
+  for (int i = 0; i < 4; ++i) p[i] = to_bf16(x.v[i]);
+}
+void store(Vec x, Half* p) {
+  for (int i = 0; i < 4; ++i) p[i] = to_half(x.v[i]);
+}
+
+Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
+Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+
+void add_to_doubles(Vec x, double* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] += static_cast<double>(x.v[i]);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace gapo
+
+#include "cpu/kernels.inl"
+
+namespace gapo {
+namespace cpu {
+const Kernels kBaseline = {"baseline", gramian, combine};
+}
+}  // namespace gapo

@@ -1,0 +1,30 @@
+// The streaming kernels of one instruction set. Each set lives in a translation unit of its own.
+#pragma once
+
+#include "api.h"
+
+namespace gapo {
+namespace cpu {
+
+struct Kernels {
+  const char* name;
+  // Adds the Gram of `count` elements of m rows to `sums`, the upper triangle, pair_count(m)
+  // entries. `weight` (fp32, one factor an element) may be null.
+  void (*gramian)(int m, const void* const* rows, DType dtype, const float* weight, int64_t count,
+                  double* sums);
+  // out[k] = sum_i weights[i] row_i[k], m >= 1, in fp32.
+  void (*combine)(int m, const void* const* rows, DType dtype, const float* weights, void* out,
+                  DType out_dtype, int64_t count);
+};
+
+extern const Kernels kBaseline;
+#ifdef GAPO_X86
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The set of that name; nullptr or "" picks the best. Throws std::invalid_argument.
+const Kernels& kernels(const char* name);
+
+}  // namespace cpu
+}  // namespace gapo

@@ -1,0 +1,105 @@
+// The parts of gramian and combine that do not depend on the instruction set: chunks and threads.
+#include <cstddef>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace gapo {
+namespace cpu {
+namespace {
+
+// Elements of a chunk. Chunks are cut by position only: each has its own partial sum, and these are
+// added in order, so the result does not depend on who computed them.
+constexpr int64_t kChunk = 1 << 16;
+
+int64_t total_length(const std::vector<int64_t>& lengths) {
+  int64_t total = 0;
+  for (int64_t length : lengths) total += length;
+  return total;
+}
+
+const void* advance(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const char*>(base) + elements * element_size(dtype);
+}
+
+}  // namespace
+
+void gramian(const Rows& rows, const Selection& selection, double* out, int threads,
+             const char* isa) {
+  const Kernels& set = kernels(isa);
+  const int pairs = pair_count(rows.m);
+  const int64_t total = total_length(rows.lengths);
+  const int64_t chunks = (total + kChunk - 1) / kChunk;
+  std::vector<double> partials(chunks * pairs, 0.0);
+  const std::vector<Run> runs = selected_runs(rows.lengths, selection, 0, total);
+  std::vector<int64_t> starts{0};
+  for (int64_t length : rows.lengths) starts.push_back(starts.back() + length);
+
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    const int64_t low = chunk * kChunk;
+    const int64_t high = std::min(total, low + kChunk);
+    auto ends_after = [&](int64_t at, const Run& run) { return at < starts[run.piece] + run.end; };
+    auto run = std::upper_bound(runs.begin(), runs.end(), low, ends_after);
+    for (; run != runs.end() && starts[run->piece] + run->begin < high; ++run) {
+      const int64_t start = starts[run->piece];
+      const int64_t begin = std::max(run->begin, low - start);
+      const int64_t end = std::min(run->end, high - start);
+      const void* pointers[kMaxRows];
+      for (int i = 0; i < rows.m; ++i)
+        pointers[i] = advance(rows.piece(i, run->piece), begin, rows.dtype);
+      const float* weight =
+          selection.weights.empty() ? nullptr : selection.weights[run->piece] + begin;
+      set.gramian(rows.m, pointers, rows.dtype, weight, end - begin,
+                  partials.data() + chunk * pairs);
+    }
+  });
+
+  for (int i = 0; i < rows.m; ++i) {
+    for (int j = i; j < rows.m; ++j) {
+      double sum = 0.0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        sum += partials[chunk * pairs + pair_index(rows.m, i, j)];
+      out[i * rows.m + j] += sum;
+      if (i != j) out[j * rows.m + i] += sum;
+    }
+  }
+}
+
+void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
+             DType out_dtype, int threads, const char* isa) {
+  const Kernels& set = kernels(isa);
+  std::vector<int> used;
+  std::vector<float> factors;
+  for (int i = 0; i < rows.m; ++i) {
+    if (weights[i] == 0.0) continue;
+    used.push_back(i);
+    factors.push_back(static_cast<float>(weights[i]));
+  }
+  const Selection everything;
+  const int64_t total = total_length(rows.lengths);
+  parallel_for((total + kChunk - 1) / kChunk, threads, [&](int64_t chunk) {
+    const int64_t low = chunk * kChunk;
+    const int64_t high = std::min(total, low + kChunk);
+    int64_t start = 0;
+    for (int64_t piece = 0; piece < rows.pieces() && start < high; ++piece) {
+      const int64_t begin = std::max<int64_t>(0, low - start);
+      const int64_t end = std::min(rows.lengths[piece], high - start);
+      start += rows.lengths[piece];
+      if (begin >= end) continue;
+      char* target = static_cast<char*>(out[piece]) + begin * element_size(out_dtype);
+      if (used.empty()) {
+        std::memset(target, 0, (end - begin) * element_size(out_dtype));
+        continue;
+      }
+      const void* pointers[kMaxRows];
+      for (std::size_t k = 0; k < used.size(); ++k)
+        pointers[k] = advance(rows.piece(used[k], piece), begin, rows.dtype);
+      set.combine(static_cast<int>(used.size()), pointers, rows.dtype, factors.data(), target,
+                  out_dtype, end - begin);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace gapo

@@ -1,0 +1,252 @@
+// The minimum-norm point of a simplex from its Gram matrix, support set by support set. Used by
+// the host solver and, one thread a support set, by the CUDA kernel; both then give equal bits.
+//
+// minimise w'Gw, w >= 0, sum w = 1. On a support set S the minimiser of the affine hull solves
+//     [ C  -e ] [ v      ]   [ 0 ]        C_ij = G_ij / (d_i d_j),  e_i = 1 / d_i,  v_i = d_i w_i
+//     [ e'  0 ] [ lambda ] = [ 1 ]
+// with d_i the power of two next to sqrt(G_ii): exact scaling to a unit diagonal, so that rows
+// whose norms differ by 1e8 are treated alike. A support set whose solution is positive everywhere
+// is a candidate; its residual is the violation of the optimality conditions
+//     (Gw)_i = w'Gw on S,  (Gw)_i >= w'Gw elsewhere
+// relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "api.h"
+
+namespace gapo {
+namespace minnorm {
+
+constexpr double kRejected = 2.0;  // above every residual, which are at most 1
+
+// An unevaluated sum high + low: dot products with twice the precision (Dekker, Knuth).
+struct Twofold {
+  double high = 0.0;
+  double low = 0.0;
+
+  GAPO_HD void add_product(double a, double b) {
+    const double product = a * b;
+    const double product_error = fma(a, b, -product);
+    const double sum = high + product;
+    const double back = sum - high;
+    low += ((high - (sum - back)) + (product - back)) + product_error;
+    high = sum;
+  }
+  GAPO_HD double value() const { return high + low; }
+};
+
+template <int Max>
+struct Scaled {
+  int m;
+  int zero_row;       // first row of norm zero, or -1
+  int exponent[Max];  // d_i = 2^exponent
+  double c[Max][Max];
+};
+
+GAPO_HD inline double power_of_two(int exponent) {
+  const int limit = 1000;  // beyond, the other summands have long vanished
+  return scalbn(1.0, exponent > limit ? limit : (exponent < -limit ? -limit : exponent));
+}
+
+// Returns 0, or 1 for a NaN or Inf, or 2 for a negative diagonal (gapo::Status).
+template <int Max>
+GAPO_HD int scale(const double* gram, int m, Scaled<Max>& s) {
+  s.m = m;
+  s.zero_row = -1;
+  for (int i = 0; i < m * m; ++i) {
+    if (!(fabs(gram[i]) <= 1.7976931348623157e308)) return 1;
+  }
+  for (int i = m - 1; i >= 0; --i) {
+    const double diagonal = gram[i * m + i];
+    if (diagonal < 0.0) return 2;
+    if (diagonal == 0.0) s.zero_row = i;
+    const int half = diagonal == 0.0 ? 0 : ilogb(diagonal);
+    s.exponent[i] = half >= 0 ? half / 2 : -((1 - half) / 2);  // floor(half / 2)
+  }
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < m; ++j) {
+      const double mean = 0.5 * gram[i * m + j] + 0.5 * gram[j * m + i];
+      s.c[i][j] = scalbn(mean, -(s.exponent[i] + s.exponent[j]));
+    }
+  }
+  return 0;
+}
+
+// In place LU with row exchanges. Returns false where a pivot vanishes.
+template <int Max>
+GAPO_HD bool factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int n) {
+  for (int i = 0; i < n; ++i) order[i] = i;
+  for (int k = 0; k < n; ++k) {
+    int pivot = k;
+    for (int i = k + 1; i < n; ++i) {
+      if (fabs(a[order[i]][k]) > fabs(a[order[pivot]][k])) pivot = i;
+    }
+    const int swapped = order[k];
+    order[k] = order[pivot];
+    order[pivot] = swapped;
+    const double* top = a[order[k]];
+    if (top[k] == 0.0) return false;
+    for (int i = k + 1; i < n; ++i) {
+      double* row = a[order[i]];
+      row[k] /= top[k];
+      for (int j = k + 1; j < n; ++j) row[j] -= row[k] * top[j];
+    }
+  }
+  return true;
+}
+
+// x += inverse(a) b
+template <int Max>
+GAPO_HD void add_solution(const double (&lu)[Max + 1][Max + 1], const int (&order)[Max + 1], int n,
+                          const double (&b)[Max + 1], double (&x)[Max + 1]) {
+  double y[Max + 1];
+  for (int i = 0; i < n; ++i) {
+    y[i] = b[order[i]];
+    for (int j = 0; j < i; ++j) y[i] -= lu[order[i]][j] * y[j];
+  }
+  for (int i = n - 1; i >= 0; --i) {
+    for (int j = i + 1; j < n; ++j) y[i] -= lu[order[i]][j] * y[j];
+    y[i] /= lu[order[i]][i];
+  }
+  for (int i = 0; i < n; ++i) x[i] += y[i];
+}
+
+template <int Max>
+struct Candidate {
+  int size;
+  int reference;      // exponent that e is relative to
+  int member[Max];    // rows of the support set, ascending
+  double v[Max + 1];  // scaled weights of the members, then lambda
+};
+
+// Solves the bordered system of a support set, to nearly full precision by iterative refinement.
+template <int Max>
+GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
+  c.size = 0;
+  for (int i = 0; i < s.m; ++i) {
+    if (support >> i & 1u) c.member[c.size++] = i;
+  }
+  const int n = c.size + 1;
+  c.reference = s.exponent[c.member[0]];
+  for (int i = 1; i < c.size; ++i) {
+    if (s.exponent[c.member[i]] < c.reference) c.reference = s.exponent[c.member[i]];
+  }
+  double a[Max + 1][Max + 1];
+  double lu[Max + 1][Max + 1];
+  for (int i = 0; i < c.size; ++i) {
+    for (int j = 0; j < c.size; ++j) a[i][j] = s.c[c.member[i]][c.member[j]];
+    a[c.size][i] = power_of_two(c.reference - s.exponent[c.member[i]]);
+    a[i][c.size] = -a[c.size][i];
+  }
+  a[c.size][c.size] = 0.0;
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) lu[i][j] = a[i][j];
+    c.v[i] = 0.0;
+  }
+  int order[Max + 1];
+  if (!factor<Max>(lu, order, n)) return false;
+  double b[Max + 1];
+  for (int i = 0; i < n; ++i) b[i] = i == c.size ? 1.0 : 0.0;
+  add_solution<Max>(lu, order, n, b, c.v);
+  for (int refinement = 0; refinement < 2; ++refinement) {
+    for (int i = 0; i < n; ++i) {
+      Twofold residual;
+      if (i == c.size) residual.high = 1.0;
+      for (int j = 0; j < n; ++j) residual.add_product(-a[i][j], c.v[j]);
+      b[i] = residual.value();
+    }
+    add_solution<Max>(lu, order, n, b, c.v);
+  }
+  return true;
+}
+
+template <int Max>
+GAPO_HD bool is_positive(const Candidate<Max>& c) {
+  for (int i = 0; i < c.size; ++i) {
+    if (!(c.v[i] > 0.0) || !(c.v[i] < 1e300)) return false;
+  }
+  return true;
+}
+
+// Largest relative violation of the optimality conditions by a positive candidate. Where
+// `entering` is given it receives the row outside the support set that violates them most, or -1.
+template <int Max>
+GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<Max>& c,
+                        int* entering) {
+  double y[Max];
+  double size[Max];
+  for (int i = 0; i < s.m; ++i) {
+    Twofold sum;
+    size[i] = 0.0;
+    for (int j = 0; j < c.size; ++j) {
+      sum.add_product(s.c[i][c.member[j]], c.v[j]);
+      size[i] += fabs(s.c[i][c.member[j]]) * c.v[j];
+    }
+    y[i] = sum.value();
+  }
+  double quadratic = 0.0;
+  double total = 0.0;
+  for (int j = 0; j < c.size; ++j) {
+    quadratic += c.v[j] * y[c.member[j]];
+    total += c.v[j] * power_of_two(c.reference - s.exponent[c.member[j]]);
+  }
+  const double level = quadratic / total;
+  double worst = 0.0;
+  double worst_outside = 0.0;
+  if (entering != nullptr) *entering = -1;
+  for (int i = 0; i < s.m; ++i) {
+    const double share = level * power_of_two(c.reference - s.exponent[i]);
+    const double scale = size[i] + fabs(share);
+    if (scale == 0.0) continue;
+    const double excess = (y[i] - share) / scale;
+    const bool inside = (support >> i & 1u) != 0;
+    const double violation = inside ? fabs(excess) : -excess;
+    if (!(violation <= worst)) worst = violation;
+    if (!inside && entering != nullptr && violation > worst_outside) {
+      worst_outside = violation;
+      *entering = i;
+    }
+  }
+  return worst;
+}
+
+// Weights of a positive candidate; they sum to one.
+template <int Max>
+GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double* weights) {
+  double total = 0.0;
+  for (int i = 0; i < s.m; ++i) weights[i] = 0.0;
+  for (int j = 0; j < c.size; ++j) {
+    const int i = c.member[j];
+    weights[i] = c.v[j] * power_of_two(c.reference - s.exponent[i]);
+    total += weights[i];
+  }
+  for (int i = 0; i < s.m; ++i) weights[i] /= total;
+}
+
+// Residual of a support set, kRejected where it has no positive solution.
+template <int Max>
+GAPO_HD double try_support(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
+  if (!solve<Max>(s, support, c) || !is_positive<Max>(c)) return kRejected;
+  const double found = residual<Max>(s, support, c, nullptr);
+  return found <= 1.0 ? found : kRejected;
+}
+
+GAPO_HD inline int bit_count(uint32_t bits) {
+  int count = 0;
+  for (; bits != 0; bits &= bits - 1) ++count;
+  return count;
+}
+
+// Total order on (residual, support set): equal residuals go to the smaller set, then to the lower
+// rows, so that ties and duplicated rows are resolved the same way everywhere.
+GAPO_HD inline bool better(double residual_a, uint32_t a, double residual_b, uint32_t b) {
+  if (residual_a != residual_b) return residual_a < residual_b;
+  const int count_a = bit_count(a);
+  const int count_b = bit_count(b);
+  return count_a != count_b ? count_a < count_b : a < b;
+}
+
+}  // namespace minnorm
+}  // namespace gapo

@@ -1,0 +1,65 @@
+from collections.abc import Sequence
+
+max_rows: int
+has_cuda: bool
+
+def cuda_archs() -> list[str]: ...
+def instruction_sets() -> list[str]: ...
+def gramian(
+    m: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    dtype: int,
+    segments: Sequence[tuple[int, int]] | None,
+    weights: Sequence[int],
+    out: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def combine(
+    m: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    dtype: int,
+    weights: Sequence[float],
+    out: Sequence[int],
+    out_dtype: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def min_norm(gram: Sequence[float], m: int) -> tuple[list[float], int]: ...
+
+# Only where has_cuda is true.
+
+class Plan:
+    @property
+    def table(self) -> list[int]: ...
+    def workspace_size(self, m: int) -> int: ...
+
+def cuda_plan(lengths: Sequence[int], segments: Sequence[tuple[int, int]] | None) -> Plan: ...
+def cuda_require_device(device: int) -> None: ...
+def cuda_gramian(
+    m: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    dtype: int,
+    weights: Sequence[int],
+    plan: Plan,
+    table: int,
+    workspace: int,
+    out: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_combine(
+    m: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    dtype: int,
+    weights: int,
+    out: Sequence[int],
+    out_dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_min_norm(gram: int, m: int, weights: int, status: int, device: int, stream: int) -> None: ...

@@ -1,0 +1,178 @@
+"""What the operations accept: rows, segments, weights. Checked here, before any address is taken."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gapo_mega.ops import _native
+
+# One row: a flat tensor, or its pieces in order.
+Row = Tensor | Sequence[Tensor]
+Segments = Sequence[tuple[int, int]] | Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/api.h
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Checked rows: ``pieces[i][p]`` is piece p of row i, flat and contiguous."""
+
+    pieces: list[list[Tensor]]
+    lengths: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def addresses(self) -> list[int]:
+        return [piece.data_ptr() for row in self.pieces for piece in row]
+
+    @property
+    def dtype_code(self) -> int:
+        return DTYPE_CODES[self.dtype]
+
+
+def _split(name: str, row: Row) -> list[Tensor]:
+    pieces = [row] if isinstance(row, Tensor) else list(row)
+    for index, piece in enumerate(pieces):
+        where = name if isinstance(row, Tensor) else f"{name}[{index}]"
+        if not isinstance(piece, Tensor):
+            raise ValueError(f"{where}: found {type(piece).__name__}, accepted: torch.Tensor")
+        if piece.dim() != 1 or not piece.is_contiguous():
+            raise ValueError(
+                f"{where}: found shape {tuple(piece.shape)} with strides {piece.stride()}, "
+                "accepted: a flat contiguous tensor"
+            )
+    return pieces
+
+
+def parse_rows(name: str, rows: Sequence[Row]) -> Pieces:
+    """Rows of equal piece lengths, element type and device.
+
+    Raises:
+        ValueError: no rows or more than 16, or rows that differ, or an unsupported type or device.
+    """
+    split = [_split(f"{name}[{i}]", row) for i, row in enumerate(rows)]
+    if not 1 <= len(split) <= _native.max_rows:
+        raise ValueError(f"{name}: found {len(split)} rows, accepted: 1 to {_native.max_rows}")
+    lengths = [piece.numel() for piece in split[0]]
+    for i, row in enumerate(split):
+        found = [piece.numel() for piece in row]
+        if found != lengths:
+            raise ValueError(
+                f"{name}[{i}]: found pieces of lengths {found}, accepted: {lengths} as {name}[0]"
+            )
+    tensors = [piece for row in split for piece in row]
+    dtypes = {piece.dtype for piece in tensors} or {torch.float32}
+    devices = {piece.device for piece in tensors} or {torch.device("cpu")}
+    if len(dtypes) > 1 or next(iter(dtypes)) not in DTYPE_CODES:
+        raise ValueError(
+            f"{name}: found element types {sorted(map(str, dtypes))}, "
+            "accepted: one of float32, bfloat16, float16"
+        )
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{name}: found devices {sorted(map(str, devices))}, accepted: one CPU or CUDA device"
+        )
+    return Pieces(split, lengths, dtypes.pop(), devices.pop())
+
+
+def parse_segments(segments: Segments | None, total: int) -> list[tuple[int, int]] | None:
+    """``[start, end)`` pairs, sorted and disjoint, within ``[0, total)``; None stays None."""
+    if segments is None:
+        return None
+    pairs = segments.tolist() if isinstance(segments, Tensor) else segments
+    parsed: list[tuple[int, int]] = []
+    position = 0
+    for index, (start, end) in enumerate(pairs):
+        if not position <= start <= end <= total:
+            raise ValueError(
+                f"segments[{index}]: found [{start}, {end}), accepted: sorted, disjoint ranges within "
+                f"[0, {total}); the one before ends at {position}"
+            )
+        parsed.append((int(start), int(end)))
+        position = end
+    return parsed
+
+
+def parse_weight(weight: Row | None, rows: Pieces) -> list[Tensor]:
+    """The diagonal weight's pieces, one fp32 factor an element; empty for None."""
+    if weight is None:
+        return []
+    pieces = _split("weight", weight)
+    lengths = [piece.numel() for piece in pieces]
+    if lengths != rows.lengths:
+        raise ValueError(f"weight: found pieces of lengths {lengths}, accepted: {rows.lengths} as the rows")
+    for piece in pieces:
+        if piece.dtype != torch.float32 or piece.device != rows.device:
+            raise ValueError(
+                f"weight: found {piece.dtype} on {piece.device}, accepted: torch.float32 on {rows.device}"
+            )
+    return pieces
+
+
+def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:
+    """The side m of a contiguous float64 ``[m, m]`` matrix on ``device``."""
+    square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous()
+    if not square or matrix.dtype != torch.float64 or matrix.device != device:
+        raise ValueError(
+            f"{name}: found {matrix.dtype} of shape {tuple(matrix.shape)} on {matrix.device}, accepted: "
+            f"contiguous torch.float64 [m, m] on {device}"
+        )
+    return int(matrix.shape[0])
+
+
+def _extent(piece: Tensor) -> tuple[int, int]:
+    begin = piece.data_ptr()
+    return begin, begin + piece.numel() * piece.element_size()
+
+
+def parse_out(out: Row, rows: Pieces) -> Pieces:
+    """The output's pieces: shaped like a row, of any accepted type, apart from all rows or one of them.
+
+    Raises:
+        ValueError: another shape or device, or memory shared with a row other than exactly.
+    """
+    parsed = parse_rows("out", [out])
+    if parsed.lengths != rows.lengths or (parsed.device != rows.device and rows.lengths):
+        raise ValueError(
+            f"out: found pieces of lengths {parsed.lengths} on {parsed.device}, accepted: "
+            f"{rows.lengths} on {rows.device} as the rows"
+        )
+    targets = sorted((*_extent(piece), p) for p, piece in enumerate(parsed.pieces[0]) if piece.numel())
+    for (_, end, p), (begin, _, q) in pairwise(targets):
+        if begin < end:
+            raise ValueError(f"out: pieces {p} and {q} overlap, accepted: disjoint pieces")
+    for i, row in enumerate(rows.pieces):
+        for p, piece in enumerate(row):
+            _refuse_overlap(f"rows[{i}]", p, piece, targets, parsed.dtype)
+    return parsed
+
+
+def _refuse_overlap(
+    name: str, index: int, piece: Tensor, targets: list[tuple[int, int, int]], dtype: torch.dtype
+) -> None:
+    """``targets``: extent and index of the output's pieces, sorted and disjoint."""
+    begin, end = _extent(piece)
+    first = bisect_right(targets, begin, key=lambda target: target[1])
+    if begin == end or first == len(targets) or targets[first][0] >= end:
+        return
+    target_begin, target_end, target_index = targets[first]
+    if (begin, end, index) != (target_begin, target_end, target_index) or piece.dtype != dtype:
+        raise ValueError(
+            f"out: piece {target_index} overlaps piece {index} of {name}, accepted: memory of its own, "
+            "or exactly one of the rows"
+        )

@@ -1,0 +1,71 @@
+"""The operations on CPU tensors. ``isa`` and ``threads`` can be named; the results do not depend on
+``threads``, and only in the last bits on ``isa``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gapo_mega.ops import _native
+from gapo_mega.ops.arguments import Pieces
+
+ISA_VARIABLE = "GAPO_ISA"
+
+
+def active_isa() -> str:
+    """Instruction set in use: the processor's best, or what the environment variable GAPO_ISA names."""
+    available = _native.instruction_sets()
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted and wanted not in available:
+        raise ValueError(
+            f"{ISA_VARIABLE}: found {wanted!r}, accepted on this processor: {', '.join(available)}"
+        )
+    return wanted or available[0]
+
+
+def gramian(
+    rows: Pieces,
+    segments: list[tuple[int, int]] | None,
+    weight: list[Tensor],
+    out: Tensor,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]``."""
+    _native.gramian(
+        rows.count,
+        rows.addresses,
+        rows.lengths,
+        rows.dtype_code,
+        segments,
+        [piece.data_ptr() for piece in weight],
+        out.data_ptr(),
+        threads or torch.get_num_threads(),
+        isa or active_isa(),
+    )
+
+
+def combine(
+    out: Pieces,
+    rows: Pieces,
+    weights: Sequence[float],
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes the weighted sum of checked rows to ``out``."""
+    _native.combine(
+        rows.count,
+        rows.addresses,
+        rows.lengths,
+        rows.dtype_code,
+        weights,
+        out.addresses,
+        out.dtype_code,
+        threads or torch.get_num_threads(),
+        isa or active_isa(),
+    )

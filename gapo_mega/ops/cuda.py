@@ -1,0 +1,93 @@
+"""The operations on CUDA tensors: enqueued on the current stream, never waiting for the device.
+
+Plans (which elements count, as a table on the device) and workspaces are kept between calls, so that
+a step in the steady state allocates nothing.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gapo_mega.ops import _native
+from gapo_mega.ops.arguments import Pieces
+
+
+def require_back_end(device: int = 0) -> None:
+    """RuntimeError unless the extension has its CUDA back end and the device is there."""
+    if not _native.has_cuda:
+        raise RuntimeError(
+            "no CUDA back end: gapo_mega's extension was built without nvcc; install it again with nvcc on "
+            "PATH and GAPO_CUDA=ON"
+        )
+    _native.cuda_require_device(device)
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """Index of the device and handle of its current stream."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return index, torch.cuda.current_stream(device).cuda_stream
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    lengths: tuple[int, ...], segments: tuple[tuple[int, int], ...] | None, device: torch.device
+) -> tuple[_native.Plan, Tensor]:
+    plan = _native.cuda_plan(lengths, segments)
+    return plan, torch.tensor(plan.table, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=8)
+def _workspace(size: int, device: torch.device, stream: int) -> Tensor:
+    # One a stream: calls on the same stream follow each other, so they may share it.
+    del stream
+    return torch.empty(size, dtype=torch.float64, device=device)
+
+
+def gramian(rows: Pieces, segments: list[tuple[int, int]] | None, weight: list[Tensor], out: Tensor) -> None:
+    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
+    require_back_end()
+    device, stream = _place(rows.device)
+    ranges = None if segments is None else tuple(segments)
+    plan, table = _plan(tuple(rows.lengths), ranges, rows.device)
+    workspace = _workspace(plan.workspace_size(rows.count), rows.device, stream)
+    _native.cuda_gramian(
+        rows.count,
+        rows.addresses,
+        rows.lengths,
+        rows.dtype_code,
+        [piece.data_ptr() for piece in weight],
+        plan,
+        table.data_ptr(),
+        workspace.data_ptr(),
+        out.data_ptr(),
+        device,
+        stream,
+    )
+
+
+def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
+    """Writes the weighted sum of checked rows to ``out``; ``weights`` float64 ``[m]`` on the device."""
+    require_back_end()
+    device, stream = _place(rows.device)
+    _native.cuda_combine(
+        rows.count,
+        rows.addresses,
+        rows.lengths,
+        rows.dtype_code,
+        weights.data_ptr(),
+        out.addresses,
+        out.dtype_code,
+        device,
+        stream,
+    )
+
+
+def min_norm(gram: Tensor, weights: Tensor, status: Tensor) -> None:
+    """Enqueues the solver for a checked ``gram`` of at most 8 rows."""
+    device, stream = _place(gram.device)
+    _native.cuda_min_norm(
+        gram.data_ptr(), gram.shape[0], weights.data_ptr(), status.data_ptr(), device, stream
+    )

@@ -1,0 +1,74 @@
+"""The operations in plain torch and float64: slow, short, and what the kernels are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from gapo_mega.ops.arguments import Row, Segments
+
+
+def _flat(row: Row) -> Tensor:
+    return row if isinstance(row, Tensor) else torch.cat(list(row))
+
+
+def gramian(
+    rows: Sequence[Row],
+    *,
+    segments: Segments | None = None,
+    weight: Row | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As :func:`gapo_mega.ops.gramian`."""
+    matrix = torch.stack([_flat(row).double() for row in rows])
+    factors = torch.ones_like(matrix[0]) if weight is None else _flat(weight).double()
+    if segments is not None:
+        counted = torch.zeros_like(factors)
+        for start, end in segments:
+            counted[int(start) : int(end)] = 1.0
+        factors = factors * counted
+    gram = (matrix * factors) @ matrix.T
+    return gram if out is None else out.add_(gram)
+
+
+def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -> Row:
+    """As :func:`gapo_mega.ops.combine_`."""
+    factors = torch.as_tensor(weights, dtype=torch.float64)
+    used = [i for i in range(len(rows)) if factors[i] != 0]
+    total = sum((factors[i] * _flat(rows[i]).double() for i in used), torch.zeros(()).double())
+    total = total.expand(_flat(out).shape)
+    position = 0
+    for piece in [out] if isinstance(out, Tensor) else out:
+        piece.copy_(total[position : position + piece.numel()])
+        position += piece.numel()
+    return out
+
+
+def min_norm(gram: Tensor) -> Tensor:
+    """As :func:`gapo_mega.ops.min_norm`, for well-conditioned matrices: the best support set of all."""
+    m = gram.shape[0]
+    best_value, best = float("inf"), torch.zeros(m).double()
+    for size in range(1, m + 1):
+        for support in combinations(range(m), size):
+            weights = _affine_minimiser(gram.double(), list(support))
+            value = float(weights @ gram.double() @ weights)
+            if bool((weights >= 0).all()) and value < best_value:
+                best_value, best = value, weights
+    return best
+
+
+def _affine_minimiser(gram: Tensor, support: list[int]) -> Tensor:
+    """Minimiser of w'Gw with sum 1 on a support set, of any sign, by its bordered system."""
+    n = len(support)
+    system = torch.zeros(n + 1, n + 1).double()
+    system[:n, :n] = gram[support][:, support]
+    system[:n, n] = -1.0
+    system[n, :n] = 1.0
+    right = torch.zeros(n + 1).double()
+    right[n] = 1.0
+    weights = torch.zeros(gram.shape[0]).double()
+    weights[support] = (torch.linalg.pinv(system) @ right)[:n]
+    return weights
