@@ -26,6 +26,7 @@ from gapo_mega.models.shape import ModelShape
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
 FP32 = 4
+MIB = 1 << 20
 GIB = 1 << 30
 
 
@@ -74,7 +75,7 @@ class MemoryPlan:
         return max(stage.peak for stage in self.stages)
 
     def table(self) -> str:
-        """Rows of kinds, columns of pipeline stages, in GiB."""
+        """Rows of kinds, columns of pipeline stages, in GiB (MiB for small models)."""
         kinds = {
             "parameters": [s.parameters for s in self.stages],
             "gradients (fp32)": [s.gradients for s in self.stages],
@@ -86,8 +87,9 @@ class MemoryPlan:
             "activations (training)": [s.activations for s in self.stages],
             "peak": [s.peak for s in self.stages],
         }
-        lines = [f"{'GiB per rank':<26}" + "".join(f"{f'stage {s.stage}':>12}" for s in self.stages)]
-        lines += [f"{kind:<26}" + "".join(f"{n / GIB:>12.3f}" for n in row) for kind, row in kinds.items()]
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+        lines = [f"{f'{unit} per rank':<26}" + "".join(f"{f'stage {s.stage}':>12}" for s in self.stages)]
+        lines += [f"{kind:<26}" + "".join(f"{n / size:>12.2f}" for n in row) for kind, row in kinds.items()]
         return "\n".join(lines)
 
 

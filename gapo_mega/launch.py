@@ -1,0 +1,41 @@
+"""Starts the local processes of ``gapo-mega train --nproc N`` through ``torch.distributed.run``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of a torchrun job already."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start(processes: int, arguments: Sequence[str]) -> NoReturn:
+    """Become a torchrun of ``processes`` local workers that run ``gapo-mega`` with ``arguments``.
+
+    This process is replaced rather than made a parent, so that signals and the exit code are torchrun's own.
+    The rendezvous picks a free port.
+    """
+    assert processes >= 1
+    # Each worker would else use every core, and they would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    # After SIGTERM the workers write a checkpoint; torchrun would kill them after 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)),
+        *("-m", "gapo_mega.cli", *arguments),
+    ]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
