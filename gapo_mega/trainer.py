@@ -84,7 +84,9 @@ class Trainer:
         self.heldout = HeldOut(
             engine, self.collector, self.scorer, heldout_prompts, config.evaluation, config.seed
         )
-        self.checkpoints = CheckpointFolder(self.directory / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = CheckpointFolder(
+            self.directory / "checkpoints", config.checkpoint.keep, layout, engine.barrier
+        )
         self.updates_per_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
         self.log = RunLog(
             self.directory, self.names, config.logging, config.steps * self.updates_per_step, layout.is_main
@@ -279,18 +281,15 @@ class Trainer:
 
     def _save(self) -> None:
         """A complete checkpoint of the current step; all ranks call it."""
-        with self.checkpoints.writing(self.step, self.engine.layout, self.engine.barrier) as directory:
-            self.engine.save(
-                directory,
-                {
-                    "step": self.step,
-                    "schedule": self.schedule.state_dict(),
-                    "aggregator": self.aggregator.state_dict(),
-                    "skipped_in_a_row": self.skipped_in_a_row,
-                    "before": dataclasses.asdict(self.before) if self.before else None,
-                    "seconds": self._elapsed(),
-                },
-            )
+        extra = {
+            "step": self.step,
+            "schedule": self.schedule.state_dict(),
+            "aggregator": self.aggregator.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "before": dataclasses.asdict(self.before) if self.before else None,
+            "seconds": self._elapsed(),
+        }
+        self.checkpoints.save(self.step, lambda directory: self.engine.save(directory, extra))
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
@@ -329,7 +328,9 @@ def train(config: Config, with_report: bool = True) -> None:
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    engine = MegatronEngine(config, shape, pad_id=pad_id, eos_ids=eos_ids, with_critic=estimator.needs_values)
+    engine = MegatronEngine(
+        config, shape, source, pad_id=pad_id, eos_ids=eos_ids, with_critic=estimator.needs_values
+    )
     try:
         if engine.layout.is_main:
             dump(config, Path(config.output_dir) / "config.yaml")

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 
-def tiny_llama(directory: Path, *, tied: bool = False, heads: int = 4, groups: int = 2, seed: int = 0, vocab: int = 200) -> PreTrainedModel:
+def tiny_llama(
+    directory: Path, *, tied: bool = False, heads: int = 4, groups: int = 2, seed: int = 0, vocab: int = 200
+) -> PreTrainedModel:
     """4 layers, grouped queries, head_dim != hidden / heads; fp32 weights of ordinary size."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -59,3 +68,16 @@ def tiny_mistral(directory: Path, *, window: int | None = None, vocab: int = 200
     model = MistralForCausalLM(config).float().eval()
     model.save_pretrained(directory)
     return model
+
+
+def tiny_chat_model(directory: Path, tokenizer_source: Path, family: str = "llama") -> None:
+    """A tiny random model with the tokenizer and chat template of a real one."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
+    if family == "llama":
+        model = tiny_llama(directory, vocab=len(tokenizer), tied=True)
+    else:
+        model = tiny_mistral(directory, vocab=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

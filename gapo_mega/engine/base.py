@@ -74,7 +74,9 @@ class SamplingParameters:
 class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
         """Responses for token-id prompts of different lengths. The same on every rank of a replica."""
         ...
 
@@ -89,7 +91,9 @@ class Engine(Protocol):
     layout: Layout
     generator: Generator
 
-    def logprobs(self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]) -> Tensor:
+    def logprobs(
+        self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
+    ) -> Tensor:
         """Log-probabilities of the response tokens [B, T] float32, CPU, no graph; 0 elsewhere."""
         ...
 
@@ -97,7 +101,9 @@ class Engine(Protocol):
         """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is drawn."""
         ...
 
-    def update_policy(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
+    def update_policy(
+        self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator
+    ) -> GradientReport:
         """One optimizer step on the aggregated gradient of all objectives."""
         ...
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -41,6 +42,21 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
         _generation_config(config).save_pretrained(companions)
         _save_tokenizer(metadata, config, companions)
         write_hf(directory, companions, _tensors(metadata, config), overwrite=overwrite)
+
+
+def packaged_gguf(package: str) -> Path:
+    """The GGUF file that an installed Python package carries; the package itself is not imported.
+
+    Raises:
+        ValueError: the package is not installed, or holds no or several ``.gguf`` files.
+    """
+    spec = find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        state = "is not installed" if spec is None else f"holds {[file.name for file in files]}"
+        raise ValueError(f"package {package}: {state}, accepted: an installed package with one .gguf file")
+    return files[0]
 
 
 class _Metadata:

@@ -87,6 +87,8 @@ class Scorer:
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
             scores_MB=scores_MB,
-            token_rewards_MBT=self._token_rewards(scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta),
+            token_rewards_MBT=self._token_rewards(
+                scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta
+            ),
             values_MBT=values_MBT,
         )

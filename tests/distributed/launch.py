@@ -12,7 +12,9 @@ from typing import Any
 DRIVER = Path(__file__).with_name("driver.py")
 
 
-def launch(ranks: int, jobs: list[tuple[str, dict[str, Any]]], folder: Path, timeout: int = 900) -> list[dict[str, Any]]:
+def launch(
+    ranks: int, jobs: list[tuple[str, dict[str, Any]]], folder: Path, timeout: int = 900
+) -> list[dict[str, Any]]:
     """Rank 0's results of ``jobs`` (module below tests.distributed, arguments) on ``ranks`` processes."""
     jobs_file, results_file = folder / f"jobs{ranks}.json", folder / f"results{ranks}.json"
     jobs_file.write_text(json.dumps(jobs))

@@ -62,7 +62,11 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
     dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
     recompute: dict[str, Any] = {}
     if model.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
     window = None if shape.sliding_window is None else (shape.sliding_window - 1, 0)

@@ -28,7 +28,11 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Device arguments, ``Tensor.cuda`` and the ``torch.cuda.*Tensor`` type names."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:

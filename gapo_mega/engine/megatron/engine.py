@@ -81,18 +81,24 @@ class MegatronEngine:
         models: list[Trainable] = []
         for _ in range(count):
             model = build_gpt(self._shape, config.model, config.parallel, value_heads=heads)
-            weights.load_hf(model, self._shape, self._source if critic.path is None else hf_directory.resolve(critic.path))
+            weights.load_hf(
+                model, self._shape, self._source if critic.path is None else hf_directory.resolve(critic.path)
+            )
             models.append(make_trainable(model, critic.optimizer, updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
 
     # -- forward -----------------------------------------------------------------------------------
-    def logprobs(self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]) -> Tensor:
+    def logprobs(
+        self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
+    ) -> Tensor:
         """See ``Engine.logprobs``."""
         batch = bare_experience(tokens_BT, response_mask_BT)
         stage: nn.Module = self.policy.model if model == "policy" else self.reference
 
         def output_of(logits_BTV: Tensor, part: Experience) -> Tensor:
-            logprobs_BT = response_logprobs(logits_BTV, part.tokens_BT, part.response_mask_BT, self._shape.vocab)
+            logprobs_BT = response_logprobs(
+                logits_BTV, part.tokens_BT, part.response_mask_BT, self._shape.vocab
+            )
             return logprobs_BT.cpu()
 
         with megatron_device():
@@ -107,7 +113,9 @@ class MegatronEngine:
             return self.critics.values(bare_experience(tokens_BT, response_mask_BT))
 
     # -- updates -----------------------------------------------------------------------------------
-    def update_policy(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
+    def update_policy(
+        self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator
+    ) -> GradientReport:
         """See ``Engine.update_policy``."""
         with megatron_device():
             return self.gradients.step(minibatch, loss, aggregator)

@@ -93,7 +93,9 @@ def _merge(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 class SeparatePasses:
     """One forward and backward per objective; works in every layout."""
 
-    def __init__(self, trainable: Trainable, groups: Groups, objectives: int, vocabulary: int, micro_batch: int) -> None:
+    def __init__(
+        self, trainable: Trainable, groups: Groups, objectives: int, vocabulary: int, micro_batch: int
+    ) -> None:
         self._trainable = trainable
         self._groups = groups
         self._vocabulary = vocabulary

@@ -19,7 +19,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, group: dist.ProcessGroup
+    ) -> Tensor:
         logits_NV = logits_NV.float()
         maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)

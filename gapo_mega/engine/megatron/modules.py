@@ -44,7 +44,9 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, config.hidden_size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
 
-    def forward(self, x: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, x: Tensor, weight: None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
         if self.sequence_parallel:
             # Every tensor rank computes the whole head, so the backward takes this rank's slice.
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
