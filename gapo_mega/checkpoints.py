@@ -1,0 +1,185 @@
+"""The folder of a run's checkpoints, and stopping in time to write one.
+
+A checkpoint is a directory ``step_00000012``. It is written under a temporary name, flushed to the
+disk, given the file ``complete.json`` and only then renamed. A process killed at any moment leaves
+either a complete checkpoint or something that ``CheckpointFolder`` knows to be incomplete and
+removes before it writes the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from gapo_mega.engine.base import Layout
+
+MARKER = "complete.json"
+_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY = ".incomplete-"
+_DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")
+
+
+class CheckpointFolder:
+    """Names, finds, completes and removes the checkpoints below one directory.
+
+    ``save`` is collective; of all ranks only the main one changes directories. The file system
+    must be shared by all ranks.
+    """
+
+    def __init__(self, directory: Path, keep: int, layout: Layout, barrier: Callable[[], None]) -> None:
+        """``keep``: complete checkpoints that are kept (at least 1). ``barrier`` waits for every rank."""
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep: found {keep}, accepted: at least 1")
+        self.directory = directory
+        self._keep = keep
+        self._layout = layout
+        self._barrier = barrier
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` lies or would lie."""
+        return self.directory / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        with _disk_errors(self.directory, "read"):
+            if not self.directory.exists():
+                return []
+            return sorted(
+                step for path in self.directory.iterdir() if (step := _complete_step(path)) is not None
+            )
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None where there is none."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of ``step``; a complete one of the same step is replaced.
+
+        Args:
+            write: called on every rank with an existing empty directory; returns when this rank's
+                part is written.
+
+        Raises OSError, naming the directory, when the disk refuses.
+        """
+        temporary, final = self.directory / f"{_TEMPORARY}step_{step:08d}", self.path(step)
+        if self._layout.is_main:
+            with _disk_errors(self.directory, "written"):
+                self._remove_incomplete()
+                temporary.mkdir(parents=True)
+        self._barrier()
+        write(temporary)
+        self._barrier()
+        if self._layout.is_main:
+            with _disk_errors(self.directory, "written"):
+                self._complete(temporary, final, step)
+                for old in self.steps()[: -self._keep]:
+                    _remove(self.path(old))
+        self._barrier()
+        return final
+
+    def _complete(self, temporary: Path, final: Path, step: int) -> None:
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        sizes = {name: getattr(self._layout, name) for name in ("world", "tensor", "pipeline", "data")}
+        about = {"step": step, "layout": sizes, "versions": {name: version(name) for name in _DISTRIBUTIONS}}
+        marker = temporary / MARKER
+        marker.write_text(json.dumps(about, indent=1) + "\n")
+        _flush(marker)
+        _flush(temporary)
+        if final.exists():
+            replaced = self.directory / f"{_TEMPORARY}replaced"
+            final.rename(replaced)
+            temporary.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(final)
+        _flush(self.directory)
+
+    def _remove_incomplete(self) -> None:
+        if not self.directory.exists():
+            return
+        for path in self.directory.iterdir():
+            ours = path.name.startswith(_TEMPORARY) or _NAME.fullmatch(path.name)
+            if ours and path.is_dir() and _complete_step(path) is None:
+                shutil.rmtree(path)
+
+
+def _complete_step(path: Path) -> int | None:
+    """The step of a complete checkpoint directory, None for everything else."""
+    match = _NAME.fullmatch(path.name)
+    marker = path / MARKER
+    if match is None or not marker.is_file():
+        return None
+    try:
+        about: dict[str, Any] = json.loads(marker.read_text())
+    except ValueError:  # cut off while it was written
+        return None
+    step = int(match.group(1))
+    return step if about.get("step") == step else None
+
+
+def _remove(path: Path) -> None:
+    # The marker first: killed halfway, the rest is recognised as incomplete.
+    (path / MARKER).unlink()
+    shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(directory: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"checkpoints in {directory} cannot be {what}: {error}") from error
+
+
+class StopOnSignal:
+    """Inside the context SIGTERM, and SIGINT the first time, only set ``requested``.
+
+    The training loop looks at it between steps, writes a checkpoint and ends. A second SIGINT does
+    what it did before. Enter it in the main thread: Python handles signals there alone.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in list(self._previous):
+            self._restore(number)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if number == signal.SIGINT:
+            self._restore(signal.SIGINT)
+
+    def _restore(self, number: signal.Signals) -> None:
+        if number in self._previous:
+            previous = self._previous.pop(number)
+            # None: the handler was not installed from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
