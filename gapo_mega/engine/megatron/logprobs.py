@@ -16,13 +16,19 @@ from torch import Tensor
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32."""
+    """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32.
+
+    Columns from ``valid`` on are padding of the vocabulary: probability 0, gradient 0.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, group: dist.ProcessGroup
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, valid: int, group: dist.ProcessGroup
     ) -> Tensor:
         logits_NV = logits_NV.float()
+        if valid < logits_NV.shape[-1]:
+            padding_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= valid
+            logits_NV = logits_NV.masked_fill(padding_V, float("-inf"))
         maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)
         probabilities_NV = (logits_NV - maximum_N1).exp_()
@@ -31,19 +37,19 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         local_N1 = (targets_N - start).unsqueeze(-1)
         mine_N1 = (local_N1 >= 0) & (local_N1 < logits_NV.shape[-1])
         local_N1 = local_N1.clamp(0, logits_NV.shape[-1] - 1)
-        target_N1 = logits_NV.gather(-1, local_N1) * mine_N1
+        target_N1 = torch.where(mine_N1, logits_NV.gather(-1, local_N1), 0.0)
         dist.all_reduce(target_N1, group=group)
         probabilities_NV /= total_N1
         ctx.save_for_backward(probabilities_NV, local_N1, mine_N1)
         return (target_N1 - maximum_N1 - total_N1.log()).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities_NV, local_N1, mine_N1 = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(-1)
         grad_NV = probabilities_NV * -grad_N1
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
-        return grad_NV, None, None, None
+        return grad_NV, None, None, None, None
 
 
 def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
@@ -59,12 +65,14 @@ def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vo
     """
     columns = logits_BTV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
-    valid = min(columns, vocabulary - start)
-    assert valid > 0, "a tensor rank holds padding only"
+    valid = max(0, min(columns, vocabulary - start))  # 0: this rank's columns are all padding
     wanted_BS = mask_BT[:, 1:]
-    logits_NV = logits_BTV[:, :-1][wanted_BS][:, :valid]
     values_N = _VocabParallelLogProbs.apply(
-        logits_NV, tokens_BT[:, 1:][wanted_BS], start, parallel_state.get_tensor_model_parallel_group()
+        logits_BTV[:, :-1][wanted_BS],
+        tokens_BT[:, 1:][wanted_BS],
+        start,
+        valid,
+        parallel_state.get_tensor_model_parallel_group(),
     )
     zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_BTV.device)
     return zeros_BT.masked_scatter(mask_BT, values_N)
