@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -59,7 +60,8 @@ class HeldOut:
             rows = [i for i in numbers for _ in range(self.samples)]
             part = list(zip(rows, rollout.prompts, rollout.responses, scores_BM, strict=True))
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
-        everything = sorted(sum(self._engine.gather_over_data(part), []), key=lambda answer: answer[0])
+        parts = self._engine.gather_over_data(part)
+        everything = sorted(chain.from_iterable(parts), key=lambda answer: answer[0])
         if not everything:
             return Answers([], [], [])
         _, prompts, responses, scores = zip(*everything, strict=True)

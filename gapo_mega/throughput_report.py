@@ -20,9 +20,10 @@ from gapo_mega.throughput import TransformerShape, known_peak_flops, measure_gem
 
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
-    "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward for "
-    "the reference (and one for old log-probabilities when recomputed), one forward and two backward products "
-    "per objective, causal attention counted, recomputation not (HFU counts it); see gapo_mega/throughput.py"
+    "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward "
+    "for the reference (and one for old log-probabilities when recomputed), one forward and two backward "
+    "products per objective, causal attention counted, recomputation not (HFU counts it); see "
+    "gapo_mega/throughput.py"
 )
 
 
@@ -95,8 +96,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     console.print(table)
     console.print(
-        f"{result['tokens_per_second']:.1f} tokens/s, {result['tokens_per_second_per_device']:.1f} tokens/s/device, "
-        f"MFU {result['mfu']:.1%}, HFU {result['hfu']:.1%} "
+        f"{result['tokens_per_second']:.1f} tokens/s, "
+        f"{result['tokens_per_second_per_device']:.1f} tokens/s/device, MFU {result['mfu']:.1%}, HFU {result['hfu']:.1%} "
         f"(peak {result['peak_flops_per_device']:.3g} FLOP/s per device: {result['peak_source']})",
         soft_wrap=True,
     )

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from gapo_mega import advantages, aggregation, objectives
 from gapo_mega.advantages.rewards import token_rewards, whiten
+from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.checkpoints import CheckpointFolder, StopOnSignal
 from gapo_mega.config import Config
 from gapo_mega.config_loading import dump
@@ -149,12 +150,22 @@ class Trainer:
         for _ in range(self.config.algorithm.ppo_epochs):
             for minibatch in experience.minibatches(self.config.algorithm.minibatches, order):
                 critic = self._update_critic(minibatch)
-                report = self.engine.update_policy(minibatch, self._policy_loss, self.aggregator)
+                report = self._update_policy(minibatch)
                 update += 1
                 self._record(update, report, facts, critic, time.perf_counter() - started)
                 self._check_finite(report, update)
                 self.seconds.clear()
                 started = time.perf_counter()
+
+    def _update_policy(self, minibatch: Experience) -> GradientReport:
+        try:
+            return self.engine.update_policy(minibatch, self._policy_loss, self.aggregator)
+        except ZeroGradientError as error:
+            at_fault = ", ".join(self.names[i] for i in error.objectives)
+            raise RuntimeError(
+                f"stopped: the gradient of {at_fault} is zero (all its rewards are alike) and "
+                "aggregation.options.zero_gradient is 'stop'"
+            ) from error
 
     def _policy_loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         assert batch.advantages_MBT is not None

@@ -1,6 +1,6 @@
 """Tokens per second and time by phase of training steps with a configuration.
 
-    torchrun --nproc_per_node 2 tools/benchmark_throughput.py --config examples/demo.yaml --steps 3 [key=value ...]
+    torchrun --nproc_per_node 2 tools/benchmark_throughput.py --config examples/demo.yaml --steps 3
 
 Prints a table and writes JSON. The first step is a warm-up and not counted. Works on CPU and GPU.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 @app.command(help=__doc__)
 def main(
     config: Annotated[Path, typer.Option(help="YAML configuration of a run")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value overrides")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides")] = None,
     steps: Annotated[int, typer.Option(min=1, help="timed rollout steps")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("throughput.json"),
 ) -> None:

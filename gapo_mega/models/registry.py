@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
-
 from transformers import PreTrainedConfig
 
 import gapo_mega.models as package
 from gapo_mega.models.family import Family
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.registry import implementations
 
 
 def families() -> dict[str, Family]:
     """Every ``Family`` that a file of this folder defines, by its ``model_type``."""
-    found: dict[str, Family] = {}
-    for module_info in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
-        module = importlib.import_module(module_info.name)
-        for _, member in inspect.getmembers(module, inspect.isclass):
-            if member.__module__ != module.__name__ or inspect.isabstract(member):
-                continue
-            if issubclass(member, Family):
-                found[member.model_type] = member()
-    return found
+    return {family.model_type: family() for family in implementations(package, Family)}
 
 
 def family_of(config: PreTrainedConfig) -> Family:

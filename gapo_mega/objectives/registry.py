@@ -1,28 +1,16 @@
-"""Finds the kinds of objective of this folder: one file, one kind, nothing to register."""
+"""The kinds of objective of this folder by name."""
 
 from __future__ import annotations
-
-import difflib
-import importlib
-import inspect
-import pkgutil
 
 import gapo_mega.objectives as package
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives.base import Objective, ObjectiveKind
+from gapo_mega.registry import implementations, unknown
 
 
 def kinds() -> dict[str, type[ObjectiveKind]]:
     """Every concrete ``ObjectiveKind`` that a file of this folder defines, by its ``kind``."""
-    found: dict[str, type[ObjectiveKind]] = {}
-    for module_info in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
-        module = importlib.import_module(module_info.name)
-        for member in vars(module).values():
-            if not isinstance(member, type) or not issubclass(member, ObjectiveKind):
-                continue
-            if member.__module__ == module.__name__ and not inspect.isabstract(member):
-                found[member.kind] = member
-    return found
+    return {kind.kind: kind for kind in implementations(package, ObjectiveKind)}
 
 
 def build(config: ObjectiveConfig) -> Objective:
@@ -33,10 +21,5 @@ def build(config: ObjectiveConfig) -> Objective:
     """
     known = kinds()
     if config.kind not in known:
-        accepted = sorted(known)
-        nearest = difflib.get_close_matches(config.kind, accepted, n=1, cutoff=0.0)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(
-            f"objective {config.name!r}: kind: found {config.kind!r}{hint}, accepted: {', '.join(accepted)}"
-        )
+        raise ValueError(unknown(f"objective {config.name!r}: kind", config.kind, sorted(known)))
     return known[config.kind](config)

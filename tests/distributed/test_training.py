@@ -126,12 +126,14 @@ def test_exported_model_is_the_trained_one(uninterrupted: Path, folder: Path) ->
     after = AutoModelForCausalLM.from_pretrained(uninterrupted / "hf")
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "hf")
     changed = sum(
-        float((a - b).abs().max()) > 0
-        for a, b in zip(before.parameters(), after.parameters(), strict=True)
+        float((a - b).abs().max()) > 0 for a, b in zip(before.parameters(), after.parameters(), strict=True)
     )
     assert changed == len(list(after.parameters())), "some parameters were not trained"
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     assert torch.isfinite(after(**ids).logits).all()
 

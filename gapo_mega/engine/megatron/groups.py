@@ -100,7 +100,8 @@ def _start_process_group(backend: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:

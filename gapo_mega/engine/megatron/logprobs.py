@@ -67,7 +67,7 @@ def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vo
     start = parallel_state.get_tensor_model_parallel_rank() * columns
     valid = max(0, min(columns, vocabulary - start))  # 0: this rank's columns are all padding
     wanted_BS = mask_BT[:, 1:]
-    values_N = _VocabParallelLogProbs.apply(
+    values_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
         logits_BTV[:, :-1][wanted_BS],
         tokens_BT[:, 1:][wanted_BS],
         start,
