@@ -67,8 +67,8 @@ GAPO_HD int scale(const double* gram, int m, Scaled<Max>& s) {
   }
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < m; ++j) {
-      const double mean = 0.5 * gram[i * m + j] + 0.5 * gram[j * m + i];
-      s.c[i][j] = scalbn(mean, -(s.exponent[i] + s.exponent[j]));
+      const int shift = -(s.exponent[i] + s.exponent[j]);
+      s.c[i][j] = 0.5 * (scalbn(gram[i * m + j], shift) + scalbn(gram[j * m + i], shift));
     }
   }
   return 0;

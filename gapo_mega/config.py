@@ -150,7 +150,8 @@ class OptimizerConfig(Section):
     def _sgd_is_not_distributed(self) -> OptimizerConfig:
         if self.name == "sgd" and self.distributed:
             raise ValueError(
-                "optimizer.distributed: found true with name sgd; Megatron's distributed optimizer is Adam only, set false"
+                "optimizer.distributed: found true with name sgd, accepted: false (Megatron's distributed "
+                "optimizer is Adam only)"
             )
         return self
 

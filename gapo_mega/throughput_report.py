@@ -97,7 +97,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     console.print(
         f"{result['tokens_per_second']:.1f} tokens/s, "
-        f"{result['tokens_per_second_per_device']:.1f} tokens/s/device, MFU {result['mfu']:.1%}, HFU {result['hfu']:.1%} "
+        f"{result['tokens_per_second_per_device']:.1f} tokens/s/device, "
+        f"MFU {result['mfu']:.1%}, HFU {result['hfu']:.1%} "
         f"(peak {result['peak_flops_per_device']:.3g} FLOP/s per device: {result['peak_source']})",
         soft_wrap=True,
     )

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     layout: dict[str, Any]
     model: str
     optimizer: str
-    sections: dict[str, Any] = {}
+    sections: tuple[tuple[str, Any], ...] = ()
 
     @property
     def reference(self) -> str:
@@ -46,14 +46,14 @@ def cases() -> list[Case]:
         for model in ("untied", "tied")
         for optimizer in OPTIMIZERS
     ]
-    overlap = {"optimizer": {"overlap_grad_reduce": True}}
+    overlap = (("optimizer", {"overlap_grad_reduce": True}),)
     return [
         *found,
         Case("TP3-nine_heads-adam", 3, {"tensor": 3}, "nine_heads", "adam"),
         Case("TP2-sequence-adam", 2, {**TP2, "sequence_parallel": True}, "tied", "adam"),
         Case("DP2-overlap-adam", 2, DP, "untied", "adam", overlap),
-        Case("PP2-recompute-adam", 2, PP2, "untied", "adam", {"model": {"recompute": "full"}}),
-        Case("DP2-plain-adam", 2, DP, "untied", "adam", {"optimizer": {"distributed": False}}),
+        Case("PP2-recompute-adam", 2, PP2, "untied", "adam", (("model", {"recompute": "full"}),)),
+        Case("DP2-plain-adam", 2, DP, "untied", "adam", (("optimizer", {"distributed": False}),)),
     ]
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from gapo_mega import ops
+from gapo_mega.cli import main
 from gapo_mega.config import Config
 from tests.tiny import tiny_llama
 
@@ -46,13 +47,36 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def refused(*arguments: str, **environment: str) -> str:
-    """The one line that a user error prints."""
-    done = command(*arguments, **environment)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
+class Here:
+    """The command inside this process, where heavy imports have been paid for already."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        self._capture.readouterr()
+        self._patch.setattr(sys, "argv", ["gapo-mega", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = self._capture.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, output.out, output.err
+
+    def refused(self, *arguments: str) -> str:
+        """The one line that a user error prints."""
+        code, out, err = self(*arguments)
+        assert (code, out) == (2, "")
+        (line,) = err.strip().splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    return Here(monkeypatch, capsys)
 
 
 def test_help_and_version() -> None:
@@ -84,49 +108,61 @@ def test_info_says_what_is_installed() -> None:
     assert "transformer-engine" in done.stdout and "apex" in done.stdout
 
 
-def test_dry_run_prints_a_configuration_layout_and_memory(file: Path) -> None:
-    done = command(
-        "train", "--config", str(file), "--dry-run", "--world", "4", "parallel.pipeline=2", "seed=9"
+def test_dry_run_prints_a_configuration_layout_and_memory(file: Path, here: Here) -> None:
+    code, out, _ = here(
+        "train", "-c", str(file), "--dry-run", "--world", "4", "parallel.pipeline=2", "seed=9"
     )
-    assert done.returncode == 0, done.stderr
-    config = Config.model_validate(yaml.safe_load(done.stdout))
-    assert (config.seed, config.parallel.pipeline, config.rollout.max_new_tokens) == (9, 2, 16)
-    assert "# layout: 4 processes = tensor 1 x pipeline 2 x data 2" in done.stdout
-    assert "# step: 8 prompts x 4 samples = 32 sequences, 16 on a data-parallel rank" in done.stdout
-    assert "stage 0     stage 1" in done.stdout
+    config = Config.model_validate(yaml.safe_load(out))
+    assert (code, config.seed, config.parallel.pipeline, config.rollout.max_new_tokens) == (0, 9, 2, 16)
+    assert "# layout: 4 processes = tensor 1 x pipeline 2 x data 2" in out
+    assert "# step: 8 prompts x 4 samples = 32 sequences, 16 on a data-parallel rank" in out
+    assert "stage 0     stage 1" in out
     assert not Path(config.output_dir).exists()
 
 
-def test_user_errors_are_one_line(file: Path) -> None:
-    given = ("train", "--config", str(file), "--dry-run")
-    assert "rollout.temprature: unknown key, the nearest is 'temperature'" in refused(
-        *given, "rollout.temprature=1"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rollout.temprature=1",), "rollout.temprature: unknown key, the nearest is 'temperature'"),
+        (("--world", "3", "parallel.tensor=2"), "parallel: found tensor 2 x pipeline 1 = 2 processes on a world of 3"),
+        (("model.path=/nowhere",), "model.path: found '/nowhere'"),
+        (("objectives.0.function=gapo_mega.objectives_demo:concize",), "objective 'concise'"),
+        (("aggregation.name=gap",), "gap"),
+    ],
+)  # fmt: skip
+def test_user_errors_are_one_line(file: Path, here: Here, arguments: tuple[str, ...], message: str) -> None:
+    assert message in here.refused("train", "--config", str(file), "--dry-run", *arguments)
+
+
+def test_options_that_do_not_go_together(file: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("train", "--config", str(file))
+    assert "--world: found 2 without --dry-run" in here.refused(*run, "--world", "2")
+    # The run is checked before processes are started, because torchrun buries the error of a worker.
+    assert "rollout.prompts_per_step: found 8" in here.refused(*run, "--nproc", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert "--nproc: found 2 inside torchrun" in here.refused(*run, "--nproc", "2")
+
+
+def test_errors_show_where_they_were_raised_on_demand(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAPO_MEGA_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["gapo-mega", "train", "--config", str(file), "sed=1"])
+    with pytest.raises(ValueError, match="sed: unknown key, the nearest is 'seed'"):
+        main()
+
+
+def test_user_error_of_the_command_itself(file: Path) -> None:
+    done = command("train", "--config", str(file), "steps=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: steps: found 0, accepted: greater than or equal to 1 (from override 'steps=0')\n"
     )
-    assert "parallel: found tensor 2 x pipeline 1 = 2 processes on a world of 3" in refused(
-        *given, "--world", "3", "parallel.tensor=2"
-    )
-    assert "model.path: found '/nowhere'" in refused(*given, "model.path=/nowhere")
-    assert "objective 'concise'" in refused(*given, "objectives.0.function=gapo_mega.objectives_demo:concize")
-    assert "--world: found 2 without --dry-run" in refused("train", "--config", str(file), "--world", "2")
-    inside = refused("train", "--config", str(file), "--nproc", "2", TORCHELASTIC_RUN_ID="x")
-    assert "--nproc: found 2 inside torchrun" in inside
 
 
-def test_errors_show_where_they_were_raised_on_demand(file: Path) -> None:
-    done = command("train", "--config", str(file), "--dry-run", "sed=1", GAPO_MEGA_TRACEBACK="1")
-    assert "Traceback" in done.stderr and "ValueError: sed: unknown key" in done.stderr
-
-
-def test_convert_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+def test_convert_refuses_what_it_cannot_read(tmp_path: Path, here: Here) -> None:
     (tmp_path / "model.bin").touch()
     for source, found in (("absent.gguf", "not found"), ("model.bin", "no .gguf file"), (".", "a directory")):
-        line = refused("convert", "--from", str(tmp_path / source), "--to", str(tmp_path / "out"))
+        line = here.refused("convert", "--from", str(tmp_path / source), "--to", str(tmp_path / "out"))
         assert found in line and "accepted: a .gguf file" in line
-
-
-def test_nproc_checks_before_it_starts_processes(file: Path) -> None:
-    line = refused("train", "--config", str(file), "--nproc", "3")
-    assert "rollout.prompts_per_step: found 8, accepted for 3 data-parallel ranks" in line
 
 
 def test_nproc_starts_that_many_ranks_with_their_share_of_the_cores(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
     """
     layout = groups.layout
     with _errors(directory, "loaded", ValueError), megatron_device():
-        about = dist_checkpointing.load_common_state_dict(str(directory))["about"]
+        about = dist_checkpointing.load_common_state_dict(str(directory)).get("about", {})
         optimizers = {n: OptimizerState(t.model, t.optimizer, groups) for n, t in trainables.items()}
         _check(directory, about, {n: _kind(t, optimizers[n]) for n, t in trainables.items()})
         saved = about["layout"]
@@ -161,8 +161,10 @@ def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
 
 
 def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
-    if about["format"] != _FORMAT:
-        raise ValueError(f"checkpoint {directory}: found format {about['format']}, accepted: {_FORMAT}")
+    if about.get("format") != _FORMAT:
+        raise ValueError(
+            f"checkpoint {directory}: found format {about.get('format')}, accepted: {_FORMAT} (written by gapo_mega)"
+        )
     if about["models"].keys() != expected.keys():
         raise ValueError(
             f"checkpoint {directory}: found the models {sorted(about['models'])}, "
