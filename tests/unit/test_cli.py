@@ -124,12 +124,12 @@ def test_dry_run_prints_a_configuration_layout_and_memory(file: Path, here: Here
     ("arguments", "message"),
     [
         (("rollout.temprature=1",), "rollout.temprature: unknown key, the nearest is 'temperature'"),
-        (("--world", "3", "parallel.tensor=2"), "parallel: found tensor 2 x pipeline 1 = 2 processes on a world of 3"),
+        (("--world", "3", "parallel.tensor=2"), "= 2 processes on a world of 3, accepted"),
         (("model.path=/nowhere",), "model.path: found '/nowhere'"),
         (("objectives.0.function=gapo_mega.objectives_demo:concize",), "objective 'concise'"),
         (("aggregation.name=gap",), "gap"),
     ],
-)  # fmt: skip
+)
 def test_user_errors_are_one_line(file: Path, here: Here, arguments: tuple[str, ...], message: str) -> None:
     assert message in here.refused("train", "--config", str(file), "--dry-run", *arguments)
 

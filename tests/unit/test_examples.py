@@ -34,9 +34,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
         for k, v in os.environ.items()
         if k not in ("TP", "PP", "MODEL", "OUTPUT_DIR", "WORLD_SIZE", "RANK")
     }
-    return subprocess.run(
-        command, env={**clean, "PYTHON": sys.executable, **environment}, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+    clean |= {"PYTHON": sys.executable, **environment}
+    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
 
 
 def resolved(done: subprocess.CompletedProcess[str]) -> Config:

@@ -14,7 +14,6 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from gapo_mega.engine.megatron.cpu import device
-from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.engine.megatron.modules import ValueModel
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, families, write_hf
 
