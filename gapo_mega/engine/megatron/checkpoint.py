@@ -163,7 +163,8 @@ def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
 def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
     if about.get("format") != _FORMAT:
         raise ValueError(
-            f"checkpoint {directory}: found format {about.get('format')}, accepted: {_FORMAT} (written by gapo_mega)"
+            f"checkpoint {directory}: found format {about.get('format')}, "
+            f"accepted: {_FORMAT} (written by gapo_mega)"
         )
     if about["models"].keys() != expected.keys():
         raise ValueError(
