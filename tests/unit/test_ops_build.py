@@ -1,0 +1,91 @@
+"""What was compiled, and that it loads and speaks clearly where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gapo_mega import ops
+from gapo_mega.ops import _native, cuda
+
+needs_no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+def test_info():
+    info = ops.info()
+    assert set(info) == {"isa", "has_cuda", "cuda_archs", "threads"}
+    assert info["isa"] in _native.instruction_sets()
+    assert info["threads"] == torch.get_num_threads()
+    assert bool(info["cuda_archs"]) == info["has_cuda"]
+
+
+def test_cuda_is_built_where_nvcc_is():
+    if os.environ.get("GAPO_CUDA") == "OFF" or not shutil.which("nvcc"):
+        pytest.skip("no nvcc on PATH, or GAPO_CUDA=OFF")
+    info = ops.info()
+    assert info["has_cuda"]
+    assert {"sm_80", "sm_90"} <= set(info["cuda_archs"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="reads Linux's /proc/cpuinfo")
+def test_instruction_sets_are_the_processors():
+    with open("/proc/cpuinfo") as file:
+        flags = file.read().split()
+    expected = (
+        "avx512" if "avx512f" in flags else "avx2" if {"avx2", "fma", "f16c"} <= set(flags) else "baseline"
+    )
+    assert _native.instruction_sets()[0] == expected
+
+
+def test_the_module_loads_without_torch_and_without_a_driver():
+    """Only the dynamic linker and Python: no torch, no CUDA library."""
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_native', {_native.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "loaded = open('/proc/self/maps').read()\n"
+        "assert 'libcuda' not in loaded and 'libtorch' not in loaded\n"
+        "print(module.min_norm([1.0, 0.0, 0.0, 1.0], 2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "([0.5, 0.5], 0)"
+
+
+@needs_no_device
+def test_device_operations_say_that_there_is_no_device():
+    gram, weights, status = torch.eye(2).double(), torch.zeros(2).double(), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"no CUDA device|no CUDA back end"):
+        ops.min_norm_device(gram, weights, status)
+
+
+@needs_no_device
+@pytest.mark.skipif(not _native.has_cuda, reason="built without CUDA")
+def test_launchers_say_that_there_is_no_device():
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        cuda.require_back_end()
+    plan = _native.cuda_plan([10], None)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        _native.cuda_gramian(1, [0], [10], 0, [], plan, 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        _native.cuda_combine(1, [0], [10], 0, 0, [0], 0, 0, 0)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        _native.cuda_min_norm(0, 2, 0, 0, 0, 0)
+
+
+@pytest.mark.skipif(not _native.has_cuda, reason="built without CUDA")
+def test_device_plan_covers_every_segment_once():
+    chunk = 65536
+    lengths = [10, 0, 3 * chunk, 5]
+    segments = [(2, 12), (chunk, 3 * chunk + 13)]
+    plan = _native.cuda_plan(lengths, segments)
+    runs = [tuple(plan.table[i : i + 3]) for i in range(0, len(plan.table), 3)]
+    # begin and end within the piece, and the first chunk of the run
+    assert runs == [(2, 10, 0), (0, 2, 1), (chunk - 10, 3 * chunk, 2), (0, 3, 5)]
+    assert plan.workspace_size(2) == 3 * 6
+    assert _native.cuda_plan([0], None).workspace_size(4) == 0

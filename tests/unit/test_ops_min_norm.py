@@ -1,0 +1,189 @@
+"""The solver against exact rational arithmetic, scipy, and the optimality conditions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.ops import reference
+
+Matrix = list[list[Fraction]]
+
+
+def exact(gram: Tensor) -> Matrix:
+    return [[Fraction(x) for x in row] for row in gram.tolist()]
+
+
+def residual(gram: Tensor, weights: Tensor) -> float:
+    """Largest violation of (Gw)_i = w'Gw (support) or >= (elsewhere), over the sizes of the summands.
+
+    In rational arithmetic, so that what is measured is the solver's error alone.
+    """
+    g = exact(gram)
+    w = [Fraction(x) for x in weights.tolist()]
+    total = sum(w)
+    assert min(w) >= 0
+    assert abs(total - 1) < Fraction(1, 10**14)
+    w = [x / total for x in w]
+    y = [sum((a * b for a, b in zip(row, w, strict=True)), Fraction(0)) for row in g]
+    level = sum((a * b for a, b in zip(w, y, strict=True)), Fraction(0))
+    worst = Fraction(0)
+    for i, row in enumerate(g):
+        size = sum((abs(a) * b for a, b in zip(row, w, strict=True)), abs(level))
+        if size:
+            excess = (y[i] - level) / size
+            worst = max(worst, abs(excess) if w[i] else -excess)
+    return float(worst)
+
+
+def solve(a: Matrix, b: list[Fraction]) -> list[Fraction] | None:
+    """Gauss-Jordan; None where the matrix is singular."""
+    n = len(b)
+    rows = [[*row, right] for row, right in zip(a, b, strict=True)]
+    for k in range(n):
+        pivot = next((i for i in range(k, n) if rows[i][k]), None)
+        if pivot is None:
+            return None
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        rows[k] = [x / rows[k][k] for x in rows[k]]
+        for i in range(n):
+            if i != k and rows[i][k]:
+                rows[i] = [x - rows[i][k] * top for x, top in zip(rows[i], rows[k], strict=True)]
+    return [row[n] for row in rows]
+
+
+def exact_minimum(gram: Tensor) -> Fraction:
+    """min over the simplex of w'Gw, by all affinely independent support sets."""
+    g = exact(gram)
+    best = None
+    for size in range(1, len(g) + 1):
+        for support in combinations(range(len(g)), size):
+            system = [[*(g[i][j] for j in support), Fraction(-1)] for i in support]
+            system.append([Fraction(1)] * size + [Fraction(0)])
+            found = solve(system, [Fraction(0)] * size + [Fraction(1)])
+            if found is not None and min(found[:size]) >= 0 and (best is None or found[size] < best):
+                best = found[size]  # the multiplier is the value w'Gw
+    assert best is not None
+    return best
+
+
+def exact_value(gram: Tensor, weights: Tensor) -> Fraction:
+    w = [Fraction(x) for x in weights.tolist()]
+    g = exact(gram)
+    value = sum(w[i] * g[i][j] * w[j] for i in range(len(w)) for j in range(len(w)))
+    return Fraction(value) / sum(w) ** 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_value_equals_rational_arithmetic(data):
+    m = data.draw(st.integers(1, 4))
+    n = data.draw(st.integers(1, 5))
+    # Small integers: the Gram is exact, and parallel, opposing, equal and zero rows are frequent.
+    rows = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=m, max_size=m))
+    ).double()
+    scales = torch.tensor([2.0 ** data.draw(st.integers(-20, 20)) for _ in range(m)]).double()
+    rows = rows * scales[:, None]
+    gram = rows @ rows.T
+    weights = ops.min_norm(gram)
+    least = exact_minimum(gram)
+    largest = Fraction(float(gram.diagonal().max()))
+    # The value may only exceed the minimum, by rounding of the weights (2^-52) times the summands.
+    assert 0 <= exact_value(gram, weights) - least <= Fraction(1, 10**13) * largest
+    assert residual(gram, weights) <= 1e-9
+
+
+def families(m: int, seed: int) -> dict[str, Tensor]:
+    """Rows that are hard for solvers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    generic = normal(m, max(2, m // 2 + seed % m))
+    scales = 10 ** (8 * torch.rand(m, 1, generator=generator, dtype=torch.float64))
+    line = normal(1, generic.shape[1]).expand(m, -1)
+    signs = torch.sign(normal(m, 1))
+    with_zero = generic.clone()
+    with_zero[seed % m] = 0.0
+    return {
+        "generic": generic,
+        "norm ratios 1e8": generic * scales,
+        "near parallel": line + 1e-7 * generic,
+        "parallel to rounding": line + 1e-15 * generic,
+        "near parallel, norm ratios": (line + 1e-7 * generic) * scales,
+        "opposing, norm ratios": signs * line * scales,
+        "near opposing, norm ratios": signs * (line + 1e-6 * generic) * scales,
+        "rank one": signs * line,
+        "duplicated": (generic * scales)[torch.randint(m, (m,), generator=generator)],
+        "denormal gram": generic * 1e-160,
+        "huge gram": generic * 1e150,
+        "zero row": with_zero,
+    }
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6, 8, 9, 12, 16])
+@pytest.mark.parametrize("family", list(families(2, 0)))
+def test_optimality_conditions_on_adversarial_rows(family, m):
+    for seed in range(6 if m <= 8 else 2):
+        rows = families(m, seed)[family]
+        gram = rows @ rows.T
+        gram = (gram + gram.T) / 2
+        assert residual(gram, ops.min_norm(gram)) <= 1e-9, gram
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4, 1e8, 1e12])
+def test_opposing_and_orthogonal_rows_have_closed_forms(ratio):
+    opposing = torch.tensor([[1.0, -ratio], [-ratio, ratio * ratio]], dtype=torch.float64)
+    expected = torch.tensor([ratio / (1 + ratio), 1 / (1 + ratio)], dtype=torch.float64)
+    torch.testing.assert_close(ops.min_norm(opposing), expected, rtol=1e-14, atol=0)
+    orthogonal = torch.diag(torch.tensor([1.0, ratio**2, ratio], dtype=torch.float64))
+    inverse = 1 / orthogonal.diagonal()
+    torch.testing.assert_close(ops.min_norm(orthogonal), inverse / inverse.sum(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("m", [2, 5, 8, 12])
+def test_scaling_by_powers_of_two_changes_no_bit(m):
+    rows = torch.randn(m, m + 2, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    assert torch.equal(ops.min_norm(gram), ops.min_norm(gram * 2.0**200))
+    assert torch.equal(ops.min_norm(gram), ops.min_norm(gram * 2.0**-200))
+
+
+@pytest.mark.parametrize("m", [3, 8, 10])
+def test_value_equals_scipy(m):
+    generator = torch.Generator().manual_seed(m)
+    for _ in range(5):
+        rows = torch.randn(m, m, generator=generator, dtype=torch.float64) + 0.5
+        gram = rows @ rows.T
+        g = gram.numpy()
+        found = minimize(
+            lambda w, g=g: (w @ g @ w, 2 * g @ w),
+            [1 / m] * m,
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, 1)] * m,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        weights = ops.min_norm(gram)
+        # SLSQP's own accuracy.
+        assert float(weights @ gram @ weights) == pytest.approx(found.fun, rel=1e-7)
+        torch.testing.assert_close(weights, reference.min_norm(gram), rtol=1e-9, atol=1e-12)
+
+
+def test_ties_are_resolved_the_same_way():
+    assert ops.min_norm(torch.ones(3, 3)).tolist() == [1.0, 0.0, 0.0]
+    assert ops.min_norm(torch.zeros(3, 3)).tolist() == [1.0, 0.0, 0.0]
+    assert ops.min_norm(torch.diag(torch.tensor([4.0, 0.0, 0.0]))).tolist() == [0.0, 1.0, 0.0]
+    assert ops.min_norm(torch.tensor([[7.0]])).tolist() == [1.0]
