@@ -8,8 +8,11 @@ PIP := $(BIN)/python -m pip
 MODEL := models/SmolLM2-135M-Instruct
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-# Demo processes: every GPU, else two on the CPU where it has the cores. `make demo NPROC=1` overrides it.
-NPROC ?= $(shell if [ $(GPUS) -gt 0 ]; then echo $(GPUS); elif [ $(CORES) -gt 1 ]; then echo 2; else echo 1; fi)
+# Demo processes: the largest power of two of GPUs up to 8, else two on the CPU where it has the cores. Another
+# number: `make demo NPROC=1`. The 32 sequences of a demo step are shared out evenly, 16 at a time at most.
+NPROC ?= $(shell n=1; limit=$$(( $(GPUS) > 0 ? $(GPUS) : ($(CORES) > 1 ? 2 : 1) )); \
+  while [ $$((2 * n)) -le $$limit ] && [ $$n -lt 8 ]; do n=$$((2 * n)); done; echo $$n)
+MICRO_BATCH := $(shell echo $$(( $(NPROC) > 2 ? 32 / $(NPROC) : 16 )))
 
 # Without a GPU the CPU build of torch is a tenth of the size. It is not on PyPI; where its host cannot be
 # reached, pip warns and takes what the configured index has.
@@ -20,26 +23,26 @@ endif
 # What the extension is built from. A change of it, or of what is installed, installs again.
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
-EXTRAS_run := demo
-EXTRAS_test := demo,test
-EXTRAS_lint := demo,test,lint
+EXTRAS_test := [test]
+EXTRAS_lint := [test,lint]
 # An installation with more extras is one with fewer, too.
 STAMPS_run := $(VENV)/.installed-run
 STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
 help:
-	@echo "make demo    install, train a small language model on two conflicting objectives, show the result"
-	@echo "make test    install with test extras, run the whole test suite"
-	@echo "make lint    ruff, mypy --strict, clang-format"
-	@echo "make clean   remove build products and caches; .venv, models and runs stay"
+	@echo "make demo      install, train a small language model on two conflicting objectives, show the result"
+	@echo "make test      install with test extras, run the whole test suite"
+	@echo "make lint      ruff, mypy --strict, clang-format"
+	@echo "make sanitize  the extension's tests under the address and undefined-behaviour sanitizers"
+	@echo "make clean     remove build products and caches; .venv, models and runs stay"
 
 demo: $(VENV)/.installed-run $(MODEL)/config.json
-	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC)
+	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH)
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
 	$(BIN)/python -m pytest
@@ -49,6 +52,21 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# A copy of the package beside the checkout gets a sanitized extension; the tests are pointed at that copy.
+SANITIZED := build/sanitize/site
+sanitize: $(VENV)/.installed-test
+	$(PIP) install --quiet -c constraints.txt cmake ninja pybind11
+	mkdir -p $(SANITIZED) && cp -r gapo_mega $(SANITIZED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build/sanitize/cmake -G Ninja -DGAPO_CUDA=OFF \
+	  -DGAPO_SANITIZE=address,undefined -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/sanitize/cmake
+	$(BIN)/cmake --install build/sanitize/cmake --prefix $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest --import-mode=importlib \
+	  tests/unit/test_ops_arguments.py tests/unit/test_ops_min_norm.py tests/unit/test_ops_streams.py
 
 clean:
 	rm -rf build dist *.egg-info gapo_mega/ops/*.so $(VENV)/.installed-*
@@ -68,7 +86,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 # Editable, so that `import gapo_mega` means this checkout wherever Python is started.
 $(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS_$*)]'
+	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.$(EXTRAS_$*)'
 	@touch $(STAMPS_$*)
 
 # The demo's policy is the data file of a package, whose own dependencies are not needed to read it.
