@@ -286,9 +286,9 @@ class Trainer:
 
     # -- checkpoints -------------------------------------------------------------------------------
     def _agree(self, requested: bool) -> bool:
-        """True on every rank when any rank was asked to stop."""
-        mine = self.engine.broadcast_in_replica(requested)
-        return bool(self.engine.sum_over_data(torch.tensor(int(mine or requested))))
+        """The same on every rank: True when the first rank of any replica was asked to stop."""
+        first = self.engine.broadcast_in_replica(requested)
+        return bool(self.engine.sum_over_data(torch.tensor(int(first))))
 
     def _save(self) -> None:
         """A complete checkpoint of the current step; all ranks call it."""
@@ -304,8 +304,12 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
-        latest = self.checkpoints.latest() if self.config.checkpoint.resume else None
-        latest = self.engine.broadcast_in_replica(latest)
+        latest = self.checkpoints.latest()
+        if latest is not None and not self.config.checkpoint.resume:
+            raise ValueError(
+                f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
+                "accepted: another output_dir, or remove the checkpoints"
+            )
         if latest is None:
             return
         extra = self.engine.load(latest)

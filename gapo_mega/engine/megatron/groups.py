@@ -92,8 +92,15 @@ def initialize(tensor: int, pipeline: int, seed: int) -> Groups:
 def shutdown(world_too: bool = True) -> None:
     """Undo ``initialize``; ``world_too=False`` keeps torch.distributed for another layout."""
     parallel_state.destroy_model_parallel()
-    if world_too and dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if world_too:
         dist.destroy_process_group()
+        return
+    # Megatron forgets its groups without closing them: each would keep its gloo threads.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _start_process_group(backend: str) -> None:
