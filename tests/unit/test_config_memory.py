@@ -126,6 +126,6 @@ def test_recomputation_saves_and_the_table_shows_every_stage() -> None:
     table = plans["none"].table().splitlines()
     assert table[0].split() == ["GiB", "per", "rank", "stage", "0", "stage", "1"]
     assert float(table[1].split()[1]) == pytest.approx(
-        first.parameters / 2**30, abs=5e-4
-    )  # printed to 3 digits
+        first.parameters / 2**30, abs=5e-3
+    )  # printed to 2 digits
     assert plans["none"].peak == max(first.peak, last.peak)
