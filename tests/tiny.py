@@ -22,7 +22,7 @@ def tiny_llama(
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=48,
+        hidden_size=72,
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=heads,

@@ -23,14 +23,14 @@ OBJECTIVES = 3
 ROWS, COLUMNS = 8, 20
 
 
-def make_config(model: str, layout: dict[str, Any], optimizer: dict[str, Any], **sections: Any) -> Config:
+def make_config(path: str, layout: dict[str, Any], optimizer: dict[str, Any], **sections: Any) -> Config:
     """A configuration whose data and objectives are never used."""
     return Config.model_validate(
         {
             "output_dir": "unused",
             "steps": 4,
             "micro_batch_size": 2,
-            "model": {"path": model, **sections.pop("model", {})},
+            "model": {"path": path, **sections.pop("model", {})},
             "parallel": layout,
             "data": {"source": "unused"},
             "objectives": [{"name": f"o{i}", "function": "m:f"} for i in range(OBJECTIVES)],
