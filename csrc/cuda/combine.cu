@@ -59,7 +59,7 @@ __device__ __forceinline__ void vector_pair(const Job& job, const float* weights
 }
 
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads, 5) combine_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, 4) combine_kernel(Job job) {
   constexpr int N = Shape<T, Out>::kVector;
   __shared__ float weights[kMaxRows];
   if (threadIdx.x < job.m) weights[threadIdx.x] = static_cast<float>(job.weights[threadIdx.x]);

@@ -158,7 +158,7 @@ struct Accumulator {
 };
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(kThreads) partial_sums(Job job) {
+__global__ void __launch_bounds__(kThreads, 2) partial_sums(Job job) {
   const int64_t chunk = job.first_chunk + blockIdx.x;
   Accumulator<T, Shape> accumulator;
 #pragma unroll

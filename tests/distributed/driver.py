@@ -19,15 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 def main() -> None:
     import torch.distributed as dist
 
-    torch_jobs: list[list[Any]] = json.loads(Path(sys.argv[1]).read_text())
+    from gapo_mega.engine.megatron import groups
+
+    jobs: list[list[Any]] = json.loads(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
     results: list[dict[str, Any]] = []
-    for module, arguments in torch_jobs:
+    for module, arguments in jobs:
         try:
             results.append({"result": importlib.import_module(f"tests.distributed.{module}").run(arguments)})
         except Exception:  # reported to the test, which fails with it
             results.append({"error": traceback.format_exc()})
-            print(results[-1]["error"], file=sys.stderr, flush=True)
+            print(f"rank {dist.get_rank()}: {results[-1]['error']}", file=sys.stderr, flush=True)
+            groups.shutdown(world_too=False)
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -75,9 +76,26 @@ def _megatron_rng_on_cpu() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _re_entering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` inside the mode, also where autograd's backward has left it (recomputation)."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _CudaMeansCpu():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 @contextmanager
 def _cpu_mode() -> Iterator[None]:
+    # Megatron stays unimported until it is used.
+    from megatron.core.fusions import fused_softmax
+
+    masks = ("get_default_causal_mask", "get_sliding_window_causal_mask")
+    wrapped = {name: _re_entering(getattr(fused_softmax, name)) for name in masks}
     with (
+        patch.multiple(fused_softmax, **wrapped),
         patch.object(torch.cuda, "current_device", lambda: _CPU),
         patch.object(torch.cuda, "synchronize", lambda device=None: None),
         _megatron_rng_on_cpu(),
