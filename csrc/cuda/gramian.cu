@@ -157,6 +157,7 @@ struct Accumulator {
   }
 };
 
+// Two blocks a multiprocessor: left alone, ptxas aims at more of them and spills.
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, 2) partial_sums(Job job) {
   const int64_t chunk = job.first_chunk + blockIdx.x;

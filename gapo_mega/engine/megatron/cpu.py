@@ -92,10 +92,11 @@ def _cpu_mode() -> Iterator[None]:
     # Megatron stays unimported until it is used.
     from megatron.core.fusions import fused_softmax
 
-    masks = ("get_default_causal_mask", "get_sliding_window_causal_mask")
-    wrapped = {name: _re_entering(getattr(fused_softmax, name)) for name in masks}
+    causal = _re_entering(fused_softmax.get_default_causal_mask)
+    window = _re_entering(fused_softmax.get_sliding_window_causal_mask)
     with (
-        patch.multiple(fused_softmax, **wrapped),
+        patch.object(fused_softmax, "get_default_causal_mask", causal),
+        patch.object(fused_softmax, "get_sliding_window_causal_mask", window),
         patch.object(torch.cuda, "current_device", lambda: _CPU),
         patch.object(torch.cuda, "synchronize", lambda device=None: None),
         _megatron_rng_on_cpu(),
