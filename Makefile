@@ -65,7 +65,7 @@ sanitize: $(VENV)/.installed-test
 	$(BIN)/cmake --install build/sanitize/cmake --prefix $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest --import-mode=importlib \
+	  $(BIN)/pytest --import-mode=importlib -o pythonpath="$(SANITIZED) ." \
 	  tests/unit/test_ops_arguments.py tests/unit/test_ops_min_norm.py tests/unit/test_ops_streams.py
 
 clean:
