@@ -24,7 +24,7 @@ data: {{source: "package:prompts", max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 16}}
 objectives:
   - {{name: concise, function: "gapo_mega.objectives_demo:concise"}}
-  - {{name: on_topic, function: "gapo_mega.objectives_demo:on_topic"}}
+  - {{name: points, function: "gapo_mega.objectives_demo:points"}}
 """
 
 

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from gapo_mega import data
-from gapo_mega.objectives_demo import concise, on_topic, topics
+from gapo_mega.objectives_demo import concise, points, words
 
 
 def _prompts() -> list[dict[str, str]]:
@@ -24,12 +24,10 @@ def test_prompts_have_both_splits_and_no_near_duplicates() -> None:
     assert count["heldout"] >= 64 and count["train"] >= 256
     assert all(set(row) == {"prompt", "split"} for row in rows)
     assert all(4 <= len(row["prompt"].split()) <= 20 for row in rows)
-    for one, other in itertools.combinations([topics(row["prompt"]) for row in rows], 2):
-        assert len(one & other) / len(one | other) < 0.6, f"near duplicates: {one} {other}"
-
-
-def test_every_prompt_can_be_scored() -> None:
-    assert all(topics(row["prompt"]) for row in _prompts())
+    # Short words carry grammar: what two prompts share of the others tells whether they ask the same.
+    contents = [frozenset(word for word in words(row["prompt"]) if len(word) > 3) for row in rows]
+    for one, other in itertools.combinations(contents, 2):
+        assert len(one & other) / max(1, len(one | other)) < 0.7, f"near duplicates: {one} {other}"
 
 
 def test_unknown_data_file_names_what_there_is() -> None:
@@ -69,41 +67,36 @@ def test_concise(response: str, score: float) -> None:
     assert _one(concise, SKY, response) == pytest.approx(score, rel=1e-12)
 
 
-# Topics of the question: sky, blue. Each other content word counts a quarter, up to four.
+# Separators count a fifth each, different words a sixth, up to one.
 @pytest.mark.parametrize(
     ("response", "score"),
     [
         ("", 0.0),
-        ("Why is the sky blue?", 0.0),
-        ("Sky blue sky blue sky blue.", 0.0),
-        ("Air molecules scatter sunlight.", 0.0),
-        ("Molecules scatter sunlight in the sky.", 0.5 * 3 / 4),
-        ("The sky is blue because air molecules scatter sunlight.", 1.0),
-        ("The sky is blue because air molecules scatter sunlight more than red or green light.", 1.0),
-        ("Blue skies: scattering.", 1 / 4),
+        ("The sky is blue today.", 0.0),
+        (",,,,,", 0.0),
+        ("blue, blue, blue, blue, blue, blue", 1 / 6),
+        ("Air scatters blue light, and red passes.", 2 / 5),
+        ("Air, dust, water and ice scatter light, then we look.", 1.0),
+        ("Land or sandy handles, butter: then AND but", 5 / 5),
+        ("a, b, c, d, e, f, g, h, and i", 1.0),
     ],
 )
-def test_on_topic(response: str, score: float) -> None:
-    assert _one(on_topic, SKY, response) == pytest.approx(score, rel=1e-12)
+def test_points(response: str, score: float) -> None:
+    assert _one(points, SKY, response) == pytest.approx(score, rel=1e-12)
 
 
 def test_the_objectives_pull_apart_and_still_have_a_common_optimum() -> None:
-    rambling = "The sky is blue because " + "air molecules scatter sunlight and so on and " * 5 + "more."
-    curt = "Because of sunlight and air."
-    both = "The sky is blue because air molecules scatter sunlight."
+    rambling = "The sky is blue, and the air is thin, but the light, then, is " + "very " * 20 + "bright."
+    curt = "Because of the scattered sunlight."
+    both = "Air, dust, water and ice scatter blue light, then red."
     assert _one(concise, SKY, curt) > _one(concise, SKY, rambling)
-    assert _one(on_topic, SKY, curt) < _one(on_topic, SKY, rambling)
-    assert _one(concise, SKY, both) == _one(on_topic, SKY, both) == 1.0
+    assert _one(points, SKY, curt) < _one(points, SKY, rambling)
+    assert _one(concise, SKY, both) == _one(points, SKY, both) == 1.0
 
 
 def test_scores_come_one_per_pair_in_order() -> None:
-    responses = ["", "The sky is blue because air molecules scatter sunlight.", "No."]
-    for function in (concise, on_topic):
+    responses = ["", "The sky is blue, and the air is thin.", "No."]
+    for function in (concise, points):
         assert function([SKY] * 3, responses) == [function([SKY], [r])[0] for r in responses]
         with pytest.raises(ValueError, match="zip"):
             function([SKY] * 2, responses)
-
-
-def test_on_topic_names_a_prompt_without_topics() -> None:
-    with pytest.raises(ValueError, match="found the prompt 'Who are you\\?'"):
-        on_topic(["Who are you?"], ["A language model."])
