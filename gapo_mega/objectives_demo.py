@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 # Full marks from FEWEST_WORDS to ENOUGH_WORDS, none from MOST_WORDS on.
-FEWEST_WORDS, ENOUGH_WORDS, MOST_WORDS = 5, 10, 40
+FEWEST_WORDS, ENOUGH_WORDS, MOST_WORDS = 5, 20, 40
 CUT_OFF_FACTOR = 0.5
 # Separators, and different words, for full marks.
 MANY_POINTS, DIFFERENT_WORDS = 5, 6
@@ -40,7 +40,7 @@ def _concise(response: str) -> float:
 def concise(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Few words, but whole sentences.
 
-    1 for a complete reply of 5 to 10 words, falling linearly to 0 at 40 words and at none; half of that for a
+    1 for a complete reply of 5 to 20 words, falling linearly to 0 at 40 words and at none; half of that for a
     reply that stops in the middle of a sentence. Prompts do not matter.
     """
     return [_concise(response) for _, response in zip(prompts, responses, strict=True)]

@@ -274,7 +274,8 @@ class Trainer:
             self.names,
             rewards=facts["rewards"],
             kl=facts["kl"],
-            tokens_per_second=facts["tokens"] / seconds,
+            # The rollout's tokens are shared out over its updates, the first of which holds its time.
+            tokens_per_second=facts["tokens"] / self.updates_per_step / seconds,
             peak_memory_bytes=self.engine.peak_memory(),
             seconds={**self.seconds, "step": seconds},
             extra={**facts["extra"], **critic},

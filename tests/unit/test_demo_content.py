@@ -45,7 +45,7 @@ def _one(function: object, prompt: str, response: str) -> float:
 SKY = "Why is the sky blue?"
 
 
-# Written out by hand from the docstring: 5 to 10 words are full marks, then a line to 0 at 40 words.
+# Written out by hand from the docstring: 5 to 20 words are full marks, then a line to 0 at 40 words.
 @pytest.mark.parametrize(
     ("response", "score"),
     [
@@ -55,8 +55,8 @@ SKY = "Why is the sky blue?"
         ("The sky is blue today.", 1.0),
         ("The sky is blue today", 0.5),
         ("It said: “the sky is blue.”", 1.0),
-        ("word " * 9 + "word.", 1.0),
-        ("word " * 24 + "word.", 0.5),
+        ("word " * 19 + "word.", 1.0),
+        ("word " * 29 + "word.", 0.5),
         ("word " * 39 + "word.", 0.0),
         ("word " * 500 + "word.", 0.0),
         ("... !!! 12 345.", 0.0),
