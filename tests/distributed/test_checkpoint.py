@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All cases in one launch."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    jobs = [
-        ("check_checkpoint", {**case, "directory": str(folder / name)}) for name, case in CASES.items()
-    ]
+    jobs = [("check_checkpoint", {**case, "directory": str(folder / name)}) for name, case in CASES.items()]
     return dict(zip(CASES, launch(4, jobs, folder), strict=True))
 
 
