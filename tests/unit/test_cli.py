@@ -24,7 +24,7 @@ data: {{source: "package:prompts", max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 16}}
 objectives:
   - {{name: concise, function: "gapo_mega.objectives_demo:concise"}}
-  - {{name: points, function: "gapo_mega.objectives_demo:points"}}
+  - {{name: plain, function: "gapo_mega.objectives_demo:plain"}}
 """
 
 

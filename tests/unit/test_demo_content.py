@@ -9,7 +9,7 @@ import json
 import pytest
 
 from gapo_mega import data
-from gapo_mega.objectives_demo import concise, points, words
+from gapo_mega.objectives_demo import concise, plain, words
 
 
 def _prompts() -> list[dict[str, str]]:
@@ -45,7 +45,7 @@ def _one(function: object, prompt: str, response: str) -> float:
 SKY = "Why is the sky blue?"
 
 
-# Written out by hand from the docstring: 5 to 20 words are full marks, then a line to 0 at 40 words.
+# Written out by hand from the docstring: 5 to 10 words are full marks, then a line to 0 at 40 words.
 @pytest.mark.parametrize(
     ("response", "score"),
     [
@@ -55,8 +55,8 @@ SKY = "Why is the sky blue?"
         ("The sky is blue today.", 1.0),
         ("The sky is blue today", 0.5),
         ("It said: “the sky is blue.”", 1.0),
-        ("word " * 19 + "word.", 1.0),
-        ("word " * 29 + "word.", 0.5),
+        ("word " * 9 + "word.", 1.0),
+        ("word " * 24 + "word.", 0.5),
         ("word " * 39 + "word.", 0.0),
         ("word " * 500 + "word.", 0.0),
         ("... !!! 12 345.", 0.0),
@@ -67,36 +67,40 @@ def test_concise(response: str, score: float) -> None:
     assert _one(concise, SKY, response) == pytest.approx(score, rel=1e-12)
 
 
-# Separators count a fifth each, different words a sixth, up to one.
+# Words of 3 letters are full marks, words of 7 none; five words at least.
 @pytest.mark.parametrize(
     ("response", "score"),
     [
         ("", 0.0),
-        ("The sky is blue today.", 0.0),
-        (",,,,,", 0.0),
-        ("blue, blue, blue, blue, blue, blue", 1 / 6),
-        ("Air scatters blue light, and red passes.", 2 / 5),
-        ("Air, dust, water and ice scatter light, then we look.", 1.0),
-        ("Land or sandy handles, butter: then AND but", 5 / 5),
-        ("a, b, c, d, e, f, g, h, and i", 1.0),
+        ("123 !!!", 0.0),
+        ("The sky is one big sea.", 1.0),
+        ("the the the the the the the", 1.0),
+        ("word word word word word", 0.75),
+        ("seventy seventy seventy seventy seventy", 0.0),
+        ("internationally acknowledged considerations notwithstanding circumstances", 0.0),
+        ("the sea", 0.4),
+        ("The cats' sails are red now", 1 - 0.5 / 4),
     ],
 )
-def test_points(response: str, score: float) -> None:
-    assert _one(points, SKY, response) == pytest.approx(score, rel=1e-12)
+def test_plain(response: str, score: float) -> None:
+    assert _one(plain, SKY, response) == pytest.approx(score, rel=1e-12)
 
 
 def test_the_objectives_pull_apart_and_still_have_a_common_optimum() -> None:
-    rambling = "The sky is blue, and the air is thin, but the light, then, is " + "very " * 20 + "bright."
-    curt = "Because of the scattered sunlight."
-    both = "Air, dust, water and ice scatter blue light, then red."
-    assert _one(concise, SKY, curt) > _one(concise, SKY, rambling)
-    assert _one(points, SKY, curt) < _one(points, SKY, rambling)
-    assert _one(concise, SKY, both) == _one(points, SKY, both) == 1.0
+    dense = "Atmospheric molecules preferentially scatter shorter wavelengths."
+    rambling = (
+        "The sky is blue, as the air up in it can bend and send on " + "all of the " * 6 + "blue light."
+    )
+    both = "The air in the sky can send us blue."
+    assert _one(concise, SKY, dense) > _one(concise, SKY, rambling)
+    assert _one(plain, SKY, dense) < _one(plain, SKY, rambling)
+    assert _one(concise, SKY, both) == 1.0
+    assert _one(plain, SKY, both) > 0.9
 
 
 def test_scores_come_one_per_pair_in_order() -> None:
     responses = ["", "The sky is blue, and the air is thin.", "No."]
-    for function in (concise, points):
+    for function in (concise, plain):
         assert function([SKY] * 3, responses) == [function([SKY], [r])[0] for r in responses]
         with pytest.raises(ValueError, match="zip"):
             function([SKY] * 2, responses)
