@@ -89,7 +89,11 @@ class Engine(Protocol):
     """Policy, reference and critic on this world of ranks."""
 
     layout: Layout
-    generator: Generator
+
+    @property
+    def generator(self) -> Generator:
+        """The rollout back end that samples from the current policy."""
+        ...
 
     def logprobs(
         self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]

@@ -129,7 +129,6 @@ class MegatronGenerator:
     def update_weights(self) -> None:
         """Nothing to do: the trained model is the one that generates."""
 
-    @torch.no_grad()  # not inference_mode: Megatron caches rotary tables that training uses too
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
@@ -151,7 +150,8 @@ class MegatronGenerator:
             finished_B=torch.zeros(count, dtype=torch.bool),
         )
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
-        with megatron_device(), _inference_state(self._model):
+        # Not inference_mode: Megatron caches rotary tables that training uses too.
+        with torch.no_grad(), megatron_device(), _inference_state(self._model):
             for chunk in self._chunks(prompts):
                 lanes = self._lanes(prompts, chunk, steps)
                 self._run(lanes, results, uniform_BS, sampling)
