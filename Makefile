@@ -14,6 +14,10 @@ NPROC ?= $(shell n=1; limit=$$(( $(GPUS) > 0 ? $(GPUS) : ($(CORES) > 1 ? 2 : 1) 
   while [ $$((2 * n)) -le $$limit ] && [ $$n -lt 8 ]; do n=$$((2 * n)); done; echo $$n)
 MICRO_BATCH := $(shell echo $$(( $(NPROC) > 2 ? 32 / $(NPROC) : 16 )))
 
+# bf16 where the hardware multiplies it (GPUs, AVX512-BF16, AMX: several times faster there), else fp32.
+DTYPE ?= $(shell if [ $(GPUS) -gt 0 ] || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; \
+  then echo bf16; else echo fp32; fi)
+
 # Without a GPU the CPU build of torch is a tenth of the size. It is not on PyPI; where its host cannot be
 # reached, pip warns and takes what the configured index has.
 ifeq ($(GPUS),0)
@@ -42,7 +46,8 @@ help:
 	@echo "make clean     remove build products and caches; .venv, models and runs stay"
 
 demo: $(VENV)/.installed-run $(MODEL)/config.json
-	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH)
+	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH) \
+	  model.dtype=$(DTYPE)
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
 	$(BIN)/python -m pytest
