@@ -195,7 +195,12 @@ class Trainer:
         return {f"critic_loss/{i}": loss for i, loss in enumerate(losses)}
 
     def _check_finite(self, report: GradientReport, update: int) -> None:
-        """Stop after too many updates in a row that had to be skipped."""
+        """Name objectives without a usable gradient; stop after too many skipped updates in a row."""
+        if report.excluded:
+            names = ", ".join(self.names[i] for i in report.excluded)
+            logger.warning(
+                "update %d: the gradient of %s is zero, left out of the combination", update, names
+            )
         if not report.skipped:
             self.skipped_in_a_row = 0
             return

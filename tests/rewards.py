@@ -13,3 +13,8 @@ def short(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def vowels(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """More vowels are better."""
     return [sum(response.count(v) for v in "aeiou") / 20 for response in responses]
+
+
+def overflowing(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Finite scores whose differences are not: the gradient of this objective is never finite."""
+    return [3e38 if index % 2 else -3e38 for index in range(len(responses))]

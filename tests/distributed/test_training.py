@@ -188,3 +188,48 @@ def test_gae_with_critic(folder: Path, heads: str) -> None:
     for key in keys:
         assert records[2][key] < records[0][key]
     shutil.rmtree(folder / f"gae-{heads}")
+
+
+def test_stops_after_nonfinite_gradients_in_a_row(folder: Path) -> None:
+    """Two updates are skipped and logged with the objective's name, then the run ends with an error."""
+    objectives = [
+        {"name": "short", "function": "tests.rewards:short"},
+        {"name": "broken", "function": "tests.rewards:overflowing"},
+    ]
+    config = write_config(
+        folder,
+        "nonfinite",
+        objectives=objectives,
+        gradients={"max_nonfinite_steps": 2},
+        data={"heldout_prompts": 0},
+        checkpoint={"every_steps": 0},
+    )
+    process = start(config)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert "the gradient of broken was not finite in 2 updates in a row" in output
+    records = metrics(folder / "nonfinite")
+    assert [record["skipped"] for record in records] == [1.0, 1.0]
+    assert [record["nonfinite/broken"] for record in records] == [1.0, 1.0]
+    assert [record["nonfinite/short"] for record in records] == [0.0, 0.0]
+
+
+def test_throughput_tool(folder: Path) -> None:
+    """Phases add up to no more than the step; utilisation follows from the numbers beside it."""
+    config = write_config(folder, "throughput", checkpoint={"every_steps": 0})
+    out = folder / "throughput.json"
+    tool = ROOT / "tools" / "benchmark_throughput.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tool), "--config", str(config), "--steps", "2", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens/s" in done.stdout and "forward_backward/short" in done.stdout
+    result = json.loads(out.read_text())
+    phases = result["phases_seconds"]
+    assert {"rollout", "score", "reference", "gram", "combine", "optimizer"} <= phases.keys()
+    # Medians of phases need not add up to the median of the step exactly.
+    assert 0 < sum(phases.values()) <= 1.5 * result["seconds_per_step"]
+    utilisation = (
+        result["model_flops_per_step"] / result["seconds_per_step"] / result["peak_flops_per_device"]
+    )
+    assert result["mfu"] == pytest.approx(utilisation, rel=1e-9)
