@@ -20,7 +20,7 @@ from gapo_mega.models.registry import shape_of
 from gapo_mega.types import Experience
 
 OBJECTIVES = 3
-ROWS, COLUMNS = 8, 20
+ROWS, COLUMNS = 8, 21  # odd: sequence parallelism has to pad
 
 
 def make_config(path: str, layout: dict[str, Any], optimizer: dict[str, Any], **sections: Any) -> Config:

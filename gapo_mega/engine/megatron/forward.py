@@ -53,7 +53,8 @@ def _schedule(
     def step(batches: Iterator[Experience], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = to_device(next(batches))
         output = run_model(stage, batch.tokens_BT, multiple)
-        return output, lambda out, **_: on_last_stage(out, batch)
+        # The padding of sequence parallelism is cut off again; only the last stage's output is [B, T, ...].
+        return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
 
     rows, columns = microbatches[0].tokens_BT.shape
     results: list[Any] = get_forward_backward_func()(
