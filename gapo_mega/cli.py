@@ -14,7 +14,6 @@ import typer
 
 if TYPE_CHECKING:
     from gapo_mega.config import Config
-    from gapo_mega.models.shape import ModelShape
 
 USER_ERROR = 2  # exit code, as for a wrong command line
 TRACEBACK = "GAPO_MEGA_TRACEBACK"
@@ -89,7 +88,9 @@ def train(
     if dry_run:
         _plan(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
     elif nproc is not None:
-        _check(settings, nproc)  # here, because torchrun buries the error of a worker
+        from gapo_mega.preflight import check
+
+        check(settings, nproc)  # here, because torchrun buries the error of a worker
         launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
     else:
         _quiet_other_ranks()
@@ -152,45 +153,14 @@ def _installed(package: str) -> str:
         return "(not installed)"
 
 
-def _shape(path: str) -> ModelShape:
-    """Of a Hugging Face directory or hub name; reads its configuration only, no weights."""
-    from transformers import AutoConfig
-
-    from gapo_mega.models import shape_of
-
-    try:
-        hf_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name ({reason})"
-        ) from error
-    return shape_of(hf_config)
-
-
-def _check(config: Config, world_size: int) -> ModelShape:
-    """Refuse what the trainer would refuse, without its processes; the model's shape if all is well."""
-    from gapo_mega import advantages, aggregation, objectives
-    from gapo_mega.layout_checks import check_layout
-    from gapo_mega.run_logging import check_logging
-
-    shape = _shape(config.model.path)
-    check_layout(config, shape, world_size)
-    check_logging(config.logging)
-    aggregation.build(config.aggregation.name, **config.aggregation.options)
-    advantages.build(config.advantages.name, **config.advantages.options)
-    for objective in config.objectives:
-        objectives.build(objective)
-    return shape
-
-
 def _plan(config: Config, world_size: int) -> None:
     """Print the run as it would be: YAML, with layout and memory as comments below it."""
     from gapo_mega.config_loading import to_yaml
     from gapo_mega.layout_checks import data_parallel_size
     from gapo_mega.memory_plan import predict
+    from gapo_mega.preflight import check
 
-    shape = _check(config, world_size)
+    shape = check(config, world_size)
     if int(os.environ.get("RANK", "0")) != 0:
         return
     data = data_parallel_size(config, world_size)

@@ -205,7 +205,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objectives: list[ObjectiveConfig] = Field(min_length=1)
+    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16)
     aggregation: AggregationConfig = AggregationConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()

@@ -22,7 +22,7 @@ WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
     "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward "
     "for the reference (and one for old log-probabilities when recomputed), one forward and two backward "
-    "products per objective, causal attention counted, recomputation not (HFU counts it); see "
+    "products per objective, causal attention counted, recomputation not (HFU counts the policy's); see "
     "gapo_mega/throughput.py"
 )
 
@@ -34,7 +34,7 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
             "output_dir": str(folder),
             "steps": steps + WARM_UP_STEPS,
             "data": config.data.model_copy(update={"heldout_prompts": 0}),
-            "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0, "resume": False}),
+            "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0, "save_final": False}),
             "logging": config.logging.model_copy(update={"tensorboard": False, "wandb": False}),
         }
     )
@@ -60,7 +60,7 @@ def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -
     sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens_per_second = sequences * statistics.mean(tokens) / seconds
     flops = _flops(config, shape, records, sequences, needs_critic)
-    peak, peak_source = _peak()
+    peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
         "config": config.model_dump(mode="json"),
         "device": _device_name(),
@@ -120,14 +120,17 @@ def _flops(
     # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
+    critics = len(config.objectives) if config.critic.heads == "separate" else 1
+    heads = len(config.objectives) // critics
     count = step_flops(
         transformer_shape(shape, shape.vocab),
         [(prompt, response)] * sequences,
         len(config.objectives),
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
-        critic=transformer_shape(shape, len(config.objectives)) if needs_critic else None,
+        critic=transformer_shape(shape, heads) if needs_critic else None,
     )
+    count = dataclasses.replace(count, critic=count.critic * critics)
     if config.algorithm.old_logprobs == "generator":
         count = dataclasses.replace(count, old_logprobs=0)
     return count
@@ -139,10 +142,14 @@ def _device_name() -> str:
     return f"CPU process with {torch.get_num_threads()} threads"
 
 
-def _peak() -> tuple[float, str]:
-    if torch.cuda.is_available():
+def _peak(dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s of one device in the type that the model computes in."""
+    cuda = torch.cuda.is_available()
+    if cuda and dtype == torch.bfloat16:
         known = known_peak_flops(torch.cuda.get_device_name())
         if known is not None:
             return known, "data sheet, dense bf16"
-        return measure_gemm_peak("cuda", torch.bfloat16, 8192), "measured: bf16 matrix product of size 8192"
-    return measure_gemm_peak(), "measured: fp32 matrix product of size 1024"
+    size = 8192 if cuda else 1024
+    name = str(dtype).removeprefix("torch.")
+    peak = measure_gemm_peak("cuda" if cuda else "cpu", dtype, size)
+    return peak, f"measured: {name} matrix product of size {size}"

@@ -25,14 +25,13 @@ from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
 from gapo_mega.evaluation.heldout import reward_correlation
 from gapo_mega.finish import finish
 from gapo_mega.heldout import Answers, HeldOut
-from gapo_mega.layout_checks import check_layout
 from gapo_mega.losses import policy_loss_sum, value_loss_sum
 from gapo_mega.models import hf_directory
-from gapo_mega.models.registry import shape_of
+from gapo_mega.preflight import check
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.prompts import PromptSchedule, load_prompts
 from gapo_mega.rollout.score import Scorer
-from gapo_mega.run_logging import RunLog, check_logging, step_metrics
+from gapo_mega.run_logging import RunLog, step_metrics
 from gapo_mega.types import Experience, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -115,14 +114,11 @@ class Trainer:
                         "stopped by a signal after step %d; the same command goes on from there", self.step
                     )
                     return
-                every = self.config.checkpoint.every_steps
-                if every and self.step % every == 0 and self.step < self.config.steps:
+                if self._is_due():
                     self._save()
-        self.log.close()
-        if self.config.checkpoint.save_final:
-            self._save()
-        if with_report:
-            finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
+            self.log.close()
+            if with_report:  # a signal does not interrupt it: what was trained is not lost
+                finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
 
     # -- one step ----------------------------------------------------------------------------------
     def _train_step(self) -> None:
@@ -296,6 +292,13 @@ class Trainer:
         first = self.engine.broadcast_in_replica(requested)
         return bool(self.engine.sum_over_data(torch.tensor(int(first))))
 
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is written after this step; with ``every_steps`` always after the last."""
+        checkpoint, last = self.config.checkpoint, self.step == self.config.steps
+        if last:
+            return bool(checkpoint.every_steps or checkpoint.save_final)
+        return bool(checkpoint.every_steps) and self.step % checkpoint.every_steps == 0
+
     def _save(self) -> None:
         """A complete checkpoint of the current step; all ranks call it."""
         extra = {
@@ -311,6 +314,12 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
         latest = self.checkpoints.latest()
+        found = self.engine.gather_over_data(self.engine.broadcast_in_replica(latest))
+        if any(other != latest for other in found):
+            raise ValueError(
+                f"output_dir: ranks see different checkpoints in {self.directory} ({latest}, {found}); "
+                "accepted: a directory that all nodes share"
+            )
         if latest is not None and not self.config.checkpoint.resume:
             raise ValueError(
                 f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
@@ -334,17 +343,14 @@ def train(config: Config, with_report: bool = True) -> None:
     ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
     Everything that can be refused is refused before a model is built. Raises ``ValueError``.
     """
+    shape = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     source = hf_directory.resolve(config.model.path)
-    shape = shape_of(hf_directory.HFDirectory(source).config)
-    check_layout(config, shape, int(os.environ.get("WORLD_SIZE", "1")))
-    check_logging(config.logging)
-    aggregation.build(config.aggregation.name, **config.aggregation.options)
-    estimator = advantages.build(config.advantages.name, **config.advantages.options)
-    for objective in config.objectives:
-        objectives.build(objective)
     tokenizer = AutoTokenizer.from_pretrained(source)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
+    # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
+    PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)
     eos_ids = end_of_sequence_ids(source, tokenizer)
+    estimator = advantages.build(config.advantages.name, **config.advantages.options)
     # Imported last: Megatron takes seconds to load, and bad input should be told at once.
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
@@ -352,12 +358,11 @@ def train(config: Config, with_report: bool = True) -> None:
     engine = MegatronEngine(
         config, shape, source, pad_id=pad_id, eos_ids=eos_ids, with_critic=estimator.needs_values
     )
-    try:
-        if engine.layout.is_main:
-            dump(config, Path(config.output_dir) / "config.yaml")
-        Trainer(config, engine, tokenizer, train_prompts, heldout_prompts).run(with_report)
-    finally:
-        engine.close()
+    if engine.layout.is_main:
+        dump(config, Path(config.output_dir) / "config.yaml")
+    Trainer(config, engine, tokenizer, train_prompts, heldout_prompts).run(with_report)
+    # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
+    engine.close()
 
 
 def end_of_sequence_ids(source: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapo_mega.ops import _native, cpu, cuda
+from gapo_mega.ops import _native, cpu, cuda, portable
 from gapo_mega.ops.arguments import (
     Pieces,
     Row,
@@ -68,6 +68,9 @@ def gramian(
         raise ValueError(f"out: found shape {tuple(out.shape)}, accepted: [{parsed.count}, {parsed.count}]")
     if parsed.device.type == "cpu":
         cpu.gramian(parsed, ranges, factors, out)
+    elif parsed.device.type == "cuda" and not _native.has_cuda:
+        portable.warn_once()
+        portable.gramian(parsed, ranges, factors, out)
     else:
         cuda.gramian(parsed, ranges, factors, out)
     return out
@@ -156,6 +159,9 @@ def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -
     target = parse_out(out, parsed)
     if parsed.device.type == "cpu":
         cpu.combine(target, parsed, _host_weights(weights, parsed.count))
+    elif parsed.device.type == "cuda" and not _native.has_cuda:
+        portable.warn_once()
+        portable.combine(target, parsed, _device_weights(weights, parsed))
     else:
         cuda.combine(target, parsed, _device_weights(weights, parsed))
     return out

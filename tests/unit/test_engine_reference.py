@@ -90,3 +90,14 @@ def test_nonfinite_gradient_is_skipped_and_named(engine: MegatronEngine) -> None
     for old, new in zip(before, engine.policy.model.parameters(), strict=True):
         assert torch.equal(old, new)
     assert not engine.update_policy(batch, check_engine.loss, aggregator).skipped
+
+
+def test_a_wrong_gram_stops_the_first_step(engine: MegatronEngine) -> None:
+    """A parameter that the inner products leave out: the norm identity fails before anything is updated."""
+    batch = check_engine.local_part(check_engine.global_batch(200), engine)
+    before = [p.detach().clone() for p in engine.policy.model.parameters()]
+    engine.gradients.shard.segments.pop()
+    with pytest.raises(RuntimeError, match="lays its gradient buffers out"):
+        engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+    for old, new in zip(before, engine.policy.model.parameters(), strict=True):
+        assert torch.equal(old, new)

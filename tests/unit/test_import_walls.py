@@ -28,7 +28,16 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"trainer"},
-    {"checkpoints", "finish", "heldout", "layout_checks", "memory_plan", "run_logging", "throughput_report"},
+    {
+        "checkpoints",
+        "finish",
+        "heldout",
+        "layout_checks",
+        "memory_plan",
+        "preflight",
+        "run_logging",
+        "throughput_report",
+    },
     {"rollout", "evaluation", "engine"},
     {"engine.base"},  # the protocol that the layer above shares
     {"aggregation", "objectives", "losses", "advantages", "models"},

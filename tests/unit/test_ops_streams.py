@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gapo_mega import ops
-from gapo_mega.ops import _native, cpu, reference
+from gapo_mega.ops import _native, cpu, portable, reference
 from gapo_mega.ops.arguments import parse_out, parse_rows, parse_segments, parse_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -187,3 +187,26 @@ def test_combine_returns_out_and_takes_tensors():
     rows = [torch.ones(3), torch.full((3,), 2.0)]
     assert ops.combine_(out, rows, torch.tensor([1.0, 0.5], dtype=torch.float64)) is out
     assert out.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_portable_equals_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs get without nvcc: float64 sums in stretches, so only their order differs."""
+    monkeypatch.setattr(portable, "STRETCH", 7)
+    generator = torch.Generator().manual_seed(3)
+    rows = [[torch.randn(n, generator=generator).to(dtype) for n in (23, 0, 40)] for _ in range(3)]
+    weight = [torch.rand(n, generator=generator) for n in (23, 0, 40)]
+    parsed = parse_rows("rows", rows)
+    for segments in (None, [(2, 9), (15, 30), (62, 63)]):
+        out = torch.zeros(3, 3, dtype=torch.float64)
+        portable.gramian(parsed, segments, weight, out)
+        expected = reference.gramian(rows, segments=segments, weight=weight)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    factors = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
+    target = [piece.clone() for piece in rows[2]]
+    expected_pieces = [0.5 * a.double() - 2.0 * c.double() for a, c in zip(rows[0], rows[2], strict=True)]
+    portable.combine(parse_out(target, parsed), parsed, factors)
+    # One rounding to the element type (8 bits of bf16) after fp32 sums.
+    tolerance = 2 * torch.finfo(dtype).eps
+    for found, wanted in zip(target, expected_pieces, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)

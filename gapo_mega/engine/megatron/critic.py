@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.forward import forward_backward, forward_only
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.types import Experience
+
+logger = logging.getLogger(__name__)
 
 
 def _before_token(output_BTH: Tensor, columns: int) -> Tensor:
@@ -45,6 +50,18 @@ class Critics:
             outputs.append(self._groups.from_last_stage(local.float()))
         return torch.cat(outputs)
 
+    @staticmethod
+    def _step(trainable: Trainable) -> None:
+        """One optimizer step, or none where the gradient is not finite: it would never be mended."""
+        trainable.optimizer.prepare_grads()
+        if not math.isfinite(trainable.optimizer.get_grad_norm()):
+            trainable.zero_grad()
+            logger.warning("critic update skipped: its gradient is not finite")
+            return
+        updated, _, _ = trainable.optimizer.step()
+        assert updated
+        trainable.scheduler.step(1)
+
     def update(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
         """One optimizer step of every model; the value loss per model, global token mean."""
         tokens = float(self._groups.sum_over_data(minibatch.response_mask_BT.sum()))
@@ -62,8 +79,6 @@ class Critics:
             part = forward_backward(
                 trainable.model, minibatch.split(self._micro_batch), mean_loss, self._groups.layout.data
             )
-            updated, _, _ = trainable.optimizer.step()
-            assert updated
-            trainable.scheduler.step(1)
+            self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))
         return losses

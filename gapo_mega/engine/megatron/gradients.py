@@ -100,8 +100,8 @@ class SeparatePasses:
         self._groups = groups
         self._vocabulary = vocabulary
         self._micro_batch = micro_batch
-        self._shard = GradientShard(trainable)
-        self._rows = [self._shard.empty_row() for _ in range(objectives - 1)] + [self._shard.pieces]
+        self.shard = GradientShard(trainable)
+        self._rows = [self.shard.empty_row() for _ in range(objectives - 1)] + [self.shard.pieces]
         self._identity_checked = False
 
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
@@ -117,11 +117,10 @@ class SeparatePasses:
             return self._report(losses, gram, torch.zeros(len(gram)), 0.0, clock, nonfinite=nonfinite)
         weights = aggregator(gram)
         clock.lap("weights")
-        ops.combine_(self._shard.pieces, self._rows, weights)
+        ops.combine_(self.shard.pieces, self._rows, weights)
         clock.lap("combine")
         if not self._identity_checked:
-            self._check_identity(gram, weights)
-            self._identity_checked = True
+            self._identity_checked = self._check_identity(gram, weights)
             clock.lap("check")
         learning_rate = self._trainable.optimizer.param_groups[0]["lr"]
         updated, norm, _ = self._trainable.optimizer.step()
@@ -150,7 +149,7 @@ class SeparatePasses:
                 forward_backward(self._trainable.model, microbatches, mean_loss, self._groups.layout.data)
             )
             if index != last:
-                for kept, piece in zip(row, self._shard.pieces, strict=True):
+                for kept, piece in zip(row, self.shard.pieces, strict=True):
                     kept.copy_(piece)
             clock.lap(f"forward_backward/{index}")
         local = self._groups.from_last_stage(torch.stack(parts))
@@ -158,15 +157,18 @@ class SeparatePasses:
 
     def _gram(self) -> Tensor:
         """The Gram matrix over all parameters, float64 on the CPU, the same on every rank."""
-        gram = ops.gramian(self._rows, segments=self._shard.segments)
+        gram = ops.gramian(self._rows, segments=self.shard.segments)
         # Data ranks hold different shards with the distributed optimizer and the same gradient
         # without it: Megatron's own group for gradient norms tells which ranks to add up.
         for optimizer in self._trainable.optimizer.chained_optimizers:
             dist.all_reduce(gram, group=optimizer.get_grad_stats_parallel_group())
         return gram.cpu()
 
-    def _check_identity(self, gram: Tensor, weights: Tensor) -> None:
-        """``sqrt(w'Gw)`` must be Megatron's norm of the combined gradient, before anything is updated."""
+    def _check_identity(self, gram: Tensor, weights: Tensor) -> bool:
+        """``sqrt(w'Gw)`` must be Megatron's norm of the combined gradient, before anything is updated.
+
+        False where every weighted gradient is zero, which proves nothing.
+        """
         optimizer = self._trainable.optimizer
         optimizer.prepare_grads()
         measured = float(optimizer.get_grad_norm())
@@ -178,6 +180,7 @@ class SeparatePasses:
                 f"measures {measured:.9g}: this version of megatron-core lays its gradient buffers out "
                 "in a way that gapo_mega does not know, training would be wrong"
             )
+        return scale > 0
 
     def _report(
         self,

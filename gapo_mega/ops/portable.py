@@ -1,0 +1,59 @@
+"""The operations in torch, a stretch at a time: for GPUs when the extension was built without nvcc.
+
+Exact (float64) and of little extra memory, but several passes over it and several launches a stretch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gapo_mega.ops.arguments import Pieces
+
+# Elements a stretch: 32 MiB a row in float64.
+STRETCH = 1 << 22
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def warn_once() -> None:
+    """Say what is lost, once a process."""
+    logger.warning(
+        "gapo_mega's extension was built without nvcc: gradients on the GPU are combined by slower torch "
+        "operations; install again with nvcc on PATH and GAPO_CUDA=ON"
+    )
+
+
+def gramian(rows: Pieces, segments: list[tuple[int, int]] | None, weight: list[Tensor], out: Tensor) -> None:
+    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
+    for piece, start, end in _stretches(rows, segments):
+        block = torch.stack([row[piece][start:end].double() for row in rows.pieces])
+        scaled = block * weight[piece][start:end].double() if weight else block
+        out += scaled @ block.T
+
+
+def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
+    """Writes ``sum_i weights[i] rows[i]`` to ``out``; rows of weight zero are not read."""
+    used = [i for i, w in enumerate(weights.tolist()) if w != 0]
+    for piece, start, end in _stretches(rows, None):
+        total = torch.zeros(end - start, dtype=torch.float32, device=rows.device)
+        for i in used:
+            total += weights[i].float() * rows.pieces[i][piece][start:end].float()
+        out.pieces[0][piece][start:end].copy_(total)
+
+
+def _stretches(rows: Pieces, segments: list[tuple[int, int]] | None) -> Iterator[tuple[int, int, int]]:
+    """(piece, start, end) within pieces, of at most STRETCH elements, over what counts."""
+    ranges = [(0, rows.total)] if segments is None else segments
+    offset = 0
+    for piece, length in enumerate(rows.lengths):
+        for first, last in ranges:
+            low, high = max(first - offset, 0), min(last - offset, length)
+            for start in range(low, high, STRETCH):
+                yield piece, start, min(start + STRETCH, high)
+        offset += length

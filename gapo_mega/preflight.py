@@ -1,0 +1,39 @@
+"""Everything that can be refused before a model is built or a process started."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig
+
+from gapo_mega import advantages, aggregation, objectives
+from gapo_mega.config import Config
+from gapo_mega.layout_checks import check_layout
+from gapo_mega.models.registry import shape_of
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.run_logging import check_logging
+
+
+def check(config: Config, world_size: int) -> ModelShape:
+    """The policy's shape; ``ValueError`` for what does not fit together. Reads no weights."""
+    shape = _shape(config.model.path)
+    check_layout(config, shape, world_size)
+    check_logging(config.logging)
+    aggregator = aggregation.build(config.aggregation.name, **config.aggregation.options)
+    # Any Gram matrix will do to find options of another number of objectives.
+    aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
+    advantages.build(config.advantages.name, **config.advantages.options)
+    for objective in config.objectives:
+        objectives.build(objective)
+    return shape
+
+
+def _shape(path: str) -> ModelShape:
+    """Of a Hugging Face directory or hub name, from its configuration only."""
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name ({reason})"
+        ) from error
+    return shape_of(hf_config)
