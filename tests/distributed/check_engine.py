@@ -14,7 +14,7 @@ from gapo_mega import aggregation
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron import groups
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.losses import policy_loss_sum
+from gapo_mega.losses import policy_loss_sum, value_loss_sum
 from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from gapo_mega.types import Experience
@@ -74,11 +74,18 @@ def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
     )
 
 
-def build_engine(config: Config) -> MegatronEngine:
-    """An engine without critic over this world."""
+def value_loss(values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+    """Squared error against the advantages of one objective, as if they were returns."""
+    assert batch.advantages_MBT is not None
+    old_BT = torch.zeros_like(values_BT)
+    return value_loss_sum(values_BT, old_BT, batch.advantages_MBT[objective], batch.response_mask_BT, 100.0)
+
+
+def build_engine(config: Config, with_critic: bool = False) -> MegatronEngine:
+    """An engine over this world."""
     source = Path(config.model.path)
     shape = shape_of(HFDirectory(source).config)
-    return MegatronEngine(config, shape, source, pad_id=0, eos_ids=[2], with_critic=False)
+    return MegatronEngine(config, shape, source, pad_id=0, eos_ids=[2], with_critic=with_critic)
 
 
 def local_part(batch: Experience, engine: MegatronEngine) -> Experience:
@@ -90,8 +97,27 @@ def local_part(batch: Experience, engine: MegatronEngine) -> Experience:
     return dataclasses.replace(part, old_logprobs_BT=(own_BT + part.old_logprobs_BT) * part.response_mask_BT)
 
 
+def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Critic updates in one layout: the losses, and what the values come to."""
+    config = make_config(arguments["model"], arguments["layout"], {}, critic=arguments["critic"])
+    engine = build_engine(config, with_critic=True)
+    batch = local_part(global_batch(200), engine)
+    losses = [engine.update_critic(batch, value_loss) for _ in range(4)]
+    values_MBT = engine.values(batch.tokens_BT, batch.response_mask_BT) * batch.response_mask_BT
+    sums = engine.sum_over_data(
+        torch.stack([values_MBT.sum((1, 2)), values_MBT.square().sum((1, 2))]).double()
+    )
+    groups.shutdown(world_too=False)
+    return {"losses": losses, "values": sums.tolist()}
+
+
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result."""
+    """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result.
+
+    With ``critic``, a section of the configuration, the critic is run instead.
+    """
+    if "critic" in arguments:
+        return run_critic(arguments)
     config = make_config(
         arguments["model"], arguments["layout"], arguments["optimizer"], **arguments.get("sections", {})
     )
