@@ -62,7 +62,7 @@ def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -
     flops = _flops(config, shape, records, sequences, needs_critic)
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"output_dir"}),
         "device": _device_name(),
         "world_size": world,
         "sequences_per_step": sequences,
