@@ -61,8 +61,9 @@ struct Run {
 std::vector<Run> selected_runs(const std::vector<int64_t>& lengths, const Selection& selection,
                                int64_t begin, int64_t end);
 
-// How min_norm ended. Everything but kOk leaves the weights at zero.
-enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2 };
+// How min_norm ended. Everything but kOk leaves the weights at zero. kNotConverged: only on a
+// device, for more rows than it tries all support sets of.
+enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2, kNotConverged = 3 };
 
 namespace cpu {
 
@@ -79,16 +80,18 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int threads, const char* isa);
 
-// argmin over the simplex of w' gram w, for m <= kMaxRows.
-Status min_norm(const double* gram, int m, double* weights);
+// argmin over the simplex of w' gram w, for m <= kMaxRows. With `exclude_zero` rows of norm zero
+// get weight zero, and where there are no others all weights are zero.
+Status min_norm(const double* gram, int m, bool exclude_zero, double* weights);
+
+// w' gram w - min_i (gram w)_i: at least the square of the distance from the minimum-norm point.
+double duality_gap(const double* gram, int m, const double* weights);
 
 }  // namespace cpu
 
 // Each call enqueues work on `stream` (a cudaStream_t) of `device` and returns; none synchronises
 // with the host or allocates. All throw std::runtime_error, "no CUDA device" where there is none.
 namespace cuda {
-
-constexpr int kMaxRowsMinNorm = 8;
 
 // The runs of the selected positions as the gramian kernel wants them: `table` goes to the device.
 struct Plan {
@@ -98,16 +101,16 @@ struct Plan {
 };
 Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection);
 
-// Doubles of device memory that gramian needs for its partial sums.
-int64_t workspace_size(int m, const Plan& plan);
+// Doubles of device memory that gramian needs for its partial sums, whatever the rows' length.
+int64_t workspace_size(int m, int device);
 
 void require_device(int device);
 void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
              const int64_t* device_table, double* workspace, double* out, int device, void* stream);
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int device, void* stream);
-void min_norm(const double* gram, int m, double* weights, int32_t* status, int device,
-              void* stream);
+void min_norm(const double* gram, int m, bool exclude_zero, double* weights, int32_t* status,
+              int device, void* stream);
 
 }  // namespace cuda
 }  // namespace gapo

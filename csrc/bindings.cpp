@@ -1,5 +1,6 @@
 // The Python side of api.h. Addresses, element types and the stream come as integers, so the module
 // needs no torch headers and works with every torch.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,7 +18,8 @@ using gapo::DType;
 namespace {
 
 using Address = std::uintptr_t;
-using Segments = std::vector<std::pair<int64_t, int64_t>>;
+// [segments, 2]: begin and end, sorted and disjoint.
+using Segments = py::array_t<int64_t, py::array::c_style>;
 
 template <class T>
 std::vector<T*> pointers(const std::vector<Address>& addresses) {
@@ -41,8 +43,10 @@ gapo::Selection make_selection(const py::object& segments, const std::vector<Add
   selection.weights = pointers<const float>(weights);
   if (!segments.is_none()) {
     selection.everything = false;
-    for (const auto& [begin, end] : segments.cast<Segments>())
-      selection.segments.push_back({begin, end});
+    const auto pairs = segments.cast<Segments>();
+    const auto view = pairs.unchecked<2>();
+    for (py::ssize_t i = 0; i < view.shape(0); ++i)
+      selection.segments.push_back({view(i, 0), view(i, 1)});
   }
   return selection;
 }
@@ -65,13 +69,14 @@ void combine(int m, const std::vector<Address>& rows, const std::vector<int64_t>
                      threads, isa.c_str());
 }
 
-std::pair<std::vector<double>, int> min_norm(const std::vector<double>& gram, int m) {
-  if (m < 1 || m > gapo::kMaxRows || gram.size() != static_cast<size_t>(m * m))
-    throw std::invalid_argument("gram: found " + std::to_string(m) + " rows, accepted: 1 to " +
-                                std::to_string(gapo::kMaxRows));
-  std::vector<double> weights(m);
-  const auto status = gapo::cpu::min_norm(gram.data(), m, weights.data());
-  return {weights, static_cast<int>(status)};
+int min_norm(Address gram, int m, bool exclude_zero, Address weights) {
+  return static_cast<int>(gapo::cpu::min_norm(reinterpret_cast<const double*>(gram), m,
+                                              exclude_zero, reinterpret_cast<double*>(weights)));
+}
+
+double duality_gap(Address gram, int m, Address weights) {
+  return gapo::cpu::duality_gap(reinterpret_cast<const double*>(gram), m,
+                                reinterpret_cast<const double*>(weights));
 }
 
 std::vector<std::string> cuda_archs() {
@@ -107,25 +112,20 @@ void cuda_combine(int m, const std::vector<Address>& rows, const std::vector<int
                       static_cast<DType>(out_dtype), device, stream_of(stream));
 }
 
-void cuda_min_norm(Address gram, int m, Address weights, Address status, int device,
-                   Address stream) {
-  if (m < 1 || m > gapo::cuda::kMaxRowsMinNorm)
-    throw std::invalid_argument("gram: found " + std::to_string(m) +
-                                " rows, accepted on a CUDA device: 1 to " +
-                                std::to_string(gapo::cuda::kMaxRowsMinNorm));
-  gapo::cuda::min_norm(reinterpret_cast<const double*>(gram), m, reinterpret_cast<double*>(weights),
-                       reinterpret_cast<int32_t*>(status), device, stream_of(stream));
+void cuda_min_norm(Address gram, int m, bool exclude_zero, Address weights, Address status,
+                   int device, Address stream) {
+  gapo::cuda::min_norm(reinterpret_cast<const double*>(gram), m, exclude_zero,
+                       reinterpret_cast<double*>(weights), reinterpret_cast<int32_t*>(status),
+                       device, stream_of(stream));
 }
 
 void bind_cuda(py::module_& module) {
   using gapo::cuda::Plan;
-  py::class_<Plan>(module, "Plan")
-      .def_readonly("table", &Plan::table)
-      .def("workspace_size",
-           [](const Plan& plan, int m) { return gapo::cuda::workspace_size(m, plan); });
+  py::class_<Plan>(module, "Plan").def_readonly("table", &Plan::table);
   module.def("cuda_plan", [](const std::vector<int64_t>& lengths, const py::object& segments) {
     return gapo::cuda::make_plan(lengths, make_selection(segments, {}));
   });
+  module.def("cuda_workspace_size", &gapo::cuda::workspace_size);
   module.def("cuda_require_device", &gapo::cuda::require_device);
   module.def("cuda_gramian", &cuda_gramian);
   module.def("cuda_combine", &cuda_combine);
@@ -143,6 +143,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("gramian", &gramian);
   module.def("combine", &combine);
   module.def("min_norm", &min_norm);
+  module.def("duality_gap", &duality_gap);
 #if GAPO_HAS_CUDA
   bind_cuda(module);
 #endif

@@ -8,7 +8,9 @@
 // whose norms differ by 1e8 are treated alike. A support set whose solution is positive everywhere
 // is a candidate; its residual is the violation of the optimality conditions
 //     (Gw)_i = w'Gw on S,  (Gw)_i >= w'Gw elsewhere
-// relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins.
+// relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins, where
+// residuals up to kGood are rounding and count as none; among equals, the fewest and then the
+// lowest rows. So ties and duplicated rows are resolved by rule and not by rounding.
 #pragma once
 
 #include <cmath>
@@ -20,6 +22,8 @@ namespace gapo {
 namespace minnorm {
 
 constexpr double kRejected = 2.0;  // above every residual, which are at most 1
+constexpr double kGood = 1e-12;    // residuals of exact solutions stay a hundred times below
+constexpr double kTied = 1e-9;     // a row this close to the support's level may be part of another
 
 // An unevaluated sum high + low: dot products with twice the precision (Dekker, Knuth).
 struct Twofold {
@@ -39,8 +43,9 @@ struct Twofold {
 
 template <int Max>
 struct Scaled {
-  int m;
-  int zero_row;       // first row of norm zero, or -1
+  int m;              // rows that take part
+  int row[Max];       // their places in the given matrix
+  int zero_row;       // first row of norm zero, where it takes part, or -1
   int exponent[Max];  // d_i = 2^exponent
   double c[Max][Max];
 };
@@ -50,33 +55,46 @@ GAPO_HD inline double power_of_two(int exponent) {
   return scalbn(1.0, exponent > limit ? limit : (exponent < -limit ? -limit : exponent));
 }
 
-// Returns 0, or 1 for a NaN or Inf, or 2 for a negative diagonal (gapo::Status).
-template <int Max>
-GAPO_HD int scale(const double* gram, int m, Scaled<Max>& s) {
-  s.m = m;
-  s.zero_row = -1;
-  for (int i = 0; i < m * m; ++i) {
-    if (!(fabs(gram[i]) <= 1.7976931348623157e308)) return 1;
-  }
-  for (int i = m - 1; i >= 0; --i) {
-    const double diagonal = gram[i * m + i];
-    if (diagonal < 0.0) return 2;
-    if (diagonal == 0.0) s.zero_row = i;
-    const int half = diagonal == 0.0 ? 0 : ilogb(diagonal);
-    s.exponent[i] = half >= 0 ? half / 2 : -((1 - half) / 2);  // floor(half / 2)
-  }
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < m; ++j) {
-      const int shift = -(s.exponent[i] + s.exponent[j]);
-      s.c[i][j] = 0.5 * (scalbn(gram[i * m + j], shift) + scalbn(gram[j * m + i], shift));
-    }
-  }
-  return 0;
+GAPO_HD inline int exponent_of_root(double square) {
+  const int half = ilogb(square);
+  return half >= 0 ? half / 2 : -((1 - half) / 2);  // floor(half / 2)
 }
 
-// In place LU with row exchanges. Returns false where a pivot vanishes.
+// `exclude_zero`: rows of norm zero take no part; else the first of them is the minimum.
 template <int Max>
-GAPO_HD bool factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int n) {
+GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& s) {
+  s.m = 0;
+  s.zero_row = -1;
+  for (int i = 0; i < m * m; ++i) {
+    if (!(fabs(gram[i]) <= 1.7976931348623157e308)) return Status::kNotFinite;
+  }
+  for (int i = 0; i < m; ++i) {
+    const double diagonal = gram[i * m + i];
+    if (diagonal < 0.0) return Status::kNegativeDiagonal;
+    if (diagonal == 0.0) {
+      if (!exclude_zero && s.zero_row < 0) s.zero_row = i;
+      continue;
+    }
+    s.row[s.m] = i;
+    s.exponent[s.m++] = exponent_of_root(diagonal);
+  }
+  for (int i = 0; i < s.m; ++i) {
+    for (int j = 0; j < s.m; ++j) {
+      const int shift = -(s.exponent[i] + s.exponent[j]);
+      const double there = gram[s.row[i] * m + s.row[j]];
+      const double back = gram[s.row[j] * m + s.row[i]];
+      s.c[i][j] = 0.5 * (scalbn(there, shift) + scalbn(back, shift));
+    }
+  }
+  return Status::kOk;
+}
+
+// In place LU with row exchanges. Returns the ratio of the least to the largest pivot, 0 where one
+// vanishes.
+template <int Max>
+GAPO_HD double factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int n) {
+  double least = 1e300;
+  double largest = 0.0;
   for (int i = 0; i < n; ++i) order[i] = i;
   for (int k = 0; k < n; ++k) {
     int pivot = k;
@@ -87,14 +105,16 @@ GAPO_HD bool factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int n)
     order[k] = order[pivot];
     order[pivot] = swapped;
     const double* top = a[order[k]];
-    if (top[k] == 0.0) return false;
+    if (top[k] == 0.0) return 0.0;
+    least = fmin(least, fabs(top[k]));
+    largest = fmax(largest, fabs(top[k]));
     for (int i = k + 1; i < n; ++i) {
       double* row = a[order[i]];
       row[k] /= top[k];
       for (int j = k + 1; j < n; ++j) row[j] -= row[k] * top[j];
     }
   }
-  return true;
+  return least / largest;
 }
 
 // x += inverse(a) b
@@ -121,9 +141,24 @@ struct Candidate {
   double v[Max + 1];  // scaled weights of the members, then lambda
 };
 
-// Solves the bordered system of a support set, to nearly full precision by iterative refinement.
+// Some weight is negative by more than the rounding of a system that is well conditioned.
 template <int Max>
-GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
+GAPO_HD bool is_clearly_negative(const Candidate<Max>& c) {
+  double least = 0.0;
+  double largest = 0.0;
+  for (int i = 0; i < c.size; ++i) {
+    least = fmin(least, c.v[i]);
+    largest = fmax(largest, fabs(c.v[i]));
+  }
+  return least < -1e-3 * largest;
+}
+
+// Solves the bordered system of a support set, to nearly full precision by iterative refinement.
+// Returns false where it is singular and, with `positive_wanted`, where it clearly has no positive
+// solution.
+template <int Max>
+GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, bool positive_wanted,
+                   Candidate<Max>& c) {
   c.size = 0;
   for (int i = 0; i < s.m; ++i) {
     if (support >> i & 1u) c.member[c.size++] = i;
@@ -146,10 +181,12 @@ GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
     c.v[i] = 0.0;
   }
   int order[Max + 1];
-  if (!factor<Max>(lu, order, n)) return false;
+  const double pivots = factor<Max>(lu, order, n);
+  if (pivots == 0.0) return false;
   double b[Max + 1];
   for (int i = 0; i < n; ++i) b[i] = i == c.size ? 1.0 : 0.0;
   add_solution<Max>(lu, order, n, b, c.v);
+  if (positive_wanted && pivots > 1e-8 && is_clearly_negative<Max>(c)) return false;
   for (int refinement = 0; refinement < 2; ++refinement) {
     for (int i = 0; i < n; ++i) {
       Twofold residual;
@@ -170,11 +207,16 @@ GAPO_HD bool is_positive(const Candidate<Max>& c) {
   return true;
 }
 
-// Largest relative violation of the optimality conditions by a positive candidate. Where
-// `entering` is given it receives the row outside the support set that violates them most, or -1.
+// What lies around a support set.
+struct Outside {
+  int entering;   // the row that violates the optimality conditions most, or -1
+  uint32_t tied;  // rows at the level of the support set, or below
+};
+
+// Largest relative violation of the optimality conditions by a positive candidate.
 template <int Max>
 GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<Max>& c,
-                        int* entering) {
+                        Outside& outside) {
   double y[Max];
   double size[Max];
   for (int i = 0; i < s.m; ++i) {
@@ -195,26 +237,28 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
   const double level = quadratic / total;
   double worst = 0.0;
   double worst_outside = 0.0;
-  if (entering != nullptr) *entering = -1;
+  outside.entering = -1;
+  outside.tied = 0;
   for (int i = 0; i < s.m; ++i) {
     const double share = level * power_of_two(c.reference - s.exponent[i]);
     const double scale = size[i] + fabs(share);
-    if (scale == 0.0) continue;
-    const double excess = (y[i] - share) / scale;
     const bool inside = (support >> i & 1u) != 0;
+    const double excess = scale == 0.0 ? 0.0 : (y[i] - share) / scale;
     const double violation = inside ? fabs(excess) : -excess;
     if (!(violation <= worst)) worst = violation;
-    if (!inside && entering != nullptr && violation > worst_outside) {
+    if (inside) continue;
+    if (!(excess > kTied)) outside.tied |= 1u << i;
+    if (violation > worst_outside) {
       worst_outside = violation;
-      *entering = i;
+      outside.entering = i;
     }
   }
   return worst;
 }
 
-// Weights of a positive candidate; they sum to one.
+// Weights of a positive candidate, one a row that takes part; they sum to one.
 template <int Max>
-GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double* weights) {
+GAPO_HD void to_simplex(const Scaled<Max>& s, const Candidate<Max>& c, double (&weights)[Max]) {
   double total = 0.0;
   for (int i = 0; i < s.m; ++i) weights[i] = 0.0;
   for (int j = 0; j < c.size; ++j) {
@@ -225,11 +269,21 @@ GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double
   for (int i = 0; i < s.m; ++i) weights[i] /= total;
 }
 
-// Residual of a support set, kRejected where it has no positive solution.
+// The same into the rows' places in the given matrix.
+template <int Max>
+GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double* weights) {
+  double mine[Max];
+  to_simplex<Max>(s, c, mine);
+  for (int i = 0; i < s.m; ++i) weights[s.row[i]] = mine[i];
+}
+
+// Residual of a support set, 0 up to rounding, kRejected where it has no positive solution.
 template <int Max>
 GAPO_HD double try_support(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
-  if (!solve<Max>(s, support, c) || !is_positive<Max>(c)) return kRejected;
-  const double found = residual<Max>(s, support, c, nullptr);
+  if (!solve<Max>(s, support, true, c) || !is_positive<Max>(c)) return kRejected;
+  Outside outside;
+  const double found = residual<Max>(s, support, c, outside);
+  if (found <= kGood) return 0.0;
   return found <= 1.0 ? found : kRejected;
 }
 
@@ -239,8 +293,7 @@ GAPO_HD inline int bit_count(uint32_t bits) {
   return count;
 }
 
-// Total order on (residual, support set): equal residuals go to the smaller set, then to the lower
-// rows, so that ties and duplicated rows are resolved the same way everywhere.
+// Total order on (residual, support set).
 GAPO_HD inline bool better(double residual_a, uint32_t a, double residual_b, uint32_t b) {
   if (residual_a != residual_b) return residual_a < residual_b;
   const int count_a = bit_count(a);

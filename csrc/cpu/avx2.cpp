@@ -21,8 +21,22 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 };
 
-constexpr int kDirect = 4;
-constexpr int kTile = 3;
+struct Wide {
+  static constexpr int kLanes = 4;
+  __m256d v;
+  static Wide zero() { return {_mm256_setzero_pd()}; }
+};
+
+constexpr int kDirect = 4;   // 10 sums and 4 rows in 16 registers
+constexpr int kColumns = 2;  // 8 sums, 4 rows and a column
+
+float widen(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+float widen(Half x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
 
 Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 Vec load(const Bf16* p) {
@@ -53,12 +67,19 @@ void store(Vec x, Half* p) {
 Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
-void add_to_doubles(Vec x, double* sums) {
-  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v));
-  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1));
-  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
-  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+Wide load_wide(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+Wide load_wide(const Bf16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)))};
 }
+Wide load_wide(const Half* p) {
+  return {_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+Wide load_wide(const double* p) { return {_mm256_loadu_pd(p)}; }
+void store(Wide x, double* p) { _mm256_storeu_pd(p, x.v); }
+Wide plus(Wide a, Wide b) { return {_mm256_add_pd(a.v, b.v)}; }
+Wide multiply(Wide a, Wide b) { return {_mm256_mul_pd(a.v, b.v)}; }
+Wide multiply_add(Wide a, Wide b, Wide c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
 }  // namespace
 }  // namespace cpu

@@ -21,8 +21,22 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 };
 
-constexpr int kDirect = 6;  // 21 sums and 6 rows in 32 registers
-constexpr int kTile = 4;    // 16 sums and 5 rows
+struct Wide {
+  static constexpr int kLanes = 8;
+  __m512d v;
+  static Wide zero() { return {_mm512_setzero_pd()}; }
+};
+
+constexpr int kDirect = 6;   // 21 sums and 6 rows in 32 registers
+constexpr int kColumns = 3;  // 18 sums, 6 rows and a column
+
+float widen(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+float widen(Half x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
 
 Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 Vec load(const Bf16* p) {
@@ -52,12 +66,19 @@ void store(Vec x, Half* p) {
 Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
-void add_to_doubles(Vec x, double* sums) {
-  const __m256 low = _mm512_castps512_ps256(x.v);
-  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(low)));
-  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
+Wide load_wide(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+Wide load_wide(const Bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)))};
 }
+Wide load_wide(const Half* p) {
+  return {_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+Wide load_wide(const double* p) { return {_mm512_loadu_pd(p)}; }
+void store(Wide x, double* p) { _mm512_storeu_pd(p, x.v); }
+Wide plus(Wide a, Wide b) { return {_mm512_add_pd(a.v, b.v)}; }
+Wide multiply(Wide a, Wide b) { return {_mm512_mul_pd(a.v, b.v)}; }
+Wide multiply_add(Wide a, Wide b, Wide c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 
 }  // namespace
 }  // namespace cpu

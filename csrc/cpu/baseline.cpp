@@ -22,8 +22,16 @@ struct Vec {
   static Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
 };
 
+typedef double Double2 __attribute__((vector_size(16)));
+
+struct Wide {
+  static constexpr int kLanes = 2;
+  Double2 v;
+  static Wide zero() { return {Double2{0, 0}}; }
+};
+
 constexpr int kDirect = 4;
-constexpr int kTile = 3;
+constexpr int kColumns = 2;
 
 float from_bits(uint32_t bits) {
   float x;
@@ -97,9 +105,18 @@ void store(Vec x, Half* p) {
 Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 
-void add_to_doubles(Vec x, double* sums) {
-  for (int i = 0; i < 4; ++i) sums[i] += static_cast<double>(x.v[i]);
+Wide load_wide(const float* p) { return {Double2{p[0], p[1]}}; }
+Wide load_wide(const Bf16* p) { return {Double2{widen(p[0]), widen(p[1])}}; }
+Wide load_wide(const Half* p) { return {Double2{widen(p[0]), widen(p[1])}}; }
+Wide load_wide(const double* p) {
+  Wide x;
+  std::memcpy(&x.v, p, sizeof(x.v));
+  return x;
 }
+void store(Wide x, double* p) { std::memcpy(p, &x.v, sizeof(x.v)); }
+Wide plus(Wide a, Wide b) { return {a.v + b.v}; }
+Wide multiply(Wide a, Wide b) { return {a.v * b.v}; }
+Wide multiply_add(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
 
 }  // namespace
 }  // namespace cpu

@@ -1,10 +1,18 @@
-// The kernels, written once over a vector type. A translation unit defines, in its own namespace,
+// The kernels, written once over vectors of doubles and of floats. A translation unit defines, in
+// its own namespace,
 //   Bf16, Half            element types
-//   Vec                   kLanes floats, with zero() and broadcast(x)
-//   kDirect, kTile        rows that fit in its registers: a whole triangle, one side of a tile
-//   load, store, multiply, multiply_add, add_to_doubles
+//   Vec                   kLanes floats, with broadcast(x): combine works in fp32
+//   Wide                  kLanes doubles, with zero(): gramian works in fp64
+//   kDirect, kColumns     rows whose whole triangle of sums fits in the registers, and columns
+//   beside
+//                         kDirect rows whose rectangle of sums does
+//   load, store, multiply, multiply_add, and load_wide from an element or a double
 // and includes this file. Everything here is in an unnamed namespace and uses no inline function of
 // the standard library: code for a wide instruction set must never be merged with the baseline's.
+//
+// Why fp64 throughout: fp32 sums of n products are off by up to n/2 * 2^-24 for some inputs (a
+// constant row will do), and short fp32 chains that stay below 1e-7 cost more instructions to widen
+// than they save. fp64 products of fp32 elements are exact.
 
 #include <cstring>
 
@@ -14,155 +22,217 @@ namespace gapo {
 namespace cpu {
 namespace {
 
-constexpr int kLanes = Vec::kLanes;
-constexpr int64_t kBlock = 512;  // elements summed in fp32 before they go to fp64
+constexpr int kLanes = Wide::kLanes;
+constexpr int64_t kBlock =
+    128;  // elements that several passes in a row read: they stay in the cache
 using Lanes = double[kLanes];
 
-// Gram of M rows from row `first` on, over at most kBlock elements.
-template <class T, int M, bool kWeighted>
-void triangle(int m, int first, const T* const* rows, const float* weight, int64_t vectors,
-              Lanes* sums) {
-  constexpr int kPairs = pair_count(M);
-  Vec sum[kPairs];
+// How far ahead of its reads a pass asks for memory. The processor's own prefetching stops at pages
+// and waits for misses; a loop with so much arithmetic between its misses leaves bandwidth unused.
+constexpr int64_t kAhead = 1024;      // bytes, for a single pass
+constexpr int64_t kAheadBlock = 512;  // where several passes follow each other on a block
+constexpr int64_t kLine = 64;
+
+// One pass over `count` elements (whole vectors): sums of the triangle of Left rows (if kTriangle),
+// and of Left rows with Right others. kSets independent sets of sums hide the latency of the
+// additions where there are few of them.
+template <class T, int Left, bool kTriangle, int Right, bool kWeighted>
+struct Pass {
+  static constexpr int kSums = (kTriangle ? pair_count(Left) : 0) + Left * Right;
+  static constexpr int kStep = kLine / sizeof(T);  // elements of a line
+  static constexpr int kSets = kSums <= 4 ? (kSums == 1 && kStep >= 4 * kLanes ? 4 : 2) : 1;
+  const T* left[Left];
+  const T* right[Right > 0 ? Right : 1];
+  const float* weight;
+
+  static Wide scaled(Wide x, Wide factor) { return kWeighted ? multiply(x, factor) : x; }
+
+  // The products of kLanes elements from k on.
+  __attribute__((always_inline)) inline void add(int64_t k, Wide* sum) const {
+    const Wide factor = kWeighted ? load_wide(weight + k) : Wide::zero();
+    Wide x[Left];
+    int p = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < Left; ++i) {
+      x[i] = load_wide(left[i] + k);
+      if (!kTriangle) continue;
+      const Wide y = scaled(x[i], factor);
+#pragma GCC unroll 8
+      for (int j = 0; j <= i; ++j, ++p) sum[p] = multiply_add(y, x[j], sum[p]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < Right; ++j) {
+      const Wide y = scaled(load_wide(right[j] + k), factor);
+#pragma GCC unroll 8
+      for (int i = 0; i < Left; ++i, ++p) sum[p] = multiply_add(x[i], y, sum[p]);
+    }
+  }
+
+  __attribute__((always_inline)) inline void prefetch(int64_t k, int64_t ahead) const {
+#pragma GCC unroll 8
+    for (int i = 0; kTriangle && i < Left; ++i)  // else the triangle before has asked for them
+      __builtin_prefetch(reinterpret_cast<const char*>(left[i] + k) + ahead);
+#pragma GCC unroll 8
+    for (int j = 0; j < Right; ++j)
+      __builtin_prefetch(reinterpret_cast<const char*>(right[j] + k) + ahead);
+  }
+
+  // Adds to kSums sums, in the order of add.
+  void run(int64_t count, int64_t ahead, Lanes* total) const {
+    Wide sum[kSets * kSums];
 #pragma GCC unroll 32
-  for (int p = 0; p < kPairs; ++p) sum[p] = Vec::zero();
-  for (int64_t k = 0; k < vectors * kLanes; k += kLanes) {
-    Vec x[M];
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) x[i] = load(rows[first + i] + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const Vec left = kWeighted ? multiply(load(weight + k), x[i]) : x[i];
-#pragma GCC unroll 8
-      for (int j = i; j < M; ++j) {
-        Vec& s = sum[pair_index(M, i, j)];
-        s = multiply_add(left, x[j], s);
+    for (int p = 0; p < kSums; ++p) sum[p] = load_wide(static_cast<const double*>(total[p]));
+#pragma GCC unroll 32
+    for (int p = kSums; p < kSets * kSums; ++p) sum[p] = Wide::zero();
+    int64_t k = 0;
+    for (; k + kStep <= count; k += kStep) {
+      prefetch(k, ahead);
+#pragma GCC unroll 4
+      for (int step = 0; step < kStep; step += kSets * kLanes) {
+#pragma GCC unroll 4
+        for (int set = 0; set < kSets; ++set) add(k + step + set * kLanes, sum + set * kSums);
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-    for (int j = i; j < M; ++j)
-      add_to_doubles(sum[pair_index(M, i, j)], sums[pair_index(m, first + i, first + j)]);
-  }
-}
-
-// Inner products of kTile rows from `a` on with B rows from `b` on.
-template <int B, bool kWeighted>
-void rectangle(int m, int a, int b, const float* const* rows, const float* weight, int64_t vectors,
-               Lanes* sums) {
-  Vec sum[kTile * B];
+    for (; k < count; k += kLanes) add(k, sum);
 #pragma GCC unroll 32
-  for (int p = 0; p < kTile * B; ++p) sum[p] = Vec::zero();
-  for (int64_t k = 0; k < vectors * kLanes; k += kLanes) {
-    Vec y[B];
-#pragma GCC unroll 8
-    for (int j = 0; j < B; ++j) y[j] = load(rows[b + j] + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-      Vec left = load(rows[a + i] + k);
-      if (kWeighted) left = multiply(load(weight + k), left);
-#pragma GCC unroll 8
-      for (int j = 0; j < B; ++j) sum[i * B + j] = multiply_add(left, y[j], sum[i * B + j]);
+    for (int p = kSums; p < kSets * kSums; ++p) sum[p % kSums] = plus(sum[p % kSums], sum[p]);
+#pragma GCC unroll 32
+    for (int p = 0; p < kSums; ++p) store(sum[p], total[p]);
+  }
+};
+
+// Runs the passes of a schedule over `count` elements; their sums lie one after the other.
+template <class T, bool kWeighted>
+struct Compute {
+  const T* const* rows;
+  const float* weight;
+  int64_t count;
+  int64_t ahead;
+  Lanes* sums;
+
+  template <int Left, bool kTriangle, int Right>
+  void pass(int a, int b) {
+    Pass<T, Left, kTriangle, Right, kWeighted> one;
+    for (int i = 0; i < Left; ++i) one.left[i] = rows[a + i];
+    for (int j = 0; j < Right; ++j) one.right[j] = rows[b + j];
+    one.weight = weight;
+    one.run(count, ahead, sums);
+    sums += one.kSums;
+  }
+};
+
+// Adds the sums that the same schedule left to the upper triangle of an m x m matrix.
+struct Collect {
+  int m;
+  const Lanes* sums;
+  double* out;
+
+  void take(int i, int j) {
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += (*sums)[lane];
+    out[i < j ? pair_index(m, i, j) : pair_index(m, j, i)] += sum;
+    ++sums;
+  }
+
+  template <int Left, bool kTriangle, int Right>
+  void pass(int a, int b) {
+    for (int i = 0; kTriangle && i < Left; ++i) {
+      for (int j = 0; j <= i; ++j) take(a + j, a + i);
+    }
+    for (int j = 0; j < Right; ++j) {
+      for (int i = 0; i < Left; ++i) take(a + i, b + j);
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < B; ++j) add_to_doubles(sum[i * B + j], sums[pair_index(m, a + i, b + j)]);
+};
+
+// From run-time numbers of rows to the pass compiled for them: the triangle of the rows from `a`
+// on, and kDirect rows from `a` on with the columns from `b` on.
+template <int Rows, class Visitor>
+void triangle(Visitor& visitor, int rows, int a) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      visitor.template pass<Rows, true, 0>(a, 0);
+    else
+      triangle<Rows - 1>(visitor, rows, a);
   }
 }
 
-// From a run-time number of rows to the kernel compiled for it.
-template <class T, int M, bool kWeighted>
-void pick_triangle(int rows_here, int m, int first, const T* const* rows, const float* weight,
-                   int64_t vectors, Lanes* sums) {
-  if constexpr (M > 0) {
-    if (rows_here == M)
-      triangle<T, M, kWeighted>(m, first, rows, weight, vectors, sums);
+template <int Columns, class Visitor>
+void rectangle(Visitor& visitor, int columns, int a, int b) {
+  if constexpr (Columns > 0) {
+    if (columns == Columns)
+      visitor.template pass<kDirect, false, Columns>(a, b);
     else
-      pick_triangle<T, M - 1, kWeighted>(rows_here, m, first, rows, weight, vectors, sums);
+      rectangle<Columns - 1>(visitor, columns, a, b);
   }
 }
 
-template <int B, bool kWeighted>
-void pick_rectangle(int rows_here, int m, int a, int b, const float* const* rows,
-                    const float* weight, int64_t vectors, Lanes* sums) {
-  if constexpr (B > 0) {
-    if (rows_here == B)
-      rectangle<B, kWeighted>(m, a, b, rows, weight, vectors, sums);
-    else
-      pick_rectangle<B - 1, kWeighted>(rows_here, m, a, b, rows, weight, vectors, sums);
+// The passes that cover every pair of m rows once.
+template <class Visitor>
+void schedule(int m, Visitor& visitor) {
+  // One or two rows more than fit: a triangle of their own would wait for its additions.
+  if (m == kDirect + 1) visitor.template pass<1, true, kDirect>(kDirect, 0);
+  if (m == kDirect + 2) visitor.template pass<2, true, kDirect>(kDirect, 0);
+  const int rest = m <= kDirect + 2 && m > kDirect ? kDirect : m;
+  for (int a = 0; a < rest; a += kDirect) {
+    triangle<kDirect>(visitor, rest - a < kDirect ? rest - a : kDirect, a);
+    for (int b = a + kDirect; b < rest; b += kColumns)
+      rectangle<kColumns>(visitor, rest - b < kColumns ? rest - b : kColumns, a, b);
   }
 }
 
 const float* to_floats(const float* row, int64_t, float*) { return row; }
 
+// 16-bit elements that several passes read are widened once.
 template <class T>
-const float* to_floats(const T* row, int64_t vectors, float* buffer) {
-  for (int64_t k = 0; k < vectors * kLanes; k += kLanes) store(load(row + k), buffer + k);
+const float* to_floats(const T* row, int64_t count, float* buffer) {
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + kAheadBlock);
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + kAheadBlock + kLine);
+  int64_t k = 0;
+  for (; k + Vec::kLanes <= count; k += Vec::kLanes) store(load(row + k), buffer + k);
+  for (; k < count; ++k) buffer[k] = widen(row[k]);
   return buffer;
 }
 
-// More rows than a triangle in registers holds: tile by tile over a block that stays in the cache.
+// Over `count` elements, a whole number of vectors.
 template <class T, bool kWeighted>
-void tiled(int m, const T* const* rows, const float* weight, int64_t vectors, Lanes* sums) {
+void whole_vectors(int m, const T* const* rows, const float* weight, int64_t count, Lanes* sums) {
+  if (m <= kDirect) {
+    Compute<T, kWeighted> compute{rows, weight, count, kAhead, sums};
+    triangle<kDirect>(compute, m, 0);
+    return;
+  }
   alignas(64) float buffer[kMaxRows][kBlock];
   const float* floats[kMaxRows];
-  for (int i = 0; i < m; ++i) floats[i] = to_floats(rows[i], vectors, buffer[i]);
-  for (int a = 0; a < m; a += kTile) {
-    const int height = m - a < kTile ? m - a : kTile;
-    pick_triangle<float, kTile, kWeighted>(height, m, a, floats, weight, vectors, sums);
-    for (int b = a + kTile; b < m; b += kTile) {
-      const int width = m - b < kTile ? m - b : kTile;
-      pick_rectangle<kTile, kWeighted>(width, m, a, b, floats, weight, vectors, sums);
-    }
+  for (int64_t k = 0; k < count; k += kBlock) {
+    const int64_t here = count - k < kBlock ? count - k : kBlock;
+    for (int i = 0; i < m; ++i) floats[i] = to_floats(rows[i] + k, here, buffer[i]);
+    Compute<float, kWeighted> compute{floats, kWeighted ? weight + k : nullptr, here, kAheadBlock,
+                                      sums};
+    schedule(m, compute);
   }
-}
-
-template <class T, bool kWeighted>
-void block(int m, const T* const* rows, const float* weight, int64_t vectors, Lanes* sums) {
-  if (m <= kDirect)
-    pick_triangle<T, kDirect, kWeighted>(m, m, 0, rows, weight, vectors, sums);
-  else
-    tiled<T, kWeighted>(m, rows, weight, vectors, sums);
-}
-
-// The elements after the last whole vector, padded with zeros.
-template <class T, bool kWeighted>
-void remainder(int m, const T* const* rows, const float* weight, int64_t count, Lanes* sums) {
-  T padded[kMaxRows][kLanes] = {};
-  float padded_weight[kLanes] = {};
-  const T* pointers[kMaxRows];
-  for (int i = 0; i < m; ++i) {
-    std::memcpy(padded[i], rows[i], count * sizeof(T));
-    pointers[i] = padded[i];
-  }
-  if (kWeighted) std::memcpy(padded_weight, weight, count * sizeof(float));
-  block<T, kWeighted>(m, pointers, padded_weight, 1, sums);
 }
 
 template <class T, bool kWeighted>
 void gramian_run(int m, const void* const* rows, const float* weight, int64_t count, double* out) {
-  alignas(64) double sums[pair_count(kMaxRows)][kLanes];
+  alignas(64) Lanes sums[pair_count(kMaxRows)];
   std::memset(sums, 0, pair_count(m) * sizeof(Lanes));
   const T* pointers[kMaxRows];
   for (int i = 0; i < m; ++i) pointers[i] = static_cast<const T*>(rows[i]);
-  while (count > 0) {
-    const int64_t here = count < kBlock ? count : kBlock;
-    const int64_t whole = here / kLanes * kLanes;
-    if (whole > 0) block<T, kWeighted>(m, pointers, weight, whole / kLanes, sums);
-    for (int i = 0; i < m; ++i) pointers[i] += whole;
-    if (kWeighted) weight += whole;
-    if (here > whole) remainder<T, kWeighted>(m, pointers, weight, here - whole, sums);
-    count -= here;
+  const int64_t whole = count / kLanes * kLanes;
+  if (whole > 0) whole_vectors<T, kWeighted>(m, pointers, weight, whole, sums);
+  if (count > whole) {  // the elements after the last whole vector, padded with zeros
+    T padded[kMaxRows][kLanes] = {};
+    float padded_weight[kLanes] = {};
+    for (int i = 0; i < m; ++i) {
+      std::memcpy(padded[i], pointers[i] + whole, (count - whole) * sizeof(T));
+      pointers[i] = padded[i];
+    }
+    if (kWeighted) std::memcpy(padded_weight, weight + whole, (count - whole) * sizeof(float));
+    whole_vectors<T, kWeighted>(m, pointers, padded_weight, kLanes, sums);
   }
-  for (int p = 0; p < pair_count(m); ++p) {
-    double sum = 0.0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[p][lane];
-    out[p] += sum;
-  }
+  Collect collect{m, sums, out};
+  schedule(m, collect);
 }
 
 template <class T>
@@ -199,22 +269,25 @@ void combine_run(int m, const void* const* rows, const float* weights, void* out
     factors[i] = Vec::broadcast(weights[i]);
   }
   Out* target = static_cast<Out*>(out);
-  const int64_t whole = count / kLanes * kLanes;
+  constexpr int64_t kVec = Vec::kLanes;
+  const int64_t whole = count / kVec * kVec;
   int64_t k = 0;
-  for (; k + 2 * kLanes <= whole; k += 2 * kLanes) {
+  for (; k + 2 * kVec <= whole; k += 2 * kVec) {
+    for (int i = 0; i < m; ++i)
+      __builtin_prefetch(reinterpret_cast<const char*>(pointers[i] + k) + kAhead);
     const Vec even = weighted_sum(m, pointers, factors, k);
-    const Vec odd = weighted_sum(m, pointers, factors, k + kLanes);
+    const Vec odd = weighted_sum(m, pointers, factors, k + kVec);
     store(even, target + k);
-    store(odd, target + k + kLanes);
+    store(odd, target + k + kVec);
   }
-  for (; k < whole; k += kLanes) store(weighted_sum(m, pointers, factors, k), target + k);
+  for (; k < whole; k += kVec) store(weighted_sum(m, pointers, factors, k), target + k);
   if (k == count) return;
-  T padded[kMaxRows][kLanes] = {};
+  T padded[kMaxRows][kVec] = {};
   for (int i = 0; i < m; ++i) {
     std::memcpy(padded[i], pointers[i] + k, (count - k) * sizeof(T));
     pointers[i] = padded[i];
   }
-  Out result[kLanes];
+  Out result[kVec];
   store(weighted_sum(m, pointers, factors, 0), result);
   std::memcpy(target + k, result, (count - k) * sizeof(Out));
 }

@@ -12,6 +12,13 @@ namespace {
 // Elements of a chunk. Chunks are cut by position only: each has its own partial sum, and these are
 // added in order, so the result does not depend on who computed them.
 constexpr int64_t kChunk = 1 << 16;
+// Longer rows get longer chunks, so that the partial sums stay below a megabyte.
+constexpr int64_t kMaxChunks = 512;
+
+int64_t chunk_length(int64_t total) {
+  const int64_t steps = (total + kChunk * kMaxChunks - 1) / (kChunk * kMaxChunks);
+  return kChunk * std::max<int64_t>(1, steps);
+}
 
 int64_t total_length(const std::vector<int64_t>& lengths) {
   int64_t total = 0;
@@ -30,15 +37,16 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
   const Kernels& set = kernels(isa);
   const int pairs = pair_count(rows.m);
   const int64_t total = total_length(rows.lengths);
-  const int64_t chunks = (total + kChunk - 1) / kChunk;
+  const int64_t length = chunk_length(total);
+  const int64_t chunks = (total + length - 1) / length;
   std::vector<double> partials(chunks * pairs, 0.0);
   const std::vector<Run> runs = selected_runs(rows.lengths, selection, 0, total);
   std::vector<int64_t> starts{0};
   for (int64_t length : rows.lengths) starts.push_back(starts.back() + length);
 
   parallel_for(chunks, threads, [&](int64_t chunk) {
-    const int64_t low = chunk * kChunk;
-    const int64_t high = std::min(total, low + kChunk);
+    const int64_t low = chunk * length;
+    const int64_t high = std::min(total, low + length);
     auto ends_after = [&](int64_t at, const Run& run) { return at < starts[run.piece] + run.end; };
     auto run = std::upper_bound(runs.begin(), runs.end(), low, ends_after);
     for (; run != runs.end() && starts[run->piece] + run->begin < high; ++run) {

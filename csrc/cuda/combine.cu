@@ -8,6 +8,7 @@ namespace gapo {
 namespace cuda {
 namespace {
 
+constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;  // in two rounds of two
 
 struct Job {
@@ -88,21 +89,20 @@ __global__ void __launch_bounds__(kThreads, 4) combine_kernel(Job job) {
 }
 
 template <class T, class Out>
-void launch(const Job& job, cudaStream_t stream) {
+void launch_as(const Job& job, cudaStream_t stream) {
   const int64_t size = Shape<T, Out>::kBlockElements;
   const int64_t blocks = (job.count + size - 1) / size;
-  combine_kernel<T, Out><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(job);
-  check(cudaGetLastError(), "combine_");
+  launch("combine_", &combine_kernel<T, Out>, blocks, kThreads, stream, job);
 }
 
 template <class T>
 void launch_to(DType out_dtype, const Job& job, cudaStream_t stream) {
   if (out_dtype == DType::kFloat32)
-    launch<T, float>(job, stream);
+    launch_as<T, float>(job, stream);
   else if (out_dtype == DType::kBFloat16)
-    launch<T, Bf16>(job, stream);
+    launch_as<T, Bf16>(job, stream);
   else
-    launch<T, Half>(job, stream);
+    launch_as<T, Half>(job, stream);
 }
 
 }  // namespace

@@ -34,6 +34,17 @@ class OnDevice {
   int previous_ = 0;
 };
 
+// kernel<<<blocks, threads, 0, stream>>>(arguments), in the spelling of a function call.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
 struct Bf16 {
   uint16_t bits;
 };
@@ -55,29 +66,34 @@ __device__ __forceinline__ void narrow(float x, Half& out) {
   out.bits = __half_as_ushort(__float2half_rn(x));
 }
 
-// N floats from N consecutive, N-element aligned elements, 16 bytes a load. Each element is read
-// once: the data goes past the caches.
-template <int N>
-__device__ __forceinline__ void load_vector(const float* p, float (&x)[N]) {
-#pragma unroll
-  for (int k = 0; k < N; k += 4) {
-    const float4 v = __ldcs(reinterpret_cast<const float4*>(p + k));
-    x[k] = v.x;
-    x[k + 1] = v.y;
-    x[k + 2] = v.z;
-    x[k + 3] = v.w;
-  }
-}
+// 16 aligned bytes of elements as they are in memory. Each is read once: the data goes past the
+// caches.
+template <class T>
+struct Vector {
+  static constexpr int kElements = 16 / sizeof(T);
+  uint32_t words[4];
 
+  static __device__ __forceinline__ Vector load(const T* p) {
+    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
+    return {{v.x, v.y, v.z, v.w}};
+  }
+  __device__ __forceinline__ float element(int k) const {
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(words[k]);
+    else
+      return widen(T{uint16_t(k % 2 == 0 ? words[k / 2] : words[k / 2] >> 16)});
+  }
+};
+
+// N floats from N consecutive, N-element aligned elements.
 template <int N, class T>
 __device__ __forceinline__ void load_vector(const T* p, float (&x)[N]) {
-  static_assert(N == 8 && sizeof(T) == 2, "16-bit elements come in eights");
-  const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  static_assert(N % Vector<T>::kElements == 0, "whole vectors");
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    x[2 * k] = widen(T{uint16_t(words[k])});
-    x[2 * k + 1] = widen(T{uint16_t(words[k] >> 16)});
+  for (int k = 0; k < N; k += Vector<T>::kElements) {
+    const Vector<T> v = Vector<T>::load(p + k);
+#pragma unroll
+    for (int e = 0; e < Vector<T>::kElements; ++e) x[k + e] = v.element(e);
   }
 }
 

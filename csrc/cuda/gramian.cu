@@ -1,7 +1,10 @@
-// Gram matrices on the device. Stage one: a block takes one chunk of a run, accumulates the
-// products of its elements in fp32 registers (at most 64 vectors a thread), adds its threads up in
-// fp64 and stores one partial sum per pair of rows. Stage two: a block per pair adds the partial
-// sums. Both orders are fixed and there are no atomics, so results repeat bit for bit.
+// Gram matrices on the device. As many blocks as the device runs at a time walk over the chunks of
+// the selected runs and keep their sums in fp64 registers; each then adds its threads up and leaves
+// one partial sum per pair of rows. A second kernel adds the partial sums. Both orders are fixed by
+// the lengths and the device's size and there are no atomics, so results repeat bit for bit.
+//
+// fp64 throughout, as on the CPU: products of fp32 elements are exact, and an H100 has two to four
+// times the fp64 arithmetic that streaming 8 rows of fp32 needs (36 multiply-adds an element).
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -10,18 +13,21 @@ namespace gapo {
 namespace cuda {
 namespace {
 
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWholeTriangle = 8;  // rows up to here take one pass
 constexpr int kTile = 4;           // more are taken in tiles of this side
+constexpr int kMostBlocks = 8;     // a multiprocessor, of any kernel here
 
 struct Job {
   const void* rows[2 * kTile];  // a triangle's rows, or the rectangle's two sides
   const float* weight;          // of this piece; may be null
   const int64_t* runs;          // [run_count, kRunFields] of this piece
   int64_t run_count;
-  int64_t first_chunk;
-  int64_t chunk_count;  // of all pieces
-  double* partials;     // [pairs, chunk_count]
+  int64_t first_chunk;  // of this piece
+  int64_t chunk_count;
+  double* partials;  // [pairs, slots]
+  int slots;
   int m;
   int top;     // first row of the triangle, or of the rectangle's left side
   int left;    // first row of the rectangle's other side
@@ -49,10 +55,18 @@ __device__ Stretch find_run(const Job& job, int64_t chunk) {
   return {run[0], run[1], chunk - run[2]};
 }
 
+// Registers bound how many blocks share a multiprocessor; loads in flight are what fills the memory
+// pipeline, so fewer rows get more of both.
+template <int R>
+struct Occupancy {
+  static constexpr int kRows = R;
+  static constexpr int kBlocks = R <= 2 ? kMostBlocks : (R <= 4 ? 5 : (R <= 6 ? 4 : 3));
+  static constexpr int kUnroll = R <= 2 ? 4 : (R <= 4 ? 2 : 1);
+};
+
 // Sums of products of all pairs of R rows, i <= j.
 template <int R>
-struct Triangle {
-  static constexpr int kRows = R;
+struct Triangle : Occupancy<R> {
   static constexpr int kSums = pair_count(R);
   template <class F>
   static __device__ __forceinline__ void for_each(F&& f) {
@@ -68,8 +82,7 @@ struct Triangle {
 };
 
 // Sums of products of kTile rows with kTile others.
-struct Rectangle {
-  static constexpr int kRows = 2 * kTile;
+struct Rectangle : Occupancy<2 * kTile> {
   static constexpr int kSums = kTile * kTile;
   template <class F>
   static __device__ __forceinline__ void for_each(F&& f) {
@@ -86,41 +99,38 @@ struct Rectangle {
   }
 };
 
-template <class T, class Shape>
+template <class T, class Shape, bool kWeighted>
 struct Accumulator {
   static constexpr int kVector = 16 / sizeof(T);
   const T* rows[Shape::kRows];
   const float* weight;
-  float sums[Shape::kSums];
+  double sums[Shape::kSums];
 
-  __device__ __forceinline__ void add(const float (&x)[Shape::kRows], float factor) {
-    Shape::for_each([&](int p, int i, int j) { sums[p] = fmaf(factor * x[i], x[j], sums[p]); });
+  __device__ __forceinline__ void add(const double (&x)[Shape::kRows], double factor) {
+    Shape::for_each([&](int p, int i, int j) {
+      sums[p] = fma(kWeighted ? factor * x[i] : x[i], x[j], sums[p]);
+    });
   }
 
   __device__ __forceinline__ void add_element(int64_t k) {
-    float x[Shape::kRows];
+    double x[Shape::kRows];
 #pragma unroll
     for (int i = 0; i < Shape::kRows; ++i) x[i] = widen(rows[i][k]);
-    add(x, weight == nullptr ? 1.0f : weight[k]);
+    add(x, kWeighted ? weight[k] : 1.0f);
   }
 
   __device__ __forceinline__ void add_vector(int64_t k) {
-    float x[Shape::kRows][kVector];
+    Vector<T> x[Shape::kRows];
     float factors[kVector];
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) load_vector<kVector>(rows[i] + k, x[i]);
-    if (weight != nullptr) {
-      load_vector<kVector>(weight + k, factors);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) factors[v] = 1.0f;
-    }
+    for (int i = 0; i < Shape::kRows; ++i) x[i] = Vector<T>::load(rows[i] + k);
+    if (kWeighted) load_vector<kVector>(weight + k, factors);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      float column[Shape::kRows];
+      double column[Shape::kRows];
 #pragma unroll
-      for (int i = 0; i < Shape::kRows; ++i) column[i] = x[i][v];
-      add(column, factors[v]);
+      for (int i = 0; i < Shape::kRows; ++i) column[i] = x[i].element(v);
+      add(column, kWeighted ? factors[v] : 1.0f);
     }
   }
 
@@ -131,11 +141,11 @@ struct Accumulator {
     for (int i = 1; i < Shape::kRows; ++i) {
       if (head_length<kVector>(rows[i] + begin) != head) return -1;
     }
-    if (weight != nullptr && head_length<4>(weight + begin + head) != 0) return -1;
+    if (kWeighted && head_length<4>(weight + begin + head) != 0) return -1;
     return head;
   }
 
-  __device__ void add_chunk(const Stretch& run) {
+  __device__ __forceinline__ void add_chunk(const Stretch& run) {
     const int head = common_head(run.begin);
     const int64_t low = run.begin + run.chunk * kChunk;
     if (head < 0) {
@@ -149,7 +159,7 @@ struct Accumulator {
     const int64_t vectors = high > aligned ? (high - aligned) / kVector : 0;
     const int64_t in_head = run.begin + threadIdx.x;
     if (run.chunk == 0 && threadIdx.x < head && in_head < run.end) add_element(in_head);
-    constexpr int kUnroll = Shape::kRows <= 2 ? 4 : (Shape::kRows <= 4 ? 2 : 1);
+    constexpr int kUnroll = Shape::kUnroll;
 #pragma unroll kUnroll
     for (int64_t v = threadIdx.x; v < vectors; v += kThreads) add_vector(aligned + v * kVector);
     const int64_t in_tail = aligned + vectors * kVector + threadIdx.x;
@@ -157,17 +167,17 @@ struct Accumulator {
   }
 };
 
-// Two blocks a multiprocessor: left alone, ptxas aims at more of them and spills.
-template <class T, class Shape>
-__global__ void __launch_bounds__(kThreads, 2) partial_sums(Job job) {
-  const int64_t chunk = job.first_chunk + blockIdx.x;
-  Accumulator<T, Shape> accumulator;
+template <class T, class Shape, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, Shape::kBlocks) partial_sums(Job job) {
+  Accumulator<T, Shape, kWeighted> accumulator;
 #pragma unroll
   for (int i = 0; i < Shape::kRows; ++i) accumulator.rows[i] = static_cast<const T*>(job.rows[i]);
   accumulator.weight = job.weight;
 #pragma unroll
-  for (int p = 0; p < Shape::kSums; ++p) accumulator.sums[p] = 0.0f;
-  accumulator.add_chunk(find_run(job, chunk));
+  for (int p = 0; p < Shape::kSums; ++p) accumulator.sums[p] = 0.0;
+#pragma unroll 1
+  for (int64_t chunk = blockIdx.x; chunk < job.chunk_count; chunk += gridDim.x)
+    accumulator.add_chunk(find_run(job, job.first_chunk + chunk));
 
   __shared__ double warp_sums[kWarps][Shape::kSums];
 #pragma unroll
@@ -184,16 +194,17 @@ __global__ void __launch_bounds__(kThreads, 2) partial_sums(Job job) {
     if (place < 0) return;
     double sum = 0.0;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp][p];
-    job.partials[place * job.chunk_count + chunk] = sum;
+    // Pieces follow each other on the stream and share the slots.
+    job.partials[place * job.slots + blockIdx.x] += sum;
   });
 }
 
 __global__ void __launch_bounds__(kThreads)
-    total_sums(const double* partials, int64_t chunk_count, int m, double* out) {
+    total_sums(const double* partials, int slots, int m, double* out) {
   __shared__ double sums[kThreads];
-  const double* mine = partials + blockIdx.x * chunk_count;
+  const double* mine = partials + blockIdx.x * slots;
   double sum = 0.0;
-  for (int64_t chunk = threadIdx.x; chunk < chunk_count; chunk += kThreads) sum += mine[chunk];
+  for (int slot = threadIdx.x; slot < slots; slot += kThreads) sum += mine[slot];
   sums[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
@@ -209,67 +220,84 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class Shape>
-void launch(const Job& job, int64_t blocks, cudaStream_t stream) {
-  partial_sums<T, Shape><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(job);
-  check(cudaGetLastError(), "gramian");
+void launch_shape(const Job& job, int multiprocessors, cudaStream_t stream) {
+  const int64_t blocks = std::min<int64_t>(job.chunk_count, multiprocessors * Shape::kBlocks);
+  const auto kernel =
+      job.weight == nullptr ? &partial_sums<T, Shape, false> : &partial_sums<T, Shape, true>;
+  launch("gramian", kernel, blocks, kThreads, stream, job);
 }
 
 template <class T, int R>
-void launch_triangle(int rows_here, const Job& job, int64_t blocks, cudaStream_t stream) {
+void launch_triangle(const Job& job, int multiprocessors, cudaStream_t stream) {
   if constexpr (R > 0) {
-    if (rows_here == R)
-      launch<T, Triangle<R>>(job, blocks, stream);
+    if (job.height == R)
+      launch_shape<T, Triangle<R>>(job, multiprocessors, stream);
     else
-      launch_triangle<T, R - 1>(rows_here, job, blocks, stream);
+      launch_triangle<T, R - 1>(job, multiprocessors, stream);
   }
 }
 
 template <class T>
-void launch_piece(const Rows& rows, int64_t piece, Job job, int64_t blocks, cudaStream_t stream) {
+void launch_piece(const Rows& rows, int64_t piece, Job job, int multiprocessors,
+                  cudaStream_t stream) {
   const int side = rows.m <= kWholeTriangle ? kWholeTriangle : kTile;
   for (int top = 0; top < rows.m; top += side) {
     job.top = top;
     job.height = std::min(side, rows.m - top);
     for (int i = 0; i < job.height; ++i) job.rows[i] = rows.piece(top + i, piece);
-    launch_triangle<T, kWholeTriangle>(job.height, job, blocks, stream);
+    launch_triangle<T, kWholeTriangle>(job, multiprocessors, stream);
     for (int left = top + side; left < rows.m; left += side) {
       job.left = left;
       job.width = std::min(side, rows.m - left);
       for (int j = 0; j < kTile; ++j)  // beyond the last row: any valid one, its sums are dropped
         job.rows[kTile + j] = rows.piece(left + std::min(j, job.width - 1), piece);
-      launch<T, Rectangle>(job, blocks, stream);
+      launch_shape<T, Rectangle>(job, multiprocessors, stream);
     }
   }
 }
 
+int multiprocessors_of(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "gramian");
+  return count;
+}
+
 }  // namespace
+
+int64_t workspace_size(int m, int device) {
+  require_device(device);
+  return int64_t(pair_count(m)) * multiprocessors_of(device) * kMostBlocks;
+}
 
 void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
              const int64_t* device_table, double* workspace, double* out, int device,
              void* stream_handle) {
   const OnDevice scope(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (plan.first_chunk.back() == 0) return;
+  const int multiprocessors = multiprocessors_of(device);
   Job job{};
   job.m = rows.m;
   job.partials = workspace;
-  job.chunk_count = plan.first_chunk.back();
-  if (job.chunk_count == 0) return;
+  job.slots = multiprocessors * kMostBlocks;
+  const size_t bytes = sizeof(double) * pair_count(rows.m) * job.slots;
+  check(cudaMemsetAsync(workspace, 0, bytes, stream), "gramian");
   for (int64_t piece = 0; piece < rows.pieces(); ++piece) {
-    const int64_t blocks = plan.first_chunk[piece + 1] - plan.first_chunk[piece];
-    if (blocks == 0) continue;
+    job.first_chunk = plan.first_chunk[piece];
+    job.chunk_count = plan.first_chunk[piece + 1] - job.first_chunk;
+    if (job.chunk_count == 0) continue;
     job.weight = weights.empty() ? nullptr : weights[piece];
     job.runs = device_table + plan.first_run[piece] * kRunFields;
     job.run_count = plan.first_run[piece + 1] - plan.first_run[piece];
-    job.first_chunk = plan.first_chunk[piece];
     if (rows.dtype == DType::kFloat32)
-      launch_piece<float>(rows, piece, job, blocks, stream);
+      launch_piece<float>(rows, piece, job, multiprocessors, stream);
     else if (rows.dtype == DType::kBFloat16)
-      launch_piece<Bf16>(rows, piece, job, blocks, stream);
+      launch_piece<Bf16>(rows, piece, job, multiprocessors, stream);
     else
-      launch_piece<Half>(rows, piece, job, blocks, stream);
+      launch_piece<Half>(rows, piece, job, multiprocessors, stream);
   }
-  total_sums<<<pair_count(rows.m), kThreads, 0, stream>>>(workspace, job.chunk_count, rows.m, out);
-  check(cudaGetLastError(), "gramian");
+  launch("gramian", &total_sums, pair_count(rows.m), kThreads, stream,
+         static_cast<const double*>(workspace), job.slots, rows.m, out);
 }
 
 }  // namespace cuda

@@ -6,9 +6,8 @@
 namespace gapo {
 namespace cuda {
 
-constexpr int kThreads = 256;
-constexpr int64_t kChunk = 65536;  // elements of a block: 256 products a thread and accumulator
-constexpr int kRunFields = 3;      // begin, end, first chunk
+constexpr int64_t kChunk = 4096;  // elements that a block of gramian takes at a time
+constexpr int kRunFields = 3;     // begin, end, first chunk
 
 }  // namespace cuda
 }  // namespace gapo

@@ -1,45 +1,69 @@
-// The minimum-norm point in one small block, a thread for every support set of at most 8 rows.
+// The minimum-norm point in one small block. Up to 8 rows: a thread for every support set. More:
+// one thread runs Wolfe's algorithm.
 #include "cuda/device.cuh"
-#include "min_norm.h"
+#include "min_norm_search.h"
 
 namespace gapo {
 namespace cuda {
 namespace {
 
-constexpr int kRows = kMaxRowsMinNorm;
-static_assert(1 << kRows == kThreads, "a thread for every support set");
+constexpr int kEnumerated = 8;
+constexpr int kThreads = 1 << kEnumerated;
+// The largest residual of an answer; the search aims at minnorm::kGood.
+constexpr double kAccepted = 1e-9;
+
+// Common start of both kernels, on one thread. True where there is something left to solve.
+template <int Max>
+__device__ bool prepare(const double* gram, int m, bool exclude_zero, minnorm::Scaled<Max>& problem,
+                        double* weights, int32_t* status) {
+  for (int i = 0; i < m; ++i) weights[i] = 0.0;
+  const Status found = minnorm::scale<Max>(gram, m, exclude_zero, problem);
+  *status = static_cast<int32_t>(found);
+  if (found != Status::kOk) return false;
+  if (problem.zero_row >= 0) weights[problem.zero_row] = 1.0;
+  return problem.zero_row < 0 && problem.m > 0;
+}
 
 __global__ void __launch_bounds__(kThreads, 1)
-    min_norm_kernel(const double* gram, int m, double* weights, int32_t* status) {
-  __shared__ minnorm::Scaled<kRows> problem;
+    enumerate_kernel(const double* gram, int m, bool exclude_zero, double* weights,
+                     int32_t* status) {
+  __shared__ minnorm::Scaled<kEnumerated> problem;
   __shared__ double residuals[kThreads];
-  __shared__ int found;
-  __shared__ uint32_t best;
-  const uint32_t support = threadIdx.x;
-  if (support < m) weights[support] = 0.0;
-  if (support == 0) {
-    found = minnorm::scale<kRows>(gram, m, problem);
-    *status = found;
+  __shared__ uint32_t supports[kThreads];
+  __shared__ bool open;
+  const uint32_t mine = threadIdx.x;
+  if (mine == 0) open = prepare<kEnumerated>(gram, m, exclude_zero, problem, weights, status);
+  __syncthreads();
+  if (!open) return;
+  minnorm::Candidate<kEnumerated> candidate;
+  residuals[mine] = minnorm::kRejected;
+  supports[mine] = mine;
+  if (mine != 0 && mine < 1u << problem.m)
+    residuals[mine] = minnorm::try_support<kEnumerated>(problem, mine, candidate);
+  for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (mine >= half) continue;
+    const uint32_t other = mine + half;
+    if (!minnorm::better(residuals[other], supports[other], residuals[mine], supports[mine]))
+      continue;
+    residuals[mine] = residuals[other];
+    supports[mine] = supports[other];
   }
   __syncthreads();
-  if (found != 0) return;
-  if (problem.zero_row >= 0) {
-    if (support == 0) weights[problem.zero_row] = 1.0;
-    return;
-  }
-  minnorm::Candidate<kRows> candidate;
-  residuals[support] = minnorm::kRejected;
-  if (support != 0 && support < 1u << m)
-    residuals[support] = minnorm::try_support<kRows>(problem, support, candidate);
-  __syncthreads();
-  if (support == 0) {
-    best = 1;
-    for (uint32_t other = 2; other < 1u << m; ++other) {
-      if (minnorm::better(residuals[other], other, residuals[best], best)) best = other;
-    }
-  }
-  __syncthreads();
-  if (support == best) minnorm::write_weights<kRows>(problem, candidate, weights);
+  // A vertex always solves its own system, so there is a candidate, and it is not the empty set.
+  if (mine == supports[0]) minnorm::write_weights<kEnumerated>(problem, candidate, weights);
+}
+
+__global__ void search_kernel(const double* gram, int m, bool exclude_zero, double* weights,
+                              int32_t* status) {
+  minnorm::Scaled<kMaxRows> problem;
+  if (!prepare<kMaxRows>(gram, m, exclude_zero, problem, weights, status)) return;
+  minnorm::Found<kMaxRows> best;
+  minnorm::search<kMaxRows>(problem, best);
+  if (best.residual <= kAccepted)
+    minnorm::write_weights<kMaxRows>(problem, best.solution, weights);
+  else
+    *status = static_cast<int32_t>(Status::kNotConverged);
 }
 
 }  // namespace
@@ -56,11 +80,15 @@ void require_device(int device) {
                              std::to_string(count));
 }
 
-void min_norm(const double* gram, int m, double* weights, int32_t* status, int device,
-              void* stream) {
+void min_norm(const double* gram, int m, bool exclude_zero, double* weights, int32_t* status,
+              int device, void* stream_handle) {
   const OnDevice scope(device);
-  min_norm_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(gram, m, weights, status);
-  check(cudaGetLastError(), "min_norm");
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (m <= kEnumerated)
+    launch("min_norm", &enumerate_kernel, 1, kThreads, stream, gram, m, exclude_zero, weights,
+           status);
+  else
+    launch("min_norm", &search_kernel, 1, 1, stream, gram, m, exclude_zero, weights, status);
 }
 
 }  // namespace cuda

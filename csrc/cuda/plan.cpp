@@ -27,7 +27,5 @@ Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection) 
   return plan;
 }
 
-int64_t workspace_size(int m, const Plan& plan) { return pair_count(m) * plan.first_chunk.back(); }
-
 }  // namespace cuda
 }  // namespace gapo

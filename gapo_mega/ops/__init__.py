@@ -7,6 +7,19 @@ CPU and on CUDA devices are accepted alike; ``reference.py`` holds the same in p
 
 from __future__ import annotations
 
-from gapo_mega.ops.api import Status, combine_, gramian, info, min_norm, min_norm_device
+from gapo_mega.ops.aggregate import Aggregated, DeviceAggregator, HostAggregator, aggregate_
+from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
 
-__all__ = ["Status", "combine_", "gramian", "info", "min_norm", "min_norm_device"]
+__all__ = [
+    "Aggregated",
+    "DeviceAggregator",
+    "HostAggregator",
+    "Status",
+    "aggregate_",
+    "combine_",
+    "duality_gap",
+    "gramian",
+    "info",
+    "min_norm",
+    "min_norm_",
+]

@@ -1,5 +1,8 @@
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 max_rows: int
 has_cuda: bool
 
@@ -10,7 +13,7 @@ def gramian(
     rows: Sequence[int],
     lengths: Sequence[int],
     dtype: int,
-    segments: Sequence[tuple[int, int]] | None,
+    segments: npt.NDArray[np.int64] | None,
     weights: Sequence[int],
     out: int,
     threads: int,
@@ -27,16 +30,17 @@ def combine(
     threads: int,
     isa: str,
 ) -> None: ...
-def min_norm(gram: Sequence[float], m: int) -> tuple[list[float], int]: ...
+def min_norm(gram: int, m: int, exclude_zero: bool, weights: int) -> int: ...
+def duality_gap(gram: int, m: int, weights: int) -> float: ...
 
 # Only where has_cuda is true.
 
 class Plan:
     @property
     def table(self) -> list[int]: ...
-    def workspace_size(self, m: int) -> int: ...
 
-def cuda_plan(lengths: Sequence[int], segments: Sequence[tuple[int, int]] | None) -> Plan: ...
+def cuda_plan(lengths: Sequence[int], segments: npt.NDArray[np.int64] | None) -> Plan: ...
+def cuda_workspace_size(m: int, device: int) -> int: ...
 def cuda_require_device(device: int) -> None: ...
 def cuda_gramian(
     m: int,
@@ -62,4 +66,6 @@ def cuda_combine(
     device: int,
     stream: int,
 ) -> None: ...
-def cuda_min_norm(gram: int, m: int, weights: int, status: int, device: int, stream: int) -> None: ...
+def cuda_min_norm(
+    gram: int, m: int, exclude_zero: bool, weights: int, status: int, device: int, stream: int
+) -> None: ...

@@ -24,11 +24,14 @@ from gapo_mega.ops.arguments import (
 
 
 class Status(IntEnum):
-    """How ``min_norm_device`` ended; anything but OK leaves the weights at zero."""
+    """How weights were found on a device; with anything but OK they are all zero."""
 
     OK = 0
-    NOT_FINITE = 1
+    NOT_FINITE = 1  # a NaN or Inf in the Gram matrix
     NEGATIVE_DIAGONAL = 2
+    NOT_CONVERGED = 3  # more than 8 rows, and rounding stopped the search
+    ZERO_GRADIENT = 4  # an aggregator that was told to stop at one
+    OUT_OF_RANGE = 5  # the weights leave double precision
 
 
 def gramian(
@@ -40,16 +43,16 @@ def gramian(
 ) -> Tensor:
     """Inner products of the rows, ``G_ij = sum_k weight_k rows_i[k] rows_j[k]`` over the counted k.
 
-    Products are summed in fp32 over short stretches and in fp64 beyond: a relative error of about 1e-6
-    of ``|g_i| |g_j|`` at most. On a CPU the result is the same, bit for bit, for any number of threads.
-    A NaN or Inf in row i makes ``G_ii`` not finite. Elements whose square leaves the fp32 range
-    (beyond about 1e19, below about 1e-19) count as Inf or lose precision.
+    Products are formed and summed in fp64: the error is below 1e-11 of ``|g_i| |g_j|`` for rows of any
+    content and up to 2^40 elements. On a CPU the result is the same, bit for bit, for any number of threads; on a CUDA
+    device from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. One pass over memory up to
+    8 rows, tiles beyond; less than a MiB of extra memory.
 
     Args:
         rows: M rows, 1 to 16: each a flat tensor of N elements, or the list of its pieces (the same
             lengths in every row). float32, bfloat16 or float16, all on one device.
         segments: sorted disjoint ``[start, end)`` ranges of positions that count, over the
-            concatenated pieces; None counts all.
+            concatenated pieces; None counts all. Thousands cost next to nothing.
         weight: N float32 factors, one a position, in pieces like a row; None is all ones.
         out: float64 ``[M, M]`` on the rows' device that the result is added to, and that is returned.
 
@@ -80,8 +83,9 @@ def min_norm(gram: Tensor) -> Tensor:
     """``argmin over the simplex of w' gram w``: the point nearest to zero of the rows' convex hull.
 
     Exact to rounding whatever the rows' norms: every violation of the optimality conditions is below
-    1e-9 of the summands that it is made of. A zero row takes all the weight; of several minimisers the
-    one with the fewest, then the lowest rows is returned.
+    1e-9 of the summands that it is made of. A zero row takes all the weight. Where there are several
+    minimisers, up to rounding, the one with the fewest, then the lowest rows is returned (among at
+    most 8 rows that could take part; beyond, the one that Wolfe's algorithm reaches, always the same).
 
     Args:
         gram: ``[M, M]``, symmetric, 1 <= M <= 16, on any device (the solver runs on the host).
@@ -93,37 +97,40 @@ def min_norm(gram: Tensor) -> Tensor:
         ValueError: not square, not symmetric, a NaN or Inf, or a negative diagonal.
     """
     host = gram.detach().to("cpu", torch.float64).contiguous()
-    m = check_matrix("gram", host, torch.device("cpu"))
+    m = _check_gram(host)
     diagonal = host.diagonal()
     if not bool(torch.isfinite(host).all()):
         rows = [i for i in range(m) if not math.isfinite(float(diagonal[i]))]
         raise ValueError(f"gram: found NaN or Inf (rows {rows}), accepted: finite numbers")
-    if m and bool((diagonal < 0).any()):
+    if bool((diagonal < 0).any()):
         raise ValueError(f"gram: found the diagonal {diagonal.tolist()}, accepted: no negative entry")
     norms = diagonal.sqrt()
     if bool(((host - host.T).abs() > 1e-6 * torch.outer(norms, norms)).any()):
         raise ValueError(f"gram: found {host.tolist()}, accepted: a symmetric matrix")
-    weights, status = _native.min_norm(host.flatten().tolist(), m)
+    weights = torch.empty(m, dtype=torch.float64)
+    status = _native.min_norm(host.data_ptr(), m, False, weights.data_ptr())
     assert status == Status.OK
-    return torch.tensor(weights, dtype=torch.float64, device=gram.device)
+    return weights.to(gram.device)
 
 
-def min_norm_device(gram: Tensor, weights: Tensor, status: Tensor) -> None:
-    """``min_norm`` on a CUDA device without waiting for it; equal to the host's result.
+def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bool = False) -> None:
+    """``min_norm`` into tensors, with a status instead of errors; on a CUDA device without waiting for it.
+
+    Up to 8 rows the device tries all support sets at once and agrees with the host. Beyond, one thread
+    of it runs Wolfe's algorithm.
 
     Args:
-        gram: float64 ``[M, M]``, M <= 8, on a CUDA device.
-        weights: float64 ``[M]`` there, receives the minimiser, or zeros where ``status`` is not OK.
-        status: int32 ``[1]`` there, receives a :class:`Status`.
+        weights: float64 ``[M]``, receives the minimiser, or zeros where ``status`` is not OK.
+        status: int32 ``[1]``, receives a :class:`Status`.
+        gram: float64 ``[M, M]``, 1 <= M <= 16; all three on one device. Taken as symmetric.
+        exclude_zero: rows of norm zero get weight zero, instead of the first one getting all of it;
+            where there are no others every weight is zero.
 
     Raises:
-        RuntimeError: no CUDA device, or the extension was built without CUDA.
+        RuntimeError: on a CUDA device, when the extension was built without CUDA.
         ValueError: another shape, type or device.
     """
-    cuda.require_back_end()
-    if gram.device.type != "cuda":
-        raise ValueError(f"gram: found device {gram.device}, accepted: a CUDA device")
-    m = check_matrix("gram", gram, gram.device)
+    m = _check_gram(gram)
     for name, tensor, dtype, length in (
         ("weights", weights, torch.float64, m),
         ("status", status, torch.int32, 1),
@@ -133,7 +140,35 @@ def min_norm_device(gram: Tensor, weights: Tensor, status: Tensor) -> None:
                 f"{name}: found {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, accepted: "
                 f"{dtype} of shape ({length},) on {gram.device}"
             )
-    cuda.min_norm(gram, weights, status)
+    if gram.device.type == "cpu":
+        status[0] = _native.min_norm(gram.data_ptr(), m, exclude_zero, weights.data_ptr())
+    else:
+        cuda.min_norm(gram, weights, status, exclude_zero)
+
+
+def duality_gap(gram: Tensor, weights: Tensor) -> float:
+    """``w'Gw - min_i (Gw)_i``, a certificate for any weights on the simplex.
+
+    It bounds ``||x - x*||^2`` between their combination x and the minimum-norm point x*, and is zero
+    exactly at the minimum (Wolfe 1976). Formed with twice the precision.
+
+    Args:
+        gram: ``[M, M]``, 1 <= M <= 16.
+        weights: ``[M]``, not negative, of sum 1.
+    """
+    host = gram.detach().to("cpu", torch.float64).contiguous()
+    m = _check_gram(host)
+    given = weights.detach().to("cpu", torch.float64).contiguous()
+    if given.shape != (m,):
+        raise ValueError(f"weights: found shape {tuple(given.shape)}, accepted: ({m},)")
+    return _native.duality_gap(host.data_ptr(), m, given.data_ptr())
+
+
+def _check_gram(gram: Tensor) -> int:
+    m = check_matrix("gram", gram, gram.device)
+    if not 1 <= m <= _native.max_rows:
+        raise ValueError(f"gram: found {m} rows, accepted: 1 to {_native.max_rows}")
+    return m
 
 
 def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -> Row:

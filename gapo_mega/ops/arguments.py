@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from gapo_mega.ops import _native
 
 # One row: a flat tensor, or its pieces in order.
 Row = Tensor | Sequence[Tensor]
-Segments = Sequence[tuple[int, int]] | Tensor
+Segments = Sequence[tuple[int, int]] | Tensor | npt.NDArray[np.int64]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/api.h
 
@@ -90,22 +92,31 @@ def parse_rows(name: str, rows: Sequence[Row]) -> Pieces:
     return Pieces(split, lengths, dtypes.pop(), devices.pop())
 
 
-def parse_segments(segments: Segments | None, total: int) -> list[tuple[int, int]] | None:
-    """``[start, end)`` pairs, sorted and disjoint, within ``[0, total)``; None stays None."""
+def parse_segments(segments: Segments | None, total: int) -> npt.NDArray[np.int64] | None:
+    """``[start, end)`` pairs as int64 ``[S, 2]``, sorted and disjoint within ``[0, total)``; None stays None.
+
+    Thousands of segments are an ordinary case: they are checked all at once.
+    """
     if segments is None:
         return None
-    pairs = segments.tolist() if isinstance(segments, Tensor) else segments
-    parsed: list[tuple[int, int]] = []
-    position = 0
-    for index, (start, end) in enumerate(pairs):
-        if not position <= start <= end <= total:
-            raise ValueError(
-                f"segments[{index}]: found [{start}, {end}), accepted: sorted, disjoint ranges within "
-                f"[0, {total}); the one before ends at {position}"
-            )
-        parsed.append((int(start), int(end)))
-        position = end
-    return parsed
+    pairs = segments.cpu().numpy() if isinstance(segments, Tensor) else np.asarray(segments)
+    if pairs.size == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(
+            f"segments: found {pairs.dtype} of shape {pairs.shape}, accepted: pairs of whole numbers [S, 2]"
+        )
+    pairs = np.ascontiguousarray(pairs, dtype=np.int64)
+    start, end = pairs[:, 0], pairs[:, 1]
+    before = np.concatenate([[0], end[:-1]])
+    wrong = np.flatnonzero((start < before) | (end < start) | (end > total))
+    if wrong.size:
+        i = int(wrong[0])
+        raise ValueError(
+            f"segments[{i}]: found [{start[i]}, {end[i]}), accepted: sorted, disjoint ranges within "
+            f"[0, {total}); the one before ends at {before[i]}"
+        )
+    return pairs
 
 
 def parse_weight(weight: Row | None, rows: Pieces) -> list[Tensor]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def active_isa() -> str:
 
 def gramian(
     rows: Pieces,
-    segments: list[tuple[int, int]] | None,
+    segments: npt.NDArray[np.int64] | None,
     weight: list[Tensor],
     out: Tensor,
     *,

@@ -6,8 +6,10 @@ a step in the steady state allocates nothing.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,28 +33,41 @@ def _place(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(device).cuda_stream
 
 
-@lru_cache(maxsize=64)
+# Kept for good: a captured CUDA graph goes on reading the table. One a layout of gradients, so few.
+@cache
 def _plan(
-    lengths: tuple[int, ...], segments: tuple[tuple[int, int], ...] | None, device: torch.device
+    lengths: tuple[int, ...], segments: bytes | None, device: torch.device
 ) -> tuple[_native.Plan, Tensor]:
-    plan = _native.cuda_plan(lengths, segments)
+    ranges = None if segments is None else np.frombuffer(segments, dtype=np.int64).reshape(-1, 2)
+    plan = _native.cuda_plan(lengths, ranges)
     return plan, torch.tensor(plan.table, dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=8)
-def _workspace(size: int, device: torch.device, stream: int) -> Tensor:
+def _kept_workspace(m: int, device: int, stream: int) -> Tensor:
     # One a stream: calls on the same stream follow each other, so they may share it.
     del stream
-    return torch.empty(size, dtype=torch.float64, device=device)
+    size = _native.cuda_workspace_size(m, device)
+    return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
 
 
-def gramian(rows: Pieces, segments: list[tuple[int, int]] | None, weight: list[Tensor], out: Tensor) -> None:
+def _workspace(m: int, device: int, stream: int) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        # From the graph's own pool: it has to live as long as the graph, not as long as the cache.
+        size = _native.cuda_workspace_size(m, device)
+        return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
+    return _kept_workspace(m, device, stream)
+
+
+def gramian(
+    rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor
+) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     require_back_end()
     device, stream = _place(rows.device)
-    ranges = None if segments is None else tuple(segments)
+    ranges = None if segments is None else segments.tobytes()
     plan, table = _plan(tuple(rows.lengths), ranges, rows.device)
-    workspace = _workspace(plan.workspace_size(rows.count), rows.device, stream)
+    workspace = _workspace(rows.count, device, stream)
     _native.cuda_gramian(
         rows.count,
         rows.addresses,
@@ -85,9 +100,16 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
     )
 
 
-def min_norm(gram: Tensor, weights: Tensor, status: Tensor) -> None:
-    """Enqueues the solver for a checked ``gram`` of at most 8 rows."""
+def min_norm(gram: Tensor, weights: Tensor, status: Tensor, exclude_zero: bool) -> None:
+    """Enqueues the solver for a checked ``gram``."""
+    require_back_end()
     device, stream = _place(gram.device)
     _native.cuda_min_norm(
-        gram.data_ptr(), gram.shape[0], weights.data_ptr(), status.data_ptr(), device, stream
+        gram.data_ptr(),
+        gram.shape[0],
+        exclude_zero,
+        weights.data_ptr(),
+        status.data_ptr(),
+        device,
+        stream,
     )

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,7 +31,9 @@ def warn_once() -> None:
     )
 
 
-def gramian(rows: Pieces, segments: list[tuple[int, int]] | None, weight: list[Tensor], out: Tensor) -> None:
+def gramian(
+    rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor
+) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     for piece, start, end in _stretches(rows, segments):
         block = torch.stack([row[piece][start:end].double() for row in rows.pieces])
@@ -47,9 +51,11 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
         out.pieces[0][piece][start:end].copy_(total)
 
 
-def _stretches(rows: Pieces, segments: list[tuple[int, int]] | None) -> Iterator[tuple[int, int, int]]:
+def _stretches(
+    rows: Pieces, segments: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[int, int, int]]:
     """(piece, start, end) within pieces, of at most STRETCH elements, over what counts."""
-    ranges = [(0, rows.total)] if segments is None else segments
+    ranges = [[0, rows.total]] if segments is None else segments.tolist()
     offset = 0
     for piece, length in enumerate(rows.lengths):
         for first, last in ranges:

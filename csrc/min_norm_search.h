@@ -1,0 +1,88 @@
+// Wolfe's algorithm: the support set of the minimum-norm point without trying them all. Host and
+// device; see min_norm.h for the notation.
+#pragma once
+
+#include "min_norm.h"
+
+namespace gapo {
+namespace minnorm {
+
+template <int Max>
+struct Found {
+  double residual;
+  uint32_t support;
+  uint32_t tied;  // rows outside at the support's level
+  Candidate<Max> solution;
+};
+
+// Moves the weights `w` towards the affine minimiser of their support set until the first of them
+// vanishes. Returns the support set that is left.
+template <int Max>
+GAPO_HD uint32_t step_to_boundary(const Scaled<Max>& s, const Candidate<Max>& target,
+                                  uint32_t support, double (&w)[Max]) {
+  double goal[Max];
+  double step = 1.0;
+  int leaving = -1;
+  for (int j = 0; j < target.size; ++j) {
+    const int i = target.member[j];
+    goal[j] = target.v[j] * power_of_two(target.reference - s.exponent[i]);
+    if (goal[j] > 0.0) continue;
+    const double reach = w[i] / (w[i] - goal[j]);
+    if (leaving < 0 || reach < step) {
+      step = reach;
+      leaving = i;
+    }
+  }
+  for (int j = 0; j < target.size; ++j) {
+    const int i = target.member[j];
+    w[i] += step * (goal[j] - w[i]);
+    if (i == leaving || !(w[i] > 0.0)) {
+      w[i] = 0.0;
+      support &= ~(1u << i);
+    }
+  }
+  return support;
+}
+
+template <int Max>
+GAPO_HD int smallest_row(const Scaled<Max>& s) {
+  int least = 0;
+  for (int i = 1; i < s.m; ++i) {
+    const int shift = 2 * (s.exponent[i] - s.exponent[least]);
+    if (s.c[i][i] * power_of_two(shift) < s.c[least][least]) least = i;
+  }
+  return least;
+}
+
+// Finding the nearest point in a polytope (Wolfe 1976): the support set gains the row that violates
+// optimality most and loses rows whose weight would turn negative. Ends with the best candidate
+// that it met; a residual above kGood says that rounding stopped it before the end.
+template <int Max>
+GAPO_HD void search(const Scaled<Max>& s, Found<Max>& best) {
+  best.residual = kRejected;
+  double w[Max] = {};
+  uint32_t support = 1u << smallest_row<Max>(s);
+  w[smallest_row<Max>(s)] = 1.0;
+  Candidate<Max> target;
+  for (int round = 0; round < 40 * s.m && support != 0; ++round) {
+    if (!solve<Max>(s, support, false, target)) return;
+    if (!is_positive<Max>(target)) {
+      support = step_to_boundary<Max>(s, target, support, w);
+      continue;
+    }
+    to_simplex<Max>(s, target, w);
+    Outside outside;
+    const double found = residual<Max>(s, support, target, outside);
+    if (found < best.residual) {
+      best.residual = found;
+      best.support = support;
+      best.tied = outside.tied;
+      best.solution = target;
+    }
+    if (outside.entering < 0 || found <= kGood) return;
+    support |= 1u << outside.entering;
+  }
+}
+
+}  // namespace minnorm
+}  // namespace gapo

@@ -1,0 +1,85 @@
+"""The whole path in one call: Gram matrix, sum over ranks, weights, combination in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gapo_mega.ops.api import Status, combine_, gramian
+from gapo_mega.ops.arguments import Row, Segments
+
+
+class DeviceAggregator(ABC):
+    """Weights from a Gram matrix where it lies: no host synchronisation, no errors but a status."""
+
+    @abstractmethod
+    def on_device(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights float64 ``[M]`` and a :class:`Status` int32 ``[1]`` on the device of ``gram``, float64
+        ``[M, M]``. Where the status is not OK the weights are zero."""
+
+
+# gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
+HostAggregator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What :func:`aggregate_` found, all on the rows' device; reading it on the host waits for the device."""
+
+    gram: Tensor  # [M, M] float64, over all ranks of the group
+    weights: Tensor  # [M] float64
+    status: Tensor  # [1] int32, a Status
+
+    def ok(self) -> bool:
+        """Whether ``out`` holds the combination. Waits for the device."""
+        return int(self.status) == Status.OK
+
+
+def aggregate_(
+    out: Row,
+    rows: Sequence[Row],
+    segments: Segments | None,
+    group: dist.ProcessGroup | None,
+    aggregator: DeviceAggregator | HostAggregator,
+    *,
+    weight: Row | None = None,
+) -> Aggregated:
+    """Writes ``sum_i w_i rows_i`` to ``out``, ``w`` by ``aggregator`` from the rows' global Gram matrix.
+
+    The Gram matrix of the local pieces is summed over ``group`` (M x M numbers travel, whatever the
+    rows' length), becomes weights, and one pass writes the combination. With a
+    :class:`DeviceAggregator` nothing waits for the device, and after one call to warm up the whole can
+    be captured in a CUDA graph; with any other callable the Gram matrix visits the host.
+
+    Args:
+        out: shaped like a row; memory of its own or exactly one of the rows.
+        rows: M rows as for :func:`gapo_mega.ops.gramian`: this rank's own part of every gradient.
+        segments: the ranges of the rows that count in inner products; the combination is written for
+            every element.
+        group: the ranks whose rows are different parts of the same gradients (the same M everywhere);
+            None where the rows are whole.
+        aggregator: a method of ``gapo_mega.aggregation``, or any function of the Gram matrix.
+        weight: fp32 factors, one a position, for inner products in a diagonal metric.
+
+    Returns:
+        Gram matrix, weights and status. Where the status is not OK, ``out`` is filled with zeros.
+
+    Raises:
+        ValueError: arguments as for ``gramian`` and ``combine_``; whatever a host aggregator raises, on
+            every rank alike, with ``out`` untouched.
+    """
+    gram = gramian(rows, segments=segments, weight=weight)
+    if group is not None:
+        dist.all_reduce(gram, group=group)
+    if isinstance(aggregator, DeviceAggregator):
+        weights, status = aggregator.on_device(gram)
+    else:
+        weights = aggregator(gram.cpu()).to(gram.device, torch.float64)
+        status = torch.full((1,), int(Status.OK), dtype=torch.int32, device=gram.device)
+    combine_(out, rows, weights)
+    return Aggregated(gram, weights, status)
