@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "api.h"
 
@@ -50,9 +51,14 @@ struct Scaled {
   double c[Max][Max];
 };
 
+// 2^exponent by its bits; this is called often and scalbn is slow.
 GAPO_HD inline double power_of_two(int exponent) {
   const int limit = 1000;  // beyond, the other summands have long vanished
-  return scalbn(1.0, exponent > limit ? limit : (exponent < -limit ? -limit : exponent));
+  const int cut = exponent > limit ? limit : (exponent < -limit ? -limit : exponent);
+  const uint64_t bits = static_cast<uint64_t>(cut + 1023) << 52;
+  double result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
 }
 
 GAPO_HD inline int exponent_of_root(double square) {
@@ -89,27 +95,55 @@ GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& 
   return Status::kOk;
 }
 
+template <int Max>
+struct Candidate {
+  int size;
+  int reference;       // exponent that e is relative to
+  int8_t member[Max];  // rows of the support set, ascending
+  double v[Max + 1];   // scaled weights of the members, then lambda
+};
+
+// Scratch memory of a solution. The caller says where it lies: a CUDA thread that kept much of it
+// to itself would make the driver set memory aside for every thread that the device can hold.
+template <int Max>
+struct Workspace {
+  double lu[Max + 1][Max + 1];
+  double border[Max];  // e
+  double b[Max + 1];
+  int8_t order[Max + 1];
+};
+
+// The bordered matrix of a support set.
+template <int Max>
+GAPO_HD double entry(const Scaled<Max>& s, const Candidate<Max>& c, const Workspace<Max>& work,
+                     int i, int j) {
+  if (i < c.size && j < c.size) return s.c[c.member[i]][c.member[j]];
+  if (i == j) return 0.0;
+  return i == c.size ? work.border[j] : -work.border[i];
+}
+
 // In place LU with row exchanges. Returns the ratio of the least to the largest pivot, 0 where one
 // vanishes.
 template <int Max>
-GAPO_HD double factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int n) {
+GAPO_HD double factor(Workspace<Max>& work, int n) {
   double least = 1e300;
   double largest = 0.0;
-  for (int i = 0; i < n; ++i) order[i] = i;
+  for (int i = 0; i < n; ++i) work.order[i] = static_cast<int8_t>(i);
   for (int k = 0; k < n; ++k) {
     int pivot = k;
     for (int i = k + 1; i < n; ++i) {
-      if (fabs(a[order[i]][k]) > fabs(a[order[pivot]][k])) pivot = i;
+      if (fabs(work.lu[work.order[i]][k]) > fabs(work.lu[work.order[pivot]][k])) pivot = i;
     }
-    const int swapped = order[k];
-    order[k] = order[pivot];
-    order[pivot] = swapped;
-    const double* top = a[order[k]];
+    const int8_t swapped = work.order[k];
+    work.order[k] = work.order[pivot];
+    work.order[pivot] = swapped;
+    const double* top = work.lu[work.order[k]];
     if (top[k] == 0.0) return 0.0;
-    least = fmin(least, fabs(top[k]));
-    largest = fmax(largest, fabs(top[k]));
+    const double size = fabs(top[k]);
+    if (size < least) least = size;
+    if (size > largest) largest = size;
     for (int i = k + 1; i < n; ++i) {
-      double* row = a[order[i]];
+      double* row = work.lu[work.order[i]];
       row[k] /= top[k];
       for (int j = k + 1; j < n; ++j) row[j] -= row[k] * top[j];
     }
@@ -119,82 +153,81 @@ GAPO_HD double factor(double (&a)[Max + 1][Max + 1], int (&order)[Max + 1], int 
 
 // x += inverse(a) b
 template <int Max>
-GAPO_HD void add_solution(const double (&lu)[Max + 1][Max + 1], const int (&order)[Max + 1], int n,
-                          const double (&b)[Max + 1], double (&x)[Max + 1]) {
+GAPO_HD void add_solution(const Workspace<Max>& work, int n, double (&x)[Max + 1]) {
   double y[Max + 1];
   for (int i = 0; i < n; ++i) {
-    y[i] = b[order[i]];
-    for (int j = 0; j < i; ++j) y[i] -= lu[order[i]][j] * y[j];
+    const double* row = work.lu[work.order[i]];
+    y[i] = work.b[work.order[i]];
+    for (int j = 0; j < i; ++j) y[i] -= row[j] * y[j];
   }
   for (int i = n - 1; i >= 0; --i) {
-    for (int j = i + 1; j < n; ++j) y[i] -= lu[order[i]][j] * y[j];
-    y[i] /= lu[order[i]][i];
+    const double* row = work.lu[work.order[i]];
+    for (int j = i + 1; j < n; ++j) y[i] -= row[j] * y[j];
+    y[i] /= row[i];
   }
   for (int i = 0; i < n; ++i) x[i] += y[i];
 }
 
+// By more than the rounding of a system that is well conditioned: some weight is negative, or some
+// row outside lies below the level of the support set.
 template <int Max>
-struct Candidate {
-  int size;
-  int reference;      // exponent that e is relative to
-  int member[Max];    // rows of the support set, ascending
-  double v[Max + 1];  // scaled weights of the members, then lambda
-};
-
-// Some weight is negative by more than the rounding of a system that is well conditioned.
-template <int Max>
-GAPO_HD bool is_clearly_negative(const Candidate<Max>& c) {
+GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Candidate<Max>& c) {
   double least = 0.0;
   double largest = 0.0;
   for (int i = 0; i < c.size; ++i) {
-    least = fmin(least, c.v[i]);
-    largest = fmax(largest, fabs(c.v[i]));
+    if (c.v[i] < least) least = c.v[i];
+    if (fabs(c.v[i]) > largest) largest = fabs(c.v[i]);
   }
-  return least < -1e-3 * largest;
+  if (least < -1e-3 * largest) return true;
+  for (int i = 0; i < s.m; ++i) {
+    if (support >> i & 1u) continue;
+    double y = 0.0;
+    double size = 0.0;
+    for (int j = 0; j < c.size; ++j) {
+      const double product = s.c[i][c.member[j]] * c.v[j];
+      y += product;
+      size += fabs(product);
+    }
+    const double share = c.v[c.size] * power_of_two(c.reference - s.exponent[i]);
+    if (y - share < -1e-3 * (size + fabs(share))) return true;
+  }
+  return false;
 }
 
 // Solves the bordered system of a support set, to nearly full precision by iterative refinement.
-// Returns false where it is singular and, with `positive_wanted`, where it clearly has no positive
-// solution.
+// Returns false where it is singular and, with `final_wanted`, where it clearly is not that of the
+// minimum.
 template <int Max>
-GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, bool positive_wanted,
+GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, bool final_wanted, Workspace<Max>& work,
                    Candidate<Max>& c) {
   c.size = 0;
   for (int i = 0; i < s.m; ++i) {
-    if (support >> i & 1u) c.member[c.size++] = i;
+    if (support >> i & 1u) c.member[c.size++] = static_cast<int8_t>(i);
   }
   const int n = c.size + 1;
   c.reference = s.exponent[c.member[0]];
   for (int i = 1; i < c.size; ++i) {
     if (s.exponent[c.member[i]] < c.reference) c.reference = s.exponent[c.member[i]];
   }
-  double a[Max + 1][Max + 1];
-  double lu[Max + 1][Max + 1];
-  for (int i = 0; i < c.size; ++i) {
-    for (int j = 0; j < c.size; ++j) a[i][j] = s.c[c.member[i]][c.member[j]];
-    a[c.size][i] = power_of_two(c.reference - s.exponent[c.member[i]]);
-    a[i][c.size] = -a[c.size][i];
-  }
-  a[c.size][c.size] = 0.0;
+  for (int i = 0; i < c.size; ++i)
+    work.border[i] = power_of_two(c.reference - s.exponent[c.member[i]]);
   for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < n; ++j) lu[i][j] = a[i][j];
+    for (int j = 0; j < n; ++j) work.lu[i][j] = entry<Max>(s, c, work, i, j);
+    work.b[i] = i == c.size ? 1.0 : 0.0;
     c.v[i] = 0.0;
   }
-  int order[Max + 1];
-  const double pivots = factor<Max>(lu, order, n);
+  const double pivots = factor<Max>(work, n);
   if (pivots == 0.0) return false;
-  double b[Max + 1];
-  for (int i = 0; i < n; ++i) b[i] = i == c.size ? 1.0 : 0.0;
-  add_solution<Max>(lu, order, n, b, c.v);
-  if (positive_wanted && pivots > 1e-8 && is_clearly_negative<Max>(c)) return false;
+  add_solution<Max>(work, n, c.v);
+  if (final_wanted && pivots > 1e-8 && is_clearly_wrong<Max>(s, support, c)) return false;
   for (int refinement = 0; refinement < 2; ++refinement) {
     for (int i = 0; i < n; ++i) {
       Twofold residual;
       if (i == c.size) residual.high = 1.0;
-      for (int j = 0; j < n; ++j) residual.add_product(-a[i][j], c.v[j]);
-      b[i] = residual.value();
+      for (int j = 0; j < n; ++j) residual.add_product(-entry<Max>(s, c, work, i, j), c.v[j]);
+      work.b[i] = residual.value();
     }
-    add_solution<Max>(lu, order, n, b, c.v);
+    add_solution<Max>(work, n, c.v);
   }
   return true;
 }
@@ -279,8 +312,9 @@ GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double
 
 // Residual of a support set, 0 up to rounding, kRejected where it has no positive solution.
 template <int Max>
-GAPO_HD double try_support(const Scaled<Max>& s, uint32_t support, Candidate<Max>& c) {
-  if (!solve<Max>(s, support, true, c) || !is_positive<Max>(c)) return kRejected;
+GAPO_HD double try_support(const Scaled<Max>& s, uint32_t support, Workspace<Max>& work,
+                           Candidate<Max>& c) {
+  if (!solve<Max>(s, support, true, work, c) || !is_positive<Max>(c)) return kRejected;
   Outside outside;
   const double found = residual<Max>(s, support, c, outside);
   if (found <= kGood) return 0.0;

@@ -8,6 +8,13 @@ namespace gapo {
 namespace minnorm {
 
 template <int Max>
+struct SearchSpace {
+  Workspace<Max> work;
+  Candidate<Max> target;
+  double w[Max];
+};
+
+template <int Max>
 struct Found {
   double residual;
   uint32_t support;
@@ -58,19 +65,18 @@ GAPO_HD int smallest_row(const Scaled<Max>& s) {
 // optimality most and loses rows whose weight would turn negative. Ends with the best candidate
 // that it met; a residual above kGood says that rounding stopped it before the end.
 template <int Max>
-GAPO_HD void search(const Scaled<Max>& s, Found<Max>& best) {
+GAPO_HD void search(const Scaled<Max>& s, SearchSpace<Max>& space, Found<Max>& best) {
+  Candidate<Max>& target = space.target;
   best.residual = kRejected;
-  double w[Max] = {};
   uint32_t support = 1u << smallest_row<Max>(s);
-  w[smallest_row<Max>(s)] = 1.0;
-  Candidate<Max> target;
-  for (int round = 0; round < 40 * s.m && support != 0; ++round) {
-    if (!solve<Max>(s, support, false, target)) return;
+  for (int i = 0; i < s.m; ++i) space.w[i] = support >> i & 1u ? 1.0 : 0.0;
+  for (int round = 0; round < 8 * s.m && support != 0; ++round) {
+    if (!solve<Max>(s, support, false, space.work, target)) return;
     if (!is_positive<Max>(target)) {
-      support = step_to_boundary<Max>(s, target, support, w);
+      support = step_to_boundary<Max>(s, target, support, space.w);
       continue;
     }
-    to_simplex<Max>(s, target, w);
+    to_simplex<Max>(s, target, space.w);
     Outside outside;
     const double found = residual<Max>(s, support, target, outside);
     if (found < best.residual) {

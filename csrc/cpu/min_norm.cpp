@@ -31,12 +31,13 @@ void enumerate(const Scaled<Max>& problem, uint32_t rows, Found<Max>& best) {
   best.residual = minnorm::kRejected;
   best.support = 0;
   Candidate<Max> candidate;
+  minnorm::Workspace<Max> work;
   for (int size = 1; size <= count; ++size) {
     for (uint32_t subset = (1u << size) - 1; subset < 1u << count;
          subset = next_of_equal_size(subset)) {
       uint32_t support = 0;
       for (int i = 0; i < count; ++i) support |= (subset >> i & 1u) << members[i];
-      const double residual = minnorm::try_support<Max>(problem, support, candidate);
+      const double residual = minnorm::try_support<Max>(problem, support, work, candidate);
       if (!minnorm::better(residual, support, best.residual, best.support)) continue;
       best.residual = residual;
       best.support = support;
@@ -71,7 +72,8 @@ Status solve(const double* gram, int m, bool exclude_zero, double* weights) {
   }
   if (problem.m == 0) return Status::kOk;
   Found<Max> best;
-  minnorm::search<Max>(problem, best);
+  minnorm::SearchSpace<Max> space;
+  minnorm::search<Max>(problem, space, best);
   if (best.residual > minnorm::kGood)
     enumerate<Max>(problem, (1u << problem.m) - 1, best);
   else if (!is_unique(best) && minnorm::bit_count(best.support | best.tied) <= kEnumerated)

@@ -35,11 +35,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (mine == 0) open = prepare<kEnumerated>(gram, m, exclude_zero, problem, weights, status);
   __syncthreads();
   if (!open) return;
+  minnorm::Workspace<kEnumerated> work;
   minnorm::Candidate<kEnumerated> candidate;
   residuals[mine] = minnorm::kRejected;
   supports[mine] = mine;
   if (mine != 0 && mine < 1u << problem.m)
-    residuals[mine] = minnorm::try_support<kEnumerated>(problem, mine, candidate);
+    residuals[mine] = minnorm::try_support<kEnumerated>(problem, mine, work, candidate);
   for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (mine >= half) continue;
@@ -56,10 +57,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 __global__ void search_kernel(const double* gram, int m, bool exclude_zero, double* weights,
                               int32_t* status) {
-  minnorm::Scaled<kMaxRows> problem;
+  __shared__ minnorm::Scaled<kMaxRows> problem;
+  __shared__ minnorm::SearchSpace<kMaxRows> space;
+  __shared__ minnorm::Found<kMaxRows> best;
   if (!prepare<kMaxRows>(gram, m, exclude_zero, problem, weights, status)) return;
-  minnorm::Found<kMaxRows> best;
-  minnorm::search<kMaxRows>(problem, best);
+  minnorm::search<kMaxRows>(problem, space, best);
   if (best.residual <= kAccepted)
     minnorm::write_weights<kMaxRows>(problem, best.solution, weights);
   else
