@@ -136,21 +136,26 @@ class Aggregator(ABC):
         weights = solution.weights
         if not bool(weights.any()):
             return weights
-        if self.scale == "none":
-            scaled = weights * torch.tensor(solution.log_factor, dtype=torch.float64).exp()
-            hint = "choose scale: sum_to_one or mean_norm"
-        elif self.scale == "sum_to_one":
-            scaled = weights / weights.sum()
-            hint = "choose another scale"
-        else:
-            scaled = weights * (norms.mean() / (weights.abs() * norms).sum())
-            hint = "choose another scale"
+        log_factor = torch.tensor(solution.log_factor, dtype=torch.float64)
+        scaled = scaled_weights(self.scale, weights, log_factor, norms, torch.tensor(len(norms)))
         if not bool(scaled.isfinite().all()) or not bool(scaled.any()):
+            hint = "choose another scale"
+            if self.scale == "none":
+                hint = "choose scale: sum_to_one or mean_norm"
             raise ValueError(
                 f"scale: found {self.scale!r}, with which {self.name} gives the weights {scaled.tolist()} "
                 f"for gradients of norm {norms.tolist()}; {hint}"
             )
         return scaled
+
+
+def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Tensor, count: Tensor) -> Tensor:
+    """The option ``scale``, on any device: ``weights`` [K] not all 0; ``count`` of the ``norms`` [K] take part."""
+    if scale == "none":
+        return weights * log_factor.exp()
+    if scale == "sum_to_one":
+        return weights / weights.sum()
+    return weights * (norms.sum() / count / (weights.abs() * norms).sum())
 
 
 def check_gram(gram: Tensor) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, cosine_matrix, is_number, require_bool
-from gapo_mega.ops import min_norm
+from gapo_mega.aggregation.base import cosine_matrix, is_number, require_bool
+from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.ops import min_norm_
 
 # Rescaled gradients longer than this, relative to the shortest one, are treated as this long.
 _LONGEST = 1e20
 
 
 @dataclass(kw_only=True)
-class Gapo(Aggregator):
+class Gapo(DeviceMethod):
     """``g^N_i = g_i / ||g_i||^p``, ``a = argmin over the simplex of ||sum_i a_i g^N_i||^2``, and
     ``w_i = a_i / ||g_i||^p``, so that the direction is ``sum_i a_i g^N_i``.
 
@@ -39,16 +40,19 @@ class Gapo(Aggregator):
         if not is_number(self.p) or self.p < 0:
             raise ValueError(f"p: found {self.p!r}, accepted: a finite number >= 0")
 
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        norms = gram.diagonal().sqrt()
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+        norms = torch.where(active, gram.diagonal(), 1.0).sqrt()
         # ||g^N_i|| = ||g_i||^(1-p), as logarithms relative to the shortest: nothing overflows.
         log_lengths = (1.0 - self.p) * norms.log()
-        shortest = float(log_lengths.min())
+        shortest = torch.where(active, log_lengths, math.inf).min()
         # Where lengths differ by more than 1e20 the long ones add less than 1e-20 to the constraint
         # sum(a) = 1, so how long they are exactly changes no digit of the direction.
         lengths = (log_lengths - shortest).clamp(max=math.log(_LONGEST)).exp()
-        simplex = min_norm(cosine_matrix(gram) * lengths[:, None] * lengths[None, :])
+        simplex = torch.empty_like(norms)
+        status = torch.empty(1, dtype=torch.int32, device=gram.device)
+        rescaled = cosine_matrix(gram) * lengths[:, None] * lengths[None, :]
+        min_norm_(simplex, status, rescaled, exclude_zero=True)
         if self.eq17_literal:
-            return Solution(simplex)
+            return DeviceSolution(simplex, torch.zeros_like(shortest), status)
         # a_i / ||g_i||^p = (a_i ||g^N_i||) / ||g_i||
-        return Solution(simplex * lengths / norms, log_factor=shortest)
+        return DeviceSolution(simplex * lengths / norms, shortest, status)

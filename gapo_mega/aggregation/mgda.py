@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution
-from gapo_mega.ops import min_norm
+from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.ops import min_norm_
 
 
 @dataclass(kw_only=True)
-class Mgda(Aggregator):
+class Mgda(DeviceMethod):
     """``w = argmin over the simplex of ||sum_i w_i g_i||^2``.
 
     While every ``w_i`` is positive all objectives improve by the same amount (Theorem 3.1), so the
@@ -22,5 +22,8 @@ class Mgda(Aggregator):
 
     name: ClassVar[str] = "mgda"
 
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        return Solution(min_norm(gram))
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+        weights = gram.new_empty(gram.shape[0])
+        status = torch.empty(1, dtype=torch.int32, device=gram.device)
+        min_norm_(weights, status, gram.contiguous(), exclude_zero=True)
+        return DeviceSolution(weights, gram.new_zeros(()), status)

@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, is_number
+from gapo_mega.aggregation.base import is_number
+from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
 
 # Preferences are typed by people: 1/3 is written 0.3333.
 _SUM_TOLERANCE = 1e-3
 
 
 @dataclass(kw_only=True)
-class PGapo(Aggregator):
+class PGapo(DeviceMethod):
     """``w_i = lambda_i / ||g_i||``; there is no minimisation.
 
     ``preference``: lambda, one number > 0 per objective with sum 1 (within 0.001, then normalised).
@@ -45,8 +46,9 @@ class PGapo(Aggregator):
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}
 
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        preference = torch.ones(len(active), dtype=torch.float64)
-        if self.preference is not None:
-            preference = torch.tensor([float(self.preference[i]) for i in active], dtype=torch.float64)
-        return Solution(preference / preference.sum() / gram.diagonal().sqrt())
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+        norms = torch.where(active, gram.diagonal(), 1.0).sqrt()
+        preference = torch.where(active, 1.0 if numbers is None else numbers, 0.0).to(torch.float64)
+        weights = torch.where(active, preference / preference.sum() / norms, 0.0)
+        status = torch.zeros(1, dtype=torch.int32, device=gram.device)
+        return DeviceSolution(weights, gram.new_zeros(()), status)

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, is_number
+from gapo_mega.aggregation.base import is_number
+from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
 
 
 @dataclass(kw_only=True)
-class WeightedSum(Aggregator):
+class WeightedSum(DeviceMethod):
     """``w = weights``, whatever the gradients are.
 
     ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. Left
@@ -38,7 +39,8 @@ class WeightedSum(Aggregator):
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.weights is None else {"weights": self.weights}
 
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        if self.weights is None:
-            return Solution(torch.full((len(active),), 1.0 / len(active), dtype=torch.float64))
-        return Solution(torch.tensor([float(self.weights[i]) for i in active], dtype=torch.float64))
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+        given = 1.0 / active.sum().to(torch.float64) if numbers is None else numbers
+        weights = torch.where(active, given, 0.0).to(torch.float64)
+        status = torch.zeros(1, dtype=torch.int32, device=gram.device)
+        return DeviceSolution(weights, gram.new_zeros(()), status)

@@ -43,10 +43,10 @@ def gramian(
 ) -> Tensor:
     """Inner products of the rows, ``G_ij = sum_k weight_k rows_i[k] rows_j[k]`` over the counted k.
 
-    Products are formed and summed in fp64: the error is below 1e-11 of ``|g_i| |g_j|`` for rows of any
-    content and up to 2^40 elements. On a CPU the result is the same, bit for bit, for any number of threads; on a CUDA
-    device from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. One pass over memory up to
-    8 rows, tiles beyond; less than a MiB of extra memory.
+    Products are formed and summed in fp64: the error is below 1e-11 of ``|g_i| |g_j|``, whatever the
+    rows hold. On a CPU the result is the same, bit for bit, for any number of threads; on a CUDA device
+    from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. One pass over memory up to 8 rows,
+    tiles beyond; less than a MiB of extra memory.
 
     Args:
         rows: M rows, 1 to 16: each a flat tensor of N elements, or the list of its pieces (the same

@@ -59,9 +59,7 @@ def _workspace(m: int, device: int, stream: int) -> Tensor:
     return _kept_workspace(m, device, stream)
 
 
-def gramian(
-    rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor
-) -> None:
+def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     require_back_end()
     device, stream = _place(rows.device)

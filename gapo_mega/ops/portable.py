@@ -31,9 +31,7 @@ def warn_once() -> None:
     )
 
 
-def gramian(
-    rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor
-) -> None:
+def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     for piece, start, end in _stretches(rows, segments):
         block = torch.stack([row[piece][start:end].double() for row in rows.pieces])
@@ -51,9 +49,7 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
         out.pieces[0][piece][start:end].copy_(total)
 
 
-def _stretches(
-    rows: Pieces, segments: npt.NDArray[np.int64] | None
-) -> Iterator[tuple[int, int, int]]:
+def _stretches(rows: Pieces, segments: npt.NDArray[np.int64] | None) -> Iterator[tuple[int, int, int]]:
     """(piece, start, end) within pieces, of at most STRETCH elements, over what counts."""
     ranges = [[0, rows.total]] if segments is None else segments.tolist()
     offset = 0
