@@ -150,7 +150,7 @@ class Aggregator(ABC):
 
 
 def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Tensor, count: Tensor) -> Tensor:
-    """The option ``scale``, on any device: ``weights`` [K] not all 0; ``count`` of the ``norms`` [K] take part."""
+    """The option ``scale``, on any device; ``weights`` [K] not all 0, ``count`` of ``norms`` [K] not 0."""
     if scale == "none":
         return weights * log_factor.exp()
     if scale == "sum_to_one":

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gapo_mega.types import Experience, Generation
 
-# gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation.
+# gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
+# gapo_mega.ops.DeviceAggregator, too, is asked on the device.
 Aggregator = Callable[[Tensor], Tensor]
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
@@ -57,7 +58,7 @@ class GradientReport:
     skipped: bool = False  # True: a gradient was not finite, parameters untouched
     nonfinite: list[int] = field(default_factory=list)  # objectives with a non-finite gradient
     excluded: list[int] = field(default_factory=list)  # objectives with a zero gradient
-    seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, gram, combine, optimizer
+    seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, aggregate, optimizer
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def aggregate_(
         weight: fp32 factors, one a position, for inner products in a diagonal metric.
 
     Returns:
-        Gram matrix, weights and status. Where the status is not OK, ``out`` is filled with zeros.
+        Gram matrix, weights and status. Where the status is not OK (a NaN or Inf in some row, say), the
+        weights are zero and ``out`` is filled with zeros.
 
     Raises:
         ValueError: arguments as for ``gramian`` and ``combine_``; whatever a host aggregator raises, on
@@ -79,7 +80,14 @@ def aggregate_(
     if isinstance(aggregator, DeviceAggregator):
         weights, status = aggregator.on_device(gram)
     else:
-        weights = aggregator(gram.cpu()).to(gram.device, torch.float64)
-        status = torch.full((1,), int(Status.OK), dtype=torch.int32, device=gram.device)
+        weights, status = _on_host(gram, aggregator)
     combine_(out, rows, weights)
     return Aggregated(gram, weights, status)
+
+
+def _on_host(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:
+    host = gram.cpu()
+    status = Status.OK if bool(host.isfinite().all()) else Status.NOT_FINITE
+    weights = aggregator(host) if status == Status.OK else host.new_zeros(host.shape[0])
+    told = torch.tensor([int(status)], dtype=torch.int32, device=gram.device)
+    return weights.to(gram.device, torch.float64), told

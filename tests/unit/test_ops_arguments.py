@@ -43,6 +43,14 @@ def test_segments_out_of_order_or_range(segments):
 
 
 @pytest.mark.parametrize(
+    "segments", [[1, 2], [(0, 1, 2)], [(0.0, 1.5)], torch.zeros(2, 2, 2, dtype=torch.int64)]
+)
+def test_segments_that_are_no_pairs(segments):
+    with pytest.raises(ValueError, match=r"segments: found .* accepted: pairs of whole numbers"):
+        ops.gramian(TWO, segments=segments)
+
+
+@pytest.mark.parametrize(
     ("weight", "message"), [(torch.ones(7), "lengths"), (ONE.double(), "float64"), ([ONE, ONE], "lengths")]
 )
 def test_weight_that_does_not_fit(weight, message):
@@ -110,6 +118,24 @@ def test_combine_out_that_does_not_fit(out):
 def test_grams_that_are_none(gram, message):
     with pytest.raises(ValueError, match=f"gram: .*{message}"):
         ops.min_norm(gram)
+
+
+@pytest.mark.parametrize(
+    ("weights", "status", "message"),
+    [
+        (torch.zeros(2), torch.zeros(1, dtype=torch.int32), "weights: found torch.float32"),
+        (torch.zeros(3).double(), torch.zeros(1, dtype=torch.int32), r"weights: found .*\(3,\)"),
+        (torch.zeros(2).double(), torch.zeros(1), "status: found torch.float32"),
+    ],
+)
+def test_min_norm_into_tensors_that_do_not_fit(weights, status, message):
+    with pytest.raises(ValueError, match=message):
+        ops.min_norm_(weights, status, torch.eye(2).double())
+
+
+def test_a_duality_gap_needs_a_weight_for_every_row():
+    with pytest.raises(ValueError, match=r"weights: found shape \(3,\), accepted: \(2,\)"):
+        ops.duality_gap(torch.eye(2), torch.ones(3))
 
 
 def test_unknown_instruction_set(monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +19,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = _native.instruction_sets()
 CHUNK = 1 << 16  # elements that one thread takes at a time
 
-# A lane adds at most 128 products in fp32 (512 elements in 4 lanes) before they go to fp64: below
-# 128 * 2^-24 of sum |a_i a_j|, which Cauchy-Schwarz bounds by |g_i| |g_j|; with a weight one rounding more.
-GRAM_TOLERANCE = 129 * 2.0**-24
+# Products are exact in fp64 (with a weight, one rounding) and n of them are added in some order: below
+# n * 2^-53 of sum |a_i a_j|, which Cauchy-Schwarz bounds by |g_i| |g_j|. Rows here are shorter than 2^18; the
+# reference adds in another order, with the same bound.
+GRAM_TOLERANCE = 2 * 2.0 ** (18 - 53)
 
 
 def gram_of(rows: list[list[Tensor]], isa: str, threads: int, **options) -> Tensor:
@@ -85,12 +89,47 @@ def test_gramian_adds_to_out():
     assert out.tolist() == [[15.0, 11.0], [11.0, 20.0]]
 
 
-def test_gramian_keeps_small_terms_beside_large_sums():
-    # A single fp32 sum would stay at 2^24, where adding 1.0 changes nothing. Here only the lane that
-    # holds the large element loses its own 127 or fewer.
-    row = torch.ones(1 << 20)
-    row[0] = 2.0**12
-    assert ops.gramian([row])[0, 0] == pytest.approx(2.0**24 + 2.0**20 - 1, abs=127)
+def fsum_gram(rows: list[Tensor]) -> Tensor:
+    """Correctly rounded: products of two fp32 numbers are exact in Python's floats, and so is fsum."""
+    lists = [row.double().tolist() for row in rows]
+    entries = [math.fsum(x * y for x, y in zip(a, b, strict=True)) for a in lists for b in lists]
+    return torch.tensor(entries, dtype=torch.float64).view(len(rows), len(rows))
+
+
+HARD = {
+    # What fp32 sums get wrong by 1e-6 and more: every rounding of a constant row points the same way.
+    "constant": [torch.full((40_000,), 0.1), torch.full((40_000,), 1 / 3), torch.full((40_000,), -0.7)],
+    "one huge element": [torch.cat([torch.tensor([4096.0]), torch.ones(40_000)]), torch.ones(40_001)],
+    "cancelling": [torch.tensor([1e8, 1.0, -1e8] * 9_000), torch.tensor([1e8, 1.0, 1e8] * 9_000)],
+    "beyond fp32's squares": [
+        torch.tensor([3e38, 1e30, -2e25] * 99),
+        torch.tensor([1e-40, 1e-30, 1e-38] * 99),
+    ],
+    "tiny": [torch.full((3_000,), 1e-42), torch.full((3_000,), 1e-25)],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", list(HARD))
+def test_gramian_of_hard_rows_has_nearly_all_digits(name, isa):
+    rows = HARD[name]
+    expected = fsum_gram(rows)
+    norms = expected.diagonal().sqrt()
+    error = (gram_of([[row] for row in rows], isa, 2) - expected).abs() / torch.outer(norms, norms)
+    # n * 2^-53 at the very most, for any content; fp32 sums would be four million times worse.
+    assert float(error.max()) <= 40_001 * 2.0**-53
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thousands_of_segments(dtype, isa):
+    generator = torch.Generator().manual_seed(1)
+    rows = [[torch.randn(150_000, generator=generator).to(dtype)] for _ in range(3)]
+    starts = torch.arange(0, 149_990, 15)
+    segments = torch.stack([starts, starts + torch.randint(0, 16, starts.shape, generator=generator)], dim=1)
+    found = gram_of(rows, isa, 2, segments=segments)
+    assert_gram_close(found, rows, segments=segments.tolist())
+    assert torch.equal(found, gram_of(rows, isa, 1, segments=segments.numpy()))
 
 
 def test_gramian_of_nothing_is_zero():
@@ -197,7 +236,7 @@ def test_portable_equals_the_reference(dtype: torch.dtype, monkeypatch: pytest.M
     rows = [[torch.randn(n, generator=generator).to(dtype) for n in (23, 0, 40)] for _ in range(3)]
     weight = [torch.rand(n, generator=generator) for n in (23, 0, 40)]
     parsed = parse_rows("rows", rows)
-    for segments in (None, [(2, 9), (15, 30), (62, 63)]):
+    for segments in (None, np.array([(2, 9), (15, 30), (62, 63)])):
         out = torch.zeros(3, 3, dtype=torch.float64)
         portable.gramian(parsed, segments, weight, out)
         expected = reference.gramian(rows, segments=segments, weight=weight)

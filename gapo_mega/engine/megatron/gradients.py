@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -72,8 +71,17 @@ class GradientShard:
         return group.rank() * size, (group.rank() + 1) * size
 
     def empty_row(self) -> list[Tensor]:
-        """A row of the same shapes, uninitialised."""
-        return [torch.empty_like(piece) for piece in self.pieces]
+        """A row of the same shapes, uninitialised, at the same places relative to 16-byte borders.
+
+        Shards start wherever Megatron cuts its buckets; rows that differ in that are read element by
+        element on a GPU.
+        """
+        return [_beside(piece) for piece in self.pieces]
+
+
+def _beside(piece: Tensor) -> Tensor:
+    offset = piece.data_ptr() % 16 // piece.element_size()
+    return piece.new_empty(piece.numel() + offset)[offset:]
 
 
 def _counts(param: torch.nn.Parameter) -> bool:
@@ -102,23 +110,28 @@ class SeparatePasses:
         self._micro_batch = micro_batch
         self.shard = GradientShard(trainable)
         self._rows = [self.shard.empty_row() for _ in range(objectives - 1)] + [self.shard.pieces]
+        # Data ranks hold different shards with the distributed optimizer and the same gradient
+        # without it: Megatron's own group for gradient norms tells which ranks to add up.
+        (optimizer,) = trainable.optimizer.chained_optimizers
+        self._group = optimizer.get_grad_stats_parallel_group()
         self._identity_checked = False
 
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
         """Measure every objective's gradient, aggregate, and take one optimizer step."""
         clock = _Clock()
         losses = self._measure(minibatch, loss, clock)
-        gram = self._gram()
-        clock.lap("gram")
+        found = ops.aggregate_(self.shard.pieces, self._rows, self.shard.segments, self._group, aggregator)
+        gram, weights = found.gram.cpu(), found.weights.cpu()
+        clock.lap("aggregate")
         # A NaN or Inf anywhere in a gradient makes its own squared norm NaN or Inf.
         nonfinite = [i for i, square in enumerate(gram.diagonal()) if not math.isfinite(square)]
         if nonfinite:
             self._trainable.zero_grad()
             return self._report(losses, gram, torch.zeros(len(gram)), 0.0, clock, nonfinite=nonfinite)
-        weights = aggregator(gram)
-        clock.lap("weights")
-        ops.combine_(self.shard.pieces, self._rows, weights)
-        clock.lap("combine")
+        if not found.ok():
+            self._trainable.zero_grad()
+            aggregator(gram)  # says on the host what the device could only count
+            raise RuntimeError(f"no weights on the device: {ops.Status(int(found.status)).name}")
         if not self._identity_checked:
             self._identity_checked = self._check_identity(gram, weights)
             clock.lap("check")
@@ -154,15 +167,6 @@ class SeparatePasses:
             clock.lap(f"forward_backward/{index}")
         local = self._groups.from_last_stage(torch.stack(parts))
         return [float(x) for x in self._groups.sum_over_data(local)]
-
-    def _gram(self) -> Tensor:
-        """The Gram matrix over all parameters, float64 on the CPU, the same on every rank."""
-        gram = ops.gramian(self._rows, segments=self.shard.segments)
-        # Data ranks hold different shards with the distributed optimizer and the same gradient
-        # without it: Megatron's own group for gradient norms tells which ranks to add up.
-        for optimizer in self._trainable.optimizer.chained_optimizers:
-            dist.all_reduce(gram, group=optimizer.get_grad_stats_parallel_group())
-        return gram.cpu()
 
     def _check_identity(self, gram: Tensor, weights: Tensor) -> bool:
         """``sqrt(w'Gw)`` must be Megatron's norm of the combined gradient, before anything is updated.
