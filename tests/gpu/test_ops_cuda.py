@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gapo_mega import ops
+from gapo_mega import aggregation, ops
 from gapo_mega.ops import reference
+from tests.unit.test_ops_min_norm import families, residual
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,11 +17,11 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CHUNK = 65536  # elements of a block of gramian
+CHUNK = 4096  # elements that a block of gramian takes at a time
 
-# A thread adds at most 256 products (and head, tail) in fp32 before fp64: below 258 * 2^-24 of
-# |g_i| |g_j|, with a weight one rounding more.
-GRAM_TOLERANCE = 259 * 2.0**-24
+# Exact products (with a weight, one rounding) added in fp64 in some order: below n * 2^-53 of |g_i| |g_j|,
+# and rows here are shorter than 2^20.
+GRAM_TOLERANCE = 2 * 2.0 ** (20 - 53)
 
 
 def normal(length: int, shift: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -72,8 +74,31 @@ def test_gramian_with_pieces_segments_and_weight(dtype, weight_shift):
     torch.testing.assert_close(twice, 2 * found, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gramian_when_every_block_has_many_chunks(dtype, weighted):
+    rows = [normal(999_983, 0, dtype, seed) for seed in range(8)]
+    options = {"weight": normal(999_983, 0, torch.float32, 50)} if weighted else {}
+    assert_gram_close(ops.gramian(rows, **options), rows, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gramian_of_thousands_of_segments(dtype):
+    rows = [normal(300_000, 0, dtype, seed) for seed in range(2)]
+    starts = torch.arange(0, 299_980, 30)
+    segments = torch.stack([starts, starts + starts % 31], dim=1)
+    assert_gram_close(ops.gramian(rows, segments=segments), rows, segments=segments.tolist())
+
+
+def test_gramian_of_constant_rows_has_nearly_all_digits():
+    rows = [torch.full((1 << 20,), value, device="cuda") for value in (0.1, 1 / 3, -0.7)]
+    exact = [float(row[0].double()) for row in rows]
+    expected = torch.tensor([[a * b * 2**20 for a in exact] for b in exact]).double()
+    torch.testing.assert_close(ops.gramian(rows).cpu(), expected, rtol=1e-11, atol=0)
+
+
 def test_gramian_repeats_bit_for_bit():
-    rows = [normal(5 * CHUNK + 3, 1, torch.bfloat16, seed) for seed in range(8)]
+    rows = [normal(1_000_003, 1, torch.bfloat16, seed) for seed in range(8)]
     first = ops.gramian(rows)
     for _ in range(5):
         assert torch.equal(first, ops.gramian(rows))
@@ -129,19 +154,18 @@ def test_a_row_of_weight_zero_is_not_read():
     assert bool((out == 2.0).all())
 
 
-def solve(gram: Tensor) -> tuple[Tensor, int]:
+def solve(gram: Tensor, exclude_zero: bool = False) -> tuple[Tensor, int]:
     weights = torch.full((gram.shape[0],), 7.0, dtype=torch.float64, device="cuda")
     status = torch.full((1,), 7, dtype=torch.int32, device="cuda")
-    ops.min_norm_device(gram.cuda(), weights, status)
+    ops.min_norm_(weights, status, gram.cuda(), exclude_zero=exclude_zero)
     return weights.cpu(), int(status.item())
 
 
+@pytest.mark.parametrize("family", list(families(2, 0)))
 @pytest.mark.parametrize("m", range(1, 9))
-def test_min_norm_equals_the_hosts(m):
-    generator = torch.Generator().manual_seed(m)
-    for trial in range(20):
-        rows = torch.randn(m, 1 + trial % (m + 2), generator=generator, dtype=torch.float64)
-        rows = rows * 10 ** (8 * torch.rand(m, 1, generator=generator, dtype=torch.float64))
+def test_min_norm_equals_the_hosts(m, family):
+    for seed in range(10):
+        rows = families(m, seed)[family]
         gram = rows @ rows.T
         gram = (gram + gram.T) / 2
         weights, status = solve(gram)
@@ -149,9 +173,24 @@ def test_min_norm_equals_the_hosts(m):
         assert torch.equal(weights, ops.min_norm(gram))
 
 
+@pytest.mark.parametrize("family", sorted({*families(2, 0)} - {"denormal gram"}))
+@pytest.mark.parametrize("m", [9, 12, 16])
+def test_min_norm_of_many_rows_meets_the_optimality_conditions(m, family):
+    rows = families(m, 1)[family]
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    weights, status = solve(gram)
+    assert status == ops.Status.OK
+    assert residual(gram, weights) <= 1e-9
+
+
 def test_min_norm_of_a_zero_row():
-    weights, status = solve(torch.diag(torch.tensor([4.0, 0.0, 1.0])).double())
-    assert (weights.tolist(), status) == ([0.0, 1.0, 0.0], ops.Status.OK)
+    gram = torch.diag(torch.tensor([4.0, 0.0, 1.0])).double()
+    assert solve(gram)[0].tolist() == [0.0, 1.0, 0.0]
+    weights, status = solve(gram, exclude_zero=True)
+    assert (weights.tolist(), status) == ([0.2, 0.0, 0.8], ops.Status.OK)
+    weights, status = solve(torch.zeros(3, 3).double(), exclude_zero=True)
+    assert (weights.tolist(), status) == ([0.0, 0.0, 0.0], ops.Status.OK)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -170,25 +209,96 @@ def test_negative_diagonal_is_a_status():
     assert (weights.tolist(), status) == ([0.0, 0.0], ops.Status.NEGATIVE_DIAGONAL)
 
 
-def test_more_rows_than_the_device_solves_are_refused():
-    gram = torch.eye(9, dtype=torch.float64, device="cuda")
-    with pytest.raises(ValueError, match="9 rows"):
-        ops.min_norm_device(gram, torch.zeros(9).double().cuda(), torch.zeros(1, dtype=torch.int32).cuda())
+METHODS = [
+    ("gapo", {"p": 1}),
+    ("gapo", {"p": 2, "scale": "mean_norm"}),
+    ("mgda", {"scale": "sum_to_one"}),
+    ("p_gapo", {"preference": [0.2, 0.3, 0.5]}),
+    ("weighted_sum", {}),
+]
 
 
-def test_nothing_waits_for_the_device():
-    """The whole path, Gram to combination, under torch's own check for synchronising calls."""
+@pytest.mark.parametrize(("name", "options"), METHODS)
+def test_aggregate_on_the_device_is_the_hosts(name, options):
+    rows = [normal(2 * CHUNK + 5, 0, torch.float32, seed) for seed in range(3)]
+    method = aggregation.build(name, **options)
+    copies = [row.clone() for row in rows]
+    found = ops.aggregate_(rows[2], rows, None, None, method)
+    assert found.ok() and found.weights.device.type == "cuda"
+    expected = method(found.gram.cpu())
+    # The same formula in the math libraries of two processors.
+    torch.testing.assert_close(found.weights.cpu(), expected, rtol=1e-12, atol=0)
+    wanted = sum(w * row.double() for w, row in zip(expected.cuda(), copies, strict=True))
+    torch.testing.assert_close(rows[2].double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "options"), METHODS)
+def test_aggregate_waits_for_nothing(name, options):
+    """The whole path under torch's own check for synchronising calls."""
     rows = [normal(2 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
-    gram = torch.zeros(3, 3, dtype=torch.float64, device="cuda")
-    weights = torch.zeros(3, dtype=torch.float64, device="cuda")
-    status = torch.zeros(1, dtype=torch.int32, device="cuda")
-    ops.gramian(rows, out=gram)  # the plan goes to the device once
-    gram.zero_()
+    method = aggregation.build(name, **options)
+    ops.aggregate_(rows[2], rows, None, None, method)  # plan and constants go to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.gramian(rows, out=gram)
-        ops.min_norm_device(gram, weights, status)
-        ops.combine_(rows[2], rows, weights)
+        found = ops.aggregate_(rows[2], rows, None, None, method)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert status.item() == ops.Status.OK
+    assert found.ok()
+
+
+@pytest.mark.parametrize(("name", "options"), METHODS)
+def test_aggregate_in_a_cuda_graph(name, options):
+    rows = [normal(3 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
+    segments = [(0, 100), (200, 3 * CHUNK)]
+    out = torch.empty_like(rows[0])
+    method = aggregation.build(name, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.aggregate_(out, rows, segments, None, method)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.aggregate_(out, rows, segments, None, method)
+    for seed in (10, 20):
+        for i, row in enumerate(rows):
+            row.copy_(normal(3 * CHUNK, 0, torch.float32, seed + i))
+        graph.replay()
+        replayed = [tensor.clone() for tensor in (out, captured.gram, captured.weights)]
+        fresh = torch.empty_like(out)
+        again = ops.aggregate_(fresh, rows, segments, None, method)
+        for mine, right in zip(replayed, (fresh, again.gram, again.weights), strict=True):
+            assert torch.equal(mine, right)
+        assert int(captured.status) == ops.Status.OK
+
+
+def test_aggregate_with_nccl_in_a_cuda_graph(tmp_path):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        rows = [normal(CHUNK, 0, torch.float32, seed) for seed in range(2)]
+        out = torch.empty_like(rows[0])
+        method = aggregation.build("gapo")
+        expected = ops.aggregate_(out, rows, None, dist.group.WORLD, method).weights.clone()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.aggregate_(out, rows, None, dist.group.WORLD, method)
+        graph.replay()
+        assert torch.equal(captured.weights, expected)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_nothing_is_allocated_after_warm_up_and_little_before():
+    rows = [normal(1 << 22, 0, torch.float32, seed) for seed in range(8)]
+    method = aggregation.build("gapo")
+    ops.aggregate_(rows[7], rows, None, None, method)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    ops.aggregate_(rows[7], rows, None, None, method)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    assert after["num_device_alloc"] == before["num_device_alloc"]
+    assert torch.cuda.max_memory_allocated() - resident < 1 << 20

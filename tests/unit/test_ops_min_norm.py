@@ -187,3 +187,75 @@ def test_ties_are_resolved_the_same_way():
     assert ops.min_norm(torch.zeros(3, 3)).tolist() == [1.0, 0.0, 0.0]
     assert ops.min_norm(torch.diag(torch.tensor([4.0, 0.0, 0.0]))).tolist() == [0.0, 1.0, 0.0]
     assert ops.min_norm(torch.tensor([[7.0]])).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_of_duplicated_rows_the_first_takes_the_weight(m):
+    """And of several minimisers the one with the fewest, then the lowest rows, to rounding."""
+    rows = torch.randn(m // 2, m + 3, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    single = rows @ rows.T
+    single = (single + single.T) / 2
+    index = torch.arange(m) % (m // 2)
+    weights = ops.min_norm(single[index][:, index])
+    assert torch.equal(weights[: m // 2], ops.min_norm(single))
+    assert not bool(weights[m // 2 :].any())
+
+
+def test_of_many_minimisers_the_smallest_support_is_taken():
+    # The origin is the middle of rows 1 and 3, and also inside the triangle 0, 2, 4.
+    rows = torch.tensor([[0, 1], [1, 0], [-1, -1], [-1, 0], [1, -1], [2, 0], [-2, 0]]).double()
+    assert ops.min_norm(rows @ rows.T).tolist() == [0, 0.5, 0, 0.5, 0, 0, 0]
+    rows[3] *= 1 + 1e-15  # rounding decides nothing
+    weights = ops.min_norm(rows @ rows.T)
+    assert weights.nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("m", [2, 5, 8, 9, 13, 16])
+@pytest.mark.parametrize("family", list(families(2, 0)))
+def test_into_tensors_with_a_status(family, m):
+    rows = families(m, 2)[family]
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    weights = torch.full((m,), 7.0, dtype=torch.float64)
+    status = torch.full((1,), 7, dtype=torch.int32)
+    ops.min_norm_(weights, status, gram)
+    assert int(status) == ops.Status.OK
+    assert torch.equal(weights, ops.min_norm(gram))
+
+
+def test_rows_of_norm_zero_can_be_left_out():
+    weights, status = torch.empty(3, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
+    ops.min_norm_(weights, status, torch.diag(torch.tensor([4.0, 0.0, 1.0])).double(), exclude_zero=True)
+    assert (weights.tolist(), int(status)) == ([0.2, 0.0, 0.8], ops.Status.OK)
+    ops.min_norm_(weights, status, torch.zeros(3, 3, dtype=torch.float64), exclude_zero=True)
+    assert (weights.tolist(), int(status)) == ([0.0, 0.0, 0.0], ops.Status.OK)
+
+
+@pytest.mark.parametrize(
+    ("gram", "expected"),
+    [
+        ([[1.0, float("nan")], [float("nan"), 1.0]], ops.Status.NOT_FINITE),
+        ([[float("inf"), 0.0], [0.0, 1.0]], ops.Status.NOT_FINITE),
+        ([[1.0, 0.0], [0.0, -1.0]], ops.Status.NEGATIVE_DIAGONAL),
+    ],
+)
+def test_what_is_no_gram_matrix_is_a_status_and_never_weights(gram, expected):
+    weights, status = torch.full((2,), 7.0, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    ops.min_norm_(weights, status, torch.tensor(gram, dtype=torch.float64))
+    assert (weights.tolist(), int(status)) == ([0.0, 0.0], expected)
+
+
+@pytest.mark.parametrize("m", [3, 8, 16])
+def test_the_duality_gap_certifies_the_minimum_and_nothing_else(m):
+    rows = torch.randn(m, m // 2 + 2, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    best = ops.min_norm(gram)
+    # Rounding of the weights, 2^-53 each, times summands of the size of the largest square.
+    assert abs(ops.duality_gap(gram, best)) <= 1e-14 * float(gram.diagonal().max())
+    other = torch.full((m,), 1.0 / m, dtype=torch.float64)
+    change = gram @ other
+    gap = ops.duality_gap(gram, other)
+    assert gap == pytest.approx(float(other @ change - change.min()), rel=1e-12)
+    # What the certificate bounds: the squared distance from the minimum-norm point.
+    assert float((other - best) @ gram @ (other - best)) <= gap
