@@ -39,6 +39,16 @@ skip() {
 
 step build env GAPO_CUDA=ON "$python" -m pip install --no-deps --editable .
 step tests "$python" -m pytest -m gpu tests/gpu
+# Every kernel once under the checks for memory, races and barriers; not what measures or captures.
+sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+for tool in memcheck racecheck synccheck; do
+  if [ -n "$sanitizer" ]; then
+    step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu tests/gpu \
+      -k "number_of_rows or pieces or combine_in or (equals_the_hosts and generic) or many_rows"
+  else
+    skip "$tool" "no compute-sanitizer on PATH or in CUDA_HOME/bin"
+  fi
+done
 if [ -f "$model/config.json" ]; then
   step train "$python" -m gapo_mega.cli train --config examples/demo.yaml --nproc "$gpus" steps=1 \
     output_dir="$logs/train" data.heldout_prompts="$((4 * gpus))"
@@ -48,10 +58,7 @@ else
   skip train "no $model: run 'make demo' once"
   skip throughput "no $model: run 'make demo' once"
 fi
-for file in benchmarks/*.py; do
-  [ -e "$file" ] || continue
-  step "$(basename "$file" .py)" "$python" "$file"
-done
+step kernels "$python" benchmarks/kernels.py --device cuda --out "$logs"
 
 echo
 "$python" -c 'import torch
