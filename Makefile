@@ -26,7 +26,7 @@ endif
 
 # What the extension is built from. A change of it, or of what is installed, installs again.
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 EXTRAS_test := [test]
 EXTRAS_lint := [test,lint]
 # An installation with more extras is one with fewer, too.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,17 +99,19 @@ def min_norm(gram: Tensor) -> Tensor:
     """
     host = gram.detach().to("cpu", torch.float64).contiguous()
     m = _check_gram(host)
-    diagonal = host.diagonal()
-    if not bool(torch.isfinite(host).all()):
-        rows = [i for i in range(m) if not math.isfinite(float(diagonal[i]))]
-        raise ValueError(f"gram: found NaN or Inf (rows {rows}), accepted: finite numbers")
-    if bool((diagonal < 0).any()):
-        raise ValueError(f"gram: found the diagonal {diagonal.tolist()}, accepted: no negative entry")
-    norms = diagonal.sqrt()
-    if bool(((host - host.T).abs() > 1e-6 * torch.outer(norms, norms)).any()):
-        raise ValueError(f"gram: found {host.tolist()}, accepted: a symmetric matrix")
     weights = torch.empty(m, dtype=torch.float64)
     status = _native.min_norm(host.data_ptr(), m, False, weights.data_ptr())
+    # What the status says, in words; numpy, because torch's dispatch would take longer than the solver.
+    matrix = host.numpy()
+    diagonal = matrix.diagonal()
+    if status == Status.NOT_FINITE:
+        rows = np.flatnonzero(~np.isfinite(diagonal)).tolist()
+        raise ValueError(f"gram: found NaN or Inf (rows {rows}), accepted: finite numbers")
+    if status == Status.NEGATIVE_DIAGONAL:
+        raise ValueError(f"gram: found the diagonal {diagonal.tolist()}, accepted: no negative entry")
+    norms = np.sqrt(diagonal)
+    if (np.abs(matrix - matrix.T) > 1e-6 * np.multiply.outer(norms, norms)).any():
+        raise ValueError(f"gram: found {host.tolist()}, accepted: a symmetric matrix")
     assert status == Status.OK
     return weights.to(gram.device)
 
