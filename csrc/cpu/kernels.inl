@@ -253,15 +253,55 @@ void gramian(int m, const void* const* rows, DType dtype, const float* weight, i
     gramian_of<Half>(m, rows, weight, count, out);
 }
 
-template <class T>
-Vec weighted_sum(int m, const T* const* rows, const Vec* weights, int64_t k) {
+// sum_i weights[i] row_i[k ..] for M rows, or for m of them where M is 0.
+template <int M, class T>
+__attribute__((always_inline)) inline Vec weighted_sum(int m, const T* const* rows,
+                                                       const Vec* weights, int64_t k) {
+  const int count = M > 0 ? M : m;
   Vec sum = multiply(weights[0], load(rows[0] + k));
-  for (int i = 1; i < m; ++i) sum = multiply_add(weights[i], load(rows[i] + k), sum);
+#pragma GCC unroll 8
+  for (int i = 1; i < count; ++i) sum = multiply_add(weights[i], load(rows[i] + k), sum);
   return sum;
+}
+
+// The whole vectors of a row. Returns how many elements they hold.
+template <int M, class T, class Out>
+int64_t combine_vectors(int m, const T* const* rows, const Vec* weights, Out* out, int64_t count) {
+  constexpr int64_t kVec = Vec::kLanes;
+  constexpr int kSlots = M > 0 ? M : kMaxRows;
+  const int used = M > 0 ? M : m;
+  // Copies that the compiler can keep in registers: nothing else points to them.
+  const T* mine[kSlots];
+  Vec factors[kSlots];
+  for (int i = 0; i < used; ++i) {
+    mine[i] = rows[i];
+    factors[i] = weights[i];
+  }
+  int64_t k = 0;
+  for (; k + 2 * kVec <= count; k += 2 * kVec) {
+#pragma GCC unroll 8
+    for (int i = 0; i < used; ++i)
+      __builtin_prefetch(reinterpret_cast<const char*>(mine[i] + k) + kAhead);
+    const Vec even = weighted_sum<M>(m, mine, factors, k);
+    const Vec odd = weighted_sum<M>(m, mine, factors, k + kVec);
+    store(even, out + k);
+    store(odd, out + k + kVec);
+  }
+  for (; k + kVec <= count; k += kVec) store(weighted_sum<M>(m, mine, factors, k), out + k);
+  return k;
+}
+
+template <int M, class T, class Out>
+int64_t pick_combine(int m, const T* const* rows, const Vec* weights, Out* out, int64_t count) {
+  if constexpr (M > 0) {
+    if (m != M) return pick_combine<M - 1>(m, rows, weights, out, count);
+  }
+  return combine_vectors<M>(m, rows, weights, out, count);
 }
 
 template <class T, class Out>
 void combine_run(int m, const void* const* rows, const float* weights, void* out, int64_t count) {
+  constexpr int kUnrolled = 8;  // numbers of rows with a loop of their own
   const T* pointers[kMaxRows];
   Vec factors[kMaxRows];
   for (int i = 0; i < m; ++i) {
@@ -269,26 +309,16 @@ void combine_run(int m, const void* const* rows, const float* weights, void* out
     factors[i] = Vec::broadcast(weights[i]);
   }
   Out* target = static_cast<Out*>(out);
-  constexpr int64_t kVec = Vec::kLanes;
-  const int64_t whole = count / kVec * kVec;
-  int64_t k = 0;
-  for (; k + 2 * kVec <= whole; k += 2 * kVec) {
-    for (int i = 0; i < m; ++i)
-      __builtin_prefetch(reinterpret_cast<const char*>(pointers[i] + k) + kAhead);
-    const Vec even = weighted_sum(m, pointers, factors, k);
-    const Vec odd = weighted_sum(m, pointers, factors, k + kVec);
-    store(even, target + k);
-    store(odd, target + k + kVec);
-  }
-  for (; k < whole; k += kVec) store(weighted_sum(m, pointers, factors, k), target + k);
+  const int64_t k = pick_combine<kUnrolled>(m, pointers, factors, target, count);
   if (k == count) return;
+  constexpr int kVec = Vec::kLanes;
   T padded[kMaxRows][kVec] = {};
   for (int i = 0; i < m; ++i) {
     std::memcpy(padded[i], pointers[i] + k, (count - k) * sizeof(T));
     pointers[i] = padded[i];
   }
   Out result[kVec];
-  store(weighted_sum(m, pointers, factors, 0), result);
+  store(weighted_sum<0>(m, pointers, factors, 0), result);
   std::memcpy(target + k, result, (count - k) * sizeof(Out));
 }
 
