@@ -61,10 +61,17 @@ def set_threads(threads: int) -> bool:
     return told
 
 
-def make_rows(count: int, n: int, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
-    """Gaussian rows, each in memory of its own."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return [torch.empty(n, dtype=dtype, device=device).normal_(generator=generator) for _ in range(count)]
+def make_rows(
+    count: int, n: int, dtype: torch.dtype, device: str, seed: int = 0, stagger: int = 0
+) -> list[Tensor]:
+    """Gaussian rows of n elements, each beginning ``stagger`` bytes further into its allocation."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    rows = []
+    for i in range(count):
+        offset = i * stagger // dtype.itemsize
+        row = torch.empty(n + offset, dtype=dtype, device=device)[offset:]
+        rows.append(row.normal_(generator=generator))
+    return rows
 
 
 def restorer(row: Tensor) -> Callable[[], None]:

@@ -76,7 +76,8 @@ def finite(value: Any) -> Any:
 def write(result: Record, folder: Path) -> list[Path]:
     """``kernels-DEVICE.json`` and ``kernels-DEVICE.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"kernels-{result['settings']['device']}"
+    settings = result["settings"]
+    name = f"kernels-{settings['device']}{'-staggered' if settings['stagger'] else ''}"
     text = json.dumps(finite(result), indent=1, allow_nan=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     kernel_plot.draw(result, folder / f"{name}.png")

@@ -44,6 +44,7 @@ class Settings:
     dtypes: list[str]
     sizes: list[int]
     rounds: int
+    stagger: int = 0  # bytes between the places of a page that rows begin at
 
     @property
     def thread_counts(self) -> list[int]:
@@ -220,7 +221,9 @@ def timed_records(
         element = getattr(torch, dtype).itemsize
         for size in settings.sizes:
             n = 2**size
-            rows = kernel_contenders.make_rows(settings.rows[-1], n, getattr(torch, dtype), settings.device)
+            rows = kernel_contenders.make_rows(
+                settings.rows[-1], n, getattr(torch, dtype), settings.device, stagger=settings.stagger
+            )
             for threads in settings.thread_counts:
                 blas = kernel_contenders.set_threads(threads)
                 for m in settings.rows:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 # Settings that slow numpy's BLAS down, or change which of its kernels run: it is compared as it comes.
@@ -26,7 +27,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 def cores() -> int:
     """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(psutil.Process().cpu_affinity())
 
 
 def default_threads() -> str:
@@ -71,6 +72,12 @@ def main(
     dtypes: Annotated[str, typer.Option(help="element types: float32, bfloat16")] = "float32,bfloat16",
     sizes: Annotated[str, typer.Option(help="log2 of the numbers of elements N")] = "16,18,20,22,24,26",
     rounds: Annotated[int, typer.Option(min=1, help="rounds; figures are medians over them")] = 7,
+    stagger: Annotated[
+        int,
+        typer.Option(
+            min=0, help="bytes by which each row begins further into its page; the trainer's use 1088"
+        ),
+    ] = 0,
     out: Annotated[Path, typer.Option(help="folder for the JSON file and the picture")] = Path(
         "runs/benchmarks"
     ),
@@ -88,6 +95,7 @@ def main(
             dtypes=parse_choices("dtypes", dtypes, ("float32", "bfloat16")),
             sizes=parse_numbers("sizes", sizes, 6, 34),
             rounds=rounds,
+            stagger=stagger // 16 * 16,
         )
         result: dict[str, Any] = kernel_run.run(settings, removed=os.environ.get(REMOVED, ""))
     except (ValueError, RuntimeError) as error:

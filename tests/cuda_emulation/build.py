@@ -64,12 +64,12 @@ def build(folder: Path, csrc: Path = CSRC) -> Path:
         _run([*compiler(), *common, level, *extra, "-c", source, "-o", target])
         return target
 
-    # The compilers are processes of their own; the longest begin first.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        by_length = sorted(
-            [*plain, *kernels], key=lambda path: path.name not in ("bindings.cpp", "gramian.cu")
-        )
-        objects = list(pool.map(compile_one, by_length))
+    # The longest begin first.
+    sources = sorted([*kernels, *plain], key=lambda path: path.name not in ("bindings.cpp", "gramian.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers are processes of their own
+        objects = dict(zip(sources, pool.map(compile_one, sources), strict=True))
     module = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run([*compiler(), "-shared", "-o", module, *objects, "-pthread"])
+    # Of an inline function that both have, the linker keeps the first: the one with the checks.
+    in_order = [objects[source] for source in [*kernels, *plain]]
+    _run([*compiler(), "-shared", "-o", module, *in_order, "-pthread"])
     return module
