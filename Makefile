@@ -71,7 +71,8 @@ sanitize: $(VENV)/.installed-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/pytest --import-mode=importlib -o pythonpath="$(SANITIZED) ." \
-	  tests/unit/test_ops_arguments.py tests/unit/test_ops_min_norm.py tests/unit/test_ops_streams.py
+	  tests/unit/test_ops_aggregate.py tests/unit/test_ops_arguments.py tests/unit/test_ops_min_norm.py \
+	  tests/unit/test_ops_streams.py
 
 clean:
 	rm -rf build dist *.egg-info gapo_mega/ops/*.so $(VENV)/.installed-*
