@@ -61,8 +61,9 @@ struct Run {
 std::vector<Run> selected_runs(const std::vector<int64_t>& lengths, const Selection& selection,
                                int64_t begin, int64_t end);
 
-// How min_norm ended. Everything but kOk leaves the weights at zero. kNotConverged: only on a
-// device, for more rows than it tries all support sets of.
+// How min_norm ended. Everything but kOk leaves the weights at zero. kNotConverged: the matrix is
+// not positive semidefinite, or, on a device with more rows than it tries all support sets of,
+// rounding stopped the search.
 enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2, kNotConverged = 3 };
 
 namespace cpu {

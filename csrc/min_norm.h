@@ -90,6 +90,7 @@ GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& 
       const double there = gram[s.row[i] * m + s.row[j]];
       const double back = gram[s.row[j] * m + s.row[i]];
       s.c[i][j] = 0.5 * (scalbn(there, shift) + scalbn(back, shift));
+      if (!(fabs(s.c[i][j]) <= 1e300)) return Status::kNotFinite;  // far beyond Cauchy and Schwarz
     }
   }
   return Status::kOk;
@@ -252,6 +253,8 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
                         Outside& outside) {
   double y[Max];
   double size[Max];
+  outside.entering = -1;
+  outside.tied = 0;
   for (int i = 0; i < s.m; ++i) {
     Twofold sum;
     size[i] = 0.0;
@@ -270,15 +273,14 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
   const double level = quadratic / total;
   double worst = 0.0;
   double worst_outside = 0.0;
-  outside.entering = -1;
-  outside.tied = 0;
   for (int i = 0; i < s.m; ++i) {
     const double share = level * power_of_two(c.reference - s.exponent[i]);
     const double scale = size[i] + fabs(share);
     const bool inside = (support >> i & 1u) != 0;
     const double excess = scale == 0.0 ? 0.0 : (y[i] - share) / scale;
     const double violation = inside ? fabs(excess) : -excess;
-    if (!(violation <= worst)) worst = violation;
+    if (violation != violation) return kRejected;
+    if (violation > worst) worst = violation;
     if (inside) continue;
     if (!(excess > kTied)) outside.tied |= 1u << i;
     if (violation > worst_outside) {

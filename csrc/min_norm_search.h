@@ -34,7 +34,7 @@ GAPO_HD uint32_t step_to_boundary(const Scaled<Max>& s, const Candidate<Max>& ta
     const int i = target.member[j];
     goal[j] = target.v[j] * power_of_two(target.reference - s.exponent[i]);
     if (goal[j] > 0.0) continue;
-    const double reach = w[i] / (w[i] - goal[j]);
+    const double reach = w[i] > 0.0 ? w[i] / (w[i] - goal[j]) : 0.0;
     if (leaving < 0 || reach < step) {
       step = reach;
       leaving = i;

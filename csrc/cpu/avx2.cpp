@@ -17,7 +17,6 @@ struct Half {
 struct Vec {
   static constexpr int kLanes = 8;
   __m256 v;
-  static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 };
 

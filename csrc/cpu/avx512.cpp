@@ -17,7 +17,6 @@ struct Half {
 struct Vec {
   static constexpr int kLanes = 16;
   __m512 v;
-  static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 };
 

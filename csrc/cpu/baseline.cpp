@@ -18,7 +18,6 @@ typedef float Float4 __attribute__((vector_size(16)));
 struct Vec {
   static constexpr int kLanes = 4;
   Float4 v;
-  static Vec zero() { return {Float4{0, 0, 0, 0}}; }
   static Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
 };
 

@@ -1,12 +1,11 @@
 // The kernels, written once over vectors of doubles and of floats. A translation unit defines, in
 // its own namespace,
-//   Bf16, Half            element types
-//   Vec                   kLanes floats, with broadcast(x): combine works in fp32
-//   Wide                  kLanes doubles, with zero(): gramian works in fp64
-//   kDirect, kColumns     rows whose whole triangle of sums fits in the registers, and columns
-//   beside
-//                         kDirect rows whose rectangle of sums does
-//   load, store, multiply, multiply_add, and load_wide from an element or a double
+//   Bf16, Half    element types
+//   Vec           kLanes floats, with broadcast(x): combine works in fp32
+//   Wide          kLanes doubles, with zero(): gramian works in fp64
+//   kDirect       rows whose whole triangle of sums fits in the registers
+//   kColumns      columns whose rectangle of sums with kDirect rows does
+//   load, store, multiply, multiply_add, plus, widen, and load_wide from elements or doubles
 // and includes this file. Everything here is in an unnamed namespace and uses no inline function of
 // the standard library: code for a wide instruction set must never be merged with the baseline's.
 //

@@ -47,15 +47,17 @@ void enumerate(const Scaled<Max>& problem, uint32_t rows, Found<Max>& best) {
   }
 }
 
-// Nothing but this support set can be the solution: no row outside is at its level, and none inside
-// could as well be left out.
+// Nothing but this support set can be the solution, to rounding: no row outside is at its level,
+// and none inside could as well be left out.
 template <int Max>
-bool is_unique(const Found<Max>& found) {
+bool is_unique(const Scaled<Max>& problem, const Found<Max>& found) {
   if (found.tied != 0) return false;
-  double largest = 0.0;
-  for (int i = 0; i < found.solution.size; ++i) largest = std::fmax(largest, found.solution.v[i]);
+  if (found.solution.size == 1) return true;
+  Candidate<Max> candidate;
+  minnorm::Workspace<Max> work;
   for (int i = 0; i < found.solution.size; ++i) {
-    if (found.solution.v[i] < minnorm::kTied * largest) return false;
+    const uint32_t without = found.support & ~(1u << found.solution.member[i]);
+    if (minnorm::try_support<Max>(problem, without, work, candidate) == 0.0) return false;
   }
   return true;
 }
@@ -76,9 +78,9 @@ Status solve(const double* gram, int m, bool exclude_zero, double* weights) {
   minnorm::search<Max>(problem, space, best);
   if (best.residual > minnorm::kGood)
     enumerate<Max>(problem, (1u << problem.m) - 1, best);
-  else if (!is_unique(best) && minnorm::bit_count(best.support | best.tied) <= kEnumerated)
+  else if (!is_unique(problem, best) && minnorm::bit_count(best.support | best.tied) <= kEnumerated)
     enumerate<Max>(problem, best.support | best.tied, best);
-  // A vertex always solves its own system, so there is a candidate.
+  if (best.support == 0) return Status::kNotConverged;  // not positive semidefinite
   minnorm::write_weights<Max>(problem, best.solution, weights);
   return Status::kOk;
 }

@@ -53,13 +53,17 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
       const int64_t start = starts[run->piece];
       const int64_t begin = std::max(run->begin, low - start);
       const int64_t end = std::min(run->end, high - start);
-      const void* pointers[kMaxRows];
-      for (int i = 0; i < rows.m; ++i)
-        pointers[i] = advance(rows.piece(i, run->piece), begin, rows.dtype);
-      const float* weight =
-          selection.weights.empty() ? nullptr : selection.weights[run->piece] + begin;
-      set.gramian(rows.m, pointers, rows.dtype, weight, end - begin,
-                  partials.data() + chunk * pairs);
+      // In stretches, also where a chunk is long: no sum adds more than that many products in a
+      // row.
+      for (int64_t at = begin; at < end; at += kChunk) {
+        const void* pointers[kMaxRows];
+        for (int i = 0; i < rows.m; ++i)
+          pointers[i] = advance(rows.piece(i, run->piece), at, rows.dtype);
+        const float* weight =
+            selection.weights.empty() ? nullptr : selection.weights[run->piece] + at;
+        set.gramian(rows.m, pointers, rows.dtype, weight, std::min(kChunk, end - at),
+                    partials.data() + chunk * pairs);
+      }
     }
   });
 

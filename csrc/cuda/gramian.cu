@@ -17,7 +17,12 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWholeTriangle = 8;  // rows up to here take one pass
 constexpr int kTile = 4;           // more are taken in tiles of this side
-constexpr int kMostBlocks = 8;     // a multiprocessor, of any kernel here
+
+// Blocks that share a multiprocessor. Registers bound them; loads in flight are what fills the
+// memory pipeline, so fewer rows get more of both.
+__host__ __device__ constexpr int blocks_for(int rows) {
+  return rows <= 2 ? 8 : (rows <= 4 ? 5 : (rows <= 6 ? 4 : 3));
+}
 
 struct Job {
   const void* rows[2 * kTile];  // a triangle's rows, or the rectangle's two sides
@@ -31,8 +36,8 @@ struct Job {
   int m;
   int top;     // first row of the triangle, or of the rectangle's left side
   int left;    // first row of the rectangle's other side
-  int height;  // how many rows of either side are real
-  int width;
+  int height;  // rows of the triangle
+  int width;   // columns of the rectangle that are real
 };
 
 struct Stretch {
@@ -55,12 +60,10 @@ __device__ Stretch find_run(const Job& job, int64_t chunk) {
   return {run[0], run[1], chunk - run[2]};
 }
 
-// Registers bound how many blocks share a multiprocessor; loads in flight are what fills the memory
-// pipeline, so fewer rows get more of both.
 template <int R>
 struct Occupancy {
   static constexpr int kRows = R;
-  static constexpr int kBlocks = R <= 2 ? kMostBlocks : (R <= 4 ? 5 : (R <= 6 ? 4 : 3));
+  static constexpr int kBlocks = blocks_for(R);
   static constexpr int kUnroll = R <= 2 ? 4 : (R <= 4 ? 2 : 1);
 };
 
@@ -94,7 +97,7 @@ struct Rectangle : Occupancy<2 * kTile> {
   }
   static __device__ int place(const Job& job, int i, int j) {
     const int column = j - kTile;
-    if (i >= job.height || column >= job.width) return -1;  // padding
+    if (column >= job.width) return -1;  // padding
     return pair_index(job.m, job.top + i, job.left + column);
   }
 };
@@ -220,53 +223,54 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class Shape>
-void launch_shape(const Job& job, int multiprocessors, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>(job.chunk_count, multiprocessors * Shape::kBlocks);
+void launch_shape(const Job& job, cudaStream_t stream) {
+  const int64_t blocks = std::min<int64_t>(job.chunk_count, job.slots);
   const auto kernel =
       job.weight == nullptr ? &partial_sums<T, Shape, false> : &partial_sums<T, Shape, true>;
   launch("gramian", kernel, blocks, kThreads, stream, job);
 }
 
 template <class T, int R>
-void launch_triangle(const Job& job, int multiprocessors, cudaStream_t stream) {
+void launch_triangle(const Job& job, cudaStream_t stream) {
   if constexpr (R > 0) {
     if (job.height == R)
-      launch_shape<T, Triangle<R>>(job, multiprocessors, stream);
+      launch_shape<T, Triangle<R>>(job, stream);
     else
-      launch_triangle<T, R - 1>(job, multiprocessors, stream);
+      launch_triangle<T, R - 1>(job, stream);
   }
 }
 
 template <class T>
-void launch_piece(const Rows& rows, int64_t piece, Job job, int multiprocessors,
-                  cudaStream_t stream) {
+void launch_piece(const Rows& rows, int64_t piece, Job job, cudaStream_t stream) {
   const int side = rows.m <= kWholeTriangle ? kWholeTriangle : kTile;
   for (int top = 0; top < rows.m; top += side) {
     job.top = top;
     job.height = std::min(side, rows.m - top);
     for (int i = 0; i < job.height; ++i) job.rows[i] = rows.piece(top + i, piece);
-    launch_triangle<T, kWholeTriangle>(job, multiprocessors, stream);
+    launch_triangle<T, kWholeTriangle>(job, stream);
     for (int left = top + side; left < rows.m; left += side) {
       job.left = left;
       job.width = std::min(side, rows.m - left);
       for (int j = 0; j < kTile; ++j)  // beyond the last row: any valid one, its sums are dropped
         job.rows[kTile + j] = rows.piece(left + std::min(j, job.width - 1), piece);
-      launch_shape<T, Rectangle>(job, multiprocessors, stream);
+      launch_shape<T, Rectangle>(job, stream);
     }
   }
 }
 
-int multiprocessors_of(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "gramian");
-  return count;
+// Blocks that the device runs at a time, each with a partial sum of every pair.
+int slots_for(int m, int device) {
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "gramian");
+  return multiprocessors * blocks_for(m);
 }
 
 }  // namespace
 
 int64_t workspace_size(int m, int device) {
   require_device(device);
-  return int64_t(pair_count(m)) * multiprocessors_of(device) * kMostBlocks;
+  return int64_t(pair_count(m)) * slots_for(m, device);
 }
 
 void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
@@ -275,11 +279,10 @@ void gramian(const Rows& rows, const std::vector<const float*>& weights, const P
   const OnDevice scope(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (plan.first_chunk.back() == 0) return;
-  const int multiprocessors = multiprocessors_of(device);
   Job job{};
   job.m = rows.m;
   job.partials = workspace;
-  job.slots = multiprocessors * kMostBlocks;
+  job.slots = slots_for(rows.m, device);
   const size_t bytes = sizeof(double) * pair_count(rows.m) * job.slots;
   check(cudaMemsetAsync(workspace, 0, bytes, stream), "gramian");
   for (int64_t piece = 0; piece < rows.pieces(); ++piece) {
@@ -290,11 +293,11 @@ void gramian(const Rows& rows, const std::vector<const float*>& weights, const P
     job.runs = device_table + plan.first_run[piece] * kRunFields;
     job.run_count = plan.first_run[piece + 1] - plan.first_run[piece];
     if (rows.dtype == DType::kFloat32)
-      launch_piece<float>(rows, piece, job, multiprocessors, stream);
+      launch_piece<float>(rows, piece, job, stream);
     else if (rows.dtype == DType::kBFloat16)
-      launch_piece<Bf16>(rows, piece, job, multiprocessors, stream);
+      launch_piece<Bf16>(rows, piece, job, stream);
     else
-      launch_piece<Half>(rows, piece, job, multiprocessors, stream);
+      launch_piece<Half>(rows, piece, job, stream);
   }
   launch("gramian", &total_sums, pair_count(rows.m), kThreads, stream,
          static_cast<const double*>(workspace), job.slots, rows.m, out);

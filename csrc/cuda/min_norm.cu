@@ -51,8 +51,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     supports[mine] = supports[other];
   }
   __syncthreads();
-  // A vertex always solves its own system, so there is a candidate, and it is not the empty set.
-  if (mine == supports[0]) minnorm::write_weights<kEnumerated>(problem, candidate, weights);
+  if (mine != supports[0]) return;
+  if (residuals[0] < minnorm::kRejected)
+    minnorm::write_weights<kEnumerated>(problem, candidate, weights);
+  else
+    *status = static_cast<int32_t>(Status::kNotConverged);  // not positive semidefinite
 }
 
 __global__ void search_kernel(const double* gram, int m, bool exclude_zero, double* weights,

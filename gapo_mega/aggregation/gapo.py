@@ -51,7 +51,7 @@ class Gapo(DeviceMethod):
         simplex = torch.empty_like(norms)
         status = torch.empty(1, dtype=torch.int32, device=gram.device)
         rescaled = cosine_matrix(gram) * lengths[:, None] * lengths[None, :]
-        min_norm_(simplex, status, rescaled, exclude_zero=True)
+        min_norm_(simplex, status, rescaled.contiguous(), exclude_zero=True)
         if self.eq17_literal:
             return DeviceSolution(simplex, torch.zeros_like(shortest), status)
         # a_i / ||g_i||^p = (a_i ||g^N_i||) / ||g_i||

@@ -36,7 +36,8 @@ class DeviceMethod(Aggregator, DeviceAggregator):
 
         ``gram`` [M, M] float64 has a positive diagonal where ``active`` [M] is true and rows and columns of
         zeros elsewhere; ``numbers`` [M] is the method's option with one number per objective, None where
-        it is left out.
+        it is left out. On a device ``gram`` may hold anything, as nobody has looked: what comes out where
+        it is no Gram matrix is not used, but nothing may be raised.
         """
 
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
@@ -53,7 +54,7 @@ class DeviceMethod(Aggregator, DeviceAggregator):
         count = gram.shape[0]
         self._check_lengths(count)
         diagonal = gram.diagonal()
-        active = diagonal != 0
+        active = diagonal > 0
         solution = self.formula(gram, active, self._numbers(range(count), gram.device))
         scaled = scaled_weights(
             self.scale, solution.weights, solution.log_factor, diagonal.sqrt(), active.sum()

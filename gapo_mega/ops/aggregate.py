@@ -10,21 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gapo_mega.ops._native import has_cuda
 from gapo_mega.ops.api import Status, combine_, gramian
-from gapo_mega.ops.arguments import Row, Segments
+from gapo_mega.ops.arguments import Row, Segments, parse_out, parse_rows
+
+# gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
+HostAggregator = Callable[[Tensor], Tensor]
 
 
 class DeviceAggregator(ABC):
-    """Weights from a Gram matrix where it lies: no host synchronisation, no errors but a status."""
+    """A ``HostAggregator`` that can also find its weights where the Gram matrix lies."""
+
+    @abstractmethod
+    def __call__(self, gram: Tensor) -> Tensor:
+        """As a ``HostAggregator``."""
 
     @abstractmethod
     def on_device(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float64 ``[M]`` and a :class:`Status` int32 ``[1]`` on the device of ``gram``, float64
-        ``[M, M]``. Where the status is not OK the weights are zero."""
-
-
-# gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
-HostAggregator = Callable[[Tensor], Tensor]
+        ``[M, M]``, without waiting for it. Where the status is not OK the weights are zero."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def aggregate_(
     rows: Sequence[Row],
     segments: Segments | None,
     group: dist.ProcessGroup | None,
-    aggregator: DeviceAggregator | HostAggregator,
+    aggregator: HostAggregator,
     *,
     weight: Row | None = None,
 ) -> Aggregated:
@@ -53,8 +57,9 @@ def aggregate_(
 
     The Gram matrix of the local pieces is summed over ``group`` (M x M numbers travel, whatever the
     rows' length), becomes weights, and one pass writes the combination. With a
-    :class:`DeviceAggregator` nothing waits for the device, and after one call to warm up the whole can
-    be captured in a CUDA graph; with any other callable the Gram matrix visits the host.
+    :class:`DeviceAggregator` nothing waits for the device after the first call with these lengths,
+    segments and options, and the whole can be captured in a CUDA graph; with any other callable, or
+    without the compiled CUDA back end, the Gram matrix visits the host.
 
     Args:
         out: shaped like a row; memory of its own or exactly one of the rows.
@@ -71,13 +76,16 @@ def aggregate_(
         weights are zero and ``out`` is filled with zeros.
 
     Raises:
-        ValueError: arguments as for ``gramian`` and ``combine_``; whatever a host aggregator raises, on
-            every rank alike, with ``out`` untouched.
+        ValueError: arguments as for ``gramian`` and ``combine_``, before anything is sent (so a rank that
+            errs alone leaves the others waiting); whatever a host aggregator raises, and its weights
+            where they are not M finite numbers, on every rank alike. ``out`` is then untouched.
     """
+    parse_out(out, parse_rows("rows", rows))
     gram = gramian(rows, segments=segments, weight=weight)
     if group is not None:
         dist.all_reduce(gram, group=group)
-    if isinstance(aggregator, DeviceAggregator):
+    solvable_there = gram.device.type == "cpu" or has_cuda
+    if isinstance(aggregator, DeviceAggregator) and solvable_there:
         weights, status = aggregator.on_device(gram)
     else:
         weights, status = _on_host(gram, aggregator)
@@ -89,5 +97,7 @@ def _on_host(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:
     host = gram.cpu()
     status = Status.OK if bool(host.isfinite().all()) else Status.NOT_FINITE
     weights = aggregator(host) if status == Status.OK else host.new_zeros(host.shape[0])
+    if weights.shape != (host.shape[0],) or not bool(weights.isfinite().all()):
+        raise ValueError(f"aggregator: found the weights {weights.tolist()}, accepted: a finite one a row")
     told = torch.tensor([int(status)], dtype=torch.int32, device=gram.device)
     return weights.to(gram.device, torch.float64), told

@@ -44,7 +44,7 @@ def gramian(
 ) -> Tensor:
     """Inner products of the rows, ``G_ij = sum_k weight_k rows_i[k] rows_j[k]`` over the counted k.
 
-    Products are formed and summed in fp64: the error is below 1e-11 of ``|g_i| |g_j|``, whatever the
+    Products are formed and summed in fp64: the error is below 1e-10 of ``|g_i| |g_j|``, whatever the
     rows hold. On a CPU the result is the same, bit for bit, for any number of threads; on a CUDA device
     from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. One pass over memory up to 8 rows,
     tiles beyond; less than a MiB of extra memory.
@@ -112,15 +112,17 @@ def min_norm(gram: Tensor) -> Tensor:
     norms = np.sqrt(diagonal)
     if (np.abs(matrix - matrix.T) > 1e-6 * np.multiply.outer(norms, norms)).any():
         raise ValueError(f"gram: found {host.tolist()}, accepted: a symmetric matrix")
-    assert status == Status.OK
+    if status != Status.OK:
+        raise ValueError(f"gram: found {host.tolist()}, accepted: a positive semidefinite matrix")
     return weights.to(gram.device)
 
 
 def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bool = False) -> None:
     """``min_norm`` into tensors, with a status instead of errors; on a CUDA device without waiting for it.
 
-    Up to 8 rows the device tries all support sets at once and agrees with the host. Beyond, one thread
-    of it runs Wolfe's algorithm.
+    Up to 8 rows the device tries all support sets at once, with the host's arithmetic and the same
+    choice. Beyond, one thread of it runs Wolfe's algorithm, without the host's last resort of trying all
+    sets, so that ``NOT_CONVERGED`` is possible where the matrix is no Gram matrix to rounding.
 
     Args:
         weights: float64 ``[M]``, receives the minimiser, or zeros where ``status`` is not OK.

@@ -1,11 +1,12 @@
 """The operations on CUDA tensors: enqueued on the current stream, never waiting for the device.
 
 Plans (which elements count, as a table on the device) and workspaces are kept between calls, so that
-a step in the steady state allocates nothing.
+a step in the steady state allocates no device memory beyond what torch keeps for it.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import cache, lru_cache
 
 import numpy as np
@@ -17,14 +18,13 @@ from gapo_mega.ops import _native
 from gapo_mega.ops.arguments import Pieces
 
 
-def require_back_end(device: int = 0) -> None:
-    """RuntimeError unless the extension has its CUDA back end and the device is there."""
+def require_back_end() -> None:
+    """RuntimeError unless the extension has its CUDA back end; its calls say where there is no device."""
     if not _native.has_cuda:
         raise RuntimeError(
             "no CUDA back end: gapo_mega's extension was built without nvcc; install it again with nvcc on "
             "PATH and GAPO_CUDA=ON"
         )
-    _native.cuda_require_device(device)
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -44,9 +44,9 @@ def _plan(
 
 
 @lru_cache(maxsize=8)
-def _kept_workspace(m: int, device: int, stream: int) -> Tensor:
-    # One a stream: calls on the same stream follow each other, so they may share it.
-    del stream
+def _kept_workspace(m: int, device: int, stream: int, thread: int) -> Tensor:
+    # One a stream and thread: calls of a thread follow each other on a stream, so they may share it.
+    del stream, thread
     size = _native.cuda_workspace_size(m, device)
     return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
 
@@ -56,7 +56,7 @@ def _workspace(m: int, device: int, stream: int) -> Tensor:
         # From the graph's own pool: it has to live as long as the graph, not as long as the cache.
         size = _native.cuda_workspace_size(m, device)
         return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
-    return _kept_workspace(m, device, stream)
+    return _kept_workspace(m, device, stream, threading.get_ident())
 
 
 def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor) -> None:

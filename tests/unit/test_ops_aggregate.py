@@ -73,3 +73,21 @@ def test_an_error_of_the_aggregator_leaves_everything_as_it_was() -> None:
     with pytest.raises(ValueError, match="not today"):
         ops.aggregate_(rows[1], rows, None, None, refuses)
     assert all(torch.equal(a, b) for a, b in zip(rows[1], before, strict=True))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [float("inf"), 0.0]])
+def test_weights_of_an_aggregator_that_are_none_are_refused(weights: list[float]) -> None:
+    rows = rows_of(2)
+    before = rows[1][0].clone()
+    with pytest.raises(ValueError, match="aggregator: found the weights"):
+        ops.aggregate_(rows[1], rows, None, None, lambda gram: torch.tensor(weights))
+    assert torch.equal(rows[1][0], before)
+
+
+def test_arguments_are_checked_before_anything_is_done() -> None:
+    def never(gram: Tensor) -> Tensor:
+        raise AssertionError("asked for weights")
+
+    rows = rows_of(2)
+    with pytest.raises(ValueError, match="out: found pieces of lengths"):
+        ops.aggregate_(torch.empty(3), rows, None, None, never)

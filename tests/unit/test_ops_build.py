@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gapo_mega import ops
-from gapo_mega.ops import _native, cuda
+from gapo_mega.ops import _native
 
 needs_no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 
@@ -64,8 +64,6 @@ def test_the_module_loads_without_torch_and_without_a_driver():
 @needs_no_device
 @pytest.mark.skipif(not _native.has_cuda, reason="built without CUDA")
 def test_launchers_say_that_there_is_no_device():
-    with pytest.raises(RuntimeError, match="no CUDA device"):
-        cuda.require_back_end()
     plan = _native.cuda_plan([10], None)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         _native.cuda_workspace_size(2, 0)

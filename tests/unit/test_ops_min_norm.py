@@ -259,3 +259,18 @@ def test_the_duality_gap_certifies_the_minimum_and_nothing_else(m):
     assert gap == pytest.approx(float(other @ change - change.min()), rel=1e-12)
     # What the certificate bounds: the squared distance from the minimum-norm point.
     assert float((other - best) @ gram @ (other - best)) <= gap
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
+def test_a_support_that_could_be_smaller_is_made_smaller(order):
+    # Rows 0 and 1 are parallel to 3e-6: one of them with row 2 is the minimum to rounding, and all three
+    # are it exactly. The smaller support is taken whatever the order.
+    rows = torch.tensor([[1, -2.5e-6, 1], [1, 0.75e-6, 1], [-1, 0, 1]]).double()[order]
+    weights = ops.min_norm(rows @ rows.T)
+    assert len(weights.nonzero()) == 2
+    assert residual(rows @ rows.T, weights) <= 1e-9
+
+
+def test_what_is_far_from_a_gram_matrix_is_refused():
+    with pytest.raises(ValueError, match="gram: found"):
+        ops.min_norm(torch.tensor([[1e-300, 1e300], [1e300, 1e-300]], dtype=torch.float64))

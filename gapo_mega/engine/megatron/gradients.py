@@ -117,8 +117,10 @@ class SeparatePasses:
         self._rows = [self.shard.empty_row(i) for i in range(1, objectives)] + [self.shard.pieces]
         # Data ranks hold different shards with the distributed optimizer and the same gradient
         # without it: Megatron's own group for gradient norms tells which ranks to add up.
-        (optimizer,) = trainable.optimizer.chained_optimizers
-        self._group = optimizer.get_grad_stats_parallel_group()
+        optimizers = trainable.optimizer.chained_optimizers
+        assert len(optimizers) == 1, "parameters of several optimizers would need several sums"
+        self._group = optimizers[0].get_grad_stats_parallel_group()
+        assert self._group is not None
         self._identity_checked = False
 
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
@@ -128,15 +130,16 @@ class SeparatePasses:
         found = ops.aggregate_(self.shard.pieces, self._rows, self.shard.segments, self._group, aggregator)
         gram, weights = found.gram.cpu(), found.weights.cpu()
         clock.lap("aggregate")
+        status = int(found.status)
         # A NaN or Inf anywhere in a gradient makes its own squared norm NaN or Inf.
         nonfinite = [i for i, square in enumerate(gram.diagonal()) if not math.isfinite(square)]
-        if nonfinite:
+        if nonfinite or status == ops.Status.NOT_CONVERGED:
             self._trainable.zero_grad()
             return self._report(losses, gram, torch.zeros(len(gram)), 0.0, clock, nonfinite=nonfinite)
-        if not found.ok():
+        if status != ops.Status.OK:
             self._trainable.zero_grad()
-            aggregator(gram)  # says on the host what the device could only count
-            raise RuntimeError(f"no weights on the device: {ops.Status(int(found.status)).name}")
+            aggregator(gram)  # says on the host, in words, what the status counts
+            raise RuntimeError(f"no weights on the device: {ops.Status(status).name}")
         if not self._identity_checked:
             self._identity_checked = self._check_identity(gram, weights)
             clock.lap("check")
