@@ -31,7 +31,9 @@ class Emulated:
         self.memory = GuardedMemory()
         # Elements that a block of gramian takes at a time: the third column counts them.
         many = 1 << 30
-        self.chunk = many // self.plan([many, 1], [(0, many), (many, many + 1)])[1][2]
+        chunks = self.plan([many, 1], [(0, many), (many, many + 1)])[1][2]
+        self.chunk = many // chunks
+        assert self.chunk * chunks == many
 
     def configure(self, schedule: str = "ascending", multiprocessors: int = 2) -> None:
         self.library.cuda_emulation_configure(multiprocessors, SCHEDULES[schedule])

@@ -150,7 +150,7 @@ def assert_gram_close(found: Tensor, rows: list[list[Tensor]], **options) -> Non
 @pytest.mark.parametrize("m", range(1, 17))
 def test_gramian_for_every_number_of_rows(emulated, m, dtype, schedule):
     emulated.configure(schedule, multiprocessors=1)
-    length = 2 * emulated.chunk + 77
+    length = emulated.chunk + 77
     rows = [[emulated.memory.place(normal(length, dtype, seed))] for seed in range(m)]
     assert_gram_close(emulated.gramian(rows), rows)
 
@@ -175,16 +175,17 @@ def test_gramian_at_every_alignment(emulated, shifts, dtype):
 def test_gramian_with_pieces_segments_and_weight(emulated, m, weight_shift, dtype):
     emulated.configure("random")
     chunk, place = emulated.chunk, emulated.memory.place
-    lengths = [chunk + 13, 0, 5, 3 * chunk]
+    lengths = [chunk + 13, 0, 5, 2 * chunk]
     rows = [[place(normal(n, dtype, 10 * i + p), 2) for p, n in enumerate(lengths)] for i in range(m)]
     weight = [place(normal(n, torch.float32, 999 + p), weight_shift) for p, n in enumerate(lengths)]
     segments = [(0, 3), (9, 9), (100, chunk + 15), (chunk + 17, chunk + 18), (chunk + 19, 3 * chunk + 1)]
     for chosen in (segments, None, []):
-        assert_gram_close(emulated.gramian(rows, chosen), rows, segments=chosen)
         found = emulated.gramian(rows, chosen, weight)
         assert_gram_close(found, rows, segments=chosen, weight=weight)
-        twice = emulated.gramian(rows, chosen, weight, out=found)
-        torch.testing.assert_close(twice, 2 * found, rtol=1e-15, atol=0)
+    assert_gram_close(emulated.gramian(rows, segments), rows, segments=segments)
+    once = emulated.gramian(rows, segments, weight)
+    twice = emulated.gramian(rows, segments, weight, out=once)
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-15, atol=0)
 
 
 def test_elements_that_are_not_selected_are_not_used(emulated):
@@ -200,9 +201,9 @@ def test_elements_that_are_not_selected_are_not_used(emulated):
 @pytest.mark.parametrize("m", [1, 3, 8, 11])
 def test_gramian_on_devices_of_several_sizes(emulated, m):
     rows = [[emulated.memory.place(normal(11 * emulated.chunk + 3, torch.bfloat16, i))] for i in range(m)]
-    for multiprocessors in (1, 2, 7):
+    for multiprocessors in (1, 3):
         found = []
-        for schedule in SCHEDULES:
+        for schedule in ("ascending", "random"):
             emulated.configure(schedule, multiprocessors)
             found.append(emulated.gramian(rows))
         assert_gram_close(found[0], rows)
