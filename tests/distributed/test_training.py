@@ -244,7 +244,7 @@ def test_throughput_tool(folder: Path) -> None:
     assert "tokens/s" in done.stdout and "forward_backward/short" in done.stdout
     result = json.loads(out.read_text())
     phases = result["phases_seconds"]
-    assert {"rollout", "score", "reference", "gram", "combine", "optimizer"} <= phases.keys()
+    assert {"rollout", "score", "reference", "aggregate", "optimizer"} <= phases.keys()
     # Medians of phases need not add up to the median of the step exactly.
     assert 0 < sum(phases.values()) <= 1.5 * result["seconds_per_step"]
     utilisation = (
