@@ -1,5 +1,6 @@
 // The minimum-norm point of a simplex from its Gram matrix, support set by support set. Used by
-// the host solver and, one thread a support set, by the CUDA kernel; both then give equal bits.
+// the host solver and, one thread a support set, by the CUDA kernel. Both give equal bits, but
+// where rounding has left the matrix indefinite (denormals), which has several stationary points.
 //
 // minimise w'Gw, w >= 0, sum w = 1. On a support set S the minimiser of the affine hull solves
 //     [ C  -e ] [ v      ]   [ 0 ]        C_ij = G_ij / (d_i d_j),  e_i = 1 / d_i,  v_i = d_i w_i
