@@ -30,7 +30,7 @@ class Status(IntEnum):
     OK = 0
     NOT_FINITE = 1  # a NaN or Inf in the Gram matrix
     NEGATIVE_DIAGONAL = 2
-    NOT_CONVERGED = 3  # more than 8 rows, and rounding stopped the search
+    NOT_CONVERGED = 3  # not positive semidefinite, or more than 8 rows and rounding stopped the search
     ZERO_GRADIENT = 4  # an aggregator that was told to stop at one
     OUT_OF_RANGE = 5  # the weights leave double precision
 
