@@ -165,9 +165,77 @@ class CriticConfig(Section):
 
 
 class GradientConfig(Section):
-    """How per-objective gradients are held and checked."""
+    """How per-objective gradients are measured, held and checked."""
 
+    store: Literal["shards", "single"] = Field(
+        "shards",
+        description="shards: one row of this rank's reduced shard per objective, the last in Megatron's own "
+        "buffer; single: no row at all, m (m + 1) / 2 + 1 passes (one fewer where the last pair measured is "
+        "the direction, as for two objectives with gapo and p = 1)",
+    )
+    store_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the rows of store shards; bf16 halves them and rounds by up to 2^-9"
+    )
+    forward: Literal["auto", "shared", "separate"] = Field(
+        "auto",
+        description="shared: one forward per microbatch and a backward per objective through its graph, each "
+        "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, reduced "
+        "once a minibatch; auto: shared without a pipeline where it adds no communication (one microbatch, "
+        "or one data rank), else separate",
+    )
+    scope: Literal["full", "last_layer", "last_block"] | list[tuple[int, int]] = Field(
+        "full",
+        description="parameters that enter the inner products; the update is always of all. last_layer: the "
+        "output layer (the paper's choice); last_block: with the last transformer layer; [[first, end], ...]: "
+        "these transformer layers, from 0, end excluded",
+    )
+    metric: Literal["euclidean", "adam"] = Field(
+        "euclidean",
+        description="adam: inner products weighted by 1 / (sqrt(v) + eps), v Adam's bias-corrected second "
+        "moment before the step; euclidean until the first step, and 0 where v still is 0",
+    )
+    actual_change: bool | None = Field(
+        None,
+        description="also log the inner product of every gradient with the change that the optimizer made to "
+        "the parameters (a copy of this rank's parameters during the step); none: with metric adam only",
+    )
     max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GradientConfig:
+        scoped = self.scope != "full"
+        if self.store == "single" and scoped:
+            raise ValueError(
+                f"gradients.scope: found {self.scope} with store single, accepted: full (single measures sums "
+                "of whole gradients)"
+            )
+        if self.store_dtype == "bf16" and (self.store == "single" or scoped):
+            raise ValueError(
+                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards with "
+                "scope full)"
+            )
+        if self.metric == "adam" and self.scope in ("last_layer", "last_block"):
+            raise ValueError(
+                f"gradients.metric: found adam with scope {self.scope}, accepted: euclidean (the output layer's "
+                "gradient alone has no second moment: a tied one shares the embedding's)"
+            )
+        if self.actual_change and (self.store == "single" or scoped):
+            raise ValueError(
+                "gradients.actual_change: found true, accepted: false (it needs every gradient: store shards "
+                "with scope full)"
+            )
+        if not isinstance(self.scope, str):
+            self._check_ranges(self.scope)
+        return self
+
+    @staticmethod
+    def _check_ranges(ranges: list[tuple[int, int]]) -> None:
+        ends = [0, *(end for _, end in ranges)]
+        if not ranges or any(not before <= r[0] < r[1] for before, r in zip(ends, ranges, strict=False)):
+            raise ValueError(
+                f"gradients.scope: found {ranges}, accepted: pairs [first, end] in ascending order, each with "
+                "0 <= first < end"
+            )
 
 
 class CheckpointConfig(Section):
@@ -221,4 +289,18 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_fit(self) -> Config:
+        gradients = self.gradients
+        if gradients.metric == "adam" and self.optimizer.name != "adam":
+            raise ValueError(
+                f"gradients.metric: found adam with optimizer.name {self.optimizer.name}, accepted: euclidean"
+            )
+        if gradients.forward == "shared" and self.parallel.pipeline > 1:
+            raise ValueError(
+                f"gradients.forward: found shared with parallel.pipeline {self.parallel.pipeline}, accepted: "
+                "auto, separate (a pipeline keeps no graph from first to last stage)"
+            )
         return self

@@ -8,6 +8,7 @@ layout.
 from __future__ import annotations
 
 from gapo_mega.config import Config
+from gapo_mega.gradient_choice import check_gradients
 from gapo_mega.models.shape import ModelShape
 
 
@@ -26,7 +27,9 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit; else nothing."""
     _check_model_split(config, shape)
-    _check_batches(config, data_parallel_size(config, world_size))
+    data_parallel = data_parallel_size(config, world_size)
+    _check_batches(config, data_parallel)
+    check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)
     _check_advantages(config)
 

@@ -1,0 +1,63 @@
+"""What ``gradients.forward: auto`` comes to, and what cannot be combined in a given layout."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gapo_mega.config import Config
+from gapo_mega.models.shape import ModelShape
+
+
+def microbatches(config: Config, data_parallel: int) -> int:
+    """Forward passes of a data-parallel rank over one minibatch."""
+    rollout = config.rollout
+    sequences = rollout.prompts_per_step // data_parallel * rollout.samples_per_prompt
+    return sequences // config.algorithm.minibatches // config.micro_batch_size
+
+
+def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separate"]:
+    """The passes that the run takes.
+
+    Shared passes save m - 1 of m forwards. They reduce every objective's gradient once per microbatch
+    instead of once per minibatch, which may cost more than it saves: where that would be so, ``auto``
+    takes separate passes.
+    """
+    asked = config.gradients.forward
+    if asked != "auto":
+        return asked
+    count = microbatches(config, data_parallel)
+    possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count) is None
+    return "shared" if possible and (count == 1 or data_parallel == 1) else "separate"
+
+
+def refusal_of_shared(config: Config, count: int) -> str | None:
+    """Why shared passes over ``count`` microbatches do not work with the other settings, if so."""
+    gradients = config.gradients
+    if isinstance(gradients.scope, list) or gradients.scope == "last_block":
+        if config.model.recompute != "none":
+            return f"model.recompute {config.model.recompute} (recomputed layers have no partial backward)"
+    if count == 1:
+        return None
+    reasons = {
+        "store single": gradients.store == "single",
+        "store_dtype bf16 (the sum over microbatches would be rounded every time)": gradients.store_dtype
+        == "bf16",
+        f"scope {gradients.scope}": gradients.scope != "full",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return f"{count} microbatches and {reason}"
+    return None
+
+
+def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
+    """Raise a one-line ``ValueError`` for what the model's shape or the batch does not allow."""
+    gradients = config.gradients
+    if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
+        raise ValueError(
+            f"gradients.scope: found {gradients.scope}, accepted: ranges within the model's "
+            f"{shape.num_layers} layers"
+        )
+    reason = refusal_of_shared(config, microbatches(config, data_parallel))
+    if gradients.forward == "shared" and reason is not None:
+        raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
