@@ -179,15 +179,15 @@ class GradientConfig(Section):
     forward: Literal["auto", "shared", "separate"] = Field(
         "auto",
         description="shared: one forward per microbatch and a backward per objective through its graph, each "
-        "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, reduced "
-        "once a minibatch; auto: shared without a pipeline where it adds no communication (one microbatch, "
+        "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, "
+        "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one microbatch, "
         "or one data rank), else separate",
     )
     scope: Literal["full", "last_layer", "last_block"] | list[tuple[int, int]] = Field(
         "full",
         description="parameters that enter the inner products; the update is always of all. last_layer: the "
-        "output layer (the paper's choice); last_block: with the last transformer layer; [[first, end], ...]: "
-        "these transformer layers, from 0, end excluded",
+        "output layer (the paper's choice); last_block: with the last transformer layer; "
+        "[[first, end], ...]: these transformer layers, from 0, end excluded",
     )
     metric: Literal["euclidean", "adam"] = Field(
         "euclidean",
@@ -206,18 +206,18 @@ class GradientConfig(Section):
         scoped = self.scope != "full"
         if self.store == "single" and scoped:
             raise ValueError(
-                f"gradients.scope: found {self.scope} with store single, accepted: full (single measures sums "
-                "of whole gradients)"
+                f"gradients.scope: found {self.scope} with store single, accepted: full (single measures "
+                "sums of whole gradients)"
             )
         if self.store_dtype == "bf16" and (self.store == "single" or scoped):
             raise ValueError(
-                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards with "
-                "scope full)"
+                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards "
+                "with scope full)"
             )
         if self.metric == "adam" and self.scope in ("last_layer", "last_block"):
             raise ValueError(
-                f"gradients.metric: found adam with scope {self.scope}, accepted: euclidean (the output layer's "
-                "gradient alone has no second moment: a tied one shares the embedding's)"
+                f"gradients.metric: found adam with scope {self.scope}, accepted: euclidean (the output "
+                "layer's gradient alone has no second moment: a tied one shares the embedding's)"
             )
         if self.actual_change and (self.store == "single" or scoped):
             raise ValueError(
@@ -233,8 +233,8 @@ class GradientConfig(Section):
         ends = [0, *(end for _, end in ranges)]
         if not ranges or any(not before <= r[0] < r[1] for before, r in zip(ends, ranges, strict=False)):
             raise ValueError(
-                f"gradients.scope: found {ranges}, accepted: pairs [first, end] in ascending order, each with "
-                "0 <= first < end"
+                f"gradients.scope: found {ranges}, accepted: pairs [first, end] in ascending order, each "
+                "with 0 <= first < end"
             )
 
 

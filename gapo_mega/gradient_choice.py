@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from gapo_mega.config import Config
-from gapo_mega.models.shape import ModelShape
 
 
 def microbatches(config: Config, data_parallel: int) -> int:
@@ -33,9 +32,9 @@ def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separ
 def refusal_of_shared(config: Config, count: int) -> str | None:
     """Why shared passes over ``count`` microbatches do not work with the other settings, if so."""
     gradients = config.gradients
-    if isinstance(gradients.scope, list) or gradients.scope == "last_block":
-        if config.model.recompute != "none":
-            return f"model.recompute {config.model.recompute} (recomputed layers have no partial backward)"
+    partial = isinstance(gradients.scope, list) or gradients.scope == "last_block"
+    if partial and config.model.recompute != "none":
+        return f"model.recompute {config.model.recompute} (recomputed layers have no partial backward)"
     if count == 1:
         return None
     reasons = {
@@ -48,16 +47,3 @@ def refusal_of_shared(config: Config, count: int) -> str | None:
         if holds:
             return f"{count} microbatches and {reason}"
     return None
-
-
-def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
-    """Raise a one-line ``ValueError`` for what the model's shape or the batch does not allow."""
-    gradients = config.gradients
-    if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
-        raise ValueError(
-            f"gradients.scope: found {gradients.scope}, accepted: ranges within the model's "
-            f"{shape.num_layers} layers"
-        )
-    reason = refusal_of_shared(config, microbatches(config, data_parallel))
-    if gradients.forward == "shared" and reason is not None:
-        raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")

@@ -8,7 +8,7 @@ layout.
 from __future__ import annotations
 
 from gapo_mega.config import Config
-from gapo_mega.gradient_choice import check_gradients
+from gapo_mega.gradient_choice import microbatches, refusal_of_shared
 from gapo_mega.models.shape import ModelShape
 
 
@@ -29,7 +29,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
     _check_model_split(config, shape)
     data_parallel = data_parallel_size(config, world_size)
     _check_batches(config, data_parallel)
-    check_gradients(config, shape, data_parallel)
+    _check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)
     _check_advantages(config)
 
@@ -79,6 +79,18 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             "sequences on "
             f"a data-parallel rank: {_listed(_divisors(minibatch))}"
         )
+
+
+def _check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
+    gradients = config.gradients
+    if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
+        raise ValueError(
+            f"gradients.scope: found {gradients.scope}, accepted: ranges within the model's "
+            f"{shape.num_layers} layers"
+        )
+    reason = refusal_of_shared(config, microbatches(config, data_parallel))
+    if gradients.forward == "shared" and reason is not None:
+        raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
 
 
 def _check_lengths(config: Config, shape: ModelShape) -> None:
