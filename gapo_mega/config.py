@@ -180,8 +180,8 @@ class GradientConfig(Section):
         "auto",
         description="shared: one forward per microbatch and a backward per objective through its graph, each "
         "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, "
-        "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one microbatch, "
-        "or one data rank), else separate",
+        "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one "
+        "microbatch, or one data rank), else separate",
     )
     scope: Literal["full", "last_layer", "last_block"] | list[tuple[int, int]] = Field(
         "full",
