@@ -47,3 +47,11 @@ def refusal_of_shared(config: Config, count: int) -> str | None:
         if holds:
             return f"{count} microbatches and {reason}"
     return None
+
+
+def measures_change(config: Config) -> bool:
+    """What ``gradients.actual_change`` comes to: on by itself with the adam metric where rows are kept."""
+    gradients = config.gradients
+    if gradients.actual_change is not None:
+        return gradients.actual_change
+    return gradients.metric == "adam" and gradients.store == "shards" and gradients.scope == "full"

@@ -7,7 +7,14 @@ CPU and on CUDA devices are accepted alike; ``reference.py`` holds the same in p
 
 from __future__ import annotations
 
-from gapo_mega.ops.aggregate import Aggregated, DeviceAggregator, HostAggregator, aggregate_
+from gapo_mega.ops.aggregate import (
+    Aggregated,
+    DeviceAggregator,
+    HostAggregator,
+    aggregate_,
+    solve,
+    sum_gram_,
+)
 from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
 
 __all__ = [
@@ -22,4 +29,6 @@ __all__ = [
     "info",
     "min_norm",
     "min_norm_",
+    "solve",
+    "sum_gram_",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -83,14 +84,39 @@ def aggregate_(
     parse_out(out, parse_rows("rows", rows))
     gram = gramian(rows, segments=segments, weight=weight)
     if group is not None:
-        dist.all_reduce(gram, group=group)
-    solvable_there = gram.device.type == "cpu" or has_cuda
-    if isinstance(aggregator, DeviceAggregator) and solvable_there:
-        weights, status = aggregator.on_device(gram)
-    else:
-        weights, status = _on_host(gram, aggregator)
+        sum_gram_(gram, group)
+    weights, status = solve(gram, aggregator)
     combine_(out, rows, weights)
     return Aggregated(gram, weights, status)
+
+
+def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``gram`` [M, M], symmetric, summed over ``group`` in place: M (M + 1) / 2 doubles travel."""
+    rows, columns = _triangle(gram.shape[0], gram.device)
+    packed = gram[rows, columns]
+    dist.all_reduce(packed, group=group)
+    gram[rows, columns] = packed
+    gram[columns, rows] = packed
+    return gram
+
+
+@cache
+def _triangle(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept for good, as a captured CUDA graph goes on reading it.
+    rows, columns = torch.triu_indices(count, count, device=device)
+    return rows, columns
+
+
+def solve(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:
+    """Weights float64 ``[M]`` and :class:`Status` int32 ``[1]`` on the device of ``gram`` [M, M].
+
+    A :class:`DeviceAggregator` finds them there without waiting, any other callable on the host. Where the
+    status is not OK the weights are zero. Raises what a host aggregator raises, and ``ValueError`` where
+    its weights are not M finite numbers.
+    """
+    if isinstance(aggregator, DeviceAggregator) and (gram.device.type == "cpu" or has_cuda):
+        return aggregator.on_device(gram)
+    return _on_host(gram, aggregator)
 
 
 def _on_host(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:

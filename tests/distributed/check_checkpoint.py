@@ -79,22 +79,22 @@ class Run:
         batches = bare_experience(tokens_BT[rows], mask_BT[rows]).split(1)
         count = float(mask_BT.sum())
 
-        def policy_loss(logits_BTV: Tensor, batch: Experience) -> Tensor:
-            return (
-                -response_logprobs(logits_BTV, batch.tokens_BT, batch.response_mask_BT, self.vocab).sum()
-                / count
-            )
+        def policy_loss(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            logprobs_BT = response_logprobs(logits_BTV, batch.tokens_BT, batch.response_mask_BT, self.vocab)
+            mean = -logprobs_BT.sum() / count
+            return mean, mean
 
-        def critic_loss(values_BTH: Tensor, batch: Experience) -> Tensor:
+        def critic_loss(values_BTH: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
             target_BT1 = (batch.tokens_BT % 7).unsqueeze(-1).float()
-            return (values_BTH - target_BT1).square().sum() / count
+            mean = (values_BTH - target_BT1).square().sum() / count
+            return mean, mean
 
         total = 0.0
         with megatron_device():
             for name, loss in (("policy", policy_loss), ("critic0", critic_loss)):
                 trainable = self.trainables[name]
                 trainable.zero_grad()
-                local = forward_backward(trainable.model, batches, loss, self.groups.layout.data)
+                local = forward_backward(trainable.model, batches, loss)
                 assert trainable.optimizer.step()[0]
                 trainable.scheduler.step(1)
                 total += float(self.groups.sum_over_data(self.groups.from_last_stage(local)))

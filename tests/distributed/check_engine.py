@@ -33,6 +33,7 @@ def make_config(path: str, layout: dict[str, Any], optimizer: dict[str, Any], **
             "model": {"path": path, **sections.pop("model", {})},
             "parallel": layout,
             "data": {"source": "unused"},
+            "rollout": {"prompts_per_step": ROWS // 2, "samples_per_prompt": 2},
             "objectives": [{"name": f"o{i}", "function": "m:f"} for i in range(OBJECTIVES)],
             "optimizer": {"schedule": "constant", "warmup_fraction": 0.0, "clip_grad": 0.0, **optimizer},
             **sections,

@@ -22,6 +22,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
 from torch.nn.functional import silu
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -49,6 +50,17 @@ class Trainable:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+
+def reduce_gradients(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any
+) -> None:
+    """Megatron's reduction over data ranks, tensor ranks and stages, without its division by tokens.
+
+    A loss is divided by the tokens of *its* minibatch, all ranks and microbatches counted, before it is
+    differentiated: what the schedule counts is not used.
+    """
+    finalize_model_grads(model, None, **options)
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -102,6 +114,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         batch_p2p_sync=False,
+        calculate_per_token_loss=True,  # gradients are sums, over microbatches and over data ranks
         **recompute,
     )
 
@@ -153,7 +166,7 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
     )
     wrapped = DistributedDataParallel(model.config, ddp_config, model)
     wrapped.broadcast_params()
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = reduce_gradients
     if optimizer.overlap_grad_reduce:
         model.config.no_sync_func = wrapped.no_sync
     bf16 = model.config.bf16

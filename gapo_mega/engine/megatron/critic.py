@@ -70,15 +70,14 @@ class Critics:
         for index, trainable in enumerate(self.models):
             first = index * self._heads
 
-            def mean_loss(output_BTH: Tensor, batch: Experience, first: int = first) -> Tensor:
+            def mean_loss(output_BTH: Tensor, batch: Experience, first: int = first) -> tuple[Tensor, Tensor]:
                 values_HBT = _before_token(output_BTH, columns)
                 parts = [loss(values_BT, batch, first + head) for head, values_BT in enumerate(values_HBT)]
-                return torch.stack(parts).sum() / tokens
+                mean = torch.stack(parts).sum() / tokens
+                return mean, mean
 
             trainable.zero_grad()
-            part = forward_backward(
-                trainable.model, minibatch.split(self._micro_batch), mean_loss, self._groups.layout.data
-            )
+            part = forward_backward(trainable.model, minibatch.split(self._micro_batch), mean_loss)
             self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))
         return losses

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
-from gapo_mega.engine.megatron import checkpoint, groups, weights
+from gapo_mega.engine.megatron import checkpoint, groups, strategies, weights
 from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.forward import forward_only
 from gapo_mega.engine.megatron.generate import MegatronGenerator
-from gapo_mega.engine.megatron.gradients import SeparatePasses
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models import hf_directory
 from gapo_mega.models.shape import ModelShape
@@ -56,9 +55,7 @@ class MegatronEngine:
             self.policy = make_trainable(self._language_model(), config.optimizer, updates)
             self.reference = self._language_model().eval().requires_grad_(False)
             self.critics = self._critics(updates) if with_critic else None
-            self.gradients = SeparatePasses(
-                self.policy, self.groups, len(config.objectives), shape.vocab, config.micro_batch_size
-            )
+            self.gradients = strategies.build(config, self.policy, self.groups, shape)
         self.generator = MegatronGenerator(
             self.policy.model,
             self.groups,

@@ -15,8 +15,9 @@ from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.types import Experience
 
 # (model output on the last stage, microbatch) -> scalar loss whose *sum* over microbatches and
-# data-parallel ranks is the objective (already divided by the global token count).
-LossOf = Callable[[Tensor, Experience], Tensor]
+# data-parallel ranks is differentiated (already divided by the global token count), and what to log of it
+# (any numbers, summed likewise).
+LossOf = Callable[[Tensor, Experience], tuple[Tensor, Tensor]]
 OutputOf = Callable[[Tensor, Experience], Tensor]
 
 
@@ -37,7 +38,8 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
     return output
 
 
-def _multiple(model: nn.Module) -> int:
+def sequence_multiple(model: nn.Module) -> int:
+    """What ``run_model`` has to pad sequences to for this model."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 
@@ -48,7 +50,7 @@ def _schedule(
     on_last_stage: Callable[[Tensor, Experience], Any],
     **options: Any,
 ) -> list[Any]:
-    multiple = _multiple(model)
+    multiple = sequence_multiple(model)
 
     def step(batches: Iterator[Experience], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = to_device(next(batches))
@@ -70,22 +72,22 @@ def _schedule(
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Sequence[Experience], loss: LossOf, data_parallel: int
+    model: nn.Module, microbatches: Sequence[Experience], loss: LossOf, logged_numbers: int = 1
 ) -> Tensor:
     """Accumulate and reduce the gradient of the summed loss into the model's gradient buffer.
 
-    Returns this data rank's part of the summed loss, on the last pipeline stage (0 elsewhere).
+    Returns this data rank's part of the ``[logged_numbers]`` that ``loss`` says to log, float64 on the CPU,
+    on the last pipeline stage (zeros elsewhere).
     """
-    # Megatron averages over microbatches (schedule) and data ranks (DistributedDataParallel).
-    scale = len(microbatches) * data_parallel
 
-    def on_last_stage(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-        value = loss(output, batch)
-        # The schedule divides the returned tensor in place: hand it a new one, log a copy.
-        return value * scale, value.detach().clone()
+    def on_last_stage(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        value, logged = loss(output, batch)
+        # The second is a count of tokens that Megatron adds up; see build.reduce_gradients.
+        return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
     parts = _schedule(model, microbatches, on_last_stage, forward_only=False)
-    return torch.stack(parts).sum().double().cpu() if parts else torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(logged_numbers, dtype=torch.float64)
+    return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
 
 
 @torch.no_grad()

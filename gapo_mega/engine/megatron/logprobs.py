@@ -63,16 +63,25 @@ def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vo
 
     Returns float32 ``[B, T]`` with a graph that can be backpropagated more than once.
     """
-    columns = logits_BTV.shape[-1]
+    return logprobs_of(before_response(logits_BTV, mask_BT), tokens_BT, mask_BT, vocabulary)
+
+
+def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
+    """``[N, X]``: the N positions that predict a response token, in the order of ``mask_BT``."""
+    return values_BTX[:, :-1][mask_BT[:, 1:]]
+
+
+def logprobs_of(logits_NV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
+    """``response_logprobs`` from the logits of ``before_response`` alone."""
+    columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
     valid = max(0, min(columns, vocabulary - start))  # 0: this rank's columns are all padding
-    wanted_BS = mask_BT[:, 1:]
     values_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
-        logits_BTV[:, :-1][wanted_BS],
-        tokens_BT[:, 1:][wanted_BS],
+        logits_NV,
+        tokens_BT[:, 1:][mask_BT[:, 1:]],
         start,
         valid,
         parallel_state.get_tensor_model_parallel_group(),
     )
-    zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_BTV.device)
+    zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
     return zeros_BT.masked_scatter(mask_BT, values_N)

@@ -57,10 +57,7 @@ class OptimizerState:
     @property
     def step(self) -> int:
         """Steps that Adam has taken (0 for SGD, which does not count)."""
-        holders = [*self._inner.state.values(), *self._inner.param_groups]
-        steps = {int(holder["step"]) for holder in holders if "step" in holder}
-        assert len(steps) <= 1, "parameters were stepped unequally often"
-        return max(steps, default=0)
+        return steps_taken(self._inner)
 
     @step.setter
     def step(self, value: int) -> None:
@@ -140,7 +137,7 @@ class OptimizerState:
                     self._inner.state[main]["step"] = torch.zeros(())
 
     def _own_pieces(self) -> Iterator[tuple[nn.Parameter, _Piece]]:
-        for parameter, main, start, end in _main_parameters(self._optimizer):
+        for parameter, main, start, end in main_parameters(self._optimizer):
             state = {**self._inner.state.get(main, {}), _MAIN: main}
             assert main.numel() == end - start
             yield parameter, _Piece(start, end, {name: state[name] for name in self.names})
@@ -167,7 +164,15 @@ class OptimizerState:
         return whole
 
 
-def _main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+def steps_taken(inner: torch.optim.Optimizer) -> int:
+    """Steps that an Adam has taken (0 for SGD, which does not count)."""
+    holders = [*inner.state.values(), *inner.param_groups]
+    steps = {int(holder["step"]) for holder in holders if "step" in holder}
+    assert len(steps) <= 1, "parameters were stepped unequally often"
+    return max(steps, default=0)
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
     """(model parameter, what the inner optimizer steps for it, its range in the flat parameter)."""
     if isinstance(optimizer, DistributedOptimizer):
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():

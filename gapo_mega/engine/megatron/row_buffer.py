@@ -1,0 +1,90 @@
+"""M running sums in M - 1 rows and Megatron's buffer, for passes that take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from gapo_mega.engine.megatron.build import Trainable
+from gapo_mega.engine.megatron.shard import GradientShard, chunks, owned
+
+_CHUNK = 1 << 20  # elements that are exchanged at a time
+
+
+class RowBuffer:
+    """Says which objective's sum Megatron's buffer holds, and brings another one there.
+
+    The objective whose gradient is to be added next has its sum in the buffer; the others' lie in the rows.
+    Reduction adds up what all data ranks' buffers hold, so the sum of earlier microbatches, already
+    reduced, must be there once: at its owner with the distributed optimizer, else at data rank 0. For
+    the norms' gradients, which sequence parallelism adds up over tensor ranks, also at tensor rank 0
+    only. Everywhere else the buffer starts at zero.
+    """
+
+    def __init__(self, trainable: Trainable, shard: GradientShard, rows: Sequence[list[Tensor]]) -> None:
+        """``rows``: memory for all sums but one, shaped like the shard."""
+        assert not trainable.model.config.qk_layernorm, "its norms are summed over tensor ranks, too"
+        self._trainable = trainable
+        self._shard = shard
+        self._free = list(rows)
+        self._place: dict[int, list[Tensor]] = {}
+        self._held: int | None = None
+
+    def bring(self, objective: int) -> None:
+        """Let the buffer hold this objective's sum (zero at first), ready for a backward."""
+        if self._held is None:
+            self._shard.clear()
+        elif objective != self._held:
+            self._set_aside(self._held, objective)
+        self._held = objective
+        self._keep_own_sum_only()
+
+    def rows(self) -> list[list[Tensor]]:
+        """The sums by objective: one of them is the shard itself."""
+        assert self._held is not None
+        places = {**self._place, self._held: self._shard.pieces}
+        return [places[k] for k in sorted(places)]
+
+    def _set_aside(self, old: int, new: int) -> None:
+        """The buffer's sum of ``old`` into a row, that of ``new`` into the buffer."""
+        if new in self._place:
+            row = self._place.pop(new)
+            for piece, start, end, _ in chunks([p.numel() for p in row], _CHUNK):
+                mine, other = self._shard.pieces[piece][start:end], row[piece][start:end]
+                kept = mine.clone()
+                mine.copy_(other)
+                other.copy_(kept)
+        else:
+            row = self._free.pop()
+            for kept, piece_data in zip(row, self._shard.pieces, strict=True):
+                kept.copy_(piece_data)
+            self._shard.clear()
+        self._place[old] = row
+
+    def _keep_own_sum_only(self) -> None:
+        model = self._trainable.model
+        self._trainable.optimizer.zero_grad()  # see Trainable.zero_grad
+        for parameter in model.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+        for group in model.bucket_groups:
+            group.reset()
+        distributed = model.ddp_config.use_distributed_optimizer
+        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                start, end = owned(model, bucket.grad_data.numel())
+                if not distributed and not first:
+                    start = end
+                bucket.grad_data[:start].zero_()
+                bucket.grad_data[end:].zero_()
+        if model.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() != 0:
+            for parameter in model.parameters():
+                if _is_summed_over_tensor_ranks(parameter):
+                    parameter.main_grad.zero_()
+
+
+def _is_summed_over_tensor_ranks(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "sequence_parallel", False))

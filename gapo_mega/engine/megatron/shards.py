@@ -1,0 +1,172 @@
+"""``gradients.store: shards``: a row of this rank's reduced shard for every objective.
+
+The last objective's row is Megatron's buffer itself, and the combination is written over it. Extra memory:
+M - 1 shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.engine.base import Aggregator
+from gapo_mega.engine.megatron.build import Trainable
+from gapo_mega.engine.megatron.clock import Clock
+from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
+from gapo_mega.engine.megatron.groups import Groups
+from gapo_mega.engine.megatron.metric import AdamMetric, combine_rows_, inner_products
+from gapo_mega.engine.megatron.optimizer_state import main_parameters
+from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, open_passes
+from gapo_mega.engine.megatron.row_buffer import RowBuffer
+
+_MOST_ROWS = 16  # of one call of the Gram kernel
+
+
+class Shards(GradientStrategy):
+    """Every gradient is kept until the weights are known."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        groups: Groups,
+        objectives: int,
+        vocabulary: int,
+        micro_batch: int,
+        *,
+        shared: bool,
+        dtype: torch.dtype = torch.float32,
+        adam: bool = False,
+        actual_change: bool = False,
+    ) -> None:
+        """Args beyond ``GradientStrategy``'s:
+
+        shared: backwards through one forward's graph per microbatch.
+        dtype: of the rows but the last.
+        adam: inner products in Adam's metric.
+        actual_change: measure what the optimizer did, at the price of a copy of the parameters' shard.
+        """
+        super().__init__(trainable, groups, objectives, vocabulary, micro_batch)
+        self._shared = shared
+        self._adam = adam
+        self._spare = [self.shard.empty_row(i, dtype) for i in range(1, objectives)]
+        self._rows: list[list[Tensor]] = []
+        self._before = self.shard.empty_row(objectives) if actual_change else None
+        for piece in self._before or []:
+            piece.zero_()  # between parameters it stays so
+
+    @property
+    def row_bytes(self) -> int:
+        """See ``GradientStrategy.row_bytes``."""
+        rows = [*self._spare, self._before or []]
+        return sum(piece.numel() * piece.element_size() for row in rows for piece in row)
+
+    def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
+        """See ``GradientStrategy.direction``."""
+        in_turns = self._shared and len(task.microbatches) > 1
+        losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
+        metric = AdamMetric(self.trainable.optimizer, self.shard) if self._adam else None
+        gram = ops.sum_gram_(inner_products(self.shard, self._rows, metric), self.group)
+        weights, status = ops.solve(gram, aggregator)
+        combine_rows_(self.shard.pieces, self._rows, weights)
+        found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
+        clock.lap("aggregate")
+        if self._before is not None and found.status == ops.Status.OK:
+            self._remember(self._before)
+            clock.lap("actual_change")
+        return found
+
+    def _one_by_one(self, task: Task, clock: Clock) -> Tensor:
+        """Every objective's gradient into its row, all microbatches of one before the next objective."""
+        shared, last = self._shared, self.objectives - 1
+        with open_passes(self.trainable, task, shared) as passes:
+            if shared:
+                clock.lap("forward")
+            for index in range(self.objectives):
+                passes.gradient(one_hot(index, self.objectives))
+                if index != last:
+                    for kept, piece in zip(self._spare[index], self.shard.pieces, strict=True):
+                        kept.copy_(piece)
+                clock.lap(f"backward/{index}" if shared else f"forward_backward/{index}")
+            self._rows = [*self._spare, self.shard.pieces]
+            return passes.losses
+
+    def _take_turns(self, task: Task, clock: Clock) -> Tensor:
+        """Every microbatch's part of all gradients while its graph is there."""
+        buffer = RowBuffer(self.trainable, self.shard, self._spare)
+        losses = torch.zeros(self.objectives, dtype=torch.float64)
+        order = list(range(self.objectives))
+        for batch in task.microbatches:
+            graph = SharedGraph(self.trainable, task, batch)
+            clock.lap("forward")
+            for index in order:
+                buffer.bring(index)
+                graph.add_gradient(one_hot(index, self.objectives))
+                clock.lap(f"backward/{index}")
+            losses += graph.losses
+            order.reverse()  # the next microbatch begins with the sum that the buffer holds
+        self._rows = buffer.rows()
+        return losses
+
+    def predicted_norm(self, found: Direction) -> tuple[float, float]:
+        """``sqrt(w'Gw)`` where G is euclidean: it checks inner products and combination together.
+
+        Opposing gradients cancel, so what it can differ by is a share of ``sum w_i ||g_i||``.
+        """
+        if self._adam:
+            return super().predicted_norm(found)
+        square = float(found.weights @ found.gram @ found.weights)
+        return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())
+
+    # -- the change that the optimizer made ----------------------------------------------------------
+    @torch.no_grad()
+    def _remember(self, row: list[Tensor]) -> None:
+        """This rank's part of the parameters, as the optimizer holds them, into ``row``."""
+        for view, values in self._parameters(row):
+            view.copy_(values)
+
+    @torch.no_grad()
+    def change(self, found: Direction, norm: float) -> list[float] | None:
+        """``<parameters after - before, g_k>`` of every objective.
+
+        The buffer holds the combination by now, in whose place ``g_last = (d - sum w_k g_k) / w_last`` is
+        taken: NaN where w_last is 0.
+        """
+        if self._before is None:
+            return None
+        for view, values in self._parameters(self._before):
+            torch.sub(values, view, out=view)
+        products = self._products_with(self._before)
+        last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
+        # Megatron clips in place or in a copy: the norm tells what the buffer holds.
+        square = ops.sum_gram_(inner_products(self.shard, [self.shard.pieces]), self.group)
+        scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
+        weights = found.weights
+        others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
+        weight = float(weights[last])
+        products[last] = (products[last] / scale - others) / weight if weight and scale else math.nan
+        return products
+
+    def _products_with(self, row: Sequence[Tensor]) -> list[float]:
+        """Inner products of ``row`` with every row, over all ranks."""
+        products: list[float] = []
+        for start in range(0, self.objectives, _MOST_ROWS - 1):
+            block = [row, *self._rows[start : start + _MOST_ROWS - 1]]
+            gram = ops.sum_gram_(inner_products(self.shard, block), self.group)
+            products += gram[0, 1:].tolist()
+        return products
+
+    def _parameters(self, row: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(part of ``row``, the optimizer's own copy of the parameter there)."""
+        (inner,) = self.trainable.optimizer.chained_optimizers
+        held = {p: (start, main.detach().reshape(-1)) for p, main, start, _ in main_parameters(inner)}
+        found = []
+        for placement in self.shard.placements:
+            start, values = held[placement.parameter]
+            first = placement.first - start
+            length = placement.end - placement.start
+            found.append((self.shard.view(row, placement), values[first : first + length]))
+        return found
