@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gapo_mega import optional
+from gapo_mega.aggregation import diagnose
 from gapo_mega.config import LoggingConfig
 from gapo_mega.engine.base import GradientReport
 
@@ -47,20 +48,24 @@ def step_metrics(
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
     G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
-    first-order change of objective i for a plain gradient step of unit length factor along the
-    combined direction, before clipping: negative means that the step hurts this objective.
-    ``corner`` is 1 where one objective alone holds all the weight.
+    first-order gain of objective i for a plain gradient step of unit length factor along the combined
+    direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
+    where it was measured, is the gain by the change that the optimizer really made. ``corner`` is 1 where
+    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
     """
     count = len(names)
     assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
+    found = diagnose(gram, report.weights)
     metrics = _per_objective("reward", names, rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
     metrics |= _cosines(gram, norms, names)
     metrics |= _per_objective("weight", names, report.weights.tolist())
-    metrics |= _per_objective("predicted_change", names, (gram @ report.weights.double()).tolist())
+    metrics |= _per_objective("predicted_change", names, found.predicted_change.tolist())
+    if report.actual_change is not None:
+        metrics |= _per_objective("actual_change", names, report.actual_change)
     metrics["kl"] = kl
     metrics |= _per_objective("loss", names, report.losses)
     metrics |= {
@@ -68,7 +73,8 @@ def step_metrics(
         "clip_factor": report.clip_factor,
         "learning_rate": report.learning_rate,
         "skipped": float(report.skipped),
-        "corner": float(count > 1 and not report.skipped and int((report.weights != 0).sum()) == 1),
+        "corner": float(not report.skipped and found.corner),
+        "conflict": float(not report.skipped and found.conflict),
     }
     metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
     metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}

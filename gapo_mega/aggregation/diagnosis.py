@@ -19,7 +19,7 @@ class Diagnosis:
 
     ``corner``: some objective with a gradient got weight 0. For MGDA and GAPO the minimiser then lies
     on the boundary of the simplex and Theorems 3.1 and 3.3 hold for the other objectives only.
-    ``conflict``: some pair of gradients has a negative inner product.
+    ``opposed``: some pair of gradients has a negative inner product. ``conflict``: the step hurts an objective.
     """
 
     norms: Tensor  # [M] ||g_i||
@@ -27,9 +27,14 @@ class Diagnosis:
     predicted_change: Tensor  # [M] (G w)_i = <d, g_i>: change of objective i per unit step along d
     direction_norm: float  # ||d|| = sqrt(w' G w)
     corner: bool
-    conflict: bool
+    opposed: bool
     excluded: list[int]  # objectives with a zero gradient
     hurt: list[int]  # objectives with a negative predicted change
+
+    @property
+    def conflict(self) -> bool:
+        """Some objective has a negative predicted change."""
+        return bool(self.hurt)
 
 
 def diagnose(gram: Tensor, weights: Tensor) -> Diagnosis:
@@ -50,7 +55,7 @@ def diagnose(gram: Tensor, weights: Tensor) -> Diagnosis:
         predicted_change=predicted_change,
         direction_norm=float((weights @ predicted_change).clamp(min=0).sqrt()),
         corner=bool((active & (weights == 0)).any()),
-        conflict=bool((gram < 0).any()),
+        opposed=bool((gram < 0).any()),
         excluded=excluded,
         hurt=(predicted_change < -rounding).nonzero().flatten().tolist(),
     )

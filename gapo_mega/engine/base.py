@@ -58,7 +58,8 @@ class GradientReport:
     skipped: bool = False  # True: a gradient was not finite, parameters untouched
     nonfinite: list[int] = field(default_factory=list)  # objectives with a non-finite gradient
     excluded: list[int] = field(default_factory=list)  # objectives with a zero gradient
-    # <parameters after - before, g_k> per objective, where measured; NaN where it cannot be told
+    # <parameters before - after, g_k>: first-order gain of every objective by the change that the optimizer
+    # really made, where measured; NaN where it cannot be told
     actual_change: list[float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, aggregate, optimizer
 

@@ -230,7 +230,7 @@ def test_diagnosis_of_a_known_step() -> None:
     # -3 / 5, rounded twice.
     torch.testing.assert_close(found.cosines[0], torch.tensor([1.0, -0.6, 0.0]).double(), rtol=1e-7, atol=0)
     assert found.excluded == [2]
-    assert found.conflict
+    assert found.opposed and found.conflict
     assert found.hurt == [1]  # direction (1, 4): against (-1, 0)
     assert not found.corner  # the third has weight 0 because it has no gradient
 
@@ -239,6 +239,7 @@ def test_diagnosis_tells_a_corner() -> None:
     gram = torch.tensor([[1.0, 2.0], [2.0, 16.0]], dtype=torch.float64)  # cos 1/2 > 1/4
     assert diagnose(gram, build("mgda")(gram)).corner
     assert not diagnose(gram, build("gapo")(gram)).corner
+    assert not diagnose(gram, build("gapo")(gram)).conflict
 
 
 def test_diagnosis_passes_numbers_that_are_not_finite_on() -> None:

@@ -106,7 +106,7 @@ class GradientStrategy(ABC):
         )
 
     def change(self, found: Direction, norm: float) -> list[float] | None:
-        """``<parameters after - before, g_k>`` per objective, for strategies that measure it."""
+        """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
         return None
 
     def _update(self) -> float:

@@ -130,7 +130,7 @@ class Shards(GradientStrategy):
 
     @torch.no_grad()
     def change(self, found: Direction, norm: float) -> list[float] | None:
-        """``<parameters after - before, g_k>`` of every objective.
+        """``<parameters before - after, g_k>`` of every objective.
 
         The buffer holds the combination by now, in whose place ``g_last = (d - sum w_k g_k) / w_last`` is
         taken: NaN where w_last is 0.
@@ -138,7 +138,7 @@ class Shards(GradientStrategy):
         if self._before is None:
             return None
         for view, values in self._parameters(self._before):
-            torch.sub(values, view, out=view)
+            view.sub_(values)
         products = self._products_with(self._before)
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the norm tells what the buffer holds.
