@@ -19,7 +19,8 @@ class Diagnosis:
 
     ``corner``: some objective with a gradient got weight 0. For MGDA and GAPO the minimiser then lies
     on the boundary of the simplex and Theorems 3.1 and 3.3 hold for the other objectives only.
-    ``opposed``: some pair of gradients has a negative inner product. ``conflict``: the step hurts an objective.
+    ``opposed``: some pair of gradients has a negative inner product. ``conflict``: the step hurts an
+    objective.
     """
 
     norms: Tensor  # [M] ||g_i||

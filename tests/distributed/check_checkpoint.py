@@ -20,7 +20,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
-from gapo_mega.engine.megatron import checkpoint, groups
+from gapo_mega.engine.megatron import checkpoint
 from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.engine.megatron.forward import forward_backward
@@ -28,6 +28,7 @@ from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience
+from tests.distributed import worlds
 
 ROWS, COLUMNS, HEADS = 8, 12, 2
 STEPS = 3
@@ -216,7 +217,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     Other arguments: directory, optimizer (a section), dtype, tied, vocab.
     """
     directory = Path(args["directory"])
-    in_groups = groups.initialize(*args["save"], seed=1)
+    in_groups = worlds.enter(*args["save"], seed=1)
     original = Run(args, in_groups, seed=1)
     for _ in range(STEPS):
         original.random_step()
@@ -240,13 +241,10 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     reference = _losses_after_loading(args, in_groups, directory, saved)
     forgetful = _losses_after_loading(args, in_groups, directory, saved, forget=True)
     result["losses_without_state"] = _relative(forgetful["losses"], reference["losses"])
-    groups.shutdown(world_too=False)
-
     for layout in args["load"]:
-        found = _losses_after_loading(args, groups.initialize(*layout, seed=3), directory, saved)
+        found = _losses_after_loading(args, worlds.enter(*layout, seed=3), directory, saved)
         found["losses"] = _relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
-        groups.shutdown(world_too=False)
     return result
 
 

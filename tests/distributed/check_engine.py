@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.config import Config
-from gapo_mega.engine.megatron import groups
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.losses import policy_loss_sum, value_loss_sum
 from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from gapo_mega.types import Experience
+from tests.distributed import worlds
 
 OBJECTIVES = 3
 ROWS, COLUMNS = 8, 21  # odd: sequence parallelism has to pad
@@ -86,7 +86,10 @@ def build_engine(config: Config, with_critic: bool = False) -> MegatronEngine:
     """An engine over this world."""
     source = Path(config.model.path)
     shape = shape_of(HFDirectory(source).config)
-    return MegatronEngine(config, shape, source, pad_id=0, eos_ids=[2], with_critic=with_critic)
+    existing = worlds.enter(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    return MegatronEngine(
+        config, shape, source, pad_id=0, eos_ids=[2], with_critic=with_critic, existing=existing
+    )
 
 
 def local_part(batch: Experience, engine: MegatronEngine) -> Experience:
@@ -108,7 +111,6 @@ def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
     sums = engine.sum_over_data(
         torch.stack([values_MBT.sum((1, 2)), values_MBT.square().sum((1, 2))]).double()
     )
-    groups.shutdown(world_too=False)
     return {"losses": losses, "values": sums.tolist()}
 
 
@@ -128,7 +130,6 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     reports = [engine.update_policy(batch, loss, aggregator) for _ in range(arguments["steps"])]
     export = Path(arguments["export"])
     engine.export_hf(export)
-    groups.shutdown(world_too=False)
     return {
         "world": dist.get_world_size(),
         "losses": [r.losses for r in reports],

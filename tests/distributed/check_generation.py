@@ -18,6 +18,7 @@ from gapo_mega.engine.megatron.generate import MegatronGenerator
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience, Generation, bare_experience
+from tests.distributed import worlds
 
 LENGTHS = (6, 1, 11, 4, 6, 9, 2)
 
@@ -53,7 +54,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     directory = Path(arguments["model"])
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = groups.initialize(layout.tensor, layout.pipeline, seed=3)
+    world = worlds.enter(layout.tensor, layout.pipeline)
     shape = shape_of(HFDirectory(directory).config)
     with megatron_device():
         model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
@@ -89,5 +90,4 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
             }
         )
     dist.barrier()
-    groups.shutdown(world_too=False)
     return {"runs": results}

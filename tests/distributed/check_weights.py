@@ -17,6 +17,7 @@ from gapo_mega.engine.megatron import build, forward, groups, weights
 from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience
+from tests.distributed import worlds
 
 
 def batch_of(tokens_BT: Tensor) -> Experience:
@@ -51,11 +52,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     names of exported tensors that do not equal the originals bit by bit.
     """
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = groups.initialize(layout.tensor, layout.pipeline, seed=3)
-    try:
-        return _check(arguments, layout, world)
-    finally:
-        groups.shutdown(world_too=False)
+    return _check(arguments, layout, worlds.enter(layout.tensor, layout.pipeline))
 
 
 def _check(arguments: dict[str, Any], layout: ParallelConfig, world: groups.Groups) -> dict[str, Any]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 def main() -> None:
     import torch.distributed as dist
 
-    from gapo_mega.engine.megatron import groups
+    from tests.distributed import worlds
 
     jobs: list[list[Any]] = json.loads(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
@@ -30,9 +30,10 @@ def main() -> None:
         except Exception:  # reported to the test, which fails with it
             results.append({"error": traceback.format_exc()})
             print(f"rank {dist.get_rank()}: {results[-1]['error']}", file=sys.stderr, flush=True)
-            groups.shutdown(world_too=False)
+            worlds.leave()
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    worlds.leave()
     dist.destroy_process_group()
 
 

@@ -19,8 +19,8 @@ import torch
 
 from gapo_mega.checkpoints import MARKER, CheckpointFolder, StopOnSignal
 from gapo_mega.engine.base import Layout
-from gapo_mega.engine.megatron import checkpoint, groups
-from tests.distributed import check_checkpoint
+from gapo_mega.engine.megatron import checkpoint
+from tests.distributed import check_checkpoint, worlds
 from tests.distributed.check_checkpoint import Run
 
 ALONE = Layout(world=1, rank=0, tensor=1, pipeline=1, data=1, data_rank=0, tensor_rank=0, pipeline_rank=0)
@@ -127,6 +127,7 @@ import sys, itertools
 from pathlib import Path
 from gapo_mega.checkpoints import CheckpointFolder
 from gapo_mega.engine.base import Layout
+from tests.distributed import worlds
 def write_numbers(directory):
     (directory / "sub").mkdir()
     for number in range(20):
@@ -183,7 +184,7 @@ def test_second_interrupt_is_an_interrupt() -> None:
 @pytest.fixture
 def world() -> Iterator[None]:
     yield
-    groups.shutdown()
+    worlds.leave()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_resumed_run_is_the_same_bit_for_bit(
 
 
 def test_saved_before_the_first_step(tmp_path: Path, world: None) -> None:
-    alone = groups.initialize(1, 1, seed=1)
+    alone = worlds.enter(1, 1)
     original = Run({}, alone, seed=1)
     checkpoint.save(tmp_path, original.trainables, {}, alone)
     resumed = Run({}, alone, seed=2)
@@ -224,7 +225,7 @@ def test_saved_before_the_first_step(tmp_path: Path, world: None) -> None:
 
 
 def test_every_parameter_counts_its_own_steps(tmp_path: Path, world: None) -> None:
-    alone = groups.initialize(1, 1, seed=1)
+    alone = worlds.enter(1, 1)
     original = Run({}, alone, seed=1)
     original.step(1)
     checkpoint.save(tmp_path, original.trainables, {}, alone)
@@ -237,7 +238,7 @@ def test_every_parameter_counts_its_own_steps(tmp_path: Path, world: None) -> No
 
 
 def test_hyper_parameters_are_the_new_run_s(tmp_path: Path, world: None) -> None:
-    alone = groups.initialize(1, 1, seed=1)
+    alone = worlds.enter(1, 1)
     original = Run({"optimizer": {"lr": 1e-2}}, alone, seed=1)
     for seed in range(10):
         original.step(seed)
@@ -252,7 +253,7 @@ def test_hyper_parameters_are_the_new_run_s(tmp_path: Path, world: None) -> None
 def test_random_states_stay_with_their_layout(
     tmp_path: Path, world: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone = groups.initialize(1, 1, seed=1)
+    alone = worlds.enter(1, 1)
     run = Run({}, alone, seed=1)
     checkpoint.save(tmp_path, run.trainables, {}, alone)
     common = torch.load(tmp_path / "common.pt")
@@ -267,7 +268,7 @@ def test_random_states_stay_with_their_layout(
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path, world: None) -> None:
-    alone = groups.initialize(1, 1, seed=1)
+    alone = worlds.enter(1, 1)
     run = Run({}, alone, seed=1)
     with pytest.raises(ValueError, match="nowhere"):
         checkpoint.load(tmp_path / "nowhere", run.trainables, alone)

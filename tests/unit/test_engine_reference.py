@@ -10,10 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation
-from gapo_mega.engine.megatron import groups
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
-from tests.distributed import check_engine
+from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
 
 LEARNING_RATE = 0.05
@@ -24,7 +23,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MegatronE
     tiny_llama(tmp_path / "model", tied=request.param == "tied")
     sgd = {"name": "sgd", "distributed": False, "lr": LEARNING_RATE}
     yield check_engine.build_engine(check_engine.make_config(str(tmp_path / "model"), {}, sgd))
-    groups.shutdown(world_too=False)
+    worlds.leave()
 
 
 def _autograd(model: LlamaForCausalLM, batch: Experience) -> tuple[torch.Tensor, torch.Tensor]:

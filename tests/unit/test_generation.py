@@ -21,6 +21,7 @@ from gapo_mega.engine.megatron.generate import MegatronGenerator
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation
+from tests.distributed import worlds
 from tests.tiny import tiny_llama, tiny_mistral
 
 SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
@@ -41,8 +42,8 @@ MODELS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def world() -> Iterator[groups.Groups]:
-    yield groups.initialize(1, 1, seed=1)
-    groups.shutdown()
+    yield worlds.enter(1, 1)
+    worlds.leave()
 
 
 @pytest.fixture(scope="module", params=MODELS)

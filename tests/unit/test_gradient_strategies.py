@@ -13,12 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation
-from gapo_mega.engine.megatron import groups
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.passes import Passes
-from gapo_mega.engine.megatron.single import nearest_gram, proportion
 from gapo_mega.types import Experience
-from tests.distributed import check_engine
+from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
 
 RATE = 0.05
@@ -47,6 +44,12 @@ SCOPED: list[tuple[str, dict[str, Any], int, float]] = [
 CASES = [pytest.param(*case[1:], id=case[0]) for case in FULL + SCOPED]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_world() -> Iterator[None]:
+    yield
+    worlds.leave()
+
+
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("strategies") / request.param
@@ -62,7 +65,6 @@ def engine_of(
         str(model), {}, optimizer, gradients=gradients, micro_batch_size=micro_batch, **sections
     )
     yield check_engine.build_engine(config)
-    groups.shutdown(world_too=False)
 
 
 class Reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega import aggregation
-from tests.distributed import check_engine
+from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
 from tests.unit.test_gradient_strategies import PARTS, WHOLE, Reference, engine_of, error, flat
 
@@ -19,10 +20,11 @@ ADAM = {"name": "adam", "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": EPS}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("metric") / "model"
     tiny_llama(directory)
-    return directory
+    yield directory
+    worlds.leave()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.engine.megatron import build, groups, weights
+from gapo_mega.engine.megatron import build, weights
 from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
+from tests.distributed import worlds
 from tests.tiny import tiny_llama, tiny_mistral
 
 # Relative to the greatest logit, in fp32: both sides sum in different orders, which gives about
@@ -28,9 +29,9 @@ TOKENS_BT = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_se
 
 @pytest.fixture(scope="module", autouse=True)
 def single_process() -> Iterator[None]:
-    groups.initialize(1, 1, seed=1)
+    worlds.enter(1, 1)
     yield
-    groups.shutdown()
+    worlds.leave()
 
 
 def load(directory: Path, value_heads: int | None = None) -> GPTModel:

@@ -37,6 +37,7 @@ class MegatronEngine:
         pad_id: int,
         eos_ids: list[int],
         with_critic: bool,
+        existing: groups.Groups | None = None,
     ) -> None:
         """Build every model of the run and load its weights.
 
@@ -44,11 +45,13 @@ class MegatronEngine:
             source: the policy's Hugging Face directory, of shape ``shape``.
             pad_id, eos_ids: of the policy's tokenizer.
             with_critic: the advantage estimator needs values.
+            existing: groups of this layout, from an engine before this one; none: they are made here.
         """
         self._config = config
         self._shape = shape
         self._source = source
-        self.groups = groups.initialize(config.parallel.tensor, config.parallel.pipeline, config.seed)
+        self.groups = existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline)
+        groups.seed(config.seed)
         self.layout = self.groups.layout
         with megatron_device():
             updates = config.steps * config.algorithm.ppo_epochs * config.algorithm.minibatches

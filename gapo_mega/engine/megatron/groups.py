@@ -52,7 +52,7 @@ class Groups:
         return result
 
 
-def initialize(tensor: int, pipeline: int, seed: int) -> Groups:
+def initialize(tensor: int, pipeline: int) -> Groups:
     """Start torch.distributed (when not started) and Megatron's parallel state.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them, a world of one.
@@ -75,7 +75,6 @@ def initialize(tensor: int, pipeline: int, seed: int) -> Groups:
             pipeline_model_parallel_size=pipeline,
             distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
         )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     layout = Layout(
         world=world,
         rank=dist.get_rank(),
@@ -87,6 +86,12 @@ def initialize(tensor: int, pipeline: int, seed: int) -> Groups:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
     return Groups(layout, data=_data_group(layout), replica=_replica_group(layout))
+
+
+def seed(value: int) -> None:
+    """Random numbers of the model-parallel regions: the same over data ranks, others per tensor rank."""
+    with megatron_device():
+        tensor_parallel.model_parallel_cuda_manual_seed(value, force_reset_rng=True)
 
 
 def shutdown(world_too: bool = True) -> None:
