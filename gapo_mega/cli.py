@@ -86,7 +86,7 @@ def train(
     if nproc is not None and launch.under_torchrun():
         raise ValueError(f"--nproc: found {nproc} inside torchrun, which has started the processes already")
     if dry_run:
-        _plan(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
+        _dry_run(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
     elif nproc is not None:
         from gapo_mega.preflight import check
 
@@ -97,6 +97,32 @@ def train(
         from gapo_mega.trainer import train as run
 
         run(settings)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as parallel.tensor=8."),
+    ] = None,
+    world: Annotated[int, typer.Option(min=1, help="Number of processes to plan for.")] = 1,
+    device_gib: Annotated[
+        float | None, typer.Option(min=0, help="Also tell whether a rank fits into a device of this size.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bytes, for programs.")] = False,
+) -> None:
+    """Predict the memory of every rank in a layout, without the model's weights or any device."""
+    import json
+
+    from gapo_mega.config_loading import load
+    from gapo_mega.plan_report import make_plan
+
+    run = make_plan(load(config, overrides or []), world)
+    if as_json:
+        print(json.dumps(run.as_dict(device_gib), indent=2))
+    else:
+        print("\n".join([*run.lines(), run.fullest(device_gib)]))
 
 
 @app.command()
@@ -117,6 +143,75 @@ def convert(
 
     import_gguf(source, target, overwrite=overwrite)
     print(f"wrote {target}")
+
+
+@app.command()
+def audit(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, finished or running.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Show only this method; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write audit.csv and audit.png, if not RUN_DIR/audit."),
+    ] = None,
+) -> None:
+    """Tell, without training, what every aggregation method would have done at each step of a run."""
+    from gapo_mega.evaluation.audit import run_audit
+
+    run_audit(run_dir, method or [], out)
+
+
+benchmark = typer.Typer(help="Measure what parts of a training cost on this machine.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command()
+def step(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="YAML file of a run: model, layout, lengths.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
+    ] = None,
+    objectives: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="Numbers of objectives; may be repeated. [2 4]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every strategy.")] = 5,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("step-benchmark.json"),
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+    ] = None,
+) -> None:
+    """Time and memory of every gradient strategy, as a ratio to the step with one objective."""
+    from gapo_mega import launch
+    from gapo_mega.config_loading import load
+    from gapo_mega.preflight import check
+
+    settings, counts = load(config, overrides or []), objectives or [2, 4]
+    if nproc is not None:
+        if launch.under_torchrun():
+            raise ValueError(
+                f"--nproc: found {nproc} inside torchrun, which has started the processes already"
+            )
+        check(settings, nproc)
+        options = [f"--objectives={count}" for count in counts]
+        arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]
+        launch.start(nproc, ["benchmark", "step", *arguments, *(overrides or [])])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = check(settings, world)
+    _quiet_other_ranks()
+    from gapo_mega import step_benchmark_report as report
+    from gapo_mega.step_benchmark import StepBenchmark
+
+    run = StepBenchmark(settings, shape, counts)
+    run.run(rounds)
+    if run.engine.layout.is_main:
+        result = {**report.circumstances(settings, world, rounds), **run.result()}
+        report.write(out, result)
+        report.print_table(result)
+        print(f"written: {out}")
+    run.engine.close()
 
 
 @app.command()
@@ -153,36 +248,16 @@ def _installed(package: str) -> str:
         return "(not installed)"
 
 
-def _plan(config: Config, world_size: int) -> None:
+def _dry_run(config: Config, world_size: int) -> None:
     """Print the run as it would be: YAML, with layout and memory as comments below it."""
     from gapo_mega.config_loading import to_yaml
-    from gapo_mega.layout_checks import data_parallel_size
-    from gapo_mega.memory_plan import predict
-    from gapo_mega.preflight import check
+    from gapo_mega.plan_report import make_plan
 
-    shape = check(config, world_size)
+    run = make_plan(config, world_size)
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    data = data_parallel_size(config, world_size)
-    parallel, rollout = config.parallel, config.rollout
-    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-    minibatch = sequences // data // config.algorithm.minibatches
     print(to_yaml(config))
-    print(
-        f"# layout: {world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-        f"x data {data}"
-    )
-    print(
-        f"# step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
-        "sequences, "
-        f"{sequences // data} on a data-parallel rank"
-    )
-    print(
-        f"# updates of a step: {config.algorithm.ppo_epochs} epochs x {config.algorithm.minibatches} "
-        "minibatches of "
-        f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a data-parallel rank"
-    )
-    for line in predict(config, shape, world_size).table().splitlines():
+    for line in run.lines():
         print(f"# {line}")
 
 

@@ -7,7 +7,7 @@ heads?) are in ``layout_checks.py``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -164,6 +164,9 @@ class CriticConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
 
 
+LayerRange = Annotated[list[int], Field(min_length=2, max_length=2)]  # [first, end)
+
+
 class GradientConfig(Section):
     """How per-objective gradients are measured, held and checked."""
 
@@ -183,7 +186,7 @@ class GradientConfig(Section):
         "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one "
         "microbatch, or one data rank), else separate",
     )
-    scope: Literal["full", "last_layer", "last_block"] | list[tuple[int, int]] = Field(
+    scope: Literal["full", "last_layer", "last_block"] | list[LayerRange] = Field(
         "full",
         description="parameters that enter the inner products; the update is always of all. last_layer: the "
         "output layer (the paper's choice); last_block: with the last transformer layer; "
@@ -229,7 +232,7 @@ class GradientConfig(Section):
         return self
 
     @staticmethod
-    def _check_ranges(ranges: list[tuple[int, int]]) -> None:
+    def _check_ranges(ranges: list[LayerRange]) -> None:
         ends = [0, *(end for _, end in ranges)]
         if not ranges or any(not before <= r[0] < r[1] for before, r in zip(ends, ranges, strict=False)):
             raise ValueError(

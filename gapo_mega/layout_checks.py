@@ -29,7 +29,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
     _check_model_split(config, shape)
     data_parallel = data_parallel_size(config, world_size)
     _check_batches(config, data_parallel)
-    _check_gradients(config, shape, data_parallel)
+    check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)
     _check_advantages(config)
 
@@ -81,7 +81,8 @@ def _check_batches(config: Config, data_parallel: int) -> None:
         )
 
 
-def _check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
+def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
+    """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
     gradients = config.gradients
     if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
         raise ValueError(

@@ -1,38 +1,33 @@
-"""Predicts the memory of a rank before anything is allocated.
+"""Predicts the memory of a rank before anything is allocated; see docs/memory.md for measurements.
 
-Parameters, gradients and optimizer state follow from the shapes exactly, but for the padding of Megatron's
-buckets (below 0.1 %). Activations are an estimate: per layer, token and sequence, in units of the compute
-type,
+Parameters, gradients, optimizer state and rows follow from the shapes exactly, but for the padding of
+Megatron's buckets (each parameter begins at a multiple of 64 elements, each bucket ends at one of 128 per
+data rank: 0.1 % of the smallest models). Rows of objectives: what ``gradients`` asks for, with the copy of
+the parameters that ``actual_change`` needs. ``activation_plan.py`` says what a training pass holds.
 
-    4 d                                inputs and outputs of the two norms
-    + (2 h + 2 k) c / t                query, key, value and the attention's output
-    + 4 f / t                          gate, up, the gate's activation and the product
-    + 2 T h / t, and T h / t in fp32   scores, masked scores; softmax (none with selective recomputation)
-
-with d hidden, h heads, k key-value groups of size c, f feed-forward, t tensor-parallel size (d is divided by
-it with sequence parallelism) and T tokens. Full recomputation keeps d per layer and one layer's worth. A
-pipeline stage holds up to ``pipeline - stage`` microbatches at once. The last stage adds the logits: 3 V / t
-in fp32 (logits, their softmax, its gradient). What the attention kernels of Transformer Engine do not
-materialise is not subtracted.
+Not counted: what a GPU's allocator keeps in reserve, buffers of the communication library (gloo copies the
+gradient buffer in the reduction of the distributed optimizer), temporaries of the optimizer's step, and what
+scopes last_layer and last_block need to form the output layer's rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from gapo_mega.activation_plan import FP32, VOCABULARY_DIVISOR, activation_peak
 from gapo_mega.config import Config, OptimizerConfig
+from gapo_mega.gradient_choice import forward_kind, measures_change, microbatches
 from gapo_mega.layout_checks import data_parallel_size
 from gapo_mega.models.shape import ModelShape
 
-VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
-FP32 = 4
 MIB = 1 << 20
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes of one rank of a pipeline stage; all tensor and data ranks of a stage are alike."""
+    """Bytes of one rank of a pipeline stage: of the fullest, if its tensor and data ranks differ."""
 
     stage: int
     policy_parameters: int  # elements
@@ -74,13 +69,18 @@ class MemoryPlan:
         """Bytes of the fullest rank."""
         return max(stage.peak for stage in self.stages)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: bytes by kind of every stage, and of the fullest rank."""
+        stages = [asdict(s) | {"resident": s.resident, "peak": s.peak} for s in self.stages]
+        return {"stages": stages, "peak": self.peak}
+
     def table(self) -> str:
         """Rows of kinds, columns of pipeline stages, in GiB (MiB for small models)."""
         kinds = {
             "parameters": [s.parameters for s in self.stages],
             "gradients (fp32)": [s.gradients for s in self.stages],
             "optimizer state": [s.optimizer for s in self.stages],
-            "rows of other objectives": [s.objective_rows for s in self.stages],
+            "rows of objectives": [s.objective_rows for s in self.stages],
             "reference": [s.reference for s in self.stages],
             "critic": [s.critic for s in self.stages],
             "KV cache (generation)": [s.kv_cache for s in self.stages],
@@ -116,17 +116,20 @@ def critic_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int,
 
 
 def _backbone_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
-    query, key = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
-    split = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn
-    if shape.qkv_bias:
-        split += query + 2 * key
-    layer = split // tensor + 2 * shape.hidden  # norms are held by every tensor rank
-    total = layer * (shape.num_layers // pipeline)
+    total = _layer_parameters(shape, tensor) * (shape.num_layers // pipeline)
     if stage == 0:
         total += _embedding_parameters(shape, tensor)
     if stage == pipeline - 1:
         total += shape.hidden  # final norm
     return total
+
+
+def _layer_parameters(shape: ModelShape, tensor: int) -> int:
+    query, key = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
+    split = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn
+    if shape.qkv_bias:
+        split += query + 2 * key
+    return split // tensor + 2 * shape.hidden  # norms are held by every tensor rank
 
 
 def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
@@ -137,20 +140,44 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int) -> StagePla
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
-    objectives = len(config.objectives)
-    shard = count // data if config.optimizer.distributed else count
+    shared = forward_kind(config, data) == "shared"
     return StagePlan(
         stage=stage,
         policy_parameters=count,
         parameters=count * item,
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
-        objective_rows=(objectives - 1) * shard * FP32,
+        objective_rows=_rows(config, shape, count // data if config.optimizer.distributed else count, stage),
         reference=count * item,
         critic=_critic(config, shape, data, stage),
         kv_cache=_kv_cache(config, shape, data),
-        activations=_activations(config, shape, data, stage),
+        activations=activation_peak(config, shape, stage, microbatches(config, data), shared),
     )
+
+
+def _rows(config: Config, shape: ModelShape, shard: int, stage: int) -> int:
+    """Gradients beside Megatron's own buffer, which holds one; ``shard``: elements that a rank owns."""
+    gradients, others = config.gradients, len(config.objectives) - 1
+    if gradients.store == "single":
+        return 0
+    if gradients.scope == "full":
+        item = 2 if gradients.store_dtype == "bf16" else FP32
+        return others * shard * item + (shard * FP32 if measures_change(config) else 0)
+    rows = others * FP32 * min(shard, _in_scope(config, shape, stage))
+    if gradients.scope in ("last_layer", "last_block") and stage == config.parallel.pipeline - 1:
+        rows += len(config.objectives) * FP32 * _embedding_parameters(shape, config.parallel.tensor)
+    return rows
+
+
+def _in_scope(config: Config, shape: ModelShape, stage: int) -> int:
+    """Parameters of a stage's transformer layers in ``gradients.scope``: they may all be one data rank's."""
+    scope = config.gradients.scope
+    last = [(shape.num_layers - 1, shape.num_layers)] if scope == "last_block" else []
+    ranges = last if isinstance(scope, str) else scope
+    count = shape.num_layers // config.parallel.pipeline
+    own = range(stage * count, (stage + 1) * count)
+    layers = sum(first <= layer < end for layer in own for first, end in ranges)
+    return layers * _layer_parameters(shape, config.parallel.tensor)
 
 
 def _critic(config: Config, shape: ModelShape, data: int, stage: int) -> int:
@@ -185,27 +212,3 @@ def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:
 
 def _longest(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
-
-
-def _activations(config: Config, shape: ModelShape, data: int, stage: int) -> int:
-    """The module's formula; see there."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    item, length = _item_size(config), _longest(config)
-    residual = shape.hidden // tensor if config.parallel.sequence_parallel else shape.hidden
-    attention = 2 * (shape.heads + shape.kv_groups) * shape.head_dim
-    layer = (4 * residual + (attention + 4 * shape.ffn) // tensor) * item
-    scores = length * shape.heads // tensor * (2 * item + FP32)
-    if config.model.recompute == "none":
-        layer += scores
-    layers = shape.num_layers // pipeline
-    tokens = config.micro_batch_size * length
-    rollout = config.rollout
-    sequences = rollout.prompts_per_step // data * rollout.samples_per_prompt // config.algorithm.minibatches
-    in_flight = min(pipeline - stage, sequences // config.micro_batch_size)
-    if config.model.recompute == "full":
-        held = tokens * (layers * residual * item * in_flight + layer + scores)
-    else:
-        held = tokens * layers * layer * in_flight
-    if stage == pipeline - 1:
-        held += tokens * 3 * FP32 * shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
-    return held

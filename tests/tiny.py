@@ -71,8 +71,14 @@ def tiny_mistral(directory: Path, *, window: int | None = None, vocab: int = 200
 
 
 def tiny_chat_model(directory: Path, tokenizer_source: Path, family: str = "llama") -> None:
-    """A tiny random model with the tokenizer and chat template of a real one."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
+    """A tiny random model, with the chat template and special tokens of a real tokenizer.
+
+    The vocabulary is learned anew and small: with 49,152 rows the logits would cost more than all the rest.
+    """
+    original = AutoTokenizer.from_pretrained(tokenizer_source)
+    text = Path(__file__).read_text(encoding="utf-8").splitlines()
+    tokenizer = original.train_new_from_iterator([text], vocab_size=700)
+    assert tokenizer.chat_template == original.chat_template and tokenizer.eos_token == original.eos_token
     if family == "llama":
         model = tiny_llama(directory, vocab=len(tokenizer), tied=True)
     else:

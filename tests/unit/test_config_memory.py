@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
 
+from gapo_mega.activation_plan import VOCABULARY_DIVISOR, Block, Counter, sizes_of
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
-from gapo_mega.memory_plan import VOCABULARY_DIVISOR, critic_parameters, predict, stage_parameters
+from gapo_mega.memory_plan import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
 from gapo_mega.models import ModelShape, shape_of
+from gapo_mega.plan_report import RunPlan
 
 SIZES = {
     "num_hidden_layers": 6,
@@ -129,3 +131,86 @@ def test_recomputation_saves_and_the_table_shows_every_stage() -> None:
         first.parameters / 2**30, abs=5e-3
     )  # printed to 2 digits
     assert plans["none"].peak == max(first.peak, last.peak)
+
+
+def test_rows_of_every_gradient_strategy() -> None:
+    shape = shape_of(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    count, layer = (
+        stage_parameters(shape, 1, 1, 0),
+        48 * (4 + 2 * 2) * 16 + 4 * 16 * 48 + 3 * 48 * 96 + 2 * 48,
+    )
+    output = 256 * 48
+
+    def rows(world: int = 1, pipeline: int = 1, stage: int = 0, **gradients: Any) -> int:
+        plan = predict(config(parallel={"pipeline": pipeline}, gradients=gradients), shape, world)
+        return plan.stages[stage].objective_rows
+
+    assert rows() == 2 * 4 * count  # three objectives, one of them in Megatron's buffer
+    assert rows(world=2) == 2 * 4 * (count // 2)
+    assert rows(store_dtype="bf16") == 2 * 2 * count
+    assert rows(store="single") == 0
+    assert rows(metric="adam") == 3 * 4 * count  # and the parameters before the step
+    assert rows(metric="adam", actual_change=False) == 2 * 4 * count
+    assert rows(scope="last_layer") == 3 * 4 * output
+    assert rows(scope="last_block") == 3 * 4 * output + 2 * 4 * layer
+    assert rows(scope=[[0, 1], [4, 6]]) == 2 * 4 * 3 * layer
+    # Three layers a stage: the output layer and the last layer are on the last one.
+    assert [rows(world=2, pipeline=2, stage=s, scope="last_block") for s in (0, 1)] == [
+        0,
+        3 * 4 * output + 2 * 4 * layer,
+    ]
+    # A data rank's shard may be all of the layers in scope, but not more than a shard.
+    assert rows(world=2, scope=[[0, 1]]) == 2 * 4 * layer
+    assert rows(world=2, scope=[[0, 6]]) == 2 * 4 * (count // 2)
+
+
+def test_counter_of_blocks() -> None:
+    blocks = [Block(saved=4, forward=5, backward=7), Block(saved=2, forward=9, backward=3)]
+    counter = Counter()
+    counter.forward(blocks)
+    assert (counter.held, counter.peak) == (6, 4 + 9)
+    counter.backward(blocks, keep=True)
+    assert (counter.held, counter.peak) == (6, 13)  # 6 + 7: nothing was freed before the first block
+    counter.backward(blocks)
+    assert (counter.held, counter.peak) == (0, 13)  # 4 + 7 after the second was
+
+
+def test_sizes_of_a_rank() -> None:
+    settings = config(
+        parallel={"tensor": 2, "sequence_parallel": True}, micro_batch_size=3, rollout={"max_new_tokens": 29}
+    )
+    shape = shape_of(LlamaConfig(**(SIZES | {"vocab_size": 200})))
+    sizes = sizes_of(settings, shape)
+    tokens = 3 * 130  # 129, padded to a multiple of the tensor-parallel size
+    assert sizes.residual == tokens * 48 // 2 and sizes.hidden == sizes.gathered == tokens * 48
+    assert sizes.query == tokens * 4 * 16 // 2 and sizes.key == tokens * 2 * 16 // 2
+    assert sizes.scores == tokens * 130 * 4 // 2
+    assert sizes.logits == tokens * 128 and sizes.chosen == 3 * 29 * 128  # 200 padded to 2 x 128
+    assert sizes.padded and sizes.grouped and sizes.bf16
+
+
+def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:
+    shape = shape_of(LlamaConfig(**SIZES))
+
+    def activations(prompts: int) -> list[int]:
+        rollout = {"prompts_per_step": prompts, "samples_per_prompt": 2, "max_new_tokens": 28}
+        settings = config(parallel={"pipeline": 3}, micro_batch_size=2, rollout=rollout)
+        return [stage.activations for stage in predict(settings, shape, 3).stages]
+
+    one, many = activations(1), activations(8)
+    assert one[0] == pytest.approx(one[1], rel=0.1)  # one microbatch everywhere
+    assert many[0] > 1.3 * many[1] > 1.3 * one[1]  # three of them, two, and one
+    assert activations(3)[0] == many[0]
+
+
+def test_plan_tells_whether_the_fullest_rank_fits() -> None:
+    stage = StagePlan(0, 0, GIB, GIB, 0, 0, 0, 0, kv_cache=GIB, activations=GIB // 2)
+    run = RunPlan(config(), 1, MemoryPlan([stage, stage]))
+    assert run.fullest(None) == "fullest rank: 3.00 GiB"
+    assert run.fullest(3.0) == "fullest rank: 3.00 GiB, fits into 3 GiB"
+    assert run.fullest(2.5).endswith("does not fit into 2.5 GiB")
+    assert run.lines()[0] == "layout: 1 processes = tensor 1 x pipeline 1 x data 1"
+    found = run.as_dict(2.5)
+    assert found["fits"] is False and run.as_dict(None)["fits"] is None
+    assert found["peak"] == 3 * GIB and found["stages"][1]["resident"] == 2 * GIB
+    assert found["layout"] == {"tensor": 1, "pipeline": 1, "data": 1} and found["world"] == 1

@@ -48,7 +48,7 @@ class MegatronEngine:
             existing: groups of this layout, from an engine before this one; none: they are made here.
         """
         self._config = config
-        self._shape = shape
+        self.shape = shape
         self._source = source
         self.groups = existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline)
         groups.seed(config.seed)
@@ -70,8 +70,8 @@ class MegatronEngine:
 
     # -- building ----------------------------------------------------------------------------------
     def _language_model(self) -> GPTModel:
-        model = build_gpt(self._shape, self._config.model, self._config.parallel)
-        weights.load_hf(model, self._shape, self._source)
+        model = build_gpt(self.shape, self._config.model, self._config.parallel)
+        weights.load_hf(model, self.shape, self._source)
         return model
 
     def _critics(self, updates: int) -> Critics:
@@ -80,9 +80,9 @@ class MegatronEngine:
         count, heads = (1, objectives) if critic.heads == "shared" else (objectives, 1)
         models: list[Trainable] = []
         for _ in range(count):
-            model = build_gpt(self._shape, config.model, config.parallel, value_heads=heads)
+            model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
             weights.load_hf(
-                model, self._shape, self._source if critic.path is None else hf_directory.resolve(critic.path)
+                model, self.shape, self._source if critic.path is None else hf_directory.resolve(critic.path)
             )
             models.append(make_trainable(model, critic.optimizer, updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
@@ -97,7 +97,7 @@ class MegatronEngine:
 
         def output_of(logits_BTV: Tensor, part: Experience) -> Tensor:
             logprobs_BT = response_logprobs(
-                logits_BTV, part.tokens_BT, part.response_mask_BT, self._shape.vocab
+                logits_BTV, part.tokens_BT, part.response_mask_BT, self.shape.vocab
             )
             return logprobs_BT.cpu()
 
@@ -170,7 +170,7 @@ class MegatronEngine:
     def export_hf(self, directory: Path) -> None:
         """See ``Engine.export_hf``."""
         with megatron_device():
-            weights.export_hf(self.policy.model.module, self._shape, self._source, directory, overwrite=True)
+            weights.export_hf(self.policy.model.module, self.shape, self._source, directory, overwrite=True)
 
     def close(self) -> None:
         """Leave the process groups."""

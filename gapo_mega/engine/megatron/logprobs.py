@@ -67,8 +67,14 @@ def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vo
 
 
 def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
-    """``[N, X]``: the N positions that predict a response token, in the order of ``mask_BT``."""
-    return values_BTX[:, :-1][mask_BT[:, 1:]]
+    """``[N, X]``: the N positions that predict a response token, in the order of ``mask_BT`` [B, T].
+
+    ``values_BTX`` may have more than T columns. One selection of rows: its gradient is one tensor of the
+    size of ``values_BTX``, where every further slice would make another.
+    """
+    row_N, column_N = mask_BT[:, 1:].nonzero(as_tuple=True)
+    index_N = row_N * values_BTX.shape[1] + column_N
+    return values_BTX.reshape(-1, values_BTX.shape[-1]).index_select(0, index_N)
 
 
 def logprobs_of(logits_NV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:

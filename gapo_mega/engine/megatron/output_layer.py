@@ -102,11 +102,10 @@ class OutputLayer:
         input_SBD = self._input_SBD
         if self._model.config.sequence_parallel:
             input_SBD = gather_from_sequence_parallel_region(input_SBD, tensor_parallel_output_grad=False)
-        columns = mask_BT.shape[1]
-        return before_response(input_SBD.transpose(0, 1)[:, :columns], mask_BT)
+        return before_response(input_SBD.transpose(0, 1), mask_BT)
 
 
-def parameters_of_layers(model: GPTModel, ranges: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
+def parameters_of_layers(model: GPTModel, ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
     """Parameters of this stage's transformer layers in ``ranges`` ([first, end), from 0 over all stages)."""
     return [
         parameter

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLoss
 from gapo_mega.engine.megatron.build import Trainable, reduce_gradients
@@ -113,18 +114,17 @@ class SharedGraph:
         self._task = task
         model = trainable.model
         self.batch = to_device(batch)
-        columns = self.batch.tokens_BT.shape[1]
-        logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))[:, :columns]
-        self._logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
-        # The losses hang on a copy, so that what lies above the logits is differentiated by itself.
-        self._leaf_NV = self._logits_NV.detach().requires_grad_()
-        self._losses = task.losses(self._leaf_NV, self.batch)
+        logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))
+        logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
+        self._losses = task.losses(logits_NV, self.batch)
+        # Of the logits only their place in the graph is kept: nobody reads them any more.
+        self._logits = get_gradient_edge(logits_NV)
         self.losses = torch.stack(self._losses).detach().double().cpu()
 
     def cotangent(self, coefficients: Sequence[float]) -> Tensor:
         """Gradient of the combined loss with respect to the logits at the response positions [N, V]."""
         total = combined(self._losses, coefficients)
-        (grad_NV,) = torch.autograd.grad(total, self._leaf_NV, retain_graph=True)
+        (grad_NV,) = torch.autograd.grad(total, self._logits, retain_graph=True)
         return grad_NV
 
     def gradient(self, coefficients: Sequence[float], only: Collection[nn.Parameter] | None = None) -> None:
@@ -139,7 +139,7 @@ class SharedGraph:
         model = self._trainable.model
         with nullcontext() if only is None else _without_overlap(model):
             torch.autograd.backward(
-                self._logits_NV,
+                self._logits,
                 self.cotangent(coefficients),
                 retain_graph=True,
                 inputs=None if only is None else list(only),

@@ -38,7 +38,7 @@ class Scoped(GradientStrategy):
         micro_batch: int,
         *,
         shared: bool,
-        layers: Sequence[tuple[int, int]],
+        layers: Sequence[Sequence[int]],
         output_layer: bool,
         adam: bool = False,
     ) -> None:
@@ -57,7 +57,7 @@ class Scoped(GradientStrategy):
         self._with_layers = bool(layers)
         self._only = parameters_of_layers(model, layers)
         self._part = GradientShard(trainable.model, self._only)
-        self._spare = [self._part.empty_row(i) for i in range(1, objectives)]
+        self._spare = [self._part.zero_row(i) for i in range(1, objectives)]
         self._output = OutputLayer(model, groups, objectives) if output_layer else None
 
     @property

@@ -79,8 +79,8 @@ class GradientShard:
                     self.placements.append(Placement(parameter, *place, low - span[0]))
             self.numel += end - start
 
-    def empty_row(self, index: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Row ``index`` of the same shapes, uninitialised; see ``_beside``."""
+    def zero_row(self, index: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Row ``index`` of the same shapes; see ``_beside``."""
         return [_beside(piece, index, dtype) for piece in self.pieces]
 
     def view(self, row: Sequence[Tensor], placement: Placement) -> Tensor:
@@ -123,7 +123,8 @@ def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
     sets of a CPU's first cache (8 rows then take up to 1.2 times as long).
     """
     offset = (piece.data_ptr() % 16 + index * _STAGGER) // piece.element_size()
-    return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:]
+    # Zeroed by writing: where memory does not suffice, that shows here and not in the first update.
+    return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:].zero_()
 
 
 def _counts(param: nn.Parameter) -> bool:

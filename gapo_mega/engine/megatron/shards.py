@@ -52,11 +52,9 @@ class Shards(GradientStrategy):
         super().__init__(trainable, groups, objectives, vocabulary, micro_batch)
         self._shared = shared
         self._adam = adam
-        self._spare = [self.shard.empty_row(i, dtype) for i in range(1, objectives)]
+        self._spare = [self.shard.zero_row(i, dtype) for i in range(1, objectives)]
         self._rows: list[list[Tensor]] = []
-        self._before = self.shard.empty_row(objectives) if actual_change else None
-        for piece in self._before or []:
-            piece.zero_()  # between parameters it stays so
+        self._before = self.shard.zero_row(objectives) if actual_change else None
 
     @property
     def row_bytes(self) -> int:

@@ -33,6 +33,6 @@ def build(config: Config, trainable: Trainable, groups: Groups, shape: ModelShap
     if gradients.scope == "last_layer":
         return Scoped(*common, layers=[], output_layer=True, **options)
     if gradients.scope == "last_block":
-        last = [(shape.num_layers - 1, shape.num_layers)]
+        last = [[shape.num_layers - 1, shape.num_layers]]
         return Scoped(*common, layers=last, output_layer=True, **options)
     return Scoped(*common, layers=gradients.scope, output_layer=False, **options)

@@ -1,0 +1,64 @@
+"""What benchmarks/peers.py asks its processes for. Imports nothing heavy: they do, in ``peer_worker``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+from peer_entries import Entry
+
+Task = Literal["look", "allocated", "resident", "time"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of the random Llama that is made where no model is named; sizes in elements."""
+
+    hidden: int = 512
+    layers: int = 8
+    vocabulary: int = 8192
+    feed_forward: int = 1376
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """Model and batch to be prepared, as files in ``folder``. ``model``: a directory; None: a random one."""
+
+    folder: str
+    model: str | None
+    size: ModelSize
+    sequences: int
+    length: int
+    objectives: int
+    attention: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A contender to be measured. ``scopes``: those to look at, see ``Contender.look``."""
+
+    entry: Entry
+    objectives: int
+    source: str
+    batch: str  # file
+    threads: int
+    attention: str
+    microbatches: int
+    scopes: tuple[Any, ...] = ()
+
+
+def prepare(connection: Connection, order: Order) -> None:
+    """See ``peer_worker.prepare``."""
+    import peer_worker
+
+    peer_worker.prepare(connection, order)
+
+
+def work(connection: Connection, job: Job, task: Task) -> None:
+    """See ``peer_worker.work``."""
+    import peer_worker
+
+    peer_worker.work(connection, job, task)

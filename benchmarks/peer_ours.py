@@ -1,0 +1,83 @@
+"""The contenders over gapo_mega's engine: ``MegatronEngine.update_policy`` in one process."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+from peer_entries import Entry
+from peer_hf import Seconds, gapo, synchronize
+from peer_inputs import BETAS, EPS, LEARNING_RATE, loss
+
+from gapo_mega.config import Config
+from gapo_mega.engine.base import GradientReport
+from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.models import HFDirectory
+from gapo_mega.models.registry import shape_of
+from gapo_mega.types import Experience
+
+
+def make_config(
+    source: str, gradients: dict[str, Any], objectives: int, sequences: int, microbatches: int
+) -> Config:
+    """Every setting is the default, but what has to be as on the other side (Adam, no clipping)."""
+    return Config.model_validate(
+        {
+            "output_dir": "unused",
+            "micro_batch_size": sequences // microbatches,
+            "model": {"path": source},
+            "data": {"source": "unused"},
+            # How `gradients.forward: auto` learns the number of microbatches.
+            "rollout": {"prompts_per_step": sequences, "samples_per_prompt": 1},
+            "objectives": [{"name": f"o{i}", "function": "unused:unused"} for i in range(objectives)],
+            "optimizer": {
+                "lr": LEARNING_RATE,
+                "beta1": BETAS[0],
+                "beta2": BETAS[1],
+                "eps": EPS,
+                "schedule": "constant",
+                "warmup_fraction": 0.0,
+                "clip_grad": 0.0,
+            },
+            "gradients": gradients,
+        }
+    )
+
+
+class Ours:
+    """An engine over a world of one process."""
+
+    def __init__(self, config: Config, batch: Experience) -> None:
+        source = Path(config.model.path)
+        shape = shape_of(HFDirectory(source).config)
+        self.engine = MegatronEngine(config, shape, source, pad_id=0, eos_ids=[2], with_critic=False)
+        # The peers have no reference model, and an update has no use for it.
+        del self.engine.reference
+        gc.collect()  # modules refer to each other in circles
+        self.batch = batch
+        self.aggregator = gapo()
+
+    def _update(self) -> GradientReport:
+        report = self.engine.update_policy(self.batch, loss, self.aggregator)
+        if report.skipped:
+            raise RuntimeError(f"ours skipped the update: gradients {report.nonfinite} are not finite")
+        return report
+
+    def look(self, scopes: list[Any]) -> dict[str, Any]:
+        """See ``Contender.look``. Its Gram matrix belongs to the parameters before the update."""
+        return {"gram": self._update().gram.tolist(), "warnings": []}
+
+    def step(self) -> Seconds:
+        """See ``Contender.step``."""
+        synchronize()
+        start = time.perf_counter()
+        report = self._update()
+        synchronize()
+        return time.perf_counter() - start, report.seconds["optimizer"]
+
+
+def build(entry: Entry, source: str, batch: Experience, objectives: int, microbatches: int) -> Ours:
+    """The contender of an entry with stack ``ours``."""
+    return Ours(make_config(source, entry.options, objectives, batch.batch_size, microbatches), batch)

@@ -1,0 +1,351 @@
+"""Activations of a training pass at their peak, by going through Megatron's layers with a counter.
+
+What autograd keeps of one layer of Megatron's local specification, in bytes per rank and microbatch. Read B
+sequences of T tokens, d hidden, h heads and k groups of size c, f feed-forward, t tensor-parallel size, e
+bytes of the compute type (2 for bf16, 4 for fp32):
+
+    norms       2 x (4 + 2 e) B T d          input in fp32, normed, scaled (/ t with sequence parallelism)
+    projection  e B T h c / t                rotated queries
+                2 e B T h c / t              keys and values, repeated for every head of their group
+                e B T (h + 3 k) c / t        instead, if h = k or with selective recomputation: the projection
+                                             as it came out, and rotated keys
+    rotary      4 e T c                      cosines and sines, scaled
+    scores      4 B T^2 h / t                softmax in fp32 (none with selective recomputation)
+                2 B T^2 h / t, T^2           in bf16 also its copy; the mask (likewise)
+    output      e B T h c / t                input of the output projection
+    MLP         5 e B T f / t                gate and up, silu, up + 0, product
+
+Full recomputation keeps e B T d a layer. A pipeline stage holds ``min(pipeline - stage, microbatches)``
+microbatches at once, with the tensors that it received and sent. On the last stage the loss takes, with V
+columns of the padded vocabulary on each of t ranks and N = B x response tokens,
+
+    e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
+    4 N V / t                                an fp32 copy of the logits, in bf16 or where V is padded,
+
+the first of which goes before the backward. To these come what an operation needs while it runs: 16 B T^2 h /
+t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
+logits, the gradient of one weight (in bf16 also as fp32). The peak may be at the end of the forward (much
+vocabulary), in the last layer's backward or, with recomputation, in any layer's; with one graph for all
+objectives it is wherever an operation needs most, because nothing is freed on the way, while softmax, logits
+and their gradient, (4 + 2 e) N V / t, stay: the blocks below say what every part keeps and needs. Megatron
+also keeps a buffer of e B T^2 h / t for the products of queries and keys once and for all.
+
+Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of random
+models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. The
+worst are those with full recomputation. Below that, what is not counted shows: states of the random number
+generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Nor are buffers of the
+communication library, and the graph of the microbatch before, which the engine holds while it builds the next
+where several take turns (``shared`` over several microbatches: 58 % more in the case measured). GPU
+kernels need less at some points: the norm's backward is one fused kernel, mixed-type additions make no copy,
+and attention kernels of Transformer Engine keep no scores. There the prediction is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gapo_mega.config import Config
+from gapo_mega.models.shape import ModelShape
+
+VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements on one rank; tensors of one microbatch of full length, weights of one layer."""
+
+    item: int  # bytes of an element of the compute type
+    residual: int  # [T, B, d], or this rank's part with sequence parallelism
+    hidden: int  # [T, B, d]
+    query: int  # [T, B, h c / t]
+    key: int  # [T, B, k c / t]
+    ffn: int  # [T, B, f / t]
+    scores: int  # [B, h / t, T, T]
+    mask: int  # [T, T], one byte each
+    rotary: int  # [T, c]
+    logits: int  # [B, T, V / t]
+    chosen: int  # [N, V / t]: those that predict a response token
+    qkv_weight: int
+    projection_weight: int
+    gate_weight: int  # gate and up together; down is half as large
+    output_weight: int
+    grouped: bool  # fewer groups than heads
+    padded: bool  # the vocabulary
+    split: bool  # over the sequence, between the linear layers
+
+    @property
+    def mixed(self) -> int:
+        """Query, key and value before they are taken apart."""
+        return self.query + 2 * self.key
+
+    @property
+    def gathered(self) -> int:
+        """The whole sequence of a gradient that is split over the sequence."""
+        return self.hidden if self.split else 0
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the compute type is not fp32."""
+        return self.item != FP32
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the model, in bytes.
+
+    ``saved``: what it leaves for the backward. ``forward`` and ``backward``: what it needs at its peak above
+    all that is held when it begins, its own ``saved`` part of the first and not of the second.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+
+
+class Counter:
+    """Bytes held, and the most so far."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.peak = 0
+
+    def touch(self, size: int) -> None:
+        """Allocate ``size`` and free it."""
+        self.peak = max(self.peak, self.held + size)
+
+    def hold(self, size: int) -> None:
+        """Allocate ``size``; free it if negative."""
+        self.held += size
+        self.touch(0)
+
+    def forward(self, blocks: Sequence[Block]) -> None:
+        """Go through ``blocks``."""
+        for block in blocks:
+            self.touch(block.forward)
+            self.hold(block.saved)
+
+    def backward(self, blocks: Sequence[Block], keep: bool = False) -> None:
+        """Go back; ``keep`` the saved tensors for another backward."""
+        for block in reversed(blocks):
+            self.touch(block.backward)
+            self.hold(0 if keep else -block.saved)
+
+
+def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches: int, shared: bool) -> int:
+    """Bytes of one rank of pipeline ``stage`` above parameters, gradients and the like.
+
+    ``microbatches``: of a minibatch. ``shared``: one graph is kept for the backwards of all objectives.
+    """
+    sizes = sizes_of(config, shape)
+    pipeline = config.parallel.pipeline
+    model = _Pass(
+        sizes,
+        config.model.recompute,
+        shape.num_layers // pipeline,
+        receives=stage > 0,
+        sends=stage < pipeline - 1,
+        shared=shared,
+    )
+    counter = Counter()
+    counter.hold(sizes.item * max(sizes.scores, sizes.gathered))  # Megatron's buffer, allocated once
+    if stage > 0 and microbatches > 1:  # received for and sent after the microbatch before
+        counter.hold(2 * sizes.item * sizes.residual)
+    for _ in range(min(pipeline - stage, microbatches)):
+        model.forward(counter)
+    model.backward(counter)
+    return counter.peak
+
+
+def sizes_of(config: Config, shape: ModelShape) -> Sizes:
+    """Of the configuration's longest sequences."""
+    tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
+    length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    length += -length % tensor if split else 0
+    tokens = config.micro_batch_size * length
+    query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
+    columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
+    return Sizes(
+        item=2 if config.model.dtype == "bf16" else FP32,
+        residual=tokens // (tensor if split else 1) * shape.hidden,
+        hidden=tokens * shape.hidden,
+        query=tokens * query,
+        key=tokens * key,
+        ffn=tokens * shape.ffn // tensor,
+        scores=tokens * length * shape.heads // tensor,
+        mask=length * length,
+        rotary=length * shape.head_dim,
+        logits=tokens * columns,
+        chosen=config.micro_batch_size * config.rollout.max_new_tokens * columns,
+        qkv_weight=(query + 2 * key) * shape.hidden,
+        projection_weight=query * shape.hidden,
+        gate_weight=2 * shape.ffn // tensor * shape.hidden,
+        output_weight=columns * shape.hidden,
+        grouped=shape.heads != shape.kv_groups,
+        padded=columns * tensor > shape.vocab,
+        split=split,
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Forward and backward of one microbatch on a stage."""
+
+    sizes: Sizes
+    recompute: str
+    layers: int
+    receives: bool  # from the stage before
+    sends: bool  # to the stage after
+    shared: bool
+
+    def forward(self, counter: Counter) -> None:
+        z = self.sizes
+        if self.receives and z.bf16:  # in fp32 it is the first norm's input
+            counter.hold(z.item * z.residual)
+        for _ in range(self.layers):
+            if self.recompute == "full":
+                counter.hold(z.item * z.residual)
+            else:
+                counter.forward(self._before())
+                if self.recompute == "none":
+                    counter.forward(_core(z, selective=False))
+                counter.forward(_after(z))
+        if self.sends:
+            counter.hold(z.item * z.residual)
+
+    def backward(self, counter: Counter) -> None:
+        z = self.sizes
+        if not self.sends:
+            _loss(counter, z, self.shared)
+        for _ in range(self.layers):
+            if self.recompute == "full":
+                self._recomputed_layer(counter)
+                continue
+            counter.backward(_after(z), self.shared)
+            if self.recompute == "none":
+                counter.backward(_core(z, selective=False), self.shared)
+            else:
+                _recomputed_core(counter, z)
+            counter.backward(self._before(), self.shared)
+        if not self.receives:  # the embedding's gradient is a dense one
+            counter.touch(z.item * z.hidden + _weight_gradient(z, z.output_weight))
+
+    def _before(self) -> list[Block]:
+        return _before(self.sizes, self.recompute == "selective")
+
+    def _recomputed_layer(self, counter: Counter) -> None:
+        z = self.sizes
+        blocks = [*self._before(), *_core(z, selective=False), *_after(z)]
+        stream = z.item * z.residual
+        own_input = 0 if z.bf16 else stream  # the layer's input is the first norm's, too
+        counter.hold(stream - own_input)  # gradient of the layer's output
+        counter.forward(blocks)
+        counter.hold(stream)  # the output
+        counter.backward(blocks)
+        counter.hold(own_input - 2 * stream - (0 if self.shared else stream))
+
+
+def _weight_gradient(z: Sizes, weight: int) -> int:
+    """As autograd makes it, and in bf16 as fp32 while it is added to the buffer."""
+    return (z.item + (FP32 if z.bf16 else 0)) * weight
+
+
+def _linear(z: Sizes, saved: int, out: int, into: int, weight: int, beside: int) -> list[Block]:
+    """A linear layer, elements: ``saved`` input, gradients of its output and input, ``weight``.
+
+    ``beside``: bytes of other gradients that wait. Weights are added to the gradient buffer when the input
+    is gone.
+    """
+    # With sequence parallelism the whole sequence's gradient is summed into one of this rank's part.
+    scattered = z.residual if z.split and into == z.hidden else 0
+    gradient = beside + z.item * (into + scattered)
+    return [
+        Block(0, 0, gradient + _weight_gradient(z, weight)),
+        Block(z.item * saved, z.item * (saved + out), gradient + z.item * (out + weight)),
+    ]
+
+
+def _norm(z: Sizes, beside: int) -> list[Block]:
+    waiting = beside if z.bf16 else 0  # in fp32 the other gradient is added to at once
+    normed = z.item * z.residual
+    return [
+        Block(FP32 * z.residual, 2 * FP32 * z.residual, 5 * FP32 * z.residual + waiting),
+        Block(normed, 2 * normed, beside + 3 * normed),
+    ]
+
+
+def _before(z: Sizes, selective: bool) -> list[Block]:
+    """Norm, projection and rotation of queries and keys."""
+    e, stream = z.item, z.item * z.residual
+    keys = z.key if selective or not z.grouped else 0  # else repeated before they are kept
+    rotated = e * (z.query + keys + 4 * z.rotary)
+    kept = e * z.mixed if selective else 0  # the values are a view of it
+    return [
+        *_norm(z, stream),
+        *_linear(z, z.residual, z.mixed, z.hidden, z.qkv_weight, stream),
+        Block(kept + rotated, e * z.mixed + 2 * rotated, stream + 2 * e * z.mixed),
+    ]
+
+
+def _core(z: Sizes, selective: bool) -> list[Block]:
+    """Scores, softmax, weighted sum of the values; ``selective``: recomputed by themselves."""
+    e, s = z.item, z.scores
+    query, beside = e * z.query, e * (z.residual + z.query)
+    repeated = query if z.grouped else 0
+    # Variables of the forward keep the projection alive, which without groups the values are a view of.
+    frame = 0 if selective else e * (z.mixed + (z.query + z.key if z.grouped else 0))
+    values = repeated if z.grouped or selective else e * z.mixed
+    blocks = [
+        Block(repeated, frame + 2 * repeated, beside + 3 * query + e * s),  # keys; products
+        # In fp32 the mask is written into a view, whose backward makes four copies.
+        Block(z.mask, frame + z.mask + e * s, beside + (8 if z.bf16 else 16) * s),
+        Block(FP32 * s, frame + (10 if z.bf16 else 8) * s, beside + 8 * s),  # softmax
+    ]
+    if z.bf16:
+        blocks.append(Block(e * s, frame + 8 * s, beside + 6 * s))
+    weighted = Block(values, frame + repeated + e * s + 2 * query, beside + 2 * query + e * s)
+    return [*blocks, weighted]
+
+
+def _after(z: Sizes) -> list[Block]:
+    """Output projection, norm, MLP."""
+    e, stream = z.item, z.item * z.residual
+    return [
+        *_linear(z, z.query, z.gathered, z.query, z.projection_weight, stream),
+        *_norm(z, stream),
+        *_linear(z, z.residual, 2 * z.ffn, z.hidden, z.gate_weight, stream),
+        Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 4 * e * z.ffn),  # gate and up
+        Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 3 * e * z.ffn),  # silu, up + 0
+        *_linear(z, z.ffn, z.gathered, z.ffn, z.gate_weight // 2, stream),
+    ]
+
+
+def _recomputed_core(counter: Counter, z: Sizes) -> None:
+    blocks = _core(z, selective=True)
+    extra = 2 * z.item * z.query  # the output and its gradient
+    counter.hold(z.item * z.query)
+    counter.forward(blocks)
+    counter.hold(z.item * z.query)
+    counter.backward(blocks)
+    counter.hold(-extra)
+
+
+def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
+    """Last norm, logits and loss, forward and backward."""
+    e = z.item
+    norm = _norm(z, 0)
+    counter.forward(norm)
+    counter.hold(e * z.residual)  # the output layer's input
+    counter.touch(2 * e * z.logits)  # also as [T, B, V / t]
+    copy = FP32 * z.chosen if z.bf16 or z.padded else 0
+    counter.touch(e * z.logits + (e + FP32) * z.chosen + copy)
+    if shared:
+        counter.hold((FP32 + 2 * e) * z.chosen)
+    else:
+        counter.touch((2 * FP32 + (e if z.bf16 else 0)) * z.chosen)
+    accumulate, linear = _linear(z, 0, z.logits, z.hidden, z.output_weight, 0)
+    counter.touch(e * z.logits + linear.backward)
+    counter.hold(0 if shared else -e * z.residual)
+    counter.touch(accumulate.backward)
+    counter.backward(norm, shared)
