@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from gapo_mega.config import Config
@@ -47,6 +48,29 @@ def refusal_of_shared(config: Config, count: int) -> str | None:
         if holds:
             return f"{count} microbatches and {reason}"
     return None
+
+
+@dataclass(frozen=True)
+class PassCount:
+    """Full forwards and backwards over a minibatch in one update."""
+
+    forwards: int
+    backwards: int
+
+
+def passes(config: Config, data_parallel: int) -> PassCount:
+    """What the strategy runs; partial backwards (of a scope) are not counted."""
+    gradients, objectives = config.gradients, len(config.objectives)
+    shared = forward_kind(config, data_parallel) == "shared"
+    if gradients.scope != "full":
+        with_layers = gradients.scope != "last_layer"
+        with_output = isinstance(gradients.scope, str)
+        return PassCount(1 if shared else 1 + with_output + with_layers * objectives, 1)
+    if gradients.store == "single":
+        backwards = objectives * (objectives + 1) // 2 + (1 if objectives > 1 else 0)
+    else:
+        backwards = objectives
+    return PassCount(1 if shared else backwards, backwards)
 
 
 def measures_change(config: Config) -> bool:

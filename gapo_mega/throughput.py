@@ -23,6 +23,8 @@ from typing import Literal
 
 import torch
 
+from gapo_mega.gradient_choice import PassCount
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -101,7 +103,7 @@ class StepFlops:
 def step_flops(
     shape: TransformerShape,
     lengths: Iterable[tuple[int, int]],
-    objectives: int,
+    passes: PassCount,
     *,
     ppo_epochs: int = 1,
     recompute: Recompute = "none",
@@ -110,11 +112,11 @@ def step_flops(
     """Operations of one rollout step and its updates.
 
     ``lengths`` holds (prompt tokens, response tokens) of every sequence of the step over all ranks. The
-    policy runs one forward and one backward *per objective* and epoch; old and reference log-probabilities
+    policy runs ``passes`` an epoch, as its gradient strategy needs; old and reference log-probabilities
     take one forward each. A critic takes one forward for the values, and one forward and backward an epoch.
     Recomputation repeats the layers' forward (full) or their attention (selective) once per policy backward.
     """
-    assert objectives >= 1 and ppo_epochs >= 1, (objectives, ppo_epochs)
+    assert passes.forwards >= 1 and passes.backwards >= 1 and ppo_epochs >= 1, (passes, ppo_epochs)
     pairs = list(lengths)
     totals = [prompt + response for prompt, response in pairs]
     forward = sum(forward_flops(shape, total) for total in totals)
@@ -126,9 +128,9 @@ def step_flops(
         rollout=sum(generation_flops(shape, prompt, response) for prompt, response in pairs),
         old_logprobs=forward,
         reference=forward,
-        update=3 * forward * objectives * ppo_epochs,
+        update=(passes.forwards + 2 * passes.backwards) * forward * ppo_epochs,
         critic=critic_forward * (1 + 3 * ppo_epochs),
-        recompute=repeated * objectives * ppo_epochs,
+        recompute=repeated * passes.backwards * ppo_epochs,
     )
 
 

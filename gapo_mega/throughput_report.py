@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gapo_mega.config import Config
+from gapo_mega.gradient_choice import passes
+from gapo_mega.layout_checks import data_parallel_size
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.run_logging import METRICS_FILE
 from gapo_mega.throughput import TransformerShape, known_peak_flops, measure_gemm_peak, mfu, step_flops
@@ -21,8 +23,9 @@ from gapo_mega.throughput import TransformerShape, known_peak_flops, measure_gem
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
     "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward "
-    "for the reference (and one for old log-probabilities when recomputed), one forward and two backward "
-    "products per objective, causal attention counted, recomputation not (HFU counts the policy's); see "
+    "for the reference (and one for old log-probabilities when recomputed), the forwards and backwards of "
+    "the gradient strategy (a backward counts twice), causal attention counted, recomputation not (HFU "
+    "counts the policy's); see "
     "gapo_mega/throughput.py"
 )
 
@@ -59,7 +62,7 @@ def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -
     tokens = [r["response_length"] + r["prompt_length"] for r in records]
     sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens_per_second = sequences * statistics.mean(tokens) / seconds
-    flops = _flops(config, shape, records, sequences, needs_critic)
+    flops = _flops(config, shape, records, sequences, needs_critic, world)
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
         "config": config.model_dump(mode="json", exclude={"output_dir"}),
@@ -115,7 +118,12 @@ def _sum_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _flops(
-    config: Config, shape: ModelShape, records: Sequence[dict[str, Any]], sequences: int, needs_critic: bool
+    config: Config,
+    shape: ModelShape,
+    records: Sequence[dict[str, Any]],
+    sequences: int,
+    needs_critic: bool,
+    world: int,
 ) -> Any:
     # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
@@ -125,7 +133,7 @@ def _flops(
     count = step_flops(
         transformer_shape(shape, shape.vocab),
         [(prompt, response)] * sequences,
-        len(config.objectives),
+        passes(config, data_parallel_size(config, world)),
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
         critic=transformer_shape(shape, heads) if needs_critic else None,

@@ -267,9 +267,9 @@ class Trainer:
         seconds: float,
     ) -> None:
         for index, name in enumerate(self.names):
-            key = f"forward_backward/{index}"
-            if key in report.seconds:
-                report.seconds[f"forward_backward/{name}"] = report.seconds.pop(key)
+            for kind in ("forward_backward", "backward"):
+                if f"{kind}/{index}" in report.seconds:
+                    report.seconds[f"{kind}/{name}"] = report.seconds.pop(f"{kind}/{index}")
         metrics = step_metrics(
             report,
             self.names,

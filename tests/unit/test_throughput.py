@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gapo_mega import throughput
+from gapo_mega.gradient_choice import PassCount
 from gapo_mega.throughput import TransformerShape
 
 SHAPE = TransformerShape(layers=2, hidden=48, ffn=80, heads=6, kv_groups=2, head_dim=8, outputs=101)
@@ -71,14 +72,15 @@ def test_generation_equals_the_flop_counter_token_by_token() -> None:
 def test_a_step_is_made_of_its_passes() -> None:
     lengths = [(4, 8), (6, 2)]
     forward = sum(throughput.forward_flops(SHAPE, p + r) for p, r in lengths)
-    plain = throughput.step_flops(SHAPE, lengths, 3, ppo_epochs=2)
+    plain = throughput.step_flops(SHAPE, lengths, PassCount(3, 3), ppo_epochs=2)
     assert (plain.reference, plain.update, plain.recompute) == (forward, 18 * forward, 0)
     assert plain.hardware == plain.model
-    full = throughput.step_flops(SHAPE, lengths, 3, ppo_epochs=2, recompute="full")
+    full = throughput.step_flops(SHAPE, lengths, PassCount(3, 3), ppo_epochs=2, recompute="full")
     assert full.model == plain.model
     assert full.recompute == 6 * (forward - 2 * 20 * SHAPE.hidden * SHAPE.outputs)
     critic = TransformerShape(2, 48, 80, 6, 2, 8, 3)
-    with_critic = throughput.step_flops(SHAPE, lengths, 3, critic=critic)
+    with_critic = throughput.step_flops(SHAPE, lengths, PassCount(1, 3), critic=critic)
+    assert with_critic.update == 7 * forward
     assert with_critic.critic == 4 * sum(throughput.forward_flops(critic, p + r) for p, r in lengths)
 
 
