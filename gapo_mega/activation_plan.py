@@ -26,18 +26,17 @@ the first of which goes before the backward. To these come what an operation nee
 t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
 logits, the gradient of one weight (in bf16 also as fp32). The peak may be at the end of the forward (much
 vocabulary), in the last layer's backward or, with recomputation, in any layer's; with one graph for all
-objectives it is wherever an operation needs most, because nothing is freed on the way, while softmax, logits
-and their gradient, (4 + 2 e) N V / t, stay: the blocks below say what every part keeps and needs. Megatron
+objectives it is wherever an operation needs most, because nothing is freed on the way, while the softmax and
+the logits' gradient, (4 + e) N V / t, stay: the blocks below say what every part keeps and needs. Megatron
 also keeps a buffer of e B T^2 h / t for the products of queries and keys once and for all.
 
 Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of random
 models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. The
 worst are those with full recomputation. Below that, what is not counted shows: states of the random number
 generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Nor are buffers of the
-communication library, and the graph of the microbatch before, which the engine holds while it builds the next
-where several take turns (``shared`` over several microbatches: 58 % more in the case measured). GPU
-kernels need less at some points: the norm's backward is one fused kernel, mixed-type additions make no copy,
-and attention kernels of Transformer Engine keep no scores. There the prediction is an upper bound.
+communication library. GPU kernels need less at some points: the norm's backward is one fused kernel,
+mixed-type additions make no copy, and attention kernels of Transformer Engine keep no scores. There the
+prediction is an upper bound.
 """
 
 from __future__ import annotations
@@ -341,7 +340,7 @@ def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
     copy = FP32 * z.chosen if z.bf16 or z.padded else 0
     counter.touch(e * z.logits + (e + FP32) * z.chosen + copy)
     if shared:
-        counter.hold((FP32 + 2 * e) * z.chosen)
+        counter.hold((FP32 + e) * z.chosen)
     else:
         counter.touch((2 * FP32 + (e if z.bf16 else 0)) * z.chosen)
     accumulate, linear = _linear(z, 0, z.logits, z.hidden, z.output_weight, 0)

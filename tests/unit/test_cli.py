@@ -173,5 +173,6 @@ def test_nproc_starts_that_many_ranks_with_their_share_of_the_cores(tmp_path: Pa
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"gapo-mega {version('gapo-mega')}\n" * 2
+    # Counted, because the two may write onto one line.
+    assert done.stdout.count(f"gapo-mega {version('gapo-mega')}") == done.stdout.count("gapo-mega") == 2
     assert "OMP_NUM_THREADS" not in done.stderr  # torchrun warns where it has to choose the number itself

@@ -105,6 +105,7 @@ class Shards(GradientStrategy):
                 graph.add_gradient(one_hot(index, self.objectives))
                 clock.lap(f"backward/{index}")
             losses += graph.losses
+            del graph  # before the next one is built
             order.reverse()  # the next microbatch begins with the sum that the buffer holds
         self._rows = buffer.rows()
         return losses
