@@ -126,7 +126,6 @@ void bind_cuda(py::module_& module) {
     return gapo::cuda::make_plan(lengths, make_selection(segments, {}));
   });
   module.def("cuda_workspace_size", &gapo::cuda::workspace_size);
-  module.def("cuda_require_device", &gapo::cuda::require_device);
   module.def("cuda_gramian", &cuda_gramian);
   module.def("cuda_combine", &cuda_combine);
   module.def("cuda_min_norm", &cuda_min_norm);
