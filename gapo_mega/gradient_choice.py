@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gapo_mega.config import Config
+from gapo_mega.optional import transformer_engine_layers
 
 
 def microbatches(config: Config, data_parallel: int) -> int:
@@ -33,6 +34,8 @@ def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separ
 def refusal_of_shared(config: Config, count: int) -> str | None:
     """Why shared passes over ``count`` microbatches do not work with the other settings, if so."""
     gradients = config.gradients
+    if transformer_engine_layers() and gradients.scope != "last_layer" and len(config.objectives) > 1:
+        return "Transformer Engine's layers (they drop what a second backward would need)"
     partial = isinstance(gradients.scope, list) or gradients.scope == "last_block"
     if partial and config.model.recompute != "none":
         return f"model.recompute {config.model.recompute} (recomputed layers have no partial backward)"

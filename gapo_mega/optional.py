@@ -12,6 +12,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+import torch
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -39,6 +41,11 @@ def transformer_engine() -> Probe:
     if meta is not None:
         return Probe(False, f"transformer-engine {meta} without its PyTorch part", lost)
     return Probe(False, "not installed", lost)
+
+
+def transformer_engine_layers() -> bool:
+    """Whether models are built of Transformer Engine's layers: where it is really installed and has a GPU."""
+    return transformer_engine().usable and torch.cuda.is_available()
 
 
 @cache

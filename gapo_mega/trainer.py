@@ -201,7 +201,7 @@ class Trainer:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        at_fault = ", ".join(self.names[i] for i in report.nonfinite) or "unknown"
+        at_fault = ", ".join(self.names[i] for i in report.nonfinite) or "the combination"
         logger.warning("update %d skipped: the gradient of %s is not finite", update, at_fault)
         limit = self.config.gradients.max_nonfinite_steps
         if self.skipped_in_a_row >= limit:

@@ -49,16 +49,23 @@ for tool in memcheck racecheck synccheck; do
     skip "$tool" "no compute-sanitizer on PATH or in CUDA_HOME/bin"
   fi
 done
+# The engine takes the GPU where there is one: gradients, metric and updates against float64.
+step engine "$python" -m pytest tests/unit/test_engine_reference.py tests/unit/test_gradient_strategies.py \
+  tests/unit/test_metric.py
 if [ -f "$model/config.json" ]; then
   step train "$python" -m gapo_mega.cli train --config examples/demo.yaml --nproc "$gpus" steps=1 \
     output_dir="$logs/train" data.heldout_prompts="$((4 * gpus))"
   step throughput "$python" -m torch.distributed.run --nproc_per_node "$gpus" tools/benchmark_throughput.py \
     --config examples/demo.yaml --steps 2 --out "$logs/throughput.json"
+  step strategies "$python" -m gapo_mega.cli benchmark step --config examples/demo.yaml --nproc "$gpus" \
+    model.dtype=bf16 --out "$logs/step.json"
 else
   skip train "no $model: run 'make demo' once"
   skip throughput "no $model: run 'make demo' once"
+  skip strategies "no $model: run 'make demo' once"
 fi
 step kernels "$python" benchmarks/kernels.py --device cuda --out "$logs"
+step peers "$python" benchmarks/peers.py --out "$logs/peers.json"
 
 echo
 "$python" -c 'import torch

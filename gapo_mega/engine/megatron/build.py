@@ -29,7 +29,7 @@ from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.engine.megatron.modules import RMSNorm, ValueModel
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.optional import transformer_engine
+from gapo_mega.optional import transformer_engine_layers
 
 VOCABULARY_DIVISOR = 128  # Megatron's usual padding, times the tensor-parallel size
 
@@ -121,7 +121,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where it is really installed and a GPU is there, else Megatron's own."""
-    if transformer_engine().usable and torch.cuda.is_available():
+    if transformer_engine_layers():
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega import ops
@@ -73,17 +74,23 @@ class GradientStrategy(ABC):
         clock = Clock()
         found = self.direction(self._task(minibatch, loss), aggregator, clock)
         losses = self.groups.sum_over_data(self.groups.from_last_stage(found.losses)).tolist()
-        # A NaN or Inf anywhere in a gradient makes its own squared norm NaN or Inf.
+        # A NaN or Inf in a gradient makes its own squared norm NaN or Inf (where it is in scope).
         nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
-        if nonfinite or found.status == ops.Status.NOT_CONVERGED:
+        if nonfinite or found.status in (ops.Status.NOT_FINITE, ops.Status.NOT_CONVERGED):
             self.trainable.zero_grad()
             return self._skipped(losses, found.gram, clock, nonfinite)
         if found.status != ops.Status.OK:
             self.trainable.zero_grad()
             aggregator(found.gram)  # says on the host, in words, what the status counts
             raise RuntimeError(f"no weights on the device: {found.status.name}")
+        self.trainable.optimizer.prepare_grads()
+        measured = float(self.trainable.optimizer.get_grad_norm())
+        if not math.isfinite(measured):
+            # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
+            self.trainable.zero_grad()
+            return self._skipped(losses, found.gram, clock, nonfinite)
         if not self._norm_checked:
-            self._norm_checked = self._check_norm(found)
+            self._norm_checked = self._check_norm(found, measured)
             clock.lap("check")
         learning_rate = self.trainable.optimizer.param_groups[0]["lr"]
         norm = self._update()
@@ -105,6 +112,21 @@ class GradientStrategy(ABC):
             seconds=clock.seconds,
         )
 
+    def global_gram(self, local: Tensor) -> Tensor:
+        """The sum of all ranks' parts of a Gram matrix, in place: bit for bit the same on every rank.
+
+        Without the distributed optimizer every data rank adds up its own replica's parts, perhaps in another
+        order; weights that differ in a bit would let replicas drift apart.
+        """
+        ops.sum_gram_(local, self.group)
+        return local if self.trainable.model.ddp_config.use_distributed_optimizer else self.agreed(local)
+
+    @staticmethod
+    def agreed(tensor: Tensor) -> Tensor:
+        """Rank 0's numbers on every rank, in place."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
     def change(self, found: Direction, norm: float) -> list[float] | None:
         """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
         return None
@@ -124,18 +146,15 @@ class GradientStrategy(ABC):
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient as our own inner products have it, and the size of its summands."""
-        square = ops.sum_gram_(inner_products(self.shard, [self.shard.pieces]), self.group)
+        square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
         norm = math.sqrt(float(square))
         return norm, norm
 
-    def _check_norm(self, found: Direction) -> bool:
+    def _check_norm(self, found: Direction, measured: float) -> bool:
         """Our norm of the combined gradient must be Megatron's, before anything is updated.
 
         False where every weighted gradient is zero, which proves nothing.
         """
-        optimizer = self.trainable.optimizer
-        optimizer.prepare_grads()
-        measured = float(optimizer.get_grad_norm())
         predicted, scale = self.predicted_norm(found)
         if not abs(measured - predicted) <= _NORM_TOLERANCE * scale:
             raise RuntimeError(

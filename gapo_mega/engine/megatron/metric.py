@@ -13,9 +13,7 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.engine.megatron.optimizer_state import main_parameters, steps_taken
-from gapo_mega.engine.megatron.shard import GradientShard, Placement, Span, chunks
-
-_CHUNK = 1 << 20  # elements for which factors, or fp32 copies of bf16 rows, are held at a time
+from gapo_mega.engine.megatron.shard import GradientShard, Placement, Span, chunk_elements, chunks
 
 Row = Sequence[Tensor]
 
@@ -35,7 +33,7 @@ class AdamMetric:
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard) -> None:
         """The metric as the optimizer's state is now."""
         (inner,) = optimizer.chained_optimizers
-        self._placements = shard.placements
+        self._placements = sorted(shard.placements, key=lambda placement: placement.start)
         self._steps = steps_taken(inner.optimizer)
         config = inner.config
         self._eps = config.adam_eps
@@ -54,12 +52,13 @@ class AdamMetric:
     def factors(self, start: int, end: int) -> Tensor:
         """D at positions ``[start, end)`` of the shard, float32; 0 between parameters."""
         result = torch.zeros(end - start, device=device())
-        for placement in self._placements:
+        first = bisect_right(self._placements, start, key=lambda placement: placement.end)
+        last = bisect_left(self._placements, end, key=lambda placement: placement.start)
+        for placement in self._placements[first:last]:
             low, high = max(start, placement.start), min(end, placement.end)
-            if low < high:
-                second = self._second_moment(placement, low, high)
-                factors = 1.0 / ((second / self._correction).sqrt_() + self._eps)
-                result[low - start : high - start] = torch.where(second > 0, factors, 0.0)
+            second = self._second_moment(placement, low, high)
+            factors = 1.0 / ((second / self._correction).sqrt_() + self._eps)
+            result[low - start : high - start] = torch.where(second > 0, factors, 0.0)
         return result
 
     def _second_moment(self, placement: Placement, low: int, high: int) -> Tensor:
@@ -71,13 +70,13 @@ class AdamMetric:
 def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
     """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros where the shard is empty.
 
-    Rows may differ in type; those that are not fp32 are copied in chunks of 4 MiB.
+    Rows may differ in type; those that are not fp32 are copied chunk by chunk.
     """
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
     euclidean = metric is None or metric.is_euclidean
     if euclidean and len({row[0].dtype for row in rows if row}) == 1:
         return ops.gramian(rows, segments=shard.segments, out=gram)
-    for piece, start, end, position in chunks([p.numel() for p in shard.pieces], _CHUNK):
+    for piece, start, end, position in chunks([p.numel() for p in shard.pieces], chunk_elements()):
         stop = position + end - start
         ops.gramian(
             [row[piece][start:end].float() for row in rows],
@@ -93,7 +92,7 @@ def combine_rows_(out: Row, rows: Sequence[Row], weights: Tensor) -> None:
     if len({row[0].dtype for row in rows if row}) <= 1:
         ops.combine_(out, rows, weights)
         return
-    for piece, start, end, _ in chunks([p.numel() for p in out], _CHUNK):
+    for piece, start, end, _ in chunks([p.numel() for p in out], chunk_elements()):
         ops.combine_(out[piece][start:end], [row[piece][start:end].float() for row in rows], weights)
 
 

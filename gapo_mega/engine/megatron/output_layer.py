@@ -29,6 +29,7 @@ class OutputLayer:
     def __init__(self, model: GPTModel, groups: Groups, objectives: int) -> None:
         self._model = model
         self._groups = groups
+        self._objectives = objectives
         self._input_SBD: Tensor | None = None
         self.rows: list[Tensor] = []
         if model.post_process:
@@ -75,19 +76,13 @@ class OutputLayer:
 
     def gram(self) -> Tensor:
         """Gram matrix of the summed rows [M, M] float64 on the CPU, the same on every rank of a replica."""
-        objectives = len(self.rows)
-        count = self._groups.broadcast_in_replica(objectives, source=self._last_rank())
-        local = torch.zeros(count, count, dtype=torch.float64)
+        local = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
         if self.rows:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             for row in self.rows:
                 dist.all_reduce(row, group=group)
             local = ops.gramian([row.view(-1) for row in self.rows]).cpu()
         return ops.sum_gram_(local, self._groups.replica)
-
-    def _last_rank(self) -> int:
-        layout = self._groups.layout
-        return (layout.pipeline - 1) * layout.tensor
 
     def _weight(self) -> Tensor:
         if self._model.share_embeddings_and_output_weights:

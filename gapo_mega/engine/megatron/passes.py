@@ -147,14 +147,12 @@ class SharedGraph:
             reduce_gradients([model])
 
 
-@contextmanager
-def open_passes(trainable: Trainable, task: Task, shared: bool) -> Iterator[Passes]:
-    """The passes over ``task``; a graph that is kept goes when the block ends."""
-    if shared:
-        assert len(task.microbatches) == 1
-        yield SharedGraph(trainable, task, task.microbatches[0])
-    else:
-        yield SeparatePasses(trainable, task)
+def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
+    """The passes over ``task``; shared ones have run the forward, and keep its graph as long as they live."""
+    if not shared:
+        return SeparatePasses(trainable, task)
+    assert len(task.microbatches) == 1
+    return SharedGraph(trainable, task, task.microbatches[0])
 
 
 @contextmanager

@@ -9,9 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from gapo_mega.engine.megatron.build import Trainable
-from gapo_mega.engine.megatron.shard import GradientShard, chunks, owned
-
-_CHUNK = 1 << 20  # elements that are exchanged at a time
+from gapo_mega.engine.megatron.shard import GradientShard, chunk_elements, chunks, owned
 
 
 class RowBuffer:
@@ -52,7 +50,7 @@ class RowBuffer:
         """The buffer's sum of ``old`` into a row, that of ``new`` into the buffer."""
         if new in self._place:
             row = self._place.pop(new)
-            for piece, start, end, _ in chunks([p.numel() for p in row], _CHUNK):
+            for piece, start, end, _ in chunks([p.numel() for p in row], chunk_elements()):
                 mine, other = self._shard.pieces[piece][start:end], row[piece][start:end]
                 kept = mine.clone()
                 mine.copy_(other)

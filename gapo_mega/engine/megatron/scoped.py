@@ -133,7 +133,7 @@ class Scoped(GradientStrategy):
         if self._with_layers:
             metric = AdamMetric(self.trainable.optimizer, self._part) if self._adam else None
             local = inner_products(self._part, [*self._spare, self._part.pieces], metric)
-            gram += ops.sum_gram_(local, self.group).cpu()
+            gram += self.global_gram(local).cpu()
         if self._output is not None:
             gram += self._output.gram()
-        return gram
+        return self.agreed(gram)

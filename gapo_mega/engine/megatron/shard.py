@@ -102,6 +102,11 @@ def owned(model: DistributedDataParallel, numel: int) -> Span:
     return group.rank() * size, (group.rank() + 1) * size
 
 
+def chunk_elements() -> int:
+    """Elements that scratch memory is held for at a time: 4 MiB of fp32; more where calls cost more."""
+    return 1 << 24 if torch.cuda.is_available() else 1 << 20
+
+
 def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
     """``(piece, start, end, position)``: pieces of these lengths cut into chunks of at most ``size``.
 
@@ -122,7 +127,7 @@ def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
     rows: large allocations all begin at the same one, and their elements would compete for the same
     sets of a CPU's first cache (8 rows then take up to 1.2 times as long).
     """
-    offset = (piece.data_ptr() % 16 + index * _STAGGER) // piece.element_size()
+    offset = (piece.data_ptr() % 16 + index * _STAGGER) // dtype.itemsize
     # Zeroed by writing: where memory does not suffice, that shows here and not in the first update.
     return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:].zero_()
 

@@ -20,10 +20,11 @@ from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.metric import AdamMetric, combine_rows_, inner_products
 from gapo_mega.engine.megatron.optimizer_state import main_parameters
-from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, open_passes
+from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.row_buffer import RowBuffer
 
 _MOST_ROWS = 16  # of one call of the Gram kernel
+_SMALLEST_SHARE = 1e-4  # of the combination, in fp32: the gradient out of the difference is good to 1e-3
 
 
 class Shards(GradientStrategy):
@@ -67,7 +68,7 @@ class Shards(GradientStrategy):
         in_turns = self._shared and len(task.microbatches) > 1
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
         metric = AdamMetric(self.trainable.optimizer, self.shard) if self._adam else None
-        gram = ops.sum_gram_(inner_products(self.shard, self._rows, metric), self.group)
+        gram = self.global_gram(inner_products(self.shard, self._rows, metric))
         weights, status = ops.solve(gram, aggregator)
         combine_rows_(self.shard.pieces, self._rows, weights)
         found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
@@ -80,17 +81,17 @@ class Shards(GradientStrategy):
     def _one_by_one(self, task: Task, clock: Clock) -> Tensor:
         """Every objective's gradient into its row, all microbatches of one before the next objective."""
         shared, last = self._shared, self.objectives - 1
-        with open_passes(self.trainable, task, shared) as passes:
-            if shared:
-                clock.lap("forward")
-            for index in range(self.objectives):
-                passes.gradient(one_hot(index, self.objectives))
-                if index != last:
-                    for kept, piece in zip(self._spare[index], self.shard.pieces, strict=True):
-                        kept.copy_(piece)
-                clock.lap(f"backward/{index}" if shared else f"forward_backward/{index}")
-            self._rows = [*self._spare, self.shard.pieces]
-            return passes.losses
+        passes = passes_over(self.trainable, task, shared)
+        if shared:
+            clock.lap("forward")
+        for index in range(self.objectives):
+            passes.gradient(one_hot(index, self.objectives))
+            if index != last:
+                for kept, piece in zip(self._spare[index], self.shard.pieces, strict=True):
+                    kept.copy_(piece)
+            clock.lap(f"backward/{index}" if shared else f"forward_backward/{index}")
+        self._rows = [*self._spare, self.shard.pieces]
+        return passes.losses
 
     def _take_turns(self, task: Task, clock: Clock) -> Tensor:
         """Every microbatch's part of all gradients while its graph is there."""
@@ -132,7 +133,7 @@ class Shards(GradientStrategy):
         """``<parameters before - after, g_k>`` of every objective.
 
         The buffer holds the combination by now, in whose place ``g_last = (d - sum w_k g_k) / w_last`` is
-        taken: NaN where w_last is 0.
+        taken: NaN where the last gradient's share of the combination is lost in its rounding.
         """
         if self._before is None:
             return None
@@ -141,12 +142,16 @@ class Shards(GradientStrategy):
         products = self._products_with(self._before)
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the norm tells what the buffer holds.
-        square = ops.sum_gram_(inner_products(self.shard, [self.shard.pieces]), self.group)
+        square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
         scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
         weights = found.weights
+        shares = weights.abs() * found.gram.diagonal().sqrt()
         others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
         weight = float(weights[last])
-        products[last] = (products[last] / scale - others) / weight if weight and scale else math.nan
+        if scale and float(shares[last]) > _SMALLEST_SHARE * float(shares.sum()):
+            products[last] = (products[last] / scale - others) / weight
+        else:
+            products[last] = math.nan
         return products
 
     def _products_with(self, row: Sequence[Tensor]) -> list[float]:
@@ -154,7 +159,7 @@ class Shards(GradientStrategy):
         products: list[float] = []
         for start in range(0, self.objectives, _MOST_ROWS - 1):
             block = [row, *self._rows[start : start + _MOST_ROWS - 1]]
-            gram = ops.sum_gram_(inner_products(self.shard, block), self.group)
+            gram = self.global_gram(inner_products(self.shard, block))
             products += gram[0, 1:].tolist()
         return products
 

@@ -15,7 +15,7 @@ from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.metric import AdamMetric, inner_products
-from gapo_mega.engine.megatron.passes import Passes, Task, one_hot, open_passes
+from gapo_mega.engine.megatron.passes import Passes, Task, one_hot, passes_over
 
 _PARALLEL = 1e-7  # below the rounding of an fp32 gradient, two sets of coefficients are the same
 
@@ -51,30 +51,30 @@ class Single(GradientStrategy):
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """See ``GradientStrategy.direction``."""
         metric = AdamMetric(self.trainable.optimizer, self.shard) if self._adam else None
-        with open_passes(self.trainable, task, self._shared) as passes:
-            if self._shared:
-                clock.lap("forward")
-            norms, held = self._norms(passes, metric, clock)
-            if all(math.isfinite(norm) for norm in norms):
-                cosines, held = self._cosines(passes, norms, held, metric, clock)
-            else:
-                cosines = torch.eye(self.objectives, dtype=torch.float64)
-            scale = torch.tensor(norms, dtype=torch.float64)
-            gram = nearest_gram(cosines) * scale[:, None] * scale[None, :]
-            weights, status = ops.solve(gram, aggregator)
-            found = Direction(passes.losses, gram, weights, ops.Status(int(status)))
-            clock.lap("aggregate")
-            if found.status == ops.Status.OK:
-                self._leave(passes, weights.tolist(), held)
-                clock.lap("direction")
-            return found
+        passes = passes_over(self.trainable, task, self._shared)
+        if self._shared:
+            clock.lap("forward")
+        norms, held = self._norms(passes, metric, clock)
+        if all(math.isfinite(norm) for norm in norms):
+            cosines, held = self._cosines(passes, norms, held, metric, clock)
+        else:
+            cosines = torch.eye(self.objectives, dtype=torch.float64)
+        scale = torch.tensor(norms, dtype=torch.float64)
+        gram = self.agreed(nearest_gram(cosines) * scale[:, None] * scale[None, :])
+        weights, status = ops.solve(gram, aggregator)
+        found = Direction(passes.losses, gram, weights, ops.Status(int(status)))
+        clock.lap("aggregate")
+        if found.status == ops.Status.OK:
+            self._leave(passes, weights.tolist(), held)
+            clock.lap("direction")
+        return found
 
     def _norms(
         self, passes: Passes, metric: AdamMetric | None, clock: Clock
     ) -> tuple[list[float], list[float]]:
         """Every gradient's norm, and the coefficients of what the buffer then holds."""
         norms = []
-        held = one_hot(0, self.objectives)
+        held: list[float] = []
         for index in range(self.objectives):
             held = one_hot(index, self.objectives)
             passes.gradient(held)
@@ -100,13 +100,15 @@ class Single(GradientStrategy):
                 held = [1.0 / norms[k] if k in (i, j) else 0.0 for k in range(count)]
                 passes.gradient(held)
                 cosine = (self._square(metric) - 2.0) / 2.0
-                cosines[i, j] = cosines[j, i] = min(1.0, max(-1.0, cosine))
+                if math.isfinite(cosine):  # NaN stays NaN: clipped, it would look like a conflict
+                    cosine = min(1.0, max(-1.0, cosine))
+                cosines[i, j] = cosines[j, i] = cosine
                 clock.lap("pairs")
         return cosines, held
 
     def _square(self, metric: AdamMetric | None) -> float:
         """Squared norm of what the buffer holds, over all ranks."""
-        return float(ops.sum_gram_(inner_products(self.shard, [self.shard.pieces], metric), self.group))
+        return float(self.global_gram(inner_products(self.shard, [self.shard.pieces], metric)))
 
     def _leave(self, passes: Passes, weights: list[float], held: list[float]) -> None:
         """The combined gradient into the buffer."""
@@ -136,6 +138,8 @@ def nearest_gram(cosines: Tensor) -> Tensor:
     Measured one by one, three and more cosines may be those of no vectors at all, by their rounding; a
     minimum-norm point is defined for a positive semidefinite matrix only.
     """
+    if not bool(cosines.isfinite().all()):
+        return cosines
     values, vectors = torch.linalg.eigh(cosines)
     if float(values[0]) >= 0.0:
         return cosines
