@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.passes import SeparatePasses
+from gapo_mega.engine.megatron.single import nearest_gram, proportion
 from gapo_mega.types import Experience
 from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
@@ -150,3 +153,131 @@ def test_against_autograd(
     assert float(difference) <= 10 * tolerance + 1e-4
     after = Reference(tmp_path / "one", batch).rows(scope)
     assert error(second.gram, after @ after.T) <= 10 * tolerance
+
+
+STRATEGIES = [pytest.param(*case[1:3], id=case[0]) for case in (*FULL[:3], *FULL[4:], *SCOPED[:2], SCOPED[4])]
+
+
+@pytest.mark.parametrize(("gradients", "micro_batch"), STRATEGIES)
+def test_losses_that_are_not_finite(
+    model: Path, tmp_path: Path, gradients: dict[str, Any], micro_batch: int
+) -> None:
+    """The step is skipped with the objective's name, and leaves nothing behind for the next one."""
+    aggregator = aggregation.build("gapo", p=1)
+
+    def broken(logprobs_BT: Tensor, part: Experience, objective: int) -> Tensor:
+        value = check_engine.loss(logprobs_BT, part, objective)
+        return value * float("nan") if objective == 1 else value
+
+    with engine_of(model, gradients, micro_batch, SGD) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(200), engine)
+        before = [p.detach().clone() for p in engine.policy.model.parameters()]
+        report = engine.update_policy(batch, broken, aggregator)
+        assert report.skipped and report.nonfinite == [1]
+        for old, new in zip(before, engine.policy.model.parameters(), strict=True):
+            assert torch.equal(old, new)
+        after = engine.update_policy(batch, check_engine.loss, aggregator)
+    assert not after.skipped and bool(after.gram.isfinite().all())
+
+
+def test_a_gradient_that_is_not_finite_outside_the_scope(model: Path) -> None:
+    """The Gram matrix of the output layer does not see it; nothing may reach the parameters."""
+    with engine_of(model, {"scope": "last_layer", "forward": "shared"}, WHOLE, SGD) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(200), engine)
+        parameters = list(engine.policy.model.parameters())
+        before = [p.detach().clone() for p in parameters]
+        norm = next(p for name, p in engine.policy.model.named_parameters() if "layers.0.input" in name)
+        handle = norm.register_hook(lambda grad: grad * float("inf"))
+        report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+        handle.remove()
+        assert report.skipped and bool(report.gram.isfinite().all())
+        for old, new in zip(before, parameters, strict=True):
+            assert torch.equal(old, new)
+        assert not engine.update_policy(batch, check_engine.loss, aggregation.build("gapo")).skipped
+
+
+@pytest.mark.parametrize(("gradients", "micro_batch"), STRATEGIES)
+def test_an_objective_without_a_gradient(model: Path, gradients: dict[str, Any], micro_batch: int) -> None:
+    """It is left out, and the others' weights are those of the others alone."""
+    with engine_of(model, gradients, micro_batch, SGD) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(200), engine)
+        assert batch.advantages_MBT is not None
+        batch.advantages_MBT[0] = 0.0
+        report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
+    assert report.excluded == [0] and float(report.weights[0]) == 0.0
+    others = aggregation.build("gapo", p=1)(report.gram[1:, 1:])
+    torch.testing.assert_close(report.weights[1:], others, rtol=1e-9, atol=0)
+
+
+def test_actual_change_after_clipping_and_of_a_lost_gradient(model: Path, tmp_path: Path) -> None:
+    """Clipping changes what the buffer holds; a last weight of nothing leaves nothing to tell."""
+    settings = {"actual_change": True, "forward": "shared"}
+    clipped = {**SGD, "clip_grad": 0.01}
+    with engine_of(model, settings, PARTS, clipped) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(200), engine)
+        report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
+        engine.export_hf(tmp_path / "one")
+        weights = aggregation.build("weighted_sum", weights=[1.0, 1.0, 1e-9])
+        lost = engine.update_policy(batch, check_engine.loss, weights)
+    assert report.clip_factor < 0.5
+    rows = Reference(model, batch).rows()
+    expected = rows @ (flat(model) - flat(tmp_path / "one"))
+    assert report.actual_change is not None and lost.actual_change is not None
+    size = rows.norm(dim=1) * (flat(model) - flat(tmp_path / "one")).norm()
+    # A clipped change is small beside the fp32 parameters that it is a difference of.
+    assert bool(((torch.tensor(report.actual_change).double() - expected).abs() <= 1e-3 * size).all())
+    assert [math.isnan(change) for change in lost.actual_change].count(True) == 1
+
+
+def test_proportion() -> None:
+    assert proportion([0.2, 0.4], [1.0, 2.0]) == pytest.approx(0.2)
+    assert proportion([0.2, 0.4 * (1 + 1e-6)], [1.0, 2.0]) is None
+    assert proportion([0.2, 0.0, 0.4], [1.0, 0.0, 2.0]) == pytest.approx(0.2)
+    assert proportion([0.2, 0.1, 0.4], [1.0, 0.0, 2.0]) is None
+    assert proportion([0.2, 0.0], [1.0, 2.0]) is None
+    assert proportion([0.0, 0.0], [1.0, 2.0]) == 0.0
+
+
+def test_nearest_gram() -> None:
+    """Three cosines of no vectors, by a rounding of 1e-6, become those of vectors."""
+    impossible = torch.full((3, 3), -0.5 - 1e-6, dtype=torch.float64).fill_diagonal_(1.0)
+    assert float(torch.linalg.eigvalsh(impossible)[0]) < -1e-6
+    fixed = nearest_gram(impossible)
+    assert float(torch.linalg.eigvalsh(fixed)[0]) >= -1e-15
+    assert torch.allclose(fixed.diagonal(), torch.ones(3).double(), rtol=0, atol=1e-15)
+    assert float((fixed - impossible).abs().max()) <= 2e-6
+    possible = torch.eye(3, dtype=torch.float64)
+    assert torch.equal(nearest_gram(possible), possible)
+    broken = torch.eye(2, dtype=torch.float64) * math.nan
+    assert bool(nearest_gram(broken).isnan().any())
+
+
+def test_single_leaves_out_the_last_pass_where_it_can(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two objectives and gapo with p = 1: three passes; mgda needs the fourth."""
+    counted: list[int] = []
+    original = SeparatePasses.gradient
+
+    def counting(self: SeparatePasses, *arguments: Any) -> None:
+        counted.append(1)
+        original(self, *arguments)
+
+    monkeypatch.setattr(SeparatePasses, "gradient", counting)
+    two = [{"name": "a"}, {"name": "b"}]
+    single = {"store": "single", "forward": "separate"}
+    for method, passes in (("gapo", 3), ("mgda", 4)):
+        with engine_of(model, single, PARTS, SGD, objectives=two) as engine:
+            batch = check_engine.local_part(check_engine.global_batch(200), engine)
+            counted.clear()
+            engine.update_policy(batch, check_engine.loss, aggregation.build(method))
+        assert len(counted) == passes
+
+
+@pytest.mark.parametrize("gradients", [{}, {"store": "single"}, {"scope": "last_layer"}])
+def test_one_objective(model: Path, tmp_path: Path, gradients: dict[str, Any]) -> None:
+    """Plain PPO comes out."""
+    with engine_of(model, gradients, WHOLE, SGD, objectives=[{"name": "a"}]) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(200), engine)
+        engine.update_policy(batch, check_engine.loss, aggregation.build("weighted_sum", weights=[1.0]))
+        engine.export_hf(tmp_path / "one")
+    expected = RATE * Reference(model, batch).rows()[0]
+    assert float((flat(model) - flat(tmp_path / "one") - expected).norm() / expected.norm()) <= 1e-4
