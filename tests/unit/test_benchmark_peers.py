@@ -90,7 +90,7 @@ def test_scopes_name_parameters_of_transformers():
 def test_arguments():
     assert peers.parse_strategies([]) == entries.STRATEGIES
     assert peers.parse_strategies(["single", 'mine={"store_dtype": "bf16"}']) == {
-        "single": {"store": "single"},
+        "single": entries.STRATEGIES["single"],
         "mine": {"store_dtype": "bf16"},
     }
     for wrong in ("other", "mine=", "mine=3", "mine={"):
