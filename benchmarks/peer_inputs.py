@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from gapo_mega.losses import policy_loss_sum
+from gapo_mega.losses import policy_loss_of
 from gapo_mega.types import Experience
 
 SEED = 7
@@ -96,14 +96,7 @@ def response_logprobs(model: PreTrainedModel, tokens_BT: Tensor, mask_BT: Tensor
 
 def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
     """PPO's clipped loss of one objective, summed over response tokens (a ``PolicyLoss``)."""
-    assert batch.advantages_MBT is not None
-    return policy_loss_sum(
-        logprobs_BT,
-        batch.old_logprobs_BT,
-        batch.advantages_MBT[objective],
-        batch.response_mask_BT,
-        CLIP_EPSILON,
-    )
+    return policy_loss_of(logprobs_BT, batch, objective, CLIP_EPSILON)
 
 
 def describe(model: PreTrainedModel, batch: Experience) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def train(
         raise ValueError(
             f"--world: found {world} without --dry-run; a run has as many processes as are started"
         )
-    if nproc is not None and launch.under_torchrun():
-        raise ValueError(f"--nproc: found {nproc} inside torchrun, which has started the processes already")
+    if nproc is not None:
+        launch.refuse_under_torchrun(nproc)
     if dry_run:
         _dry_run(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
     elif nproc is not None:
@@ -190,10 +190,7 @@ def step(
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]
     if nproc is not None:
-        if launch.under_torchrun():
-            raise ValueError(
-                f"--nproc: found {nproc} inside torchrun, which has started the processes already"
-            )
+        launch.refuse_under_torchrun(nproc)
         check(settings, nproc)
         options = [f"--objectives={count}" for count in counts]
         arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]

@@ -13,6 +13,14 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def refuse_under_torchrun(processes: int) -> None:
+    """Raise ``ValueError`` where ``--nproc`` was given to a process of a torchrun job."""
+    if under_torchrun():
+        raise ValueError(
+            f"--nproc: found {processes} inside torchrun, which has started the processes already"
+        )
+
+
 def start(processes: int, arguments: Sequence[str]) -> NoReturn:
     """Become a torchrun of ``processes`` local workers that run ``gapo-mega`` with ``arguments``.
 

@@ -27,8 +27,9 @@ from gapo_mega.engine.megatron import strategies
 from gapo_mega.engine.megatron.cpu import device, megatron_device
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.gradients import GradientStrategy
+from gapo_mega.gradient_choice import microbatches
 from gapo_mega.layout_checks import check_gradients
-from gapo_mega.losses import policy_loss_sum
+from gapo_mega.losses import policy_loss_of
 from gapo_mega.models import hf_directory
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience
@@ -127,13 +128,9 @@ class StepBenchmark:
         own = _variant(config, 1, {})
         self.engine = MegatronEngine(own, shape, source, pad_id=0, eos_ids=[0], with_critic=False)
         layout = self.engine.layout
-        self.shape = shape
         self.contenders = contenders(config, shape, layout.data, objectives)
-        rollout = config.rollout
-        sequences = rollout.prompts_per_step // layout.data * rollout.samples_per_prompt
-        batch = synthetic_batch(
-            config, shape, sequences // config.algorithm.minibatches, max(objectives), layout.data_rank
-        )
+        sequences = microbatches(config, layout.data) * config.micro_batch_size
+        batch = synthetic_batch(config, shape, sequences, max(objectives), layout.data_rank)
         old_BT = self.engine.logprobs(batch.tokens_BT, batch.response_mask_BT, "policy")
         self.batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         self.aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
@@ -188,14 +185,7 @@ class StepBenchmark:
         return time.perf_counter() - started - report.seconds.pop("check", 0.0), report
 
     def _loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        assert batch.advantages_MBT is not None
-        return policy_loss_sum(
-            logprobs_BT,
-            batch.old_logprobs_BT,
-            batch.advantages_MBT[objective],
-            batch.response_mask_BT,
-            self.config.algorithm.clip_epsilon,
-        )
+        return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def result(self) -> dict[str, Any]:
         """Medians, ratios to the baseline of the same round, and bytes by kind on this rank."""

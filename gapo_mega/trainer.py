@@ -25,7 +25,7 @@ from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
 from gapo_mega.evaluation.heldout import reward_correlation
 from gapo_mega.finish import finish
 from gapo_mega.heldout import Answers, HeldOut
-from gapo_mega.losses import policy_loss_sum, value_loss_sum
+from gapo_mega.losses import policy_loss_of, value_loss_sum
 from gapo_mega.models import hf_directory
 from gapo_mega.preflight import check
 from gapo_mega.rollout.collect import Collector
@@ -164,14 +164,7 @@ class Trainer:
             ) from error
 
     def _policy_loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        assert batch.advantages_MBT is not None
-        return policy_loss_sum(
-            logprobs_BT,
-            batch.old_logprobs_BT,
-            batch.advantages_MBT[objective],
-            batch.response_mask_BT,
-            self.config.algorithm.clip_epsilon,
-        )
+        return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def _value_loss(self, values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         assert batch.values_MBT is not None and batch.returns_MBT is not None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gapo_mega.types import Experience
+
 # exp(80) is the last power of ten or so that float32 holds with room for an advantage beside it. An
 # infinite ratio would turn the gradient of a *clipped* token into 0 * inf = NaN.
 _LARGEST_LOG_RATIO = 80.0
@@ -33,6 +35,18 @@ def policy_loss_sum(
     advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
     clipped_BT = ratio_BT.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
     return -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT).sum()
+
+
+def policy_loss_of(logprobs_BT: Tensor, batch: Experience, objective: int, clip_epsilon: float) -> Tensor:
+    """``policy_loss_sum`` of one objective's advantages in ``batch``."""
+    assert batch.advantages_MBT is not None
+    return policy_loss_sum(
+        logprobs_BT,
+        batch.old_logprobs_BT,
+        batch.advantages_MBT[objective],
+        batch.response_mask_BT,
+        clip_epsilon,
+    )
 
 
 @torch.no_grad()

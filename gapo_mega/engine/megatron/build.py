@@ -51,6 +51,18 @@ class Trainable:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def grad_norm(self) -> float:
+        """Megatron's norm of what the buffer holds; the optimizer may be stepped after it."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def step(self) -> float:
+        """One optimizer step on a finite gradient; its norm before clipping."""
+        updated, norm, _ = self.optimizer.step()
+        assert updated, "the gradient was found finite"
+        self.scheduler.step(1)
+        return float(norm)
+
 
 def reduce_gradients(
     model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any

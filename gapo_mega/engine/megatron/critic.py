@@ -53,14 +53,11 @@ class Critics:
     @staticmethod
     def _step(trainable: Trainable) -> None:
         """One optimizer step, or none where the gradient is not finite: it would never be mended."""
-        trainable.optimizer.prepare_grads()
-        if not math.isfinite(trainable.optimizer.get_grad_norm()):
+        if not math.isfinite(trainable.grad_norm()):
             trainable.zero_grad()
             logger.warning("critic update skipped: its gradient is not finite")
             return
-        updated, _, _ = trainable.optimizer.step()
-        assert updated
-        trainable.scheduler.step(1)
+        trainable.step()
 
     def update(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
         """One optimizer step of every model; the value loss per model, global token mean."""

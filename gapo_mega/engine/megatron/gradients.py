@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gapo_mega import ops
+from gapo_mega.aggregation.base import zero_objectives
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss
 from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.groups import Groups
-from gapo_mega.engine.megatron.metric import inner_products
-from gapo_mega.engine.megatron.passes import Task
+from gapo_mega.engine.megatron.metric import AdamMetric, inner_products
+from gapo_mega.engine.megatron.passes import Passes, Task, one_hot
 from gapo_mega.engine.megatron.shard import GradientShard
 from gapo_mega.types import Experience
 
@@ -40,17 +41,28 @@ class Direction:
     status: ops.Status
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What every strategy is told."""
+
+    trainable: Trainable
+    groups: Groups
+    objectives: int
+    vocabulary: int  # true size, without padding
+    micro_batch: int  # sequences of a forward
+    shared: bool  # backwards through one forward's graph per microbatch
+    adam: bool  # inner products in Adam's metric
+
+
 class GradientStrategy(ABC):
     """Measures, aggregates, and takes one optimizer step."""
 
-    def __init__(
-        self, trainable: Trainable, groups: Groups, objectives: int, vocabulary: int, micro_batch: int
-    ) -> None:
-        self.trainable = trainable
-        self.groups = groups
-        self.objectives = objectives
-        self._vocabulary = vocabulary
-        self._micro_batch = micro_batch
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.trainable = trainable = setting.trainable
+        self.groups = setting.groups
+        self.objectives = setting.objectives
+        self.shared = setting.shared
         self.shard = GradientShard(trainable.model)
         # Data ranks hold different shards with the distributed optimizer and the same gradient
         # without it: Megatron's own group for gradient norms tells which ranks to add up.
@@ -83,8 +95,7 @@ class GradientStrategy(ABC):
             self.trainable.zero_grad()
             aggregator(found.gram)  # says on the host, in words, what the status counts
             raise RuntimeError(f"no weights on the device: {found.status.name}")
-        self.trainable.optimizer.prepare_grads()
-        measured = float(self.trainable.optimizer.get_grad_norm())
+        measured = self.trainable.grad_norm()
         if not math.isfinite(measured):
             # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
             self.trainable.zero_grad()
@@ -93,7 +104,7 @@ class GradientStrategy(ABC):
             self._norm_checked = self._check_norm(found, measured)
             clock.lap("check")
         learning_rate = self.trainable.optimizer.param_groups[0]["lr"]
-        norm = self._update()
+        norm = self.trainable.step()
         clock.lap("optimizer")
         change = self.change(found, norm)
         if change is not None:
@@ -107,10 +118,35 @@ class GradientStrategy(ABC):
             # Megatron's own formula, so that the log tells what it did.
             clip_factor=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0,
             learning_rate=learning_rate,
-            excluded=[i for i, square in enumerate(found.gram.diagonal()) if float(square) == 0.0],
+            excluded=zero_objectives(found.gram),
             actual_change=change,
             seconds=clock.seconds,
         )
+
+    def keep_gradients(
+        self,
+        passes: Passes,
+        shard: GradientShard,
+        spare: Sequence[Sequence[Tensor]],
+        clock: Clock,
+        only: Collection[nn.Parameter] | None = None,
+    ) -> None:
+        """Every objective's gradient, one after the other: all but the last into ``spare``, shaped like
+        ``shard``; the last stays there. ``only``: as of ``Passes.gradient``."""
+        for index in range(self.objectives):
+            passes.gradient(one_hot(index, self.objectives), only)
+            if index != self.objectives - 1:
+                for kept, piece in zip(spare[index], shard.pieces, strict=True):
+                    kept.copy_(piece)
+            clock.lap(self.lap_of(index))
+
+    def lap_of(self, index: int) -> str:
+        """The clock's name for the passes of one objective."""
+        return f"backward/{index}" if self.shared else f"forward_backward/{index}"
+
+    def metric(self, shard: GradientShard) -> AdamMetric | None:
+        """Adam's metric on ``shard`` as the optimizer's state is now; None: euclidean."""
+        return AdamMetric(self.trainable.optimizer, shard) if self._setting.adam else None
 
     def global_gram(self, local: Tensor) -> Tensor:
         """The sum of all ranks' parts of a Gram matrix, in place: bit for bit the same on every rank.
@@ -131,18 +167,11 @@ class GradientStrategy(ABC):
         """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
         return None
 
-    def _update(self) -> float:
-        """The optimizer step; Megatron's norm of the combined gradient before clipping."""
-        updated, norm, _ = self.trainable.optimizer.step()
-        assert updated, "the Gram matrix was finite and the combined gradient is not"
-        self.trainable.scheduler.step(1)
-        return float(norm)
-
     def _task(self, minibatch: Experience, loss: PolicyLoss) -> Task:
         # By the global count: sequences of all ranks and microbatches weigh by their tokens.
         tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
-        microbatches = minibatch.split(self._micro_batch)
-        return Task(microbatches, loss, tokens, self._vocabulary, self.objectives)
+        microbatches = minibatch.split(self._setting.micro_batch)
+        return Task(microbatches, loss, tokens, self._setting.vocabulary, self.objectives)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient as our own inner products have it, and the size of its summands."""
@@ -175,6 +204,6 @@ class GradientStrategy(ABC):
             learning_rate=0.0,
             skipped=True,
             nonfinite=list(nonfinite),
-            excluded=[i for i, square in enumerate(gram.diagonal()) if float(square) == 0.0],
+            excluded=zero_objectives(gram),
             seconds=clock.seconds,
         )

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.forward import forward_only
-from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
-from gapo_mega.engine.megatron.groups import Groups
+from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy, Setting
 from gapo_mega.engine.megatron.logprobs import before_response
-from gapo_mega.engine.megatron.metric import AdamMetric, inner_products
+from gapo_mega.engine.megatron.metric import inner_products
 from gapo_mega.engine.megatron.output_layer import OutputLayer, parameters_of_layers
-from gapo_mega.engine.megatron.passes import Passes, SeparatePasses, SharedGraph, Task, one_hot
+from gapo_mega.engine.megatron.passes import SeparatePasses, SharedGraph, Task, one_hot
 from gapo_mega.engine.megatron.shard import GradientShard
 from gapo_mega.types import Experience
 
@@ -31,34 +29,21 @@ class Scoped(GradientStrategy):
 
     def __init__(
         self,
-        trainable: Trainable,
-        groups: Groups,
-        objectives: int,
-        vocabulary: int,
-        micro_batch: int,
+        setting: Setting,
         *,
-        shared: bool,
         layers: Sequence[Sequence[int]],
         output_layer: bool,
-        adam: bool = False,
     ) -> None:
-        """Args beyond ``GradientStrategy``'s:
-
-        shared: everything through one forward's graph (one microbatch, no pipeline).
-        layers: ``[first, end)`` ranges of transformer layers in scope.
-        output_layer: whether it is, too.
-        adam: inner products in Adam's metric (of layers only).
-        """
-        super().__init__(trainable, groups, objectives, vocabulary, micro_batch)
+        """``layers``: ``[first, end)`` ranges of transformer layers in scope. ``output_layer``: whether it
+        is, too; Adam's metric is for layers only."""
+        super().__init__(setting)
         assert layers or output_layer
-        model = trainable.model.module
-        self._shared = shared
-        self._adam = adam
+        model = setting.trainable.model.module
         self._with_layers = bool(layers)
         self._only = parameters_of_layers(model, layers)
-        self._part = GradientShard(trainable.model, self._only)
-        self._spare = [self._part.zero_row(i) for i in range(1, objectives)]
-        self._output = OutputLayer(model, groups, objectives) if output_layer else None
+        self._part = GradientShard(setting.trainable.model, self._only)
+        self._spare = [self._part.zero_row(i) for i in range(1, setting.objectives)]
+        self._output = OutputLayer(model, setting.groups, setting.objectives) if output_layer else None
 
     @property
     def row_bytes(self) -> int:
@@ -71,9 +56,9 @@ class Scoped(GradientStrategy):
         """See ``GradientStrategy.direction``."""
         if self._output is not None:
             self._output.clear()
-        passes = self._shared_passes(task, clock) if self._shared else self._separate_passes(task, clock)
+        passes = self._shared_passes(task, clock) if self.shared else self._separate_passes(task, clock)
         if self._with_layers:
-            self._measure_layers(passes, clock)
+            self.keep_gradients(passes, self._part, self._spare, clock, self._only)
         gram = self._gram()
         weights, status = ops.solve(gram, aggregator)
         found = Direction(passes.losses.clone(), gram, weights, ops.Status(int(status)))
@@ -119,20 +104,12 @@ class Scoped(GradientStrategy):
         clock.lap("output_layer")
         return passes
 
-    def _measure_layers(self, passes: Passes, clock: Clock) -> None:
-        for index in range(self.objectives):
-            passes.gradient(one_hot(index, self.objectives), self._only)
-            if index != self.objectives - 1:
-                for kept, piece in zip(self._spare[index], self._part.pieces, strict=True):
-                    kept.copy_(piece)
-            clock.lap(f"backward/{index}" if self._shared else f"forward_backward/{index}")
-
     def _gram(self) -> Tensor:
         """Gram matrix [M, M] float64 on the CPU, over all ranks: a sum over disjoint parameters."""
         gram = torch.zeros(self.objectives, self.objectives, dtype=torch.float64)
         if self._with_layers:
-            metric = AdamMetric(self.trainable.optimizer, self._part) if self._adam else None
-            local = inner_products(self._part, [*self._spare, self._part.pieces], metric)
+            rows = [*self._spare, self._part.pieces]
+            local = inner_products(self._part, rows, self.metric(self._part))
             gram += self.global_gram(local).cpu()
         if self._output is not None:
             gram += self._output.gram()

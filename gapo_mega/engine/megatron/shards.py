@@ -14,11 +14,9 @@ from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.clock import Clock
-from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
-from gapo_mega.engine.megatron.groups import Groups
-from gapo_mega.engine.megatron.metric import AdamMetric, combine_rows_, inner_products
+from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy, Setting
+from gapo_mega.engine.megatron.metric import combine_rows_, inner_products
 from gapo_mega.engine.megatron.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.row_buffer import RowBuffer
@@ -32,30 +30,17 @@ class Shards(GradientStrategy):
 
     def __init__(
         self,
-        trainable: Trainable,
-        groups: Groups,
-        objectives: int,
-        vocabulary: int,
-        micro_batch: int,
+        setting: Setting,
         *,
-        shared: bool,
         dtype: torch.dtype = torch.float32,
-        adam: bool = False,
         actual_change: bool = False,
     ) -> None:
-        """Args beyond ``GradientStrategy``'s:
-
-        shared: backwards through one forward's graph per microbatch.
-        dtype: of the rows but the last.
-        adam: inner products in Adam's metric.
-        actual_change: measure what the optimizer did, at the price of a copy of the parameters' shard.
-        """
-        super().__init__(trainable, groups, objectives, vocabulary, micro_batch)
-        self._shared = shared
-        self._adam = adam
-        self._spare = [self.shard.zero_row(i, dtype) for i in range(1, objectives)]
+        """``dtype``: of the rows but the last. ``actual_change``: measure what the optimizer did, at the
+        price of a copy of the parameters' shard."""
+        super().__init__(setting)
+        self._spare = [self.shard.zero_row(i, dtype) for i in range(1, setting.objectives)]
         self._rows: list[list[Tensor]] = []
-        self._before = self.shard.zero_row(objectives) if actual_change else None
+        self._before = self.shard.zero_row(setting.objectives) if actual_change else None
 
     @property
     def row_bytes(self) -> int:
@@ -65,10 +50,9 @@ class Shards(GradientStrategy):
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """See ``GradientStrategy.direction``."""
-        in_turns = self._shared and len(task.microbatches) > 1
+        in_turns = self.shared and len(task.microbatches) > 1
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
-        metric = AdamMetric(self.trainable.optimizer, self.shard) if self._adam else None
-        gram = self.global_gram(inner_products(self.shard, self._rows, metric))
+        gram = self.global_gram(inner_products(self.shard, self._rows, self.metric(self.shard)))
         weights, status = ops.solve(gram, aggregator)
         combine_rows_(self.shard.pieces, self._rows, weights)
         found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
@@ -80,16 +64,10 @@ class Shards(GradientStrategy):
 
     def _one_by_one(self, task: Task, clock: Clock) -> Tensor:
         """Every objective's gradient into its row, all microbatches of one before the next objective."""
-        shared, last = self._shared, self.objectives - 1
-        passes = passes_over(self.trainable, task, shared)
-        if shared:
+        passes = passes_over(self.trainable, task, self.shared)
+        if self.shared:
             clock.lap("forward")
-        for index in range(self.objectives):
-            passes.gradient(one_hot(index, self.objectives))
-            if index != last:
-                for kept, piece in zip(self._spare[index], self.shard.pieces, strict=True):
-                    kept.copy_(piece)
-            clock.lap(f"backward/{index}" if shared else f"forward_backward/{index}")
+        self.keep_gradients(passes, self.shard, self._spare, clock)
         self._rows = [*self._spare, self.shard.pieces]
         return passes.losses
 
@@ -104,7 +82,7 @@ class Shards(GradientStrategy):
             for index in order:
                 buffer.bring(index)
                 graph.add_gradient(one_hot(index, self.objectives))
-                clock.lap(f"backward/{index}")
+                clock.lap(self.lap_of(index))
             losses += graph.losses
             del graph  # before the next one is built
             order.reverse()  # the next microbatch begins with the sum that the buffer holds
@@ -116,7 +94,7 @@ class Shards(GradientStrategy):
 
         Opposing gradients cancel, so what it can differ by is a share of ``sum w_i ||g_i||``.
         """
-        if self._adam:
+        if self._setting.adam:
             return super().predicted_norm(found)
         square = float(found.weights @ found.gram @ found.weights)
         return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())

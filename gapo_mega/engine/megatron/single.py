@@ -10,10 +10,8 @@ from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy
-from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.passes import Passes, Task, one_hot, passes_over
 
@@ -32,27 +30,11 @@ class Single(GradientStrategy):
 
     row_bytes = 0
 
-    def __init__(
-        self,
-        trainable: Trainable,
-        groups: Groups,
-        objectives: int,
-        vocabulary: int,
-        micro_batch: int,
-        *,
-        shared: bool,
-        adam: bool = False,
-    ) -> None:
-        """``shared``: all backwards through one forward's graph; ``adam``: products in Adam's metric."""
-        super().__init__(trainable, groups, objectives, vocabulary, micro_batch)
-        self._shared = shared
-        self._adam = adam
-
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """See ``GradientStrategy.direction``."""
-        metric = AdamMetric(self.trainable.optimizer, self.shard) if self._adam else None
-        passes = passes_over(self.trainable, task, self._shared)
-        if self._shared:
+        metric = self.metric(self.shard)
+        passes = passes_over(self.trainable, task, self.shared)
+        if self.shared:
             clock.lap("forward")
         norms, held = self._norms(passes, metric, clock)
         if all(math.isfinite(norm) for norm in norms):
@@ -79,7 +61,7 @@ class Single(GradientStrategy):
             held = one_hot(index, self.objectives)
             passes.gradient(held)
             norms.append(math.sqrt(self._square(metric)))
-            clock.lap(f"backward/{index}" if self._shared else f"forward_backward/{index}")
+            clock.lap(self.lap_of(index))
         return norms, held
 
     def _cosines(
