@@ -127,22 +127,42 @@ def plan(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Option("--from", help="A .gguf file of the Llama architecture.")],
-    target: Annotated[Path, typer.Option("--to", help="The Hugging Face directory to write.")],
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--from", help="Hugging Face directory or hub name, Megatron checkpoint, or .gguf file."
+        ),
+    ],
+    target: Annotated[Path, typer.Option("--to", help="The directory to write.")],
+    tp: Annotated[
+        int, typer.Option("--tp", min=1, help="Tensor-parallel size whose parts are stored apart.")
+    ] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline size whose stages share the writing.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [as in the source]")] = None,
+    to: Annotated[
+        str | None, typer.Option("--format", help="hf or megatron. [the one that --from is not]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that exists.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Write a checkpoint with this many local processes.")
+    ] = None,
 ) -> None:
-    """Convert a model: a GGUF file becomes a Hugging Face directory."""
-    if not source.exists():
-        raise ValueError(f"--from: {source} not found; accepted: a .gguf file")
-    if not (source.is_file() and source.suffix == ".gguf"):
-        raise ValueError(
-            f"--from: found {source}, which is {'a directory' if source.is_dir() else 'no .gguf file'}; "
-            "accepted: a .gguf file"
-        )
-    from gapo_mega.models.gguf_import import import_gguf
+    """Convert a model: Hugging Face to Megatron, Megatron to Hugging Face, GGUF to either.
 
-    import_gguf(source, target, overwrite=overwrite)
-    print(f"wrote {target}")
+    Any layout can load a Megatron checkpoint, whatever --tp and --pp it was written with.
+    """
+    from gapo_mega import launch
+    from gapo_mega.conversion import Conversion
+
+    conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
+    conversion.check()
+    if nproc is not None:
+        launch.refuse_under_torchrun(nproc)
+        launch.start(nproc, ["convert", *conversion.arguments()])
+    _quiet_other_ranks()
+    conversion.run()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"wrote {target}")
 
 
 @app.command()

@@ -21,7 +21,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy; the reference is its frozen copy."""
 
-    path: str = Field(description="Hugging Face directory or hub name of the policy")
+    path: str = Field(
+        description="Hugging Face directory or hub name, or a checkpoint of gapo-mega convert or train"
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="compute type; bf16 keeps fp32 main parameters"
     )
@@ -56,7 +58,7 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts. ``source`` is a hub name, a .jsonl/.json/.parquet file, or ``package:NAME``."""
+    """Prompts. ``source`` is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
 
     source: str
     split: str = "train"

@@ -10,15 +10,16 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, Section
 
 Location = tuple[int | str, ...]
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,38 +47,47 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+@overload
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def load(path: str | Path, overrides: Sequence[str] = (), *, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = Config) -> Section:
     """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
 
-    Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``).
+    Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``). ``kind`` is the
+    class that the whole file describes.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
-    data = _read(Path(path))
+    data = _read(Path(path), kind)
     applied: list[tuple[Location, str]] = []
     for override in overrides:
         applied.append((_apply(data, override), override))
     try:
         # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
-        return Config.model_validate(data, strict=True)
+        return kind.model_validate(data, strict=True)
     except ValidationError as error:
-        message, location = _explain(error)
+        message, location = _explain(error, kind)
     raise ValueError(f"{message} ({_origin(location, applied, path)})")
 
 
-def dump(config: Config, path: str | Path) -> None:
+def dump(config: Section, path: str | Path) -> None:
     """Write every field of ``config``, defaults included, as YAML that :func:`load` reads back."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """The resolved configuration as YAML, in the order in which the fields are declared."""
     # Not allow_unicode: PyYAML does not read back every character that it then writes as it is.
     text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     return text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config: file {path} not found; accepted: a YAML file")
     try:
@@ -85,7 +95,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: found {_shown(data)}, accepted: a mapping with the keys {_listed(Config)}")
+        raise ValueError(f"{path}: found {_shown(data)}, accepted: a mapping with the keys {_listed(kind)}")
     return data
 
 
@@ -130,25 +140,25 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
     raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
 
 
-def _explain(error: ValidationError) -> tuple[str, Location]:
+def _explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:
     """One line about the most telling of pydantic's complaints, and where it is."""
     details = error.errors(include_url=False)
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     more = f"; {len(details) - 1} more after this one" if len(details) > 1 else ""
-    return _sentence(first) + more, first["loc"]
+    return _sentence(first, kind) + more, first["loc"]
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
     location = detail["loc"]
     path = ".".join(map(str, location))
     if detail["type"] == "extra_forbidden":
-        section = _section(location[:-1])
+        section = _section(location[:-1], kind)
         name = str(location[-1])
         near = difflib.get_close_matches(name, list(section.model_fields), n=1, cutoff=0.0)[0]
         return f"{path}: unknown key, the nearest is {near!r}; accepted: {_listed(section)}"
     if detail["type"] == "missing":
-        field = _section(location[:-1]).model_fields[str(location[-1])]
+        field = _section(location[:-1], kind).model_fields[str(location[-1])]
         meaning = f" ({field.description})" if field.description else ""
         return f"{path}: not given, accepted: a value{meaning}"
     if detail["type"] == "value_error":
@@ -160,9 +170,9 @@ def _sentence(detail: ErrorDetails) -> str:
     return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {accepted}"
 
 
-def _section(location: Location) -> type[BaseModel]:
-    """The section class that lies at ``location`` of the schema."""
-    section: type[BaseModel] = Config
+def _section(location: Location, kind: type[Section]) -> type[BaseModel]:
+    """The section class that lies at ``location`` of the schema of ``kind``."""
+    section: type[BaseModel] = kind
     for part in location:
         if isinstance(part, int):
             continue  # an item of the list whose item type was already taken

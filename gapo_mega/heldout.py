@@ -58,7 +58,8 @@ class HeldOut:
             )
             scores_BM = self._scorer.scores(rollout.prompts, rollout.responses).T.tolist()
             rows = [i for i in numbers for _ in range(self.samples)]
-            part = list(zip(rows, rollout.prompts, rollout.responses, scores_BM, strict=True))
+            texts = [prompt.text for prompt in rollout.prompts]
+            part = list(zip(rows, texts, rollout.responses, scores_BM, strict=True))
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
         parts = self._engine.gather_over_data(part)
         everything = sorted(chain.from_iterable(parts), key=lambda answer: answer[0])

@@ -129,7 +129,8 @@ def _layer_parameters(shape: ModelShape, tensor: int) -> int:
     split = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn
     if shape.qkv_bias:
         split += query + 2 * key
-    return split // tensor + 2 * shape.hidden  # norms are held by every tensor rank
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    return split // tensor + norms  # norms are held by every tensor rank
 
 
 def _embedding_parameters(shape: ModelShape, tensor: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig
 
 from gapo_mega import advantages, aggregation, objectives
 from gapo_mega.config import Config
 from gapo_mega.layout_checks import check_layout
+from gapo_mega.models.hf_directory import companions_of
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.run_logging import check_logging
@@ -30,10 +33,11 @@ def check(config: Config, world_size: int) -> ModelShape:
 def _shape(path: str) -> ModelShape:
     """Of a Hugging Face directory or hub name, from its configuration only."""
     try:
-        hf_config = AutoConfig.from_pretrained(path)
+        hf_config = AutoConfig.from_pretrained(companions_of(Path(path).expanduser()))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name ({reason})"
+            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name, or a Megatron "
+            f"checkpoint written by gapo_mega ({reason})"
         ) from error
     return shape_of(hf_config)

@@ -338,11 +338,12 @@ def train(config: Config, with_report: bool = True) -> None:
     """
     shape = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     source = hf_directory.resolve(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    companions = hf_directory.companions_of(source)
+    tokenizer = AutoTokenizer.from_pretrained(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
     PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)
-    eos_ids = end_of_sequence_ids(source, tokenizer)
+    eos_ids = end_of_sequence_ids(companions, tokenizer)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     # Imported last: Megatron takes seconds to load, and bad input should be told at once.
     from gapo_mega.engine.megatron.engine import MegatronEngine

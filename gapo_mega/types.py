@@ -10,11 +10,13 @@ tokens before it; it is 0 outside the response.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+Message = Mapping[str, str]  # role and content
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,16 @@ class Prompt:
     """One prompt: what the user wrote and the token ids that the policy is given."""
 
     index: int
-    text: str
-    token_ids: tuple[int, ...]
+    text: str  # the last message of the user
+    token_ids: tuple[int, ...] = ()
+    # The whole conversation, without the system message that ``data.system_prompt`` gives to the policy;
+    # empty where it is one message of the user, ``text``.
+    messages: tuple[Message, ...] = ()
+
+    def answered(self, response: str) -> list[Message]:
+        """The conversation with ``response`` as the assistant's last message."""
+        asked = self.messages or ({"role": "user", "content": self.text},)
+        return [*asked, {"role": "assistant", "content": response}]
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Generation:
 class Rollout:
     """Sampled responses of this data-parallel rank, with their decoded text."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     responses: list[str]
     group_B: Tensor  # int64; samples of one prompt share a number
     tokens_BT: Tensor

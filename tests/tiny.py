@@ -3,69 +3,99 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
 )
+
+# Of Llama 3.1: of heads 16 wide, four of eight frequencies are scaled.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def tiny_llama(
-    directory: Path, *, tied: bool = False, heads: int = 4, groups: int = 2, seed: int = 0, vocab: int = 200
+    directory: Path,
+    *,
+    tied: bool = False,
+    heads: int = 4,
+    groups: int = 2,
+    seed: int = 0,
+    vocab: int = 200,
+    **fields: Any,
 ) -> PreTrainedModel:
-    """4 layers, grouped queries, head_dim != hidden / heads; fp32 weights of ordinary size."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=72,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=16,
-        max_position_embeddings=128,
-        rope_theta=10000.0,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_implementation="eager",
+    """4 layers, grouped queries, head_dim != hidden / heads; ``fields``: others of the configuration."""
+    sizes = _sizes(vocab, hidden_size=72, intermediate_size=96, num_hidden_layers=4, head_dim=16)
+    rope = {} if "rope_parameters" in fields else {"rope_theta": 10000.0}
+    split = {"num_attention_heads": heads, "num_key_value_heads": groups}
+    config = LlamaConfig(**{**sizes, **split, **rope, "tie_word_embeddings": tied, **fields})
+    return _write(config, directory, seed)
+
+
+def tiny_llama3(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
+    """Llama with the scaled frequencies of 3.1, which show from some hundred tokens on."""
+    return tiny_llama(
+        directory, vocab=vocab, rope_parameters=dict(LLAMA3_ROPE), max_position_embeddings=131072
     )
-    model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones hide a wrong norm
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    return model
 
 
 def tiny_mistral(directory: Path, *, window: int | None = None, vocab: int = 200) -> PreTrainedModel:
     """2 layers of Mistral with a sliding window if asked for."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        sliding_window=window,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_implementation="eager",
-    )
-    model = MistralForCausalLM(config).float().eval()
+    sizes = _sizes(vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
+    return _write(MistralConfig(**sizes, sliding_window=window), directory)
+
+
+def tiny_qwen2(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
+    """4 layers of Qwen2: biases on queries, keys and values, tied embeddings."""
+    sizes = _sizes(vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=4)
+    return _write(Qwen2Config(**sizes, tie_word_embeddings=True), directory)
+
+
+def tiny_qwen3(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
+    """4 layers of Qwen3: norms of queries and keys, head_dim != hidden / heads."""
+    sizes = _sizes(vocab, hidden_size=48, intermediate_size=96, num_hidden_layers=4, head_dim=16)
+    return _write(Qwen3Config(**sizes), directory)
+
+
+def _sizes(vocab: int, **sizes: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "eager",
+        **sizes,
+    }
+
+
+def _write(config: PreTrainedConfig, directory: Path, seed: int = 0) -> PreTrainedModel:
+    """fp32 weights of ordinary size."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones hide a wrong norm
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("bias"):  # and zeros a lost bias
+                parameter.add_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -14,7 +14,7 @@ _MEGATRON = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 
 # Tensor names of Llama, which most later families took over. Rows of parameters that a model does
-# not have (biases) do no harm.
+# not have (biases, norms of queries and keys) do no harm.
 LLAMA_TABLE: Table = {
     EMBEDDING: Rule("vocab", ("model.embed_tokens.weight",)),
     _MEGATRON + "input_layernorm.weight": Rule("replicated", (_HF + "input_layernorm.weight",)),
@@ -24,6 +24,8 @@ LLAMA_TABLE: Table = {
     _MEGATRON + "self_attention.linear_qkv.bias": Rule(
         "qkv", tuple(f"{_HF}self_attn.{x}_proj.bias" for x in "qkv")
     ),
+    _MEGATRON + "self_attention.q_layernorm.weight": Rule("replicated", (_HF + "self_attn.q_norm.weight",)),
+    _MEGATRON + "self_attention.k_layernorm.weight": Rule("replicated", (_HF + "self_attn.k_norm.weight",)),
     _MEGATRON + "self_attention.linear_proj.weight": Rule("columns", (_HF + "self_attn.o_proj.weight",)),
     _MEGATRON + "pre_mlp_layernorm.weight": Rule("replicated", (_HF + "post_attention_layernorm.weight",)),
     _MEGATRON + "mlp.linear_fc1.weight": Rule(
@@ -32,6 +34,13 @@ LLAMA_TABLE: Table = {
     _MEGATRON + "mlp.linear_fc2.weight": Rule("columns", (_HF + "mlp.down_proj.weight",)),
     "decoder.final_layernorm.weight": Rule("replicated", ("model.norm.weight",)),
     OUTPUT_LAYER: Rule("vocab", ("lm_head.weight",)),
+}
+
+# Megatron-core 0.16.1 scales rotary frequencies as Llama 3.1 does, by any factor but with these.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -64,14 +73,79 @@ def require(field: str, found: object, *accepted: object) -> None:
         raise ValueError(f"config.json {field}: found {found!r}, accepted: {', '.join(map(repr, accepted))}")
 
 
-def plain_rope_theta(rope_parameters: object) -> float:
-    """The base of unscaled rotary embeddings over the whole head; anything else is refused.
+def llama_like(
+    config: PreTrainedConfig,
+    *,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    sliding_window: int | None = None,
+) -> ModelShape:
+    """The facts of a model whose configuration has Llama's fields; the keywords are ``ModelShape``'s.
 
-    Megatron-core builds Llama 3's scaling with fixed constants and no other kind, so a scaled model
-    would silently run with other frequencies.
+    Raises:
+        ValueError: another activation than SiLU, or rotary embeddings that ``rotary`` refuses.
+    """
+    fields: dict[str, Any] = config.to_dict()
+    require("hidden_act", fields["hidden_act"], "silu")
+    theta, factor = rotary(fields["rope_parameters"])
+    heads = fields["num_attention_heads"]
+    return ModelShape(
+        family=config.model_type,
+        num_layers=fields["num_hidden_layers"],
+        hidden=fields["hidden_size"],
+        ffn=fields["intermediate_size"],
+        heads=heads,
+        kv_groups=fields["num_key_value_heads"] or heads,
+        # Where a configuration class has no such field, transformers takes it from config.json all the same.
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        vocab=fields["vocab_size"],
+        tied=fields["tie_word_embeddings"],
+        rope_theta=theta,
+        norm_eps=fields["rms_norm_eps"],
+        qkv_bias=qkv_bias,
+        max_positions=fields["max_position_embeddings"],
+        sliding_window=sliding_window,
+        qk_norm=qk_norm,
+        rope_scaling_factor=factor,
+    )
+
+
+def rotary(rope_parameters: object) -> tuple[float, float | None]:
+    """Base of the rotary embeddings and Llama 3's scaling factor, ``None`` where they are not scaled.
+
+    Takes the table that transformers 5 makes of every notation: its own ``rope_parameters``, and the
+    ``rope_theta`` and ``rope_scaling`` of older ones.
+
+    Raises:
+        ValueError: another kind of scaling, other constants than ``LLAMA3_ROPE``, a rotation of part of a
+            head, or tables for several kinds of layers.
     """
     if not isinstance(rope_parameters, dict):
         raise ValueError(f"config.json rope_parameters: found {rope_parameters!r}, accepted: a table")
-    require("rope_parameters.rope_type", rope_parameters.get("rope_type", "default"), "default")
+    kind = rope_parameters.get("rope_type", "default")
+    require("rope_parameters.rope_type", kind, "default", "llama3")
     require("rope_parameters.partial_rotary_factor", rope_parameters.get("partial_rotary_factor", 1.0), 1.0)
-    return float(rope_parameters["rope_theta"])
+    theta = _positive("rope_theta", rope_parameters)
+    if kind == "default":
+        return theta, None
+    for field, constant in LLAMA3_ROPE.items():
+        require(f"rope_parameters.{field}", rope_parameters.get(field), constant)
+    return theta, _positive("factor", rope_parameters)
+
+
+def _positive(field: str, rope_parameters: dict[str, Any]) -> float:
+    found = rope_parameters.get(field)
+    if not isinstance(found, int | float) or not found > 0:
+        raise ValueError(f"config.json rope_parameters.{field}: found {found!r}, accepted: a number above 0")
+    return float(found)
+
+
+def require_full_attention(config: PreTrainedConfig) -> None:
+    """Refuse a Qwen-style configuration whose layers do not all attend to everything before.
+
+    Megatron has one window for a model's layers; these configurations give it to some.
+    """
+    fields: dict[str, Any] = config.to_dict()
+    require("use_sliding_window", fields["use_sliding_window"], False)
+    for kind in fields["layer_types"]:
+        require("layer_types", kind, "full_attention")

@@ -9,7 +9,7 @@ embedding, and transformers ignores how ``smollm`` vocabularies split digits.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from gapo_mega.models.hf_directory import write_hf
+from gapo_mega.models.hf_writing import write_hf
 
 
 def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -41,7 +41,11 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
         config.save_pretrained(companions)
         _generation_config(config).save_pretrained(companions)
         _save_tokenizer(metadata, config, companions)
-        write_hf(directory, companions, _tensors(metadata, config), overwrite=overwrite)
+        with torch.device("meta"):
+            parameters = LlamaForCausalLM(config).named_parameters()
+        promised = {name: parameter.to(torch.float32) for name, parameter in parameters}
+        tensors = _tensors(metadata, config, promised)
+        write_hf(directory, companions, promised, tensors, overwrite=overwrite)
 
 
 def packaged_gguf(package: str) -> Path:
@@ -140,14 +144,14 @@ def _save_tokenizer(metadata: _Metadata, config: LlamaConfig, directory: str) ->
     tokenizer.save_pretrained(directory)
 
 
-def _tensors(metadata: _Metadata, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    metadata: _Metadata, config: LlamaConfig, promised: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and fp32 tensors, one at a time."""
     tensors = {tensor.name: tensor for tensor in metadata.reader.tensors}
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads_of = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    with torch.device("meta"):
-        expected = LlamaForCausalLM(config)
-    for name, parameter in expected.named_parameters():
+    for name, parameter in promised.items():
         stored = name_map.get_name(name, try_suffixes=(".weight",))
         if stored not in tensors:
             raise ValueError(f"GGUF file {metadata.path}: no tensor {stored} for {name}")

@@ -1,44 +1,49 @@
-"""Hugging Face directories: finding, reading lazily, and writing them whole or not at all."""
+"""Hugging Face directories: finding them, and reading their tensors one at a time."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-# Everything a model needs beside its weights. Pickled weights are never fetched nor read.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from gapo_mega.models.safetensors_stream import DTYPES
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED_SINGLE = "pytorch_model.bin"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_PICKLED = ".bin"
+# What a hub repository is asked for; pickled weights only where it has no others.
+_SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
+_PICKLED_PATTERNS = [*_SAFE_PATTERNS[:-1], "pytorch_model*.bin"]
+COMPANIONS = "hf"  # folder of a Megatron checkpoint that holds what is beside the weights
+# Frequencies that old checkpoints stored; they follow from the configuration.
+_DERIVED_TENSOR = ".rotary_emb.inv_freq"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_WEIGHT_SUFFIXES = (
+    (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".distcp")
+)  # fmt: skip
+
+
+def is_companion(file: Path) -> bool:
+    """Whether a file of a model directory is one that belongs beside the weights, such as the tokenizer."""
+    return file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_SUFFIXES)
 
 
 class HFDirectory:
     """A model directory opened for reading: its configuration, and its tensors one at a time.
 
     Args:
-        path: a local directory with ``config.json`` and safetensors weights (single or sharded).
+        path: a local directory with ``config.json`` and weights: safetensors, single or sharded, else
+            ``pytorch_model.bin`` likewise, of which nothing but tensors is unpickled.
 
     Raises:
         ValueError: the directory lacks one of these, or its index names a missing file.
@@ -46,41 +51,116 @@ class HFDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / "config.json").is_file():
-            raise ValueError(
-                f"model.path: {self.path} has no config.json; accepted: a Hugging Face directory"
-            )
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
+        self.config = read_config(self.path)
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, Path]:
-        index = self.path / _INDEX
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = {name: self.path / file for name, file in weight_map.items()}
-            missing = sorted({file.name for file in files.values() if not file.is_file()})
-            if missing:
-                raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
-            return files
-        single = self.path / _SINGLE
-        if not single.is_file():
-            raise ValueError(
-                f"model.path: {self.path} has neither {_SINGLE} nor {_INDEX}; accepted: safetensors weights"
-            )
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        for index, single in ((INDEX, SINGLE), (_PICKLED_INDEX, _PICKLED_SINGLE)):
+            if (self.path / index).is_file():
+                return self._read_index(self.path / index)
+            if (self.path / single).is_file():
+                return dict.fromkeys(_names(self.path / single), self.path / single)
+        raise ValueError(
+            f"model.path: {self.path} has neither {SINGLE} nor {INDEX} (nor {_PICKLED_SINGLE}); accepted: "
+            "a directory with weights"
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {name: self.path / file for name, file in weight_map.items()}
+        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        if missing:
+            raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
+        return files
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._file_of)
 
+    def check_names(
+        self, expected: frozenset[str], beside: Collection[str] = (), layers: int | None = None
+    ) -> None:
+        """Raise ``ValueError`` unless every expected tensor is there and every tensor is expected.
+
+        ``beside``: names of others that may be there. ``layers``: those of later layers are left out.
+        """
+        missing = sorted(expected - self.names)
+        if missing:
+            raise ValueError(f"{self.path}: tensors missing: {_some(missing)}")
+        left_out = {name for name in self.names if layers is not None and _layer_of(name) >= layers}
+        unused = sorted(self.names - expected - left_out - set(beside))
+        unused = [name for name in unused if not name.endswith(_DERIVED_TENSOR)]
+        if unused:
+            raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the type it is stored in. ``KeyError`` when there is none."""
+        file = self._file_of[name]
+        if file.suffix == _PICKLED:
+            return _tensors_in(file)[name]
         # Opening maps the file and reads its header only, so nothing is kept open between tensors.
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        with safe_open(file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+    def like(self, name: str) -> Tensor:
+        """A tensor without data (on the meta device) of the shape and type of ``name``."""
+        file = self._file_of[name]
+        if file.suffix == _PICKLED:
+            return _tensors_in(file)[name].to("meta")
+        with safe_open(file, framework="pt") as opened:
+            part = opened.get_slice(name)
+            return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The configuration of a model directory. ``ValueError`` where there is none."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"model.path: {directory} has no config.json; accepted: a Hugging Face directory")
+    config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
+    return config
+
+
+def companions_of(path: Path) -> Path:
+    """Where a model's configuration and tokenizer are: the directory itself, or a checkpoint's ``hf/``."""
+    return path / COMPANIONS if (path / COMPANIONS / "config.json").is_file() else path
+
+
+def _names(file: Path) -> list[str]:
+    if file.suffix == _PICKLED:
+        return list(_tensors_in(file))
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _layer_of(name: str) -> int:
+    """Number of the decoder layer that a tensor belongs to, -1 for others."""
+    number = _LAYER.search(name)
+    return int(number.group(1)) if number else -1
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def _tensors_in(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped into memory; anything else in it is refused."""
+    return _unpickled(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # neighbouring tensors are in one file
+def _unpickled(file: Path, _written: int) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"model.path: {file} holds more than tensors, which is not unpickled; accepted: weights only"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"model.path: {file} is not a table of tensors; accepted: a saved state_dict")
+    return content
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -97,107 +177,12 @@ def resolve(name_or_path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = [*_COMPANIONS, "*.safetensors", _INDEX]
-        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+        found = Path(snapshot_download(str(name_or_path), allow_patterns=_SAFE_PATTERNS))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(name_or_path), allow_patterns=_PICKLED_PATTERNS))
+        return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model.path: found {str(name_or_path)!r}, which is neither a local directory (looked at "
             f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {error}"
         ) from error
-
-
-def write_hf(
-    directory: str | Path,
-    companions: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = 4 << 30,
-) -> None:
-    """Write a model directory; it appears under its name only once it is complete.
-
-    Args:
-        directory: what to create.
-        companions: directory whose configuration, tokenizer and chat template are copied; ``dtype``
-            in ``config.json`` follows the tensors.
-        tensors: names and tensors of one floating type, consumed one at a time.
-        overwrite: replace ``directory`` where it exists already.
-        shard_bytes: size at which a new safetensors file is begun; no more than this is held.
-
-    Raises:
-        ValueError: ``directory`` exists and ``overwrite`` is false, or the tensors have several types.
-    """
-    with _complete_or_absent(Path(directory), overwrite) as partial:
-        for name in _COMPANIONS:
-            if (Path(companions) / name).is_file():
-                shutil.copyfile(Path(companions) / name, partial / name)
-        dtype = _write_shards(partial, tensors, shard_bytes)
-        _set_dtype(partial / "config.json", dtype)
-
-
-@contextmanager
-def _complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of ``target`` that takes its name when the block ends without an error."""
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists already; name a directory that does not")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    partial.chmod(0o755)  # mkdtemp makes it private
-    try:
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-
-
-def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> torch.dtype:
-    """Safetensors files, and their index when there are several. Returns the tensors' type."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-    dtypes: set[torch.dtype] = set()
-
-    def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor.detach().cpu().contiguous()
-        pending_bytes += size
-        total_bytes += size
-        dtypes.add(tensor.dtype)
-    if pending:
-        flush()
-    if len(dtypes) != 1:
-        raise ValueError(f"tensors: found types {sorted(map(str, dtypes))}, accepted: one floating type")
-    _name_shards(directory, shards, total_bytes)
-    return dtypes.pop()
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Their number is part of the file names, so it has to be known first."""
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(config_file.read_text())
-    config.pop("torch_dtype", None)  # the name before transformers 5
-    config["dtype"] = _DTYPE_NAMES[dtype]
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

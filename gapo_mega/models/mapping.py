@@ -57,6 +57,22 @@ def local_spec_name(name: str) -> str:
     return name
 
 
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """Where ``sharded_state_dict`` of megatron-core 0.16.1 puts a parameter: key, and row along the layers.
+
+    All layers' parameters of one name are one tensor ``[layers, ...]`` there, under the names that
+    Transformer Engine's spec gives them, whatever spec the model has.
+    """
+    number = _LAYER_NUMBER.search(name)
+    if number is None:
+        return name, None
+    key = name.replace(f".{number.group()}.", ".", 1)
+    for fused, plain in _TRANSFORMER_ENGINE_NAMES.items():
+        if key.endswith(f".{plain}"):
+            key = key.removesuffix(plain) + fused
+    return key, int(number.group())
+
+
 class WeightMap:
     """Both directions of the conversion for one model and one tensor-parallel size.
 
@@ -76,7 +92,7 @@ class WeightMap:
         self.shape = shape
         self.tensor = tensor
         self.padded_vocab = shape.padded_vocab(tensor) if padded_vocab is None else padded_vocab
-        self._table = {name: rule for name, rule in table.items() if shape.qkv_bias or "qkv.bias" not in name}
+        self._table = {name: rule for name, rule in table.items() if _has_parameter(shape, name)}
         if shape.tied:
             self._table[OUTPUT_LAYER] = self._table[EMBEDDING]
         divided = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "padded vocabulary": self.padded_vocab}
@@ -91,6 +107,23 @@ class WeightMap:
         layers = range(self.shape.num_layers)
         sources = [source for rule in self._table.values() for source in rule.sources]
         return frozenset(source.format(layer=layer) for source in sources for layer in layers)
+
+    def names(self) -> list[str]:
+        """All parameters of the whole model, embedding first; a tied output layer is not one."""
+        patterns = [name for name in self._table if not self.is_copy(name)]
+        layered = [name for name in patterns if "{layer}" in name]
+        first = [name for name in patterns if name == EMBEDDING]
+        last = [name for name in patterns if name not in layered and name not in first]
+        layers = range(self.shape.num_layers)
+        return [*first, *(name.format(layer=layer) for layer in layers for name in layered), *last]
+
+    def has(self, name: str) -> bool:
+        """Whether the parameter is made of Hugging Face tensors."""
+        return local_spec_name(_LAYER_NUMBER.sub("{layer}", name)) in self._table
+
+    def kind(self, name: str) -> str:
+        """The ``Rule.kind`` of a parameter."""
+        return self._find(name)[0].kind
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Hugging Face names of the tensors that the Megatron parameter ``name`` is made of."""
@@ -169,3 +202,10 @@ class WeightMap:
         for name, tensor, count in zip(names, tensors, expected, strict=True):
             if tensor.shape[0] != count:
                 raise ValueError(f"{name}: found {tensor.shape[0]} rows, config.json promises {count}")
+
+
+def _has_parameter(shape: ModelShape, name: str) -> bool:
+    """Whether a model of this shape has a parameter that a family's table may list."""
+    if name.endswith("linear_qkv.bias"):
+        return shape.qkv_bias
+    return shape.qk_norm or not name.endswith(("q_layernorm.weight", "k_layernorm.weight"))

@@ -19,12 +19,15 @@ class ModelShape:
         head_dim: width of one head; ``heads * head_dim`` may differ from ``hidden``.
         vocab: rows of the embedding, without padding.
         tied: the output layer is the embedding.
-        rope_theta: base of the rotary frequencies; they are not scaled.
+        rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of every RMSNorm.
         qkv_bias: Q, K and V projections carry a bias; no other layer does.
         max_positions: longest sequence that the model was trained for.
         sliding_window: a token attends to itself and the ``sliding_window - 1`` tokens before it;
             ``None``: to all before it. Sequences up to this length are not affected by it.
+        qk_norm: queries and keys go through an RMSNorm of their own over ``head_dim``, before the rotation.
+        rope_scaling_factor: low rotary frequencies are divided by it as in Llama 3.1, with that model's
+            other constants; ``None``: no frequency is scaled.
     """
 
     family: str
@@ -41,6 +44,8 @@ class ModelShape:
     qkv_bias: bool
     max_positions: int
     sliding_window: int | None = None
+    qk_norm: bool = False
+    rope_scaling_factor: float | None = None
 
     def padded_vocab(self, multiple: int) -> int:
         """``vocab`` rounded up to a multiple, so that tensor-parallel ranks hold equal parts."""

@@ -11,14 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.types import Prompt
 
 
 class Objective(Protocol):
-    """What the rest of the package sees: a name, and scores for pairs of text. Higher is better."""
+    """What the rest of the package sees: a name, and scores of responses. Higher is better."""
 
     name: str
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One finite score per pair; the two lists have the same length."""
         ...
 
@@ -33,10 +34,10 @@ class ObjectiveKind(ABC):
         self.name: str = config.name
 
     @abstractmethod
-    def evaluate(self, prompts: Sequence[str], responses: Sequence[str]) -> object:
+    def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> object:
         """Raw scores: a sequence, array or tensor of numbers, one per pair."""
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Checked scores, clipped to ``[-clip, clip]`` where the configuration says so.
 
         Raises ``ValueError`` naming the objective (and the index and value at fault) unless there is

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives.base import ObjectiveKind
+from gapo_mega.types import Prompt
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -34,8 +35,8 @@ class PythonFunction(ObjectiveKind):
         self._function = self._look_up(self._import(module_name), function_name)
         self._check_arguments()
 
-    def evaluate(self, prompts: Sequence[str], responses: Sequence[str]) -> object:
-        return self._function(list(prompts), list(responses), **self.config.options)
+    def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> object:
+        return self._function([prompt.text for prompt in prompts], list(responses), **self.config.options)
 
     def _import(self, module_name: str) -> ModuleType:
         try:

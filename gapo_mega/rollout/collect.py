@@ -28,7 +28,7 @@ class Collector:
             for tokens_T, mask_T in zip(generation.tokens_BT, generation.response_mask_BT, strict=True)
         ]
         return Rollout(
-            prompts=[p.text for p in repeated],
+            prompts=repeated,
             responses=responses,
             group_B=torch.arange(len(prompts)).repeat_interleave(samples),
             tokens_BT=generation.tokens_BT,

@@ -10,24 +10,19 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
+from gapo_mega.tables import PACKAGE_PREFIX, SPLIT_COLUMN, check_column, is_conversation, read_rows
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-PACKAGE_PREFIX = "package:"
-FILE_TYPES = (".jsonl", ".json", ".parquet")
-SPLIT_COLUMN = "split"
 PACKAGED_HELDOUT = "heldout"
 
 
@@ -185,7 +180,7 @@ class _Encoder:
         """``where`` names the row in errors."""
         if isinstance(cell, str):
             messages = [{"role": "user", "content": cell}]
-        elif _is_conversation(cell):
+        elif is_conversation(cell):
             messages = [{"role": m["role"], "content": m["content"]} for m in cell]
         else:
             raise ValueError(
@@ -193,7 +188,8 @@ class _Encoder:
                 "messages"
             )
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        return Prompt(index, text, tuple(self._token_ids(messages, cell, where)) if text.strip() else ())
+        ids = tuple(self._token_ids(messages, cell, where)) if text.strip() else ()
+        return Prompt(index, text, ids, () if isinstance(cell, str) else tuple(messages))
 
     def _token_ids(self, messages: list[dict[str, str]], cell: Any, where: str) -> list[int]:
         if not self._data.chat_template:
@@ -214,26 +210,13 @@ class _Encoder:
         return ids
 
 
-def _is_conversation(cell: Any) -> bool:
-    return (
-        isinstance(cell, list)
-        and bool(cell)
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in cell)
-        and all(isinstance(m["content"], str) for m in cell)
-    )
-
-
 def _split_prompts(
     data: DataConfig, encoder: _Encoder, source_key: str, source: str, split_key: str, split: str
 ) -> list[Prompt]:
     """The usable prompts of one split of one source, in the source's order."""
-    table = _read(source_key, source, split_key, split)
+    table = read_rows(source_key, source, split_key, split)
     column = data.prompt_column
-    if column not in table.column_names:
-        raise ValueError(
-            f"data.prompt_column: found {column!r}, accepted for {source!r}: "
-            f"{', '.join(sorted(table.column_names))}"
-        )
+    check_column("data.prompt_column", column, table, source)
     prompts: list[Prompt] = []
     too_long = empty = 0
     for index, cell in enumerate(table[column]):
@@ -253,82 +236,6 @@ def _split_prompts(
             "accepted: another source or a larger data.max_prompt_tokens"
         )
     return prompts
-
-
-def _read(source_key: str, source: str, split_key: str, split: str) -> Dataset:
-    """The rows of ``split``."""
-    if source.startswith(PACKAGE_PREFIX):
-        table = _read_file(source_key, _packaged(source_key, source))
-    elif source.endswith(FILE_TYPES):
-        table = _read_file(source_key, Path(source))
-    else:
-        return _read_named(source_key, source, split_key, split)
-    if SPLIT_COLUMN not in table.column_names:
-        return table
-    marks = table[SPLIT_COLUMN]
-    rows = [i for i, mark in enumerate(marks) if mark == split]
-    if not rows:
-        raise ValueError(
-            f"{split_key}: found {split!r}, accepted for {source!r}: "
-            f"{', '.join(sorted(map(str, set(marks))))}"
-        )
-    return table.select(rows)
-
-
-def _packaged(source_key: str, source: str) -> Path:
-    folder = Path(str(resources.files("gapo_mega"))) / "data"
-    path = folder / f"{source.removeprefix(PACKAGE_PREFIX)}.jsonl"
-    if not path.is_file():
-        names = sorted(PACKAGE_PREFIX + found.stem for found in folder.glob("*.jsonl"))
-        raise ValueError(f"{source_key}: found {source!r}, accepted: {', '.join(names)}")
-    return path
-
-
-def _read_file(source_key: str, path: Path) -> Dataset:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
-
-    if not path.is_file():
-        raise ValueError(f"{source_key}: file {str(path)!r} not found")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{source_key}: file {str(path)!r} is empty")
-    read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json
-    try:
-        return read(str(path))
-    except DatasetsError as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{source_key}: file {str(path)!r} not readable as {path.suffix}: {reason}"
-        ) from None
-
-
-def _read_named(source_key: str, source: str, split_key: str, split: str) -> Dataset:
-    """A data set of the hub, or a local directory of one."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(source, split=split)
-    except ConnectionError as error:
-        raise ValueError(
-            f"{source_key}: found {source!r}, but the Hugging Face hub cannot be reached ({error}); "
-            "accepted offline: "
-            f"a file ending in {', '.join(FILE_TYPES)}, {PACKAGE_PREFIX}NAME, or a data set that is already "
-            "in the cache"
-        ) from None
-    except (DatasetsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{source_key}: found {source!r}, accepted: a hub name, a file ending in "
-            f"{', '.join(FILE_TYPES)} or "
-            f"{PACKAGE_PREFIX}NAME ({reason})"
-        ) from None
-    except (
-        ValueError
-    ) as error:  # what datasets raises for an unknown split or subset; it lists the known ones
-        raise ValueError(
-            f"{split_key}: found {split!r} of {source!r}: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
-from gapo_mega.types import Experience, Rollout
+from gapo_mega.types import Experience, Prompt, Rollout
 
 # (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
 TokenRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -23,7 +23,7 @@ class Scored(Protocol):
 
     name: str
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One finite number per response, higher is better."""
         ...
 
@@ -47,7 +47,7 @@ class Scorer:
         self._with_values = with_values
         self._timer = timer
 
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """``[M, B]`` float32. Each response is scored once per replica, not once per rank."""
         first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0
         outcome: Tensor | Exception | None = None

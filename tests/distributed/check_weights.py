@@ -46,7 +46,7 @@ def logits_of(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tensor | N
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: model, export (folders), layout, dtype (default fp32).
+    """``arguments``: model, export (folders), layout, dtype, tokens of the checked sequences.
 
     Gives ``logit_error``, the greatest difference over the greatest logit, and ``different``, the
     names of exported tensors that do not equal the originals bit by bit.
@@ -58,13 +58,15 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 def _check(arguments: dict[str, Any], layout: ParallelConfig, world: groups.Groups) -> dict[str, Any]:
     directory, export = Path(arguments["model"]), Path(arguments["export"])
     shape = shape_of(HFDirectory(directory).config)
-    config = ModelConfig.model_validate({"path": str(directory), "dtype": arguments.get("dtype", "fp32")})
+    config = ModelConfig.model_validate({"path": str(directory), "dtype": arguments["dtype"]})
     with megatron_device():
         model = build.build_gpt(shape, config, layout)
         weights.load_hf(model, shape, directory)
         weights.export_hf(model, shape, directory, export)
 
-    tokens_BT = torch.randint(0, shape.vocab, (2, 24), generator=torch.Generator().manual_seed(1))
+    tokens_BT = torch.randint(
+        0, shape.vocab, (2, arguments["tokens"]), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         expected_BTV = AutoModelForCausalLM.from_pretrained(directory).float().eval()(tokens_BT).logits
     found_BTV = logits_of(model, tokens_BT, shape.vocab)

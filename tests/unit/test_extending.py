@@ -18,7 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from gapo_mega import advantages, aggregation, losses, models, objectives
 from gapo_mega.config import AggregationConfig, ObjectiveConfig
 from gapo_mega.models.registry import family_of
-from gapo_mega.types import Experience
+from gapo_mega.types import Experience, Prompt
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = {
@@ -88,7 +88,7 @@ def test_python_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "my_rewards.py").write_text(EXAMPLES["my_rewards.py"])
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = ObjectiveConfig.model_validate(SETTINGS[1]["objectives"][0])
-    scores = objectives.build(settings).score(["a", "b"], ["x" * 25, "x" * 5000])
+    scores = objectives.build(settings).score([Prompt(0, "a"), Prompt(1, "b")], ["x" * 25, "x" * 5000])
     sys.modules.pop("my_rewards")
     assert scores == [-0.5, -10.0]
 
@@ -96,7 +96,10 @@ def test_python_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_objective_kind(add_file: AddFile) -> None:
     add_file(objectives, "words")
     polite = ObjectiveConfig(name="polite", kind="words", options={"words": ["please", "thanks"]})
-    assert objectives.build(polite).score(["", ""], ["Thanks a lot now", ""]) == [0.25, 0.0]
+    assert objectives.build(polite).score([Prompt(0, ""), Prompt(1, "")], ["Thanks a lot now", ""]) == [
+        0.25,
+        0.0,
+    ]
     with pytest.raises(ValueError, match=r"objective 'polite': words: found None"):
         objectives.build(ObjectiveConfig(name="polite", kind="words"))
 

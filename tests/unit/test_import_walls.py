@@ -1,6 +1,6 @@
 """The architecture, kept by a test: who may import whom, and how long a file may be.
 
-    cli -> trainer -> its parts -> {rollout, evaluation, engine} -> engine.base
+    cli -> trainer -> its parts -> {rollout, supervised, evaluation, engine} -> engine.base
         -> {aggregation, objectives, losses, advantages, models} -> ops -> {types, config, ...}
 
 Imports point down and siblings do not import each other. Megatron is imported below
@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {
         "activation_plan",
         "checkpoints",
+        "conversion",
         "finish",
         "heldout",
         "layout_checks",
@@ -42,7 +43,7 @@ LAYERS: list[set[str]] = [
         "step_benchmark_report",
         "throughput_report",
     },
-    {"rollout", "evaluation", "engine"},
+    {"rollout", "supervised", "evaluation", "engine"},
     {"engine.base"},  # the protocol that the layer above shares
     {"aggregation", "objectives", "losses", "advantages", "models"},
     {"ops"},
@@ -169,6 +170,8 @@ def test_no_file_is_long() -> None:
         ("aggregation/x.py", "from gapo_mega.losses.ppo import policy_loss_sum", "siblings"),
         ("rollout/x.py", "from gapo_mega.engine.megatron import build", "siblings"),
         ("losses/x.py", "from ..advantages import gae", "siblings"),
+        ("supervised/x.py", "from gapo_mega.rollout.prompts import load_prompts", "siblings"),
+        ("tables.py", "from gapo_mega.supervised.pairs import Pair", "imports point down"),
         ("ops/x.py", "from gapo_mega.aggregation import build", "imports point down"),
         ("types.py", "from gapo_mega import ops", "imports point down"),
         ("config.py", "from .aggregation.registry import methods", "imports point down"),
@@ -200,6 +203,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str, message: 
             "rollout/x.py",
             "from gapo_mega.engine.base import Generator\nfrom gapo_mega.objectives import build",
         ),
+        ("supervised/x.py", "from gapo_mega.tables import read_rows\nfrom gapo_mega.types import Message"),
         ("trainer.py", "import gapo_mega.engine.megatron.build\nimport megatronic"),
         ("aggregation/__init__.py", "from .base import Aggregator\nfrom gapo_mega.aggregation import gapo"),
         ("finish.py", "from gapo_mega.heldout import HeldOut\nfrom gapo_mega.evaluation import report"),

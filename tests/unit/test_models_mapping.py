@@ -9,11 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from gapo_mega.models import HFDirectory, WeightMap, families, family_of, shape_of
+from gapo_mega.models import HFDirectory, ModelShape, families, family_of, shape_of
 from gapo_mega.models.mapping import local_spec_name
-from tests.tiny import tiny_llama, tiny_mistral
+from tests.tiny import LLAMA3_ROPE, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 LAYER_PARAMETERS = (
     "input_layernorm.weight",
@@ -23,15 +32,19 @@ LAYER_PARAMETERS = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
+BIAS = ("self_attention.linear_qkv.bias",)
+QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+OLD_LLAMA3_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
 
 
-def stage_parameters(layers: range, first: bool, last: bool, tied: bool) -> list[str]:
-    names = [f"decoder.layers.{layer}.{name}" for layer in layers for name in LAYER_PARAMETERS]
+def stage_parameters(layers: range, first: bool, last: bool, shape: ModelShape) -> list[str]:
+    of_layer = [*LAYER_PARAMETERS, *(BIAS if shape.qkv_bias else ()), *(QK_NORMS if shape.qk_norm else ())]
+    names = [f"decoder.layers.{layer}.{name}" for layer in layers for name in of_layer]
     if first:
         names.append("embedding.word_embeddings.weight")
     if last:
         names.append("decoder.final_layernorm.weight")
-        if not (tied and first):
+        if not (shape.tied and first):
             names.append("output_layer.weight")
     return names
 
@@ -47,7 +60,7 @@ def round_trip(
     back: dict[str, Tensor] = {}
     for stage in range(pipeline):
         layers = range(stage * per_stage, (stage + 1) * per_stage)
-        for name in stage_parameters(layers, stage == 0, stage == pipeline - 1, shape.tied):
+        for name in stage_parameters(layers, stage == 0, stage == pipeline - 1, shape):
             parts = [weights.to_megatron(name, source.read, rank) for rank in range(tensor)]
             assert len({part.shape for part in parts}) == 1
             if change is not None:
@@ -76,10 +89,13 @@ def test_llama_round_trip_is_bit_equal(tmp_path: Path, tied: bool, tensor: int, 
     assert_bit_equal(round_trip(directory, tensor, pipeline), directory)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_mistral_round_trip_is_bit_equal(tmp_path: Path, tensor: int, pipeline: int) -> None:
-    tiny_mistral(tmp_path)
-    assert_bit_equal(round_trip(tmp_path, tensor, pipeline), tmp_path)
+@pytest.mark.parametrize("write", [tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3])
+def test_every_family_round_trip_is_bit_equal(
+    tmp_path: Path, write: Callable[[Path], PreTrainedModel]
+) -> None:
+    write(tmp_path)
+    for tensor, pipeline in [(1, 1), (2, 1), (1, 2), (2, 2)]:
+        assert_bit_equal(round_trip(tmp_path, tensor, pipeline), tmp_path)
 
 
 def test_a_row_changed_by_one_percent_shows(tmp_path: Path) -> None:
@@ -120,9 +136,10 @@ def test_transformer_engine_names_mean_the_same_tensors() -> None:
 
 
 def test_qkv_bias_is_interleaved_like_the_weight() -> None:
-    shape = shape_of(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2))
-    biased = type(shape)(**{**vars(shape), "qkv_bias": True})
-    weights = WeightMap(biased, families()["llama"].table, tensor=2)
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    weights = families()["qwen2"].weight_map(shape_of(config), tensor=2)
     tensors = {"q": torch.arange(32.0), "k": 100 + torch.arange(16.0), "v": 200 + torch.arange(16.0)}
     name = "decoder.layers.0.self_attention.linear_qkv.bias"
     parts = [weights.to_megatron(name, lambda hf: tensors[hf.split(".")[-2][0]], rank) for rank in range(2)]
@@ -150,29 +167,121 @@ def test_facts_of_mistral_7b() -> None:
     assert (shape.rope_theta, shape.tied, shape.qkv_bias) == (10000.0, False, False)
 
 
+def test_facts_of_qwen() -> None:
+    shape = shape_of(  # config.json of Qwen2.5-0.5B-Instruct, as transformers 4 wrote it
+        Qwen2Config.from_dict(
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "model_type": "qwen2",
+                "hidden_act": "silu",
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "max_position_embeddings": 32768,
+                "max_window_layers": 21,
+                "num_attention_heads": 14,
+                "num_hidden_layers": 24,
+                "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-06,
+                "rope_theta": 1000000.0,
+                "sliding_window": 32768,
+                "tie_word_embeddings": True,
+                "use_sliding_window": False,
+                "vocab_size": 151936,
+            }
+        )
+    )
+    assert (shape.head_dim, shape.kv_groups, shape.qkv_bias, shape.qk_norm) == (64, 2, True, False)
+    assert (shape.rope_theta, shape.sliding_window, shape.tied) == (1e6, None, True)
+    shape = shape_of(Qwen3Config(hidden_size=1024, num_attention_heads=16, num_key_value_heads=8))
+    assert (shape.head_dim, shape.qkv_bias, shape.qk_norm) == (128, False, True)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("fields", "rope"),
     [
-        ({"hidden_act": "gelu"}, r"hidden_act: found 'gelu', accepted: 'silu'"),
-        ({"attention_bias": True}, r"attention_bias: found True, accepted: False"),
-        ({"mlp_bias": True}, r"mlp_bias: found True"),
+        ({"rope_theta": 5e5, "rope_scaling": OLD_LLAMA3_ROPE}, (5e5, 8.0)),  # transformers 4
+        ({"rope_parameters": {**LLAMA3_ROPE, "factor": 32}}, (5e5, 32.0)),  # Llama 3.2
+        ({"rope_theta": 5e5, "rope_scaling": None}, (5e5, None)),  # Llama 3
+        ({}, (1e4, None)),  # Llama 1, before there was such a field
+    ],
+)
+def test_rotary_fields_old_and_new(fields: dict[str, object], rope: tuple[float, float | None]) -> None:
+    shape = shape_of(AutoConfig.for_model("llama").from_dict({"model_type": "llama", **fields}))
+    assert (shape.rope_theta, shape.rope_scaling_factor) == rope
+
+
+def test_a_head_width_of_its_own_is_read_where_the_class_has_no_such_field() -> None:
+    assert shape_of(Qwen2Config(head_dim=96, hidden_size=256, num_attention_heads=4)).head_dim == 96
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (LlamaConfig, {"hidden_act": "gelu"}, r"hidden_act: found 'gelu', accepted: 'silu'"),
+        (LlamaConfig, {"attention_bias": True}, r"attention_bias: found True, accepted: False"),
+        (LlamaConfig, {"mlp_bias": True}, r"mlp_bias: found True"),
         (
+            LlamaConfig,
             {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-            r"rope_type: found 'linear', accepted: 'default'",
+            r"rope_type: found 'linear', accepted: 'default', 'llama3'",
         ),
+        (LlamaConfig, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_type: found 'dynamic'"),
         (
+            LlamaConfig,
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}},
             r"partial_rotary_factor: found 0.5",
         ),
+        (
+            LlamaConfig,
+            {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}},
+            r"rope_parameters.low_freq_factor: found 2.0, accepted: 1.0",
+        ),
+        (
+            LlamaConfig,
+            {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 8.0}},
+            r"rope_parameters.high_freq_factor: found 8.0, accepted: 4.0",
+        ),
+        (
+            LlamaConfig,
+            {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 4096}},
+            r"rope_parameters.original_max_position_embeddings: found 4096, accepted: 8192",
+        ),
+        (
+            LlamaConfig,
+            {"rope_parameters": {**LLAMA3_ROPE, "factor": 0.0}},
+            r"rope_parameters.factor: found 0.0, accepted: a number above 0",
+        ),
+        (
+            Qwen3Config,
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            r"rope_parameters.rope_theta: found None",
+        ),
+        (MistralConfig, {"hidden_act": "gelu_new"}, r"hidden_act: found 'gelu_new'"),
+        (Qwen2Config, {"hidden_act": "relu"}, r"hidden_act: found 'relu'"),
+        (Qwen2Config, {"use_sliding_window": True}, r"use_sliding_window: found True, accepted: False"),
+        (
+            Qwen2Config,
+            {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types: found 'sliding_attention', accepted: 'full_attention'",
+        ),
+        (
+            Qwen2Config,
+            {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            r"rope_type: found 'yarn'",
+        ),
+        (Qwen3Config, {"attention_bias": True}, r"attention_bias: found True, accepted: False"),
+        (Qwen3Config, {"use_sliding_window": True}, r"use_sliding_window: found True"),
     ],
 )
-def test_what_megatron_would_compute_differently_is_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        shape_of(LlamaConfig(**changes))
+def test_what_megatron_would_compute_differently_is_refused(
+    kind: type[PreTrainedConfig], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"config.json .*{message}"):
+        shape_of(kind(**changes))
 
 
 def test_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"model_type 'gpt2', accepted: llama, mistral"):
+    with pytest.raises(ValueError, match=r"model_type 'gpt2', accepted: llama, mistral, qwen2, qwen3$"):
         shape_of(GPT2Config())
 
 

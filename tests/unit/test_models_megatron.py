@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron import build, weights
@@ -19,12 +20,13 @@ from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
 from tests.distributed import worlds
-from tests.tiny import tiny_llama, tiny_mistral
+from tests.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 # Relative to the greatest logit, in fp32: both sides sum in different orders, which gives about
 # 5e-7 on the tiny models and a few times that over SmolLM2's 30 layers.
 TOLERANCE = 2e-5
 TOKENS_BT = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(1))
+LONG_BT = torch.randint(3, 101, (1, 600), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,8 +36,9 @@ def single_process() -> Iterator[None]:
     worlds.leave()
 
 
-def load(directory: Path, value_heads: int | None = None) -> GPTModel:
-    shape = shape_of(HFDirectory(directory).config)
+def load(directory: Path, value_heads: int | None = None, **facts: object) -> GPTModel:
+    """``facts``: what to build the model with against its configuration."""
+    shape = replace(shape_of(HFDirectory(directory).config), **facts)  # type: ignore[arg-type]
     with megatron_device():
         model = build.build_gpt(shape, ModelConfig(path=str(directory)), ParallelConfig(), value_heads)
         weights.load_hf(model, shape, directory)
@@ -69,8 +72,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         lambda folder: tiny_mistral(folder, vocab=101),
         # Shorter than the 24 tokens, so that the window matters.
         lambda folder: tiny_mistral(folder, vocab=101, window=8),
+        lambda folder: tiny_qwen2(folder, vocab=101),
+        lambda folder: tiny_qwen3(folder, vocab=101),
     ],
-    ids=["llama-tied", "llama", "mistral", "mistral-window"],
+    ids=["llama-tied", "llama", "mistral", "mistral-window", "qwen2", "qwen3"],
 )
 def test_logits_equal_those_of_transformers(tmp_path: Path, write: Callable[[Path], object]) -> None:
     write(tmp_path)
@@ -78,18 +83,71 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, write: Callable[[Pat
     assert relative_error(found, transformers_logits(tmp_path, TOKENS_BT)) <= TOLERANCE
 
 
-def test_the_comparison_sees_one_row_changed_by_one_percent(tmp_path: Path) -> None:
-    tiny_llama(tmp_path, vocab=101)
-    expected = transformers_logits(tmp_path, TOKENS_BT)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.self_attn.k_proj.weight"][3] *= 1.01
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert relative_error(megatron_logits(load(tmp_path), TOKENS_BT, 101), expected) > TOLERANCE
+@pytest.fixture(scope="module")
+def qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[GPTModel, Path, Tensor]]:
+    """Two models of which one has biases and the other norms of queries and keys, with their logits."""
+    found = {}
+    for write in (tiny_qwen2, tiny_qwen3):
+        folder = tmp_path_factory.mktemp("qwen")
+        write(folder, vocab=101)
+        found[write.__name__] = (load(folder), folder, transformers_logits(folder, TOKENS_BT))
+    return found
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_export_is_bit_equal_and_loads(tmp_path: Path, tied: bool) -> None:
-    original = tiny_llama(tmp_path / "hf", tied=tied, vocab=101)
+@pytest.mark.parametrize(
+    ("model", "tensor"),
+    [
+        ("tiny_qwen3", "layers.1.self_attn.q_proj.weight"),
+        ("tiny_qwen3", "layers.1.self_attn.k_proj.weight"),
+        ("tiny_qwen3", "layers.2.self_attn.v_proj.weight"),
+        ("tiny_qwen3", "layers.2.self_attn.o_proj.weight"),
+        ("tiny_qwen3", "layers.0.self_attn.q_norm.weight"),
+        ("tiny_qwen3", "layers.0.self_attn.k_norm.weight"),
+        ("tiny_qwen3", "layers.1.mlp.gate_proj.weight"),
+        ("tiny_qwen3", "layers.1.mlp.up_proj.weight"),
+        ("tiny_qwen3", "layers.3.mlp.down_proj.weight"),
+        ("tiny_qwen3", "layers.2.input_layernorm.weight"),
+        ("tiny_qwen3", "layers.3.post_attention_layernorm.weight"),
+        ("tiny_qwen3", "norm.weight"),
+        ("tiny_qwen3", "lm_head.weight"),
+        ("tiny_qwen2", "layers.1.self_attn.q_proj.bias"),
+        ("tiny_qwen2", "layers.1.self_attn.k_proj.bias"),
+        ("tiny_qwen2", "layers.2.self_attn.v_proj.bias"),
+        ("tiny_qwen2", "embed_tokens.weight"),
+    ],
+)
+def test_the_comparison_sees_one_row_changed_by_one_percent(
+    qwens: dict[str, tuple[GPTModel, Path, Tensor]], model: str, tensor: str
+) -> None:
+    """The negative control: the same Megatron model against transformers' with the row changed."""
+    ours, folder, unchanged_BTV = qwens[model]
+    found_BTV = megatron_logits(ours, TOKENS_BT, 101)
+    assert relative_error(found_BTV, unchanged_BTV) <= TOLERANCE
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    name = tensor if tensor.startswith("lm_head") else f"model.{tensor}"
+    with torch.no_grad():
+        values = theirs.get_parameter(name)
+        # A token that occurs; else the greatest row, as 1 % of a bias near zero is nothing.
+        size = values.abs() if values.dim() == 1 else values.norm(dim=1)
+        row = int(TOKENS_BT[0, 7]) if "embed" in tensor else int(size.argmax())
+        values[row] *= 1.01
+        changed_BTV = theirs(TOKENS_BT).logits
+    assert relative_error(found_BTV, changed_BTV) > TOLERANCE
+
+
+def test_scaled_frequencies_of_llama_3(tmp_path: Path) -> None:
+    """600 positions turn the slower half of the frequencies far enough; unscaled ones are far off."""
+    tiny_llama3(tmp_path, vocab=101)
+    expected_BTV = transformers_logits(tmp_path, LONG_BT)
+    assert relative_error(megatron_logits(load(tmp_path), LONG_BT, 101), expected_BTV) <= TOLERANCE
+    for wrong in (None, 4.0):
+        model = load(tmp_path, rope_scaling_factor=wrong)
+        assert relative_error(megatron_logits(model, LONG_BT, 101), expected_BTV) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("write", [tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3])
+def test_export_is_bit_equal_and_loads(tmp_path: Path, write: Callable[..., PreTrainedModel]) -> None:
+    original = write(tmp_path / "hf", vocab=101)
     model = load(tmp_path / "hf")
     shape = shape_of(HFDirectory(tmp_path / "hf").config)
     weights.export_hf(model, shape, tmp_path / "hf", tmp_path / "export")

@@ -12,8 +12,9 @@ import pytest
 
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives import Objective, build, kinds
+from gapo_mega.types import Prompt
 
-PROMPTS = ["a", "b", "c"]
+PROMPTS = [Prompt(i, text) for i, text in enumerate("abc")]
 RESPONSES = ["x", "yy", ""]
 
 REWARDS = """

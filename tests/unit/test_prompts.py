@@ -70,7 +70,8 @@ def test_string_and_conversation_go_through_the_chat_template(
     source = write(tmp_path / "b.jsonl", [{"chat": chat}])
     (prompt,), _ = load_prompts(data(source, prompt_column="chat"), tokenizer, seed=0)
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert prompt == Prompt(0, "w3 w4", tuple(expected))
+    assert prompt == Prompt(0, "w3 w4", tuple(expected), tuple(chat))
+    assert prompt.answered("w5") == [*chat, {"role": "assistant", "content": "w5"}]
     own = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1"}]
     source = write(tmp_path / "c.jsonl", [{"chat": own}])
     (prompt,), _ = load_prompts(data(source, prompt_column="chat", system_prompt="be"), tokenizer, seed=0)
@@ -181,8 +182,8 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 def test_unreachable_hub_is_said_in_one_line(tmp_path: Path) -> None:
     script = (
-        "from gapo_mega.rollout.prompts import _read_named\n"
-        "try: _read_named('data.source', 'some/thing', 'data.split', 'train')\n"
+        "from gapo_mega.tables import read_named\n"
+        "try: read_named('data.source', 'some/thing', 'data.split', 'train')\n"
         "except ValueError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

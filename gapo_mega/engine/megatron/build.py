@@ -107,6 +107,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         activation_func=silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,  # also makes Megatron add up these norms' gradients over tensor ranks
         window_size=window,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -134,10 +135,13 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where it is really installed and a GPU is there, else Megatron's own."""
     if transformer_engine_layers():
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
@@ -161,6 +165,8 @@ def build_gpt(
         "position_embedding_type": "rope",
         "rotary_base": shape.rope_theta,
     }
+    if shape.rope_scaling_factor is not None:
+        kwargs |= {"rope_scaling": True, "rope_scaling_factor": shape.rope_scaling_factor}
     if value_heads is None:
         built = GPTModel(share_embeddings_and_output_weights=shape.tied, **kwargs)
     else:

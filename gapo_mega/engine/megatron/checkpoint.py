@@ -41,13 +41,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.engine.megatron.dist_format import METADATA
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.optimizer_state import OptimizerState
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
-# Names of tensors do not depend on the number of optimizers, as in Megatron's own reshardable format.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(directory: Path, trainables: dict[str, Trainable], extra: dict[str, Any], groups: Groups) -> None:
@@ -74,7 +73,7 @@ def save(directory: Path, trainables: dict[str, Trainable], extra: dict[str, Any
                 "optimizer_step": optimizer.step,
                 "schedule_step": trainable.scheduler.num_steps,
             }
-            model = trainable.model.module.sharded_state_dict(metadata=dict(_METADATA))
+            model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
             state[name] = _prefixed(name, model, optimizer.to_save(model))
         about = {"format": _FORMAT, "layout": _sizes(layout), "models": models}
         dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
@@ -99,7 +98,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
         if same_layout:
             state["rng"] = _ranked("rng", None, layout.rank, layout.world)
         for name, trainable in trainables.items():
-            model = trainable.model.module.sharded_state_dict(metadata=dict(_METADATA))
+            model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
             state[name] = _prefixed(name, model, optimizers[name].to_load(model))
         # Ranks ask for the parts that they own, in any number of copies: no integrity check.
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)

@@ -21,6 +21,7 @@ from gapo_mega.engine.megatron.forward import forward_only
 from gapo_mega.engine.megatron.generate import MegatronGenerator
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models import hf_directory
+from gapo_mega.models.hf_writing import copy_companions
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience
 
@@ -42,7 +43,7 @@ class MegatronEngine:
         """Build every model of the run and load its weights.
 
         Args:
-            source: the policy's Hugging Face directory, of shape ``shape``.
+            source: the policy's Hugging Face directory or Megatron checkpoint, of shape ``shape``.
             pad_id, eos_ids: of the policy's tokenizer.
             with_critic: the advantage estimator needs values.
             existing: groups of this layout, from an engine before this one; none: they are made here.
@@ -71,7 +72,7 @@ class MegatronEngine:
     # -- building ----------------------------------------------------------------------------------
     def _language_model(self) -> GPTModel:
         model = build_gpt(self.shape, self._config.model, self._config.parallel)
-        weights.load_hf(model, self.shape, self._source)
+        weights.load(model, self.shape, self._source)
         return model
 
     def _critics(self, updates: int) -> Critics:
@@ -81,9 +82,8 @@ class MegatronEngine:
         models: list[Trainable] = []
         for _ in range(count):
             model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
-            weights.load_hf(
-                model, self.shape, self._source if critic.path is None else hf_directory.resolve(critic.path)
-            )
+            backbone = self._source if critic.path is None else hf_directory.resolve(critic.path)
+            weights.load(model, self.shape, backbone)
             models.append(make_trainable(model, critic.optimizer, updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
 
@@ -162,6 +162,8 @@ class MegatronEngine:
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """See ``Engine.save``."""
         checkpoint.save(directory, self._trainables(), extra, self.groups)
+        if self.layout.is_main:
+            copy_companions(hf_directory.companions_of(self._source), directory / hf_directory.COMPANIONS)
 
     def load(self, directory: Path) -> dict[str, Any]:
         """See ``Engine.load``."""
@@ -170,7 +172,13 @@ class MegatronEngine:
     def export_hf(self, directory: Path) -> None:
         """See ``Engine.export_hf``."""
         with megatron_device():
-            weights.export_hf(self.policy.model.module, self.shape, self._source, directory, overwrite=True)
+            weights.export_hf(
+                self.policy.model.module,
+                self.shape,
+                hf_directory.companions_of(self._source),
+                directory,
+                overwrite=True,
+            )
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from gapo_mega.engine.megatron.build import Trainable
@@ -18,13 +19,12 @@ class RowBuffer:
     The objective whose gradient is to be added next has its sum in the buffer; the others' lie in the rows.
     Reduction adds up what all data ranks' buffers hold, so the sum of earlier microbatches, already
     reduced, must be there once: at its owner with the distributed optimizer, else at data rank 0. For
-    the norms' gradients, which sequence parallelism adds up over tensor ranks, also at tensor rank 0
-    only. Everywhere else the buffer starts at zero.
+    the norms' gradients that are added up over tensor ranks, too (those of queries and keys always, the
+    others with sequence parallelism), also at tensor rank 0 only. Everywhere else the buffer starts at zero.
     """
 
     def __init__(self, trainable: Trainable, shard: GradientShard, rows: Sequence[list[Tensor]]) -> None:
         """``rows``: memory for all sums but one, shaped like the shard."""
-        assert not trainable.model.config.qk_layernorm, "its norms are summed over tensor ranks, too"
         self._trainable = trainable
         self._shard = shard
         self._free = list(rows)
@@ -78,11 +78,14 @@ class RowBuffer:
                     start = end
                 bucket.grad_data[:start].zero_()
                 bucket.grad_data[end:].zero_()
-        if model.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() != 0:
-            for parameter in model.parameters():
-                if _is_summed_over_tensor_ranks(parameter):
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            for name, parameter in model.named_parameters():
+                if _is_summed_over_tensor_ranks(model.config, name, parameter):
                     parameter.main_grad.zero_()
 
 
-def _is_summed_over_tensor_ranks(parameter: torch.nn.Parameter) -> bool:
-    return bool(getattr(parameter, "sequence_parallel", False))
+def _is_summed_over_tensor_ranks(config: TransformerConfig, name: str, parameter: torch.nn.Parameter) -> bool:
+    """As ``finalize_model_grads`` of megatron-core 0.16.1 decides."""
+    if config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
+        return True
+    return bool(config.sequence_parallel and getattr(parameter, "sequence_parallel", False))

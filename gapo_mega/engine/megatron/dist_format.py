@@ -1,0 +1,213 @@
+"""Megatron's ``torch_dist`` checkpoint format without a model: written and read one tensor at a time.
+
+torch.distributed.checkpoint asks a *planner* for each piece of data when it is written or has been read.
+Those here make the data at that moment, so that neither side ever holds a whole model.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save as write_files
+
+BACKEND = "torch_dist"
+# Names of tensors do not depend on the number of optimizers, as in Megatron's own reshardable format.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a directory in Megatron's ``torch_dist`` format."""
+    config = maybe_load_config(str(path)) if path.is_dir() else None
+    return config is not None and config.sharded_backend == BACKEND
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor of the checkpoint, and how to make it when its turn has come."""
+
+    key: str
+    whole: tuple[int, ...]  # shape of the tensor that it is a part of
+    offset: tuple[int, ...]
+    like: Tensor  # its own shape and type; on the meta device
+    make: Callable[[], Tensor]
+
+    def item(self) -> WriteItem:
+        """What torch's writer has to know of it beforehand."""
+        offsets, sizes = torch.Size(self.offset), torch.Size(self.like.shape)
+        return WriteItem(
+            index=MetadataIndex(self.key, offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+                properties=TensorProperties(dtype=self.like.dtype),
+                size=torch.Size(self.whole),
+            ),
+        )
+
+
+def write(
+    directory: Path, chunks: Iterable[Chunk], empty_objects: Iterable[str], common: dict[str, Any]
+) -> None:
+    """Write a checkpoint into ``directory``. Collective when torch.distributed runs.
+
+    Args:
+        directory: exists, and is on a file system that all ranks share.
+        chunks: of this rank.
+        empty_objects: keys of this rank's objects that hold nothing, which Megatron's layers ask for.
+        common: picklable, the same on all ranks; what ``read_common`` gives.
+    """
+    distributed = dist.is_initialized()
+    write_files(
+        {},
+        storage_writer=FileSystemWriter(directory, thread_count=1, sync_files=True),
+        planner=_LazySave(chunks, empty_objects),
+        no_dist=not distributed,
+    )
+    if not distributed or dist.get_rank() == 0:
+        torch.save(common, directory / COMMON_STATE_FNAME)
+        save_config(CheckpointingConfig(BACKEND), str(directory))  # last: it makes it a checkpoint
+    if distributed:
+        dist.barrier()
+
+
+def read_common(directory: Path) -> dict[str, Any]:
+    """What ``write`` (or a run) stored beside the tensors. Unpickles it."""
+    common: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, weights_only=False)
+    return common
+
+
+def trained_model_prefix(about: dict[str, Any]) -> str:
+    """What keys of the model begin with: nothing in a converted checkpoint, its name in one of a run."""
+    models = about.get("models", {})
+    return next((f"{name}." for name in ("policy", "model") if name in models), "")
+
+
+class _LazySave(DefaultSavePlanner):
+    """Plans chunks without their data, and makes the data of one when the writer comes to it."""
+
+    def __init__(self, chunks: Iterable[Chunk], empty_objects: Iterable[str]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks = {(chunk.key, chunk.offset): chunk for chunk in chunks}
+        self._empty = list(empty_objects)
+
+    def create_local_plan(self) -> SavePlan:
+        objects = [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._empty]
+        self.plan = SavePlan([*(chunk.item() for chunk in self._chunks.values()), *objects])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        index = write_item.index
+        if write_item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([None], stream)  # Megatron stores a list of what has this key
+            return stream
+        assert index.offset is not None
+        chunk = self._chunks[index.fqn, tuple(index.offset)]
+        tensor = chunk.make()
+        assert tensor.shape == chunk.like.shape and tensor.dtype == chunk.like.dtype, chunk.key
+        return tensor.contiguous()
+
+
+class DistReader:
+    """A checkpoint opened for reading any part of any of its tensors. Unpickles its index.
+
+    Raises ``ValueError`` when ``directory`` holds no complete checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not is_checkpoint(directory):
+            raise ValueError(
+                f"checkpoint {directory}: no metadata.json of Megatron's torch_dist format there; accepted: "
+                "the directory of a complete checkpoint"
+            )
+        self.path = directory
+        self._reader = FileSystemReader(directory)
+        try:
+            self._metadata: Metadata = self._reader.read_metadata()
+        except OSError as error:
+            raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and type of every tensor, by key."""
+        entries = self._metadata.state_dict_metadata.items()
+        return {key: value for key, value in entries if isinstance(value, TensorStorageMetadata)}
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """Keys of everything that is no tensor."""
+        entries = self._metadata.state_dict_metadata.items()
+        return frozenset(key for key, value in entries if isinstance(value, BytesStorageMetadata))
+
+    def read(self, key: str, row: int | None = None) -> Tensor:
+        """Tensor ``key``, or its entry ``row`` along the first dimension (which is dropped)."""
+        stored = self.tensors[key]
+        offset, size = [0] * len(stored.size), list(stored.size)
+        if row is not None:
+            offset[0], size[0] = row, 1
+        target = torch.empty(size, dtype=stored.properties.dtype)
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target if row is None else target[0]
+
+
+class _Into(LoadPlanner):
+    """Puts what is read into its place in one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise AssertionError("the plan is given")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise AssertionError("tensors only")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        assert read_item.type == LoadItemType.TENSOR
+        part = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...

@@ -1,0 +1,137 @@
+"""Writing model directories: whole or not at all, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gapo_mega.models.hf_directory import INDEX, SINGLE, is_companion
+from gapo_mega.models.safetensors_stream import num_bytes, write_safetensors
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def write_hf(
+    directory: str | Path,
+    companions: str | Path,
+    promised: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Write a model directory; it appears under its name only once it is complete.
+
+    Args:
+        directory: what to create.
+        companions: directory whose configuration, tokenizer and chat template are copied byte for byte;
+            ``dtype`` in ``config.json`` follows the tensors where it says otherwise.
+        promised: name, shape and type of every tensor in the order in which they come (meta tensors do).
+        tensors: the tensors, consumed one at a time.
+        config: entries of ``config.json`` that are to differ from the companions'.
+        overwrite: replace ``directory`` where it exists already.
+        shard_bytes: size at which a new safetensors file is begun.
+
+    Raises:
+        ValueError: ``directory`` exists and ``overwrite`` is false, or it cannot be written.
+    """
+    needed = sum(map(num_bytes, promised.values()))
+    with complete_or_absent(Path(directory), overwrite, needed) as partial:
+        copy_companions(Path(companions), partial)
+        _write_shards(partial, promised, iter(tensors), shard_bytes)
+        set_config(partial / "config.json", config or {}, {t.dtype for t in promised.values()})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything of a model directory but its weights; ``target`` is made if need be."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if is_companion(file):
+            shutil.copyfile(file, target / file.name)
+
+
+@contextmanager
+def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
+    """A temporary sibling of ``target`` that takes its name when the block ends without an error.
+
+    Raises ``ValueError`` when ``target`` exists and is not to be replaced, its parent cannot be written to or
+    has less than ``needed_bytes`` free, and for errors of the disk inside the block.
+    """
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists already; name a directory that does not, or ask to overwrite it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise ValueError(
+                f"{target}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error}") from error
+    partial.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise ValueError(f"{target} was not written: {error}") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _write_shards(
+    directory: Path, promised: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Safetensors files, and their index when there are several."""
+    shards = _partition(promised, shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [SINGLE]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard, islice(tensors, len(shard)))
+    assert next(tensors, None) is None, "more tensors than promised"
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(map(num_bytes, promised.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Consecutive tensors of at most ``shard_bytes`` together; a larger tensor is alone in its file."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for name, tensor in promised.items():
+        size = num_bytes(tensor)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += size
+    return shards
+
+
+def set_config(file: Path, changes: Mapping[str, object], dtypes: set[torch.dtype]) -> None:
+    """Set ``changes`` and the type of the tensors, where they have one; the file stays as it is else."""
+    config = json.loads(file.read_text())
+    before = dict(config)
+    config.update(changes)
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        old_key = "torch_dtype"  # the name before transformers 5
+        key = old_key if old_key in config and "dtype" not in config else "dtype"
+        config[key] = _DTYPE_NAMES[dtype]
+    if config != before:
+        file.write_text(json.dumps(config, indent=2) + "\n")

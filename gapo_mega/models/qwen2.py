@@ -1,0 +1,20 @@
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, Qwen2Config
+
+from gapo_mega.models.family import Family, llama_like, require_full_attention
+from gapo_mega.models.shape import ModelShape
+
+
+class Qwen2(Family):
+    """``Qwen2ForCausalLM``"""
+
+    model_type = "qwen2"
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """See ``Family.shape``."""
+        assert isinstance(config, Qwen2Config)
+        require_full_attention(config)
+        return llama_like(config, qkv_bias=True)

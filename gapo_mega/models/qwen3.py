@@ -1,0 +1,22 @@
+"""Qwen3 (dense): Llama with an RMSNorm over each head of queries and keys."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, Qwen3Config
+
+from gapo_mega.models.family import Family, llama_like, require, require_full_attention
+from gapo_mega.models.shape import ModelShape
+
+
+class Qwen3(Family):
+    """``Qwen3ForCausalLM``"""
+
+    model_type = "qwen3"
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """See ``Family.shape``."""
+        assert isinstance(config, Qwen3Config)
+        # With it the output projection has a bias too, which Megatron ties to that of the MLP.
+        require("attention_bias", config.attention_bias, False)
+        require_full_attention(config)
+        return llama_like(config, qk_norm=True)
