@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -97,6 +98,56 @@ def train(
         from gapo_mega.trainer import train as run
 
         run(settings)
+
+
+@app.command(name="train-reward")
+def train_reward(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+    ] = None,
+) -> None:
+    """Train a reward model on preference pairs (Bradley-Terry), for the objectives of a later training."""
+    _supervised("train-reward", config, overrides or [], nproc)
+
+
+@app.command()
+def sft(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+    ] = None,
+) -> None:
+    """Fine-tune a language model on conversations, as a warm start of a later training."""
+    _supervised("sft", config, overrides or [], nproc)
+
+
+def _supervised(command: str, file: Path, overrides: list[str], nproc: int | None) -> None:
+    from gapo_mega import launch
+    from gapo_mega import supervised_training as training
+    from gapo_mega.config_loading import load
+    from gapo_mega.supervised.config import RewardModelConfig, SftConfig
+
+    start = (
+        partial(training.RewardRun, load(file, overrides, kind=RewardModelConfig))
+        if command == "train-reward"
+        else partial(training.SftRun, load(file, overrides, kind=SftConfig))
+    )
+    settings = start.args[0]
+    if nproc is not None:
+        launch.refuse_under_torchrun(nproc)
+        training.check(settings, nproc)  # here, because torchrun buries the error of a worker
+        launch.start(nproc, [command, "--config", str(file), *overrides])
+    _quiet_other_ranks()
+    run = start()
+    run.run()
+    run.engine.close()
 
 
 @app.command()

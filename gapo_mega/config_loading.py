@@ -62,7 +62,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = 
     class that the whole file describes.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
-    data = _read(Path(path), kind)
+    return parse(_read(Path(path), kind), overrides, kind, path)
+
+
+def parse(data: dict[str, Any], overrides: Sequence[str], kind: type[Kind], source: str | Path) -> Kind:
+    """``data`` with the overrides applied to it, as :func:`load` does; ``source`` is what errors call it."""
     applied: list[tuple[Location, str]] = []
     for override in overrides:
         applied.append((_apply(data, override), override))
@@ -70,8 +74,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = 
         # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
         return kind.model_validate(data, strict=True)
     except ValidationError as error:
-        message, location = _explain(error, kind)
-    raise ValueError(f"{message} ({_origin(location, applied, path)})")
+        message, location = explain(error, kind)
+    raise ValueError(f"{message} ({_origin(location, applied, source)})")
 
 
 def dump(config: Section, path: str | Path) -> None:
@@ -140,7 +144,7 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
     raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
 
 
-def _explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:
+def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:
     """One line about the most telling of pydantic's complaints, and where it is."""
     details = error.errors(include_url=False)
     # A misspelled key often causes a "missing" elsewhere, so it comes first.

@@ -7,14 +7,24 @@ layout.
 
 from __future__ import annotations
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, ParallelConfig
 from gapo_mega.gradient_choice import microbatches, refusal_of_shared
 from gapo_mega.models.shape import ModelShape
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Number of model replicas on ``world_size`` processes; ``ValueError`` if they do not come out even."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    return _data_parallel_size(config.parallel, world_size)
+
+
+def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
+    """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
+    _check_model_split(parallel, shape)
+    return _data_parallel_size(parallel, world_size)
+
+
+def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
     if world_size % (tensor * pipeline):
         raise ValueError(
             f"parallel: found tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} processes on a "
@@ -26,7 +36,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit; else nothing."""
-    _check_model_split(config, shape)
+    _check_model_split(config.parallel, shape)
     data_parallel = data_parallel_size(config, world_size)
     _check_batches(config, data_parallel)
     check_gradients(config, shape, data_parallel)
@@ -34,8 +44,8 @@ def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
     _check_advantages(config)
 
 
-def _check_model_split(config: Config, shape: ModelShape) -> None:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
     split_by_tensor = {
         "attention heads": shape.heads,
         "key-value groups": shape.kv_groups,

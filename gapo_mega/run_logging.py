@@ -223,9 +223,12 @@ class Progress:
 
 
 def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    """The one-line state that stands beside the progress bar."""
-    parts = [f"{name} {metrics[f'reward/{name}']:.3g}" for name in names]
-    parts.append("w " + "/".join(f"{metrics[f'weight/{name}']:.2g}" for name in names))
+    """The one-line state that stands beside the progress bar; without objectives, that of supervised runs."""
+    if names:
+        parts = [f"{name} {metrics[f'reward/{name}']:.3g}" for name in names]
+        parts.append("w " + "/".join(f"{metrics[f'weight/{name}']:.2g}" for name in names))
+    else:
+        parts = [f"loss {metrics['loss']:.4g}"]
     cosines = [metrics[f"cosine/{a}/{b}"] for a, b in combinations(names, 2)]
     if cosines:
         parts.append("cos " + "/".join(f"{value:.2f}" for value in cosines))

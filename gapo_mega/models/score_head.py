@@ -13,6 +13,7 @@ from gapo_mega.models.registry import families
 from gapo_mega.models.shape import ModelShape
 
 OUTPUT_BIAS = "output_layer.bias"
+KEPT = "hf."  # keys of a checkpoint's tensors that are kept for the way back, but are none of Megatron's
 _CLASSIFIER = "ForSequenceClassification"
 _SAFE_RLHF = ("ForScore", "ModelForScore")
 _NORMALIZER = "normalizer."

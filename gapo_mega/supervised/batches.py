@@ -245,11 +245,10 @@ def _produced(
     mask = [False] * len(ids)
     for start, end in spans:
         inside = [t for t, (left, right) in enumerate(offsets) if left < end and right > start]
-        last = next((k for k in reversed(range(len(inside))) if ids[inside[k]] in special), None)
-        if last is not None and not text[offsets[inside[last]][1] : end].strip():
-            inside = inside[: last + 1]
         for t in inside:
             mask[t] = True
+            if ids[t] in special and not text[offsets[t][1] : end].strip():
+                break
     return mask
 
 

@@ -137,7 +137,8 @@ def _pku_parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[
     if missing:
         raise ValueError(
             f"data.format: found pku for {source!r}, which has no column {', '.join(sorted(missing))}; "
-            f"accepted with data.objective {data.objective}: rows with prompt, {', '.join(PKU_RESPONSES)}, {judgement}"
+            f"accepted with data.objective {data.objective}: rows with prompt, {', '.join(PKU_RESPONSES)} "
+            f"and {judgement}"
         )
 
     def parse(row: Row) -> Pair:

@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "run_logging",
         "step_benchmark",
         "step_benchmark_report",
+        "supervised_training",
         "throughput_report",
     },
     {"rollout", "supervised", "evaluation", "engine"},

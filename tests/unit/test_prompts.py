@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -87,7 +88,7 @@ def test_raw_text_keeps_the_tokenizers_own_special_tokens(
     assert prompt.token_ids == ids(tokenizer, "<bos> w0")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "jsonl.gz", "json.gz"])
 def test_every_kind_of_local_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
     table = Dataset.from_list([{"prompt": f"w{i}"} for i in range(5)])
     path = tmp_path / f"data.{kind}"
@@ -154,6 +155,10 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
     good = numbered(tmp_path / "a.jsonl", 2)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text("{not json\n")
+    packed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-12])
+    (tmp_path / "plain.json.gz").write_text('{"prompt": "w1"}\n')
+    (tmp_path / "damaged.jsonl.gz").write_bytes(packed[:12] + b"\xff" * 9 + packed[21:])
     odd = write(tmp_path / "odd.jsonl", [{"prompt": [{"content": "w1"}]}])
     role = write(
         tmp_path / "role.jsonl",
@@ -164,13 +169,16 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
         (data(good, heldout_source="x.json", heldout_prompts=1), "data.heldout_source: file"),
         (data(str(tmp_path / "empty.jsonl")), "empty.jsonl' is empty"),
         (data(str(tmp_path / "broken.jsonl")), "broken.jsonl' not readable as .jsonl"),
+        (data(str(tmp_path / "cut.jsonl.gz")), "cut.jsonl.gz' not readable as .jsonl.gz: "),
+        (data(str(tmp_path / "plain.json.gz")), "plain.json.gz' not readable as .json.gz: "),
+        (data(str(tmp_path / "damaged.jsonl.gz")), "damaged.jsonl.gz' not readable as .jsonl.gz: "),
         (data(good, prompt_column="text"), "data.prompt_column: found 'text', accepted for .*: prompt"),
         (data("package:nothing"), "data.source: found 'package:nothing', accepted: "),
         (data(odd), "row 0: found .* accepted: a string or a list"),
         (data(role), "row 0: the chat template of model.path refuses it: role tool"),
         (data(role, chat_template=False), "row 0: found a list of messages, which needs data.chat_template"),
         (data(good, chat_template=False, system_prompt="x"), "data.system_prompt: found a text"),
-        (data(str(tmp_path / "nowhere")), "data.source: found .*nowhere', accepted: a hub name"),
+        (data(str(tmp_path / "nowhere")), r"nowhere', accepted: a hub name, a file ending in .*\.jsonl\.gz"),
     ]  # fmt: skip
     for config, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -49,13 +49,20 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-def save(directory: Path, trainables: dict[str, Trainable], extra: dict[str, Any], groups: Groups) -> None:
+def save(
+    directory: Path,
+    trainables: dict[str, Trainable],
+    extra: dict[str, Any],
+    groups: Groups,
+    score_head: dict[str, Any] | None = None,
+) -> None:
     """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
 
     Args:
         directory: on a file system that all ranks share; made if it does not exist.
         trainables: by a name that stays the same between saving and loading.
         extra: picklable; every data rank's own is kept (the first rank of each replica's).
+        score_head: fields of the ``ScoreHead`` of a score model, for a conversion.
 
     Raises OSError, naming the directory, when it cannot be written.
     """
@@ -76,6 +83,7 @@ def save(directory: Path, trainables: dict[str, Trainable], extra: dict[str, Any
             model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
             state[name] = _prefixed(name, model, optimizer.to_save(model))
         about = {"format": _FORMAT, "layout": _sizes(layout), "models": models}
+        about["score_head"] = score_head
         dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
 
 

@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from gapo_mega.engine.megatron.build import padded_vocabulary
 from gapo_mega.engine.megatron.dist_format import Chunk, DistReader, read_common, trained_model_prefix, write
+from gapo_mega.engine.megatron.score import head_if_any
 from gapo_mega.models import HFDirectory, shape_of, write_hf
 from gapo_mega.models.hf_directory import COMPANIONS, read_config
 from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, set_config
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.safetensors_stream import num_bytes
-from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
+from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
 FORMAT = 1
-_KEPT = "hf."  # tensors that are kept for the way back, but are none of Megatron's
+
 # Megatron's linear layers ask for an object each, which is empty but for FP8.
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
@@ -100,7 +101,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
             f"checkpoint {source}: has no {COMPANIONS}/config.json; accepted: one written by gapo_mega"
         )
     config = read_config(companions)
-    head = ScoreHead(**about["score_head"]) if about.get("score_head") else None
+    head = head_if_any(source)
     weights = weight_map_of(shape_of(config), head)
     prefix = trained_model_prefix(about)
     promised = {
@@ -108,7 +109,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
         for name in weights.names()
         for hf_name, like in weights.to_hf(name, [_stored_like(reader, prefix, name)]).items()
     }
-    kept = {key.removeprefix(_KEPT): key for key in sorted(reader.tensors) if key.startswith(_KEPT)}
+    kept = {key.removeprefix(KEPT): key for key in sorted(reader.tensors) if key.startswith(KEPT)}
     for name, key in kept.items():
         promised[name] = torch.empty(
             reader.tensors[key].size, dtype=reader.tensors[key].properties.dtype, device="meta"
@@ -212,7 +213,7 @@ class _Plan:
         for name in head.statistics:
             like = self._source.like(name)
             offset = (0,) * like.dim()
-            yield Chunk(_KEPT + name, tuple(like.shape), offset, like, partial(self._source.read, name))
+            yield Chunk(KEPT + name, tuple(like.shape), offset, like, partial(self._source.read, name))
         if head.bias is None:  # Megatron's head always has one
             like = self._typed(self._source.like(head.weight)).new_empty(1)
             yield Chunk(OUTPUT_BIAS, (1,), (0,), like, lambda: torch.zeros(1, dtype=like.dtype))

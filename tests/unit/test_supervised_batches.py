@@ -1,0 +1,256 @@
+"""Tokens, masks, order and padding, against what transformers makes of the same conversations.
+
+The masks are compared with those that transformers takes from ``{% generation %}`` marks of a template, which
+ours does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gapo_mega.supervised.batches import (
+    Order,
+    chat_batch,
+    encode_chats,
+    encode_pairs,
+    pair_batch,
+    response_lengths,
+    template_of,
+)
+from gapo_mega.supervised.chats import Chat
+from gapo_mega.supervised.pairs import Pair
+
+SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The blank after the colon becomes a part of the answer's first token.
+BLANK_MERGES = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'Assistant: ' }}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.role + ': ' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+# Nothing is written to make the assistant answer, as in the templates of Llama 2 and Mistral.
+INSTRUCTION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '</s>' }}{% endgeneration %}"
+    "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+# No token ends a turn: the blank line is all that the model can learn to stop at.
+BLANK_LINE_ENDS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### Response:\n' }}"
+    "{% generation %}{{ m.content + '\n\n' }}{% endgeneration %}"
+    "{% else %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "blank_merges": BLANK_MERGES,
+    "instruction": INSTRUCTION,
+    "blank_line_ends": BLANK_LINE_ENDS,
+}
+
+
+def said(*turns: str, system: str | None = None) -> tuple[dict[str, str], ...]:
+    head = () if system is None else ({"role": "system", "content": system},)
+    return (
+        *head,
+        *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)),
+    )
+
+
+CHATS = [
+    Chat(said("What is a comma?", "A mark: it parts words, as here.")),
+    Chat(said("Hi", "Hello there", "And 你好 🎉?", "🎉 naïve: 1234\n\n- x\n- y\n", system="Be brief.")),
+    Chat(said("a", "b", "c", "d\n\n", "e", "The mark <|im_end|> ends a turn.\n\nYes.")),
+]
+PAIRS = [
+    Pair(said("What is a comma?"), "A mark.", "I do not know what that would be."),
+    Pair(said("Hi", "Hello", "Bye", system="Be brief."), "See you.", "No " * 60),
+]
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer in the manner of GPT-2 (bytes) or of Llama 2 (sentencepiece)."""
+    inner = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None))
+    alphabet = []
+    if kind == "bytes":
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        inner.decoder = decoders.Metaspace()
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)] if kind == "sentencepiece" else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        initial_alphabet=alphabet,
+        special_tokens=[AddedToken(text, special=True) for text in SPECIAL] + byte_tokens,
+        show_progress=False,
+    )
+    inner.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    content = json.loads(inner.to_str())  # bytes are given to the trainer as special tokens, but are none
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in SPECIAL]
+    inner = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module", params=["bytes", "sentencepiece", "smollm2"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    if request.param != "smollm2":
+        return trained(request.param)
+    if not (SMOLLM2 / "tokenizer.json").is_file():
+        pytest.skip("models/SmolLM2-135M-Instruct is not there; `make test` converts it")
+    return AutoTokenizer.from_pretrained(SMOLLM2)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_masks_are_those_of_marks_in_the_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    template = TEMPLATES[name]
+    encoded = encode_chats(CHATS, tokenizer, template, 500)
+    assert len(encoded) == len(CHATS)
+    for (ids, mask), chat in zip(encoded, CHATS, strict=True):
+        expected = tokenizer.apply_chat_template(
+            list(chat.messages), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert ids.tolist() == expected["input_ids"] and ids.dtype == torch.int64
+        assert mask.tolist() == [bool(m) for m in expected["assistant_masks"]] and mask.dtype == torch.bool
+        assert mask.any() and not mask.all()
+
+
+def test_a_prefix_of_the_text_is_not_always_a_prefix_of_the_tokens() -> None:
+    """The case that offsets are for: counting the tokens of the rendered prompt would be off."""
+    tokenizer = trained("bytes")
+    chat = CHATS[0]
+    asked = tokenizer.apply_chat_template(
+        list(chat.messages[:1]), chat_template=BLANK_MERGES, add_generation_prompt=True, return_dict=False
+    )
+    ((ids, mask),) = encode_chats([chat], tokenizer, BLANK_MERGES, 500)
+    assert ids.tolist()[: len(asked)] != asked
+    assert tokenizer.decode(ids[mask]).strip() == chat.messages[1]["content"] + "<|im_end|>"
+
+
+def test_the_models_own_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        with pytest.raises(ValueError, match=r"^model.chat_template: found nothing, and the tokenizer"):
+            template_of(tokenizer, None)
+        return
+    ((ids, mask),) = encode_chats(CHATS[:1], tokenizer, None, 500)
+    assert ids.tolist() == tokenizer.apply_chat_template(list(CHATS[0].messages), return_dict=False)
+    assert tokenizer.decode(ids[mask]) == "A mark: it parts words, as here.<|im_end|>"
+
+
+def test_learning_all_tokens_leaves_the_first_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    for ids, mask in encode_chats(CHATS, tokenizer, CHATML, 500, assistant_only=False):
+        assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_pairs_are_rendered_whole(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    for pair, both in zip(PAIRS, encoded, strict=True):
+        for ids, response in zip(both, (pair.chosen, pair.rejected), strict=True):
+            expected = tokenizer.apply_chat_template(
+                pair.answered(response), chat_template=CHATML, return_dict=False
+            )
+            assert ids.tolist() == expected and ids.dtype == torch.int64
+    longest = max(len(ids) for ids in encoded[1])
+    with caplog.at_level(logging.INFO):
+        kept = encode_pairs(PAIRS, tokenizer, CHATML, longest - 1)
+    assert len(kept) == 1 and all(map(torch.equal, kept[0], encoded[0]))
+    assert f"1 of 2 pairs, left out 1 longer than {longest - 1} tokens" in caplog.text
+    assert len(encode_pairs(PAIRS, tokenizer, CHATML, longest)) == 2
+    for encode, items in ((encode_pairs, PAIRS), (encode_chats, CHATS)):
+        with pytest.raises(ValueError, match=r"^model.max_tokens: found 3, which is less than each"):
+            encode(items, tokenizer, CHATML, 3)  # type: ignore[operator]
+
+
+def test_response_lengths_leave_prompt_and_template_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    expected = [
+        tuple(len(tokenizer.encode(text, add_special_tokens=False)) for text in (p.chosen, p.rejected))
+        for p in PAIRS
+    ]
+    assert response_lengths(PAIRS, tokenizer) == expected
+
+
+def test_templates_from_files_and_wrong_ones(tmp_path: Path) -> None:
+    tokenizer = trained("bytes")
+    (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
+    from_file = encode_chats(CHATS, tokenizer, str(tmp_path / "own.jinja"), 500)
+    from_text = encode_chats(CHATS, tokenizer, CHATML, 500)
+    assert all(map(torch.equal, chain(*from_file), chain(*from_text)))
+    with pytest.raises(ValueError, match=r"^model.chat_template: file '.*none.jinja' not found"):
+        template_of(tokenizer, str(tmp_path / "none.jinja"))
+    refusing = "{{ raise_exception('no system here') }}"
+    with pytest.raises(
+        ValueError, match=r"^model.chat_template: refuses .* system, user, assistant.*no system here"
+    ):
+        encode_pairs(PAIRS[1:], tokenizer, refusing, 500)
+    # Shows only the last answer, as templates do that drop earlier reasoning.
+    forgetful = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"^assistant_only: found true with a chat template that changes"):
+        encode_chats(CHATS[1:2], tokenizer, forgetful, 500)
+    assert len(encode_chats(CHATS[1:2], tokenizer, forgetful, 500, assistant_only=False)) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_order_is_shared_out_and_does_not_depend_on_the_ranks(ranks: int) -> None:
+    whole = Order(44, 12, 0, 1, seed=5)
+    parts = [Order(44, 12, rank, ranks, seed=5) for rank in range(ranks)]
+    for step in range(10):
+        dealt = [part.items(step) for part in parts]
+        assert {len(items) for items in dealt} == {12 // ranks}
+        assert list(chain(*dealt)) == whole.items(step)
+
+
+def test_order_covers_every_epoch_and_resumes_at_any_step() -> None:
+    order = Order(44, 12, 0, 1, seed=5)
+    assert order.steps_per_epoch == 3
+    steps = [order.items(step) for step in range(9)]
+    epochs = [list(chain(*steps[i : i + 3])) for i in (0, 3, 6)]
+    assert all(len(set(epoch)) == 36 and set(epoch) <= set(range(44)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [Order(44, 12, 0, 1, seed=5).items(step) for step in (7, 2, 4)] == [steps[7], steps[2], steps[4]]
+    assert Order(44, 12, 0, 1, seed=6).items(0) != steps[0]
+    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted for 5 data-parallel ranks"):
+        Order(44, 12, 0, 5, seed=5)
+    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted: 1 to the 11 training items"):
+        Order(11, 12, 0, 1, seed=5)
+
+
+def test_padding_is_that_of_transformers() -> None:
+    tokenizer = trained("bytes")
+    tokenizer.padding_side = "right"
+    pad = tokenizer.pad_token_id
+    pairs = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    tokens_BT, last_B = pair_batch(pairs, pad)
+    rows = [ids.tolist() for both in pairs for ids in both]
+    expected = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    assert torch.equal(tokens_BT, expected["input_ids"]) and tokens_BT.dtype == torch.int64
+    assert torch.equal(last_B, expected["attention_mask"].sum(1) - 1) and last_B.dtype == torch.int64
+    chats = encode_chats(CHATS, tokenizer, CHATML, 500)
+    tokens_CT, mask_CT = chat_batch(chats, pad)
+    expected = tokenizer.pad({"input_ids": [ids.tolist() for ids, _ in chats]}, return_tensors="pt")
+    assert torch.equal(tokens_CT, expected["input_ids"]) and mask_CT.dtype == torch.bool
+    assert not mask_CT[expected["attention_mask"] == 0].any()
+    assert [row[mask].tolist() for row, mask in zip(tokens_CT, mask_CT, strict=True)] == [
+        ids[mask].tolist() for ids, mask in chats
+    ]
+    as_lists = [(chosen.tolist(), rejected.tolist()) for chosen, rejected in pairs]
+    assert all(map(torch.equal, pair_batch(as_lists, pad), (tokens_BT, last_B)))

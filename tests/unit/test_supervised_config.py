@@ -1,0 +1,92 @@
+"""Configurations of supervised runs: read, written back, and refused where they cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gapo_mega.config import Section
+from gapo_mega.config_loading import dump, load
+from gapo_mega.supervised.config import RewardModelConfig, SftConfig, check_batches
+
+MINIMAL = """
+output_dir: runs/x
+model: {path: m}
+data: {source: rows.jsonl.gz}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def failure(path: Path, kind: type[Section], *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, overrides, kind=kind)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_one_file_serves_both_kinds(file: Path) -> None:
+    reward = load(
+        file, ["data.format=pku", "data.objective=harmless", "model.keep_layers=4"], kind=RewardModelConfig
+    )
+    assert (reward.data.objective, reward.model.keep_layers, reward.center_rewards) == ("harmless", 4, 0)
+    sft = load(file, ["assistant_only=false"], kind=SftConfig)
+    assert (sft.data.messages_column, sft.assistant_only) == ("messages", False)
+
+
+def test_changing_another_field_of_the_optimizer_keeps_its_learning_rate(file: Path) -> None:
+    assert load(file, ["optimizer.weight_decay=0.1"], kind=SftConfig).optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize("kind", [RewardModelConfig, SftConfig])
+def test_dump_reads_back(file: Path, tmp_path: Path, kind: type[Section]) -> None:
+    config = load(file, ["optimizer.lr=3e-6", "model.chat_template='{{ a }}: no'", "max_steps=7"], kind=kind)
+    dump(config, tmp_path / "out.yaml")
+    assert load(tmp_path / "out.yaml", kind=kind) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "parts"),
+    [
+        (RewardModelConfig, "data.chossen_column=x", ["data.chossen_column: unknown key", "nearest is 'chosen_column'"]),
+        (RewardModelConfig, "assistant_only=true", ["assistant_only: unknown key", "accepted: output_dir"]),
+        (SftConfig, "center_rewards=1.0", ["center_rewards: unknown key"]),
+        (RewardModelConfig, "center_rewards=-1.0", ["center_rewards: found -1.0, accepted: greater"]),
+        (SftConfig, "epochs=0", ["epochs: found 0, accepted: greater than or equal to 1"]),
+        (SftConfig, "max_steps=0", ["max_steps: found 0, accepted: greater than or equal to 1"]),
+        (SftConfig, "data.heldout_fraction=1.0", ["data.heldout_fraction: found 1.0, accepted: less than 1"]),
+        (SftConfig, "model.keep_layers=0", ["model.keep_layers: found 0, accepted: greater"]),
+        (SftConfig, "data.format=pku", ["data.format: found 'pku', accepted: 'auto', 'messages', 'col"]),
+        (RewardModelConfig, "data.format=pku", ["data.objective: found nothing", "helpful, harmless"]),
+        (RewardModelConfig, "data={source: a, format: hh, objective: helpful}", ["found helpful with format hh"]),
+        (SftConfig, "output_dir=", ["output_dir: found nothing"]),
+    ],
+)  # fmt: skip
+def test_wrong_value_is_named(file: Path, kind: type[Section], override: str, parts: list[str]) -> None:
+    message = failure(file, kind, override)
+    for part in parts:
+        assert part in message
+
+
+def test_a_file_that_is_no_mapping_lists_the_keys_of_its_kind(file: Path) -> None:
+    file.write_text("- a")
+    assert "center_rewards" in failure(file, RewardModelConfig)
+
+
+def test_batches_must_come_out_even(file: Path) -> None:
+    config = load(file, ["batch_size=24", "micro_batch_size=4"], kind=SftConfig)
+    for ranks in (1, 2, 3, 6):
+        check_batches(config, ranks)
+    with pytest.raises(
+        ValueError, match=r"^batch_size: found 24, accepted for 5 data-parallel ranks: a multiple"
+    ):
+        check_batches(config, 5)
+    with pytest.raises(ValueError, match=r"^micro_batch_size: found 4, accepted .* 3 on .*: 1, 3$"):
+        check_batches(config, 8)

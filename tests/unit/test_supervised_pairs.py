@@ -1,0 +1,203 @@
+"""Preference pairs: every format, what is left out, held-out prompts, and what lengths give away."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gapo_mega.supervised.config import PreferenceData
+from gapo_mega.supervised.pairs import Pair, length_matched, load_pairs, longer_wins
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def data(source: str, **changes: Any) -> PreferenceData:
+    return PreferenceData.model_validate({"source": source, "heldout_fraction": 0, **changes})
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def transcript(*turns: str) -> str:
+    names = ("Human", "Assistant")
+    return "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def test_transcripts(tmp_path: Path) -> None:
+    rows = [
+        {"chosen": transcript("Hi", "Good day."), "rejected": transcript("Hi", "What?\n\nWho?")},
+        {"chosen": transcript("a", "b", "c: d", "Human: no"), "rejected": transcript("a", "b", "c: d", "f")},
+    ]
+    train, heldout = load_pairs(data(write(tmp_path / "a.jsonl.gz", rows)), seed=0)
+    assert heldout == []
+    assert train == [
+        Pair((user("Hi"),), "Good day.", "What?\n\nWho?"),
+        Pair((user("a"), assistant("b"), user("c: d")), "Human: no", "f"),
+    ]
+    for pair, row in zip(train, rows, strict=True):
+        for response in ("chosen", "rejected"):
+            said = [m["content"] for m in pair.answered(getattr(pair, response))]
+            assert transcript(*said) == row[response]
+
+
+def test_unusable_rows_are_counted_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, twice = transcript("q", "good"), "\n\nHuman: q\n\nHuman: q\n\nAssistant: "
+    rows = [
+        {"chosen": good, "rejected": transcript("q", "bad")},
+        {"chosen": good, "rejected": transcript("other", "bad")},
+        {"chosen": transcript("q", "x", "y", "z"), "rejected": transcript("q", "bad")},
+        {"chosen": good, "rejected": transcript("q", " good ")},
+        {"chosen": good, "rejected": transcript("q", " ")},
+        {"chosen": transcript("", "a"), "rejected": transcript("", "b")},
+        {"chosen": twice + "a", "rejected": twice + "b"},
+        {"chosen": transcript("q", "a", "and then?"), "rejected": transcript("q", "a", "so?")},
+        {"chosen": good, "rejected": "no transcript"},
+        {"chosen": None, "rejected": good},
+    ]  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        train, _ = load_pairs(data(write(tmp_path / "a.jsonl", rows)), seed=0)
+    assert train == [Pair((user("q"),), "good", "bad")]
+    expected = (
+        "1 pairs of 10 rows, left out: 2 empty, 1 identical, 2 malformed, 2 turns out of order, "
+        "2 with different prompts"
+    )
+    assert expected in caplog.text
+    with pytest.raises(
+        ValueError, match=r"^data.source '.*' .*: found no usable pairs in 1 rows .*1 identical"
+    ):
+        load_pairs(data(write(tmp_path / "b.jsonl", rows[3:4])), seed=0)
+
+
+def test_pku_rows_by_objective(tmp_path: Path) -> None:
+    responses = {"response_0": "zero", "response_1": "one"}
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", **responses, "better_response_id": 0, "safer_response_id": 1},
+        {"prompt": "q", **responses, "better_response_id": 1, "safer_response_id": None},
+    ]
+    source = write(tmp_path / "a.jsonl", rows)
+    first, second = Pair((user("p"),), "zero", "one"), Pair((user("q"),), "one", "zero")
+    assert load_pairs(data(source, objective="helpful"), seed=0)[0] == [first, second]
+    harmless, _ = load_pairs(data(source, format="pku", objective="harmless"), seed=0)
+    assert harmless == [Pair((user("p"),), "one", "zero")]
+    with pytest.raises(ValueError, match=r"^data.objective: found nothing, accepted .*helpful, harmless"):
+        load_pairs(data(source), seed=0)
+    bare = write(tmp_path / "b.jsonl", [{k: row[k] for k in row if k != "safer_response_id"} for row in rows])
+    with pytest.raises(
+        ValueError, match=r"^data.format: found pku .* has no column safer_response_id; accepted"
+    ):
+        load_pairs(data(bare, objective="harmless"), seed=0)
+
+
+def test_columns_of_texts_and_of_messages(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be kind."}
+    asked = [system, user("u")]
+    expected = Pair((system, user("u")), "good", "bad")
+    texts = write(tmp_path / "a.jsonl", [{"ask": asked, "win": "good", "lose": "bad"}])
+    names = {"prompt_column": "ask", "chosen_column": "win", "rejected_column": "lose"}
+    assert load_pairs(data(texts, **names), seed=0)[0] == [expected]
+    whole = {
+        "prompt": "not read",
+        "chosen": [*asked, assistant("good")],
+        "rejected": [*asked, assistant("bad")],
+    }
+    assert load_pairs(data(write(tmp_path / "b.jsonl", [whole])), seed=0)[0] == [expected]
+    answers = {"prompt": "u", "chosen": [assistant("good")], "rejected": [assistant("bad")]}
+    assert load_pairs(data(write(tmp_path / "c.jsonl", [answers])), seed=0)[0] == [
+        Pair((user("u"),), "good", "bad")
+    ]
+    for column, missing in (("chosen_column", "x"), ("rejected_column", "y"), ("prompt_column", "z")):
+        with pytest.raises(
+            ValueError, match=rf"^data.{column}: found '{missing}', accepted .*: ask, lose, win"
+        ):
+            load_pairs(data(texts, format="columns", **{**names, column: missing}), seed=0)
+    with pytest.raises(
+        ValueError, match=r"^data.format: found auto .* ask, lose, win, accepted: columns chosen"
+    ):
+        load_pairs(data(texts), seed=0)
+    with pytest.raises(
+        ValueError, match=r"^data.objective: found helpful .* format is columns; accepted: null"
+    ):
+        load_pairs(data(texts, objective="helpful", **names), seed=0)
+
+
+def test_transcripts_beside_a_prompt_are_not_taken_for_responses(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": transcript("q", "a"), "rejected": transcript("q", "b")}
+    assert load_pairs(data(write(tmp_path / "a.jsonl", [row])), seed=0)[0] == [Pair((user("q"),), "a", "b")]
+
+
+def prompts(pairs: Sequence[Pair]) -> set[str]:
+    return {pair.prompt[0]["content"] for pair in pairs}
+
+
+def test_prompts_are_held_out_whole_and_by_seed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"p{i % 40}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(120)
+    ]
+    config = data(write(tmp_path / "a.jsonl", rows), heldout_fraction=0.1)
+    train, heldout = load_pairs(config, seed=3)
+    assert len(heldout) == 12 and len(train) == 108
+    assert len(prompts(heldout)) == 4 and not prompts(train) & prompts(heldout)
+    assert load_pairs(config, seed=3) == (train, heldout)
+    assert prompts(load_pairs(config, seed=4)[1]) != prompts(heldout)
+    backwards = data(write(tmp_path / "b.jsonl", rows[::-1]), heldout_fraction=0.1)
+    assert prompts(load_pairs(backwards, seed=3)[1]) == prompts(heldout)
+    # A rare share holds out one prompt, never none.
+    assert len(prompts(load_pairs(data(config.source, heldout_fraction=1e-3), seed=3)[1])) == 1
+
+
+def test_turns_of_one_conversation_stay_together(tmp_path: Path) -> None:
+    rows = []
+    for i in range(20):
+        rows.append({"chosen": transcript(f"q{i}", "a"), "rejected": transcript(f"q{i}", "b")})
+        rows.append(
+            {"chosen": transcript(f"q{i}", "a", "c", "d"), "rejected": transcript(f"q{i}", "a", "c", "e")}
+        )
+    train, heldout = load_pairs(data(write(tmp_path / "a.jsonl", rows), heldout_fraction=0.25), seed=0)
+    assert len(heldout) == 10 and not prompts(train) & prompts(heldout)
+
+
+def test_heldout_source_and_its_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "split": "ab"[i % 2]} for i in range(6)]
+    rows.append({"prompt": "p1", "chosen": "x", "rejected": "y", "split": "a"})
+    source = write(tmp_path / "a.jsonl", rows)
+    config = data(source, split="a", heldout_source=source, heldout_split="b")
+    train, heldout = load_pairs(config, seed=0)
+    assert prompts(train) == {"p0", "p2", "p4"} and prompts(heldout) == {"p1", "p3", "p5"}
+    with pytest.raises(ValueError, match=r"^data.heldout_split: found 'test', accepted .*: a, b"):
+        load_pairs(data(source, split="a", heldout_source=source), seed=0)
+    with pytest.raises(ValueError, match=r"^data.heldout_source: found .* which holds out every prompt of"):
+        load_pairs(data(source, split="a", heldout_source=source, heldout_split="a"), seed=0)
+    with pytest.raises(
+        ValueError, match=r"^data.heldout_fraction: found 0.5, which holds out every prompt of"
+    ):
+        load_pairs(data(write(tmp_path / "b.jsonl", rows[:1]), split="a", heldout_fraction=0.5), seed=0)
+
+
+def test_what_lengths_give_away() -> None:
+    lengths = [(3, 2), (2, 3), (9, 1), (5, 5), (10, 9), (100, 89)]
+    assert longer_wins(lengths) == 4 / 5
+    assert longer_wins([(5, 5)]) is None
+    assert length_matched("abcdef", lengths) == ["d", "e"]
+    assert length_matched("abcdef", lengths, tolerance=0.11) == ["d", "e", "f"]
+    drawn = np.random.default_rng(0).integers(1, 300, (500, 2))
+    as_pairs = [(int(chosen), int(rejected)) for chosen, rejected in drawn]
+    close = np.abs(drawn[:, 0] - drawn[:, 1]) / drawn.max(1) <= 0.1
+    assert length_matched(range(500), as_pairs) == np.flatnonzero(close).tolist()
+    unequal = drawn[drawn[:, 0] != drawn[:, 1]]
+    assert longer_wins(as_pairs) == (unequal.argmax(1) == 0).mean()
