@@ -9,6 +9,9 @@ bytes of the compute type (2 for bf16, 4 for fp32):
                 2 e B T h c / t              keys and values, repeated for every head of their group
                 e B T (h + 3 k) c / t        instead, if h = k or with selective recomputation: the projection
                                              as it came out, and rotated keys
+    head norms  (4 + e) B T (h + k) c / t    with norms of queries and keys: inputs in fp32, normed. If that
+                                             is the compute type, the inputs are the projection itself (kept
+                                             once) and, if k < h, a copy of the queries
     rotary      4 e T c                      cosines and sines, scaled
     scores      4 B T^2 h / t                softmax in fp32 (none with selective recomputation)
                 2 B T^2 h / t, T^2           in bf16 also its copy; the mask (likewise)
@@ -73,6 +76,7 @@ class Sizes:
     grouped: bool  # fewer groups than heads
     padded: bool  # the vocabulary
     split: bool  # over the sequence, between the linear layers
+    qk_norm: bool  # of queries and keys
 
     @property
     def mixed(self) -> int:
@@ -184,6 +188,7 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
         grouped=shape.heads != shape.kv_groups,
         padded=columns * tensor > shape.vocab,
         split=split,
+        qk_norm=shape.qk_norm,
     )
 
 
@@ -283,8 +288,30 @@ def _before(z: Sizes, selective: bool) -> list[Block]:
     return [
         *_norm(z, stream),
         *_linear(z, z.residual, z.mixed, z.hidden, z.qkv_weight, stream),
+        *(_head_norms(z, selective, stream) if z.qk_norm else []),
         Block(kept + rotated, e * z.mixed + 2 * rotated, stream + 2 * e * z.mixed),
     ]
+
+
+def _head_norms(z: Sizes, selective: bool, beside: int) -> list[Block]:
+    """Norms of queries and keys, whose inputs are parts of the projection."""
+    both, normed = z.query + z.key, z.item * (z.query + z.key)
+    if z.bf16:
+        inputs = FP32 * both
+    else:  # queries are copied where they lie apart, and the keys' view keeps the projection
+        inputs = z.item * (z.query if z.grouped else 0)
+        inputs += _projection_for_norms(z, selective)
+    gradients = beside + z.item * z.mixed
+    return [
+        Block(inputs, inputs + FP32 * both, gradients + 5 * FP32 * z.query),
+        Block(normed, 2 * normed, gradients + 3 * normed),
+    ]
+
+
+def _projection_for_norms(z: Sizes, selective: bool) -> int:
+    """Bytes of the projection where the norms of queries and keys keep it until their own backward."""
+    kept = z.qk_norm and not z.bf16 and not selective  # with selective recomputation it is kept anyway
+    return z.item * z.mixed if kept else 0
 
 
 def _core(z: Sizes, selective: bool) -> list[Block]:
@@ -293,8 +320,9 @@ def _core(z: Sizes, selective: bool) -> list[Block]:
     query, beside = e * z.query, e * (z.residual + z.query)
     repeated = query if z.grouped else 0
     # Variables of the forward keep the projection alive, which without groups the values are a view of.
-    frame = 0 if selective else e * (z.mixed + (z.query + z.key if z.grouped else 0))
-    values = repeated if z.grouped or selective else e * z.mixed
+    already = _projection_for_norms(z, selective)
+    frame = 0 if selective else e * (z.mixed + (z.query + z.key if z.grouped else 0)) - already
+    values = repeated if z.grouped or selective else e * z.mixed - already
     blocks = [
         Block(repeated, frame + 2 * repeated, beside + 3 * query + e * s),  # keys; products
         # In fp32 the mask is written into a view, whose backward makes four copies.

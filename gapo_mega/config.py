@@ -28,6 +28,9 @@ class ModelConfig(Section):
         "fp32", description="compute type; bf16 keeps fp32 main parameters"
     )
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
+    offload_reference: bool = Field(
+        False, description="keep the frozen reference in host memory between uses (GPU only)"
+    )
 
 
 class ParallelConfig(Section):

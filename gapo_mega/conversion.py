@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from gapo_mega.models import hf_directory
+from gapo_mega import model_location
 from gapo_mega.models.gguf_import import import_gguf
 
 Kind = Literal["hf", "megatron", "gguf"]
@@ -73,7 +73,7 @@ class Conversion:
         if "RANK" in os.environ:
             dist.init_process_group("gloo")
         with tempfile.TemporaryDirectory(dir=self._made_parent()) as scratch:
-            source = hf_directory.resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
+            source = model_location.resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
             if kind == "gguf":
                 self._alone()
                 import_gguf(self.source, source)

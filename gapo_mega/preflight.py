@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from gapo_mega import advantages, aggregation, objectives
 from gapo_mega.config import Config
-from gapo_mega.layout_checks import check_layout
-from gapo_mega.models.hf_directory import companions_of
+from gapo_mega.layout_checks import check_layout, check_model_split
+from gapo_mega.model_location import companions_of
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.run_logging import check_logging
@@ -26,8 +26,17 @@ def check(config: Config, world_size: int) -> ModelShape:
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
     advantages.build(config.advantages.name, **config.advantages.options)
     for objective in config.objectives:
-        objectives.build(objective)
+        wanted = objectives.build(objective).wanted_model
+        if wanted is not None:
+            _check_score_model(config, objective.name, wanted.path, world_size)
     return shape
+
+
+def _check_score_model(config: Config, objective: str, path: str, world_size: int) -> None:
+    try:
+        check_model_split(config.parallel, _shape(path), world_size)
+    except ValueError as error:
+        raise ValueError(f"objective {objective!r}: its score model {path}: {error}") from error
 
 
 def _shape(path: str) -> ModelShape:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gapo_mega import aggregation
+from gapo_mega import aggregation, model_location
 from gapo_mega.allocation import measure_allocations
 from gapo_mega.config import Config
 from gapo_mega.engine.base import GradientReport
@@ -30,7 +30,6 @@ from gapo_mega.engine.megatron.gradients import GradientStrategy
 from gapo_mega.gradient_choice import microbatches
 from gapo_mega.layout_checks import check_gradients
 from gapo_mega.losses import policy_loss_of
-from gapo_mega.models import hf_directory
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience
 
@@ -122,7 +121,7 @@ class StepBenchmark:
     """The engine, the batch, and the contenders' turns."""
 
     def __init__(self, config: Config, shape: ModelShape, objectives: Sequence[int]) -> None:
-        source = hf_directory.resolve(config.model.path)
+        source = model_location.resolve(config.model.path)
         self.config = config
         # With one objective the engine's own strategy holds no rows beside the contenders'.
         own = _variant(config, 1, {})

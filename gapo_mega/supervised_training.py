@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from gapo_mega import model_location
 from gapo_mega.checkpoints import CheckpointFolder, StopOnSignal
 from gapo_mega.config_loading import dump
 from gapo_mega.layout_checks import check_model_split
@@ -59,12 +60,12 @@ class _Start:
 
 def check(config: SupervisedConfig, world_size: int) -> _Start:
     """Everything that can be refused before data are read or a model is built. Raises ``ValueError``."""
-    source = hf_directory.resolve(config.model.path)
-    hf_config = hf_directory.read_config(hf_directory.companions_of(source))
+    source = model_location.resolve(config.model.path)
+    hf_config = hf_directory.read_config(model_location.companions_of(source))
     shape = shape_of(hf_config)
     layers = config.model.keep_layers
     if layers is not None:
-        if layers > shape.num_layers or source != hf_directory.companions_of(source):
+        if layers > shape.num_layers or source != model_location.companions_of(source):
             raise ValueError(
                 f"model.keep_layers: found {layers}, accepted: 1 to {shape.num_layers}, of a Hugging Face "
                 "directory"
@@ -77,7 +78,7 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
         )
     check_batches(config, check_model_split(config.parallel, shape, world_size))
     check_logging(config.logging)
-    tokenizer = AutoTokenizer.from_pretrained(hf_directory.companions_of(source))
+    tokenizer = AutoTokenizer.from_pretrained(model_location.companions_of(source))
     batches.template_of(tokenizer, config.model.chat_template)
     return _Start(shape, source, hf_config, tokenizer)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from gapo_mega import advantages, aggregation, objectives
+from gapo_mega import advantages, aggregation, model_location, objectives
 from gapo_mega.advantages.rewards import token_rewards, whiten
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.checkpoints import CheckpointFolder, StopOnSignal
@@ -26,7 +26,6 @@ from gapo_mega.evaluation.heldout import reward_correlation
 from gapo_mega.finish import finish
 from gapo_mega.heldout import Answers, HeldOut
 from gapo_mega.losses import policy_loss_of, value_loss_sum
-from gapo_mega.models import hf_directory
 from gapo_mega.preflight import check
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.prompts import PromptSchedule, load_prompts
@@ -66,7 +65,7 @@ class Trainer:
         self.collector = Collector(engine.generator, tokenizer, sampling)
         self.scorer = Scorer(
             engine,
-            [objectives.build(objective) for objective in config.objectives],
+            self._objectives(),
             config.algorithm,
             token_rewards,
             self.estimator.needs_values,
@@ -119,6 +118,14 @@ class Trainer:
             self.log.close()
             if with_report:  # a signal does not interrupt it: what was trained is not lost
                 finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
+
+    def _objectives(self) -> list[objectives.Objective]:
+        """The objectives; those that score with a model of the engine's have it."""
+        built = [objectives.build(objective) for objective in self.config.objectives]
+        for objective in built:
+            if objective.wanted_model is not None:
+                objective.attach(self.engine.score_model(objective.wanted_model))
+        return built
 
     # -- one step ----------------------------------------------------------------------------------
     def _train_step(self) -> None:
@@ -337,8 +344,8 @@ def train(config: Config, with_report: bool = True) -> None:
     Everything that can be refused is refused before a model is built. Raises ``ValueError``.
     """
     shape = check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    source = hf_directory.resolve(config.model.path)
-    companions = hf_directory.companions_of(source)
+    source = model_location.resolve(config.model.path)
+    companions = model_location.companions_of(source)
     tokenizer = AutoTokenizer.from_pretrained(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.

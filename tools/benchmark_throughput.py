@@ -35,7 +35,7 @@ def main(
 
 def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
     """Train for a few steps in a temporary directory and report on rank 0."""
-    from gapo_mega import advantages
+    from gapo_mega import advantages, model_location
     from gapo_mega.config_loading import load
     from gapo_mega.models import hf_directory
     from gapo_mega.models.registry import shape_of
@@ -47,7 +47,7 @@ def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
         train(resolved, with_report=False)
         if int(os.environ.get("RANK", "0")) != 0:
             return
-        shape = shape_of(hf_directory.HFDirectory(hf_directory.resolve(resolved.model.path)).config)
+        shape = shape_of(hf_directory.HFDirectory(model_location.resolve(resolved.model.path)).config)
         needs_critic = advantages.build(resolved.advantages.name, **resolved.advantages.options).needs_values
         result = measure(resolved, shape, int(os.environ.get("WORLD_SIZE", "1")), needs_critic)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.types import Experience, Generation
 
 # gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
@@ -107,6 +108,13 @@ class Engine(Protocol):
 
     def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
         """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is drawn."""
+        ...
+
+    def score_model(self, request: ScoreModelRequest) -> TokenScorer:
+        """A frozen score model in the policy's layout, as an objective asked for it.
+
+        Raises ``ValueError`` where it is no score model, or does not fit the layout.
+        """
         ...
 
     def update_policy(

@@ -5,7 +5,7 @@ here imports Megatron.
 """
 
 from gapo_mega.models.family import Family
-from gapo_mega.models.hf_directory import HFDirectory, resolve
+from gapo_mega.models.hf_directory import HFDirectory
 from gapo_mega.models.hf_writing import write_hf
 from gapo_mega.models.mapping import WeightMap
 from gapo_mega.models.registry import families, family_of, shape_of
@@ -18,7 +18,6 @@ __all__ = [
     "WeightMap",
     "families",
     "family_of",
-    "resolve",
     "shape_of",
     "write_hf",
 ]

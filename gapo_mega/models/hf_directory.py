@@ -21,10 +21,6 @@ INDEX = "model.safetensors.index.json"
 _PICKLED_SINGLE = "pytorch_model.bin"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _PICKLED = ".bin"
-# What a hub repository is asked for; pickled weights only where it has no others.
-_SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
-_PICKLED_PATTERNS = [*_SAFE_PATTERNS[:-1], "pytorch_model*.bin"]
-COMPANIONS = "hf"  # folder of a Megatron checkpoint that holds what is beside the weights
 # Frequencies that old checkpoints stored; they follow from the configuration.
 _DERIVED_TENSOR = ".rotary_emb.inv_freq"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -122,11 +118,6 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def companions_of(path: Path) -> Path:
-    """Where a model's configuration and tokenizer are: the directory itself, or a checkpoint's ``hf/``."""
-    return path / COMPANIONS if (path / COMPANIONS / "config.json").is_file() else path
-
-
 def _names(file: Path) -> list[str]:
     if file.suffix == _PICKLED:
         return list(_tensors_in(file))
@@ -161,28 +152,3 @@ def _unpickled(file: Path, _written: int) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"model.path: {file} is not a table of tensors; accepted: a saved state_dict")
     return content
-
-
-def resolve(name_or_path: str | Path) -> Path:
-    """The local directory of a model: ``name_or_path`` itself, or a download of that hub repository.
-
-    Raises:
-        ValueError: it is neither a directory nor a repository that can be reached.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    # Imported here: only models named by repository need the network client.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        found = Path(snapshot_download(str(name_or_path), allow_patterns=_SAFE_PATTERNS))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(name_or_path), allow_patterns=_PICKLED_PATTERNS))
-        return found
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model.path: found {str(name_or_path)!r}, which is neither a local directory (looked at "
-            f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {error}"
-        ) from error

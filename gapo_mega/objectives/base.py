@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,20 +19,46 @@ class Objective(Protocol):
     """What the rest of the package sees: a name, and scores of responses. Higher is better."""
 
     name: str
+    wanted_model: ScoreModelRequest | None
+
+    def attach(self, scorer: TokenScorer) -> None:
+        """Take the score model that was asked for with ``wanted_model``."""
+        ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One finite score per pair; the two lists have the same length."""
         ...
 
 
+@dataclass(frozen=True)
+class ScoreModelRequest:
+    """The score model that an objective wants of the engine, and how it is to be run."""
+
+    path: str  # Hugging Face directory or hub name, or a checkpoint
+    dtype: Literal["fp32", "bf16"]
+    micro_batch_size: int
+    offload: bool
+
+
+# Token ids of conversations -> their scores, in order. Collective over the ranks of a replica.
+TokenScorer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+
 class ObjectiveKind(ABC):
     """Base of every kind of objective. A kind says how to ``evaluate``; the checks are here."""
 
     kind: ClassVar[str]  # what ``objectives[].kind`` in the configuration calls it
+    # The engine's score model that ``evaluate`` runs, on all ranks of a replica; None: it runs on the first
+    # rank alone, and needs nothing of the engine.
+    wanted_model: ScoreModelRequest | None = None
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
         self.name: str = config.name
+
+    def attach(self, scorer: TokenScorer) -> None:
+        """Take the score model that was asked for with ``wanted_model``."""
+        raise AssertionError(f"objective {self.name!r} asks for no score model")
 
     @abstractmethod
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> object:

@@ -23,6 +23,11 @@ class Scored(Protocol):
 
     name: str
 
+    @property
+    def wanted_model(self) -> object | None:
+        """``None``: scores on one rank. Else on all ranks of a replica, alike on all."""
+        ...
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One finite number per response, higher is better."""
         ...
@@ -49,21 +54,29 @@ class Scorer:
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """``[M, B]`` float32. Each response is scored once per replica, not once per rank."""
+        local = [objective for objective in self._objectives if objective.wanted_model is None]
+        by_name = self._on_first_rank(local, prompts, responses)
+        for objective in self._objectives:
+            if objective.wanted_model is not None:  # a model over all ranks of the replica
+                by_name[objective.name] = objective.score(prompts, responses)
+        rows = [by_name[objective.name] for objective in self._objectives]
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(responses))
+
+    def _on_first_rank(
+        self, objectives: Sequence[Scored], prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """Scores by objective on every rank, computed on the replica's first."""
         first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0
-        outcome: Tensor | Exception | None = None
+        outcome: dict[str, list[float]] | Exception = {}
         if first:
             try:
-                outcome = torch.tensor(
-                    [objective.score(prompts, responses) for objective in self._objectives],
-                    dtype=torch.float32,
-                )
+                outcome = {objective.name: objective.score(prompts, responses) for objective in objectives}
             except Exception as error:  # every rank must learn of it, or the others wait for ever
                 outcome = error
         outcome = self._engine.broadcast_in_replica(outcome)
         if isinstance(outcome, Exception):
             raise outcome
-        assert outcome is not None
-        return outcome.reshape(len(self._objectives), len(responses))
+        return outcome
 
     def score(self, rollout: Rollout) -> Experience:
         """Rewards per objective, old and reference log-probabilities, and values with a critic."""

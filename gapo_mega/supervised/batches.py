@@ -55,8 +55,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
 
 def encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, max_tokens: int
-) -> list[PairIds]:
-    """Both conversations of every pair that is short enough, in the order of ``pairs``.
+) -> tuple[list[PairIds], list[Pair]]:
+    """Both conversations of every pair that is short enough, and these pairs, in the order of ``pairs``.
 
     The chat template writes the special tokens, so the tokenizer adds none. Pairs of which either
     conversation has more than ``max_tokens`` tokens are left out, and counted in the log.
@@ -65,12 +65,16 @@ def encode_pairs(
     """
     render = _Renderer(tokenizer, chat_template)
     encoded: list[PairIds] = []
+    kept: list[Pair] = []
     for some in _pieces(pairs):
         texts = [render(pair.answered(text)) for pair in some for text in (pair.chosen, pair.rejected)]
         ids = [torch.tensor(found, dtype=torch.int64) for found in _tokenized(tokenizer, texts)["input_ids"]]
-        encoded += [both for both in zip(ids[::2], ids[1::2], strict=True) if _longest(both) <= max_tokens]
+        for pair, both in zip(some, zip(ids[::2], ids[1::2], strict=True), strict=True):
+            if _longest(both) <= max_tokens:
+                encoded.append(both)
+                kept.append(pair)
     _count_left_out("pairs", len(encoded), len(pairs), max_tokens)
-    return encoded
+    return encoded, kept
 
 
 def response_lengths(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Lengths]:

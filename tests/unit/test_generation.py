@@ -22,7 +22,7 @@ from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation
 from tests.distributed import worlds
-from tests.tiny import tiny_llama, tiny_mistral
+from tests.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 Pair = tuple[PreTrainedModel, GPTModel]
@@ -37,6 +37,9 @@ MODELS = {
     "mistral": lambda folder: tiny_mistral(folder, vocab=VOCABULARY),
     # The longest prompt and 12 new tokens just fit.
     "mistral_window": lambda folder: tiny_mistral(folder, vocab=VOCABULARY, window=21),
+    "llama3": lambda folder: tiny_llama3(folder, vocab=VOCABULARY),
+    "qwen2": lambda folder: tiny_qwen2(folder, vocab=VOCABULARY),
+    "qwen3": lambda folder: tiny_qwen3(folder, vocab=VOCABULARY),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from gapo_mega import aggregation
 from gapo_mega.allocation import measure_allocations
@@ -26,12 +26,9 @@ MIB = 1 << 20
 OBJECTIVES = 3
 
 
-def build(
-    directory: Path, sizes: dict[str, int], tied: bool, **sections: Any
-) -> tuple[Config, MegatronEngine]:
+def build(directory: Path, hf_config: PreTrainedConfig, **sections: Any) -> tuple[Config, MegatronEngine]:
     """An engine over a random model; the objectives and data of its configuration are never used."""
-    hf_config = LlamaConfig(**sizes, max_position_embeddings=1024, tie_word_embeddings=tied, eos_token_id=2)
-    LlamaForCausalLM(hf_config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(hf_config).save_pretrained(directory)
     optimizer = sections.pop("optimizer", {})
     config = check_engine.make_config(str(directory), {}, optimizer, **sections)
     return config, check_engine.build_engine(config)
@@ -158,8 +155,10 @@ NARROW = {
             },
         ),
         (NARROW, False, 400, {"model": {"recompute": "full"}, "gradients": {"store": "single"}}),
+        # Norms of queries and keys.
+        ({**WIDE, "head_dim": 32}, True, 160, {"optimizer": {"distributed": False}}),
     ],
-    ids=["shared-fp32", "separate-bf16", "recompute-fp32"],
+    ids=["shared-fp32", "separate-bf16", "recompute-fp32", "qwen3"],
 )
 def test_a_step_takes_what_was_predicted(
     tmp_path: Path, sizes: dict[str, int], tied: bool, response: int, sections: dict[str, Any]
@@ -170,11 +169,13 @@ def test_a_step_takes_what_was_predicted(
         "rollout": {"prompts_per_step": 2, "samples_per_prompt": 1, "max_new_tokens": response},
         **sections,
     }
-    config, engine = build(tmp_path, sizes, tied, **sections)
+    kind = Qwen3Config if "head_dim" in sizes else LlamaConfig
+    hf_config = kind(**sizes, max_position_embeddings=1024, tie_word_embeddings=tied, eos_token_id=2)
+    config, engine = build(tmp_path, hf_config, **sections)
     # What an earlier test left there would not be allocated again.
     parallel_state.get_global_memory_buffer().buffer.clear()
     try:
-        shape = shape_of(LlamaConfig(**sizes, tie_word_embeddings=tied))
+        shape = shape_of(hf_config)
         (plan,) = predict(config, shape, 1).stages
         batch = longest_batch(config, shape.vocab)
         with measure_allocations(device()) as found:
@@ -186,7 +187,7 @@ def test_a_step_takes_what_was_predicted(
                 "gradients": tensor_bytes(buffer.grad_data for buffer in model.buffers),
                 "optimizer": optimizer_bytes(engine, config.model.dtype),
                 "objective_rows": engine.gradients.row_bytes,
-                "reference": tensor_bytes(engine.reference.parameters()),
+                "reference": tensor_bytes(engine.reference.model.parameters()),
                 "activations": found.peak_bytes,
             },
             plan,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron import build, weights
 from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.memory_plan import stage_parameters
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
 from tests.distributed import worlds
@@ -171,6 +172,13 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [tiny_llama, tiny_qwen2, tiny_qwen3])
+def test_the_memory_plan_counts_its_parameters(tmp_path: Path, write: Callable[..., PreTrainedModel]) -> None:
+    write(tmp_path, vocab=101)
+    model, shape = load(tmp_path), shape_of(HFDirectory(tmp_path).config)
+    assert stage_parameters(shape, 1, 1, 0) == sum(p.numel() for p in model.parameters())
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:

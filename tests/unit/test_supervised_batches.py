@@ -161,7 +161,8 @@ def test_learning_all_tokens_leaves_the_first_out(tokenizer: PreTrainedTokenizer
 def test_pairs_are_rendered_whole(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoded = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    encoded, all_of_them = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    assert all_of_them == list(PAIRS)
     for pair, both in zip(PAIRS, encoded, strict=True):
         for ids, response in zip(both, (pair.chosen, pair.rejected), strict=True):
             expected = tokenizer.apply_chat_template(
@@ -170,10 +171,10 @@ def test_pairs_are_rendered_whole(
             assert ids.tolist() == expected and ids.dtype == torch.int64
     longest = max(len(ids) for ids in encoded[1])
     with caplog.at_level(logging.INFO):
-        kept = encode_pairs(PAIRS, tokenizer, CHATML, longest - 1)
-    assert len(kept) == 1 and all(map(torch.equal, kept[0], encoded[0]))
+        kept, pairs = encode_pairs(PAIRS, tokenizer, CHATML, longest - 1)
+    assert len(kept) == 1 and all(map(torch.equal, kept[0], encoded[0])) and pairs == [PAIRS[0]]
     assert f"1 of 2 pairs, left out 1 longer than {longest - 1} tokens" in caplog.text
-    assert len(encode_pairs(PAIRS, tokenizer, CHATML, longest)) == 2
+    assert len(encode_pairs(PAIRS, tokenizer, CHATML, longest)[0]) == 2
     for encode, items in ((encode_pairs, PAIRS), (encode_chats, CHATS)):
         with pytest.raises(ValueError, match=r"^model.max_tokens: found 3, which is less than each"):
             encode(items, tokenizer, CHATML, 3)  # type: ignore[operator]
@@ -185,6 +186,19 @@ def test_response_lengths_leave_prompt_and_template_out(tokenizer: PreTrainedTok
         for p in PAIRS
     ]
     assert response_lengths(PAIRS, tokenizer) == expected
+
+
+def test_many_items_keep_their_order() -> None:
+    """More than go to the tokenizer at once."""
+    tokenizer, times = trained("bytes"), 700
+    pairs, _ = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    chats = encode_chats(CHATS, tokenizer, CHATML, 500)
+    many_pairs, _ = encode_pairs(PAIRS * times, tokenizer, CHATML, 500)
+    many_chats = encode_chats(CHATS * times, tokenizer, CHATML, 500)
+    assert len(many_pairs) == len(pairs) * times and len(many_chats) == len(chats) * times
+    assert all(map(torch.equal, chain(*many_pairs), chain(*(pairs * times))))
+    assert all(map(torch.equal, chain(*many_chats), chain(*(chats * times))))
+    assert response_lengths(PAIRS * times, tokenizer) == response_lengths(PAIRS, tokenizer) * times
 
 
 def test_templates_from_files_and_wrong_ones(tmp_path: Path) -> None:
@@ -238,7 +252,7 @@ def test_padding_is_that_of_transformers() -> None:
     tokenizer = trained("bytes")
     tokenizer.padding_side = "right"
     pad = tokenizer.pad_token_id
-    pairs = encode_pairs(PAIRS, tokenizer, CHATML, 500)
+    pairs, _ = encode_pairs(PAIRS, tokenizer, CHATML, 500)
     tokens_BT, last_B = pair_batch(pairs, pad)
     rows = [ids.tolist() for both in pairs for ids in both]
     expected = tokenizer.pad({"input_ids": rows}, return_tensors="pt")

@@ -55,7 +55,11 @@ def test_dump_reads_back(file: Path, tmp_path: Path, kind: type[Section]) -> Non
 @pytest.mark.parametrize(
     ("kind", "override", "parts"),
     [
-        (RewardModelConfig, "data.chossen_column=x", ["data.chossen_column: unknown key", "nearest is 'chosen_column'"]),
+        (
+            RewardModelConfig,
+            "data.chossen_column=x",
+            ["data.chossen_column: unknown", "nearest is 'chosen_column'"],
+        ),
         (RewardModelConfig, "assistant_only=true", ["assistant_only: unknown key", "accepted: output_dir"]),
         (SftConfig, "center_rewards=1.0", ["center_rewards: unknown key"]),
         (RewardModelConfig, "center_rewards=-1.0", ["center_rewards: found -1.0, accepted: greater"]),
@@ -65,10 +69,14 @@ def test_dump_reads_back(file: Path, tmp_path: Path, kind: type[Section]) -> Non
         (SftConfig, "model.keep_layers=0", ["model.keep_layers: found 0, accepted: greater"]),
         (SftConfig, "data.format=pku", ["data.format: found 'pku', accepted: 'auto', 'messages', 'col"]),
         (RewardModelConfig, "data.format=pku", ["data.objective: found nothing", "helpful, harmless"]),
-        (RewardModelConfig, "data={source: a, format: hh, objective: helpful}", ["found helpful with format hh"]),
+        (
+            RewardModelConfig,
+            "data={source: a, format: hh, objective: helpful}",
+            ["found helpful with format hh"],
+        ),
         (SftConfig, "output_dir=", ["output_dir: found nothing"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_value_is_named(file: Path, kind: type[Section], override: str, parts: list[str]) -> None:
     message = failure(file, kind, override)
     for part in parts:

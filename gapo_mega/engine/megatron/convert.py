@@ -23,8 +23,9 @@ from tqdm import tqdm
 from gapo_mega.engine.megatron.build import padded_vocabulary
 from gapo_mega.engine.megatron.dist_format import Chunk, DistReader, read_common, trained_model_prefix, write
 from gapo_mega.engine.megatron.score import head_if_any
+from gapo_mega.model_location import COMPANIONS
 from gapo_mega.models import HFDirectory, shape_of, write_hf
-from gapo_mega.models.hf_directory import COMPANIONS, read_config
+from gapo_mega.models.hf_directory import read_config
 from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, set_config
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.safetensors_stream import num_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from gapo_mega import model_location
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
 from gapo_mega.engine.megatron import checkpoint, groups, strategies, weights
@@ -18,11 +20,13 @@ from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.forward import forward_only
+from gapo_mega.engine.megatron.frozen import FrozenModel
 from gapo_mega.engine.megatron.generate import MegatronGenerator
 from gapo_mega.engine.megatron.logprobs import response_logprobs
-from gapo_mega.models import hf_directory
+from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.models.hf_writing import copy_companions
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.types import Experience, bare_experience
 
 
@@ -57,7 +61,7 @@ class MegatronEngine:
         with megatron_device():
             updates = config.steps * config.algorithm.ppo_epochs * config.algorithm.minibatches
             self.policy = make_trainable(self._language_model(), config.optimizer, updates)
-            self.reference = self._language_model().eval().requires_grad_(False)
+            self.reference = FrozenModel(self._language_model(), config.model.offload_reference)
             self.critics = self._critics(updates) if with_critic else None
             self.gradients = strategies.build(config, self.policy, self.groups, shape)
         self.generator = MegatronGenerator(
@@ -82,7 +86,7 @@ class MegatronEngine:
         models: list[Trainable] = []
         for _ in range(count):
             model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
-            backbone = self._source if critic.path is None else hf_directory.resolve(critic.path)
+            backbone = self._source if critic.path is None else model_location.resolve(critic.path)
             weights.load(model, self.shape, backbone)
             models.append(make_trainable(model, critic.optimizer, updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
@@ -93,7 +97,6 @@ class MegatronEngine:
     ) -> Tensor:
         """See ``Engine.logprobs``."""
         batch = bare_experience(tokens_BT, response_mask_BT)
-        stage: nn.Module = self.policy.model if model == "policy" else self.reference
 
         def output_of(logits_BTV: Tensor, part: Experience) -> Tensor:
             logprobs_BT = response_logprobs(
@@ -101,10 +104,24 @@ class MegatronEngine:
             )
             return logprobs_BT.cpu()
 
-        with megatron_device():
+        policy: AbstractContextManager[nn.Module] = nullcontext(self.policy.model)
+        with megatron_device(), policy if model == "policy" else self.reference.on_device() as stage:
             parts = forward_only(stage, batch.split(self._config.micro_batch_size), output_of)
         local = torch.cat(parts) if parts else torch.zeros(tokens_BT.shape)
         return self.groups.from_last_stage(local)
+
+    def score_model(self, request: ScoreModelRequest) -> TokenScorer:
+        """See ``Engine.score_model``."""
+        settings = self._config.model.model_copy(update={"path": request.path, "dtype": request.dtype})
+        with megatron_device():
+            return ScoreModel(
+                model_location.resolve(request.path),
+                settings,
+                self._config.parallel,
+                self.groups,
+                request.micro_batch_size,
+                request.offload,
+            )
 
     def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
         """See ``Engine.values``."""
@@ -163,7 +180,7 @@ class MegatronEngine:
         """See ``Engine.save``."""
         checkpoint.save(directory, self._trainables(), extra, self.groups)
         if self.layout.is_main:
-            copy_companions(hf_directory.companions_of(self._source), directory / hf_directory.COMPANIONS)
+            copy_companions(model_location.companions_of(self._source), directory / model_location.COMPANIONS)
 
     def load(self, directory: Path) -> dict[str, Any]:
         """See ``Engine.load``."""
@@ -175,7 +192,7 @@ class MegatronEngine:
             weights.export_hf(
                 self.policy.model.module,
                 self.shape,
-                hf_directory.companions_of(self._source),
+                model_location.companions_of(self._source),
                 directory,
                 overwrite=True,
             )

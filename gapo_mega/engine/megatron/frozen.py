@@ -22,7 +22,7 @@ class FrozenModel:
     """
 
     def __init__(self, model: nn.Module, offload: bool) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._host: list[tuple[Tensor, Tensor]] = []
         if offload and device().type == "cuda":
             tensors = chain(model.parameters(), model.buffers())
@@ -35,7 +35,7 @@ class FrozenModel:
         for tensor, held in self._host:
             tensor.data = held.to(device(), non_blocking=True)
         try:
-            yield self._model
+            yield self.model
         finally:
             self._leave()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gapo_mega import model_location
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron import weights
 from gapo_mega.engine.megatron.build import build_gpt
@@ -65,7 +66,7 @@ class ScoreModel:
                 f"{source}: found a language model, accepted: a score model with one score a text"
             )
         self._head = head
-        shape = shape_of(hf_directory.read_config(hf_directory.companions_of(source)))
+        shape = shape_of(hf_directory.read_config(model_location.companions_of(source)))
         self.max_positions = shape.max_positions
         model = build_gpt(shape, settings, parallel, value_heads=1)
         weights.load(model, shape, source, self._head)

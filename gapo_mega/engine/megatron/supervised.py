@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gapo_mega import model_location
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron import checkpoint, groups, weights
 from gapo_mega.engine.megatron.build import build_gpt, make_trainable
@@ -25,7 +26,6 @@ from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.engine.megatron.forward import forward_backward, forward_only
 from gapo_mega.engine.megatron.logprobs import response_logprobs
 from gapo_mega.losses.preference import bradley_terry_sum
-from gapo_mega.models import hf_directory
 from gapo_mega.models.hf_writing import copy_companions, set_config
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
@@ -142,8 +142,8 @@ class SupervisedEngine(ABC):
         about_head = None if head is None else asdict(head)
         checkpoint.save(directory, {_NAME: self._trainable}, extra, self._groups, about_head)
         if self.layout.is_main:
-            folder = directory / hf_directory.COMPANIONS
-            copy_companions(hf_directory.companions_of(self._source), folder)
+            folder = directory / model_location.COMPANIONS
+            copy_companions(model_location.companions_of(self._source), folder)
             set_config(folder / "config.json", self._config, {self._trainable.model.config.params_dtype})
 
     def load(self, directory: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class SupervisedEngine(ABC):
             weights.export_hf(
                 self._trainable.model.module,
                 self._shape,
-                hf_directory.companions_of(self._source),
+                model_location.companions_of(self._source),
                 directory,
                 head=self._head_out(),
                 config=self._config,

@@ -1,0 +1,165 @@
+"""Conversations as a reward model reads them: its own tokenizer and its own chat template.
+
+Responses arrive as text. Token ids of the policy mean other things to another tokenizer, so none are ever
+taken over, not even where both models are of the same family.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gapo_mega.types import Message, Prompt
+
+logger = logging.getLogger(__name__)
+
+_TEMPLATE_SUFFIX = ".jinja"
+_TRIAL = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+
+
+class ConversationTokenizer:
+    """Renders ``prompt.answered(response)`` with a reward model's chat template, and tokenizes it.
+
+    The template writes every special token; the tokenizer adds none. A conversation of more than
+    ``max_tokens`` tokens loses its *beginning*, so that the response and what closes it stay; a first token
+    that is the tokenizer's ``bos`` or ``cls`` token is kept in front, since models rely on it. How many
+    conversations were cut is logged as a warning.
+
+    Args:
+        tokenizer: directory (or hub name) of the reward model.
+        chat_template: Jinja text, or the path of a ``.jinja`` file; none: the tokenizer's own.
+        max_tokens: the longest conversation, in tokens; none: ``model_max_length`` of the tokenizer, which
+            for many tokenizers is no limit at all.
+        positions: how many positions the model has; ``max_tokens`` must not be larger, and is not.
+
+    Raises:
+        ValueError: there is no tokenizer or no template, the template is broken or leaves the response out,
+            or ``max_tokens`` is out of range. The message begins with the parameter's name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        chat_template: str | None = None,
+        max_tokens: int | None = None,
+        positions: int | None = None,
+    ) -> None:
+        if max_tokens is not None and not 1 <= max_tokens <= (positions or max_tokens):
+            upper = "" if positions is None else f" to {positions}, the positions of the model"
+            raise ValueError(f"max_tokens: found {max_tokens}, accepted: from 1{upper}")
+        self._tokenizer = _load(tokenizer)
+        self._template = _read_template(chat_template)
+        if self._template is None and self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"chat_template: not given, and the tokenizer of {str(tokenizer)!r} has none; accepted: Jinja "
+                f"text or the path of a {_TEMPLATE_SUFFIX} file"
+            )
+        self.max_tokens: int = max_tokens or min(
+            self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
+        )
+        self._check_template()
+
+    @property
+    def pad_id(self) -> int:
+        """An id to pad with, of the vocabulary: ``pad``, else ``eos``, else 0. Mask what it fills."""
+        for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
+            if isinstance(token_id, int):
+                return token_id
+        return 0
+
+    def texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[str]:
+        """What the reward model is given, as text with its special tokens written out.
+
+        Raises ``ValueError`` where the template refuses a conversation, naming the prompt's index.
+        """
+        return [
+            self._rendered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def token_ids(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
+        """Ids of the conversations, in the order given, each at most ``max_tokens`` long and not padded."""
+        if not prompts:
+            return []
+        texts = self.texts(prompts, responses)
+        # verbose=False: lengths beyond model_max_length are dealt with below.
+        rows: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        too_long = sum(len(row) > self.max_tokens for row in rows)
+        if too_long:
+            logger.warning(
+                "%d of %d conversations are longer than %d tokens of the reward model and lost their beginning",
+                too_long,
+                len(rows),
+                self.max_tokens,
+            )
+        return [self._cut(row) for row in rows]
+
+    def _rendered(self, prompt: Prompt, response: str) -> str:
+        try:
+            return self._render(prompt.answered(response))
+        except TemplateError as error:
+            raise ValueError(
+                f"chat_template: refuses the conversation of prompt {prompt.index}: {_one_line(error)}; "
+                "accepted: a template for such conversations"
+            ) from None
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], chat_template=self._template, tokenize=False
+            )
+        )
+
+    def _check_template(self) -> None:
+        try:
+            rendered = self._render(_TRIAL)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"chat_template: found {_one_line(error)} in line {error.lineno}, accepted: a Jinja template"
+            ) from None
+        except TemplateError:
+            return  # it may want other roles than these two; the real conversations will tell
+        if _TRIAL[-1]["content"] not in rendered:
+            raise ValueError(
+                "chat_template: found a template that leaves out what the assistant says, accepted: one that "
+                "writes every message's content"
+            )
+
+    def _cut(self, row: list[int]) -> list[int]:
+        if len(row) <= self.max_tokens:
+            return row
+        opening = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id}
+        head = row[:1] if row[0] in opening and self.max_tokens > 1 else []
+        return head + row[len(row) - self.max_tokens + len(head) :]
+
+
+def _load(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    place = Path(tokenizer).expanduser()
+    name = str(place) if place.is_dir() else str(tokenizer)
+    try:
+        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model: found {str(tokenizer)!r}, accepted: a directory or hub name with a tokenizer "
+            f"({_one_line(error)})"
+        ) from error
+    return loaded
+
+
+def _read_template(chat_template: str | None) -> str | None:
+    if chat_template is None or not chat_template.endswith(_TEMPLATE_SUFFIX):
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template: file {path} not found, accepted: a file or Jinja text")
+    return path.read_text(encoding="utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of a message, which is what tells most."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
