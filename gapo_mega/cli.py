@@ -233,6 +233,29 @@ def audit(
     run_audit(run_dir, method or [], out)
 
 
+@app.command()
+def serve_reward(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings of the objective, such as options.dtype=bf16."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of one objective, of any kind.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead: directory or hub name of a classifier (kind hf_classifier).")
+    ] = None,
+    function: Annotated[str | None, typer.Option(help="Instead: module:function (kind python).")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve a reward over HTTP, for objectives of kind http of any training."""
+    from gapo_mega import reward_server
+
+    logging.basicConfig(level=logging.WARNING)
+    reward_server.serve(reward_server.objective_config(config, model, function, overrides or []), host, port)
+
+
 benchmark = typer.Typer(help="Measure what parts of a training cost on this machine.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
 
@@ -302,6 +325,7 @@ def info() -> None:
         "transformer-engine": optional.transformer_engine(),
         "apex": optional.apex(),
         "wandb": optional.wandb(),
+        "serve": optional.serve(),
     }
     for name, probe in probes.items():
         print(f"{name:<18} {'used' if probe.usable else 'not used'}: {probe.found}")

@@ -61,11 +61,17 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts. ``source`` is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
+    """Prompts. A source is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
 
-    source: str
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="where prompts come from; several are read one after another"
+    )
     split: str = "train"
-    prompt_column: str = Field("prompt", description="a string, or a list of {role, content} messages")
+    prompt_column: str = Field(
+        "prompt",
+        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, which is asked "
+        "again for its last answer",
+    )
     heldout_source: str | None = Field(
         None, description="where held-out prompts come from; none: cut from source"
     )

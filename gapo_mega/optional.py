@@ -66,3 +66,14 @@ def wandb() -> Probe:
     if found is not None:
         return Probe(True, f"wandb {found}", "")
     return Probe(False, "not installed", "logging to Weights & Biases; TensorBoard and metrics.jsonl remain")
+
+
+@cache
+def serve() -> Probe:
+    """FastAPI and uvicorn, the ``serve`` extra."""
+    found = {name: _distribution(name) for name in ("fastapi", "uvicorn")}
+    missing = [name for name, installed in found.items() if installed is None]
+    if not missing:
+        return Probe(True, ", ".join(f"{name} {installed}" for name, installed in found.items()), "")
+    lost = "the command serve-reward; objectives of kind http still use any service of that protocol"
+    return Probe(False, f"{' and '.join(missing)} not installed", lost)

@@ -11,7 +11,9 @@ from gapo_mega import advantages, aggregation, objectives
 from gapo_mega.config import Config
 from gapo_mega.layout_checks import check_layout, check_model_split
 from gapo_mega.model_location import companions_of
+from gapo_mega.models.hf_directory import HFDirectory
 from gapo_mega.models.registry import shape_of
+from gapo_mega.models.score_head import score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.run_logging import check_logging
 
@@ -35,6 +37,10 @@ def check(config: Config, world_size: int) -> ModelShape:
 def _check_score_model(config: Config, objective: str, path: str, world_size: int) -> None:
     try:
         check_model_split(config.parallel, _shape(path), world_size)
+        if (Path(path) / "config.json").is_file():  # a checkpoint says so when it is loaded
+            directory = HFDirectory(path)
+            if score_head_of(directory.config, directory.names) is None:
+                raise ValueError("found a language model, accepted: a model with one score a text")
     except ValueError as error:
         raise ValueError(f"objective {objective!r}: its score model {path}: {error}") from error
 

@@ -65,10 +65,10 @@ def tiny_qwen2(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
     return _write(Qwen2Config(**sizes, tie_word_embeddings=True), directory)
 
 
-def tiny_qwen3(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
+def tiny_qwen3(directory: Path, *, vocab: int = 200, seed: int = 0) -> PreTrainedModel:
     """4 layers of Qwen3: norms of queries and keys, head_dim != hidden / heads."""
     sizes = _sizes(vocab, hidden_size=48, intermediate_size=96, num_hidden_layers=4, head_dim=16)
-    return _write(Qwen3Config(**sizes), directory)
+    return _write(Qwen3Config(**sizes), directory, seed)
 
 
 def _sizes(vocab: int, **sizes: int) -> dict[str, Any]:

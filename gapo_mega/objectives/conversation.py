@@ -55,8 +55,8 @@ class ConversationTokenizer:
         self._template = _read_template(chat_template)
         if self._template is None and self._tokenizer.chat_template is None:
             raise ValueError(
-                f"chat_template: not given, and the tokenizer of {str(tokenizer)!r} has none; accepted: Jinja "
-                f"text or the path of a {_TEMPLATE_SUFFIX} file"
+                f"chat_template: not given, and the tokenizer of {str(tokenizer)!r} has none; accepted: "
+                f"Jinja text or the path of a {_TEMPLATE_SUFFIX} file"
             )
         self.max_tokens: int = max_tokens or min(
             self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
@@ -76,12 +76,14 @@ class ConversationTokenizer:
 
         Raises ``ValueError`` where the template refuses a conversation, naming the prompt's index.
         """
-        return [
-            self._rendered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        return [self._rendered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def token_ids(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
-        """Ids of the conversations, in the order given, each at most ``max_tokens`` long and not padded."""
+        """Ids of the conversations, in the order given, each at most ``max_tokens`` long and not padded.
+
+        Where nothing is left to tokenize (an empty response, in a template of nothing else) it is
+        ``pad_id``.
+        """
         if not prompts:
             return []
         texts = self.texts(prompts, responses)
@@ -90,12 +92,12 @@ class ConversationTokenizer:
         too_long = sum(len(row) > self.max_tokens for row in rows)
         if too_long:
             logger.warning(
-                "%d of %d conversations are longer than %d tokens of the reward model and lost their beginning",
+                "%d of %d conversations are longer than %d tokens of the reward model: their start is cut",
                 too_long,
                 len(rows),
                 self.max_tokens,
             )
-        return [self._cut(row) for row in rows]
+        return [self._cut(row) or [self.pad_id] for row in rows]
 
     def _rendered(self, prompt: Prompt, response: str) -> str:
         try:

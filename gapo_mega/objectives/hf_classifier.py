@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -62,9 +63,8 @@ class HfClassifier(ObjectiveKind):
         super().__init__(config)
         self._options = read_options(config, HfClassifierOptions)
         try:
-            self._device = _checked_device(self._options.device)
-            hf_config = _read_config(_name(self._options.model))
-            _check_classifier(hf_config, self._options.model)
+            _check_device(self._options.device)
+            hf_config = _classifier_config(self._options.model)
             self._conversations = ConversationTokenizer(
                 self._options.model,
                 self._options.chat_template,
@@ -73,6 +73,7 @@ class HfClassifier(ObjectiveKind):
             )
         except ValueError as error:
             raise self._error(f"options: {error}") from error
+        self._named_pad_id = _named_pad_id(hf_config)
         self._model: PreTrainedModel | None = None
 
     @torch.no_grad()
@@ -83,19 +84,20 @@ class HfClassifier(ObjectiveKind):
             raise self._error(f"options: {error}") from error
         if self._model is None:
             self._model = self._load()
-        device = _current(self._device)
-        model = self._model.to(device)
+        device = _resolved(self._options.device)
+        model = self._model
+        nn.Module.to(model, device)  # in place; the wrapper of transformers hides its arguments
         try:
             return self._scores(model, rows, device)
         finally:
             if self._options.offload:
-                model.to("cpu")
+                nn.Module.to(model, "cpu")
 
     def _scores(self, model: PreTrainedModel, rows: list[list[int]], device: torch.device) -> list[float]:
         """One score a row, in the order of ``rows``."""
         pad_id = self._pad_id(model, rows)
         scores = [0.0] * len(rows)
-        # Neighbours of similar length need little padding; the longest first, so that memory runs out at once.
+        # Neighbours of similar length need little padding; the longest first, so that memory runs out soon.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
         for start in range(0, len(order), self._options.batch_size):
             batch = order[start : start + self._options.batch_size]
@@ -108,33 +110,90 @@ class HfClassifier(ObjectiveKind):
     def _pad_id(self, model: PreTrainedModel, rows: list[list[int]]) -> int:
         """The id to pad with, which is also set in the model's configuration.
 
-        A decoder's logit is read at the last token that is not ``pad_token_id``. Where the model names no such
-        token that is the last one, so the id must not be one that a conversation ends with (as it would
-        be with the common choice of ``eos``).
+        A decoder's logit is read at the last token that is not ``pad_token_id``. Where the model names no
+        such token that is the last one, so the id must not be one that a conversation ends with (as it
+        would be with the common choice of ``eos``).
         """
-        config = model.config.get_text_config()
         if self._named_pad_id is not None:
             return self._named_pad_id
-        last_ids = {row[-1] for row in rows}
-        candidates = (self._conversations.pad_id, *range(len(last_ids) + 1))
-        config.pad_token_id = next(token_id for token_id in candidates if token_id not in last_ids)
+        config = model.config.get_text_config()
+        free = set(range(config.vocab_size)) - {row[-1] for row in rows}
+        config.pad_token_id = self._conversations.pad_id if self._conversations.pad_id in free else min(free)
         return int(config.pad_token_id)
 
     def _load(self) -> PreTrainedModel:
-        name = _name(self._options.model)
         # Only one rank of a replica scores: its random state must stay that of the others.
         with torch.random.fork_rng(devices=[]):
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=_DTYPES[self._options.dtype], trust_remote_code=False, output_loading_info=True
+                _location(self._options.model),
+                dtype=_DTYPES[self._options.dtype],
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         if report["missing_keys"]:
             raise self._error(
-                f"options: model: {self._options.model!r} lacks the weights {sorted(report['missing_keys'])}, "
+                f"options: model: {self._options.model!r} lacks {sorted(report['missing_keys'])}, "
                 "accepted: a trained classifier"
             )
         loaded: PreTrainedModel = model.eval()
-        named = loaded.config.get_text_config().pad_token_id
-        # Old Llama checkpoints say -1, which is no id and means none.
-        self._named_pad_id = named if named is not None and named >= 0 else None
         logger.info("objective %s: loaded %s", self.name, self._options.model)
         return loaded
+
+
+def _location(model: str) -> str:
+    directory = Path(model).expanduser()
+    return str(directory) if directory.is_dir() else model
+
+
+def _classifier_config(model: str) -> PreTrainedConfig:
+    """The configuration of a classifier with one label. ``ValueError`` for anything else."""
+    try:
+        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: found {model!r}, accepted: a directory or hub name ({reason})") from error
+    names = config.architectures or []
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not all(
+        name.endswith(_SUFFIX) for name in names
+    ):
+        found = ", ".join(names) or f"model_type {config.model_type}"
+        raise ValueError(f"model: found {found} in {model!r}, accepted: a model of a class ...{_SUFFIX}")
+    if config.num_labels != 1:
+        raise ValueError(
+            f"model: found num_labels {config.num_labels} in {model!r}, accepted: 1 (a reward is one logit)"
+        )
+    return config
+
+
+def _named_pad_id(config: PreTrainedConfig) -> int | None:
+    """The padding id that the model itself names. Old Llama checkpoints say -1, which means none."""
+    named = config.get_text_config().pad_token_id
+    return named if isinstance(named, int) and named >= 0 else None
+
+
+def _check_device(device: str) -> None:
+    """``ValueError`` unless ``device`` is there. Nothing is allocated on it."""
+    if device in ("auto", "cpu"):
+        return
+    if re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise ValueError(f"device: found {device!r}, accepted: auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ValueError(
+            f"device: found {device!r}, but torch sees {count} CUDA devices; accepted: auto or cpu"
+        )
+
+
+def _resolved(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)  # cuda without a number is the current device
+
+
+def _right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 ``[B, T]``."""
+    longest = max(map(len, rows))
+    tokens = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(tokens), torch.tensor(mask)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import Field
+from transformers import AutoConfig
 
-from gapo_mega.config import Section
+from gapo_mega.config import ObjectiveConfig, Section
+from gapo_mega.model_location import companions_of
+from gapo_mega.objectives.base import ObjectiveKind, ScoreModelRequest, TokenScorer
+from gapo_mega.objectives.conversation import ConversationTokenizer
+from gapo_mega.objectives.options import read_options
+from gapo_mega.types import Prompt
 
 
 class MegatronScoreOptions(Section):
@@ -16,11 +24,49 @@ class MegatronScoreOptions(Section):
         description="score model of a known family: Hugging Face directory or hub name, or a checkpoint; a "
         "classifier with one label, or a safe-rlhf score model, whose costs are turned into rewards"
     )
-    chat_template: str | None = Field(
-        None, description="Jinja text or .jinja file; none: the tokenizer's own"
+    chat_template: str | None = Field(None, description="Jinja text or .jinja file; none: the model's own")
+    max_tokens: int | None = Field(
+        None, ge=1, description="longer conversations lose their beginning; none: what the model can take"
     )
-    max_tokens: int = Field(1024, ge=1, description="of longer conversations the end is kept")
     micro_batch_size: int = Field(8, ge=1, description="conversations of a forward pass")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type")
     offload: bool = Field(False, description="keep the model in host memory between uses (GPU only)")
     sign: Literal[1, -1] = Field(1, description="-1 for a model of costs that does not say so itself")
+
+
+class MegatronScore(ObjectiveKind):
+    """The score of ``options.model``, run by the engine in the policy's layout on all ranks of a replica.
+
+    Building reads the model's configuration and tokenizer only.
+    """
+
+    kind: ClassVar[str] = "megatron_score"
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__(config)
+        options = read_options(config, MegatronScoreOptions)
+        self._sign = options.sign
+        self._scorer: TokenScorer | None = None
+        self.wanted_model = ScoreModelRequest(
+            options.model, options.dtype, options.micro_batch_size, options.offload
+        )
+        path = Path(options.model).expanduser()
+        companions = companions_of(path) if path.is_dir() else options.model
+        try:
+            hf_config = AutoConfig.from_pretrained(companions, trust_remote_code=False)
+            self._conversations = ConversationTokenizer(
+                companions, options.chat_template, options.max_tokens, hf_config.max_position_embeddings
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise self._error(f"options: model: found {options.model!r}: {reason}") from error
+
+    def attach(self, scorer: TokenScorer) -> None:
+        """See ``ObjectiveKind.attach``."""
+        self._scorer = scorer
+
+    def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """See ``ObjectiveKind.evaluate``; every rank of a replica calls it with the same responses."""
+        assert self._scorer is not None, "attach() comes first"
+        scores = self._scorer(self._conversations.token_ids(prompts, responses))
+        return [self._sign * score for score in scores]

@@ -19,8 +19,8 @@ def read_options(config: ObjectiveConfig, kind: type[Options]) -> Options:
     """
     if config.function is not None:
         raise ValueError(
-            f"objective {config.name!r}: function: found {config.function!r} with kind {config.kind}, accepted: "
-            "none (it belongs to kind python)"
+            f"objective {config.name!r}: function: found {config.function!r} with kind {config.kind}, "
+            "accepted: none (it belongs to kind python)"
         )
     try:
         return kind.model_validate(config.options, strict=True)

@@ -10,13 +10,15 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
 from gapo_mega.tables import PACKAGE_PREFIX, SPLIT_COLUMN, check_column, is_conversation, read_rows
-from gapo_mega.types import Prompt
+from gapo_mega.transcripts import is_transcript, parse_transcript
+from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,14 @@ def load_prompts(
     Raises ``ValueError`` for a missing file, split or column, an unreachable hub, and when nothing is left.
     """
     encoder = _Encoder(data, tokenizer)
-    train = _split_prompts(data, encoder, "data.source", data.source, "data.split", data.split)
+    sources = [data.source] if isinstance(data.source, str) else data.source
+    packaged = [source for source in sources if source.startswith(PACKAGE_PREFIX)]
+
+    def read(of: list[str], split_key: str, split: str) -> list[Prompt]:
+        parts = [_split_prompts(data, encoder, "data.source", name, split_key, split) for name in of]
+        return list(chain.from_iterable(parts))
+
+    train = read(sources, "data.split", data.split)
     heldout: list[Prompt] = []
     cut = False
     if data.heldout_prompts and data.heldout_source is not None:
@@ -52,8 +61,8 @@ def load_prompts(
             "data.heldout_split",
             data.heldout_split,
         )
-    elif data.heldout_prompts and data.source.startswith(PACKAGE_PREFIX):
-        heldout = _split_prompts(data, encoder, "data.source", data.source, SPLIT_COLUMN, PACKAGED_HELDOUT)
+    elif data.heldout_prompts and packaged:
+        heldout = read(packaged, SPLIT_COLUMN, PACKAGED_HELDOUT)
     elif data.heldout_prompts:
         cut = True
     if data.shuffle:
@@ -179,7 +188,7 @@ class _Encoder:
     def __call__(self, index: int, cell: Any, where: str) -> Prompt:
         """``where`` names the row in errors."""
         if isinstance(cell, str):
-            messages = [{"role": "user", "content": cell}]
+            messages = self._messages_of(cell)
         elif is_conversation(cell):
             messages = [{"role": m["role"], "content": m["content"]} for m in cell]
         else:
@@ -189,9 +198,20 @@ class _Encoder:
             )
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         ids = tuple(self._token_ids(messages, cell, where)) if text.strip() else ()
-        return Prompt(index, text, ids, () if isinstance(cell, str) else tuple(messages))
+        return Prompt(index, text, ids, () if messages == [_of_user(text)] else tuple(messages))
 
-    def _token_ids(self, messages: list[dict[str, str]], cell: Any, where: str) -> list[int]:
+    def _messages_of(self, cell: str) -> list[Message]:
+        """Of a transcript what comes before its last answer; any other text is one message of the user."""
+        found = parse_transcript(cell) if self._data.chat_template and is_transcript(cell) else None
+        if not found:
+            return [_of_user(cell)]
+        asked = found[:-1] if found[-1]["role"] == "assistant" else found
+        # What cannot be asked is left out as an empty prompt: an answer after an answer, a turn of nothing.
+        turns = [("user", "assistant")[i % 2] for i in range(len(asked))]
+        usable = turns == [m["role"] for m in asked] and all(m["content"] for m in asked)
+        return list(asked) if usable else [_of_user("")]
+
+    def _token_ids(self, messages: list[Message], cell: Any, where: str) -> list[int]:
         if not self._data.chat_template:
             if not isinstance(cell, str):
                 raise ValueError(f"{where}: found a list of messages, which needs data.chat_template true")
@@ -202,12 +222,16 @@ class _Encoder:
         try:
             # The template writes the special tokens itself, so the tokenizer must not add them again.
             rendered = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template of model.path refuses it: {error}") from None
         ids = self._tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _of_user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _split_prompts(

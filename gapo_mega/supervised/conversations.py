@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from gapo_mega import transcripts
 from gapo_mega.supervised.config import SupervisedData
 from gapo_mega.tables import is_conversation
 from gapo_mega.types import Message
@@ -17,30 +17,18 @@ logger = logging.getLogger(__name__)
 
 Messages = tuple[Message, ...]
 Item = TypeVar("Item")
-HUMAN = "\n\nHuman:"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Unusable(Exception):
     """A row that cannot be trained on; its text is the reason that the log counts it under."""
 
 
-def is_transcript(cell: Any) -> bool:
-    """Whether a cell is a transcript of HH-RLHF: it begins with a turn of ``Human:``."""
-    return isinstance(cell, str) and cell.startswith(HUMAN)
-
-
 def parse_transcript(text: str) -> Messages:
-    """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, white space around each removed.
-
-    Raises :class:`Unusable` where something comes before the first turn.
-    """
-    before, *parts = _TURN.split(text)
-    if before.strip() or not parts:
+    """``transcripts.parse_transcript``; raises :class:`Unusable` where the text is none."""
+    messages = transcripts.parse_transcript(text)
+    if messages is None:
         raise Unusable("malformed")
-    speakers, contents = parts[::2], parts[1::2]
-    return tuple({"role": _ROLES[s], "content": c.strip()} for s, c in zip(speakers, contents, strict=True))
+    return messages
 
 
 def messages_of(cell: Any) -> Messages:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gapo_mega import transcripts
 from gapo_mega.supervised.config import PreferenceData
 from gapo_mega.supervised.conversations import (
     Messages,
     Unusable,
     check_turns,
     hold_out,
-    is_transcript,
     messages_of,
     parse_transcript,
     usable,
@@ -113,7 +113,7 @@ def _detected(data: PreferenceData, table: Dataset, source: str) -> str:
             f"{PKU_RESPONSES[1]}"
         )
     else:
-        found = "hh" if is_transcript(_first(table, data.chosen_column)) else "columns"
+        found = "hh" if transcripts.is_transcript(_first(table, data.chosen_column)) else "columns"
     if found != "pku" and data.objective is not None:
         raise ValueError(
             f"data.objective: found {data.objective} with {source!r}, whose format is {found}; accepted: "
@@ -151,7 +151,7 @@ def _pku_parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[
 
 
 def _hh_pair(chosen: Any, rejected: Any) -> Pair:
-    if not is_transcript(chosen) or not is_transcript(rejected):
+    if not transcripts.is_transcript(chosen) or not transcripts.is_transcript(rejected):
         raise Unusable("malformed")
     return _pair_of_conversations(parse_transcript(chosen), parse_transcript(rejected))
 

@@ -39,7 +39,7 @@ MODELS = {
     "mistral_window": lambda folder: tiny_mistral(folder, vocab=VOCABULARY, window=21),
     "llama3": lambda folder: tiny_llama3(folder, vocab=VOCABULARY),
     "qwen2": lambda folder: tiny_qwen2(folder, vocab=VOCABULARY),
-    "qwen3": lambda folder: tiny_qwen3(folder, vocab=VOCABULARY),
+    "qwen3": lambda folder: tiny_qwen3(folder, vocab=VOCABULARY, seed=1),
 }
 
 

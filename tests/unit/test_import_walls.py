@@ -38,6 +38,7 @@ LAYERS: list[set[str]] = [
         "memory_plan",
         "plan_report",
         "preflight",
+        "reward_server",
         "run_logging",
         "step_benchmark",
         "step_benchmark_report",

@@ -79,6 +79,28 @@ def test_string_and_conversation_go_through_the_chat_template(
     assert prompt.token_ids == ids(tokenizer, "<system> w9 <end> <user> w1 <end> <assistant>")
 
 
+def test_transcripts_are_asked_again_for_their_last_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turns = "\n\nHuman: w1\n\nAssistant: w2\n\nHuman: w3 w4\n\nAssistant:"
+    doubled = "\n\nHuman: w1\n\nAssistant: w2\n\nAssistant: w3\n\nHuman: w4\n\nAssistant: w5"
+    rows = [{"chosen": f"{turns} w5 w6"}, {"chosen": turns}, {"chosen": doubled}]
+    first = write(tmp_path / "first.jsonl", rows)
+    second = write(tmp_path / "second.jsonl", [{"chosen": "\n\nHuman: w7\n\nAssistant: w8"}])
+    settings = data([str(first), str(second)], prompt_column="chosen", shuffle=False)
+    prompts, _ = load_prompts(settings, tokenizer, seed=0)
+    chat = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3 w4"},
+    ]
+    expected = tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    assert prompts[0] == prompts[1].__class__(0, "w3 w4", expected, tuple(chat))
+    assert prompts[1].messages == tuple(chat) and prompts[1].token_ids == expected
+    # The malformed one is left out; one message of the user is a plain prompt.
+    assert prompts[2:] == [Prompt(0, "w7", ids(tokenizer, "<user> w7 <end> <assistant>"))]
+
+
 def test_raw_text_keeps_the_tokenizers_own_special_tokens(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
