@@ -69,7 +69,7 @@ class DataConfig(Section):
     split: str = "train"
     prompt_column: str = Field(
         "prompt",
-        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, which is asked "
+        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, asked "
         "again for its last answer",
     )
     heldout_source: str | None = Field(

@@ -15,6 +15,7 @@ from gapo_mega import objectives, optional
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.config_loading import load, parse
 from gapo_mega.objectives import Objective
+from gapo_mega.objectives.hf_classifier import HfClassifier
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def create_app(objective: Objective) -> FastAPI:
 def serve(config: ObjectiveConfig, host: str, port: int) -> None:
     """Serve the objective until interrupted; port 0 takes a free one. Where it listens is printed.
 
-    The objective scores one made-up sample first, so that weights are loaded and a reward that cannot work
-    ends here. Raises ``ValueError`` without the ``serve`` extra, or where nothing can listen.
+    The weights of a reward model are read first; requests that come meanwhile wait. Raises ``ValueError``
+    without the ``serve`` extra, where nothing can listen, and for what the objective itself refuses.
     """
     probe = optional.serve()
     if not probe.usable:
@@ -152,11 +153,12 @@ def serve(config: ObjectiveConfig, host: str, port: int) -> None:
             "another kind"
         )
     with _listening(host, port) as listener:
-        objective.score([Prompt(0, "Hello!")], ["Hello! How can I help you?"])
+        if isinstance(objective, HfClassifier):
+            objective.load()
+        server = uvicorn.Server(uvicorn.Config(create_app(objective), log_level="warning"))
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         print(f"objective {objective.name} is served at http://{shown}:{bound}/score", flush=True)
-        server = uvicorn.Server(uvicorn.Config(create_app(objective), log_level="warning"))
         server.run(sockets=[listener])
 
 

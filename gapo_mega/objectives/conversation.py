@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gapo_mega.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +142,8 @@ class ConversationTokenizer:
 
 
 def _load(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     place = Path(tokenizer).expanduser()
     name = str(place) if place.is_dir() else str(tokenizer)
     try:

@@ -6,24 +6,20 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
 from gapo_mega.config import ObjectiveConfig, Section
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.objectives.conversation import ConversationTokenizer
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +78,23 @@ class HfClassifier(ObjectiveKind):
             rows = self._conversations.token_ids(prompts, responses)
         except ValueError as error:
             raise self._error(f"options: {error}") from error
-        if self._model is None:
-            self._model = self._load()
+        model = self.load()
         device = _resolved(self._options.device)
-        model = self._model
         nn.Module.to(model, device)  # in place; the wrapper of transformers hides its arguments
         try:
             return self._scores(model, rows, device)
         finally:
             if self._options.offload:
                 nn.Module.to(model, "cpu")
+
+    def load(self) -> PreTrainedModel:
+        """The model, read into CPU memory at the first call. Scoring calls it.
+
+        Raises ``ValueError`` where weights are missing, as the head's are in a model that is no classifier.
+        """
+        if self._model is None:
+            self._model = self._read()
+        return self._model
 
     def _scores(self, model: PreTrainedModel, rows: list[list[int]], device: torch.device) -> list[float]:
         """One score a row, in the order of ``rows``."""
@@ -121,7 +124,9 @@ class HfClassifier(ObjectiveKind):
         config.pad_token_id = self._conversations.pad_id if self._conversations.pad_id in free else min(free)
         return int(config.pad_token_id)
 
-    def _load(self) -> PreTrainedModel:
+    def _read(self) -> PreTrainedModel:
+        from transformers import AutoModelForSequenceClassification
+
         # Only one rank of a replica scores: its random state must stay that of the others.
         with torch.random.fork_rng(devices=[]):
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -147,6 +152,8 @@ def _location(model: str) -> str:
 
 def _classifier_config(model: str) -> PreTrainedConfig:
     """The configuration of a classifier with one label. ``ValueError`` for anything else."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
     try:
         # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
         config: PreTrainedConfig = AutoConfig.from_pretrained(_location(model), trust_remote_code=False)

@@ -48,6 +48,15 @@ def deepseek() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+@pytest.fixture(scope="module")
+def small(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same special tokens with a small vocabulary learned anew, which is quick to load."""
+    directory = tmp_path_factory.mktemp("small")
+    text = Path(__file__).read_text(encoding="utf-8").splitlines()
+    reference(deepseek).train_new_from_iterator([text], vocab_size=700).save_pretrained(directory)
+    return directory
+
+
 def reference(directory: Path) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     return tokenizer
@@ -87,11 +96,11 @@ def test_a_template_is_text_or_a_file(deepseek: Path, tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_there_once_also_where_the_tokenizer_adds_them(
-    deepseek: Path, tmp_path: Path
+    small: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(deepseek / "tokenizer_config.json", tmp_path)
+    shutil.copy(small / "tokenizer_config.json", tmp_path)
     bos = "<｜begin▁of▁sentence｜>"
-    fast = Tokenizer.from_file(str(deepseek / "tokenizer.json"))
+    fast = Tokenizer.from_file(str(small / "tokenizer.json"))
     fast.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, fast.token_to_id(bos))]
     )
@@ -100,45 +109,45 @@ def test_special_tokens_are_there_once_also_where_the_tokenizer_adds_them(
     assert adding("x")["input_ids"][0] == adding.bos_token_id  # left alone it adds one
     rows = ConversationTokenizer(tmp_path, TEMPLATE).token_ids(PROMPTS, RESPONSES)
     assert [row.count(adding.bos_token_id) for row in rows] == [1, 1]
-    assert rows == ConversationTokenizer(deepseek, TEMPLATE).token_ids(PROMPTS, RESPONSES)
+    assert rows == ConversationTokenizer(small, TEMPLATE).token_ids(PROMPTS, RESPONSES)
 
 
 def test_of_a_long_conversation_the_end_is_kept_behind_its_first_token(
-    deepseek: Path, caplog: pytest.LogCaptureFixture
+    small: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    full = ConversationTokenizer(deepseek, TEMPLATE).token_ids(PROMPTS, RESPONSES)
+    full = ConversationTokenizer(small, TEMPLATE).token_ids(PROMPTS, RESPONSES)
     limit = len(full[0])
     assert len(full[1]) > limit + 1
     assert not caplog.records
-    cut = ConversationTokenizer(deepseek, TEMPLATE, limit).token_ids(PROMPTS, RESPONSES)
+    cut = ConversationTokenizer(small, TEMPLATE, limit).token_ids(PROMPTS, RESPONSES)
     assert cut == [full[0], [full[1][0], *full[1][-(limit - 1) :]]]
     assert "1 of 2 conversations are longer than" in caplog.text
-    tail = ConversationTokenizer(deepseek, TEMPLATE.removeprefix("{{ bos_token }}"), 3)
+    tail = ConversationTokenizer(small, TEMPLATE.removeprefix("{{ bos_token }}"), 3)
     assert tail.token_ids(PROMPTS, RESPONSES) == [row[-3:] for row in full]
-    assert ConversationTokenizer(deepseek, TEMPLATE, 1).token_ids(PROMPTS, RESPONSES) == [
+    assert ConversationTokenizer(small, TEMPLATE, 1).token_ids(PROMPTS, RESPONSES) == [
         row[-1:] for row in full
     ]
 
 
-def test_the_limit_is_the_smaller_of_tokenizer_and_model(deepseek: Path) -> None:
-    length = reference(deepseek).model_max_length
-    assert ConversationTokenizer(deepseek, TEMPLATE).max_tokens == length
-    assert ConversationTokenizer(deepseek, TEMPLATE, positions=512).max_tokens == 512
-    assert ConversationTokenizer(deepseek, TEMPLATE, positions=2 * length).max_tokens == length
+def test_the_limit_is_the_smaller_of_tokenizer_and_model(small: Path) -> None:
+    length = reference(small).model_max_length
+    assert ConversationTokenizer(small, TEMPLATE).max_tokens == length
+    assert ConversationTokenizer(small, TEMPLATE, positions=512).max_tokens == 512
+    assert ConversationTokenizer(small, TEMPLATE, positions=2 * length).max_tokens == length
     with pytest.raises(ValueError, match="max_tokens: found 513, accepted: from 1 to 512"):
-        ConversationTokenizer(deepseek, TEMPLATE, 513, positions=512)
+        ConversationTokenizer(small, TEMPLATE, 513, positions=512)
 
 
-def test_the_pad_id_is_the_tokenizers_own_and_fills_what_is_empty(deepseek: Path) -> None:
-    conversations = ConversationTokenizer(deepseek, "{{ messages[-1]['content'] }}")
-    assert conversations.pad_id == reference(deepseek).pad_token_id
+def test_the_pad_id_is_the_tokenizers_own_and_fills_what_is_empty(small: Path) -> None:
+    conversations = ConversationTokenizer(small, "{{ messages[-1]['content'] }}")
+    assert conversations.pad_id == reference(small).pad_token_id
     assert conversations.token_ids([PROMPTS[0]], [""]) == [[conversations.pad_id]]
     assert conversations.token_ids([], []) == []
 
 
-def test_without_any_template_is_refused(deepseek: Path) -> None:
+def test_without_any_template_is_refused(small: Path) -> None:
     with pytest.raises(ValueError, match=r"chat_template: not given, and the tokenizer of .* has none"):
-        ConversationTokenizer(deepseek)
+        ConversationTokenizer(small)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +158,9 @@ def test_without_any_template_is_refused(deepseek: Path) -> None:
         ("{{ messages[0]['content'] }}", "leaves out what the assistant says"),
     ],
 )
-def test_bad_templates_are_refused(deepseek: Path, template: str, message: str) -> None:
+def test_bad_templates_are_refused(small: Path, template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ConversationTokenizer(deepseek, template)
+        ConversationTokenizer(small, template)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -160,9 +169,9 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         ConversationTokenizer(tmp_path, TEMPLATE)
 
 
-def test_beaver_is_the_format_of_safe_rlhf(deepseek: Path) -> None:
+def test_beaver_is_the_format_of_safe_rlhf(small: Path) -> None:
     """As its ``format_prompt`` joins turns; the answer that is scored is closed like the others."""
-    texts = ConversationTokenizer(deepseek, str(BEAVER)).texts(PROMPTS, RESPONSES)
+    texts = ConversationTokenizer(small, str(BEAVER)).texts(PROMPTS, RESPONSES)
     bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
     assert texts == [
         f"{bos}BEGINNING OF CONVERSATION: USER: What is 12345 + 1? ASSISTANT:{RESPONSES[0]}{eos}",
@@ -171,9 +180,9 @@ def test_beaver_is_the_format_of_safe_rlhf(deepseek: Path) -> None:
     ]
 
 
-def test_a_conversation_that_the_template_refuses_is_named(deepseek: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_named(small: Path) -> None:
     asked = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
-    beaver = ConversationTokenizer(deepseek, str(BEAVER))
+    beaver = ConversationTokenizer(small, str(BEAVER))
     with pytest.raises(
         ValueError, match="refuses the conversation of prompt 7: found a message of role system"
     ):
