@@ -6,7 +6,7 @@
 #   sbatch examples/slurm/gapo_mistral7b.sbatch
 #
 # Environment: TP, PP (tensor and pipeline parallel size; data parallelism takes the rest), MODEL (Hugging Face
-# directory or hub name), OUTPUT_DIR; and for the bash form NNODES, NPROC_PER_NODE (default: the GPUs of this
+# directory or hub name), REWARD and COST (likewise: the two score models), OUTPUT_DIR; and for the bash form NNODES, NPROC_PER_NODE (default: the GPUs of this
 # node), NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON (the interpreter; default python3).
 #
 # This file is two programs in one, because torchrun hands the script that it is given to Python:
@@ -52,7 +52,12 @@ if __name__ == "__main__":  # writers of checkpoints are spawned, and load this 
     for name, key in (("TP", "parallel.tensor"), ("PP", "parallel.pipeline")):
         if os.environ.get(name):
             settings.append(f"{key}={os.environ[name]}")
-    for name, key in (("MODEL", "model.path"), ("OUTPUT_DIR", "output_dir")):
+    for name, key in (
+        ("MODEL", "model.path"),
+        ("REWARD", "objectives.0.options.model"),
+        ("COST", "objectives.1.options.model"),
+        ("OUTPUT_DIR", "output_dir"),
+    ):
         if os.environ.get(name):
             settings.append(f"{key}={json.dumps(os.environ[name])}")  # quoted: a text, whatever is in it
     config = Path(__file__).resolve().with_suffix(".yaml")

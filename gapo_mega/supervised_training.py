@@ -177,7 +177,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
 
     @abstractmethod
     def _batch(self, items: Sequence[int]) -> Experience:
-        """These training items, padded."""
+        """These training items, padded; of like length together, since microbatches are cut to their own."""
 
     @abstractmethod
     def _named(self, right: float) -> dict[str, float]:
@@ -295,7 +295,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         )
 
     def _batch(self, items: Sequence[int]) -> Experience:
-        return self._experience([self._train[i] for i in items])
+        pairs = [self._train[i] for i in items]
+        return self._experience(sorted(pairs, key=lambda both: max(map(len, both))))
 
     def _experience(self, pairs: Sequence[batches.PairIds]) -> Experience:
         tokens_BT, _ = batches.pair_batch(pairs, self.start.pad_id)
@@ -345,7 +346,8 @@ class SftRun(SupervisedRun[SftConfig]):
         return ChatEngine(self.start.shape, self.start.source, **arguments)
 
     def _batch(self, items: Sequence[int]) -> Experience:
-        return self._experience([self._train[i] for i in items])
+        chats = [self._train[i] for i in items]
+        return self._experience(sorted(chats, key=lambda chat: len(chat[0])))
 
     def _experience(self, chats: Sequence[batches.ChatIds]) -> Experience:
         return bare_experience(*batches.chat_batch(chats, self.start.pad_id))

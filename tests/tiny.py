@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    LlamaModel,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -98,6 +102,33 @@ def _write(config: PreTrainedConfig, directory: Path, seed: int = 0) -> PreTrain
                 parameter.add_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return model
+
+
+def safe_rlhf_model(directory: Path, score_type: str = "cost") -> Path:
+    """A score model as safe-rlhf stores it: ``score_head`` with a bias, statistics of a normaliser."""
+    config = tiny_llama(directory, vocab=101).config
+    torch.manual_seed(3)
+    config.architectures = ["LlamaModelForScore"]
+    config.score_dim, config.score_type, config.do_normalize = 1, score_type, True
+    config.save_pretrained(directory)
+    tensors = {f"model.{name}": value for name, value in LlamaModel(config).float().state_dict().items()}
+    tensors |= {"score_head.weight": torch.randn(1, config.hidden_size), "score_head.bias": torch.randn(1)}
+    tensors |= {"normalizer.mean": torch.tensor([0.3]), "normalizer.var": torch.tensor([4.0])}
+    tensors["normalizer.count"] = torch.tensor([17])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def byte_tokenizer(directory: Path) -> None:
+    """A tokenizer of 101 tokens that no other model here has: most characters, a few merges, no template."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=101, special_tokens=special, limit_alphabet=80)
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
 
 
 def tiny_chat_model(directory: Path, tokenizer_source: Path, family: str = "llama") -> None:

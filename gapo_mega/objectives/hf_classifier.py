@@ -65,7 +65,7 @@ class HfClassifier(ObjectiveKind):
                 self._options.model,
                 self._options.chat_template,
                 self._options.max_tokens,
-                getattr(hf_config.get_text_config(), "max_position_embeddings", None),
+                hf_config.get_text_config().to_dict().get("max_position_embeddings"),
             )
         except ValueError as error:
             raise self._error(f"options: {error}") from error
@@ -127,14 +127,12 @@ class HfClassifier(ObjectiveKind):
     def _read(self) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
-        # Only one rank of a replica scores: its random state must stay that of the others.
-        with torch.random.fork_rng(devices=[]):
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                _location(self._options.model),
-                dtype=_DTYPES[self._options.dtype],
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            _location(self._options.model),
+            dtype=_DTYPES[self._options.dtype],
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
         if report["missing_keys"]:
             raise self._error(
                 f"options: model: {self._options.model!r} lacks {sorted(report['missing_keys'])}, "

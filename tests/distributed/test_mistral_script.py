@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_training import POLICY, ROOT
-from tests.tiny import tiny_chat_model
+from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
 pytestmark = pytest.mark.distributed
 
@@ -23,6 +24,9 @@ def test_script_under_torchrun(tmp_path: Path) -> None:
     if not POLICY.exists():
         pytest.skip("models/SmolLM2-135M-Instruct is not there; `make test` converts it")
     tiny_chat_model(tmp_path / "model", POLICY, family="mistral")
+    for name in ("reward", "cost"):  # as the beaver models are: Llama, and another tokenizer
+        safe_rlhf_model(tmp_path / name, name)
+        byte_tokenizer(tmp_path / name)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words."}) + "\n" for i in range(20)))
     overrides = [
@@ -38,6 +42,8 @@ def test_script_under_torchrun(tmp_path: Path) -> None:
         "rollout.max_new_tokens=6",
         "checkpoint.every_steps=0",
         "logging.tensorboard=false",
+        *(f"objectives.{i}.options.dtype=fp32" for i in range(2)),
+        *(f"objectives.{i}.options.max_tokens=128" for i in range(2)),
     ]
     environment = {
         **os.environ,
@@ -46,6 +52,8 @@ def test_script_under_torchrun(tmp_path: Path) -> None:
         "TP": "2",
         "PP": "1",
         "MODEL": str(tmp_path / "model"),
+        "REWARD": str(tmp_path / "reward"),
+        "COST": str(tmp_path / "cost"),
         "OUTPUT_DIR": str(tmp_path / "run"),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
@@ -54,4 +62,5 @@ def test_script_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 1 and "critic_loss/1" in records[0]
+    assert all(math.isfinite(records[0][f"reward/{name}"]) for name in ("helpful", "harmless"))
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()

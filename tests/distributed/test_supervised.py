@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gapo_mega.engine.megatron import convert
 from tests.distributed.check_supervised import PAD, STEPS, chats, conversations, pairs
 from tests.distributed.launch import launch
-from tests.tiny import tiny_llama
-from tests.unit.test_conversion import classifier, safe_rlhf_model
+from tests.tiny import safe_rlhf_model, tiny_llama
+from tests.unit.test_conversion import classifier
 
 pytestmark = pytest.mark.distributed
 

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForSequenceClassification, LlamaModel
+from transformers import LlamaForSequenceClassification
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.conversion import Conversion
@@ -29,7 +29,7 @@ from gapo_mega.engine.megatron.dist_format import METADATA, DistReader, read_com
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import score_head_of
 from tests.distributed import worlds
-from tests.tiny import tiny_llama, tiny_mistral
+from tests.tiny import safe_rlhf_model, tiny_llama, tiny_mistral
 
 COMPANIONS = {
     "generation_config.json": '{"eos_token_id": [2, 7],   "temperature": 0.6}',
@@ -50,21 +50,6 @@ def classifier(directory: Path) -> Path:
     config = tiny_llama(directory, vocab=101).config
     config.num_labels = 1
     LlamaForSequenceClassification(config).float().save_pretrained(directory)
-    return directory
-
-
-def safe_rlhf_model(directory: Path, score_type: str = "cost") -> Path:
-    """A score model as safe-rlhf stores it: ``score_head`` with a bias, statistics of a normaliser."""
-    config = tiny_llama(directory, vocab=101).config
-    torch.manual_seed(3)
-    config.architectures = ["LlamaModelForScore"]
-    config.score_dim, config.score_type, config.do_normalize = 1, score_type, True
-    config.save_pretrained(directory)
-    tensors = {f"model.{name}": value for name, value in LlamaModel(config).float().state_dict().items()}
-    tensors |= {"score_head.weight": torch.randn(1, config.hidden_size), "score_head.bias": torch.randn(1)}
-    tensors |= {"normalizer.mean": torch.tensor([0.3]), "normalizer.var": torch.tensor([4.0])}
-    tensors["normalizer.count"] = torch.tensor([17])
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

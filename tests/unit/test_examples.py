@@ -12,7 +12,7 @@ import yaml
 
 from gapo_mega.config import Config
 from gapo_mega.config_loading import load
-from tests.tiny import tiny_mistral
+from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_mistral
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPT = EXAMPLES / "gapo_mistral7b.sh"
@@ -25,6 +25,9 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("models") / "tiny mistral"
     )  # a space: quoting matters in both languages
     tiny_mistral(directory)
+    for name in ("reward", "cost"):
+        safe_rlhf_model(directory.parent / name, name)
+        byte_tokenizer(directory.parent / name)
     return directory
 
 
@@ -32,8 +35,11 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     clean = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("TP", "PP", "MODEL", "OUTPUT_DIR", "WORLD_SIZE", "RANK")
+        if k not in ("TP", "PP", "MODEL", "REWARD", "COST", "OUTPUT_DIR", "WORLD_SIZE", "RANK")
     }
+    if "MODEL" in environment:
+        beside = Path(environment["MODEL"]).parent
+        environment |= {"REWARD": str(beside / "reward"), "COST": str(beside / "cost")}
     clean |= {"PYTHON": sys.executable, **environment}
     return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
 

@@ -36,7 +36,8 @@ SIZES = {
     "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3,
 }  # fmt: skip
 PROMPTS = [Prompt(i, " ".join(f"w{(3 * i + k) % 26}" for k in range(1 + 2 * i))) for i in range(7)]
-RESPONSES = [" ".join(f"w{(5 * i + k) % 26}" for k in range(12 - 2 * i)) for i in range(6)] + [""]
+LENGTHS = [12, 3, 9, 1, 14, 5, 0]  # so that conversations differ in length, too
+RESPONSES = [" ".join(f"w{(5 * i + k) % 26}" for k in range(n)) for i, n in enumerate(LENGTHS)]
 
 
 def classifier(directory: Path, config: PreTrainedConfig, template: str | None = TEMPLATE) -> None:

@@ -29,7 +29,7 @@ from gapo_mega.losses.preference import bradley_terry_sum
 from gapo_mega.models.hf_writing import copy_companions, set_config
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.types import Experience
+from gapo_mega.types import Experience, bare_experience
 
 _NAME = "model"  # in checkpoints
 
@@ -97,9 +97,8 @@ class SupervisedEngine(ABC):
 
         self._trainable.zero_grad()
         with megatron_device():
-            part = forward_backward(
-                self._trainable.model, batch.split(self._micro_batch), mean_loss, logged_numbers=2
-            )
+            parts = self._microbatches(batch)
+            part = forward_backward(self._trainable.model, parts, mean_loss, logged_numbers=2)
             sums = self.sum_over_data(self._groups.from_last_stage(part)).tolist()
             rate = float(self._trainable.optimizer.param_groups[0]["lr"])
             norm = self._trainable.grad_norm()
@@ -115,9 +114,23 @@ class SupervisedEngine(ABC):
         if not batch.batch_size:
             return torch.zeros(0)
         with megatron_device():
-            parts = forward_only(self._trainable.model, batch.split(self._micro_batch), self._measured)
+            parts = forward_only(self._trainable.model, self._microbatches(batch), self._measured)
         local_B = torch.cat(parts).cpu() if parts else torch.zeros(batch.batch_size)
         return self._groups.from_last_stage(local_B)
+
+    def _microbatches(self, batch: Experience) -> list[Experience]:
+        """Each as wide as it has to be: nothing after a row's last mark has any influence.
+
+        Stages of a pipeline exchange tensors of one size, so there all are as wide as the widest.
+        """
+        parts = batch.split(self._micro_batch)
+        if self.layout.pipeline > 1:
+            return parts
+        return [
+            bare_experience(part.tokens_BT[:, :width], part.response_mask_BT[:, :width])
+            for part in parts
+            for width in [int(part.response_mask_BT.any(dim=0).nonzero().max()) + 1]
+        ]
 
     # -- communication and persistence -------------------------------------------------------------
     def sum_over_data(self, tensor: Tensor) -> Tensor:
