@@ -12,6 +12,7 @@ scopes last_layer and last_block need to form the output layer's rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from gapo_mega.config import Config, OptimizerConfig
 from gapo_mega.gradient_choice import forward_kind, measures_change, microbatches
 from gapo_mega.layout_checks import data_parallel_size
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.base import ScoreModelRequest
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -35,8 +37,10 @@ class StagePlan:
     gradients: int
     optimizer: int
     objective_rows: int
-    reference: int
+    reference: int  # 0 if it is in host memory between uses; so are score models
+    score_models: int
     critic: int
+    visiting: int  # the largest model that comes from host memory when it is used
     kv_cache: int
     activations: int
 
@@ -49,13 +53,14 @@ class StagePlan:
             + self.optimizer
             + self.objective_rows
             + self.reference
+            + self.score_models
             + self.critic
         )
 
     @property
     def peak(self) -> int:
-        """Generation and training do not overlap, so the larger of their two counts."""
-        return self.resident + max(self.kv_cache, self.activations)
+        """Generation, scoring and training do not overlap, so the largest of them counts."""
+        return self.resident + max(self.kv_cache, self.visiting, self.activations)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class MemoryPlan:
             "optimizer state": [s.optimizer for s in self.stages],
             "rows of objectives": [s.objective_rows for s in self.stages],
             "reference": [s.reference for s in self.stages],
+            "score models": [s.score_models for s in self.stages],
             "critic": [s.critic for s in self.stages],
+            "offloaded model, in use": [s.visiting for s in self.stages],
             "KV cache (generation)": [s.kv_cache for s in self.stages],
             "activations (training)": [s.activations for s in self.stages],
             "peak": [s.peak for s in self.stages],
@@ -93,10 +100,14 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def predict(config: Config, shape: ModelShape, world_size: int) -> MemoryPlan:
+ScoreModels = Sequence[tuple[ScoreModelRequest, ModelShape]]
+
+
+def predict(config: Config, shape: ModelShape, world_size: int, score_models: ScoreModels = ()) -> MemoryPlan:
     """The memory of every rank of ``world_size`` processes; the layout must have passed the layout checks."""
     data = data_parallel_size(config, world_size)
-    return MemoryPlan([_stage(config, shape, data, stage) for stage in range(config.parallel.pipeline)])
+    stages = range(config.parallel.pipeline)
+    return MemoryPlan([_stage(config, shape, data, stage, score_models) for stage in stages])
 
 
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
@@ -137,11 +148,20 @@ def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
     return shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor * shape.hidden
 
 
-def _stage(config: Config, shape: ModelShape, data: int, stage: int) -> StagePlan:
+def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_models: ScoreModels) -> StagePlan:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
     shared = forward_kind(config, data) == "shared"
+    offloaded = config.model.offload_reference
+    scoring = [
+        (
+            request.offload,
+            critic_parameters(model, tensor, pipeline, stage, 1) * (2 if request.dtype == "bf16" else FP32),
+        )
+        for request, model in score_models
+    ]
+    visitors = [size for away, size in scoring if away] + ([count * item] if offloaded else [])
     return StagePlan(
         stage=stage,
         policy_parameters=count,
@@ -149,8 +169,10 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int) -> StagePla
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
         objective_rows=_rows(config, shape, count // data if config.optimizer.distributed else count, stage),
-        reference=count * item,
+        reference=0 if offloaded else count * item,
+        score_models=sum(size for away, size in scoring if not away),
         critic=_critic(config, shape, data, stage),
+        visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
         activations=activation_peak(config, shape, stage, microbatches(config, data), shared),
     )

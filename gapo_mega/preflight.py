@@ -15,6 +15,7 @@ from gapo_mega.models.hf_directory import HFDirectory
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.score_head import score_head_of
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.run_logging import check_logging
 
 
@@ -27,22 +28,31 @@ def check(config: Config, world_size: int) -> ModelShape:
     # Any Gram matrix will do to find options of another number of objectives.
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
     advantages.build(config.advantages.name, **config.advantages.options)
-    for objective in config.objectives:
-        wanted = objectives.build(objective).wanted_model
-        if wanted is not None:
-            _check_score_model(config, objective.name, wanted.path, world_size)
+    score_models(config, world_size)
     return shape
 
 
-def _check_score_model(config: Config, objective: str, path: str, world_size: int) -> None:
+def score_models(config: Config, world_size: int) -> list[tuple[ScoreModelRequest, ModelShape]]:
+    """The score models that objectives want of the engine; ``ValueError`` for one that does not fit."""
+    wanted = [(objective.name, objectives.build(objective).wanted_model) for objective in config.objectives]
+    return [
+        (request, _score_shape(config, name, request.path, world_size))
+        for name, request in wanted
+        if request is not None
+    ]
+
+
+def _score_shape(config: Config, objective: str, path: str, world_size: int) -> ModelShape:
     try:
-        check_model_split(config.parallel, _shape(path), world_size)
+        shape = _shape(path)
+        check_model_split(config.parallel, shape, world_size)
         if (Path(path) / "config.json").is_file():  # a checkpoint says so when it is loaded
             directory = HFDirectory(path)
             if score_head_of(directory.config, directory.names) is None:
                 raise ValueError("found a language model, accepted: a model with one score a text")
     except ValueError as error:
         raise ValueError(f"objective {objective!r}: its score model {path}: {error}") from error
+    return shape
 
 
 def _shape(path: str) -> ModelShape:

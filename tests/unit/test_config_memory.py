@@ -12,6 +12,7 @@ from gapo_mega.config import Config
 from gapo_mega.engine.megatron.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.memory_plan import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
 from gapo_mega.models import ModelShape, shape_of
+from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.plan_report import RunPlan
 
 SIZES = {
@@ -66,6 +67,24 @@ def test_critic_has_heads_for_the_output_layer() -> None:
     shape = shape_of(LlamaConfig(**SIZES, tie_word_embeddings=False))
     assert critic_parameters(shape, 1, 1, 0, 3) == stage_parameters(shape, 1, 1, 0) - 256 * 48 + 3 * 49
     assert critic_parameters(shape, 1, 2, 0, 3) == stage_parameters(shape, 1, 2, 0)
+
+
+def test_score_models_and_the_reference_stay_or_visit() -> None:
+    shape: ModelShape = shape_of(MISTRAL_7B)
+    count = stage_parameters(shape, 4, 1, 0)
+    head = (
+        stage_parameters(shape, 4, 1, 0) - 32256 // 4 * 4096 + 4096 + 1
+    )  # no output layer, a head with bias
+    scored = [
+        (ScoreModelRequest("a", "bf16", 8, offload=False), shape),
+        (ScoreModelRequest("b", "fp32", 8, offload=True), shape),
+    ]
+    (stage,) = predict(config(parallel={"tensor": 4}), shape, 4, scored).stages
+    assert (stage.score_models, stage.visiting) == (2 * head, 4 * head)
+    assert stage.peak - stage.resident >= stage.visiting
+    settings = config(parallel={"tensor": 4}, model={"path": "m", "dtype": "bf16", "offload_reference": True})
+    (stage,) = predict(settings, shape, 4).stages
+    assert (stage.reference, stage.visiting, stage.score_models) == (0, 2 * count, 0)
 
 
 def test_mistral_7b_on_eight_ranks() -> None:
