@@ -24,6 +24,9 @@ ifeq ($(GPUS),0)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
 
+# Test files run side by side; those of tests/distributed start several processes themselves.
+TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
+
 # What the extension is built from. A change of it, or of what is installed, installs again.
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -50,7 +53,8 @@ demo: $(VENV)/.installed-run $(MODEL)/config.json
 	  model.dtype=$(DTYPE)
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/gpu -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests/distributed
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -223,7 +223,7 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:
 
 
 def test_plan_tells_whether_the_fullest_rank_fits() -> None:
-    stage = StagePlan(0, 0, GIB, GIB, 0, 0, 0, 0, kv_cache=GIB, activations=GIB // 2)
+    stage = StagePlan(0, 0, GIB, GIB, 0, 0, 0, 0, 0, 0, kv_cache=GIB, activations=GIB // 2)
     run = RunPlan(config(), 1, MemoryPlan([stage, stage]))
     assert run.fullest(None) == "fullest rank: 3.00 GiB"
     assert run.fullest(3.0) == "fullest rank: 3.00 GiB, fits into 3 GiB"
