@@ -119,6 +119,7 @@ def _config(metadata: _Metadata) -> LlamaConfig:
         pad_token_id=metadata.integer("tokenizer.ggml.padding_token_id"),
     )
     config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.float32
     return config
 
 

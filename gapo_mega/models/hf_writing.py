@@ -124,14 +124,12 @@ def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[st
 
 
 def set_config(file: Path, changes: Mapping[str, object], dtypes: set[torch.dtype]) -> None:
-    """Set ``changes`` and the type of the tensors, where they have one; the file stays as it is else."""
+    """Set ``changes`` and, where the file names a type, that of the tensors; it stays as it is else."""
     config = json.loads(file.read_text())
     before = dict(config)
     config.update(changes)
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-        old_key = "torch_dtype"  # the name before transformers 5
-        key = old_key if old_key in config and "dtype" not in config else "dtype"
-        config[key] = _DTYPE_NAMES[dtype]
+    for key in ("dtype", "torch_dtype"):  # the second is the name before transformers 5
+        if key in config and len(dtypes) == 1:
+            config[key] = _DTYPE_NAMES[next(iter(dtypes))]
     if config != before:
         file.write_text(json.dumps(config, indent=2) + "\n")
