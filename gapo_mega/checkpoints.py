@@ -18,8 +18,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
+from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout
 
 MARKER = "complete.json"
@@ -149,6 +153,49 @@ def _disk_errors(directory: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"checkpoints in {directory} cannot be {what}: {error}") from error
+
+
+class Ranks(Protocol):
+    """What an engine's ranks tell one another; see ``Engine``."""
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor: ...
+
+    def gather_over_data(self, value: Any) -> list[Any]: ...
+
+    def broadcast_in_replica(self, value: Any) -> Any: ...
+
+
+def is_due(settings: CheckpointConfig, step: int, total: int) -> bool:
+    """Whether a checkpoint is written after ``step``; with ``every_steps`` always after the last."""
+    if step == total:
+        return bool(settings.every_steps or settings.save_final)
+    return bool(settings.every_steps) and step % settings.every_steps == 0
+
+
+def any_replica(ranks: Ranks, requested: bool) -> bool:
+    """The same on every rank: True when the first rank of any replica was asked to stop."""
+    first = ranks.broadcast_in_replica(requested)
+    return bool(ranks.sum_over_data(torch.tensor(int(first))))
+
+
+def checkpoint_to_resume(folder: CheckpointFolder, settings: CheckpointConfig, ranks: Ranks) -> Path | None:
+    """The newest complete checkpoint, on which all ranks agree; None where there is none.
+
+    Raises ``ValueError`` where ranks see different ones, and where there is one but the run asks for none.
+    """
+    latest = folder.latest()
+    found = ranks.gather_over_data(ranks.broadcast_in_replica(latest))
+    if any(other != latest for other in found):
+        raise ValueError(
+            f"output_dir: ranks see different checkpoints in {folder.directory.parent} ({latest}, {found}); "
+            "accepted: a directory that all nodes share"
+        )
+    if latest is not None and not settings.resume:
+        raise ValueError(
+            f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
+            "accepted: another output_dir, or remove the checkpoints"
+        )
+    return latest
 
 
 class StopOnSignal:

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 USER_ERROR = 2  # exit code, as for a wrong command line
 TRACEBACK = "GAPO_MEGA_TRACEBACK"
 
+# What several commands take.
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+]
+
 app = typer.Typer(
     name="gapo-mega",
     help="Gradient-Adaptive Policy Optimization of language models on Megatron-core.",
@@ -57,14 +66,12 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as optimizer.lr=1e-6."),
     ] = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
-    ] = None,
+    nproc: Processes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print configuration, layout and predicted memory; stop.")
     ] = False,
@@ -102,13 +109,9 @@ def train(
 
 @app.command(name="train-reward")
 def train_reward(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
-    ] = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
 ) -> None:
     """Train a reward model on preference pairs (Bradley-Terry), for the objectives of a later training."""
     _supervised("train-reward", config, overrides or [], nproc)
@@ -116,13 +119,9 @@ def train_reward(
 
 @app.command()
 def sft(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
-    ] = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
 ) -> None:
     """Fine-tune a language model on conversations, as a warm start of a later training."""
     _supervised("sft", config, overrides or [], nproc)
@@ -152,7 +151,7 @@ def _supervised(command: str, file: Path, overrides: list[str], nproc: int | Non
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as parallel.tensor=8."),
@@ -265,17 +264,13 @@ def step(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="YAML file of a run: model, layout, lengths.")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
-    ] = None,
+    overrides: Overrides = None,
     objectives: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Numbers of objectives; may be repeated. [2 4]")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every strategy.")] = 5,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("step-benchmark.json"),
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
-    ] = None,
+    nproc: Processes = None,
 ) -> None:
     """Time and memory of every gradient strategy, as a ratio to the step with one objective."""
     from gapo_mega import launch

@@ -8,7 +8,7 @@ from typing import Any
 from gapo_mega.config import Config
 from gapo_mega.layout_checks import data_parallel_size
 from gapo_mega.memory_plan import GIB, MemoryPlan, predict
-from gapo_mega.preflight import check, score_models
+from gapo_mega.preflight import check_models
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class RunPlan:
 
 def make_plan(config: Config, world_size: int) -> RunPlan:
     """``ValueError`` for what does not fit together. Reads the model's configuration, not its weights."""
-    shape = check(config, world_size)
-    return RunPlan(config, world_size, predict(config, shape, world_size, score_models(config, world_size)))
+    shape, scored = check_models(config, world_size)
+    return RunPlan(config, world_size, predict(config, shape, world_size, scored))

@@ -21,6 +21,13 @@ from gapo_mega.run_logging import check_logging
 
 def check(config: Config, world_size: int) -> ModelShape:
     """The policy's shape; ``ValueError`` for what does not fit together. Reads no weights."""
+    return check_models(config, world_size)[0]
+
+
+def check_models(
+    config: Config, world_size: int
+) -> tuple[ModelShape, list[tuple[ScoreModelRequest, ModelShape]]]:
+    """``check``, and the score models that objectives want of the engine."""
     shape = _shape(config.model.path)
     check_layout(config, shape, world_size)
     check_logging(config.logging)
@@ -28,18 +35,13 @@ def check(config: Config, world_size: int) -> ModelShape:
     # Any Gram matrix will do to find options of another number of objectives.
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
     advantages.build(config.advantages.name, **config.advantages.options)
-    score_models(config, world_size)
-    return shape
-
-
-def score_models(config: Config, world_size: int) -> list[tuple[ScoreModelRequest, ModelShape]]:
-    """The score models that objectives want of the engine; ``ValueError`` for one that does not fit."""
     wanted = [(objective.name, objectives.build(objective).wanted_model) for objective in config.objectives]
-    return [
+    scored = [
         (request, _score_shape(config, name, request.path, world_size))
         for name, request in wanted
         if request is not None
     ]
+    return shape, scored
 
 
 def _score_shape(config: Config, objective: str, path: str, world_size: int) -> ModelShape:

@@ -18,7 +18,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from gapo_mega import model_location
-from gapo_mega.checkpoints import CheckpointFolder, StopOnSignal
+from gapo_mega.checkpoints import (
+    CheckpointFolder,
+    StopOnSignal,
+    any_replica,
+    checkpoint_to_resume,
+    is_due,
+)
 from gapo_mega.config_loading import dump
 from gapo_mega.layout_checks import check_model_split
 from gapo_mega.models import hf_directory, shape_of
@@ -114,14 +120,15 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         with StopOnSignal() as stop:
             while self.step < self.total_steps:
                 self._train_step()
-                if self._agree(stop.requested) and self.step < self.total_steps:
+                if any_replica(self.engine, stop.requested) and self.step < self.total_steps:
                     self._save()
                     self.log.close()
                     logger.warning(
                         "stopped by a signal after step %d; the same command goes on from there", self.step
                     )
                     return {}
-                self._save_if_due()
+                if is_due(self.config.checkpoint, self.step, self.total_steps):
+                    self._save()
             self.log.close()
             return self._finish()
 
@@ -218,29 +225,14 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
             merged |= part
         return [merged[i] for i in range(count)]
 
-    def _agree(self, requested: bool) -> bool:
-        first = self.engine.broadcast_in_replica(requested)
-        return bool(self.engine.sum_over_data(torch.tensor(int(first))))
-
-    def _save_if_due(self) -> None:
-        checkpoint, last = self.config.checkpoint, self.step == self.total_steps
-        every = checkpoint.every_steps
-        if (last and (every or checkpoint.save_final)) or (every and self.step % every == 0):
-            self._save()
-
     def _save(self) -> None:
         extra = {"step": self.step, "items": self.order.count, "batch_size": self.order.batch_size}
         self.checkpoints.save(self.step, lambda directory: self.engine.save(directory, extra))
 
     def _resume(self) -> None:
-        latest = self.checkpoints.latest()
+        latest = checkpoint_to_resume(self.checkpoints, self.config.checkpoint, self.engine)
         if latest is None:
             return
-        if not self.config.checkpoint.resume:
-            raise ValueError(
-                f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
-                "accepted: another output_dir, or remove the checkpoints"
-            )
         extra = self.engine.load(latest)
         for key, name, mine in (
             ("items", "data", self.order.count),

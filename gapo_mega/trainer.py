@@ -18,7 +18,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from gapo_mega import advantages, aggregation, model_location, objectives
 from gapo_mega.advantages.rewards import token_rewards, whiten
 from gapo_mega.aggregation.base import ZeroGradientError
-from gapo_mega.checkpoints import CheckpointFolder, StopOnSignal
+from gapo_mega.checkpoints import (
+    CheckpointFolder,
+    StopOnSignal,
+    any_replica,
+    checkpoint_to_resume,
+    is_due,
+)
 from gapo_mega.config import Config
 from gapo_mega.config_loading import dump
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
@@ -106,14 +112,14 @@ class Trainer:
             while self.step < self.config.steps:
                 self._train_step()
                 self.step += 1
-                if self._agree(stop.requested):
+                if any_replica(self.engine, stop.requested):
                     self._save()
                     self.log.close()
                     logger.warning(
                         "stopped by a signal after step %d; the same command goes on from there", self.step
                     )
                     return
-                if self._is_due():
+                if is_due(self.config.checkpoint, self.step, self.config.steps):
                     self._save()
             self.log.close()
             if with_report:  # a signal does not interrupt it: what was trained is not lost
@@ -287,18 +293,6 @@ class Trainer:
         return self.seconds_before_resume + time.perf_counter() - self.started
 
     # -- checkpoints -------------------------------------------------------------------------------
-    def _agree(self, requested: bool) -> bool:
-        """The same on every rank: True when the first rank of any replica was asked to stop."""
-        first = self.engine.broadcast_in_replica(requested)
-        return bool(self.engine.sum_over_data(torch.tensor(int(first))))
-
-    def _is_due(self) -> bool:
-        """Whether a checkpoint is written after this step; with ``every_steps`` always after the last."""
-        checkpoint, last = self.config.checkpoint, self.step == self.config.steps
-        if last:
-            return bool(checkpoint.every_steps or checkpoint.save_final)
-        return bool(checkpoint.every_steps) and self.step % checkpoint.every_steps == 0
-
     def _save(self) -> None:
         """A complete checkpoint of the current step; all ranks call it."""
         extra = {
@@ -313,18 +307,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
-        latest = self.checkpoints.latest()
-        found = self.engine.gather_over_data(self.engine.broadcast_in_replica(latest))
-        if any(other != latest for other in found):
-            raise ValueError(
-                f"output_dir: ranks see different checkpoints in {self.directory} ({latest}, {found}); "
-                "accepted: a directory that all nodes share"
-            )
-        if latest is not None and not self.config.checkpoint.resume:
-            raise ValueError(
-                f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
-                "accepted: another output_dir, or remove the checkpoints"
-            )
+        latest = checkpoint_to_resume(self.checkpoints, self.config.checkpoint, self.engine)
         if latest is None:
             return
         extra = self.engine.load(latest)

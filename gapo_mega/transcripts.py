@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gapo_mega.types import Message
@@ -17,13 +18,18 @@ def is_transcript(cell: Any) -> bool:
     return isinstance(cell, str) and cell.startswith(HUMAN)
 
 
-def parse_transcript(text: str) -> tuple[Message, ...] | None:
+def parse_transcript(cell: Any) -> tuple[Message, ...] | None:
     """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, white space around each removed.
 
-    ``None`` where something comes before the first turn, or there is none.
+    ``None`` for a cell that is no transcript.
     """
-    before, *parts = _TURN.split(text)
-    if before.strip() or not parts:
+    if not is_transcript(cell):
         return None
+    _, *parts = _TURN.split(cell)
     speakers, contents = parts[::2], parts[1::2]
     return tuple({"role": _ROLES[s], "content": c.strip()} for s, c in zip(speakers, contents, strict=True))
+
+
+def in_turn(messages: Sequence[Message]) -> bool:
+    """Whether user and assistant alternate, the user first."""
+    return all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))

@@ -49,6 +49,7 @@ class HFDirectory:
         self.path = Path(path)
         self.config = read_config(self.path)
         self._file_of = self._locate()
+        self._likes: dict[str, Tensor] = {}
 
     def _locate(self) -> dict[str, Path]:
         for index, single in ((INDEX, SINGLE), (_PICKLED_INDEX, _PICKLED_SINGLE)):
@@ -102,6 +103,11 @@ class HFDirectory:
 
     def like(self, name: str) -> Tensor:
         """A tensor without data (on the meta device) of the shape and type of ``name``."""
+        if name not in self._likes:
+            self._likes[name] = self._read_like(name)
+        return self._likes[name]
+
+    def _read_like(self, name: str) -> Tensor:
         file = self._file_of[name]
         if file.suffix == _PICKLED:
             return _tensors_in(file)[name].to("meta")

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
 from gapo_mega.tables import PACKAGE_PREFIX, SPLIT_COLUMN, check_column, is_conversation, read_rows
-from gapo_mega.transcripts import is_transcript, parse_transcript
+from gapo_mega.transcripts import in_turn, parse_transcript
 from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -202,13 +202,12 @@ class _Encoder:
 
     def _messages_of(self, cell: str) -> list[Message]:
         """Of a transcript what comes before its last answer; any other text is one message of the user."""
-        found = parse_transcript(cell) if self._data.chat_template and is_transcript(cell) else None
+        found = parse_transcript(cell) if self._data.chat_template else None
         if not found:
             return [_of_user(cell)]
         asked = found[:-1] if found[-1]["role"] == "assistant" else found
         # What cannot be asked is left out as an empty prompt: an answer after an answer, a turn of nothing.
-        turns = [("user", "assistant")[i % 2] for i in range(len(asked))]
-        usable = turns == [m["role"] for m in asked] and all(m["content"] for m in asked)
+        usable = in_turn(asked) and all(m["content"] for m in asked)
         return list(asked) if usable else [_of_user("")]
 
     def _token_ids(self, messages: list[Message], cell: Any, where: str) -> list[int]:

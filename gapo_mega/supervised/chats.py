@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gapo_mega import transcripts
 from gapo_mega.supervised.config import ChatData
 from gapo_mega.supervised.conversations import (
     Messages,
@@ -104,8 +103,6 @@ def _spoken(cell: Any) -> Messages:
     """A transcript, or the list of messages that other preference files have in its place."""
     if isinstance(cell, list):
         return messages_of(cell)
-    if not transcripts.is_transcript(cell):
-        raise Unusable("malformed")
     return parse_transcript(cell)
 
 

@@ -23,9 +23,9 @@ class Unusable(Exception):
     """A row that cannot be trained on; its text is the reason that the log counts it under."""
 
 
-def parse_transcript(text: str) -> Messages:
-    """``transcripts.parse_transcript``; raises :class:`Unusable` where the text is none."""
-    messages = transcripts.parse_transcript(text)
+def parse_transcript(cell: Any) -> Messages:
+    """``transcripts.parse_transcript``; raises :class:`Unusable` where the cell is none."""
+    messages = transcripts.parse_transcript(cell)
     if messages is None:
         raise Unusable("malformed")
     return messages
@@ -46,9 +46,7 @@ def check_turns(messages: Messages, last: str) -> None:
     A message of the system may come before them; no message may be empty.
     """
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    roles = [m["role"] for m in turns]
-    expected = [("user", "assistant")[i % 2] for i in range(len(roles))]
-    if not roles or roles != expected or roles[-1] != last:
+    if not turns or not transcripts.in_turn(turns) or turns[-1]["role"] != last:
         raise Unusable("turns out of order")
     if not all(m["content"].strip() for m in messages):
         raise Unusable("empty")

@@ -151,8 +151,6 @@ def _pku_parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[
 
 
 def _hh_pair(chosen: Any, rejected: Any) -> Pair:
-    if not transcripts.is_transcript(chosen) or not transcripts.is_transcript(rejected):
-        raise Unusable("malformed")
     return _pair_of_conversations(parse_transcript(chosen), parse_transcript(rejected))
 
 

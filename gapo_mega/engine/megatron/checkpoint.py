@@ -41,12 +41,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.dist_format import METADATA
+from gapo_mega.engine.megatron.dist_format import FORMAT, METADATA
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.optimizer_state import OptimizerState
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
 
 
 def save(
@@ -82,7 +81,7 @@ def save(
             }
             model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
             state[name] = _prefixed(name, model, optimizer.to_save(model))
-        about = {"format": _FORMAT, "layout": _sizes(layout), "models": models}
+        about = {"format": FORMAT, "layout": _sizes(layout), "models": models}
         about["score_head"] = score_head
         dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
 
@@ -168,10 +167,10 @@ def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
 
 
 def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
-    if about.get("format") != _FORMAT:
+    if about.get("format") != FORMAT:
         raise ValueError(
             f"checkpoint {directory}: found format {about.get('format')}, "
-            f"accepted: {_FORMAT} (written by gapo_mega)"
+            f"accepted: {FORMAT} (written by gapo_mega)"
         )
     if about["models"].keys() != expected.keys():
         raise ValueError(

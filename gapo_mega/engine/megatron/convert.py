@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from gapo_mega.engine.megatron.build import padded_vocabulary
-from gapo_mega.engine.megatron.dist_format import Chunk, DistReader, read_common, trained_model_prefix, write
+from gapo_mega.engine.megatron.dist_format import (
+    FORMAT,
+    Chunk,
+    DistReader,
+    read_common,
+    trained_model_prefix,
+    write,
+)
 from gapo_mega.engine.megatron.score import head_if_any
 from gapo_mega.model_location import COMPANIONS
 from gapo_mega.models import HFDirectory, shape_of, write_hf
@@ -30,8 +37,6 @@ from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, set
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.safetensors_stream import num_bytes
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
-
-FORMAT = 1
 
 # Megatron's linear layers ask for an object each, which is empty but for FP8.
 _EXTRA_STATES = (

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 BACKEND = "torch_dist"
+FORMAT = 1  # of what this package writes beside the tensors
 # Names of tensors do not depend on the number of optimizers, as in Megatron's own reshardable format.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 

@@ -30,7 +30,7 @@ from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.types import Experience, bare_experience
 
 
-class MegatronEngine:
+class MegatronEngine(groups.Collective):
     """Policy, reference, critics, generator and gradients of one run on this rank."""
 
     def __init__(
@@ -55,9 +55,8 @@ class MegatronEngine:
         self._config = config
         self.shape = shape
         self._source = source
-        self.groups = existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline)
+        super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
         groups.seed(config.seed)
-        self.layout = self.groups.layout
         with megatron_device():
             updates = config.steps * config.algorithm.ppo_epochs * config.algorithm.minibatches
             self.policy = make_trainable(self._language_model(), config.optimizer, updates)
@@ -143,23 +142,7 @@ class MegatronEngine:
         with megatron_device():
             return self.critics.update(minibatch, loss)
 
-    # -- communication -----------------------------------------------------------------------------
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """See ``Engine.sum_over_data``."""
-        return self.groups.sum_over_data(tensor)
-
-    def gather_over_data(self, value: Any) -> list[Any]:
-        """See ``Engine.gather_over_data``."""
-        return self.groups.gather_over_data(value)
-
-    def broadcast_in_replica(self, value: Any) -> Any:
-        """See ``Engine.broadcast_in_replica``."""
-        return self.groups.broadcast_in_replica(value)
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier()
-
+    # -- measurement --------------------------------------------------------------------------------
     def peak_memory(self) -> int:
         """See ``Engine.peak_memory``."""
         if torch.cuda.is_available():
@@ -196,7 +179,3 @@ class MegatronEngine:
                 directory,
                 overwrite=True,
             )
-
-    def close(self) -> None:
-        """Leave the process groups."""
-        groups.shutdown()

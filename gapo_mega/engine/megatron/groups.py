@@ -52,6 +52,34 @@ class Groups:
         return result
 
 
+class Collective:
+    """The part of ``Engine`` that is communication, over these groups."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self.layout = groups.layout
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """See ``Engine.sum_over_data``."""
+        return self.groups.sum_over_data(tensor)
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """See ``Engine.gather_over_data``."""
+        return self.groups.gather_over_data(value)
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """See ``Engine.broadcast_in_replica``."""
+        return self.groups.broadcast_in_replica(value)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        shutdown()
+
+
 def initialize(tensor: int, pipeline: int) -> Groups:
     """Start torch.distributed (when not started) and Megatron's parallel state.
 

@@ -67,7 +67,6 @@ class ScoreModel:
             )
         self._head = head
         shape = shape_of(hf_directory.read_config(model_location.companions_of(source)))
-        self.max_positions = shape.max_positions
         model = build_gpt(shape, settings, parallel, value_heads=1)
         weights.load(model, shape, source, self._head)
         self._model = FrozenModel(model, offload)

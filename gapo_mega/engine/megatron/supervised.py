@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega import model_location
@@ -45,7 +44,7 @@ class Update:
     skipped: bool  # True: the gradient was not finite, parameters untouched
 
 
-class SupervisedEngine(ABC):
+class SupervisedEngine(groups.Collective, ABC):
     """Builds the model, loads its weights and trains it.
 
     Args:
@@ -78,9 +77,8 @@ class SupervisedEngine(ABC):
         self._source = source
         self._micro_batch = micro_batch
         self._config = config
-        self._groups = existing or groups.initialize(parallel.tensor, parallel.pipeline)
+        super().__init__(existing or groups.initialize(parallel.tensor, parallel.pipeline))
         groups.seed(seed)
-        self.layout = self._groups.layout
         with megatron_device():
             built = build_gpt(shape, model, parallel, self._value_heads())
             weights.load(built, shape, source, head)
@@ -99,7 +97,7 @@ class SupervisedEngine(ABC):
         with megatron_device():
             parts = self._microbatches(batch)
             part = forward_backward(self._trainable.model, parts, mean_loss, logged_numbers=2)
-            sums = self.sum_over_data(self._groups.from_last_stage(part)).tolist()
+            sums = self.sum_over_data(self.groups.from_last_stage(part)).tolist()
             rate = float(self._trainable.optimizer.param_groups[0]["lr"])
             norm = self._trainable.grad_norm()
             skipped = not math.isfinite(norm)
@@ -116,7 +114,7 @@ class SupervisedEngine(ABC):
         with megatron_device():
             parts = forward_only(self._trainable.model, self._microbatches(batch), self._measured)
         local_B = torch.cat(parts).cpu() if parts else torch.zeros(batch.batch_size)
-        return self._groups.from_last_stage(local_B)
+        return self.groups.from_last_stage(local_B)
 
     def _microbatches(self, batch: Experience) -> list[Experience]:
         """Each as wide as it has to be: nothing after a row's last mark has any influence.
@@ -132,28 +130,12 @@ class SupervisedEngine(ABC):
             for width in [int(part.response_mask_BT.any(dim=0).nonzero().max()) + 1]
         ]
 
-    # -- communication and persistence -------------------------------------------------------------
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over the data-parallel ranks; the same on every rank."""
-        return self._groups.sum_over_data(tensor)
-
-    def gather_over_data(self, value: Any) -> list[Any]:
-        """Picklable values of all data-parallel ranks in order, on every rank."""
-        return self._groups.gather_over_data(value)
-
-    def broadcast_in_replica(self, value: Any) -> Any:
-        """The value of the replica's first rank."""
-        return self._groups.broadcast_in_replica(value)
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier()
-
+    # -- persistence -------------------------------------------------------------------------------
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Model, optimizer, schedule, random-number states, and ``extra``. Collective."""
         head = self._head_out()
         about_head = None if head is None else asdict(head)
-        checkpoint.save(directory, {_NAME: self._trainable}, extra, self._groups, about_head)
+        checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head)
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._source), folder)
@@ -161,7 +143,7 @@ class SupervisedEngine(ABC):
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Inverse of ``save``; returns ``extra``."""
-        return checkpoint.load(directory, {_NAME: self._trainable}, self._groups)
+        return checkpoint.load(directory, {_NAME: self._trainable}, self.groups)
 
     def export_hf(self, directory: Path) -> None:
         """The trained model as a Hugging Face directory."""
@@ -175,10 +157,6 @@ class SupervisedEngine(ABC):
                 config=self._config,
                 overwrite=True,
             )
-
-    def close(self) -> None:
-        """Leave the process groups."""
-        groups.shutdown()
 
     # -- what kinds differ in ----------------------------------------------------------------------
     @abstractmethod
