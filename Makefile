@@ -24,7 +24,7 @@ ifeq ($(GPUS),0)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
 
-# Test files run side by side; those of tests/distributed start several processes themselves.
+# Test files run side by side, the long ones of tests/distributed first; these start several processes themselves.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
 # What the extension is built from. A change of it, or of what is installed, installs again.
@@ -53,8 +53,8 @@ demo: $(VENV)/.installed-run $(MODEL)/config.json
 	  model.dtype=$(DTYPE)
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/gpu -n $(TEST_WORKERS) --dist loadfile
-	$(BIN)/python -m pytest tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/unit tests/gpu -n $(TEST_WORKERS) \
+	  --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

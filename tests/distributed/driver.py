@@ -1,41 +1,66 @@
-"""Runs check modules on every rank: ``torchrun driver.py JOBS.json RESULTS.json``.
-
-JOBS.json is a list of ``[module, arguments]``; ``module.run(arguments)`` is called on every rank and
-rank 0's results are written down. A job that raises on every rank is reported and the next one runs.
-"""
+"""One rank of a launch: runs the jobs' check modules and writes rank 0's results."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+import os
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+import torch.distributed as dist
+
+from tests.distributed import (
+    check_checkpoint,
+    check_engine,
+    check_generation,
+    check_gradient,
+    check_supervised,
+    check_weights,
+    worlds,
+)
+
+CHECKS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        check_checkpoint,
+        check_engine,
+        check_generation,
+        check_gradient,
+        check_supervised,
+        check_weights,
+    )
+}
+
+Job = tuple[str, dict[str, Any]]
+"""A check module's name and the arguments of its ``run``."""
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from tests.distributed import worlds
-
-    jobs: list[list[Any]] = json.loads(Path(sys.argv[1]).read_text())
+def run_rank(rank: int, ranks: int, port: int, jobs: list[Job], results_file: Path) -> None:
+    """Run ``jobs``. One that raises on every rank is reported and the next one runs."""
+    log = os.open(results_file.with_name(f"rank{rank}of{ranks}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # What torchrun sets.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results: list[dict[str, Any]] = []
-    for module, arguments in jobs:
+    for name, arguments in jobs:
         try:
-            results.append({"result": importlib.import_module(f"tests.distributed.{module}").run(arguments)})
+            results.append({"result": CHECKS[name].run(arguments)})
         except Exception:  # reported to the test, which fails with it
             results.append({"error": traceback.format_exc()})
-            print(f"rank {dist.get_rank()}: {results[-1]['error']}", file=sys.stderr, flush=True)
+            print(f"rank {rank}: {results[-1]['error']}", flush=True)
             worlds.leave()
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+    if rank == 0:
+        results_file.write_text(json.dumps(results))
     worlds.leave()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
