@@ -6,8 +6,9 @@
 #   sbatch examples/slurm/gapo_mistral7b.sbatch
 #
 # Environment: TP, PP (tensor and pipeline parallel size; data parallelism takes the rest), MODEL (Hugging Face
-# directory or hub name), REWARD and COST (likewise: the two score models), OUTPUT_DIR; and for the bash form NNODES, NPROC_PER_NODE (default: the GPUs of this
-# node), NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON (the interpreter; default python3).
+# directory or hub name), REWARD and COST (likewise: the two score models), OUTPUT_DIR; and for the bash form
+# NNODES, NPROC_PER_NODE (default: the GPUs of this node), NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON (the
+# interpreter; default python3).
 #
 # This file is two programs in one, because torchrun hands the script that it is given to Python:
 # - bash takes the three quotes and the colon below for ":", a command that does nothing, runs what follows,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from gapo_mega import model_location
+from gapo_mega.chat_template import template_text
 from gapo_mega.checkpoints import (
     CheckpointFolder,
     StopOnSignal,
@@ -85,7 +86,7 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
     check_batches(config, check_model_split(config.parallel, shape, world_size))
     check_logging(config.logging)
     tokenizer = AutoTokenizer.from_pretrained(model_location.companions_of(source))
-    batches.template_of(tokenizer, config.model.chat_template)
+    template_text(tokenizer, config.model.chat_template, batches.TEMPLATE_PARAMETER)
     return _Start(shape, source, hf_config, tokenizer)
 
 
@@ -170,7 +171,9 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
     def _export_template(self, directory: Path) -> None:
         """A template of the run's own goes with the model: it is how the model wants to be asked."""
         if self.config.model.chat_template is not None and self.engine.layout.is_main:
-            text = batches.template_of(self.start.tokenizer, self.config.model.chat_template)
+            text = template_text(
+                self.start.tokenizer, self.config.model.chat_template, batches.TEMPLATE_PARAMETER
+            )
             (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
 
     # -- what kinds differ in ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from gapo_mega.chat_template import template_text
 from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TEMPLATE_SUFFIX = ".jinja"
 _TRIAL = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
@@ -55,12 +55,7 @@ class ConversationTokenizer:
             upper = "" if positions is None else f" to {positions}, the positions of the model"
             raise ValueError(f"max_tokens: found {max_tokens}, accepted: from 1{upper}")
         self._tokenizer = _load(tokenizer)
-        self._template = _read_template(chat_template)
-        if self._template is None and self._tokenizer.chat_template is None:
-            raise ValueError(
-                f"chat_template: not given, and the tokenizer of {str(tokenizer)!r} has none; accepted: "
-                f"Jinja text or the path of a {_TEMPLATE_SUFFIX} file"
-            )
+        self._template = template_text(self._tokenizer, chat_template, "chat_template")
         self.max_tokens: int = max_tokens or min(
             self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
         )
@@ -141,29 +136,26 @@ class ConversationTokenizer:
         return head + row[len(row) - self.max_tokens + len(head) :]
 
 
+def location(model: str | Path) -> str:
+    """What transformers is given: a directory with ``~`` replaced, or the hub name as it is."""
+    directory = Path(model).expanduser()
+    return str(directory) if directory.is_dir() else str(model)
+
+
 def _load(tokenizer: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    place = Path(tokenizer).expanduser()
-    name = str(place) if place.is_dir() else str(tokenizer)
     try:
         # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location(tokenizer), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model: found {str(tokenizer)!r}, accepted: a directory or hub name with a tokenizer "
             f"({_one_line(error)})"
         ) from error
     return loaded
-
-
-def _read_template(chat_template: str | None) -> str | None:
-    if chat_template is None or not chat_template.endswith(_TEMPLATE_SUFFIX):
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise ValueError(f"chat_template: file {path} not found, accepted: a file or Jinja text")
-    return path.read_text(encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gapo_mega.config import ObjectiveConfig, Section
 from gapo_mega.objectives.base import ObjectiveKind
-from gapo_mega.objectives.conversation import ConversationTokenizer
+from gapo_mega.objectives.conversation import ConversationTokenizer, location
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
 
@@ -128,7 +127,7 @@ class HfClassifier(ObjectiveKind):
         from transformers import AutoModelForSequenceClassification
 
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            _location(self._options.model),
+            location(self._options.model),
             dtype=_DTYPES[self._options.dtype],
             trust_remote_code=False,
             output_loading_info=True,
@@ -143,18 +142,13 @@ class HfClassifier(ObjectiveKind):
         return loaded
 
 
-def _location(model: str) -> str:
-    directory = Path(model).expanduser()
-    return str(directory) if directory.is_dir() else model
-
-
 def _classifier_config(model: str) -> PreTrainedConfig:
     """The configuration of a classifier with one label. ``ValueError`` for anything else."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:
         # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
-        config: PreTrainedConfig = AutoConfig.from_pretrained(_location(model), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model: found {model!r}, accepted: a directory or hub name ({reason})") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gapo_mega.chat_template import template_text
 from gapo_mega.supervised.chats import Chat
 from gapo_mega.supervised.pairs import Lengths, Pair
 from gapo_mega.types import Message
@@ -29,28 +29,8 @@ PairIds = tuple[Tensor, Tensor]  # chosen and rejected conversation, each int64 
 ChatIds = tuple[Tensor, Tensor]  # int64 [T], and bool [T]: tokens that are learned
 Item = TypeVar("Item")
 Spans = list[tuple[int, int]]  # [start, end) in characters
+TEMPLATE_PARAMETER = "model.chat_template"
 _AT_ONCE = 1000  # texts given to the tokenizer together: its Python integers take 36 bytes a token
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The Jinja text of ``model.chat_template``: the text itself, a ``.jinja`` file, or the tokenizer's own.
-
-    Raises ``ValueError`` for a file that is not there and a tokenizer that has no template.
-    """
-    if chat_template is None or not chat_template.endswith(".jinja"):
-        try:
-            return str(tokenizer.get_chat_template(chat_template))
-        except ValueError:
-            raise ValueError(
-                "model.chat_template: found nothing, and the tokenizer of model.path has no chat template of "
-                "its own; accepted: Jinja text or a file ending in .jinja"
-            ) from None
-    if not Path(chat_template).is_file():
-        raise ValueError(
-            f"model.chat_template: file {chat_template!r} not found; accepted: Jinja text or a file ending "
-            "in .jinja"
-        )
-    return Path(chat_template).read_text(encoding="utf-8")
 
 
 def encode_pairs(
@@ -204,7 +184,7 @@ class _Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self._tokenizer = tokenizer
-        self._template = template_of(tokenizer, chat_template)
+        self._template = template_text(tokenizer, chat_template, TEMPLATE_PARAMETER)
 
     def __call__(self, messages: Sequence[Message], *, asked: bool = False) -> str:
         """``asked``: with what the template writes to make the assistant answer."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_training import POLICY, ROOT
+from tests.distributed.test_training import ROOT
 from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
 pytestmark = pytest.mark.distributed
@@ -19,11 +19,9 @@ pytestmark = pytest.mark.distributed
 SCRIPT = ROOT / "examples" / "gapo_mistral7b.sh"
 
 
-def test_script_under_torchrun(tmp_path: Path) -> None:
+def test_script_under_torchrun(tmp_path: Path, smollm2: Path) -> None:
     """TP2 through the environment; everything that makes the run small by overrides."""
-    if not POLICY.exists():
-        pytest.skip("models/SmolLM2-135M-Instruct is not there; `make test` converts it")
-    tiny_chat_model(tmp_path / "model", POLICY, family="mistral")
+    tiny_chat_model(tmp_path / "model", smollm2, family="mistral")
     for name in ("reward", "cost"):  # as the beaver models are: Llama, and another tokenizer
         safe_rlhf_model(tmp_path / name, name)
         byte_tokenizer(tmp_path / name)

@@ -23,18 +23,15 @@ from tests.tiny import tiny_chat_model
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 STEPS = 4
 VARYING = ("time/", "tokens_per_second", "memory/")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """A tiny model with a real tokenizer, and prompts."""
-    if not POLICY.exists():
-        pytest.skip("models/SmolLM2-135M-Instruct is not there; `make test` converts it")
     folder = tmp_path_factory.mktemp("training")
-    tiny_chat_model(folder / "model", POLICY)
+    tiny_chat_model(folder / "model", smollm2)
     lines = [json.dumps({"prompt": f"What is {i} plus {7 * i}?"}) for i in range(40)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -24,7 +24,6 @@ from gapo_mega.types import Generation
 from tests.distributed import worlds
 from tests.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
-SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 Pair = tuple[PreTrainedModel, GPTModel]
 VOCABULARY = 101  # not a multiple of anything: the model's table is padded
 LENGTHS = (5, 1, 9, 7, 3, 9, 2)
@@ -265,15 +264,12 @@ def test_errors_name_what_was_found(
         generator(model, world).generate(prompts, sampling, seed=0)
 
 
-@pytest.mark.skipif(
-    not SMOLLM2.is_dir(), reason=f"no {SMOLLM2.name} in models/; make demo and make test fetch it"
-)
-def test_a_pretrained_model_continues_as_in_transformers(world: groups.Groups) -> None:
+def test_a_pretrained_model_continues_as_in_transformers(world: groups.Groups, smollm2: Path) -> None:
     """SmolLM2: 30 layers, 9 heads in 3 groups, tied, vocabulary of 49152."""
-    reference = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     vocabulary = reference.config.vocab_size
     prompts = [[504, 3575, 282], [9690, 198, 2683, 359, 253], [788, 28]]
-    generate = generator(load(SMOLLM2), world, vocabulary=vocabulary, batch_size=8)
+    generate = generator(load(smollm2), world, vocabulary=vocabulary, batch_size=8)
     for penalty in (1.0, 1.2):
         sampling = SamplingParameters(16, temperature=0.0, repetition_penalty=penalty)
         generation = generate.generate(prompts, sampling, seed=0)

@@ -15,9 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gapo_mega.objectives.conversation import ConversationTokenizer
 from gapo_mega.types import Prompt
 
-ROOT = Path(__file__).resolve().parents[2]
-SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
-BEAVER = ROOT / "examples" / "templates" / "beaver.jinja"
+BEAVER = Path(__file__).resolve().parents[2] / "examples" / "templates" / "beaver.jinja"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
 )
@@ -34,10 +32,6 @@ PROMPTS = [
     ),
 ]
 RESPONSES = ["It is 12346,  as far as I know.\n", "Ça dépend: 🌧️ or 東京."]
-
-needs_smollm2 = pytest.mark.skipif(
-    not SMOLLM2.is_dir(), reason=f"no {SMOLLM2.name} in models/; make demo and make test fetch it"
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +56,18 @@ def reference(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@needs_smollm2
-def test_ids_are_those_of_transformers_with_the_models_own_template() -> None:
-    tokenizer = reference(SMOLLM2)
-    found = ConversationTokenizer(SMOLLM2).token_ids(PROMPTS, RESPONSES)
+def test_ids_are_those_of_transformers_with_the_models_own_template(smollm2: Path) -> None:
+    tokenizer = reference(smollm2)
+    found = ConversationTokenizer(smollm2).token_ids(PROMPTS, RESPONSES)
     for prompt, response, row in zip(PROMPTS, RESPONSES, found, strict=True):
         expected = tokenizer.apply_chat_template(prompt.answered(response), return_dict=False)
         assert row == expected
         assert tokenizer.decode(row).count("<|im_start|>assistant") == len(prompt.messages[1::2]) + 1
 
 
-@needs_smollm2
-def test_a_response_is_tokenized_anew_and_not_copied(deepseek: Path) -> None:
+def test_a_response_is_tokenized_anew_and_not_copied(deepseek: Path, smollm2: Path) -> None:
     """Ids of the policy, SmolLM2, spell something else to DeepSeek's tokenizer."""
-    policy, reward = reference(SMOLLM2), reference(deepseek)
+    policy, reward = reference(smollm2), reference(deepseek)
     rows = ConversationTokenizer(deepseek, "{{ messages[-1]['content'] }}").token_ids(PROMPTS, RESPONSES)
     for response, row in zip(RESPONSES, rows, strict=True):
         assert reward.decode(row) == response

@@ -19,18 +19,14 @@ from gapo_mega.supervised_training import RewardRun, SftRun
 from gapo_mega.types import Prompt
 from tests.tiny import tiny_chat_model
 
-ROOT = Path(__file__).resolve().parents[2]
-POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 VARYING = ("time/", "tokens_per_second")
 GOOD, BAD = "yes of course", "no never"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not POLICY.exists():
-        pytest.skip("models/SmolLM2-135M-Instruct is not there; `make test` converts it")
+def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     folder = tmp_path_factory.mktemp("supervised-runs")
-    tiny_chat_model(folder / "model", POLICY)
+    tiny_chat_model(folder / "model", smollm2)
     rows = []
     for i in range(120):
         question = f"\n\nHuman: May I have {i} of them?\n\nAssistant:"
