@@ -207,6 +207,7 @@ def convert(
     conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
     conversion.check()
     if nproc is not None:
+        conversion.check_processes(nproc)
         launch.refuse_under_torchrun(nproc)
         launch.start(nproc, ["convert", *conversion.arguments()])
     _quiet_other_ranks()

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from gapo_mega import model_location
+from gapo_mega.hf_config import read_config
+from gapo_mega.models import shape_of
 from gapo_mega.models.gguf_import import import_gguf
 
 Kind = Literal["hf", "megatron", "gguf"]
@@ -53,13 +55,36 @@ class Conversion:
             raise ValueError(f"--dtype: found {self.dtype} for a .gguf file, which becomes fp32")
         if self.target.exists() and not self.overwrite:
             raise ValueError(f"--to: {self.target} exists already; name another directory, or --overwrite")
+        if kind == "hf" and Path(self.source).expanduser().is_dir():
+            self._check_model(Path(self.source).expanduser())
+
+    def _check_model(self, source: Path) -> None:
+        """The family and the layout, before any process is started."""
+        shape = shape_of(read_config(source, "--from"))
+        for option, value, divided in (
+            ("--tp", self.tensor, {"key-value heads": shape.kv_groups, "MLP width": shape.ffn}),
+            ("--pp", self.pipeline, {"layers": shape.num_layers}),
+        ):
+            for what, size in divided.items():
+                if size % value:
+                    raise ValueError(
+                        f"{option}: found {value}, accepted: a divisor of the model's {size} {what}"
+                    )
+
+    def check_processes(self, count: int) -> None:
+        """Raise ``ValueError`` unless ``count`` processes can share this conversion."""
+        kind = self._source_kind()
+        if count > 1 and (kind != "hf" or self._target_kind(kind) != "megatron"):
+            raise ValueError(
+                f"--nproc: found {count} processes, accepted: 1 (only a conversion from a Hugging Face "
+                "directory to Megatron is shared)"
+            )
 
     def run(self) -> None:
         """Convert. Within torchrun all processes share the writing of a Megatron checkpoint."""
         kind = self._source_kind()
         target = self._target_kind(kind)
-        if target == "hf":
-            self._alone()
+        self.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
         if kind == "gguf" and target == "hf":
             import_gguf(self.source, self.target, overwrite=self.overwrite)
             return
@@ -75,7 +100,6 @@ class Conversion:
         with tempfile.TemporaryDirectory(dir=self._made_parent()) as scratch:
             source = model_location.resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
             if kind == "gguf":
-                self._alone()
                 import_gguf(self.source, source)
             convert.to_checkpoint(
                 source,
@@ -113,15 +137,8 @@ class Conversion:
         return "hf"
 
     def _target_kind(self, source: Kind) -> str:
-        return self.target_kind or ("megatron" if source == "hf" else "hf")
-
-    def _alone(self) -> None:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world > 1:
-            raise ValueError(
-                f"--nproc: found {world} processes, accepted: 1 (only a conversion from a Hugging Face "
-                "directory to Megatron is shared)"
-            )
+        layout = self.tensor > 1 or self.pipeline > 1  # which a Hugging Face directory has not
+        return self.target_kind or ("megatron" if source == "hf" or (source == "gguf" and layout) else "hf")
 
     def _made_parent(self) -> Path:
         try:

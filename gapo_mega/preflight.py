@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from gapo_mega import advantages, aggregation, objectives
 from gapo_mega.config import Config
+from gapo_mega.hf_config import read_config
 from gapo_mega.layout_checks import check_layout, check_model_split
 from gapo_mega.model_location import companions_of
 from gapo_mega.models.hf_directory import HFDirectory
@@ -59,12 +59,4 @@ def _score_shape(config: Config, objective: str, path: str, world_size: int) -> 
 
 def _shape(path: str) -> ModelShape:
     """Of a Hugging Face directory or hub name, from its configuration only."""
-    try:
-        hf_config = AutoConfig.from_pretrained(companions_of(Path(path).expanduser()))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: found {path!r}, accepted: a Hugging Face directory or hub name, or a Megatron "
-            f"checkpoint written by gapo_mega ({reason})"
-        ) from error
-    return shape_of(hf_config)
+    return shape_of(read_config(companions_of(Path(path).expanduser())))

@@ -27,8 +27,9 @@ from gapo_mega.checkpoints import (
     is_due,
 )
 from gapo_mega.config_loading import dump
+from gapo_mega.hf_config import read_config
 from gapo_mega.layout_checks import check_model_split
-from gapo_mega.models import hf_directory, shape_of
+from gapo_mega.models import shape_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.run_logging import RunLog, check_logging
 from gapo_mega.supervised import batches, measures
@@ -68,7 +69,7 @@ class _Start:
 def check(config: SupervisedConfig, world_size: int) -> _Start:
     """Everything that can be refused before data are read or a model is built. Raises ``ValueError``."""
     source = model_location.resolve(config.model.path)
-    hf_config = hf_directory.read_config(model_location.companions_of(source))
+    hf_config = read_config(model_location.companions_of(source))
     shape = shape_of(hf_config)
     layers = config.model.keep_layers
     if layers is not None:
@@ -160,21 +161,12 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         measured = self.evaluate()
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
-            self._export_template(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
             summary = {"steps": self.step, "training_items": self.order.count, "heldout": measured}
             (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
             measures.print_table(measured, self.directory)
         self.engine.barrier()
         return measured
-
-    def _export_template(self, directory: Path) -> None:
-        """A template of the run's own goes with the model: it is how the model wants to be asked."""
-        if self.config.model.chat_template is not None and self.engine.layout.is_main:
-            text = template_text(
-                self.start.tokenizer, self.config.model.chat_template, batches.TEMPLATE_PARAMETER
-            )
-            (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
 
     # -- what kinds differ in ----------------------------------------------------------------------
     @abstractmethod
@@ -205,8 +197,12 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
             layer_types = self.start.hf_config.to_dict().get("layer_types")
             if layer_types is not None:
                 config["layer_types"] = layer_types[:kept]
+        template = self.config.model.chat_template
+        if template is not None:  # it goes with the model: it is how the model wants to be asked
+            template = template_text(self.start.tokenizer, template, batches.TEMPLATE_PARAMETER)
         return {
             "model": self.config.model,
+            "chat_template": template,
             "parallel": self.config.parallel,
             "optimizer": self.config.optimizer,
             "total_steps": self.total_steps,

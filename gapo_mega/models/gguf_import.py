@@ -70,7 +70,10 @@ class _Metadata:
         if not path.is_file():
             raise ValueError(f"GGUF file: {path} does not exist")
         self.path = path
-        self.reader = gguf.GGUFReader(path)
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"GGUF file {path} cannot be read ({error}); accepted: a whole file") from error
 
     def get(self, key: str) -> object:
         """The value of ``key``, or ``None``."""

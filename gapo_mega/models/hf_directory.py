@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
 
+from gapo_mega.hf_config import read_config
 from gapo_mega.models.safetensors_stream import DTYPES
 
 SINGLE = "model.safetensors"
@@ -29,9 +32,15 @@ _WEIGHT_SUFFIXES = (
 )  # fmt: skip
 
 
-def is_companion(file: Path) -> bool:
-    """Whether a file of a model directory is one that belongs beside the weights, such as the tokenizer."""
-    return file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_SUFFIXES)
+_TEMPLATES = "additional_chat_templates"  # folder of the chat templates that have names
+
+
+def companions_in(directory: Path) -> Iterator[Path]:
+    """The files that belong beside the weights, such as the tokenizer; paths below ``directory``."""
+    for file in [*directory.iterdir(), *(directory / _TEMPLATES).glob("*.jinja")]:
+        hidden = file.name.startswith(".")
+        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES):
+            yield file.relative_to(directory)
 
 
 class HFDirectory:
@@ -63,7 +72,10 @@ class HFDirectory:
         )
 
     def _read_index(self, index: Path) -> dict[str, Path]:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
         files = {name: self.path / file for name, file in weight_map.items()}
         missing = sorted({file.name for file in files.values() if not file.is_file()})
         if missing:
@@ -76,11 +88,19 @@ class HFDirectory:
         return frozenset(self._file_of)
 
     def check_names(
-        self, expected: frozenset[str], beside: Collection[str] = (), layers: int | None = None
+        self,
+        expected: frozenset[str],
+        beside: Collection[str] = (),
+        copies: Mapping[str, str] | None = None,
+        layers: int | None = None,
     ) -> None:
         """Raise ``ValueError`` unless every expected tensor is there and every tensor is expected.
 
-        ``beside``: names of others that may be there. ``layers``: those of later layers are left out.
+        Args:
+            expected: names of the tensors that are used.
+            beside: names of others that may be there.
+            copies: of others that may be there where they equal the tensor named, bit by bit.
+            layers: tensors of later layers are left out.
         """
         missing = sorted(expected - self.names)
         if missing:
@@ -88,8 +108,19 @@ class HFDirectory:
         left_out = {name for name in self.names if layers is not None and _layer_of(name) >= layers}
         unused = sorted(self.names - expected - left_out - set(beside))
         unused = [name for name in unused if not name.endswith(_DERIVED_TENSOR)]
+        for name in [name for name in unused if name in (copies or {})]:
+            self._require_equal(name, (copies or {})[name])
+            unused.remove(name)
         if unused:
             raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
+
+    def _require_equal(self, name: str, original: str) -> None:
+        """A copy that differs would be lost silently."""
+        if not torch.equal(self.read(name), self.read(original)):
+            raise ValueError(
+                f"{self.path}: {name} differs from {original}, but config.json ties them "
+                "(tie_word_embeddings true); accepted: equal tensors, or tie_word_embeddings false"
+            )
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the type it is stored in. ``KeyError`` when there is none."""
@@ -97,7 +128,7 @@ class HFDirectory:
         if file.suffix == _PICKLED:
             return _tensors_in(file)[name]
         # Opening maps the file and reads its header only, so nothing is kept open between tensors.
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
 
@@ -111,24 +142,28 @@ class HFDirectory:
         file = self._file_of[name]
         if file.suffix == _PICKLED:
             return _tensors_in(file)[name].to("meta")
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             part = opened.get_slice(name)
             return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-
-
-def read_config(directory: Path) -> PreTrainedConfig:
-    """The configuration of a model directory. ``ValueError`` where there is none."""
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"model.path: {directory} has no config.json; accepted: a Hugging Face directory")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
-    return config
 
 
 def _names(file: Path) -> list[str]:
     if file.suffix == _PICKLED:
         return list(_tensors_in(file))
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         return list(opened.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(
+            f"model.path: {file} cannot be read ({error}); accepted: a whole safetensors file, no pointer of "
+            "Git LFS to one"
+        ) from error
 
 
 def _layer_of(name: str) -> int:
@@ -150,11 +185,19 @@ def _tensors_in(file: Path) -> dict[str, Tensor]:
 @lru_cache(maxsize=1)  # neighbouring tensors are in one file
 def _unpickled(file: Path, _written: int) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = _loaded(file)
     except UnpicklingError as error:
         raise ValueError(
             f"model.path: {file} holds more than tensors, which is not unpickled; accepted: weights only"
         ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"model.path: {file} cannot be read ({error}); accepted: a whole file") from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"model.path: {file} is not a table of tensors; accepted: a saved state_dict")
     return content
+
+
+def _loaded(file: Path) -> Any:
+    """Mapped into memory, but for files in the format of PyTorch before 1.6, which cannot be."""
+    mapped = zipfile.is_zipfile(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

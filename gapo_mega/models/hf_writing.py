@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -13,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gapo_mega.models.hf_directory import INDEX, SINGLE, is_companion
+from gapo_mega.models.hf_directory import INDEX, SINGLE, companions_in
 from gapo_mega.models.safetensors_stream import num_bytes, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -48,15 +52,15 @@ def write_hf(
     with complete_or_absent(Path(directory), overwrite, needed) as partial:
         copy_companions(Path(companions), partial)
         _write_shards(partial, promised, iter(tensors), shard_bytes)
-        set_config(partial / "config.json", config or {}, {t.dtype for t in promised.values()})
+        set_config(partial / "config.json", config or {}, prevailing_dtype(promised.values()))
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy everything of a model directory but its weights; ``target`` is made if need be."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if is_companion(file):
-            shutil.copyfile(file, target / file.name)
+    for file in companions_in(source):
+        (target / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, target / file)
 
 
 @contextmanager
@@ -81,14 +85,32 @@ def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> 
     partial.chmod(0o755)  # mkdtemp makes it private
     try:
         yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        _put_in_place(partial, target)
     except OSError as error:
         raise ValueError(f"{target} was not written: {error}") from error
     finally:
         if partial.exists():
             shutil.rmtree(partial)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give ``partial`` the name ``target``; what has it now goes once the new one is there, never before."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
+    try:
+        shutil.rmtree(replaced)
+    except OSError as error:
+        logger.warning(
+            "%s was replaced; what it held could not be removed from %s: %s", target, replaced, error
+        )
 
 
 def _write_shards(
@@ -123,13 +145,21 @@ def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[st
     return shards
 
 
-def set_config(file: Path, changes: Mapping[str, object], dtypes: set[torch.dtype]) -> None:
+def prevailing_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type of most elements: a normaliser's statistics may have another one than the weights."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0]
+
+
+def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype) -> None:
     """Set ``changes`` and, where the file names a type, that of the tensors; it stays as it is else."""
     config = json.loads(file.read_text())
     before = dict(config)
     config.update(changes)
     for key in ("dtype", "torch_dtype"):  # the second is the name before transformers 5
-        if key in config and len(dtypes) == 1:
-            config[key] = _DTYPE_NAMES[next(iter(dtypes))]
+        if key in config and dtype in _DTYPE_NAMES:
+            config[key] = _DTYPE_NAMES[dtype]
     if config != before:
         file.write_text(json.dumps(config, indent=2) + "\n")

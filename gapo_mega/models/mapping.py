@@ -20,6 +20,7 @@ from gapo_mega.models.shape import ModelShape
 OUTPUT_LAYER = "output_layer.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
+_HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
 _TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -93,7 +94,11 @@ class WeightMap:
         self.tensor = tensor
         self.padded_vocab = shape.padded_vocab(tensor) if padded_vocab is None else padded_vocab
         self._table = {name: rule for name, rule in table.items() if _has_parameter(shape, name)}
+        # Tensors that a tied model's files may hold although they are others again: copy -> original.
+        self.copies: dict[str, str] = {}
         if shape.tied:
+            original = self._table[EMBEDDING].sources
+            self.copies = dict(zip(table[OUTPUT_LAYER].sources, original, strict=True))
             self._table[OUTPUT_LAYER] = self._table[EMBEDDING]
         divided = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "padded vocabulary": self.padded_vocab}
         for what, size in divided.items():
@@ -141,7 +146,7 @@ class WeightMap:
         """
         rule, sources = self._find(name)
         tensors = [read(source) for source in sources]
-        self._check_shapes(rule, sources, tensors)
+        self._check_shapes(name, rule, sources, tensors)
         if rule.kind == "vocab":
             padding = tensors[0].new_zeros(self.padded_vocab - self.shape.vocab, *tensors[0].shape[1:])
             return torch.cat([tensors[0], padding]).chunk(self.tensor)[rank]
@@ -190,22 +195,34 @@ class WeightMap:
         queries, keys = self.shape.heads * self.shape.head_dim, self.shape.kv_groups * self.shape.head_dim
         return queries, keys, keys
 
-    def _check_shapes(self, rule: Rule, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Rows (or, where the second dimension is split, columns) as the configuration promises."""
+    def _check_shapes(self, name: str, rule: Rule, sources: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Sizes as the configuration promises them, of every dimension."""
         shape = self.shape
-        rows: dict[str, tuple[int, ...]] = {
-            "vocab": (shape.vocab,),
-            "gated": (shape.ffn, shape.ffn),
-            "qkv": self._qkv_rows(),
+        width = shape.heads * shape.head_dim if "self_attention" in name else shape.ffn
+        one: dict[str, tuple[int, ...]] = {
+            "vocab": (shape.vocab, shape.hidden),
+            "columns": (shape.hidden, width),
+            "replicated": self._replicated_size(name),
         }
-        expected = rows.get(rule.kind, tuple(tensor.shape[0] for tensor in tensors))
-        for name, tensor, count in zip(names, tensors, expected, strict=True):
-            if tensor.shape[0] != count:
-                raise ValueError(f"{name}: found {tensor.shape[0]} rows, config.json promises {count}")
+        rows = {"gated": (shape.ffn, shape.ffn), "qkv": self._qkv_rows()}.get(rule.kind)
+        columns = () if name.endswith(".bias") else (shape.hidden,)
+        expected = [one[rule.kind]] if rows is None else [(count, *columns) for count in rows]
+        for source, tensor, size in zip(sources, tensors, expected, strict=True):
+            if tensor.shape != size:
+                raise ValueError(
+                    f"{source}: found the shape {list(tensor.shape)}, config.json promises {list(size)}"
+                )
+
+    def _replicated_size(self, name: str) -> tuple[int, ...]:
+        if name == OUTPUT_LAYER:  # a score model's head
+            return (1, self.shape.hidden)
+        if name.endswith(".bias"):  # its bias
+            return (1,)
+        return (self.shape.head_dim if name.endswith(_HEAD_NORMS) else self.shape.hidden,)
 
 
 def _has_parameter(shape: ModelShape, name: str) -> bool:
     """Whether a model of this shape has a parameter that a family's table may list."""
     if name.endswith("linear_qkv.bias"):
         return shape.qkv_bias
-    return shape.qk_norm or not name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+    return shape.qk_norm or not name.endswith(_HEAD_NORMS)

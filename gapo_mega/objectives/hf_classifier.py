@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gapo_mega.config import ObjectiveConfig, Section
+from gapo_mega.hf_config import read_config
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.objectives.conversation import ConversationTokenizer, location
 from gapo_mega.objectives.options import read_options
@@ -126,12 +128,18 @@ class HfClassifier(ObjectiveKind):
     def _read(self) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            location(self._options.model),
-            dtype=_DTYPES[self._options.dtype],
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                location(self._options.model),
+                dtype=_DTYPES[self._options.dtype],
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise self._error(
+                f"options: model: found {self._options.model!r}, accepted: one with weights ({reason})"
+            ) from error
         if report["missing_keys"]:
             raise self._error(
                 f"options: model: {self._options.model!r} lacks {sorted(report['missing_keys'])}, "
@@ -144,14 +152,9 @@ class HfClassifier(ObjectiveKind):
 
 def _classifier_config(model: str) -> PreTrainedConfig:
     """The configuration of a classifier with one label. ``ValueError`` for anything else."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    try:
-        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: found {model!r}, accepted: a directory or hub name ({reason})") from error
+    config = read_config(location(model), "model")
     names = config.architectures or []
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not all(
         name.endswith(_SUFFIX) for name in names

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from transformers import AutoConfig
 
 from gapo_mega.config import ObjectiveConfig, Section
+from gapo_mega.hf_config import read_config
 from gapo_mega.model_location import companions_of
 from gapo_mega.objectives.base import ObjectiveKind, ScoreModelRequest, TokenScorer
 from gapo_mega.objectives.conversation import ConversationTokenizer
@@ -53,13 +53,12 @@ class MegatronScore(ObjectiveKind):
         path = Path(options.model).expanduser()
         companions = companions_of(path) if path.is_dir() else options.model
         try:
-            hf_config = AutoConfig.from_pretrained(companions, trust_remote_code=False)
+            hf_config = read_config(companions, "model")
             self._conversations = ConversationTokenizer(
                 companions, options.chat_template, options.max_tokens, hf_config.max_position_embeddings
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise self._error(f"options: model: found {options.model!r}: {reason}") from error
+        except ValueError as error:
+            raise self._error(f"options: {error}") from error
 
     def attach(self, scorer: TokenScorer) -> None:
         """See ``ObjectiveKind.attach``."""

@@ -30,10 +30,10 @@ from gapo_mega.engine.megatron.dist_format import (
     write,
 )
 from gapo_mega.engine.megatron.score import head_if_any
+from gapo_mega.hf_config import read_config
 from gapo_mega.model_location import COMPANIONS
 from gapo_mega.models import HFDirectory, shape_of, write_hf
-from gapo_mega.models.hf_directory import read_config
-from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, set_config
+from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, prevailing_dtype, set_config
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.safetensors_stream import num_bytes
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
@@ -76,7 +76,7 @@ def to_checkpoint(
     with _shared(target, overwrite, plan.num_bytes()) as folder:
         if rank == 0:
             copy_companions(source, folder / COMPANIONS)
-            set_config(folder / COMPANIONS / "config.json", {}, plan.dtypes())
+            set_config(folder / COMPANIONS / "config.json", {}, plan.dtype())
         bar = tqdm(
             total=len(directory.names), desc=target.name, unit="tensor", disable=None if rank == 0 else True
         )
@@ -156,7 +156,8 @@ class _Plan:
             raise ValueError(
                 f"--pp: found {pipeline}, accepted: a divisor of the model's {self._shape.num_layers} layers"
             )
-        source.check_names(self._weights.hf_names(), self._head.statistics if self._head else ())
+        beside = self._head.statistics if self._head else ()
+        source.check_names(self._weights.hf_names(), beside, self._weights.copies)
 
     def about(self) -> dict[str, Any]:
         """What the checkpoint says of itself."""
@@ -167,9 +168,9 @@ class _Plan:
         """Size of the result, near enough."""
         return sum(num_bytes(self._typed(self._source.like(name))) for name in self._source.names)
 
-    def dtypes(self) -> set[torch.dtype]:
-        """Types of the tensors in the result."""
-        return {self._dtype} if self._dtype else {self._source.like(n).dtype for n in self._source.names}
+    def dtype(self) -> torch.dtype:
+        """Type of the tensors in the result."""
+        return self._dtype or prevailing_dtype(self._source.like(name) for name in self._source.names)
 
     def empty_objects(self) -> list[str]:
         """Keys of objects that hold nothing."""

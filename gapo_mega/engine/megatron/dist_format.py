@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -102,8 +103,17 @@ def write(
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """What ``write`` (or a run) stored beside the tensors. Unpickles it."""
-    common: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, weights_only=False)
+    """What ``write`` (or a run) stored beside the tensors. Unpickles it.
+
+    Raises ``ValueError`` where it is not there or broken.
+    """
+    try:
+        common: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, weights_only=False)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {directory}: its {COMMON_STATE_FNAME} cannot be read ({error}); accepted: the "
+            "directory of a complete checkpoint"
+        ) from error
     return common
 
 
@@ -155,7 +165,7 @@ class DistReader:
         self._reader = FileSystemReader(directory)
         try:
             self._metadata: Metadata = self._reader.read_metadata()
-        except OSError as error:
+        except (OSError, EOFError, UnpicklingError) as error:
             raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 

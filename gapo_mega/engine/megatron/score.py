@@ -17,7 +17,8 @@ from gapo_mega.engine.megatron.dist_format import DistReader, is_checkpoint, rea
 from gapo_mega.engine.megatron.forward import forward_only
 from gapo_mega.engine.megatron.frozen import FrozenModel
 from gapo_mega.engine.megatron.groups import Groups
-from gapo_mega.models import HFDirectory, hf_directory, shape_of
+from gapo_mega.hf_config import read_config
+from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import KEPT, ScoreHead, score_head_of
 from gapo_mega.types import Experience, bare_experience
 
@@ -66,7 +67,7 @@ class ScoreModel:
                 f"{source}: found a language model, accepted: a score model with one score a text"
             )
         self._head = head
-        shape = shape_of(hf_directory.read_config(model_location.companions_of(source)))
+        shape = shape_of(read_config(model_location.companions_of(source)))
         model = build_gpt(shape, settings, parallel, value_heads=1)
         weights.load(model, shape, source, self._head)
         self._model = FrozenModel(model, offload)

@@ -38,7 +38,7 @@ class Update:
     """What one optimizer step measured, over all data-parallel ranks; the same on every rank."""
 
     loss: float  # mean over pairs, or over learned tokens
-    right: float  # share of pairs whose chosen row has the higher score; 0 for chats
+    right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
     gradient_norm: float  # before clipping
     learning_rate: float
     skipped: bool  # True: the gradient was not finite, parameters untouched
@@ -55,6 +55,7 @@ class SupervisedEngine(groups.Collective, ABC):
         micro_batch: rows of a forward pass.
         head: the score head of ``source``, where it has one.
         config: entries of the trained model's ``config.json`` that differ from the source's.
+        chat_template: Jinja text that the trained model is to be asked with; none: the source's.
         existing: groups of this layout; none: they are made here.
     """
 
@@ -71,12 +72,14 @@ class SupervisedEngine(groups.Collective, ABC):
         seed: int,
         head: ScoreHead | None = None,
         config: Mapping[str, object],
+        chat_template: str | None = None,
         existing: groups.Groups | None = None,
     ) -> None:
         self._shape = shape
         self._source = source
         self._micro_batch = micro_batch
         self._config = config
+        self._chat_template = chat_template
         super().__init__(existing or groups.initialize(parallel.tensor, parallel.pipeline))
         groups.seed(seed)
         with megatron_device():
@@ -139,7 +142,8 @@ class SupervisedEngine(groups.Collective, ABC):
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._source), folder)
-            set_config(folder / "config.json", self._config, {self._trainable.model.config.params_dtype})
+            self._write_template(folder)
+            set_config(folder / "config.json", self._config, self._trainable.model.config.params_dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Inverse of ``save``; returns ``extra``."""
@@ -157,6 +161,12 @@ class SupervisedEngine(groups.Collective, ABC):
                 config=self._config,
                 overwrite=True,
             )
+        if self.layout.is_main:
+            self._write_template(directory)
+
+    def _write_template(self, directory: Path) -> None:
+        if self._chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8")
 
     # -- what kinds differ in ----------------------------------------------------------------------
     @abstractmethod
@@ -209,7 +219,9 @@ class PairEngine(SupervisedEngine):
 
     def _loss_sum(self, output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
         chosen_P, rejected_P = self._measured(output, batch).view(-1, 2).unbind(dim=1)
-        return bradley_terry_sum(chosen_P, rejected_P, self._center), (chosen_P > rejected_P).sum().float()
+        # A tie is half right, as in the held-out accuracy.
+        right = ((chosen_P - rejected_P).sign() + 1).sum() / 2
+        return bradley_terry_sum(chosen_P, rejected_P, self._center), right.detach()
 
     def _measured(self, output: Tensor, batch: Experience) -> Tensor:
         return output[..., 0][batch.response_mask_BT].float()

@@ -74,7 +74,11 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
 
 
 def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
-    prefix = trained_model_prefix(read_common(directory).get("about", {}))
+    about = read_common(directory).get("about", {})
+    if about.get("score_head") and not isinstance(model, ValueModel):
+        # With tied embeddings nothing would be missing.
+        raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
+    prefix = trained_model_prefix(about)
     state = {
         key: value
         for key, value in model.sharded_state_dict(metadata=dict(METADATA)).items()
@@ -161,7 +165,7 @@ def _check_names(
     if headless:
         expected = frozenset(name for name in expected if name.startswith(_BACKBONE))
         beside = {name for name in source.names if not name.startswith(_BACKBONE)}
-    source.check_names(expected, beside, layers)
+    source.check_names(expected, beside, weights.copies, layers)
 
 
 @dataclass(frozen=True)

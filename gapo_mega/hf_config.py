@@ -1,0 +1,33 @@
+"""The configuration of a Hugging Face model, or one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+# What transformers raises for a config.json that is missing, broken, incomplete or absurd.
+_ERRORS = (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError)
+
+
+def read_config(place: str | Path, parameter: str = "model.path") -> PreTrainedConfig:
+    """The configuration of a model directory or hub repository. Code that comes with it is never run.
+
+    Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read.
+    """
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise ValueError(
+            f"{parameter}: {place} has no config.json; accepted: a Hugging Face directory, or a Megatron "
+            "checkpoint written by gapo_mega"
+        )
+    try:
+        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+    except _ERRORS as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{parameter}: found {str(place)!r}, accepted: a Hugging Face directory or hub name with a sound "
+            f"configuration, or a Megatron checkpoint written by gapo_mega ({type(error).__name__}: {reason})"
+        ) from error
+    return config
