@@ -7,6 +7,7 @@ from pathlib import Path
 # What a hub repository is asked for; pickled weights only where it has no others.
 _SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
 _PICKLED_PATTERNS = [*_SAFE_PATTERNS[:-1], "pytorch_model*.bin"]
+_IGNORED_PATTERNS = ["consolidated*"]  # the same weights once more, in the form of Mistral's own code
 COMPANIONS = "hf"  # folder of a Megatron checkpoint that holds what is beside the weights
 
 
@@ -29,7 +30,11 @@ def resolve(name_or_path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(str(name_or_path), allow_patterns=_SAFE_PATTERNS))
+        found = Path(
+            snapshot_download(
+                str(name_or_path), allow_patterns=_SAFE_PATTERNS, ignore_patterns=_IGNORED_PATTERNS
+            )
+        )
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(name_or_path), allow_patterns=_PICKLED_PATTERNS))
         return found

@@ -268,6 +268,12 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         from gapo_mega.engine.megatron.supervised import PairEngine
 
         start = self.start
+        head = head_if_any(start.source)
+        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
+            raise ValueError(
+                f"model.path: {start.source} is a score model with a bias, a normaliser or a sign, "
+                "which training would not keep; accepted: a language model, or a transformers classifier"
+            )
         family = start.hf_config.model_type
         config: dict[str, object] = {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]],
@@ -279,7 +285,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         return PairEngine(
             start.shape,
             start.source,
-            head=head_if_any(start.source),
+            head=head,
             center=self.config.center_rewards,
             pad_id=start.pad_id,
             **arguments,

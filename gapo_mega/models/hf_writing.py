@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -52,7 +51,7 @@ def write_hf(
     with complete_or_absent(Path(directory), overwrite, needed) as partial:
         copy_companions(Path(companions), partial)
         _write_shards(partial, promised, iter(tensors), shard_bytes)
-        set_config(partial / "config.json", config or {}, prevailing_dtype(promised.values()))
+        set_config(partial / "config.json", config or {}, common_dtype(promised.values()))
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -145,21 +144,19 @@ def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[st
     return shards
 
 
-def prevailing_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The type of most elements: a normaliser's statistics may have another one than the weights."""
-    counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        counts[tensor.dtype] += tensor.numel()
-    return counts.most_common(1)[0][0]
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The type of all tensors but single numbers (a normaliser's statistics); none where it is not one."""
+    found = {tensor.dtype for tensor in tensors if tensor.numel() > 1}
+    return found.pop() if len(found) == 1 else None
 
 
-def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype) -> None:
+def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype | None) -> None:
     """Set ``changes`` and, where the file names a type, that of the tensors; it stays as it is else."""
     config = json.loads(file.read_text())
     before = dict(config)
     config.update(changes)
     for key in ("dtype", "torch_dtype"):  # the second is the name before transformers 5
-        if key in config and dtype in _DTYPE_NAMES:
+        if key in config and dtype is not None:
             config[key] = _DTYPE_NAMES[dtype]
     if config != before:
         file.write_text(json.dumps(config, indent=2) + "\n")

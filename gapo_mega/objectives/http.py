@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import requests
 from pydantic import Field, field_validator
-from requests.adapters import HTTPAdapter
-from requests.exceptions import InvalidHeader
+from requests.exceptions import ChunkedEncodingError, InvalidHeader
 from requests.utils import check_header_validity
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from urllib3 import Retry
+from urllib3.exceptions import InvalidHeader as InvalidAnswerHeader
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import parse_url
 
@@ -24,8 +25,10 @@ from gapo_mega.types import Prompt
 
 Sample = dict[str, Any]
 
-# Too many requests, and whatever may pass at the server.
-_PASSING = frozenset({429, *range(500, 600)})
+# Too many requests, and whatever may pass at the server; no connection, no answer, or half of one.
+_PASSING_STATUS = frozenset({429, *range(500, 600)})
+_PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError)
+_LONGEST_WAIT = 120.0  # seconds before a retry, also where the service asks for more
 _FROM_ENVIRONMENT = "env:"
 _EXCERPT = 200  # characters of an answer that an error shows
 
@@ -36,14 +39,18 @@ class HttpOptions(Section):
     url: str = Field(description="http:// or https:// address that samples are posted to")
     batch_size: int = Field(32, ge=1, description="samples of one request")
     concurrency: int = Field(4, ge=1, description="requests under way at once, from each data-parallel rank")
-    timeout: float = Field(60.0, gt=0, description="seconds to wait for an answer, in each attempt")
+    timeout: float = Field(
+        60.0, gt=0, description="longest silence of the service in seconds, in each attempt"
+    )
     retries: int = Field(
-        5, ge=0, description="further attempts after connection errors, timeouts, status 429 and 5xx"
+        5,
+        ge=0,
+        description="further attempts after connection errors, timeouts, cut answers, status 429, 5xx",
     )
     backoff: float = Field(
         0.5,
         ge=0,
-        description="the k-th retry waits backoff * 2^(k-1) seconds, 120 at most; the first does not wait",
+        description="the k-th retry waits backoff * 2^(k-1) seconds, or what Retry-After says; 120 at most",
     )
     headers: dict[str, str] = Field(
         default_factory=dict, description="sent along; 'env:NAME' is the value of an environment variable"
@@ -100,43 +107,43 @@ class Http(ObjectiveKind):
 
     def _post(self, samples: list[Sample]) -> list[Any]:
         """The scores of one request. ``ValueError`` when the last attempt fails or answers something else."""
-        # A session of its own: they are not made to be shared between threads.
-        with requests.Session() as session:
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=self._retry()))
-            try:
-                answer = session.post(
-                    self._options.url,
-                    json={"samples": samples},
-                    headers=self._headers,
-                    timeout=self._options.timeout,
-                    allow_redirects=False,  # a redirected POST would become a GET
-                )
-            except requests.RequestException as error:
-                found, attempts = self._cause(error)
-                raise self._failure(len(samples), attempts, found) from error
-        attempts = 1 + len(answer.raw.retries.history)
-        if answer.status_code != 200:
-            raise self._failure(len(samples), attempts, f"status {answer.status_code} and {_excerpt(answer)}")
-        return self._scores(answer, len(samples), attempts)
-
-    def _cause(self, error: requests.RequestException) -> tuple[str, int]:
-        """What kept an answer from coming, without the layers that the libraries put around it; attempts."""
-        reason: object = error.args[0] if error.args else error
-        attempts = 1
-        if isinstance(reason, MaxRetryError):
-            reason, attempts = reason.reason or reason, self._options.retries + 1
-        return f"{type(reason).__name__} ({' '.join(str(reason).split())[:_EXCERPT]})", attempts
-
-    def _retry(self) -> Retry:
-        return Retry(
-            total=self._options.retries,
-            backoff_factor=self._options.backoff,
-            status_forcelist=_PASSING,
-            allowed_methods=["POST"],  # scoring changes nothing, so it can be asked for twice
-            raise_on_status=False,
-            respect_retry_after_header=True,
+        attempts = Retrying(
+            retry=retry_if_exception_type(_Passing),  # scoring changes nothing, so it can be asked for twice
+            stop=stop_after_attempt(self._options.retries + 1),
+            wait=self._seconds_to_wait,
+            reraise=True,
         )
+        try:
+            answer = attempts(self._ask, samples)
+        except (_Passing, requests.RequestException) as error:
+            found = error.found if isinstance(error, _Passing) else _cause(error)
+            raise self._failure(len(samples), attempts.statistics["attempt_number"], found) from error
+        count = attempts.statistics["attempt_number"]
+        if answer.status_code != 200:
+            raise self._failure(len(samples), count, f"status {answer.status_code} and {_excerpt(answer)}")
+        return self._scores(answer, len(samples), count)
+
+    def _ask(self, samples: list[Sample]) -> requests.Response:
+        """One attempt: an answer with all of its body, or ``_Passing``."""
+        try:
+            answer = requests.post(
+                self._options.url,
+                json={"samples": samples},
+                headers=self._headers,
+                timeout=self._options.timeout,
+                allow_redirects=False,  # a redirected POST would become a GET
+            )
+        except _PASSING_ERRORS as error:
+            raise _Passing(_cause(error)) from error
+        if answer.status_code in _PASSING_STATUS:
+            raise _Passing(f"status {answer.status_code} and {_excerpt(answer)}", _retry_after(answer))
+        return answer
+
+    def _seconds_to_wait(self, state: RetryCallState) -> float:
+        failure = state.outcome.exception() if state.outcome is not None else None
+        asked = failure.seconds if isinstance(failure, _Passing) else 0.0
+        backoff = wait_exponential(multiplier=self._options.backoff, max=_LONGEST_WAIT)(state)
+        return min(max(asked, backoff), _LONGEST_WAIT)
 
     def _scores(self, answer: requests.Response, count: int, attempts: int) -> list[Any]:
         try:
@@ -156,6 +163,31 @@ class Http(ObjectiveKind):
             f"{self._options.url}: found, after {times}, {found}; accepted: status 200 with "
             f'{{"scores": [...]}}, {count} numbers'
         )
+
+
+class _Passing(Exception):
+    """What may be better at the next attempt: what was found, and how long the service asks to wait."""
+
+    def __init__(self, found: str, seconds: float = 0.0) -> None:
+        super().__init__(found)
+        self.found = found
+        self.seconds = seconds
+
+
+def _cause(error: requests.RequestException) -> str:
+    """What kept an answer from coming, without the layers that the libraries put around it."""
+    reason: object = error.args[0] if error.args else error
+    if isinstance(reason, MaxRetryError):
+        reason = reason.reason or reason
+    return f"{type(reason).__name__} ({' '.join(str(reason).split())[:_EXCERPT]})"
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Seconds, 0 where the service does not say."""
+    try:
+        return float(Retry().parse_retry_after(answer.headers["Retry-After"]))
+    except (KeyError, InvalidAnswerHeader):
+        return 0.0
 
 
 def _sample(prompt: Prompt, response: str) -> Sample:

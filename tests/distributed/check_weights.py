@@ -46,7 +46,9 @@ def logits_of(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tensor | N
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: model, export (folders), layout, dtype, tokens of the checked sequences.
+    """``arguments``: model, weights, export (folders), layout, dtype, tokens of the checked sequences.
+
+    ``weights`` is the model itself, or a checkpoint that it was converted to.
 
     Gives ``logit_error``, the greatest difference over the greatest logit, and ``different``, the
     names of exported tensors that do not equal the originals bit by bit.
@@ -61,7 +63,7 @@ def _check(arguments: dict[str, Any], layout: ParallelConfig, world: groups.Grou
     config = ModelConfig.model_validate({"path": str(directory), "dtype": arguments["dtype"]})
     with megatron_device():
         model = build.build_gpt(shape, config, layout)
-        weights.load_hf(model, shape, directory)
+        weights.load(model, shape, Path(arguments["weights"]))
         weights.export_hf(model, shape, directory, export)
 
     tokens_BT = torch.randint(

@@ -29,7 +29,7 @@ from gapo_mega.engine.megatron.dist_format import METADATA, DistReader, read_com
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import score_head_of
 from tests.distributed import worlds
-from tests.tiny import safe_rlhf_model, tiny_llama, tiny_mistral
+from tests.tiny import safe_rlhf_model, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 COMPANIONS = {
     "generation_config.json": '{"eos_token_id": [2, 7],   "temperature": 0.6}',
@@ -76,6 +76,34 @@ def there_and_back(source: Path, folder: Path, **layout: int) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back_is_bit_equal(tmp_path: Path, layout: dict[str, int], tied: bool) -> None:
     there_and_back(language_model(tmp_path / "hf", tied=tied), tmp_path, **layout)
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_llama3])
+def test_every_family_there_and_back(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "hf", vocab=101)
+    there_and_back(tmp_path / "hf", tmp_path, tensor=2, pipeline=2)
+
+
+def test_a_stored_copy_of_a_tied_output_layer_is_left_out(tmp_path: Path) -> None:
+    source = language_model(tmp_path / "hf", tied=True)
+    tensors = load_file(source / "model.safetensors")
+    changed(source, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    convert.to_checkpoint(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == tensors.keys()
+    changed(source, **{"lm_head.weight": tensors["model.embed_tokens.weight"] * 2})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        convert.to_checkpoint(source, tmp_path / "other")
+
+
+def test_named_chat_templates_come_along(tmp_path: Path) -> None:
+    source = language_model(tmp_path / "hf")
+    named = Path("additional_chat_templates") / "tool_use.jinja"
+    (source / named).parent.mkdir()
+    (source / named).write_text("{{ tools }}")
+    convert.to_checkpoint(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert (tmp_path / "back" / named).read_bytes() == (source / named).read_bytes()
 
 
 def test_types_are_kept_or_changed_on_demand(tmp_path: Path) -> None:
@@ -251,14 +279,57 @@ def test_an_existing_target_is_replaced_only_on_demand(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         convert.to_checkpoint(source, tmp_path / "ckpt")
     convert.to_checkpoint(source, tmp_path / "ckpt", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
     (tmp_path / "ckpt" / "metadata.json").unlink()  # what makes it a checkpoint, and is written last
     with pytest.raises(ValueError, match=r"no metadata\.json"):
         convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
 
 
+def test_what_is_replaced_stays_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = language_model(tmp_path / "hf")
+    convert.to_checkpoint(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    before = files_of(tmp_path / "back")
+    rename = Path.rename
+
+    def refusing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(13, "no renaming here")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refusing)
+        with pytest.raises(ValueError, match=r"back was not written: .*no renaming here"):
+            convert.to_hf(tmp_path / "ckpt", tmp_path / "back", overwrite=True)
+    assert files_of(tmp_path / "back") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(OSError(16, "busy")))
+        convert.to_hf(tmp_path / "ckpt", tmp_path / "back", overwrite=True)
+    assert "could not be removed" in caplog.text
+    assert_same_model(tmp_path / "back", source)
+
+
+def test_a_score_model_is_no_policy(tmp_path: Path, one_process: None) -> None:
+    """With tied embeddings a policy asks for nothing that a score model lacks."""
+    source = language_model(tmp_path / "hf", tied=True)
+    config = LlamaForSequenceClassification.config_class.from_pretrained(source, num_labels=1)
+    LlamaForSequenceClassification(config).float().save_pretrained(tmp_path / "classifier")
+    convert.to_checkpoint(tmp_path / "classifier", tmp_path / "ckpt")
+    shape = shape_of(HFDirectory(source).config)
+    with megatron_device():
+        model = build.build_gpt(shape, ModelConfig(path=str(source)), ParallelConfig())
+        with pytest.raises(ValueError, match=r"found a score model, accepted: a language model"):
+            weights.load(model, shape, tmp_path / "ckpt")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tensor": 3}, r"--tp: found 3, accepted: a divisor of the model's \d+ key-value heads"),
+        ({"pipeline": 3}, r"--pp: found 3, accepted: a divisor of the model's 4 layers"),
         ({"dtype": "int8"}, r"--dtype: found 'int8', accepted: fp32, bf16, fp16"),
         ({"target_kind": "onnx"}, r"--format: found 'onnx', accepted: hf, megatron"),
         ({"target_kind": "hf"}, r"--format: found hf, but .* is that already"),

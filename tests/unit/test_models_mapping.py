@@ -299,6 +299,6 @@ def test_tensors_of_another_shape_than_the_configuration_are_refused(tmp_path: P
     source = HFDirectory(file.parent)
     weights = family_of(source.config).weight_map(shape_of(source.config))
     with pytest.raises(
-        ValueError, match=r"layers.1.mlp.up_proj.weight: found 80 rows, config.json promises 96"
+        ValueError, match=r"layers.1.mlp.up_proj.weight: found the shape \[80, 48\], .* \[96, "
     ):
         weights.to_megatron("decoder.layers.1.mlp.linear_fc1.weight", source.read, 0)

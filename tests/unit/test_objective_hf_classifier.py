@@ -158,7 +158,7 @@ def test_building_needs_no_weights(tmp_path: Path) -> None:
     classifier(tmp_path, llama())
     (tmp_path / "model.safetensors").unlink()
     scored = objective(tmp_path)
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises(ValueError, match=r"objective 'helpful': options: model: .* one with weights"):
         scored.score(PROMPTS, RESPONSES)
 
 
@@ -211,7 +211,7 @@ def test_only_the_end_of_a_long_conversation_is_scored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "/nowhere/at/all"}, r"model: found '/nowhere/at/all', accepted: a directory or hub name"),
+        ({"model": "/nowhere/at/all"}, r"model: found '/nowhere/at/all', accepted: a Hugging Face directory"),
         ({"batch_size": 0}, r"batch_size: found 0, accepted: greater than or equal to 1"),
         ({"device": "gpu"}, r"device: found 'gpu', accepted: auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, r"device: found 'cuda:99', but torch sees \d+ CUDA devices"),

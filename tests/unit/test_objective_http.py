@@ -54,6 +54,7 @@ class Service:
     headers: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     url: str = ""
+    after_body: Callable[[int], object] = lambda number: None  # before the connection is let go of
 
 
 @pytest.fixture
@@ -79,6 +80,8 @@ def service() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], Se
                 with contextlib.suppress(ConnectionError):  # a client that has given up
                     self.end_headers()
                     self.wfile.write(body)
+                    self.wfile.flush()
+                    state.after_body(number)
 
             def log_message(self, format: str, *arguments: Any) -> None:
                 """Quiet."""
@@ -268,6 +271,34 @@ def test_a_slow_answer_is_a_failed_attempt(service: Any) -> None:
     with pytest.raises(ValueError, match=r"after 1 attempt, ReadTimeoutError \(.*Read timed out"):
         objective(state.url, timeout=0.5, retries=0).score(PROMPTS[:2], RESPONSES[:2])
     stop.set()
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_half_an_answer_is_a_failed_attempt(service: Any, stalled: bool) -> None:
+    """The connection is closed within the body, or nothing more of it comes."""
+    stop = threading.Event()
+
+    def answer(number: int, content: dict[str, Any]) -> Answer:
+        status, body, headers = right(content)
+        if number == 0:
+            return status, body[:5], {"Content-Length": str(len(body)), "Connection": "close"}
+        return status, body, headers
+
+    state = service(answer)
+    state.after_body = lambda number: stop.wait(30) if stalled and number == 0 else None
+    assert objective(state.url, timeout=0.5, retries=1).score(PROMPTS[:2], RESPONSES[:2]) == EXPECTED[:2]
+    assert len(state.requests) == 2
+    stop.set()
+
+
+def test_a_long_retry_after_is_cut(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    state = service(
+        lambda number, content: (503, b"", {"Retry-After": "3600"}) if number == 0 else right(content)
+    )
+    assert objective(state.url).score(PROMPTS[:2], RESPONSES[:2]) == EXPECTED[:2]
+    assert waited == [120.0]
 
 
 def test_nobody_listens(service: Any) -> None:

@@ -33,7 +33,7 @@ from gapo_mega.engine.megatron.score import head_if_any
 from gapo_mega.hf_config import read_config
 from gapo_mega.model_location import COMPANIONS
 from gapo_mega.models import HFDirectory, shape_of, write_hf
-from gapo_mega.models.hf_writing import complete_or_absent, copy_companions, prevailing_dtype, set_config
+from gapo_mega.models.hf_writing import common_dtype, complete_or_absent, copy_companions, set_config
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.safetensors_stream import num_bytes
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
@@ -168,9 +168,9 @@ class _Plan:
         """Size of the result, near enough."""
         return sum(num_bytes(self._typed(self._source.like(name))) for name in self._source.names)
 
-    def dtype(self) -> torch.dtype:
-        """Type of the tensors in the result."""
-        return self._dtype or prevailing_dtype(self._source.like(name) for name in self._source.names)
+    def dtype(self) -> torch.dtype | None:
+        """Type of the tensors in the result; none where it is not one."""
+        return self._dtype or common_dtype(self._source.like(name) for name in self._source.names)
 
     def empty_objects(self) -> list[str]:
         """Keys of objects that hold nothing."""
