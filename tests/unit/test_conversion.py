@@ -329,7 +329,7 @@ def test_a_score_model_is_no_policy(tmp_path: Path, one_process: None) -> None:
     ("options", "message"),
     [
         ({"tensor": 3}, r"--tp: found 3, accepted: a divisor of the model's \d+ key-value heads"),
-        ({"pipeline": 3}, r"--pp: found 3, accepted: a divisor of the model's 4 layers"),
+        ({"pipeline": 3}, r"--pp: found 3, accepted: a divisor of the model's 2 layers"),
         ({"dtype": "int8"}, r"--dtype: found 'int8', accepted: fp32, bf16, fp16"),
         ({"target_kind": "onnx"}, r"--format: found 'onnx', accepted: hf, megatron"),
         ({"target_kind": "hf"}, r"--format: found hf, but .* is that already"),

