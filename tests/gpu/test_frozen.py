@@ -8,7 +8,10 @@ from torch import nn
 
 from gapo_mega.engine.megatron.frozen import FrozenModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_offloaded_weights_come_for_a_use_and_go_after_it() -> None:
