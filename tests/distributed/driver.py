@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import traceback
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.distributed import (
-    check_checkpoint,
-    check_engine,
-    check_generation,
-    check_gradient,
-    check_supervised,
-    check_weights,
-    worlds,
-)
+from tests.distributed import worlds
 
-CHECKS: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        check_checkpoint,
-        check_engine,
-        check_generation,
-        check_gradient,
-        check_supervised,
-        check_weights,
-    )
-}
+_NAMES = ("checkpoint", "engine", "generation", "gradient", "supervised", "weights")
+# Imported with this module, so that forked processes have them.
+_CHECKS = {f"check_{name}": importlib.import_module(f"tests.distributed.check_{name}") for name in _NAMES}
 
 Job = tuple[str, dict[str, Any]]
 """A check module's name and the arguments of its ``run``."""
@@ -55,7 +39,7 @@ def run_rank(rank: int, ranks: int, port: int, jobs: list[Job], results_file: Pa
     results: list[dict[str, Any]] = []
     for name, arguments in jobs:
         try:
-            results.append({"result": CHECKS[name].run(arguments)})
+            results.append({"result": _CHECKS[name].run(arguments)})
         except Exception:  # reported to the test, which fails with it
             results.append({"error": traceback.format_exc()})
             print(f"rank {rank}: {results[-1]['error']}", flush=True)
