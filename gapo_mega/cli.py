@@ -277,8 +277,10 @@ def step(
     from gapo_mega import launch
     from gapo_mega.config_loading import load
     from gapo_mega.preflight import check
+    from gapo_mega.step_benchmark_report import check_target
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]
+    check_target(out)
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
         check(settings, nproc)
@@ -293,10 +295,10 @@ def step(
 
     run = StepBenchmark(settings, shape, counts)
     run.run(rounds)
+    result = {**report.circumstances(settings, world, rounds), **run.result()}
     if run.engine.layout.is_main:
-        result = {**report.circumstances(settings, world, rounds), **run.result()}
-        report.write(out, result)
         report.print_table(result)
+        report.write(out, result)
         print(f"written: {out}")
     run.engine.close()
 

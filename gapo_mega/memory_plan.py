@@ -152,7 +152,9 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
-    shared = forward_kind(config, data) == "shared"
+    # A graph that serves one backward only is let go of within it.
+    once = config.gradients.scope == "last_layer" or len(config.objectives) == 1
+    kept = forward_kind(config, data) == "shared" and not once
     offloaded = config.model.offload_reference
     scoring = [
         (
@@ -174,7 +176,7 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
         critic=_critic(config, shape, data, stage),
         visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
-        activations=activation_peak(config, shape, stage, microbatches(config, data), shared),
+        activations=activation_peak(config, shape, stage, microbatches(config, data), kept),
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience
 
 BASELINE = "one objective"
+_NO_LEARNING = 1e-20  # a learning rate below the rounding of any parameter
 # On a CPU gloo's threads may release too late to be seen (allocation.py): of several peaks the least counts.
 MEMORY_STEPS = 2
 # Name -> settings of `gradients`. Those that the layout or the batch does not allow are left out.
@@ -127,6 +129,10 @@ class StepBenchmark:
         self.config = config
         # With one objective the engine's own strategy holds no rows beside the contenders'.
         own = _variant(config, 1, {})
+        # Every turn trains on the same batch. Parameters that moved would leave PPO's clipping range, where
+        # gradients are zero and work is saved.
+        still = {"lr": _NO_LEARNING, "weight_decay": 0.0}
+        own = own.model_copy(update={"optimizer": own.optimizer.model_copy(update=still)})
         self.engine = MegatronEngine(own, shape, source, pad_id=0, eos_ids=[0], with_critic=False)
         layout = self.engine.layout
         self.contenders = contenders(config, shape, layout.data, objectives)
@@ -192,10 +198,23 @@ class StepBenchmark:
         return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def result(self) -> dict[str, Any]:
-        """Medians, ratios to the baseline of the same round, and bytes by kind on this rank."""
+        """Medians, ratios to the baseline of the same round, and bytes by kind. Collective.
+
+        Each number of bytes is that of the rank with the most of this kind.
+        """
+        resident = self._resident()
+        sizes = [*resident.values()]
+        for contender in self.contenders:
+            sizes += [contender.row_bytes, contender.peak_bytes]
+        most = torch.tensor(sizes, dtype=torch.int64, device=device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        found = iter(most.tolist())
+        kinds = {name: next(found) for name in resident}
+        for contender in self.contenders:
+            contender.row_bytes, contender.peak_bytes = next(found), next(found)
         baseline = self.contenders[0]
         return {
-            "bytes": self._resident(),
+            "bytes": kinds,
             "strategies": [_summary(contender, baseline) for contender in self.contenders],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from datetime import date
 from importlib.metadata import version
@@ -34,10 +35,20 @@ def circumstances(config: Config, world: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def check_target(path: Path) -> None:
+    """Raise ``ValueError`` unless ``path`` can be written, as far as can be told before it is."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out: found {path}, accepted: a file in a folder that can be written to")
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
-    """The result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """The result as JSON. Raises ``ValueError`` where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out: {path} cannot be written: {error}") from error
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
@@ -64,11 +75,11 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     kinds = {**result["bytes"], "activations": baseline["peak_bytes"]}
     text = ", ".join(f"{kind} {_mib(size)}" for kind, size in kinds.items())
-    console.print(f"bytes on rank 0 with one objective: {text}", soft_wrap=True)
+    console.print(f"bytes with one objective: {text}", soft_wrap=True)
     console.print(
         "m: objectives. ratio: to the step with one objective of the same round (median). rows: gradients "
         "held beside Megatron's buffer. extra peak: what a step allocates at its peak, above that of the "
-        "step with one objective.",
+        "step with one objective. Bytes: of the rank with the most.",
         style="dim",
         soft_wrap=True,
     )

@@ -155,11 +155,13 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
 def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
     """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
     path = run_dir / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     # The last line of a run that is writing it right now is not complete.
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
     for row in rows:
         _check_keys(row, names, path)
+        _check_values(row, names, path)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
     if not usable:
         raise ValueError(
@@ -174,6 +176,37 @@ def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
         grams=torch.stack([gram for _, gram in usable]),
         weights=np.array([[row[f"weight/{name}"] for name in names] for row, _ in usable], dtype=float),
     )
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    """A step's metrics. Raises ``ValueError`` for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not _is_number(row.get("step")):
+        raise ValueError(f"{place}: found {line.strip()[:60]!r}, accepted: a JSON object with a step")
+    return row
+
+
+def _check_values(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Norms and cosines are what norms and cosines can be, or null; weights are numbers, or null."""
+    most = 1 + 1e-6  # a logged cosine is rounded
+    for key, least, greatest in (
+        *((f"grad_norm/{name}", 0.0, math.inf) for name in names),
+        *((f"weight/{name}", -math.inf, math.inf) for name in names),
+        *((f"cosine/{a}/{b}", -most, most) for a, b in combinations(names, 2)),
+    ):
+        value = row[key]
+        if value is not None and not (_is_number(value) and least <= value <= greatest):
+            raise ValueError(
+                f"{path}: step {row['step']}: found {key} {value!r}, accepted: a number"
+                + (f" from {least:.0f} to {greatest:.0f}" if math.isfinite(least) else "")
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_keys(row: dict[str, Any], names: Sequence[str], path: Path) -> None:

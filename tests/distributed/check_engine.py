@@ -136,6 +136,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "gram": [r.gram.tolist() for r in reports],
         "weights": [r.weights.tolist() for r in reports],
         "norm": [r.gradient_norm for r in reports],
+        "actual_change": [r.actual_change for r in reports],
         "predicted_norm": [float((r.weights @ r.gram @ r.weights).sqrt()) for r in reports],
     }
 

@@ -312,6 +312,28 @@ def test_missing_metrics_are_named(tmp_path: Path, key: str) -> None:
         audit_run(run)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1, 2]", r"metrics\.jsonl: line 2: found '\[1, 2\]', accepted: a JSON object with a step"),
+        ("5", r"line 2: found '5', accepted"),
+        ("", r"line 2: found '', accepted"),
+        ('{"step": null}', r"line 2: found .*, accepted: a JSON object with a step"),
+        ({"grad_norm/helpful": -3.0}, r"step 2: found grad_norm/helpful -3\.0, accepted: a number from 0"),
+        ({"grad_norm/helpful": "3"}, r"step 2: found grad_norm/helpful '3', accepted: a number"),
+        ({"cosine/helpful/harmless": -5.0}, r"found cosine/helpful/harmless -5\.0, .* from -1 to 1"),
+        ({"weight/harmless": [1]}, r"found weight/harmless \[1\], accepted: a number"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, line: Any, message: str) -> None:
+    run = write_run(tmp_path, opposing())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[1] = line if isinstance(line, str) else json.dumps(json.loads(lines[1]) | line)
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=message):
+        audit_run(run)
+
+
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run directory: .*nowhere not found"):
         audit_run(tmp_path / "nowhere")

@@ -209,8 +209,8 @@ def test_an_objective_without_a_gradient(model: Path, gradients: dict[str, Any],
     torch.testing.assert_close(report.weights[1:], others, rtol=1e-9, atol=0)
 
 
-def test_actual_change_after_clipping_and_of_a_lost_gradient(model: Path, tmp_path: Path) -> None:
-    """Clipping changes what the buffer holds; a last weight of nothing leaves nothing to tell."""
+def test_actual_change_after_clipping_and_in_a_corner(model: Path, tmp_path: Path) -> None:
+    """Clipping changes what the buffer holds; an objective without weight has a change like any other."""
     settings = {"actual_change": True, "forward": "shared"}
     clipped = {**SGD, "clip_grad": 0.01}
     with engine_of(model, settings, PARTS, clipped) as engine:
@@ -218,16 +218,21 @@ def test_actual_change_after_clipping_and_of_a_lost_gradient(model: Path, tmp_pa
         report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
         engine.export_hf(tmp_path / "one")
         # After an even number of microbatches in turns the buffer holds the first objective's sum.
-        weights = aggregation.build("weighted_sum", weights=[1e-9, 1.0, 1.0])
-        lost = engine.update_policy(batch, check_engine.loss, weights)
+        weights = aggregation.build("weighted_sum", weights=[0.0, 1.0, 0.3])
+        corner = engine.update_policy(batch, check_engine.loss, weights)
+        engine.export_hf(tmp_path / "two")
     assert report.clip_factor < 0.5
-    rows = Reference(model, batch).rows()
-    expected = rows @ (flat(model) - flat(tmp_path / "one"))
-    assert report.actual_change is not None and lost.actual_change is not None
-    size = rows.norm(dim=1) * (flat(model) - flat(tmp_path / "one")).norm()
-    # A clipped change is small beside the fp32 parameters that it is a difference of.
-    assert bool(((torch.tensor(report.actual_change).double() - expected).abs() <= 1e-3 * size).all())
-    assert [math.isnan(change) for change in lost.actual_change] == [True, False, False]
+    for found, start, end in (
+        (report, model, tmp_path / "one"),
+        (corner, tmp_path / "one", tmp_path / "two"),
+    ):
+        rows, change = Reference(start, batch).rows(), flat(start) - flat(end)
+        size = rows.norm(dim=1) * change.norm()
+        # A clipped change is small beside the fp32 parameters that it is a difference of.
+        difference = torch.tensor(found.actual_change, dtype=torch.float64) - rows @ change
+        assert bool((difference.abs() <= 1e-3 * size).all())
+    weighted = corner.weights[:, None] * Reference(tmp_path / "one", batch).rows()
+    assert corner.gradient_norm == pytest.approx(float(weighted.sum(0).norm()), rel=1e-5)
 
 
 def test_proportion() -> None:
@@ -258,9 +263,9 @@ def test_single_leaves_out_the_last_pass_where_it_can(model: Path, monkeypatch: 
     counted: list[int] = []
     original = SeparatePasses.gradient
 
-    def counting(self: SeparatePasses, *arguments: Any) -> None:
+    def counting(self: SeparatePasses, *arguments: Any, **options: Any) -> None:
         counted.append(1)
-        original(self, *arguments)
+        original(self, *arguments, **options)
 
     monkeypatch.setattr(SeparatePasses, "gradient", counting)
     two = [{"name": "a"}, {"name": "b"}]

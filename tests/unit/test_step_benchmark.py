@@ -26,14 +26,16 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     config = check_engine.make_config(
         str(directory),
         {},
-        {"name": "adam"},
+        # A large learning rate: were anything learned, objectives would run out of gradients. One that is not
+        # distributed: gloo's copies for it are released where the meter cannot see it.
+        {"name": "adam", "lr": 1e-2, "distributed": False},
         micro_batch_size=8,
         data={"source": "s", "max_prompt_tokens": 5},
         rollout={"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 7},
     )
     run = StepBenchmark(config, shape_of(HFDirectory(directory).config), [3])
-    run.run(rounds=2)
-    yield {**report.circumstances(config, 1, 2), **run.result()}
+    run.run(rounds=5)
+    yield {**report.circumstances(config, 1, 5), **run.result()}
     run.engine.close()
 
 
@@ -56,8 +58,10 @@ def test_memory_is_counted_from_the_tensors(result: dict[str, Any]) -> None:
     assert rows["single"]["row_bytes"] == rows[BASELINE]["row_bytes"] == 0
     assert rows["last_layer"]["row_bytes"] == 3 * 256 * 72 * 4  # the padded vocabulary times hidden
     # Graphs are let go of and rows are not copied: a step's own peak differs by activations only.
-    for name in ("separate", "single"):
-        assert rows[name]["peak_bytes"] == pytest.approx(rows[BASELINE]["peak_bytes"], rel=0.02)
+    for name, tolerance in (("separate", 0.02), ("single", 0.02), ("last_layer", 0.05)):
+        assert rows[name]["peak_bytes"] == pytest.approx(rows[BASELINE]["peak_bytes"], rel=tolerance)
+    # A graph that serves several backwards is kept through the first ones.
+    assert rows["shared"]["peak_bytes"] > 1.03 * rows[BASELINE]["peak_bytes"]
 
 
 def test_table_and_file(result: dict[str, Any], tmp_path: Path) -> None:
@@ -67,6 +71,17 @@ def test_table_and_file(result: dict[str, Any], tmp_path: Path) -> None:
     report.print_table(result, Console(file=text, width=120))
     for row in result["strategies"]:
         assert row["name"] in text.getvalue()
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    report.check_target(tmp_path / "new" / "folder" / "step.json")
+    assert not (tmp_path / "new").exists()
+    for wrong in (tmp_path, tmp_path / "a file" / "step.json"):
+        with pytest.raises(ValueError, match=r"^--out: found .*, accepted: a file in a folder"):
+            report.check_target(wrong)
+        with pytest.raises(ValueError, match=r"^--out: .* cannot be written"):
+            report.write(wrong, {})
 
 
 def test_what_the_layout_rules_out_is_left_out(tmp_path: Path) -> None:

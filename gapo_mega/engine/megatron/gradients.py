@@ -100,6 +100,7 @@ class GradientStrategy(ABC):
             # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
             self.trainable.zero_grad()
             return self._skipped(losses, found.gram, clock, nonfinite)
+        clock.lap("optimizer")
         if not self._norm_checked:
             self._norm_checked = self._check_norm(found, measured)
             clock.lap("check")
@@ -130,11 +131,12 @@ class GradientStrategy(ABC):
         spare: Sequence[Sequence[Tensor]],
         clock: Clock,
         only: Collection[nn.Parameter] | None = None,
+        last: bool = False,
     ) -> None:
         """Every objective's gradient, one after the other: all but the last into ``spare``, shaped like
-        ``shard``; the last stays there. ``only``: as of ``Passes.gradient``."""
+        ``shard``; the last stays there. ``only``, ``last``: as of ``Passes.gradient``."""
         for index in range(self.objectives):
-            passes.gradient(one_hot(index, self.objectives), only)
+            passes.gradient(one_hot(index, self.objectives), only, last and index == self.objectives - 1)
             if index != self.objectives - 1:
                 for kept, piece in zip(spare[index], shard.pieces, strict=True):
                     kept.copy_(piece)

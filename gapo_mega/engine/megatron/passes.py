@@ -61,10 +61,17 @@ class Passes(Protocol):
         """This rank's part of every ``L_k`` seen so far [M], float64 on the CPU; last stage only."""
         ...
 
-    def gradient(self, coefficients: Sequence[float], only: Collection[nn.Parameter] | None = None) -> None:
+    def gradient(
+        self,
+        coefficients: Sequence[float],
+        only: Collection[nn.Parameter] | None = None,
+        last: bool = False,
+    ) -> None:
         """Leave the reduced gradient of ``sum_k coefficients_k L_k`` in Megatron's buffer.
 
-        ``only``: of these parameters; what the others' places then hold is not defined.
+        Args:
+            only: of these parameters; what the others' places then hold is not defined.
+            last: none is asked for after this one, so a kept graph is let go of on the way.
         """
         ...
 
@@ -89,8 +96,13 @@ class SeparatePasses:
         self._task = task
         self.losses = torch.zeros(task.objectives, dtype=torch.float64)
 
-    def gradient(self, coefficients: Sequence[float], only: Collection[nn.Parameter] | None = None) -> None:
-        """See ``Passes.gradient``."""
+    def gradient(
+        self,
+        coefficients: Sequence[float],
+        only: Collection[nn.Parameter] | None = None,
+        last: bool = False,
+    ) -> None:
+        """See ``Passes.gradient``; every graph is its own and gone after it."""
         task = self._task
         wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
 
@@ -121,27 +133,40 @@ class SharedGraph:
         self._logits = get_gradient_edge(logits_NV)
         self.losses = torch.stack(self._losses).detach().double().cpu()
 
-    def cotangent(self, coefficients: Sequence[float]) -> Tensor:
-        """Gradient of the combined loss with respect to the logits at the response positions [N, V]."""
+    def cotangent(self, coefficients: Sequence[float], last: bool = False) -> Tensor:
+        """Gradient of the combined loss with respect to the logits at the response positions [N, V].
+
+        ``last``: see ``Passes.gradient``.
+        """
         total = combined(self._losses, coefficients)
-        (grad_NV,) = torch.autograd.grad(total, self._logits, retain_graph=True)
+        if last:
+            self._losses = []
+        (grad_NV,) = torch.autograd.grad(total, self._logits, retain_graph=not last)
         return grad_NV
 
-    def gradient(self, coefficients: Sequence[float], only: Collection[nn.Parameter] | None = None) -> None:
+    def gradient(
+        self,
+        coefficients: Sequence[float],
+        only: Collection[nn.Parameter] | None = None,
+        last: bool = False,
+    ) -> None:
         """See ``Passes.gradient``."""
         self._trainable.zero_grad()
-        self.add_gradient(coefficients, only)
+        self.add_gradient(coefficients, only, last)
 
     def add_gradient(
-        self, coefficients: Sequence[float], only: Collection[nn.Parameter] | None = None
+        self,
+        coefficients: Sequence[float],
+        only: Collection[nn.Parameter] | None = None,
+        last: bool = False,
     ) -> None:
         """As ``gradient``, onto what the buffer holds: the sum over data ranks is taken of both."""
         model = self._trainable.model
         with nullcontext() if only is None else _without_overlap(model):
             torch.autograd.backward(
                 self._logits,
-                self.cotangent(coefficients),
-                retain_graph=True,
+                self.cotangent(coefficients, last),
+                retain_graph=not last,
                 inputs=None if only is None else list(only),
             )
             reduce_gradients([model])

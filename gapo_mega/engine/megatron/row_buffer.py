@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from gapo_mega.engine.megatron.build import Trainable
-from gapo_mega.engine.megatron.shard import GradientShard, chunk_elements, chunks, owned
+from gapo_mega.engine.megatron.shard import GradientShard, exchange, owned
 
 
 class RowBuffer:
@@ -50,11 +50,7 @@ class RowBuffer:
         """The buffer's sum of ``old`` into a row, that of ``new`` into the buffer."""
         if new in self._place:
             row = self._place.pop(new)
-            for piece, start, end, _ in chunks([p.numel() for p in row], chunk_elements()):
-                mine, other = self._shard.pieces[piece][start:end], row[piece][start:end]
-                kept = mine.clone()
-                mine.copy_(other)
-                other.copy_(kept)
+            exchange(self._shard.pieces, row)
         else:
             row = self._free.pop()
             for kept, piece_data in zip(row, self._shard.pieces, strict=True):

@@ -64,7 +64,7 @@ class Scoped(GradientStrategy):
         found = Direction(passes.losses.clone(), gram, weights, ops.Status(int(status)))
         clock.lap("aggregate")
         if found.status == ops.Status.OK:
-            passes.gradient(weights.tolist())
+            passes.gradient(weights.tolist(), last=True)
             clock.lap("direction")
         return found
 

@@ -119,6 +119,15 @@ def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, i
         offset += length
 
 
+def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """Swap what two rows hold, each in its own type."""
+    for piece, start, end, _ in chunks([p.numel() for p in one], chunk_elements()):
+        mine, theirs = one[piece][start:end], other[piece][start:end]
+        kept = mine.clone()
+        mine.copy_(theirs)
+        theirs.copy_(kept)
+
+
 def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
     """Memory for a copy of ``piece``, placed for rows that are read side by side.
 

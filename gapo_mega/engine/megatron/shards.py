@@ -20,9 +20,10 @@ from gapo_mega.engine.megatron.metric import combine_rows_, inner_products
 from gapo_mega.engine.megatron.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.row_buffer import RowBuffer
+from gapo_mega.engine.megatron.shard import exchange
 
 _MOST_ROWS = 16  # of one call of the Gram kernel
-_SMALLEST_SHARE = 1e-4  # of the combination, in fp32: the gradient out of the difference is good to 1e-3
+_SMALL_PART = 0.1  # of the largest: a gradient out of the fp32 difference is good to 1e-5 above it
 
 
 class Shards(GradientStrategy):
@@ -54,6 +55,8 @@ class Shards(GradientStrategy):
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
         gram = self.global_gram(inner_products(self.shard, self._rows, self.metric(self.shard)))
         weights, status = ops.solve(gram, aggregator)
+        if self._before is not None:
+            self._put_large_part_last(gram, weights)
         combine_rows_(self.shard.pieces, self._rows, weights)
         found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
         clock.lap("aggregate")
@@ -67,7 +70,7 @@ class Shards(GradientStrategy):
         passes = passes_over(self.trainable, task, self.shared)
         if self.shared:
             clock.lap("forward")
-        self.keep_gradients(passes, self.shard, self._spare, clock)
+        self.keep_gradients(passes, self.shard, self._spare, clock, last=True)
         self._rows = [*self._spare, self.shard.pieces]
         return passes.losses
 
@@ -81,7 +84,7 @@ class Shards(GradientStrategy):
             clock.lap("forward")
             for index in order:
                 buffer.bring(index)
-                graph.add_gradient(one_hot(index, self.objectives))
+                graph.add_gradient(one_hot(index, self.objectives), last=index == order[-1])
                 clock.lap(self.lap_of(index))
             losses += graph.losses
             del graph  # before the next one is built
@@ -100,6 +103,21 @@ class Shards(GradientStrategy):
         return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())
 
     # -- the change that the optimizer made ----------------------------------------------------------
+    def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
+        """Let Megatron's buffer hold a row that makes up a good part of the combination.
+
+        It is written over, and ``change`` needs its gradient again: out of the combination, in whose rounding
+        a small part (none, in a corner) would be lost.
+        """
+        if self._setting.adam:
+            gram = self.global_gram(inner_products(self.shard, self._rows))
+        shares = (weights.abs() * gram.diagonal().sqrt()).tolist()
+        held = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
+        largest = max(range(self.objectives), key=shares.__getitem__)
+        if shares[held] < _SMALL_PART * shares[largest]:
+            exchange(self._rows[held], self._rows[largest])
+            self._rows[held], self._rows[largest] = self._rows[largest], self._rows[held]
+
     @torch.no_grad()
     def _remember(self, row: list[Tensor]) -> None:
         """This rank's part of the parameters, as the optimizer holds them, into ``row``."""
@@ -111,7 +129,7 @@ class Shards(GradientStrategy):
         """``<parameters before - after, g_k>`` of every objective.
 
         The buffer holds the combination by now, in whose place ``g_last = (d - sum w_k g_k) / w_last`` is
-        taken: NaN where the last gradient's share of the combination is lost in its rounding.
+        taken: NaN where the combination is zero.
         """
         if self._before is None:
             return None
@@ -123,13 +141,9 @@ class Shards(GradientStrategy):
         square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
         scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
         weights = found.weights
-        shares = weights.abs() * found.gram.diagonal().sqrt()
         others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
         weight = float(weights[last])
-        if scale and float(shares[last]) > _SMALLEST_SHARE * float(shares.sum()):
-            products[last] = (products[last] / scale - others) / weight
-        else:
-            products[last] = math.nan
+        products[last] = (products[last] / scale - others) / weight if scale and weight else math.nan
         return products
 
     def _products_with(self, row: Sequence[Tensor]) -> list[float]:

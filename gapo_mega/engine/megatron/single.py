@@ -96,7 +96,7 @@ class Single(GradientStrategy):
         """The combined gradient into the buffer."""
         ratio = proportion(weights, held)
         if ratio is None:
-            passes.gradient(weights)
+            passes.gradient(weights, last=True)
         else:
             ops.combine_(self.shard.pieces, [self.shard.pieces], [ratio])
 
