@@ -160,7 +160,7 @@ class StepBenchmark:
         with megatron_device():
             engine = self.engine
             strategy = strategies.build(contender.config, engine.policy, engine.groups, engine.shape)
-        contender.row_bytes = strategy.row_bytes
+        contender.row_bytes = _most(strategy.row_bytes)
         return strategy
 
     def _measure_memory(self, contender: Contender) -> None:
@@ -171,7 +171,7 @@ class StepBenchmark:
             with measure_allocations(device()) as found:
                 self._step(contender, strategy)
             peaks.append(found.peak_bytes)
-        contender.peak_bytes = min(peaks)
+        contender.peak_bytes = _most(min(peaks))
 
     def _step(self, contender: Contender, strategy: GradientStrategy) -> tuple[float, GradientReport]:
         """Wall time of the slowest rank, and the report."""
@@ -202,19 +202,9 @@ class StepBenchmark:
 
         Each number of bytes is that of the rank with the most of this kind.
         """
-        resident = self._resident()
-        sizes = [*resident.values()]
-        for contender in self.contenders:
-            sizes += [contender.row_bytes, contender.peak_bytes]
-        most = torch.tensor(sizes, dtype=torch.int64, device=device())
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        found = iter(most.tolist())
-        kinds = {name: next(found) for name in resident}
-        for contender in self.contenders:
-            contender.row_bytes, contender.peak_bytes = next(found), next(found)
         baseline = self.contenders[0]
         return {
-            "bytes": kinds,
+            "bytes": {kind: _most(size) for kind, size in self._resident().items()},
             "strategies": [_summary(contender, baseline) for contender in self.contenders],
         }
 
@@ -239,6 +229,13 @@ class StepBenchmark:
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _most(size: int) -> int:
+    """The greatest of all ranks' sizes. Collective."""
+    found = torch.tensor(size, dtype=torch.int64, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def _by_phase(report: GradientReport) -> dict[str, float]:

@@ -160,8 +160,7 @@ def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
     for row in rows:
-        _check_keys(row, names, path)
-        _check_values(row, names, path)
+        _check(row, names, path)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
     if not usable:
         raise ValueError(
@@ -189,14 +188,20 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _check_values(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Norms and cosines are what norms and cosines can be, or null; weights are numbers, or null."""
+def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Norms and cosines are there and what they can be, or null; weights are numbers, or null."""
     most = 1 + 1e-6  # a logged cosine is rounded
-    for key, least, greatest in (
-        *((f"grad_norm/{name}", 0.0, math.inf) for name in names),
-        *((f"weight/{name}", -math.inf, math.inf) for name in names),
-        *((f"cosine/{a}/{b}", -most, most) for a, b in combinations(names, 2)),
-    ):
+    limits = {
+        **{f"grad_norm/{name}": (0.0, math.inf) for name in names},
+        **{f"weight/{name}": (-math.inf, math.inf) for name in names},
+        **{f"cosine/{a}/{b}": (-most, most) for a, b in combinations(names, 2)},
+    }
+    for key, (least, greatest) in limits.items():
+        if key not in row:
+            raise ValueError(
+                f"{path}: step {row['step']} has no {key!r}, accepted: the metrics of every objective "
+                f"in {CONFIG_FILE} ({', '.join(names)})"
+            )
         value = row[key]
         if value is not None and not (_is_number(value) and least <= value <= greatest):
             raise ValueError(
@@ -207,17 +212,6 @@ def _check_values(row: dict[str, Any], names: Sequence[str], path: Path) -> None
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_keys(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    keys = [f"{kind}/{name}" for name in names for kind in ("grad_norm", "weight")]
-    keys += [f"cosine/{a}/{b}" for a, b in combinations(names, 2)]
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise ValueError(
-            f"{path}: step {row.get('step')} has no {missing[0]!r}, accepted: the metrics of every objective "
-            f"in {CONFIG_FILE} ({', '.join(names)})"
-        )
 
 
 def _gram(row: dict[str, Any], names: Sequence[str]) -> Tensor | None:

@@ -108,9 +108,10 @@ class HFDirectory:
         left_out = {name for name in self.names if layers is not None and _layer_of(name) >= layers}
         unused = sorted(self.names - expected - left_out - set(beside))
         unused = [name for name in unused if not name.endswith(_DERIVED_TENSOR)]
-        for name in [name for name in unused if name in (copies or {})]:
-            self._require_equal(name, (copies or {})[name])
-            unused.remove(name)
+        for name, original in (copies or {}).items():
+            if name in unused:
+                self._require_equal(name, original)
+                unused.remove(name)
         if unused:
             raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
 

@@ -19,8 +19,8 @@ from unittest import mock
 from torch.distributed import TCPStore
 
 from tests.distributed.driver import Job, run_rank
+from tests.environment import SETTINGS
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 900.0
 
 
@@ -49,8 +49,7 @@ def _server() -> ForkServerContext:
     """One for the whole test process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.driver"])
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    with mock.patch.dict(os.environ, settings):
+    with mock.patch.dict(os.environ, SETTINGS):
         forkserver.ensure_running()
     return context
 

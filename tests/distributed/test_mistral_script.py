@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_training import ROOT
+from tests.environment import ROOT
 from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
 pytestmark = pytest.mark.distributed

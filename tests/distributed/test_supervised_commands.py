@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from gapo_mega.supervised.config import RewardModelConfig, SftConfig
 from gapo_mega.supervised_training import RewardRun, SftRun
-from tests.distributed.test_training import ROOT
+from tests.environment import environment
 from tests.tiny import tiny_chat_model
 
 pytestmark = pytest.mark.distributed
@@ -59,9 +58,8 @@ def command(folder: Path, verb: str, name: str, **changes: Any) -> dict[str, flo
     """The summary's held-out measures of a run on two processes."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings(folder, name, **changes)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "gapo_mega.cli", verb, "--config", str(path), "--nproc", "2"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.stdout.count("held-out data") == 1
     measured: dict[str, float] = json.loads((folder / name / "summary.json").read_text())["heldout"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,11 +17,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.environment import ROOT, environment
 from tests.tiny import tiny_chat_model
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 VARYING = ("time/", "tokens_per_second", "memory/")
 
@@ -69,10 +68,9 @@ def write_config(folder: Path, name: str, **sections: Any) -> Path:
 
 def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
     """``gapo-mega train`` as one process, in its own process group."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "gapo_mega.cli", "train", "--config", str(config), *overrides]
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -239,9 +237,8 @@ def test_throughput_tool(folder: Path) -> None:
     config = write_config(folder, "throughput", checkpoint={"every_steps": 0})
     out = folder / "throughput.json"
     tool = ROOT / "tools" / "benchmark_throughput.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tool), "--config", str(config), "--steps", "2", "--out", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens/s" in done.stdout and "backward/short" in done.stdout
     result = json.loads(out.read_text())

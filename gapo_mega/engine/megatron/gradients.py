@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.aggregation.base import zero_objectives
@@ -23,7 +23,7 @@ from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.metric import AdamMetric, inner_products
-from gapo_mega.engine.megatron.passes import Passes, Task, one_hot
+from gapo_mega.engine.megatron.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.shard import GradientShard
 from gapo_mega.types import Experience
 
@@ -130,7 +130,7 @@ class GradientStrategy(ABC):
         shard: GradientShard,
         spare: Sequence[Sequence[Tensor]],
         clock: Clock,
-        only: Collection[nn.Parameter] | None = None,
+        only: Only = None,
         last: bool = False,
     ) -> None:
         """Every objective's gradient, one after the other: all but the last into ``spare``, shaped like

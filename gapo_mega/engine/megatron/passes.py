@@ -26,6 +26,8 @@ from gapo_mega.engine.megatron.forward import forward_backward, run_model, seque
 from gapo_mega.engine.megatron.logprobs import before_response, logprobs_of
 from gapo_mega.types import Experience
 
+Only = Collection[nn.Parameter] | None  # parameters that a gradient is of; None: all
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,12 +63,7 @@ class Passes(Protocol):
         """This rank's part of every ``L_k`` seen so far [M], float64 on the CPU; last stage only."""
         ...
 
-    def gradient(
-        self,
-        coefficients: Sequence[float],
-        only: Collection[nn.Parameter] | None = None,
-        last: bool = False,
-    ) -> None:
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """Leave the reduced gradient of ``sum_k coefficients_k L_k`` in Megatron's buffer.
 
         Args:
@@ -96,12 +93,7 @@ class SeparatePasses:
         self._task = task
         self.losses = torch.zeros(task.objectives, dtype=torch.float64)
 
-    def gradient(
-        self,
-        coefficients: Sequence[float],
-        only: Collection[nn.Parameter] | None = None,
-        last: bool = False,
-    ) -> None:
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """See ``Passes.gradient``; every graph is its own and gone after it."""
         task = self._task
         wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
@@ -144,22 +136,12 @@ class SharedGraph:
         (grad_NV,) = torch.autograd.grad(total, self._logits, retain_graph=not last)
         return grad_NV
 
-    def gradient(
-        self,
-        coefficients: Sequence[float],
-        only: Collection[nn.Parameter] | None = None,
-        last: bool = False,
-    ) -> None:
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """See ``Passes.gradient``."""
         self._trainable.zero_grad()
         self.add_gradient(coefficients, only, last)
 
-    def add_gradient(
-        self,
-        coefficients: Sequence[float],
-        only: Collection[nn.Parameter] | None = None,
-        last: bool = False,
-    ) -> None:
+    def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """As ``gradient``, onto what the buffer holds: the sum over data ranks is taken of both."""
         model = self._trainable.model
         with nullcontext() if only is None else _without_overlap(model):
