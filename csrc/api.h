@@ -1,6 +1,6 @@
 // The interface between the Python bindings and the CPU and CUDA back ends. No Python, no torch.
 //
-// A "row" is one objective's flat gradient. All rows have the same length and the same element
+// A "row" is one objective's flat gradient. All rows have the same length, each has one element
 // type, and may be stored as several pieces; piece p of every row has lengths[p] elements.
 // Positions count through the pieces as if they were concatenated.
 #pragma once
@@ -30,11 +30,25 @@ struct Range {
 
 struct Rows {
   int m = 0;
-  DType dtype = DType::kFloat32;
+  std::vector<DType> dtypes;          // [m]
   std::vector<int64_t> lengths;       // [pieces]
   std::vector<const void*> pointers;  // [m * pieces], row by row
   int64_t pieces() const { return static_cast<int64_t>(lengths.size()); }
+  bool alike() const {  // in type
+    for (DType dtype : dtypes) {
+      if (dtype != dtypes[0]) return false;
+    }
+    return true;
+  }
   const void* piece(int row, int64_t piece) const { return pointers[row * pieces() + piece]; }
+};
+
+// How a stored value becomes the factor of an element: as it is, or, with `inverse_root`, as
+// 1 / (sqrt(value * scale) + epsilon), and 0 where the value is 0 or below.
+struct FactorForm {
+  bool inverse_root = false;
+  float scale = 1.0f;
+  float epsilon = 0.0f;
 };
 
 // Which elements of the rows count, and with what factor.
@@ -42,6 +56,7 @@ struct Selection {
   bool everything = true;             // false: only `segments`
   std::vector<Range> segments;        // sorted, disjoint
   std::vector<const float*> weights;  // [pieces], or empty: every element counts once
+  FactorForm form;                    // of the weights
 };
 
 // Number of entries of the upper triangle of an m x m matrix, and the place of (i, j), i <= j.
@@ -106,8 +121,9 @@ Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection);
 int64_t workspace_size(int m, int device);
 
 void require_device(int device);
-void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
-             const int64_t* device_table, double* workspace, double* out, int device, void* stream);
+void gramian(const Rows& rows, const std::vector<const float*>& weights, const FactorForm& form,
+             const Plan& plan, const int64_t* device_table, double* workspace, double* out,
+             int device, void* stream);
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int device, void* stream);
 void min_norm(const double* gram, int m, bool exclude_zero, double* weights, int32_t* status,

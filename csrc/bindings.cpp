@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,19 +29,31 @@ std::vector<T*> pointers(const std::vector<Address>& addresses) {
   return result;
 }
 
-gapo::Rows make_rows(int m, const std::vector<Address>& addresses, std::vector<int64_t> lengths,
-                     int dtype) {
+// `dtypes` has one code a row.
+gapo::Rows make_rows(const std::vector<Address>& addresses, std::vector<int64_t> lengths,
+                     const std::vector<int>& dtypes) {
+  const size_t m = dtypes.size();
   if (m < 1 || m > gapo::kMaxRows || addresses.size() != m * lengths.size())
     throw std::invalid_argument("rows: found " + std::to_string(m) + " rows with " +
                                 std::to_string(addresses.size()) +
                                 " pieces in all, accepted: 1 to " + std::to_string(gapo::kMaxRows) +
                                 " rows with one address a piece");
-  return {m, static_cast<DType>(dtype), std::move(lengths), pointers<const void>(addresses)};
+  gapo::Rows rows;
+  rows.m = static_cast<int>(m);
+  for (int dtype : dtypes) rows.dtypes.push_back(static_cast<DType>(dtype));
+  rows.lengths = std::move(lengths);
+  rows.pointers = pointers<const void>(addresses);
+  return rows;
 }
 
-gapo::Selection make_selection(const py::object& segments, const std::vector<Address>& weights) {
+// None: the values are the factors. Else scale and epsilon of their inverse root.
+gapo::FactorForm make_form(const std::optional<std::pair<float, float>>& inverse_root) {
+  if (!inverse_root) return {};
+  return {true, inverse_root->first, inverse_root->second};
+}
+
+gapo::Selection make_selection(const py::object& segments) {
   gapo::Selection selection;
-  selection.weights = pointers<const float>(weights);
   if (!segments.is_none()) {
     selection.everything = false;
     const auto pairs = segments.cast<Segments>();
@@ -51,19 +64,23 @@ gapo::Selection make_selection(const py::object& segments, const std::vector<Add
   return selection;
 }
 
-void gramian(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
-             int dtype, const py::object& segments, const std::vector<Address>& weights,
-             Address out, int threads, const std::string& isa) {
-  const auto all = make_rows(m, rows, lengths, dtype);
-  const auto selection = make_selection(segments, weights);
+void gramian(const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+             const std::vector<int>& dtypes, const py::object& segments,
+             const std::vector<Address>& weights,
+             const std::optional<std::pair<float, float>>& inverse_root, Address out, int threads,
+             const std::string& isa) {
+  const auto all = make_rows(rows, lengths, dtypes);
+  auto selection = make_selection(segments);
+  selection.weights = pointers<const float>(weights);
+  selection.form = make_form(inverse_root);
   const py::gil_scoped_release unlocked;
   gapo::cpu::gramian(all, selection, reinterpret_cast<double*>(out), threads, isa.c_str());
 }
 
-void combine(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
-             int dtype, const std::vector<double>& weights, const std::vector<Address>& out,
-             int out_dtype, int threads, const std::string& isa) {
-  const auto all = make_rows(m, rows, lengths, dtype);
+void combine(const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+             const std::vector<int>& dtypes, const std::vector<double>& weights,
+             const std::vector<Address>& out, int out_dtype, int threads, const std::string& isa) {
+  const auto all = make_rows(rows, lengths, dtypes);
   const py::gil_scoped_release unlocked;
   gapo::cpu::combine(all, weights.data(), pointers<void>(out), static_cast<DType>(out_dtype),
                      threads, isa.c_str());
@@ -93,20 +110,22 @@ std::vector<std::string> cuda_archs() {
 #if GAPO_HAS_CUDA
 void* stream_of(Address stream) { return reinterpret_cast<void*>(stream); }
 
-void cuda_gramian(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
-                  int dtype, const std::vector<Address>& weights, const gapo::cuda::Plan& plan,
-                  Address table, Address workspace, Address out, int device, Address stream) {
-  const auto all = make_rows(m, rows, lengths, dtype);
+void cuda_gramian(const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+                  const std::vector<int>& dtypes, const std::vector<Address>& weights,
+                  const std::optional<std::pair<float, float>>& inverse_root,
+                  const gapo::cuda::Plan& plan, Address table, Address workspace, Address out,
+                  int device, Address stream) {
+  const auto all = make_rows(rows, lengths, dtypes);
   const py::gil_scoped_release unlocked;
-  gapo::cuda::gramian(all, pointers<const float>(weights), plan,
+  gapo::cuda::gramian(all, pointers<const float>(weights), make_form(inverse_root), plan,
                       reinterpret_cast<const int64_t*>(table), reinterpret_cast<double*>(workspace),
                       reinterpret_cast<double*>(out), device, stream_of(stream));
 }
 
-void cuda_combine(int m, const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
-                  int dtype, Address weights, const std::vector<Address>& out, int out_dtype,
-                  int device, Address stream) {
-  const auto all = make_rows(m, rows, lengths, dtype);
+void cuda_combine(const std::vector<Address>& rows, const std::vector<int64_t>& lengths,
+                  const std::vector<int>& dtypes, Address weights, const std::vector<Address>& out,
+                  int out_dtype, int device, Address stream) {
+  const auto all = make_rows(rows, lengths, dtypes);
   const py::gil_scoped_release unlocked;
   gapo::cuda::combine(all, reinterpret_cast<const double*>(weights), pointers<void>(out),
                       static_cast<DType>(out_dtype), device, stream_of(stream));
@@ -123,7 +142,7 @@ void bind_cuda(py::module_& module) {
   using gapo::cuda::Plan;
   py::class_<Plan>(module, "Plan").def_readonly("table", &Plan::table);
   module.def("cuda_plan", [](const std::vector<int64_t>& lengths, const py::object& segments) {
-    return gapo::cuda::make_plan(lengths, make_selection(segments, {}));
+    return gapo::cuda::make_plan(lengths, make_selection(segments));
   });
   module.def("cuda_workspace_size", &gapo::cuda::workspace_size);
   module.def("cuda_gramian", &cuda_gramian);

@@ -103,6 +103,13 @@ void store(Vec x, Half* p) {
 
 Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
+  Vec result;
+  for (int i = 0; i < 4; ++i)
+    result.v[i] =
+        x.v[i] <= 0.0f ? 0.0f : 1.0f / (__builtin_sqrtf(x.v[i] * scale.v[i]) + epsilon.v[i]);
+  return result;
+}
 
 Wide load_wide(const float* p) { return {Double2{p[0], p[1]}}; }
 Wide load_wide(const Bf16* p) { return {Double2{widen(p[0]), widen(p[1])}}; }

@@ -6,15 +6,21 @@
 namespace gapo {
 namespace cpu {
 
+// One factor an element; null values: every element counts once.
+struct Factors {
+  const float* values;
+  FactorForm form;
+};
+
 struct Kernels {
   const char* name;
   // Adds the Gram of `count` elements of m rows to `sums`, the upper triangle, pair_count(m)
-  // entries. `weight` (fp32, one factor an element) may be null.
-  void (*gramian)(int m, const void* const* rows, DType dtype, const float* weight, int64_t count,
-                  double* sums);
+  // entries.
+  void (*gramian)(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
+                  int64_t count, double* sums);
   // out[k] = sum_i weights[i] row_i[k], m >= 1, in fp32.
-  void (*combine)(int m, const void* const* rows, DType dtype, const float* weights, void* out,
-                  DType out_dtype, int64_t count);
+  void (*combine)(int m, const void* const* rows, const DType* dtypes, const float* weights,
+                  void* out, DType out_dtype, int64_t count);
 };
 
 extern const Kernels kBaseline;

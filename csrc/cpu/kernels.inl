@@ -6,6 +6,7 @@
 //   kDirect       rows whose whole triangle of sums fits in the registers
 //   kColumns      columns whose rectangle of sums with kDirect rows does
 //   load, store, multiply, multiply_add, plus, widen, and load_wide from elements or doubles
+//   inverse_root  of a Vec, see FactorForm
 // and includes this file. Everything here is in an unnamed namespace and uses no inline function of
 // the standard library: code for a wide instruction set must never be merged with the baseline's.
 //
@@ -180,11 +181,9 @@ void schedule(int m, Visitor& visitor) {
   }
 }
 
-const float* to_floats(const float* row, int64_t, float*) { return row; }
-
-// 16-bit elements that several passes read are widened once.
+// Asks for the next block of a row that is widened from now on.
 template <class T>
-const float* to_floats(const T* row, int64_t count, float* buffer) {
+const float* widen_block(const T* row, int64_t count, float* buffer) {
   __builtin_prefetch(reinterpret_cast<const char*>(row) + kAheadBlock);
   __builtin_prefetch(reinterpret_cast<const char*>(row) + kAheadBlock + kLine);
   int64_t k = 0;
@@ -193,63 +192,117 @@ const float* to_floats(const T* row, int64_t count, float* buffer) {
   return buffer;
 }
 
-// Over `count` elements, a whole number of vectors.
-template <class T, bool kWeighted>
-void whole_vectors(int m, const T* const* rows, const float* weight, int64_t count, Lanes* sums) {
-  if (m <= kDirect) {
-    Compute<T, kWeighted> compute{rows, weight, count, kAhead, sums};
-    triangle<kDirect>(compute, m, 0);
-    return;
+const void* advance(const void* row, int64_t elements, DType dtype) {
+  return static_cast<const char*>(row) + elements * element_size(dtype);
+}
+
+// A block of a row as floats: where it is, or in `buffer`.
+const float* to_floats(const void* row, DType dtype, int64_t count, float* buffer) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(row);
+  if (dtype == DType::kBFloat16)
+    return widen_block(static_cast<const Bf16*>(row), count, buffer);
+  return widen_block(static_cast<const Half*>(row), count, buffer);
+}
+
+// A block of factors: where it is, or in `buffer`.
+const float* to_factors(const Factors& factors, int64_t first, int64_t count, float* buffer) {
+  const float* values = factors.values + first;
+  if (!factors.form.inverse_root) return values;
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + kAheadBlock);
+  const Vec scale = Vec::broadcast(factors.form.scale);
+  const Vec epsilon = Vec::broadcast(factors.form.epsilon);
+  int64_t k = 0;
+  for (; k + Vec::kLanes <= count; k += Vec::kLanes)
+    store(inverse_root(load(values + k), scale, epsilon), buffer + k);
+  if (k == count) return buffer;
+  float rest[Vec::kLanes] = {};
+  std::memcpy(rest, values + k, (count - k) * sizeof(float));
+  store(inverse_root(load(rest), scale, epsilon), rest);
+  std::memcpy(buffer + k, rest, (count - k) * sizeof(float));
+  return buffer;
+}
+
+bool alike(int m, const DType* dtypes) {
+  for (int i = 1; i < m; ++i) {
+    if (dtypes[i] != dtypes[0]) return false;
   }
+  return true;
+}
+
+// Up to kDirect rows of one type: one pass from where they are.
+template <class T>
+void directly(int m, const void* const* rows, const float* weight, int64_t count, Lanes* sums) {
+  const T* pointers[kDirect];
+  for (int i = 0; i < m; ++i) pointers[i] = static_cast<const T*>(rows[i]);
+  if (weight == nullptr) {
+    Compute<T, false> compute{pointers, nullptr, count, kAhead, sums};
+    triangle<kDirect>(compute, m, 0);
+  } else {
+    Compute<T, true> compute{pointers, weight, count, kAhead, sums};
+    triangle<kDirect>(compute, m, 0);
+  }
+}
+
+// Anything else: a block at a time as floats, so that what several passes read is widened once.
+template <bool kWeighted>
+void in_blocks(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
+               int64_t count, Lanes* sums) {
   alignas(64) float buffer[kMaxRows][kBlock];
+  alignas(64) float weight[kBlock];
   const float* floats[kMaxRows];
   for (int64_t k = 0; k < count; k += kBlock) {
     const int64_t here = count - k < kBlock ? count - k : kBlock;
-    for (int i = 0; i < m; ++i) floats[i] = to_floats(rows[i] + k, here, buffer[i]);
-    Compute<float, kWeighted> compute{floats, kWeighted ? weight + k : nullptr, here, kAheadBlock,
-                                      sums};
+    for (int i = 0; i < m; ++i)
+      floats[i] = to_floats(advance(rows[i], k, dtypes[i]), dtypes[i], here, buffer[i]);
+    const float* block_factors = kWeighted ? to_factors(factors, k, here, weight) : nullptr;
+    Compute<float, kWeighted> compute{floats, block_factors, here, kAheadBlock, sums};
     schedule(m, compute);
   }
 }
 
-template <class T, bool kWeighted>
-void gramian_run(int m, const void* const* rows, const float* weight, int64_t count, double* out) {
+// Over `count` elements, a whole number of vectors.
+void whole_vectors(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
+                   int64_t count, Lanes* sums) {
+  const bool weighted = factors.values != nullptr;
+  const bool plain = !weighted || !factors.form.inverse_root;
+  if (m > kDirect || !plain || !alike(m, dtypes)) {
+    if (weighted)
+      in_blocks<true>(m, rows, dtypes, factors, count, sums);
+    else
+      in_blocks<false>(m, rows, dtypes, factors, count, sums);
+  } else if (dtypes[0] == DType::kFloat32) {
+    directly<float>(m, rows, factors.values, count, sums);
+  } else if (dtypes[0] == DType::kBFloat16) {
+    directly<Bf16>(m, rows, factors.values, count, sums);
+  } else {
+    directly<Half>(m, rows, factors.values, count, sums);
+  }
+}
+
+void gramian(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
+             int64_t count, double* out) {
   alignas(64) Lanes sums[pair_count(kMaxRows)];
   std::memset(sums, 0, pair_count(m) * sizeof(Lanes));
-  const T* pointers[kMaxRows];
-  for (int i = 0; i < m; ++i) pointers[i] = static_cast<const T*>(rows[i]);
   const int64_t whole = count / kLanes * kLanes;
-  if (whole > 0) whole_vectors<T, kWeighted>(m, pointers, weight, whole, sums);
+  if (whole > 0) whole_vectors(m, rows, dtypes, factors, whole, sums);
   if (count > whole) {  // the elements after the last whole vector, padded with zeros
-    T padded[kMaxRows][kLanes] = {};
+    alignas(64) char padded[kMaxRows][kLanes * sizeof(float)] = {};
     float padded_weight[kLanes] = {};
+    const void* pointers[kMaxRows];
     for (int i = 0; i < m; ++i) {
-      std::memcpy(padded[i], pointers[i] + whole, (count - whole) * sizeof(T));
+      std::memcpy(padded[i], advance(rows[i], whole, dtypes[i]),
+                  (count - whole) * element_size(dtypes[i]));
       pointers[i] = padded[i];
     }
-    if (kWeighted) std::memcpy(padded_weight, weight + whole, (count - whole) * sizeof(float));
-    whole_vectors<T, kWeighted>(m, pointers, padded_weight, kLanes, sums);
+    Factors rest = factors;
+    if (factors.values != nullptr) {
+      std::memcpy(padded_weight, factors.values + whole, (count - whole) * sizeof(float));
+      rest.values = padded_weight;
+    }
+    whole_vectors(m, pointers, dtypes, rest, kLanes, sums);
   }
   Collect collect{m, sums, out};
   schedule(m, collect);
-}
-
-template <class T>
-void gramian_of(int m, const void* const* rows, const float* weight, int64_t count, double* out) {
-  if (weight == nullptr)
-    gramian_run<T, false>(m, rows, nullptr, count, out);
-  else
-    gramian_run<T, true>(m, rows, weight, count, out);
-}
-
-void gramian(int m, const void* const* rows, DType dtype, const float* weight, int64_t count,
-             double* out) {
-  if (dtype == DType::kFloat32)
-    gramian_of<float>(m, rows, weight, count, out);
-  else if (dtype == DType::kBFloat16)
-    gramian_of<Bf16>(m, rows, weight, count, out);
-  else
-    gramian_of<Half>(m, rows, weight, count, out);
 }
 
 // sum_i weights[i] row_i[k ..] for M rows, or for m of them where M is 0.
@@ -332,11 +385,28 @@ void combine_of(int m, const void* const* rows, const float* weights, void* out,
     combine_run<T, Half>(m, rows, weights, out, count);
 }
 
-void combine(int m, const void* const* rows, DType dtype, const float* weights, void* out,
+// Rows of different types: a block at a time as floats. All of a block is read before it is
+// written: `out` may be a row.
+void combine_mixed(int m, const void* const* rows, const DType* dtypes, const float* weights,
+                   void* out, DType out_dtype, int64_t count) {
+  alignas(64) float buffer[kMaxRows][kBlock];
+  const void* floats[kMaxRows];
+  for (int64_t k = 0; k < count; k += kBlock) {
+    const int64_t here = count - k < kBlock ? count - k : kBlock;
+    for (int i = 0; i < m; ++i)
+      floats[i] = to_floats(advance(rows[i], k, dtypes[i]), dtypes[i], here, buffer[i]);
+    char* target = static_cast<char*>(out) + k * element_size(out_dtype);
+    combine_of<float>(m, floats, weights, target, out_dtype, here);
+  }
+}
+
+void combine(int m, const void* const* rows, const DType* dtypes, const float* weights, void* out,
              DType out_dtype, int64_t count) {
-  if (dtype == DType::kFloat32)
+  if (!alike(m, dtypes))
+    combine_mixed(m, rows, dtypes, weights, out, out_dtype, count);
+  else if (dtypes[0] == DType::kFloat32)
     combine_of<float>(m, rows, weights, out, out_dtype, count);
-  else if (dtype == DType::kBFloat16)
+  else if (dtypes[0] == DType::kBFloat16)
     combine_of<Bf16>(m, rows, weights, out, out_dtype, count);
   else
     combine_of<Half>(m, rows, weights, out, out_dtype, count);

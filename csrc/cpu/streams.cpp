@@ -58,11 +58,11 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
       for (int64_t at = begin; at < end; at += kChunk) {
         const void* pointers[kMaxRows];
         for (int i = 0; i < rows.m; ++i)
-          pointers[i] = advance(rows.piece(i, run->piece), at, rows.dtype);
+          pointers[i] = advance(rows.piece(i, run->piece), at, rows.dtypes[i]);
         const float* weight =
             selection.weights.empty() ? nullptr : selection.weights[run->piece] + at;
-        set.gramian(rows.m, pointers, rows.dtype, weight, std::min(kChunk, end - at),
-                    partials.data() + chunk * pairs);
+        set.gramian(rows.m, pointers, rows.dtypes.data(), {weight, selection.form},
+                    std::min(kChunk, end - at), partials.data() + chunk * pairs);
       }
     }
   });
@@ -82,10 +82,12 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
              DType out_dtype, int threads, const char* isa) {
   const Kernels& set = kernels(isa);
   std::vector<int> used;
+  std::vector<DType> dtypes;
   std::vector<float> factors;
   for (int i = 0; i < rows.m; ++i) {
     if (weights[i] == 0.0) continue;
     used.push_back(i);
+    dtypes.push_back(rows.dtypes[i]);
     factors.push_back(static_cast<float>(weights[i]));
   }
   const Selection everything;
@@ -106,8 +108,8 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
       }
       const void* pointers[kMaxRows];
       for (std::size_t k = 0; k < used.size(); ++k)
-        pointers[k] = advance(rows.piece(used[k], piece), begin, rows.dtype);
-      set.combine(static_cast<int>(used.size()), pointers, rows.dtype, factors.data(), target,
+        pointers[k] = advance(rows.piece(used[k], piece), begin, dtypes[k]);
+      set.combine(static_cast<int>(used.size()), pointers, dtypes.data(), factors.data(), target,
                   out_dtype, end - begin);
     }
   });

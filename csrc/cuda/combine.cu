@@ -13,6 +13,7 @@ constexpr int kVectorsPerThread = 4;  // in two rounds of two
 
 struct Job {
   const void* rows[kMaxRows];
+  DType dtypes[kMaxRows];
   void* out;
   const double* weights;
   int64_t count;
@@ -21,16 +22,22 @@ struct Job {
 
 template <class T, class Out>
 struct Shape {
-  static constexpr int kVector = sizeof(T) == 4 && sizeof(Out) == 4 ? 4 : 8;
+  static constexpr int kVector = Source<T>::kElements == 4 && sizeof(Out) == 4 ? 4 : 8;
   static constexpr int64_t kBlockElements = int64_t(kVector) * kThreads * kVectorsPerThread;
 };
+
+template <class T>
+__device__ __forceinline__ Source<T> row_of(const Job& job, int i) {
+  Source<T> row;
+  row.set(job.rows[i], job.dtypes[i]);
+  return row;
+}
 
 template <class T, class Out>
 __device__ __forceinline__ void element(const Job& job, const float* weights, int64_t k) {
   float sum = 0.0f;
   for (int i = 0; i < job.m; ++i) {
-    if (weights[i] != 0.0f)
-      sum = fmaf(weights[i], widen(static_cast<const T*>(job.rows[i])[k]), sum);
+    if (weights[i] != 0.0f) sum = fmaf(weights[i], row_of<T>(job, i).at(k), sum);
   }
   narrow(sum, static_cast<Out*>(job.out)[k]);
 }
@@ -43,11 +50,11 @@ __device__ __forceinline__ void vector_pair(const Job& job, const float* weights
   for (int i = 0; i < job.m; ++i) {
     const float weight = weights[i];
     if (weight == 0.0f) continue;
-    const T* row = static_cast<const T*>(job.rows[i]) + k;
+    const Source<T> row = row_of<T>(job, i);
     float x[N];
     float y[N] = {};
-    load_vector<N>(row, x);
-    if (second) load_vector<N>(row + stride, y);
+    load_vector<N>(row, k, x);
+    if (second) load_vector<N>(row, k + stride, y);
 #pragma unroll
     for (int v = 0; v < N; ++v) {
       a[v] = fmaf(weight, x[v], a[v]);
@@ -69,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 4) combine_kernel(Job job) {
   const int head = head_length<N>(static_cast<const Out*>(job.out));
   bool aligned = true;
   for (int i = 0; i < job.m; ++i)
-    aligned = aligned && head_length<N>(static_cast<const T*>(job.rows[i])) == head;
+    aligned = aligned && row_of<T>(job, i).template head<N>(0) == head;
   const int64_t low = blockIdx.x * Shape<T, Out>::kBlockElements;
   if (!aligned) {
     const int64_t high = min(job.count, low + Shape<T, Out>::kBlockElements);
@@ -114,14 +121,17 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
   Job job{};
   job.weights = weights;
   job.m = rows.m;
+  for (int i = 0; i < rows.m; ++i) job.dtypes[i] = rows.dtypes[i];
   for (int64_t piece = 0; piece < rows.pieces(); ++piece) {
     job.count = rows.lengths[piece];
     if (job.count == 0) continue;
     job.out = out[piece];
     for (int i = 0; i < rows.m; ++i) job.rows[i] = rows.piece(i, piece);
-    if (rows.dtype == DType::kFloat32)
+    if (!rows.alike())
+      launch_to<Mixed>(out_dtype, job, stream);
+    else if (rows.dtypes[0] == DType::kFloat32)
       launch_to<float>(out_dtype, job, stream);
-    else if (rows.dtype == DType::kBFloat16)
+    else if (rows.dtypes[0] == DType::kBFloat16)
       launch_to<Bf16>(out_dtype, job, stream);
     else
       launch_to<Half>(out_dtype, job, stream);

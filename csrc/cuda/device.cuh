@@ -66,6 +66,12 @@ __device__ __forceinline__ void narrow(float x, Half& out) {
   out.bits = __half_as_ushort(__float2half_rn(x));
 }
 
+// Elements before the first that is aligned to N elements.
+template <int N, class T>
+__device__ __forceinline__ int head_length(const T* p) {
+  return int((N - reinterpret_cast<uintptr_t>(p) / sizeof(T) % N) % N);
+}
+
 // 16 aligned bytes of elements as they are in memory. Each is read once: the data goes past the
 // caches.
 template <class T>
@@ -85,15 +91,76 @@ struct Vector {
   }
 };
 
-// N floats from N consecutive, N-element aligned elements.
+// A row whose elements are of type T.
+template <class T>
+struct Source {
+  static constexpr int kElements = Vector<T>::kElements;  // of one load
+  const T* data;
+
+  __device__ __forceinline__ void set(const void* row, DType) { data = static_cast<const T*>(row); }
+  __device__ __forceinline__ float at(int64_t k) const { return widen(data[k]); }
+  __device__ __forceinline__ Vector<T> load(int64_t k) const { return Vector<T>::load(data + k); }
+  // Elements from k on before the first that is aligned to N elements.
+  template <int N>
+  __device__ __forceinline__ int head(int64_t k) const {
+    return head_length<N>(data + k);
+  }
+};
+
+struct Mixed {};  // rows of different types
+
+// A row whose type only the launch knows. All threads take the same branch.
+template <>
+struct Source<Mixed> {
+  struct Four {
+    float values[4];
+    __device__ __forceinline__ float element(int k) const { return values[k]; }
+  };
+  static constexpr int kElements = 4;
+  const void* data;
+  DType dtype;
+
+  __device__ __forceinline__ void set(const void* row, DType type) {
+    data = row;
+    dtype = type;
+  }
+  __device__ __forceinline__ float at(int64_t k) const {
+    if (dtype == DType::kFloat32) return static_cast<const float*>(data)[k];
+    if (dtype == DType::kBFloat16) return widen(static_cast<const Bf16*>(data)[k]);
+    return widen(static_cast<const Half*>(data)[k]);
+  }
+  __device__ __forceinline__ Four load(int64_t k) const {
+    if (dtype == DType::kFloat32) {
+      const float4 v = __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(data) + k));
+      return {{v.x, v.y, v.z, v.w}};
+    }
+    return dtype == DType::kBFloat16 ? load_as<Bf16>(k) : load_as<Half>(k);
+  }
+  template <int N>
+  __device__ __forceinline__ int head(int64_t k) const {
+    return dtype == DType::kFloat32 ? head_length<N>(static_cast<const float*>(data) + k)
+                                    : head_length<N>(static_cast<const Bf16*>(data) + k);
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ Four load_as(int64_t k) const {
+    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(static_cast<const T*>(data) + k));
+    return {{widen(T{uint16_t(v.x)}), widen(T{uint16_t(v.x >> 16)}), widen(T{uint16_t(v.y)}),
+             widen(T{uint16_t(v.y >> 16)})}};
+  }
+};
+
+// N floats from N consecutive, N-element aligned elements of a row from k on.
 template <int N, class T>
-__device__ __forceinline__ void load_vector(const T* p, float (&x)[N]) {
-  static_assert(N % Vector<T>::kElements == 0, "whole vectors");
+__device__ __forceinline__ void load_vector(const Source<T>& row, int64_t k, float (&x)[N]) {
+  constexpr int kElements = Source<T>::kElements;
+  static_assert(N % kElements == 0, "whole vectors");
 #pragma unroll
-  for (int k = 0; k < N; k += Vector<T>::kElements) {
-    const Vector<T> v = Vector<T>::load(p + k);
+  for (int first = 0; first < N; first += kElements) {
+    const auto v = row.load(k + first);
 #pragma unroll
-    for (int e = 0; e < Vector<T>::kElements; ++e) x[k + e] = v.element(e);
+    for (int e = 0; e < kElements; ++e) x[first + e] = v.element(e);
   }
 }
 
@@ -115,12 +182,6 @@ __device__ __forceinline__ void store_vector(const float (&x)[N], T* p) {
     words[k] = low.bits | uint32_t(high.bits) << 16;
   }
   *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Elements before the first that is aligned to N elements.
-template <int N, class T>
-__device__ __forceinline__ int head_length(const T* p) {
-  return int((N - reinterpret_cast<uintptr_t>(p) / sizeof(T) % N) % N);
 }
 
 }  // namespace cuda

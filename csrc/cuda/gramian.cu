@@ -26,7 +26,9 @@ __host__ __device__ constexpr int blocks_for(int rows) {
 
 struct Job {
   const void* rows[2 * kTile];  // a triangle's rows, or the rectangle's two sides
-  const float* weight;          // of this piece; may be null
+  DType dtypes[2 * kTile];
+  const float* weight;  // of this piece; may be null
+  FactorForm form;      // of the weight
   const int64_t* runs;          // [run_count, kRunFields] of this piece
   int64_t run_count;
   int64_t first_chunk;  // of this piece
@@ -102,11 +104,17 @@ struct Rectangle : Occupancy<2 * kTile> {
   }
 };
 
+__device__ __forceinline__ float factor_of(float value, const FactorForm& form) {
+  if (!form.inverse_root) return value;
+  return value <= 0.0f ? 0.0f : 1.0f / (sqrtf(value * form.scale) + form.epsilon);
+}
+
 template <class T, class Shape, bool kWeighted>
 struct Accumulator {
-  static constexpr int kVector = 16 / sizeof(T);
-  const T* rows[Shape::kRows];
+  static constexpr int kVector = Source<T>::kElements;
+  Source<T> rows[Shape::kRows];
   const float* weight;
+  FactorForm form;
   double sums[Shape::kSums];
 
   __device__ __forceinline__ void add(const double (&x)[Shape::kRows], double factor) {
@@ -118,31 +126,31 @@ struct Accumulator {
   __device__ __forceinline__ void add_element(int64_t k) {
     double x[Shape::kRows];
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) x[i] = widen(rows[i][k]);
-    add(x, kWeighted ? weight[k] : 1.0f);
+    for (int i = 0; i < Shape::kRows; ++i) x[i] = rows[i].at(k);
+    add(x, kWeighted ? factor_of(weight[k], form) : 1.0f);
   }
 
   __device__ __forceinline__ void add_vector(int64_t k) {
-    Vector<T> x[Shape::kRows];
+    decltype(rows[0].load(0)) x[Shape::kRows];
     float factors[kVector];
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) x[i] = Vector<T>::load(rows[i] + k);
-    if (kWeighted) load_vector<kVector>(weight + k, factors);
+    for (int i = 0; i < Shape::kRows; ++i) x[i] = rows[i].load(k);
+    if (kWeighted) load_vector<kVector>(Source<float>{weight}, k, factors);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       double column[Shape::kRows];
 #pragma unroll
       for (int i = 0; i < Shape::kRows; ++i) column[i] = x[i].element(v);
-      add(column, kWeighted ? factors[v] : 1.0f);
+      add(column, kWeighted ? factor_of(factors[v], form) : 1.0f);
     }
   }
 
-  // Elements before the rows' common 16-byte border, or -1 where they have none.
+  // Elements before the first at which whole loads of all rows begin, or -1 where there is none.
   __device__ int common_head(int64_t begin) const {
-    const int head = head_length<kVector>(rows[0] + begin);
+    const int head = rows[0].template head<kVector>(begin);
 #pragma unroll
     for (int i = 1; i < Shape::kRows; ++i) {
-      if (head_length<kVector>(rows[i] + begin) != head) return -1;
+      if (rows[i].template head<kVector>(begin) != head) return -1;
     }
     if (kWeighted && head_length<4>(weight + begin + head) != 0) return -1;
     return head;
@@ -174,8 +182,9 @@ template <class T, class Shape, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocks) partial_sums(Job job) {
   Accumulator<T, Shape, kWeighted> accumulator;
 #pragma unroll
-  for (int i = 0; i < Shape::kRows; ++i) accumulator.rows[i] = static_cast<const T*>(job.rows[i]);
+  for (int i = 0; i < Shape::kRows; ++i) accumulator.rows[i].set(job.rows[i], job.dtypes[i]);
   accumulator.weight = job.weight;
+  accumulator.form = job.form;
 #pragma unroll
   for (int p = 0; p < Shape::kSums; ++p) accumulator.sums[p] = 0.0;
 #pragma unroll 1
@@ -246,13 +255,19 @@ void launch_piece(const Rows& rows, int64_t piece, Job job, cudaStream_t stream)
   for (int top = 0; top < rows.m; top += side) {
     job.top = top;
     job.height = std::min(side, rows.m - top);
-    for (int i = 0; i < job.height; ++i) job.rows[i] = rows.piece(top + i, piece);
+    for (int i = 0; i < job.height; ++i) {
+      job.rows[i] = rows.piece(top + i, piece);
+      job.dtypes[i] = rows.dtypes[top + i];
+    }
     launch_triangle<T, kWholeTriangle>(job, stream);
     for (int left = top + side; left < rows.m; left += side) {
       job.left = left;
       job.width = std::min(side, rows.m - left);
-      for (int j = 0; j < kTile; ++j)  // beyond the last row: any valid one, its sums are dropped
-        job.rows[kTile + j] = rows.piece(left + std::min(j, job.width - 1), piece);
+      for (int j = 0; j < kTile; ++j) {  // beyond the last row: any valid one, its sums are dropped
+        const int row = left + std::min(j, job.width - 1);
+        job.rows[kTile + j] = rows.piece(row, piece);
+        job.dtypes[kTile + j] = rows.dtypes[row];
+      }
       launch_shape<T, Rectangle>(job, stream);
     }
   }
@@ -273,9 +288,9 @@ int64_t workspace_size(int m, int device) {
   return int64_t(pair_count(m)) * slots_for(m, device);
 }
 
-void gramian(const Rows& rows, const std::vector<const float*>& weights, const Plan& plan,
-             const int64_t* device_table, double* workspace, double* out, int device,
-             void* stream_handle) {
+void gramian(const Rows& rows, const std::vector<const float*>& weights, const FactorForm& form,
+             const Plan& plan, const int64_t* device_table, double* workspace, double* out,
+             int device, void* stream_handle) {
   const OnDevice scope(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (plan.first_chunk.back() == 0) return;
@@ -283,6 +298,7 @@ void gramian(const Rows& rows, const std::vector<const float*>& weights, const P
   job.m = rows.m;
   job.partials = workspace;
   job.slots = slots_for(rows.m, device);
+  job.form = form;
   const size_t bytes = sizeof(double) * pair_count(rows.m) * job.slots;
   check(cudaMemsetAsync(workspace, 0, bytes, stream), "gramian");
   for (int64_t piece = 0; piece < rows.pieces(); ++piece) {
@@ -292,9 +308,11 @@ void gramian(const Rows& rows, const std::vector<const float*>& weights, const P
     job.weight = weights.empty() ? nullptr : weights[piece];
     job.runs = device_table + plan.first_run[piece] * kRunFields;
     job.run_count = plan.first_run[piece + 1] - plan.first_run[piece];
-    if (rows.dtype == DType::kFloat32)
+    if (!rows.alike())
+      launch_piece<Mixed>(rows, piece, job, stream);
+    else if (rows.dtypes[0] == DType::kFloat32)
       launch_piece<float>(rows, piece, job, stream);
-    else if (rows.dtype == DType::kBFloat16)
+    else if (rows.dtypes[0] == DType::kBFloat16)
       launch_piece<Bf16>(rows, piece, job, stream);
     else
       launch_piece<Half>(rows, piece, job, stream);

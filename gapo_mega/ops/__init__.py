@@ -16,11 +16,13 @@ from gapo_mega.ops.aggregate import (
     sum_gram_,
 )
 from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
+from gapo_mega.ops.arguments import InverseRoot
 
 __all__ = [
     "Aggregated",
     "DeviceAggregator",
     "HostAggregator",
+    "InverseRoot",
     "Status",
     "aggregate_",
     "combine_",

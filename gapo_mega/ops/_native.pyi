@@ -9,21 +9,20 @@ has_cuda: bool
 def cuda_archs() -> list[str]: ...
 def instruction_sets() -> list[str]: ...
 def gramian(
-    m: int,
     rows: Sequence[int],
     lengths: Sequence[int],
-    dtype: int,
+    dtypes: Sequence[int],
     segments: npt.NDArray[np.int64] | None,
     weights: Sequence[int],
+    inverse_root: tuple[float, float] | None,
     out: int,
     threads: int,
     isa: str,
 ) -> None: ...
 def combine(
-    m: int,
     rows: Sequence[int],
     lengths: Sequence[int],
-    dtype: int,
+    dtypes: Sequence[int],
     weights: Sequence[float],
     out: Sequence[int],
     out_dtype: int,
@@ -42,11 +41,11 @@ class Plan:
 def cuda_plan(lengths: Sequence[int], segments: npt.NDArray[np.int64] | None) -> Plan: ...
 def cuda_workspace_size(m: int, device: int) -> int: ...
 def cuda_gramian(
-    m: int,
     rows: Sequence[int],
     lengths: Sequence[int],
-    dtype: int,
+    dtypes: Sequence[int],
     weights: Sequence[int],
+    inverse_root: tuple[float, float] | None,
     plan: Plan,
     table: int,
     workspace: int,
@@ -55,10 +54,9 @@ def cuda_gramian(
     stream: int,
 ) -> None: ...
 def cuda_combine(
-    m: int,
     rows: Sequence[int],
     lengths: Sequence[int],
-    dtype: int,
+    dtypes: Sequence[int],
     weights: int,
     out: Sequence[int],
     out_dtype: int,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gapo_mega.ops._native import has_cuda
 from gapo_mega.ops.api import Status, combine_, gramian
-from gapo_mega.ops.arguments import Row, Segments, parse_out, parse_rows
+from gapo_mega.ops.arguments import InverseRoot, Row, Segments, parse_out, parse_rows
 
 # gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
 HostAggregator = Callable[[Tensor], Tensor]
@@ -52,7 +52,7 @@ def aggregate_(
     group: dist.ProcessGroup | None,
     aggregator: HostAggregator,
     *,
-    weight: Row | None = None,
+    weight: Row | InverseRoot | None = None,
 ) -> Aggregated:
     """Writes ``sum_i w_i rows_i`` to ``out``, ``w`` by ``aggregator`` from the rows' global Gram matrix.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gapo_mega.ops import _native, cpu, cuda, portable
 from gapo_mega.ops.arguments import (
+    InverseRoot,
     Pieces,
     Row,
     Segments,
@@ -39,7 +40,7 @@ def gramian(
     rows: Sequence[Row],
     *,
     segments: Segments | None = None,
-    weight: Row | None = None,
+    weight: Row | InverseRoot | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Inner products of the rows, ``G_ij = sum_k weight_k rows_i[k] rows_j[k]`` over the counted k.
@@ -51,10 +52,11 @@ def gramian(
 
     Args:
         rows: M rows, 1 to 16: each a flat tensor of N elements, or the list of its pieces (the same
-            lengths in every row). float32, bfloat16 or float16, all on one device.
+            lengths in every row). float32, bfloat16 or float16, one type a row; all on one device.
         segments: sorted disjoint ``[start, end)`` ranges of positions that count, over the
             concatenated pieces; None counts all. Thousands cost next to nothing.
-        weight: N float32 factors, one a position, in pieces like a row; None is all ones.
+        weight: N float32 factors, one a position, in pieces like a row, or the values that an
+            :class:`InverseRoot` makes factors of, in fp32; None is all ones.
         out: float64 ``[M, M]`` on the rows' device that the result is added to, and that is returned.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,45 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType i
 
 
 @dataclass(frozen=True)
+class InverseRoot:
+    """The factors ``1 / (sqrt(values / correction) + eps)``, and 0 where a value is 0.
+
+    With Adam's second moment and its bias correction ``1 - beta2^t`` that is the diagonal of Adam's metric,
+    formed where it is used.
+    """
+
+    values: Row  # float32, one a position
+    correction: float = 1.0
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Checked factors of positions: float32 pieces, none where every position counts once."""
+
+    pieces: list[Tensor]
+    inverse_root: tuple[float, float] | None = None  # scale and eps of 1 / (sqrt(value scale) + eps)
+
+    @property
+    def addresses(self) -> list[int]:
+        return [piece.data_ptr() for piece in self.pieces]
+
+    def factors(self, piece: int, start: int, end: int) -> Tensor:
+        """Of positions ``[start, end)`` of a piece, by torch, in fp64."""
+        values = self.pieces[piece][start:end].double()
+        if self.inverse_root is None:
+            return values
+        scale, eps = self.inverse_root
+        return torch.where(values <= 0, 0.0, 1.0 / ((values * scale).sqrt() + eps))
+
+
+@dataclass(frozen=True)
 class Pieces:
     """Checked rows: ``pieces[i][p]`` is piece p of row i, flat and contiguous."""
 
     pieces: list[list[Tensor]]
     lengths: list[int]
-    dtype: torch.dtype
+    dtypes: list[torch.dtype]  # one a row
     device: torch.device
 
     @property
@@ -43,8 +77,8 @@ class Pieces:
         return [piece.data_ptr() for row in self.pieces for piece in row]
 
     @property
-    def dtype_code(self) -> int:
-        return DTYPE_CODES[self.dtype]
+    def dtype_codes(self) -> list[int]:
+        return [DTYPE_CODES[dtype] for dtype in self.dtypes]
 
 
 def _split(name: str, row: Row) -> list[Tensor]:
@@ -62,7 +96,7 @@ def _split(name: str, row: Row) -> list[Tensor]:
 
 
 def parse_rows(name: str, rows: Sequence[Row]) -> Pieces:
-    """Rows of equal piece lengths, element type and device.
+    """Rows of equal piece lengths on one device, each of one element type.
 
     Raises:
         ValueError: no rows or more than 16, or rows that differ, or an unsupported type or device.
@@ -77,19 +111,23 @@ def parse_rows(name: str, rows: Sequence[Row]) -> Pieces:
             raise ValueError(
                 f"{name}[{i}]: found pieces of lengths {found}, accepted: {lengths} as {name}[0]"
             )
-    tensors = [piece for row in split for piece in row]
-    dtypes = {piece.dtype for piece in tensors} or {torch.float32}
-    devices = {piece.device for piece in tensors} or {torch.device("cpu")}
-    if len(dtypes) > 1 or next(iter(dtypes)) not in DTYPE_CODES:
-        raise ValueError(
-            f"{name}: found element types {sorted(map(str, dtypes))}, "
-            "accepted: one of float32, bfloat16, float16"
-        )
+    dtypes = [_dtype(f"{name}[{i}]", row) for i, row in enumerate(split)]
+    devices = {piece.device for row in split for piece in row} or {torch.device("cpu")}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(
             f"{name}: found devices {sorted(map(str, devices))}, accepted: one CPU or CUDA device"
         )
-    return Pieces(split, lengths, dtypes.pop(), devices.pop())
+    return Pieces(split, lengths, dtypes, devices.pop())
+
+
+def _dtype(name: str, row: list[Tensor]) -> torch.dtype:
+    """The element type of a row's pieces."""
+    found = {piece.dtype for piece in row} or {torch.float32}
+    if len(found) > 1 or next(iter(found)) not in DTYPE_CODES:
+        raise ValueError(
+            f"{name}: found element types {sorted(map(str, found))}, accepted: one of float32, bfloat16, float16"
+        )
+    return found.pop()
 
 
 def parse_segments(segments: Segments | None, total: int) -> npt.NDArray[np.int64] | None:
@@ -119,11 +157,11 @@ def parse_segments(segments: Segments | None, total: int) -> npt.NDArray[np.int6
     return pairs
 
 
-def parse_weight(weight: Row | None, rows: Pieces) -> list[Tensor]:
-    """The diagonal weight's pieces, one fp32 factor an element; empty for None."""
+def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
+    """The diagonal weight, one fp32 value an element."""
     if weight is None:
-        return []
-    pieces = _split("weight", weight)
+        return Weight([])
+    pieces = _split("weight", weight.values if isinstance(weight, InverseRoot) else weight)
     lengths = [piece.numel() for piece in pieces]
     if lengths != rows.lengths:
         raise ValueError(f"weight: found pieces of lengths {lengths}, accepted: {rows.lengths} as the rows")
@@ -132,7 +170,14 @@ def parse_weight(weight: Row | None, rows: Pieces) -> list[Tensor]:
             raise ValueError(
                 f"weight: found {piece.dtype} on {piece.device}, accepted: torch.float32 on {rows.device}"
             )
-    return pieces
+    if not isinstance(weight, InverseRoot):
+        return Weight(pieces)
+    if not (weight.correction > 0 and weight.eps >= 0 and math.isfinite(weight.eps + weight.correction)):
+        raise ValueError(
+            f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: finite numbers, "
+            "above 0 and at least 0"
+        )
+    return Weight(pieces, (1.0 / weight.correction, weight.eps))
 
 
 def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:
@@ -169,7 +214,7 @@ def parse_out(out: Row, rows: Pieces) -> Pieces:
             raise ValueError(f"out: pieces {p} and {q} overlap, accepted: disjoint pieces")
     for i, row in enumerate(rows.pieces):
         for p, piece in enumerate(row):
-            _refuse_overlap(f"rows[{i}]", p, piece, targets, parsed.dtype)
+            _refuse_overlap(f"rows[{i}]", p, piece, targets, parsed.dtypes[0])
     return parsed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.ops import _native
-from gapo_mega.ops.arguments import Pieces
+from gapo_mega.ops.arguments import Pieces, Weight
 
 ISA_VARIABLE = "GAPO_ISA"
 
@@ -31,7 +31,7 @@ def active_isa() -> str:
 def gramian(
     rows: Pieces,
     segments: npt.NDArray[np.int64] | None,
-    weight: list[Tensor],
+    weight: Weight,
     out: Tensor,
     *,
     isa: str | None = None,
@@ -39,12 +39,12 @@ def gramian(
 ) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]``."""
     _native.gramian(
-        rows.count,
         rows.addresses,
         rows.lengths,
-        rows.dtype_code,
+        rows.dtype_codes,
         segments,
-        [piece.data_ptr() for piece in weight],
+        weight.addresses,
+        weight.inverse_root,
         out.data_ptr(),
         threads or torch.get_num_threads(),
         isa or active_isa(),
@@ -61,13 +61,12 @@ def combine(
 ) -> None:
     """Writes the weighted sum of checked rows to ``out``."""
     _native.combine(
-        rows.count,
         rows.addresses,
         rows.lengths,
-        rows.dtype_code,
+        rows.dtype_codes,
         weights,
         out.addresses,
-        out.dtype_code,
+        out.dtype_codes[0],
         threads or torch.get_num_threads(),
         isa or active_isa(),
     )

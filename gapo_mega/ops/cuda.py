@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.ops import _native
-from gapo_mega.ops.arguments import Pieces
+from gapo_mega.ops.arguments import Pieces, Weight
 
 
 def require_back_end() -> None:
@@ -59,7 +59,7 @@ def _workspace(m: int, device: int, stream: int) -> Tensor:
     return _kept_workspace(m, device, stream, threading.get_ident())
 
 
-def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor) -> None:
+def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight, out: Tensor) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     require_back_end()
     device, stream = _place(rows.device)
@@ -67,11 +67,11 @@ def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[T
     plan, table = _plan(tuple(rows.lengths), ranges, rows.device)
     workspace = _workspace(rows.count, device, stream)
     _native.cuda_gramian(
-        rows.count,
         rows.addresses,
         rows.lengths,
-        rows.dtype_code,
-        [piece.data_ptr() for piece in weight],
+        rows.dtype_codes,
+        weight.addresses,
+        weight.inverse_root,
         plan,
         table.data_ptr(),
         workspace.data_ptr(),
@@ -86,13 +86,12 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
     require_back_end()
     device, stream = _place(rows.device)
     _native.cuda_combine(
-        rows.count,
         rows.addresses,
         rows.lengths,
-        rows.dtype_code,
+        rows.dtype_codes,
         weights.data_ptr(),
         out.addresses,
-        out.dtype_code,
+        out.dtype_codes[0],
         device,
         stream,
     )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gapo_mega.ops.arguments import Pieces
+from gapo_mega.ops.arguments import Pieces, Weight
 
 # Elements a stretch: 32 MiB a row in float64.
 STRETCH = 1 << 22
@@ -31,11 +31,11 @@ def warn_once() -> None:
     )
 
 
-def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: list[Tensor], out: Tensor) -> None:
+def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight, out: Tensor) -> None:
     """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     for piece, start, end in _stretches(rows, segments):
         block = torch.stack([row[piece][start:end].double() for row in rows.pieces])
-        scaled = block * weight[piece][start:end].double() if weight else block
+        scaled = block * weight.factors(piece, start, end) if weight.pieces else block
         out += scaled @ block.T
 
 

@@ -8,23 +8,31 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from gapo_mega.ops.arguments import Row, Segments
+from gapo_mega.ops.arguments import InverseRoot, Row, Segments
 
 
 def _flat(row: Row) -> Tensor:
     return row if isinstance(row, Tensor) else torch.cat(list(row))
 
 
+def _factors(weight: Row | InverseRoot) -> Tensor:
+    if not isinstance(weight, InverseRoot):
+        return _flat(weight).double()
+    values = _flat(weight.values).double()
+    roots = 1.0 / ((values / weight.correction).sqrt() + weight.eps)
+    return torch.where(values == 0, 0.0, roots)
+
+
 def gramian(
     rows: Sequence[Row],
     *,
     segments: Segments | None = None,
-    weight: Row | None = None,
+    weight: Row | InverseRoot | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As :func:`gapo_mega.ops.gramian`."""
     matrix = torch.stack([_flat(row).double() for row in rows])
-    factors = torch.ones_like(matrix[0]) if weight is None else _flat(weight).double()
+    factors = torch.ones_like(matrix[0]) if weight is None else _factors(weight)
     if segments is not None:
         counted = torch.zeros_like(factors)
         for start, end in segments:

@@ -56,6 +56,7 @@ class Emulated:
         rows: list[list[Tensor]],
         segments: Sequence[tuple[int, int]] | None = None,
         weight: Sequence[Tensor] = (),
+        inverse_root: tuple[float, float] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Of rows in pieces, added to a copy of ``out``."""
@@ -68,11 +69,11 @@ class Emulated:
         start = torch.zeros(m, m, dtype=torch.float64) if out is None else out
         found = self.memory.place(start, written=True)
         self.native.cuda_gramian(
-            m,
             [piece.data_ptr() for row in rows for piece in row],
             lengths,
-            DTYPES.index(rows[0][0].dtype),
+            [DTYPES.index(row[0].dtype) for row in rows],
             [piece.data_ptr() for piece in weight],
+            inverse_root,
             plan,
             table.data_ptr(),
             workspace.data_ptr(),
@@ -85,10 +86,9 @@ class Emulated:
     def combine(self, out: list[Tensor], rows: list[list[Tensor]], weights: Sequence[float]) -> None:
         on_device = self.memory.place(torch.tensor(weights, dtype=torch.float64))
         self.native.cuda_combine(
-            len(rows),
             [piece.data_ptr() for row in rows for piece in row],
             [piece.numel() for piece in rows[0]],
-            DTYPES.index(rows[0][0].dtype),
+            [DTYPES.index(row[0].dtype) for row in rows],
             on_device.data_ptr(),
             [piece.data_ptr() for piece in out],
             DTYPES.index(out[0].dtype),

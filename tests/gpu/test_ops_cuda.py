@@ -22,6 +22,7 @@ CHUNK = 4096  # elements that a block of gramian takes at a time
 # Exact products (with a weight, one rounding) added in fp64 in some order: below n * 2^-53 of |g_i| |g_j|,
 # and rows here are shorter than 2^20.
 GRAM_TOLERANCE = 2 * 2.0 ** (20 - 53)
+ROOT_TOLERANCE = 4 * 2.0**-24  # an inverse root is formed in fp32: four roundings
 
 
 def normal(length: int, shift: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -34,7 +35,7 @@ def on_host(row: Tensor | list[Tensor]) -> Tensor:
     return row.cpu() if isinstance(row, Tensor) else torch.cat([piece.cpu() for piece in row])
 
 
-def assert_gram_close(found: Tensor, rows: list, **options) -> None:
+def assert_gram_close(found: Tensor, rows: list, tolerance: float = GRAM_TOLERANCE, **options) -> None:
     host = [on_host(row) for row in rows]
     weight = options.pop("weight", None)
     factors = {} if weight is None else {"weight": on_host(weight)}
@@ -42,7 +43,7 @@ def assert_gram_close(found: Tensor, rows: list, **options) -> None:
     bounded = {name: value.abs() for name, value in factors.items()}
     norms = reference.gramian(host, **options, **bounded).diagonal().sqrt()
     assert found.device.type == "cuda"
-    assert bool(((found.cpu() - expected).abs() <= GRAM_TOLERANCE * torch.outer(norms, norms)).all())
+    assert bool(((found.cpu() - expected).abs() <= tolerance * torch.outer(norms, norms)).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,6 +113,32 @@ def test_gramian_on_a_side_stream():
         found = ops.gramian(rows)
     stream.synchronize()
     assert_gram_close(found, rows)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 11, 16])
+@pytest.mark.parametrize("shifts", [(0, 0), (3, 3), (0, 4), (1, 2)])
+def test_rows_of_different_types(m, shifts):
+    dtypes = [DTYPES[i % 3 if m > 2 else i] for i in range(m)]
+    rows = [normal(3 * CHUNK + 77, shifts[i % 2], dtype, i) for i, dtype in enumerate(dtypes)]
+    segments = [(3, 100), (CHUNK + 1, 3 * CHUNK)]
+    assert_gram_close(ops.gramian(rows), rows)
+    assert_gram_close(ops.gramian(rows, segments=segments), rows, segments=segments)
+    weights = [0.5 - 0.1 * i for i in range(m)]
+    combine_and_compare(torch.empty_like(rows[0]), rows, weights, weights)
+    combine_and_compare(rows[1], rows, weights, weights)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 9])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_factors_that_are_inverse_roots(m, mixed):
+    rows = [normal(CHUNK + 77, 0, DTYPES[i % 2 if mixed else 0], i) for i in range(m)]
+    values = 10.0 ** (4 * normal(CHUNK + 77, 1, torch.float32, 99))
+    values[7:300] = 0.0
+    found = ops.gramian(rows, weight=ops.InverseRoot(values, 0.271, 1e-8))
+    expected = torch.where(values == 0, 0.0, 1 / ((values.double() / 0.271).sqrt() + 1e-8))
+    assert_gram_close(found, rows, ROOT_TOLERANCE, weight=expected)
+    values[0] = torch.nan
+    assert not bool(ops.gramian(rows, weight=ops.InverseRoot(values)).isfinite().any())
 
 
 def combine_and_compare(out: Tensor | list, rows: list, weights: list[float], given: object) -> None:

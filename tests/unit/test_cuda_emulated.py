@@ -29,6 +29,7 @@ pytestmark = [
 # fp64 throughout: kernel and reference round at most once an element, to 2^-53, and no test has more
 # than 2^16 elements.
 GRAM_TOLERANCE = 2.0**-36
+ROOT_TOLERANCE = 4 * 2.0**-24  # an inverse root is formed in fp32: four roundings
 
 
 @pytest.fixture(scope="session")
@@ -135,14 +136,16 @@ def test_plan_covers_every_segment_once(emulated):
     assert emulated.plan([0], None) == []
 
 
-def assert_gram_close(found: Tensor, rows: list[list[Tensor]], **options) -> None:
+def assert_gram_close(
+    found: Tensor, rows: list[list[Tensor]], tolerance: float = GRAM_TOLERANCE, **options
+) -> None:
     joined = [torch.cat(row) for row in rows]
     weight = options.pop("weight", None)
     factors = {} if weight is None else {"weight": torch.cat(weight)}
     expected = reference.gramian(joined, **options, **factors)
     bounded = {name: value.abs() for name, value in factors.items()}
     norms = reference.gramian(joined, **options, **bounded).diagonal().sqrt()
-    assert bool(((found - expected).abs() <= GRAM_TOLERANCE * torch.outer(norms, norms)).all())
+    assert bool(((found - expected).abs() <= tolerance * torch.outer(norms, norms)).all())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -186,6 +189,71 @@ def test_gramian_with_pieces_segments_and_weight(emulated, m, weight_shift, dtyp
     once = emulated.gramian(rows, segments, weight)
     twice = emulated.gramian(rows, segments, weight, out=once)
     torch.testing.assert_close(twice, 2 * once, rtol=1e-15, atol=0)
+
+
+# (type, elements past an aligned address) of every row; a float's border of 8 elements is a multiple of 4's.
+MIXED = {
+    "fp32 first": [(0, 0), (1, 0), (1, 0)],
+    "fp32 last, shifted": [(1, 3), (2, 3), (0, 3)],
+    "aligned to 4 elements": [(1, 4), (0, 0), (2, 8)],
+    "not aligned": [(1, 1), (0, 2), (2, 3)],
+    "nine": [(i % 3, 5) for i in range(9)],
+    "sixteen": [(i % 2, 0) for i in range(16)],
+}
+
+
+def mixed_rows(emulated: Emulated, kinds: list[tuple[int, int]], lengths: list[int]) -> list[list[Tensor]]:
+    return [
+        [
+            emulated.memory.place(normal(n, DTYPES[code], 10 * i + p), shift, written=i == 0)
+            for p, n in enumerate(lengths)
+        ]
+        for i, (code, shift) in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize("kinds", MIXED)
+def test_gramian_of_rows_of_different_types(emulated, kinds):
+    emulated.configure("random")
+    lengths = [2 * emulated.chunk + 13, 0, 5, 77]
+    rows = mixed_rows(emulated, MIXED[kinds], lengths)
+    weight = [emulated.memory.place(normal(n, torch.float32, p), 1) for p, n in enumerate(lengths)]
+    segments = [(0, 3), (100, emulated.chunk + 15), (emulated.chunk + 19, 2 * emulated.chunk + 50)]
+    assert_gram_close(emulated.gramian(rows), rows)
+    found = emulated.gramian(rows, segments, weight)
+    assert_gram_close(found, rows, segments=segments, weight=weight)
+
+
+@pytest.mark.parametrize("kinds", MIXED)
+def test_combine_rows_of_different_types(emulated, kinds):
+    emulated.configure("random")
+    lengths = [2 * 8192 + 5, 0, 77]
+    weights = [0.25 - 0.5 * i for i in range(len(MIXED[kinds]))]
+    for out_dtype in DTYPES:
+        rows = mixed_rows(emulated, MIXED[kinds], lengths)
+        out = [emulated.memory.place(torch.zeros(n, dtype=out_dtype), written=True) for n in lengths]
+        combine_and_compare(emulated, out, rows, weights)
+    combine_and_compare(emulated, rows[0], rows, weights)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("m", [1, 2, 5, 9])
+def test_factors_that_are_inverse_roots(emulated, m, shift):
+    emulated.configure("random")
+    lengths = [emulated.chunk + 13, 5]
+    rows = [
+        [emulated.memory.place(normal(n, DTYPES[i % 2], 10 * i + p)) for p, n in enumerate(lengths)]
+        for i in range(m)
+    ]
+    second = [10.0 ** (4 * normal(n, torch.float32, 99 + p)) for p, n in enumerate(lengths)]
+    second[0][7:300] = 0.0
+    values = [emulated.memory.place(v, shift) for v in second]
+    found = emulated.gramian(rows, None, values, (1 / 0.271, 1e-8))
+    expected = [torch.where(v == 0, 0.0, 1 / ((v.double() / 0.271).sqrt() + 1e-8)) for v in second]
+    assert_gram_close(found, rows, ROOT_TOLERANCE, weight=expected)
+    emulated.memory = GuardedMemory()
+    broken = [emulated.memory.place(torch.full((n,), torch.nan)) for n in lengths]
+    assert not bool(emulated.gramian(rows, None, broken, (1.0, 0.0)).isfinite().any())
 
 
 def test_elements_that_are_not_selected_are_not_used(emulated):

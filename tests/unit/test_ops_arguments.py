@@ -18,8 +18,8 @@ TWO = [torch.ones(8), torch.ones(8)]
         ([ONE] * 17, "rows: found 17 rows"),
         ([ONE, torch.ones(9)], r"rows\[1\]: found pieces of lengths \[9\]"),
         ([[ONE, ONE], [ONE]], r"rows\[1\]: found pieces of lengths \[8\], accepted: \[8, 8\]"),
-        ([ONE, ONE.half()], "rows: found element types"),
-        ([ONE.double()], "rows: found element types"),
+        ([TWO, [ONE, ONE.half()]], r"rows\[1\]: found element types \['torch.float16', 'torch.float32'\]"),
+        ([ONE.double()], r"rows\[0\]: found element types"),
         ([ONE, torch.ones(8, device="meta")], "rows: found devices"),
         ([torch.ones(8, device="meta")], "rows: found devices"),
         ([torch.ones(2, 4)], r"rows\[0\]: found shape \(2, 4\)"),
@@ -51,7 +51,16 @@ def test_segments_that_are_no_pairs(segments):
 
 
 @pytest.mark.parametrize(
-    ("weight", "message"), [(torch.ones(7), "lengths"), (ONE.double(), "float64"), ([ONE, ONE], "lengths")]
+    ("weight", "message"),
+    [
+        (torch.ones(7), "lengths"),
+        (ONE.double(), "float64"),
+        ([ONE, ONE], "lengths"),
+        (ops.InverseRoot(torch.ones(7)), "lengths"),
+        (ops.InverseRoot(ONE, correction=0.0), "the correction 0.0"),
+        (ops.InverseRoot(ONE, eps=-1.0), "eps -1.0"),
+        (ops.InverseRoot(ONE, eps=float("nan")), "eps nan"),
+    ],
 )
 def test_weight_that_does_not_fit(weight, message):
     with pytest.raises(ValueError, match=f"weight: found .*{message}"):

@@ -68,9 +68,9 @@ def test_launchers_say_that_there_is_no_device():
     with pytest.raises(RuntimeError, match="no CUDA device"):
         _native.cuda_workspace_size(2, 0)
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        _native.cuda_gramian(1, [0], [10], 0, [], plan, 0, 0, 0, 0, 0)
+        _native.cuda_gramian([0], [10], [0], [], None, plan, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        _native.cuda_combine(1, [0], [10], 0, 0, [0], 0, 0, 0)
+        _native.cuda_combine([0], [10], [0], 0, [0], 0, 0, 0)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         _native.cuda_min_norm(0, 2, False, 0, 0, 0, 0)
 

@@ -23,6 +23,8 @@ CHUNK = 1 << 16  # elements that one thread takes at a time
 # n * 2^-53 of sum |a_i a_j|, which Cauchy-Schwarz bounds by |g_i| |g_j|. Rows here are shorter than 2^18; the
 # reference adds in another order, with the same bound.
 GRAM_TOLERANCE = 2 * 2.0 ** (18 - 53)
+# The factor itself is formed in fp32: four roundings.
+ROOT_TOLERANCE = 4 * 2.0**-24
 
 
 def gram_of(rows: list[list[Tensor]], isa: str, threads: int, **options) -> Tensor:
@@ -37,9 +39,11 @@ def gram_of(rows: list[list[Tensor]], isa: str, threads: int, **options) -> Tens
 def assert_gram_close(found: Tensor, rows: list[list[Tensor]], **options) -> None:
     expected = reference.gramian(rows, **options)
     # Weights of either sign: the bound is on sums of absolute values.
-    bounded = dict(options, weight=[w.abs() for w in options["weight"]]) if options.get("weight") else options
+    weight = options.get("weight")
+    bounded = dict(options, weight=[w.abs() for w in weight]) if isinstance(weight, list) else options
     norms = reference.gramian(rows, **bounded).diagonal().sqrt()
-    assert bool(((found - expected).abs() <= GRAM_TOLERANCE * torch.outer(norms, norms)).all())
+    tolerance = ROOT_TOLERANCE if isinstance(weight, ops.InverseRoot) else GRAM_TOLERANCE
+    assert bool(((found - expected).abs() <= tolerance * torch.outer(norms, norms)).all())
 
 
 def shifted(length: int, shift: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -51,14 +55,33 @@ def shifted(length: int, shift: int, dtype: torch.dtype, generator: torch.Genera
 def problems(draw):
     m = draw(st.integers(1, 16))
     lengths = draw(st.lists(st.one_of(st.integers(0, 70), st.integers(500, 1600)), min_size=1, max_size=4))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtypes = draw(st.one_of(st.sampled_from([m * [d] for d in DTYPES]), st.tuples(*m * [st.sampled_from(DTYPES)])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shifts = [[draw(st.integers(0, 17)) for _ in lengths] for _ in range(m)]
-    rows = [[shifted(n, s, dtype, generator) for n, s in zip(lengths, row, strict=True)] for row in shifts]
+    rows = [
+        [shifted(n, s, dtype, generator) for n, s in zip(lengths, row, strict=True)]
+        for dtype, row in zip(dtypes, shifts, strict=True)
+    ]
     cuts = sorted(draw(st.lists(st.integers(0, sum(lengths)), max_size=12)))
     segments = draw(st.sampled_from([None, list(zip(cuts[::2], cuts[1::2], strict=False))]))
-    weight = [torch.randn(n + 1, generator=generator)[1:] for n in lengths] if draw(st.booleans()) else None
+    values = [torch.randn(n + 1, generator=generator)[1:] for n in lengths]
+    second = [10.0 ** (4 * v) * (v > -1) for v in values]  # of 24 orders of magnitude, and zeros
+    weight = draw(st.sampled_from([None, values, ops.InverseRoot(second, 0.271, 1e-8)]))
     return rows, {"segments": segments, "weight": weight}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("length", [5, 128, 131])
+def test_an_inverse_root_does_not_count_zeros_and_shows_nan(isa, length):
+    values, rows = torch.zeros(length), [torch.ones(length), torch.full((length,), 2.0).bfloat16()]
+    values[length - 2] = 4.0
+    for eps, factor in ((0.0, 1 / (4 / 0.25) ** 0.5), (1.0, 1 / 5)):
+        weight = ops.InverseRoot(values, correction=0.25, eps=eps)
+        found = gram_of([[row] for row in rows], isa, 1, weight=weight)
+        expected = factor * torch.tensor([[1.0, 2.0], [2.0, 4.0]]).double()
+        torch.testing.assert_close(found, expected, rtol=ROOT_TOLERANCE, atol=0)
+    values[0] = torch.nan
+    assert not bool(gram_of([[row] for row in rows], isa, 1, weight=weight).isfinite().any())
 
 
 @settings(max_examples=120, deadline=None)
@@ -171,7 +194,6 @@ def combinations(draw):
 @given(combinations(), st.sampled_from(ISAS), st.integers(1, 3))
 def test_combine_equals_reference(problem, isa, threads):
     rows, out_dtype, target, weights = problem
-    dtype = rows[0][0].dtype
     expected = [torch.empty(p.numel(), dtype=torch.float64) for p in rows[0]]
     bound = [torch.empty(p.numel(), dtype=torch.float64) for p in rows[0]]
     reference.combine_(expected, rows, weights)
@@ -180,7 +202,7 @@ def test_combine_equals_reference(problem, isa, threads):
     parsed = parse_rows("rows", rows)
     cpu.combine(parse_out(out, parsed), parsed, weights, isa=isa, threads=threads)
     # At most 16 fp32 roundings of the summands, then one to the output's type.
-    last = torch.finfo(dtype if target >= 0 else out_dtype)
+    last = torch.finfo(rows[target][0].dtype if target >= 0 else out_dtype)
     for found, right, size in zip(out, expected, bound, strict=True):
         allowed = size * 17 * 2.0**-24 + right.abs() * last.eps + last.smallest_normal * last.eps
         assert bool(((found.double() - right).abs() <= allowed).all())
@@ -234,13 +256,15 @@ def test_portable_equals_the_reference(dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr(portable, "STRETCH", 7)
     generator = torch.Generator().manual_seed(3)
     rows = [[torch.randn(n, generator=generator).to(dtype) for n in (23, 0, 40)] for _ in range(3)]
-    weight = [torch.rand(n, generator=generator) for n in (23, 0, 40)]
+    rows[0] = [piece.float() for piece in rows[0]]
+    plain = [torch.rand(n, generator=generator) for n in (23, 0, 40)]
     parsed = parse_rows("rows", rows)
-    for segments in (None, np.array([(2, 9), (15, 30), (62, 63)])):
-        out = torch.zeros(3, 3, dtype=torch.float64)
-        portable.gramian(parsed, segments, weight, out)
-        expected = reference.gramian(rows, segments=segments, weight=weight)
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for weight in (None, plain, ops.InverseRoot(plain, 0.5, 1e-3)):
+        for segments in (None, np.array([(2, 9), (15, 30), (62, 63)])):
+            out = torch.zeros(3, 3, dtype=torch.float64)
+            portable.gramian(parsed, segments, parse_weight(weight, parsed), out)
+            expected = reference.gramian(rows, segments=segments, weight=weight)
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     factors = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
     target = [piece.clone() for piece in rows[2]]
     expected_pieces = [0.5 * a.double() - 2.0 * c.double() for a, c in zip(rows[0], rows[2], strict=True)]

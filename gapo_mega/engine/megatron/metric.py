@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.engine.megatron.optimizer_state import main_parameters, steps_taken
-from gapo_mega.engine.megatron.shard import GradientShard, Placement, Span, chunk_elements, chunks
+from gapo_mega.engine.megatron.shard import GradientShard, Placement
 
 Row = Sequence[Tensor]
 
@@ -33,7 +32,7 @@ class AdamMetric:
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard) -> None:
         """The metric as the optimizer's state is now."""
         (inner,) = optimizer.chained_optimizers
-        self._placements = sorted(shard.placements, key=lambda placement: placement.start)
+        self._shard = shard
         self._steps = steps_taken(inner.optimizer)
         config = inner.config
         self._eps = config.adam_eps
@@ -49,56 +48,23 @@ class AdamMetric:
         """Whether D is 1 everywhere."""
         return self._steps == 0
 
-    def factors(self, start: int, end: int) -> Tensor:
-        """D at positions ``[start, end)`` of the shard, float32; 0 between parameters."""
-        result = torch.zeros(end - start, device=device())
-        first = bisect_right(self._placements, start, key=lambda placement: placement.end)
-        last = bisect_left(self._placements, end, key=lambda placement: placement.start)
-        for placement in self._placements[first:last]:
-            low, high = max(start, placement.start), min(end, placement.end)
-            second = self._second_moment(placement, low, high)
-            factors = 1.0 / ((second / self._correction).sqrt_() + self._eps)
-            result[low - start : high - start] = torch.where(second > 0, factors, 0.0)
-        return result
+    def factors(self) -> ops.InverseRoot:
+        """D over the shard's counted placements, a piece each: as views of the optimizer's state."""
+        pieces = [self._second_moment(placement) for placement in self._shard.counted]
+        return ops.InverseRoot(pieces, self._correction, self._eps)
 
-    def _second_moment(self, placement: Placement, low: int, high: int) -> Tensor:
+    def _second_moment(self, placement: Placement) -> Tensor:
         first, values = self._held[placement.parameter]
-        shift = placement.first - placement.start - first
-        return values[low + shift : high + shift]
+        start = placement.first - first
+        return values[start : start + placement.end - placement.start]
 
 
 def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
-    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros where the shard is empty.
-
-    Rows may differ in type; those that are not fp32 are copied chunk by chunk.
-    """
+    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros where the shard is empty."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
-    euclidean = metric is None or metric.is_euclidean
-    if euclidean and len({row[0].dtype for row in rows if row}) == 1:
+    if not shard.counted:
+        return gram
+    if metric is None or metric.is_euclidean:
         return ops.gramian(rows, segments=shard.segments, out=gram)
-    for piece, start, end, position in chunks([p.numel() for p in shard.pieces], chunk_elements()):
-        stop = position + end - start
-        ops.gramian(
-            [row[piece][start:end].float() for row in rows],
-            segments=_within(shard.segments, (position, stop)),
-            weight=None if euclidean else metric.factors(position, stop),  # type: ignore[union-attr]
-            out=gram,
-        )
-    return gram
-
-
-def combine_rows_(out: Row, rows: Sequence[Row], weights: Tensor) -> None:
-    """``sum_i weights_i rows_i`` to ``out``, fp32, which is one of the rows; the others may be bf16."""
-    if len({row[0].dtype for row in rows if row}) <= 1:
-        ops.combine_(out, rows, weights)
-        return
-    for piece, start, end, _ in chunks([p.numel() for p in out], chunk_elements()):
-        ops.combine_(out[piece][start:end], [row[piece][start:end].float() for row in rows], weights)
-
-
-def _within(segments: Sequence[Span], limits: Span) -> list[Span]:
-    """The parts of sorted ``segments`` within ``limits``, from their beginning."""
-    low, high = limits
-    first = bisect_right(segments, low, key=lambda segment: segment[1])
-    last = bisect_left(segments, high, key=lambda segment: segment[0])
-    return [(max(start, low) - low, min(end, high) - low) for start, end in segments[first:last]]
+    parts = [[shard.view(row, placement) for placement in shard.counted] for row in rows]
+    return ops.gramian(parts, weight=metric.factors(), out=gram)

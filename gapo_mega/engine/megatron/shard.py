@@ -39,7 +39,8 @@ class GradientShard:
     ``pieces``: flat views, one a bucket, or one a run of parameters where only some are asked for.
     Positions below are in the concatenation of the pieces. ``segments``: the ``[start, end)`` ranges that
     count in norms and inner products: every parameter but those that another rank counts (replicated over
-    tensor ranks, or the second copy of tied embeddings). ``placements``: where the parameters lie.
+    tensor ranks, or the second copy of tied embeddings). ``placements``: where the parameters lie;
+    ``counted``: of those that count.
     """
 
     def __init__(self, model: DistributedDataParallel, only: Collection[nn.Parameter] | None = None) -> None:
@@ -57,8 +58,8 @@ class GradientShard:
                     if number == index
                 }
                 self._add(bucket.grad_data, owned(model, bucket.grad_data.numel()), spans, wanted)
-        counted = [(p.start, p.end) for p in self.placements if _counts(p.parameter)]
-        self.segments = _merge(sorted(counted))
+        self.counted = [placement for placement in self.placements if _counts(placement.parameter)]
+        self.segments = _merge(sorted((p.start, p.end) for p in self.counted))
 
     def _add(
         self, data: Tensor, own: Span, spans: dict[nn.Parameter, Span], wanted: set[nn.Parameter] | None
@@ -131,12 +132,12 @@ def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
 def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
     """Memory for a copy of ``piece``, placed for rows that are read side by side.
 
-    At the same place relative to 16-byte borders: shards start wherever Megatron cuts its buckets, and
-    rows that differ in that are read element by element on a GPU. At another place of a page than other
-    rows: large allocations all begin at the same one, and their elements would compete for the same
-    sets of a CPU's first cache (8 rows then take up to 1.2 times as long).
+    As many elements past a multiple of 8: shards start wherever Megatron cuts its buckets, and rows that
+    differ in that are read element by element on a GPU. At another place of a page than other rows: large
+    allocations all begin at the same one, and their elements would compete for the same sets of a CPU's
+    first cache (8 rows then take up to 1.2 times as long).
     """
-    offset = (piece.data_ptr() % 16 + index * _STAGGER) // dtype.itemsize
+    offset = piece.data_ptr() // piece.itemsize % 8 + index * _STAGGER // dtype.itemsize
     # Zeroed by writing: where memory does not suffice, that shows here and not in the first update.
     return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:].zero_()
 

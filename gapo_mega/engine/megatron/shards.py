@@ -16,7 +16,7 @@ from gapo_mega import ops
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.clock import Clock
 from gapo_mega.engine.megatron.gradients import Direction, GradientStrategy, Setting
-from gapo_mega.engine.megatron.metric import combine_rows_, inner_products
+from gapo_mega.engine.megatron.metric import inner_products
 from gapo_mega.engine.megatron.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.row_buffer import RowBuffer
@@ -57,7 +57,7 @@ class Shards(GradientStrategy):
         weights, status = ops.solve(gram, aggregator)
         if self._before is not None:
             self._put_large_part_last(gram, weights)
-        combine_rows_(self.shard.pieces, self._rows, weights)
+        ops.combine_(self.shard.pieces, self._rows, weights)
         found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
         clock.lap("aggregate")
         if self._before is not None and found.status == ops.Status.OK:
