@@ -125,7 +125,8 @@ def _dtype(name: str, row: list[Tensor]) -> torch.dtype:
     found = {piece.dtype for piece in row} or {torch.float32}
     if len(found) > 1 or next(iter(found)) not in DTYPE_CODES:
         raise ValueError(
-            f"{name}: found element types {sorted(map(str, found))}, accepted: one of float32, bfloat16, float16"
+            f"{name}: found element types {sorted(map(str, found))}, "
+            "accepted: one of float32, bfloat16, float16"
         )
     return found.pop()
 
@@ -174,8 +175,8 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
         return Weight(pieces)
     if not (weight.correction > 0 and weight.eps >= 0 and math.isfinite(weight.eps + weight.correction)):
         raise ValueError(
-            f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: finite numbers, "
-            "above 0 and at least 0"
+            f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: finite "
+            "numbers, above 0 and at least 0"
         )
     return Weight(pieces, (1.0 / weight.correction, weight.eps))
 

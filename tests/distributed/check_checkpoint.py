@@ -26,6 +26,7 @@ from gapo_mega.engine.megatron.cpu import megatron_device
 from gapo_mega.engine.megatron.forward import forward_backward
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.engine.megatron.modules import RMSNorm
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience
 from tests.distributed import worlds
@@ -141,6 +142,25 @@ class Run:
         return total
 
 
+class _StatefulNorm(RMSNorm):
+    """A norm with an extra state: Transformer Engine's have one, Megatron's own have not."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0)
+
+    def set_extra_state(self, state: object) -> None:
+        raise AssertionError("nothing was stored")
+
+
+def _give_extra_states(run: Run) -> None:
+    for trainable in run.trainables.values():
+        norms = [module for module in trainable.model.modules() if type(module) is RMSNorm]
+        assert norms
+        for norm in norms:
+            norm.__class__ = _StatefulNorm
+        assert any("norm._extra_state" in name for name in trainable.model.state_dict())
+
+
 def _own_tensors(trainable: Trainable, data_rank: int) -> list[tuple[str, Tensor]]:
     """Every parameter and state tensor, on one rank only or in pieces that do not overlap."""
     model, optimizer = trainable.model.module, trainable.optimizer.chained_optimizers[0]
@@ -214,7 +234,8 @@ def check(args: dict[str, Any], result: dict[str, Any]) -> None:
 def run(args: dict[str, Any]) -> dict[str, Any]:
     """Train and save in ``args["save"]`` ([tensor, pipeline]), load there and in every ``args["load"]``.
 
-    Other arguments: directory, optimizer (a section), dtype, tied, vocab.
+    Other layouts' norms have an extra state. Other arguments: directory, optimizer (a section), dtype,
+    tied, vocab.
     """
     directory = Path(args["directory"])
     in_groups = worlds.enter(*args["save"], seed=1)
@@ -242,7 +263,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     forgetful = _losses_after_loading(args, in_groups, directory, saved, forget=True)
     result["losses_without_state"] = _relative(forgetful["losses"], reference["losses"])
     for layout in args["load"]:
-        found = _losses_after_loading(args, worlds.enter(*layout, seed=3), directory, saved)
+        found = _losses_after_loading(args, worlds.enter(*layout, seed=3), directory, saved, stateful=True)
         found["losses"] = _relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
     return result
@@ -254,8 +275,11 @@ def _losses_after_loading(
     directory: Path,
     saved: dict[str, list[float]],
     forget: bool = False,
+    stateful: bool = False,
 ) -> dict[str, Any]:
     other = Run(args, in_groups, seed=3)
+    if stateful:
+        _give_extra_states(other)
     extra = checkpoint.load(directory, other.trainables, in_groups)
     padded = args.get("vocab", 256) % 256 != 0  # padding is as large as the layout makes it
     loaded = 0.0 if padded else _distance(other.fingerprint(), saved)

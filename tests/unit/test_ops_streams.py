@@ -55,7 +55,9 @@ def shifted(length: int, shift: int, dtype: torch.dtype, generator: torch.Genera
 def problems(draw):
     m = draw(st.integers(1, 16))
     lengths = draw(st.lists(st.one_of(st.integers(0, 70), st.integers(500, 1600)), min_size=1, max_size=4))
-    dtypes = draw(st.one_of(st.sampled_from([m * [d] for d in DTYPES]), st.tuples(*m * [st.sampled_from(DTYPES)])))
+    dtypes = draw(
+        st.one_of(st.sampled_from([m * [d] for d in DTYPES]), st.tuples(*m * [st.sampled_from(DTYPES)]))
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shifts = [[draw(st.integers(0, 17)) for _ in lengths] for _ in range(m)]
     rows = [

@@ -39,9 +39,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 from gapo_mega.engine.base import Layout
+from gapo_mega.engine.megatron import model_state
 from gapo_mega.engine.megatron.build import Trainable
 from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.dist_format import FORMAT, METADATA
+from gapo_mega.engine.megatron.dist_format import FORMAT
 from gapo_mega.engine.megatron.groups import Groups
 from gapo_mega.engine.megatron.optimizer_state import OptimizerState
 
@@ -79,7 +80,7 @@ def save(
                 "optimizer_step": optimizer.step,
                 "schedule_step": trainable.scheduler.num_steps,
             }
-            model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
+            model = model_state.to_save(trainable.model.module)
             state[name] = _prefixed(name, model, optimizer.to_save(model))
         about = {"format": FORMAT, "layout": _sizes(layout), "models": models}
         about["score_head"] = score_head
@@ -105,7 +106,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
         if same_layout:
             state["rng"] = _ranked("rng", None, layout.rank, layout.world)
         for name, trainable in trainables.items():
-            model = trainable.model.module.sharded_state_dict(metadata=dict(METADATA))
+            model = model_state.to_load(model_state.to_save(trainable.model.module))
             state[name] = _prefixed(name, model, optimizers[name].to_load(model))
         # Ranks ask for the parts that they own, in any number of copies: no integrity check.
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
@@ -154,7 +155,7 @@ def _restore(
     trainable: Trainable, optimizer: OptimizerState, loaded: dict[str, Any], about: dict[str, Any]
 ) -> None:
     with megatron_device():
-        trainable.model.module.load_state_dict(loaded["model"])
+        model_state.restore(trainable.model.module, loaded["model"])
         optimizer.load(loaded.get("optimizer", {}))
         optimizer.step = about["optimizer_step"]
         trainable.scheduler.num_steps = 0

@@ -17,8 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gapo_mega.engine.megatron import model_state
 from gapo_mega.engine.megatron.cpu import device
-from gapo_mega.engine.megatron.dist_format import METADATA, is_checkpoint, read_common, trained_model_prefix
+from gapo_mega.engine.megatron.dist_format import is_checkpoint, read_common, trained_model_prefix
 from gapo_mega.engine.megatron.modules import ValueModel
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
 from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, weight_map_of
@@ -79,11 +80,9 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
         # With tied embeddings nothing would be missing.
         raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
     prefix = trained_model_prefix(about)
-    state = {
-        key: value
-        for key, value in model.sharded_state_dict(metadata=dict(METADATA)).items()
-        if not key.endswith("_extra_state") and (with_head or not key.startswith("output_layer."))
-    }
+    left = "" if with_head else "output_layer."
+    entries = model_state.to_load(model_state.to_save(model))
+    state = {name: entry for name, entry in entries.items() if not (left and name.startswith(left))}
     add_prefix_for_sharding(state, prefix)
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
@@ -91,9 +90,7 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error
     # What is not asked for, such as what the checkpoint says of itself, comes along.
-    missing, _ = model.load_state_dict({key: loaded[key] for key in state}, strict=False)
-    lost = [key for key in missing if key in state]
-    assert not lost, f"not loaded: {lost}"
+    model_state.restore(model, {name: loaded[name] for name in state}, left)
 
 
 def export_hf(
