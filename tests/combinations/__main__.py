@@ -44,8 +44,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m tests.combinations",
         description="Two steps with every valid combination of gradient settings, compared with transformers "
         "and autograd in float64. Every pair and triple of settings is met early.",
-        epilog="axes: "
-        + "; ".join(f"{axis}: {', '.join(values)}" for axis, values in AXES.items()),
+        epilog="axes: " + "; ".join(f"{axis}: {', '.join(values)}" for axis, values in AXES.items()),
     )
     parser.add_argument("--limit-minutes", type=float, default=float("inf"), metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the order")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gapo_mega.engine.base import GradientReport
 from tests.combinations.reference import Gradients, Named, Reference
-from tests.combinations.settings import BETA1, BETA2, CLIP, EPS, OBJECTIVES, SCOPES, Setting
+from tests.combinations.settings import BETA1, BETA2, CLIP, EPS, SCOPES, Setting
 
 CHECKS = (
     "gram 1",
@@ -29,6 +29,9 @@ CHECKS = (
     "loss 2",
 )
 """Names of what is compared; the number is the step's."""
+
+# Of logarithms of ratios, beside what bf16 makes of a log-probability.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,22 @@ def tolerances(setting: Setting) -> dict[str, float]:
     """The largest error accepted of every check.
 
     fp32 sums in another order are off by 1e-7 a term, and `single` takes cosines from differences of numbers
-    near 2 that are good to 1e-6: 1e-5 leaves a digit. The second step's activations are of numbers that no
-    longer are bf16's own, and Adam's metric divides by what may be small: 1e-4. bf16 rows are rounded by up
-    to 2^-9 an element, both factors of a product: 2^-8. With bf16 activations every element has 8 bits,
-    which comes to a per cent of a gradient's length over four layers: 2e-2.
+    near 2 that are good to 1e-6: 1e-5 leaves a digit. The second step is compared at the parameters and the
+    second moments that the first one led to, so that errors do not add up. bf16 rows are rounded by up to
+    2^-9 an element, both factors of a product: 2^-8. With bf16 activations every element has 8 bits, which
+    comes to a per cent of a gradient's length over four layers: 2e-2.
     """
     size = {"fp32": 1e-5, "bf16": 2e-2}[setting.dtype]
     if setting.dtype == "fp32" and setting.store_dtype == "bf16":
         size = 2.0**-8
     result = dict.fromkeys(CHECKS, size)
-    for later in ("gram 2", "loss 2"):
-        result[later] = max(size, 1e-4)
-    # A difference of fp32 parameters, each known to 2^-24 of itself and changed by 3e-4.
+    if setting.dtype == "bf16":
+        # The first step starts from the same numbers whatever the setting; in the second every setting has
+        # parameters, so roundings, of its own, and the worst of thousands is twice that of a few.
+        result |= dict.fromkeys(("gram 2", "loss 2"), 2 * size)
+        # Errors of random sign, which inner products average out, are seen whole in the vector itself.
+        result |= dict.fromkeys(("direction 1", "second moment 1"), 2 * size)
+    # A difference of fp32 parameters, each known to 2^-24 of itself and changed by 5e-5.
     result["change 1"] = max(size, 1e-3)
     return result
 
@@ -64,6 +71,7 @@ def tolerances(setting: Setting) -> dict[str, float]:
 def errors(setting: Setting, seen: Observed, reference: Reference) -> dict[str, float]:
     """Error of every check that the combination has; NaN counts as infinitely wrong."""
     first, second = reference.first, reference.at(seen.weights)
+    assert min(first.margin, second.margin) > MARGIN, "rounding may decide which tokens are clipped"
     scope = SCOPES[setting.scope]
     metric = adam_metric(seen.second) if setting.metric == "adam" else None
     found = {
@@ -72,10 +80,7 @@ def errors(setting: Setting, seen: Observed, reference: Reference) -> dict[str, 
         "loss 1": _loss_error(seen.reports[0], first),
         "weights 1": _weights_error(seen.reports[0], first.gram(scope)),
         **_combined_errors(seen, first),
-        "gram 2": gram_error(
-            seen.reports[1].gram,
-            second.gram(scope, metric),
-        ),
+        "gram 2": gram_error(seen.reports[1].gram, second.gram(scope, metric)),
         "loss 2": _loss_error(seen.reports[1], second),
     }
     change = seen.reports[0].actual_change
@@ -145,5 +150,5 @@ def verdict(setting: Setting, found: dict[str, float]) -> dict[str, Any]:
     """Errors, and the worst of them over its tolerance: a combination fails above 1."""
     allowed = tolerances(setting)
     share, check = max((error / allowed[name], name) for name, error in found.items())
-    assert len(found) >= len(CHECKS) - 1 and OBJECTIVES == 2
+    assert {*found, "change 1"} == set(CHECKS)
     return {"errors": found, "worst": share, "check": check}

@@ -20,7 +20,9 @@ from tests.distributed.check_engine import global_batch
 from tests.tiny import tiny_llama
 
 VOCABULARY, LAYERS = 200, 4
-CLIP_EPSILON = 0.5  # of the ratio of probabilities
+# Of the ratio of probabilities: its logarithm is clipped to [-0.51, 0.34], and starts from one of these.
+CLIP_EPSILON = 0.4
+LOG_RATIOS = (-1.2, -0.01, 0.01, 0.7)
 
 Named = Mapping[str, Tensor]
 
@@ -47,6 +49,7 @@ class Gradients:
 
     losses: Tensor  # [M]
     loss_scale: Tensor  # [M]: the mean size of the summands that a loss is the mean of
+    margin: float  # how near the logarithm of a ratio comes to where it is clipped
     full: list[dict[str, Tensor]]  # by name, for every objective
     head: list[Tensor]  # of the output layer's weight as output layer only, were it tied or not
 
@@ -86,7 +89,7 @@ class Reference:
     """One of the models and its batch; gradients at its weights, and at others."""
 
     def __init__(self, directory: Path) -> None:
-        self._model = LlamaForCausalLM.from_pretrained(directory).double().eval()
+        self._model = LlamaForCausalLM.from_pretrained(directory).double()
         self.start = tensors_of(directory)
         self._tokens_BT = global_batch(VOCABULARY).tokens_BT
         self.batch = self._batch()
@@ -102,18 +105,19 @@ class Reference:
         hidden = self._model.model(input_ids=self._tokens_BT).last_hidden_state
         head = self._model.lm_head.weight
         use = head.detach().clone().requires_grad_()
-        losses, scales = self._losses(hidden @ head.t())
-        alone, _ = self._losses(hidden.detach() @ use.t())
+        losses, scales, margin = self._losses(hidden @ head.t())
+        alone, _, _ = self._losses(hidden.detach() @ use.t())
         full = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
         return Gradients(
             torch.stack(losses).detach(),
             torch.stack(scales).detach(),
+            margin,
             [dict(zip(named, grads, strict=True)) for grads in full],
             [torch.autograd.grad(loss, use, retain_graph=True)[0] for loss in alone],
         )
 
-    def _losses(self, logits_BTV: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """PPO's clipped losses, and the mean size of what they are means of."""
+    def _losses(self, logits_BTV: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
+        """PPO's clipped losses, the mean size of what they are means of, and the margin."""
         assert self.batch.advantages_MBT is not None
         mask = self.batch.response_mask_BT[:, 1:]
         change = self._logprobs(logits_BTV)[:, 1:] - self.batch.old_logprobs_BT[:, 1:].double()
@@ -123,7 +127,9 @@ class Reference:
             torch.min(ratio * a, clipped * a)
             for a in (advantages_BT[:, 1:][mask] for advantages_BT in self.batch.advantages_MBT.double())
         ]
-        return [-term.mean() for term in terms], [term.abs().mean() for term in terms]
+        edges = torch.tensor([1 - CLIP_EPSILON, 1 + CLIP_EPSILON], dtype=torch.float64).log()
+        margin = float((change[mask].detach()[:, None] - edges).abs().min())
+        return [-term.mean() for term in terms], [term.abs().mean() for term in terms], margin
 
     def _logprobs(self, logits_BTV: Tensor) -> Tensor:
         """Log-probability of every token given those before it [B, T]; 0 for the first."""
@@ -134,14 +140,14 @@ class Reference:
     def _batch(self) -> Experience:
         """Two objectives; old log-probabilities beside this model's own by a little or by far.
 
-        Some ratios are clipped and some are not; neither a step nor bf16 moves one over the edge: a token more
-        or less in the gradient would be as much as a tenth of it.
+        Some ratios are clipped and some are not; neither a step nor bf16 moves one over the edge: a token
+        more or less in the gradient would be as much as a tenth of it.
         """
         whole = global_batch(VOCABULARY)
         own_BT = self._logprobs(self._model(self._tokens_BT).logits).float()
         generator = torch.Generator().manual_seed(7)
-        choice_BT = torch.randint(0, 4, own_BT.shape, generator=generator)
-        noise_BT = torch.tensor([-1.0, -0.01, 0.01, 1.0])[choice_BT]
+        choice_BT = torch.randint(len(LOG_RATIOS), own_BT.shape, generator=generator)
+        noise_BT = -torch.tensor(LOG_RATIOS)[choice_BT]
         assert whole.advantages_MBT is not None
         return dataclasses.replace(
             whole,

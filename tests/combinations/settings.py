@@ -32,7 +32,7 @@ SEVERAL = 2  # sequences of a microbatch where there are several
 BETA1, BETA2, EPS = 0.9, 0.9, 1e-4
 # Below the norm of every combined gradient here: Gram matrices must be those before clipping.
 CLIP = 0.5
-RATE = 3e-4
+RATE = 5e-5
 
 
 class Layout(NamedTuple):

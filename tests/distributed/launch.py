@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.driver import Job, run_rank
 from tests.environment import SETTINGS
@@ -97,7 +97,9 @@ def launch(ranks: int, jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
     results = running.results()
     if len(results) < len(jobs):
         raise AssertionError(running.report())
-    return [result for _, result in sorted(zip(running.order, results, strict=True), key=lambda pair: pair[0])]
+    return [
+        result for _, result in sorted(zip(running.order, results, strict=True), key=lambda pair: pair[0])
+    ]
 
 
 @functools.cache
