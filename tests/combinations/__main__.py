@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,9 +21,9 @@ from tests.combinations.running import Outcome, Sweep, read, write
 from tests.combinations.settings import AXES, LAYOUTS, Setting, combinations, parse_where
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 1 where a combination disagrees or does not run."""
-    arguments = _arguments()
+    arguments = _arguments(words)
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         write_models(models)
@@ -39,7 +40,7 @@ def main() -> int:
     return 1 if failed or not outcomes else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.combinations",
         description="Two steps with every valid combination of gradient settings, compared with transformers "
@@ -52,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 4), metavar="K")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="what was run; it is not run again")
     parser.add_argument("--where", action="append", default=[], metavar="AXIS=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         arguments.where = parse_where(arguments.where)
         arguments.ranks = _ranks(arguments.ranks)
@@ -63,10 +64,10 @@ def _arguments() -> argparse.Namespace:
 
 def _ranks(text: str) -> set[int]:
     known = {layout.ranks for layout in LAYOUTS.values()}
-    found = {int(part) for part in text.split(",")}
-    if not found <= known:
+    found = text.split(",")
+    if not set(found) <= {str(ranks) for ranks in known}:
         raise ValueError(f"--ranks: found {text}, accepted: some of {','.join(map(str, sorted(known)))}")
-    return found
+    return {int(part) for part in found}
 
 
 def _order(arguments: argparse.Namespace, models: Path) -> list[Setting]:

@@ -15,6 +15,7 @@ from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.shape import ModelShape
 from tests.combinations import comparison, reporting, running
+from tests.combinations.__main__ import main
 from tests.combinations.comparison import Observed
 from tests.combinations.covering import covering_order, subsets
 from tests.combinations.reference import Reference, reference_of, write_models
@@ -246,3 +247,34 @@ class TestResults:
         assert line.split() == ["layout", "single", "2", "2", "inf"]
         assert "gram 1: error 3e-05, accepted 1e-05" in reporting.failure(bad)
         assert reporting.failure(bad).startswith("FAILED python -m tests.combinations --where layout=single ")
+
+
+class TestCommand:
+    """With a file that has all that is asked for, nothing is launched."""
+
+    WORDS = reporting.command(Setting(**PLAIN)).split()[3:]
+
+    @pytest.mark.parametrize(("worst", "status"), [(0.9, 0), (1.1, 1)])
+    def test_the_file_is_resumed_and_decides_the_status(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], worst: float, status: int
+    ) -> None:
+        file = tmp_path / "out.jsonl"
+        running.write(file, running.Outcome(Setting(**PLAIN), {"gram 1": worst * 1e-5}, worst, "gram 1", 0.5))
+        running.write(file, running.Outcome(Setting(**{**PLAIN, "layout": "DP2"}), error="not asked for"))
+        before = file.read_text()
+        assert main([*self.WORDS, "--out", str(file)]) == status
+        printed = capsys.readouterr().out
+        assert f"1 of 1 combinations run, {status} failed" in printed and "not asked for" not in printed
+        assert (reporting.command(Setting(**PLAIN)) in printed) == bool(status)
+        assert file.read_text() == before
+
+    def test_nothing_was_run(self) -> None:
+        """No time, and other ranks than the layout's."""
+        assert main([*self.WORDS, "--limit-minutes", "0"]) == 1
+        assert main([*self.WORDS, "--ranks", "2,4"]) == 1
+
+    @pytest.mark.parametrize("words", [["--where", "layout=TP9"], ["--ranks", "3"], ["--ranks", "two"]])
+    def test_a_mistake_is_told(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
