@@ -45,7 +45,7 @@ def observe(setting: Setting, model: Path, reference: Reference) -> Observed | N
     batch = reference.batch.select(rows)
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
     first = engine.update_policy(batch, loss, aggregator)
-    held = [exported(engine, key) for key in (None, "exp_avg", "exp_avg_sq")]
+    held = [exported(engine, key, model.parent) for key in (None, "exp_avg", "exp_avg_sq")]
     second = engine.update_policy(batch, loss, aggregator)
     weights, momentum, moment = held
     if weights is None or momentum is None or moment is None:
@@ -53,14 +53,17 @@ def observe(setting: Setting, model: Path, reference: Reference) -> Observed | N
     return Observed([first, second], weights, momentum, moment)
 
 
-def exported(engine: MegatronEngine, key: str | None) -> dict[str, Tensor] | None:
-    """Parameters, or a tensor of Adam's state, by Hugging Face names, whole, on rank 0. Collective."""
+def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str, Tensor] | None:
+    """Parameters, or a tensor of Adam's state, by Hugging Face names, whole, on rank 0. Collective.
+
+    ``folder``: for the time being; whoever made it also clears away what a time limit leaves behind.
+    """
     model = engine.policy.model
     kept = [parameter.detach().clone() for parameter in model.parameters()]
     if key is not None:
         _copy_(engine, adam_state(engine, key))
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "exported"
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        directory = Path(own) / "exported"
         engine.export_hf(directory)
         found = tensors_of(directory) if dist.get_rank() == 0 else None
     _copy_(engine, kept)
