@@ -278,3 +278,49 @@ class TestCommand:
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+class FakeLaunch:
+    """One that ends, or hangs, once it has given ``count`` results."""
+
+    def __init__(self, jobs: int, count: int, hangs: bool) -> None:
+        self.order = list(reversed(range(jobs)))
+        self._count, self._hangs = count, hangs
+
+    def results(self) -> list[dict[str, Any]]:
+        line = {"result": {"errors": {"gram 1": 1e-7}, "worst": 0.01, "check": "gram 1"}, "seconds": 0.5}
+        return [line] * min(self._count, len(self.order))
+
+    def runs(self, seconds: float) -> bool:
+        return self._hangs and self._count < len(self.order)
+
+    def stop(self) -> None:
+        self._hangs = False
+
+    def report(self) -> str:
+        return "exit codes [-11]"
+
+
+@pytest.mark.parametrize(("hangs", "reason"), [(False, "the ranks ended"), (True, "no end within 0 s")])
+def test_a_launch_that_dies_costs_one_combination(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hangs: bool, reason: str
+) -> None:
+    """What it was at is told of; the others run in a new launch."""
+    sizes: list[int] = []
+
+    def start(ranks: int, jobs: list[Any], folder: Path) -> FakeLaunch:
+        assert ranks == 2
+        sizes.append(len(jobs))
+        return FakeLaunch(len(jobs), count=2, hangs=hangs)
+
+    monkeypatch.setattr(running, "start", start)
+    monkeypatch.setattr(running, "STALL_SECONDS", 0.0)
+    outcomes: list[running.Outcome] = []
+    settings = [Setting(**{**PLAIN, "layout": "TP2", "scope": scope}) for scope in AXES["scope"]]
+    running.Sweep(tmp_path, outcomes.append, seconds=60).run(settings, workers=1)
+    assert sizes == [5, 2]
+    # The launch's own order, and within what is left of it again.
+    ordered = [settings[index] for index in (4, 3, 2, 0, 1)]
+    assert [outcome.setting for outcome in outcomes] == ordered
+    assert [outcome.failed for outcome in outcomes] == [False, False, True, False, False]
+    assert str(outcomes[2].error).startswith(reason) and "exit codes [-11]" in str(outcomes[2].error)
