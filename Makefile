@@ -37,16 +37,17 @@ STAMPS_run := $(VENV)/.installed-run
 STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo test combinations lint sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
 help:
-	@echo "make demo      install, train a small language model on two conflicting objectives, show the result"
-	@echo "make test      install with test extras, run the whole test suite"
-	@echo "make lint      ruff, mypy --strict, clang-format"
-	@echo "make sanitize  the extension's tests under the address and undefined-behaviour sanitizers"
-	@echo "make clean     remove build products and caches; .venv, models and runs stay"
+	@echo "make demo          install, train a small language model on two conflicting objectives, show the result"
+	@echo "make test          install with test extras, run the whole test suite"
+	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
+	@echo "make lint          ruff, mypy --strict, clang-format"
+	@echo "make sanitize      the extension's tests under the address and undefined-behaviour sanitizers"
+	@echo "make clean         remove build products and caches; .venv, models and runs stay"
 
 demo: $(VENV)/.installed-run $(MODEL)/config.json
 	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH) \
@@ -55,6 +56,11 @@ demo: $(VENV)/.installed-run $(MODEL)/config.json
 test: $(VENV)/.installed-test $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/unit tests/gpu -n $(TEST_WORKERS) \
 	  --dist loadfile --no-loadscope-reorder
+
+# There are hours of combinations. OUT=FILE.jsonl keeps what was run, and the next call goes on from there.
+MINUTES ?= 10
+combinations: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.combinations --limit-minutes $(MINUTES) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

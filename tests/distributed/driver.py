@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from tests.distributed import worlds
 
-_NAMES = ("checkpoint", "engine", "generation", "gradient", "supervised", "weights")
+_NAMES = ("checkpoint", "combination", "engine", "generation", "gradient", "supervised", "weights")
 # Imported with this module, so that forked processes have them.
 _CHECKS = {f"check_{name}": importlib.import_module(f"tests.distributed.check_{name}") for name in _NAMES}
 
@@ -23,7 +24,11 @@ Job = tuple[str, dict[str, Any]]
 
 
 def run_rank(rank: int, ranks: int, port: int, jobs: list[Job], results_file: Path) -> None:
-    """Run ``jobs``. One that raises on every rank is reported and the next one runs."""
+    """Run ``jobs``. One that raises on every rank is reported and the next one runs.
+
+    Rank 0 adds a line of JSON to ``results_file`` after every job: a crash or a time limit leaves what was
+    done.
+    """
     log = os.open(results_file.with_name(f"rank{rank}of{ranks}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -36,15 +41,17 @@ def run_rank(rank: int, ranks: int, port: int, jobs: list[Job], results_file: Pa
     }
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results: list[dict[str, Any]] = []
     for name, arguments in jobs:
+        begin = time.perf_counter()
+        outcome: dict[str, Any]
         try:
-            results.append({"result": _CHECKS[name].run(arguments)})
+            outcome = {"result": _CHECKS[name].run(arguments)}
         except Exception:  # reported to the test, which fails with it
-            results.append({"error": traceback.format_exc()})
-            print(f"rank {rank}: {results[-1]['error']}", flush=True)
+            outcome = {"error": traceback.format_exc()}
+            print(f"rank {rank}: {outcome['error']}", flush=True)
             worlds.leave()
-    if rank == 0:
-        results_file.write_text(json.dumps(results))
+        if rank == 0:
+            with results_file.open("a") as file:
+                file.write(json.dumps({**outcome, "seconds": time.perf_counter() - begin}) + "\n")
     worlds.leave()
     dist.destroy_process_group()

@@ -1,0 +1,256 @@
+"""The settings that are combined, and which combinations the project itself accepts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from gapo_mega.config import (
+    Config,
+    DataConfig,
+    GradientConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
+from gapo_mega.layout_checks import check_layout
+from gapo_mega.models.shape import ModelShape
+
+OBJECTIVES = 2
+ROWS = 8  # sequences of a step over all data ranks
+SEVERAL = 2  # sequences of a microbatch where there are several
+
+# Adam divides by sqrt(v) + eps: near the size of the gradients' elements, it stays a smooth function of them.
+BETA1, BETA2, EPS = 0.9, 0.9, 1e-4
+# Below the norm of every combined gradient here: Gram matrices must be those before clipping.
+CLIP = 0.5
+RATE = 5e-5
+
+
+class Layout(NamedTuple):
+    """Ranks, and how many of them tensor and pipeline parallelism take."""
+
+    ranks: int
+    tensor: int
+    pipeline: int
+
+    @property
+    def data(self) -> int:
+        """Model replicas."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+
+LAYOUTS = {
+    "single": Layout(1, 1, 1),
+    "TP2": Layout(2, 2, 1),
+    "PP2": Layout(2, 1, 2),
+    "DP2": Layout(2, 1, 1),
+    "TP2xPP2": Layout(4, 2, 2),
+    "TP2xDP2": Layout(4, 2, 1),
+    "PP2xDP2": Layout(4, 1, 2),
+}
+# Layers 1 and 2 lie on both sides of a pipeline's cut; 0 and 2 have layers out of scope between and behind.
+SCOPES: dict[str, str | list[list[int]]] = {
+    "full": "full",
+    "last_layer": "last_layer",
+    "last_block": "last_block",
+    "layers_1-2": [[1, 3]],
+    "layers_0,2": [[0, 1], [2, 3]],
+}
+ON_OFF = ("false", "true")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination: a value of every axis, as written on the command line."""
+
+    layout: str
+    sequence_parallel: str
+    distributed: str
+    overlap_grad_reduce: str
+    recompute: str
+    tied: str
+    microbatches: str
+    dtype: str
+    store: str
+    store_dtype: str
+    forward: str
+    scope: str
+    metric: str
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Value by axis."""
+        return asdict(self)
+
+
+AXES: dict[str, tuple[str, ...]] = {
+    "layout": tuple(LAYOUTS),
+    "sequence_parallel": ON_OFF,
+    "distributed": ON_OFF,
+    "overlap_grad_reduce": ON_OFF,
+    "recompute": ("none", "selective", "full"),
+    "tied": ON_OFF,
+    "microbatches": ("one", "several"),
+    "dtype": ("fp32", "bf16"),
+    "store": ("shards", "single"),
+    "store_dtype": ("fp32", "bf16"),
+    "forward": ("separate", "shared"),
+    "scope": tuple(SCOPES),
+    "metric": ("euclidean", "adam"),
+}
+assert tuple(AXES) == tuple(field.name for field in fields(Setting))
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """The valid ones, and how many were refused by which message."""
+
+    valid: list[Setting]
+    refused: Counter[str]
+
+    @property
+    def total(self) -> int:
+        """All, valid or not."""
+        return len(self.valid) + self.refused.total()
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, str]:
+    """``key=value`` texts; ``ValueError`` for what is no axis or none of its values."""
+    where: dict[str, str] = {}
+    for text in texts:
+        axis, _, value = text.partition("=")
+        if axis not in AXES:
+            raise ValueError(f"--where: found {text!r}, accepted: AXIS=VALUE with axes {', '.join(AXES)}")
+        if value not in AXES[axis]:
+            raise ValueError(f"--where {axis}: found {value!r}, accepted: {', '.join(AXES[axis])}")
+        where[axis] = value
+    return where
+
+
+def combinations(shape: ModelShape, where: Mapping[str, str] | None = None) -> Combinations:
+    """The product of all axes, or its part ``where`` axes have given values, asked of the project's checks.
+
+    ``shape``: of the model, tied or not: no check depends on that.
+    """
+    chosen = [(where[axis],) if where and axis in where else values for axis, values in AXES.items()]
+    valid: list[Setting] = []
+    refused: Counter[str] = Counter()
+    for values in itertools.product(*chosen):
+        setting = Setting(*values)
+        reason = refusal(setting, shape)
+        if reason is None:
+            valid.append(setting)
+        else:
+            refused[reason] += 1
+    return Combinations(valid, refused)
+
+
+def refusal(setting: Setting, shape: ModelShape) -> str | None:
+    """Why the project refuses a combination, in its own words; None where it accepts it."""
+    try:
+        check_layout(config_of(setting, "unused"), shape, LAYOUTS[setting.layout].ranks)
+    except ValueError as error:  # pydantic's ValidationError is one, too
+        return "; ".join(_messages(error))
+    return None
+
+
+def _messages(error: ValueError) -> Iterator[str]:
+    if isinstance(error, ValidationError):
+        yield from (str(part["msg"]).removeprefix("Value error, ") for part in error.errors())
+    else:
+        yield str(error)
+
+
+def config_of(setting: Setting, model: str) -> Config:
+    """The configuration of a combination for the Hugging Face directory ``model``; or ``ValueError``."""
+    layout = LAYOUTS[setting.layout]
+    rows = ROWS // layout.data
+    return Config(
+        output_dir="unused",
+        steps=4,
+        micro_batch_size=rows if setting.microbatches == "one" else SEVERAL,
+        model=_model(model, setting.dtype, setting.recompute),
+        parallel=_parallel(layout.tensor, layout.pipeline, setting.sequence_parallel),
+        data=DataConfig(source="unused", max_prompt_tokens=8),
+        rollout=RolloutConfig(prompts_per_step=ROWS // 2, samples_per_prompt=2, max_new_tokens=16),
+        objectives=_objectives(),
+        optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce),
+        gradients=_gradients(
+            setting.store, setting.store_dtype, setting.forward, setting.scope, setting.metric
+        ),
+    )
+
+
+# Sections are few and combinations many: every section is validated once, or refused every time it is met.
+_T = TypeVar("_T")
+
+
+def _once(build: Callable[..., _T]) -> Callable[..., _T]:
+    @functools.cache
+    def outcome(*values: Any) -> _T | ValueError:
+        try:
+            return build(*values)
+        except ValueError as error:
+            return error
+
+    @functools.wraps(build)
+    def section(*values: Any) -> _T:
+        found = outcome(*values)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return section
+
+
+@_once
+def _model(path: str, dtype: str, recompute: str) -> ModelConfig:
+    return ModelConfig.model_validate({"path": path, "dtype": dtype, "recompute": recompute})
+
+
+@_once
+def _parallel(tensor: int, pipeline: int, sequence: str) -> ParallelConfig:
+    return ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence == "true")
+
+
+@_once
+def _optimizer(distributed: str, overlap: str) -> OptimizerConfig:
+    return OptimizerConfig(
+        name="adam",
+        lr=RATE,
+        schedule="constant",
+        warmup_fraction=0.0,
+        beta1=BETA1,
+        beta2=BETA2,
+        eps=EPS,
+        clip_grad=CLIP,
+        distributed=distributed == "true",
+        overlap_grad_reduce=overlap == "true",
+    )
+
+
+@_once
+def _gradients(store: str, store_dtype: str, forward: str, scope: str, metric: str) -> GradientConfig:
+    return GradientConfig.model_validate(
+        {
+            "store": store,
+            "store_dtype": store_dtype,
+            "forward": forward,
+            "scope": SCOPES[scope],
+            "metric": metric,
+        }
+    )
+
+
+@functools.cache
+def _objectives() -> list[ObjectiveConfig]:
+    return [ObjectiveConfig(name=f"o{i}", function="m:f") for i in range(OBJECTIVES)]
