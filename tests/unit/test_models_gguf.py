@@ -173,7 +173,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama'\]"):
+    with pytest.raises(
+        ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama', 'qwen2', 'qwen3'\]"
+    ):
         import_gguf(tmp_path / "other.gguf", tmp_path / "out")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "other.gguf").read_bytes()[:20])
     with pytest.raises(ValueError, match=r"cut\.gguf cannot be read"):
