@@ -92,21 +92,21 @@ class GGUFFile:
         """The list of strings under ``key``; ``ValueError`` where there is none."""
         value = self.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, _shortened(value), "a list of strings")
+            raise self.error(key, shortened(value), "a list of strings")
         return value
 
     def integers(self, key: str, length: int) -> list[int]:
         """The list of ``length`` integers under ``key``."""
         value = self.get(key)
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-            raise self.error(key, _shortened(value), f"a list of {length} integers")
+            raise self.error(key, shortened(value), f"a list of {length} integers")
         return self._of_length(key, value, length)
 
     def numbers(self, key: str, length: int) -> list[float]:
         """The list of ``length`` floating-point numbers under ``key``."""
         value = self.get(key)
         if not isinstance(value, list) or not all(isinstance(item, float) for item in value):
-            raise self.error(key, _shortened(value), f"a list of {length} numbers")
+            raise self.error(key, shortened(value), f"a list of {length} numbers")
         return self._of_length(key, value, length)
 
     def _of_length(self, key: str, values: list[_T], length: int) -> list[_T]:
@@ -118,13 +118,13 @@ class GGUFFile:
         """``ValueError`` unless the value of ``key`` (``None``: absent) is one of ``accepted``."""
         value = self.get(key)
         if value not in accepted:
-            raise self.error(key, _shortened(value), list(accepted))
+            raise self.error(key, shortened(value), list(accepted))
 
     def error(self, key: str, found: object, accepted: object) -> ValueError:
         """The error for a value that is not taken; ``found`` is shown as Python writes it."""
         return ValueError(f"GGUF file {self.path}: {key} is {found!r}, accepted: {accepted}")
 
 
-def _shortened(value: object) -> object:
+def shortened(value: object) -> object:
     """Lists can be vocabularies: their beginning tells enough."""
     return [*value[:3], "..."] if isinstance(value, list) and len(value) > 3 else value

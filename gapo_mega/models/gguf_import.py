@@ -26,7 +26,7 @@ from gapo_mega.models.gguf_config import (
     generation_config,
     hf_config,
 )
-from gapo_mega.models.gguf_file import GGUFFile
+from gapo_mega.models.gguf_file import GGUFFile, shortened
 from gapo_mega.models.gguf_tokenizer import save_tokenizer
 from gapo_mega.models.hf_writing import write_hf
 
@@ -98,7 +98,7 @@ def _plan(file: GGUFFile, config: PreTrainedConfig, promised: Mapping[str, Tenso
         plan.append(_Source(name, file.tensors[stored], rotary))
     if unused:
         raise ValueError(
-            f"GGUF file {file.path}: tensors that a {kind} model does not have: {sorted(unused)}; "
+            f"GGUF file {file.path}: tensors that a {kind} model does not have: {shortened(sorted(unused))}; "
             f"accepted: those of {ARCHITECTURES[kind][1].__name__}"
         )
     _check_quantisations(file, plan)

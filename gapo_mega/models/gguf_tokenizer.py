@@ -40,6 +40,11 @@ def save_tokenizer(file: GGUFFile, config: PreTrainedConfig, directory: str) -> 
         ValueError: another kind of vocabulary, or one that would split text differently as a tokenizer.
     """
     file.require(_KEY + "model", *_BUILDERS)
+    if (
+        architecture(file) == "qwen2"
+    ):  # AutoTokenizer gives such models Qwen2's rules whatever their files say
+        file.require(_KEY + "model", "gpt2")
+        file.require(_KEY + "pre", "qwen2")
     vocabulary = _Vocabulary.read(file, config.vocab_size)
     tokenizer = _BUILDERS[str(file.get(_KEY + "model"))](file, vocabulary)
     tokenizer.add_tokens(vocabulary.added())
@@ -179,9 +184,6 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary) -> Tokenizer:
     file.require(_KEY + "pre", *_WORD_RULES)
     file.require(_KEY + "add_space_prefix", None, False)
     rule = str(file.get(_KEY + "pre"))
-    if architecture(file) == "qwen2" and rule != "qwen2":
-        # AutoTokenizer gives models of this type Qwen2's rule whatever their files say.
-        raise file.error(_KEY + "pre", rule, ["qwen2"])
     tokenizer = Tokenizer(
         BPE(
             vocab=vocabulary.ids(),

@@ -306,20 +306,38 @@ def test_qwen_without_first_and_filling_tokens(
     vocabulary = with_added(byte_level(*learned, "qwen2"), ["[PAD1]", "[PAD2]"], [TokenType.UNUSED] * 2)
     tokenizer = imported(vocabulary, "qwen2")
     assert (tokenizer.bos_token, tokenizer.eos_token) == (None, "<|endoftext|>")
+    assert (tokenizer.pad_token, tokenizer.unk_token) == (None, None)
     assert len(tokenizer) == len(learned[0]) + 1
     assert tokenizer("a", add_special_tokens=True).input_ids == tokenizer.encode(
         "a", add_special_tokens=False
     )
 
 
-def test_llama3_has_a_first_token_unless_told(
-    imported: Imported, learned: tuple[list[str], list[str]]
+@pytest.mark.parametrize(
+    ("name", "rule", "told", "added"),
+    [
+        ("llama", "llama-bpe", None, True),
+        ("llama", "llama-bpe", False, False),
+        ("llama", "qwen2", None, False),
+        ("llama", "smollm", True, True),
+        ("qwen2", "qwen2", True, True),
+        ("qwen3", "qwen2", True, True),
+    ],
+)
+def test_first_tokens_of_byte_level_texts(
+    imported: Imported,
+    learned: tuple[list[str], list[str]],
+    name: str,
+    rule: str,
+    told: bool | None,
+    added: bool,
 ) -> None:
-    vocabulary = byte_level(*learned, "llama-bpe", ("<|begin_of_text|>", "<|end_of_text|>"))
+    """What the file leaves open is as llama.cpp has it: only Llama 3 begins with a token."""
+    vocabulary = byte_level(*learned, rule, ("<|begin_of_text|>", "<|end_of_text|>"))
     first = len(learned[0])
-    vocabulary |= {KEY + "bos_token_id": first, KEY + "add_bos_token": None}
-    tokenizer = imported(vocabulary)
-    assert tokenizer("a").input_ids == [first, *tokenizer.encode("a", add_special_tokens=False)]
+    tokenizer = imported(vocabulary | {KEY + "bos_token_id": first, KEY + "add_bos_token": told}, name)
+    begun = [first] * added
+    assert tokenizer("a").input_ids == [*begun, *tokenizer.encode("a", add_special_tokens=False)]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +389,9 @@ def test_pieces_that_merges_cannot_express_are_refused(
     ("name", "changes", "message"),
     [
         ("llama", {"pre": "tekken"}, r"pre is 'tekken', accepted: \['smollm', 'llama-bpe', 'qwen2'\]"),
-        ("qwen2", {"pre": "deepseek-r1-qwen"}, r"pre is 'deepseek-r1-qwen', accepted: \['smollm'"),
+        ("qwen2", {"pre": "deepseek-r1-qwen"}, r"pre is 'deepseek-r1-qwen', accepted: \['qwen2'\]"),
+        ("qwen3", {"pre": "deepseek-r1-qwen"}, r"pre is 'deepseek-r1-qwen', accepted: \['smollm'"),
+        ("qwen2", {"model": "llama"}, r"ggml\.model is 'llama', accepted: \['gpt2'\]"),
         ("llama", {"pre": None}, r"pre is None, accepted: \['smollm', 'llama-bpe', 'qwen2'\]"),
         ("qwen2", {"pre": "llama-bpe", "bos_token_id": 0}, r"pre is 'llama-bpe', accepted: \['qwen2'\]"),
         ("llama", {"add_space_prefix": True}, r"add_space_prefix is True, accepted: \[None, False\]"),
