@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from itertools import combinations
@@ -11,7 +10,7 @@ from random import Random
 
 import pytest
 from gguf import TokenType
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,39 +24,16 @@ from tests.reference_tokenizers import (
     qwen2_words,
     smollm_words,
 )
+from tests.spm_vocabularies import CORPUS, KEY, spm_vocabulary, trained_spm, with_added, with_tied_runs
 from tests.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
 
-CORPUS = [
-    line
-    for file in sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
-    for line in file.read_text(encoding="utf-8").splitlines()
-]
 ROWS = 1600
-KEY = "tokenizer.ggml."
 
 
 def mixed_texts(count: int = 60) -> list[str]:
     """Lines of documents, runs of one character, and signs at random."""
     random = Random(0)
-    signs = [
-        "a",
-        "ab",
-        " ",
-        "   ",
-        "\n",
-        "\t",
-        "1",
-        "23",
-        "'s",
-        "'LL",
-        "é",
-        "e\u0301",
-        "中",
-        "🙂",
-        "--",
-        "the",
-        "\r\n",
-    ]
+    signs = [*"a \n\t1é中🙂", "ab", "   ", "23", "'s", "'LL", "e\u0301", "--", "the", "\r\n"]
     texts = [" " * length + "x" + "  " * length for length in range(1, 40, 3)] + ["a" * 37, "=" * 50]
     texts += random.sample([line for line in CORPUS if line], count)
     return texts + ["".join(random.choices(signs, k=random.randrange(1, 30))) for _ in range(count)]
@@ -97,60 +73,9 @@ def imported(tmp_path: Path, network: Callable[[str], PreTrainedModel]) -> Impor
     return tokenizer
 
 
-def trained_spm(**options: object) -> SentencePieceProcessor:
-    """SentencePiece BPE with the settings of Llama and Mistral, learned from this project's documents."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=1200,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        **options,
-    )
-    return SentencePieceProcessor(model_proto=model.getvalue())
-
-
 @pytest.fixture(scope="module")
 def spm() -> SentencePieceProcessor:
     return trained_spm()
-
-
-def with_tied_runs(spm: SentencePieceProcessor) -> SentencePieceProcessor:
-    """As Mistral's: runs of 2 to 16 spaces, all with one score below all others."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
-    kept = [piece for piece in proto.pieces if set(piece.piece) != {"▁"} or len(piece.piece) == 1]
-    del proto.pieces[:]
-    proto.pieces.extend(kept)
-    for length in range(2, 17):
-        proto.pieces.add(piece="▁" * length, score=-1e9)
-    return SentencePieceProcessor(model_proto=proto.SerializeToString())
-
-
-def spm_vocabulary(spm: SentencePieceProcessor, **changes: object) -> Metadata:
-    """The keys that llama.cpp's converter writes for a SentencePiece model."""
-
-    def kind(index: int) -> TokenType:
-        found = {
-            TokenType.UNKNOWN: spm.IsUnknown(index),
-            TokenType.CONTROL: spm.IsControl(index),
-            TokenType.UNUSED: spm.IsUnused(index),
-            TokenType.BYTE: spm.IsByte(index),
-        }
-        return next((kind for kind, applies in found.items() if applies), TokenType.NORMAL)
-
-    ids = range(spm.vocab_size())
-    vocabulary = single_bytes_spm() | {
-        KEY + "tokens": [spm.IdToPiece(i) for i in ids],
-        KEY + "scores": [spm.GetScore(i) for i in ids],
-        KEY + "token_type": [kind(i) for i in ids],
-    }
-    return vocabulary | {KEY + key: value for key, value in changes.items()}
 
 
 @pytest.mark.parametrize("change", [lambda spm: spm, with_tied_runs], ids=["trained", "tied_runs"])
@@ -196,18 +121,6 @@ def test_first_and_last_tokens(imported: Imported, bos: bool | None, eos: bool |
     expected = [*([] if bos is False else [1]), 259, *([2] if eos else [])]
     assert tokenizer("a").input_ids == expected
     assert tokenizer("a", "a").input_ids == expected * 2
-
-
-def with_added(vocabulary: Metadata, tokens: list[str], kinds: list[TokenType]) -> Metadata:
-    """The vocabulary with more tokens behind its own."""
-    changed = dict(vocabulary)
-    more = {"tokens": tokens, "token_type": kinds, "scores": [-1000.0] * len(tokens)}
-    for key, items in more.items():
-        if KEY + key in changed:
-            known = changed[KEY + key]
-            assert isinstance(known, list)
-            changed[KEY + key] = known + items
-    return changed
 
 
 def test_tokens_in_the_text(imported: Imported, spm: SentencePieceProcessor) -> None:
