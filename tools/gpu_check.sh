@@ -44,7 +44,8 @@ sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/
 for tool in memcheck racecheck synccheck; do
   if [ -n "$sanitizer" ]; then
     step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu tests/gpu \
-      -k "number_of_rows or pieces or combine_in or (equals_the_hosts and generic) or many_rows"
+      -k "number_of_rows or pieces or different_types or inverse_roots or combine_in \
+          or (equals_the_hosts and generic) or many_rows"
   else
     skip "$tool" "no compute-sanitizer on PATH or in CUDA_HOME/bin"
   fi

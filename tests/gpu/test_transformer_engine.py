@@ -1,0 +1,50 @@
+"""Transformer Engine's layers against transformers, from a converted checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gapo_mega.config import ModelConfig, ParallelConfig
+from gapo_mega.conversion import Conversion
+from gapo_mega.engine.megatron import build, weights
+from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.models import HFDirectory, shape_of
+from gapo_mega.optional import transformer_engine_layers
+from tests.distributed import worlds
+from tests.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not transformer_engine_layers(), reason="needs Transformer Engine and a CUDA device"),
+]
+
+# Matrix products of fp32 may be taken with TF32's 10 bits: a tenth of a per cent of a term, over four layers.
+TOLERANCE = 1e-2
+
+
+@pytest.mark.parametrize("write", [tiny_llama, tiny_qwen2, tiny_qwen3])
+def test_the_same_checkpoint_gives_the_same_logits(tmp_path: Path, write: Callable[..., object]) -> None:
+    write(tmp_path / "hf", vocab=101)
+    conversion = Conversion(str(tmp_path / "hf"), tmp_path / "checkpoint")
+    conversion.check()
+    conversion.run()
+    worlds.enter(1, 1)
+    try:
+        shape = shape_of(HFDirectory(tmp_path / "hf").config)
+        with megatron_device():
+            model = build.build_gpt(shape, ModelConfig(path=str(tmp_path / "hf")), ParallelConfig())
+            weights.load(model, shape, tmp_path / "checkpoint")
+        assert any("TE" in type(module).__name__ for module in model.modules())
+        tokens_BT = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(1))
+        positions_BT = torch.arange(24).expand_as(tokens_BT).cuda()
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()(tokens_BT).logits
+            found = model.eval()(tokens_BT.cuda(), positions_BT, None)[..., :101].float().cpu()
+        assert float((found - expected).abs().max() / expected.abs().max()) <= TOLERANCE
+    finally:
+        worlds.leave()
