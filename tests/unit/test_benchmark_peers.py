@@ -159,8 +159,8 @@ def test_a_jacobian_takes_what_it_has_to(result: dict[str, Any]):
     """m rows where the step for one objective has one gradient; ours keeps m - 1 beside its buffer."""
     records = {record["contender"]: record for record in result["records"]}
     assert records[entries.STACKED]["surplus"]["allocated"] >= 1.0
-    # A thread of gloo lets go of its copy of the first gradient whenever it is next scheduled: with passes this
-    # short, perhaps after the second one's copy was made.
+    # A thread of gloo lets go of its copy of the first gradient whenever it is next scheduled: with passes
+    # this short, perhaps after the second one's copy was made.
     assert 0.9 <= records["ours, separate"]["surplus"]["allocated"] <= 2.1
 
 
