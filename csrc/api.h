@@ -22,6 +22,15 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Internal linkage: the instruction-set units must not share code that the linker would merge.
 static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+static inline const void* advance(const void* row, int64_t elements, DType dtype) {
+  return static_cast<const char*>(row) + elements * element_size(dtype);
+}
+static inline bool alike(int count, const DType* dtypes) {
+  for (int i = 1; i < count; ++i) {
+    if (dtypes[i] != dtypes[0]) return false;
+  }
+  return true;
+}
 
 struct Range {
   int64_t begin;
@@ -34,20 +43,14 @@ struct Rows {
   std::vector<int64_t> lengths;       // [pieces]
   std::vector<const void*> pointers;  // [m * pieces], row by row
   int64_t pieces() const { return static_cast<int64_t>(lengths.size()); }
-  bool alike() const {  // in type
-    for (DType dtype : dtypes) {
-      if (dtype != dtypes[0]) return false;
-    }
-    return true;
-  }
   const void* piece(int row, int64_t piece) const { return pointers[row * pieces() + piece]; }
 };
 
 // How a stored value becomes the factor of an element: as it is, or, with `inverse_root`, as
-// 1 / (sqrt(value * scale) + epsilon), and 0 where the value is 0 or below.
+// 1 / (sqrt(value) * root_scale + epsilon), and 0 where the value is 0 or below.
 struct FactorForm {
   bool inverse_root = false;
-  float scale = 1.0f;
+  float root_scale = 1.0f;
   float epsilon = 0.0f;
 };
 

@@ -46,7 +46,7 @@ gapo::Rows make_rows(const std::vector<Address>& addresses, std::vector<int64_t>
   return rows;
 }
 
-// None: the values are the factors. Else scale and epsilon of their inverse root.
+// None: the values are the factors. Else root_scale and epsilon of their inverse root.
 gapo::FactorForm make_form(const std::optional<std::pair<float, float>>& inverse_root) {
   if (!inverse_root) return {};
   return {true, inverse_root->first, inverse_root->second};

@@ -66,7 +66,7 @@ void store(Vec x, Half* p) {
 Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
-  const __m256 root = _mm256_sqrt_ps(_mm256_mul_ps(x.v, scale.v));
+  const __m256 root = _mm256_mul_ps(_mm256_sqrt_ps(x.v), scale.v);
   const __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_add_ps(root, epsilon.v));
   return {_mm256_and_ps(inverse, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
 }

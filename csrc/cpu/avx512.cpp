@@ -65,7 +65,7 @@ void store(Vec x, Half* p) {
 Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
-  const __m512 root = _mm512_sqrt_ps(_mm512_mul_ps(x.v, scale.v));
+  const __m512 root = _mm512_mul_ps(_mm512_sqrt_ps(x.v), scale.v);
   const __mmask16 counted = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
   return {_mm512_maskz_div_ps(counted, _mm512_set1_ps(1.0f), _mm512_add_ps(root, epsilon.v))};
 }

@@ -107,7 +107,7 @@ Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
   Vec result;
   for (int i = 0; i < 4; ++i)
     result.v[i] =
-        x.v[i] <= 0.0f ? 0.0f : 1.0f / (__builtin_sqrtf(x.v[i] * scale.v[i]) + epsilon.v[i]);
+        x.v[i] <= 0.0f ? 0.0f : 1.0f / (__builtin_sqrtf(x.v[i]) * scale.v[i] + epsilon.v[i]);
   return result;
 }
 

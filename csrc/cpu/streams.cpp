@@ -26,10 +26,6 @@ int64_t total_length(const std::vector<int64_t>& lengths) {
   return total;
 }
 
-const void* advance(const void* base, int64_t elements, DType dtype) {
-  return static_cast<const char*>(base) + elements * element_size(dtype);
-}
-
 }  // namespace
 
 void gramian(const Rows& rows, const Selection& selection, double* out, int threads,

@@ -127,7 +127,7 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
     if (job.count == 0) continue;
     job.out = out[piece];
     for (int i = 0; i < rows.m; ++i) job.rows[i] = rows.piece(i, piece);
-    if (!rows.alike())
+    if (!alike(rows.m, rows.dtypes.data()))
       launch_to<Mixed>(out_dtype, job, stream);
     else if (rows.dtypes[0] == DType::kFloat32)
       launch_to<float>(out_dtype, job, stream);

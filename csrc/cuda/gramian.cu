@@ -29,7 +29,7 @@ struct Job {
   DType dtypes[2 * kTile];
   const float* weight;  // of this piece; may be null
   FactorForm form;      // of the weight
-  const int64_t* runs;          // [run_count, kRunFields] of this piece
+  const int64_t* runs;  // [run_count, kRunFields] of this piece
   int64_t run_count;
   int64_t first_chunk;  // of this piece
   int64_t chunk_count;
@@ -106,7 +106,7 @@ struct Rectangle : Occupancy<2 * kTile> {
 
 __device__ __forceinline__ float factor_of(float value, const FactorForm& form) {
   if (!form.inverse_root) return value;
-  return value <= 0.0f ? 0.0f : 1.0f / (sqrtf(value * form.scale) + form.epsilon);
+  return value <= 0.0f ? 0.0f : 1.0f / (sqrtf(value) * form.root_scale + form.epsilon);
 }
 
 template <class T, class Shape, bool kWeighted>
@@ -135,13 +135,17 @@ struct Accumulator {
     float factors[kVector];
 #pragma unroll
     for (int i = 0; i < Shape::kRows; ++i) x[i] = rows[i].load(k);
-    if (kWeighted) load_vector<kVector>(Source<float>{weight}, k, factors);
+    if (kWeighted) {  // all factors before the products: one at a time would need more registers
+      load_vector<kVector>(Source<float>{weight}, k, factors);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) factors[v] = factor_of(factors[v], form);
+    }
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       double column[Shape::kRows];
 #pragma unroll
       for (int i = 0; i < Shape::kRows; ++i) column[i] = x[i].element(v);
-      add(column, kWeighted ? factor_of(factors[v], form) : 1.0f);
+      add(column, kWeighted ? factors[v] : 1.0f);
     }
   }
 
@@ -170,7 +174,8 @@ struct Accumulator {
     const int64_t vectors = high > aligned ? (high - aligned) / kVector : 0;
     const int64_t in_head = run.begin + threadIdx.x;
     if (run.chunk == 0 && threadIdx.x < head && in_head < run.end) add_element(in_head);
-    constexpr int kUnroll = Shape::kUnroll;
+    // Factors take registers, and are loads in flight as well.
+    constexpr int kUnroll = kWeighted ? (Shape::kUnroll + 1) / 2 : Shape::kUnroll;
 #pragma unroll kUnroll
     for (int64_t v = threadIdx.x; v < vectors; v += kThreads) add_vector(aligned + v * kVector);
     const int64_t in_tail = aligned + vectors * kVector + threadIdx.x;
@@ -308,7 +313,7 @@ void gramian(const Rows& rows, const std::vector<const float*>& weights, const F
     job.weight = weights.empty() ? nullptr : weights[piece];
     job.runs = device_table + plan.first_run[piece] * kRunFields;
     job.run_count = plan.first_run[piece + 1] - plan.first_run[piece];
-    if (!rows.alike())
+    if (!alike(rows.m, rows.dtypes.data()))
       launch_piece<Mixed>(rows, piece, job, stream);
     else if (rows.dtypes[0] == DType::kFloat32)
       launch_piece<float>(rows, piece, job, stream);

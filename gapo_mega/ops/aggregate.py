@@ -70,7 +70,7 @@ def aggregate_(
         group: the ranks whose rows are different parts of the same gradients (the same M everywhere);
             None where the rows are whole.
         aggregator: a method of ``gapo_mega.aggregation``, or any function of the Gram matrix.
-        weight: fp32 factors, one a position, for inner products in a diagonal metric.
+        weight: for inner products in a diagonal metric, as for :func:`gapo_mega.ops.gramian`.
 
     Returns:
         Gram matrix, weights and status. Where the status is not OK (a NaN or Inf in some row, say), the

@@ -24,10 +24,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType i
 
 @dataclass(frozen=True)
 class InverseRoot:
-    """The factors ``1 / (sqrt(values / correction) + eps)``, and 0 where a value is 0.
+    """The factors ``1 / (sqrt(values / correction) + eps)``; 0 where a value is 0 or below, NaN stays NaN.
 
-    With Adam's second moment and its bias correction ``1 - beta2^t`` that is the diagonal of Adam's metric,
-    formed where it is used.
+    With Adam's second moment and its bias correction ``1 - beta2^t`` that is the diagonal of Adam's
+    metric, formed where it is used.
     """
 
     values: Row  # float32, one a position
@@ -40,7 +40,7 @@ class Weight:
     """Checked factors of positions: float32 pieces, none where every position counts once."""
 
     pieces: list[Tensor]
-    inverse_root: tuple[float, float] | None = None  # scale and eps of 1 / (sqrt(value scale) + eps)
+    inverse_root: tuple[float, float] | None = None  # scale and eps of 1 / (sqrt(value) scale + eps)
 
     @property
     def addresses(self) -> list[int]:
@@ -52,7 +52,7 @@ class Weight:
         if self.inverse_root is None:
             return values
         scale, eps = self.inverse_root
-        return torch.where(values <= 0, 0.0, 1.0 / ((values * scale).sqrt() + eps))
+        return torch.where(values <= 0, 0.0, 1.0 / (values.sqrt() * scale + eps))
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,13 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
             )
     if not isinstance(weight, InverseRoot):
         return Weight(pieces)
-    if not (weight.correction > 0 and weight.eps >= 0 and math.isfinite(weight.eps + weight.correction)):
+    limits = torch.finfo(torch.float32)  # what the kernels compute with
+    if not (limits.tiny <= weight.correction <= limits.max and 0 <= weight.eps <= limits.max):
         raise ValueError(
-            f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: finite "
-            "numbers, above 0 and at least 0"
+            f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: a correction "
+            "above 0 and an eps of at least 0, finite in fp32"
         )
-    return Weight(pieces, (1.0 / weight.correction, weight.eps))
+    return Weight(pieces, (1.0 / math.sqrt(weight.correction), weight.eps))
 
 
 def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:

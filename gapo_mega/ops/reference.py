@@ -20,7 +20,7 @@ def _factors(weight: Row | InverseRoot) -> Tensor:
         return _flat(weight).double()
     values = _flat(weight.values).double()
     roots = 1.0 / ((values / weight.correction).sqrt() + weight.eps)
-    return torch.where(values == 0, 0.0, roots)
+    return torch.where(values <= 0, 0.0, roots)
 
 
 def gramian(

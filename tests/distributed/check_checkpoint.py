@@ -234,12 +234,14 @@ def check(args: dict[str, Any], result: dict[str, Any]) -> None:
 def run(args: dict[str, Any]) -> dict[str, Any]:
     """Train and save in ``args["save"]`` ([tensor, pipeline]), load there and in every ``args["load"]``.
 
-    Other layouts' norms have an extra state. Other arguments: directory, optimizer (a section), dtype,
-    tied, vocab.
+    Norms have an extra state either there (``stateful``) or in the other layouts. Other arguments:
+    directory, optimizer (a section), dtype, tied, vocab.
     """
     directory = Path(args["directory"])
     in_groups = worlds.enter(*args["save"], seed=1)
     original = Run(args, in_groups, seed=1)
+    if args.get("stateful"):
+        _give_extra_states(original)
     for _ in range(STEPS):
         original.random_step()
     extra = {"step": STEPS, "rank": in_groups.layout.data_rank}
@@ -263,7 +265,9 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     forgetful = _losses_after_loading(args, in_groups, directory, saved, forget=True)
     result["losses_without_state"] = _relative(forgetful["losses"], reference["losses"])
     for layout in args["load"]:
-        found = _losses_after_loading(args, worlds.enter(*layout, seed=3), directory, saved, stateful=True)
+        found = _losses_after_loading(
+            args, worlds.enter(*layout, seed=3), directory, saved, stateful=not args.get("stateful")
+        )
         found["losses"] = _relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
     return result

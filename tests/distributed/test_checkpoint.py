@@ -15,7 +15,12 @@ pytestmark = pytest.mark.distributed
 CASES: dict[str, dict[str, Any]] = {
     "TP2xDP2": {"save": [2, 1], "load": [[2, 2], [1, 2], [1, 1]]},
     "TP2xDP2-bf16": {"save": [2, 1], "load": [[2, 2], [1, 1]], "dtype": "bf16"},
-    "TP2xDP2-plain-adam": {"save": [2, 1], "load": [[1, 2]], "optimizer": {"distributed": False}},
+    "TP2xDP2-plain-adam": {
+        "save": [2, 1],
+        "load": [[1, 2]],
+        "optimizer": {"distributed": False},
+        "stateful": True,
+    },
     "PP2xDP2-tied": {"save": [1, 2], "load": [[2, 1], [1, 1], [2, 2]], "tied": True, "vocab": 260},
 }
 

@@ -22,7 +22,7 @@ CHUNK = 4096  # elements that a block of gramian takes at a time
 # Exact products (with a weight, one rounding) added in fp64 in some order: below n * 2^-53 of |g_i| |g_j|,
 # and rows here are shorter than 2^20.
 GRAM_TOLERANCE = 2 * 2.0 ** (20 - 53)
-ROOT_TOLERANCE = 4 * 2.0**-24  # an inverse root is formed in fp32: four roundings
+ROOT_TOLERANCE = 5 * 2.0**-24  # an inverse root is formed in fp32: five roundings
 
 
 def normal(length: int, shift: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -118,8 +118,7 @@ def test_gramian_on_a_side_stream():
 @pytest.mark.parametrize("m", [2, 3, 5, 8, 11, 16])
 @pytest.mark.parametrize("shifts", [(0, 0), (3, 3), (0, 4), (1, 2)])
 def test_rows_of_different_types(m, shifts):
-    dtypes = [DTYPES[i % 3 if m > 2 else i] for i in range(m)]
-    rows = [normal(3 * CHUNK + 77, shifts[i % 2], dtype, i) for i, dtype in enumerate(dtypes)]
+    rows = [normal(3 * CHUNK + 77, shifts[i % 2], DTYPES[i % 3], i) for i in range(m)]
     segments = [(3, 100), (CHUNK + 1, 3 * CHUNK)]
     assert_gram_close(ops.gramian(rows), rows)
     assert_gram_close(ops.gramian(rows, segments=segments), rows, segments=segments)
@@ -130,9 +129,11 @@ def test_rows_of_different_types(m, shifts):
 
 @pytest.mark.parametrize("m", [1, 2, 5, 9])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_factors_that_are_inverse_roots(m, mixed):
+@pytest.mark.parametrize("shift", [0, 1])
+def test_factors_that_are_inverse_roots(m, mixed, shift):
     rows = [normal(CHUNK + 77, 0, DTYPES[i % 2 if mixed else 0], i) for i in range(m)]
-    values = 10.0 ** (4 * normal(CHUNK + 77, 1, torch.float32, 99))
+    values = normal(CHUNK + 77, shift, torch.float32, 99)
+    torch.pow(10.0, 4 * values, out=values)  # in place: where it begins is tested
     values[7:300] = 0.0
     found = ops.gramian(rows, weight=ops.InverseRoot(values, 0.271, 1e-8))
     expected = torch.where(values == 0, 0.0, 1 / ((values.double() / 0.271).sqrt() + 1e-8))

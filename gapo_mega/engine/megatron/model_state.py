@@ -29,10 +29,9 @@ def to_load(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in entries.items() if not name.endswith(_EXTRA_STATE)}
 
 
-def restore(model: GPTModel, loaded: Mapping[str, Any], left: str = "") -> None:
-    """Put loaded entries into ``model``; names that begin with ``left``, if any, keep their values."""
-    missing, _ = model.load_state_dict(loaded, strict=False)
-    lost = [
-        name for name in missing if not name.endswith(_EXTRA_STATE) and not (left and name.startswith(left))
-    ]
+def restore(model: GPTModel, loaded: Mapping[str, Any], left: tuple[str, ...] = ()) -> None:
+    """Put loaded entries into ``model``; names that begin with one of ``left`` keep their values."""
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    assert not unexpected, f"not the model's: {unexpected}"
+    lost = [name for name in missing if not name.endswith(_EXTRA_STATE) and not name.startswith(left)]
     assert not lost, f"not loaded: {lost}"

@@ -103,30 +103,19 @@ def owned(model: DistributedDataParallel, numel: int) -> Span:
     return group.rank() * size, (group.rank() + 1) * size
 
 
-def chunk_elements() -> int:
-    """Elements that scratch memory is held for at a time: 4 MiB of fp32; more where calls cost more."""
-    return 1 << 24 if torch.cuda.is_available() else 1 << 20
-
-
-def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(piece, start, end, position)``: pieces of these lengths cut into chunks of at most ``size``.
-
-    ``start`` and ``end`` are within the piece, ``position`` is where the chunk begins in the concatenation.
-    """
-    offset = 0
-    for piece, length in enumerate(lengths):
-        for start in range(0, length, size):
-            yield piece, start, min(start + size, length), offset + start
-        offset += length
-
-
 def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
-    """Swap what two rows hold, each in its own type."""
-    for piece, start, end, _ in chunks([p.numel() for p in one], chunk_elements()):
-        mine, theirs = one[piece][start:end], other[piece][start:end]
+    """Swap what two rows hold, each in its own type; 4 MiB at a time, more where calls cost more."""
+    size = 1 << 24 if torch.cuda.is_available() else 1 << 20
+    for mine, theirs in _chunks(one, other, size):
         kept = mine.clone()
         mine.copy_(theirs)
         theirs.copy_(kept)
+
+
+def _chunks(one: Sequence[Tensor], other: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same stretches of two rows, of at most ``size`` elements."""
+    for mine, theirs in zip(one, other, strict=True):
+        yield from zip(torch.split(mine, size), torch.split(theirs, size), strict=True)
 
 
 def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:

@@ -80,9 +80,9 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
         # With tied embeddings nothing would be missing.
         raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
     prefix = trained_model_prefix(about)
-    left = "" if with_head else "output_layer."
+    left = () if with_head else ("output_layer.",)
     entries = model_state.to_load(model_state.to_save(model))
-    state = {name: entry for name, entry in entries.items() if not (left and name.startswith(left))}
+    state = {name: entry for name, entry in entries.items() if not name.startswith(left)}
     add_prefix_for_sharding(state, prefix)
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
