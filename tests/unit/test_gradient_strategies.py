@@ -18,6 +18,8 @@ from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.passes import SeparatePasses
 from gapo_mega.engine.megatron.single import nearest_gram, proportion
 from gapo_mega.types import Experience
+from tests.combinations.comparison import gram_error
+from tests.combinations.reference import in_scope
 from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
 
@@ -102,7 +104,7 @@ class Reference:
 
     def rows(self, scope: Any = "full") -> Tensor:
         """The gradients in ``scope``, flattened [M, N]."""
-        wanted = [self._in_scope(name, scope) for name in self.names]
+        wanted = [in_scope(name, scope) for name in self.names]
         rows = []
         for grads, head in zip(self.grads, self.head, strict=True):
             parts = [g.flatten() for g, take in zip(grads, wanted, strict=True) if take]
@@ -110,19 +112,6 @@ class Reference:
                 torch.cat([*parts, head.flatten()] if scope in ("last_layer", "last_block") else parts)
             )
         return torch.stack(rows)
-
-    @staticmethod
-    def _in_scope(name: str, scope: Any) -> bool:
-        if scope == "full":
-            return True
-        ranges = {"last_layer": [], "last_block": [[3, 4]]}[scope] if isinstance(scope, str) else scope
-        return any(f".layers.{i}." in name for first, end in ranges for i in range(first, end))
-
-
-def error(gram: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of ||g_i|| ||g_j||."""
-    norms = expected.diagonal().sqrt()
-    return float(((gram - expected).abs() / torch.outer(norms, norms)).max())
 
 
 def flat(directory: Path) -> Tensor:
@@ -145,14 +134,14 @@ def test_against_autograd(
     scope = gradients.get("scope", "full")
     rows = reference.rows(scope)
     torch.testing.assert_close(torch.tensor(report.losses).double(), reference.losses, rtol=1e-5, atol=1e-6)
-    assert error(report.gram, rows @ rows.T) <= tolerance
+    assert gram_error(report.gram, rows @ rows.T) <= tolerance
     start = torch.cat([p.detach().flatten() for p in reference.model.parameters()])
     expected = RATE * (aggregator(rows @ rows.T) @ reference.rows())
     difference = (flat(tmp_path / "one") - start + expected).norm() / expected.norm()
     # The weights follow the Gram matrix's error and the change is a difference of fp32 parameters.
     assert float(difference) <= 10 * tolerance + 1e-4
     after = Reference(tmp_path / "one", batch).rows(scope)
-    assert error(second.gram, after @ after.T) <= 10 * tolerance
+    assert gram_error(second.gram, after @ after.T) <= 10 * tolerance
 
 
 STRATEGIES = [pytest.param(*case[1:3], id=case[0]) for case in (*FULL[:3], *FULL[4:], *SCOPED[:2], SCOPED[4])]

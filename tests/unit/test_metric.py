@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gapo_mega import aggregation
+from tests.combinations.comparison import gram_error
 from tests.distributed import check_engine, worlds
 from tests.tiny import tiny_llama
-from tests.unit.test_gradient_strategies import PARTS, WHOLE, Reference, engine_of, error, flat
+from tests.unit.test_gradient_strategies import PARTS, WHOLE, Reference, engine_of, flat
 
 EPS = 1e-4  # near the size of the gradients' elements: D stays a smooth function of them
 ADAM = {"name": "adam", "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": EPS}
@@ -51,13 +52,13 @@ def test_gram_and_actual_change(
     scope = gradients.get("scope", "full")
     before, after = Reference(model, batch), Reference(tmp_path / "one", batch)
     rows = before.rows(scope)
-    assert error(first.gram, rows @ rows.T) <= 1e-5
+    assert gram_error(first.gram, rows @ rows.T) <= 1e-5
     # v = (1 - beta2) d^2, corrected by 1 - beta2: D = 1 / (|d| + eps), and 0 where d is 0.
     direction = first.weights @ rows
     factors = torch.where(direction == 0, 0.0, 1.0 / (direction.abs() + EPS))
     rows = after.rows(scope)
     # Where |d| is far below eps, its fp32 error is amplified by no more than 1 / eps: 1e-3 of the whole.
-    assert error(second.gram, (rows * factors) @ rows.T) <= 1e-3
+    assert gram_error(second.gram, (rows * factors) @ rows.T) <= 1e-3
     if scope != "full" or "store" in gradients:
         assert first.actual_change is None and second.actual_change is None
         return

@@ -146,9 +146,9 @@ class GradientStrategy(ABC):
         """The clock's name for the passes of one objective."""
         return f"backward/{index}" if self.shared else f"forward_backward/{index}"
 
-    def metric(self, shard: GradientShard) -> AdamMetric | None:
-        """Adam's metric on ``shard`` as the optimizer's state is now; None: euclidean."""
-        return AdamMetric(self.trainable.optimizer, shard) if self._setting.adam else None
+    def metric(self) -> AdamMetric | None:
+        """Adam's metric as the optimizer's state is now; None: euclidean."""
+        return AdamMetric(self.trainable.optimizer) if self._setting.adam else None
 
     def global_gram(self, local: Tensor) -> Tensor:
         """The sum of all ranks' parts of a Gram matrix, in place: bit for bit the same on every rank.

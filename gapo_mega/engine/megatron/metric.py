@@ -29,10 +29,9 @@ class AdamMetric:
     such a place outweigh all others).
     """
 
-    def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard) -> None:
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
         """The metric as the optimizer's state is now."""
         (inner,) = optimizer.chained_optimizers
-        self._shard = shard
         self._steps = steps_taken(inner.optimizer)
         config = inner.config
         self._eps = config.adam_eps
@@ -48,15 +47,13 @@ class AdamMetric:
         """Whether D is 1 everywhere."""
         return self._steps == 0
 
-    def factors(self) -> ops.InverseRoot:
-        """D over the shard's counted placements, a piece each: as views of the optimizer's state."""
-        pieces = [self._second_moment(placement) for placement in self._shard.counted]
+    def factors(self, placements: Sequence[Placement]) -> ops.InverseRoot:
+        """D over ``placements``, a piece each: as views of the optimizer's state."""
+        pieces = []
+        for placement in placements:
+            begin, values = self._held[placement.parameter]
+            pieces.append(placement.part_of(values, begin))
         return ops.InverseRoot(pieces, self._correction, self._eps)
-
-    def _second_moment(self, placement: Placement) -> Tensor:
-        first, values = self._held[placement.parameter]
-        start = placement.first - first
-        return values[start : start + placement.end - placement.start]
 
 
 def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
@@ -67,4 +64,4 @@ def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric
     if metric is None or metric.is_euclidean:
         return ops.gramian(rows, segments=shard.segments, out=gram)
     parts = [[shard.view(row, placement) for placement in shard.counted] for row in rows]
-    return ops.gramian(parts, weight=metric.factors(), out=gram)
+    return ops.gramian(parts, weight=metric.factors(shard.counted), out=gram)

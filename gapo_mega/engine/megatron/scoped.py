@@ -109,7 +109,7 @@ class Scoped(GradientStrategy):
         gram = torch.zeros(self.objectives, self.objectives, dtype=torch.float64)
         if self._with_layers:
             rows = [*self._spare, self._part.pieces]
-            local = inner_products(self._part, rows, self.metric(self._part))
+            local = inner_products(self._part, rows, self.metric())
             gram += self.global_gram(local).cpu()
         if self._output is not None:
             gram += self._output.gram()

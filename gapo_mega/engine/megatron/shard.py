@@ -31,6 +31,11 @@ class Placement:
     end: int
     first: int
 
+    def part_of(self, values: Tensor, begin: int) -> Tensor:
+        """What lies here of the parameter's flat ``values``, which begin at its element ``begin``."""
+        start = self.first - begin
+        return values[start : start + self.end - self.start]
+
 
 class GradientShard:
     """What this rank owns of the reduced gradient: its slice of every bucket with the distributed

@@ -53,7 +53,7 @@ class Shards(GradientStrategy):
         """See ``GradientStrategy.direction``."""
         in_turns = self.shared and len(task.microbatches) > 1
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
-        gram = self.global_gram(inner_products(self.shard, self._rows, self.metric(self.shard)))
+        gram = self.global_gram(inner_products(self.shard, self._rows, self.metric()))
         weights, status = ops.solve(gram, aggregator)
         if self._before is not None:
             self._put_large_part_last(gram, weights)
@@ -161,8 +161,6 @@ class Shards(GradientStrategy):
         held = {p: (start, main.detach().reshape(-1)) for p, main, start, _ in main_parameters(inner)}
         found = []
         for placement in self.shard.placements:
-            start, values = held[placement.parameter]
-            first = placement.first - start
-            length = placement.end - placement.start
-            found.append((self.shard.view(row, placement), values[first : first + length]))
+            begin, values = held[placement.parameter]
+            found.append((self.shard.view(row, placement), placement.part_of(values, begin)))
         return found

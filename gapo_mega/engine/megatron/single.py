@@ -32,7 +32,7 @@ class Single(GradientStrategy):
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """See ``GradientStrategy.direction``."""
-        metric = self.metric(self.shard)
+        metric = self.metric()
         passes = passes_over(self.trainable, task, self.shared)
         if self.shared:
             clock.lap("forward")
