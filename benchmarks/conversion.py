@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, MistralConfig, PreTrainedConfig
 
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.models.hf_writing import write_hf
+from gapo_mega.models.huggingface.writing import write_hf
 from gapo_mega.models.registry import family_of
 
 # Counted in the child: what this script and its imports hold does not belong to the conversion.

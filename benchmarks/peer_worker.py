@@ -30,7 +30,7 @@ from peer_jobs import Job, Order, Task
 
 from gapo_mega import ops
 from gapo_mega.aggregation import registry as aggregation
-from gapo_mega.allocation import measure_allocations
+from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.types import Experience
 
 # How torch, vmap and TorchJD say that they do not support a model. Anything else ends the benchmark.

@@ -83,8 +83,8 @@ def train(
 
     Runs as one process, as a process of torchrun, or starts local processes itself (--nproc).
     """
-    from gapo_mega import launch
-    from gapo_mega.config_loading import load
+    from gapo_mega.commands import launch
+    from gapo_mega.config.loading import load
 
     settings = load(config, overrides or [])
     if world is not None and not dry_run:
@@ -96,13 +96,13 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
     elif nproc is not None:
-        from gapo_mega.preflight import check
+        from gapo_mega.runs.preflight import check
 
         check(settings, nproc)  # here, because torchrun buries the error of a worker
         launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
     else:
         _quiet_other_ranks()
-        from gapo_mega.trainer import train as run
+        from gapo_mega.runs.trainer import train as run
 
         run(settings)
 
@@ -128,10 +128,10 @@ def sft(
 
 
 def _supervised(command: str, file: Path, overrides: list[str], nproc: int | None) -> None:
-    from gapo_mega import launch
-    from gapo_mega import supervised_training as training
-    from gapo_mega.config_loading import load
-    from gapo_mega.supervised.config import RewardModelConfig, SftConfig
+    from gapo_mega.commands import launch
+    from gapo_mega.config.loading import load
+    from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+    from gapo_mega.runs import supervised as training
 
     start = (
         partial(training.RewardRun, load(file, overrides, kind=RewardModelConfig))
@@ -165,8 +165,8 @@ def plan(
     """Predict the memory of every rank in a layout, without the model's weights or any device."""
     import json
 
-    from gapo_mega.config_loading import load
-    from gapo_mega.plan_report import make_plan
+    from gapo_mega.commands.plan import make_plan
+    from gapo_mega.config.loading import load
 
     run = make_plan(load(config, overrides or []), world)
     if as_json:
@@ -201,8 +201,8 @@ def convert(
 
     Any layout can load a Megatron checkpoint, whatever --tp and --pp it was written with.
     """
-    from gapo_mega import launch
-    from gapo_mega.conversion import Conversion
+    from gapo_mega.commands import launch
+    from gapo_mega.commands.convert import Conversion
 
     conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
     conversion.check()
@@ -250,7 +250,7 @@ def serve_reward(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve a reward over HTTP, for objectives of kind http of any training."""
-    from gapo_mega import reward_server
+    from gapo_mega.commands import serve_reward as reward_server
 
     logging.basicConfig(level=logging.WARNING)
     reward_server.serve(reward_server.objective_config(config, model, function, overrides or []), host, port)
@@ -274,10 +274,10 @@ def step(
     nproc: Processes = None,
 ) -> None:
     """Time and memory of every gradient strategy, as a ratio to the step with one objective."""
-    from gapo_mega import launch
-    from gapo_mega.config_loading import load
-    from gapo_mega.preflight import check
-    from gapo_mega.step_benchmark_report import check_target
+    from gapo_mega.commands import launch
+    from gapo_mega.config.loading import load
+    from gapo_mega.measuring.step_report import check_target
+    from gapo_mega.runs.preflight import check
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]
     check_target(out)
@@ -290,8 +290,8 @@ def step(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     shape = check(settings, world)
     _quiet_other_ranks()
-    from gapo_mega import step_benchmark_report as report
-    from gapo_mega.step_benchmark import StepBenchmark
+    from gapo_mega.measuring import step_report as report
+    from gapo_mega.measuring.step import StepBenchmark
 
     run = StepBenchmark(settings, shape, counts)
     run.run(rounds)
@@ -340,8 +340,8 @@ def _installed(package: str) -> str:
 
 def _dry_run(config: Config, world_size: int) -> None:
     """Print the run as it would be: YAML, with layout and memory as comments below it."""
-    from gapo_mega.config_loading import to_yaml
-    from gapo_mega.plan_report import make_plan
+    from gapo_mega.commands.plan import make_plan
+    from gapo_mega.config.loading import to_yaml
 
     run = make_plan(config, world_size)
     if int(os.environ.get("RANK", "0")) != 0:

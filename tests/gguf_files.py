@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -180,3 +181,18 @@ def _stored_name(name: str) -> str:
         return f"{_NAMES[module]}.{suffix}"
     layer, _, part = module.removeprefix("model.layers.").partition(".")
     return f"blk.{layer}.{_LAYER_NAMES[part]}.{suffix}"
+
+
+def packaged_gguf(package: str) -> Path:
+    """The GGUF file that an installed Python package carries; the package itself is not imported.
+
+    Raises:
+        ValueError: the package is not installed, or holds no or several ``.gguf`` files.
+    """
+    spec = find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        state = "is not installed" if spec is None else f"holds {[file.name for file in files]}"
+        raise ValueError(f"package {package}: {state}, accepted: an installed package with one .gguf file")
+    return files[0]

@@ -56,7 +56,7 @@ step engine "$python" -m pytest tests/unit/test_engine_reference.py tests/unit/t
 if [ -f "$model/config.json" ]; then
   step train "$python" -m gapo_mega.cli train --config examples/demo.yaml --nproc "$gpus" steps=1 \
     output_dir="$logs/train" data.heldout_prompts="$((4 * gpus))"
-  step throughput "$python" -m torch.distributed.run --nproc_per_node "$gpus" tools/benchmark_throughput.py \
+  step throughput "$python" -m torch.distributed.run --nproc_per_node "$gpus" benchmarks/throughput.py \
     --config examples/demo.yaml --steps 2 --out "$logs/throughput.json"
   step strategies "$python" -m gapo_mega.cli benchmark step --config examples/demo.yaml --nproc "$gpus" \
     model.dtype=bf16 --out "$logs/step.json"

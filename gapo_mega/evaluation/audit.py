@@ -29,7 +29,7 @@ from tqdm import tqdm
 from gapo_mega.aggregation import Aggregator, Diagnosis, build, diagnose, methods
 from gapo_mega.aggregation.gapo import Gapo
 from gapo_mega.config import Config, GradientConfig
-from gapo_mega.config_loading import load
+from gapo_mega.config.loading import load
 from gapo_mega.evaluation.audit_plot import Curve, write_picture
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.evaluation.series import METRICS_FILE, Array

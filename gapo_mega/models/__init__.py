@@ -5,8 +5,8 @@ here imports Megatron.
 """
 
 from gapo_mega.models.family import Family
-from gapo_mega.models.hf_directory import HFDirectory
-from gapo_mega.models.hf_writing import write_hf
+from gapo_mega.models.huggingface.directory import HFDirectory
+from gapo_mega.models.huggingface.writing import write_hf
 from gapo_mega.models.mapping import WeightMap
 from gapo_mega.models.registry import families, family_of, shape_of
 from gapo_mega.models.shape import ModelShape

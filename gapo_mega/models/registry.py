@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-import gapo_mega.models as package
+import gapo_mega.models.families as package
 from gapo_mega.models.family import Family
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.registry import implementations

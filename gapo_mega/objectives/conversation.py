@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from gapo_mega.chat_template import template_text
+from gapo_mega.data.chat_template import template_text
 from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gapo_mega.config import ObjectiveConfig, Section
-from gapo_mega.hf_config import read_config
+from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.objectives.conversation import ConversationTokenizer, location
 from gapo_mega.objectives.options import read_options

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from gapo_mega.config import ObjectiveConfig, Section
-from gapo_mega.hf_config import read_config
-from gapo_mega.model_location import companions_of
+from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.location import companions_of
 from gapo_mega.objectives.base import ObjectiveKind, ScoreModelRequest, TokenScorer
 from gapo_mega.objectives.conversation import ConversationTokenizer
 from gapo_mega.objectives.options import read_options

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from gapo_mega.config import ObjectiveConfig, Section
-from gapo_mega.config_loading import explain
+from gapo_mega.config.loading import explain
 
 Options = TypeVar("Options", bound=Section)
 

@@ -21,8 +21,8 @@ from gapo_mega.config import (
     ParallelConfig,
     RolloutConfig,
 )
-from gapo_mega.layout_checks import check_layout
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.layout import check_layout
 
 OBJECTIVES = 2
 ROWS = 8  # sequences of a step over all data ranks

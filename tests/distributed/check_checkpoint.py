@@ -20,13 +20,13 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
-from gapo_mega.engine.megatron import checkpoint
-from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.forward import forward_backward
-from gapo_mega.engine.megatron.groups import Groups
-from gapo_mega.engine.megatron.logprobs import response_logprobs
-from gapo_mega.engine.megatron.modules import RMSNorm
+from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.model.build import Trainable, build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.forward import forward_backward
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.modules import RMSNorm
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience
 from tests.distributed import worlds

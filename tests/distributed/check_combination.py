@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega import aggregation
+from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.optimizer_state import main_parameters
 from gapo_mega.losses import policy_loss_of
 from gapo_mega.types import Experience
 from tests.combinations import comparison

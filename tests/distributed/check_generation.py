@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.engine.megatron import build, groups, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.forward import forward_only
-from gapo_mega.engine.megatron.generate import MegatronGenerator
-from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience, Generation, bare_experience
 from tests.distributed import worlds

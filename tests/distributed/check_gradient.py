@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from gapo_mega import aggregation
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
-from gapo_mega.engine.megatron import build, groups, weights
-from gapo_mega.engine.megatron.clock import Clock
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.gradients import Setting
-from gapo_mega.engine.megatron.passes import Task
-from gapo_mega.engine.megatron.shards import Shards
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.gradients.kept_rows import Shards
+from gapo_mega.engine.megatron.gradients.passes import Task
+from gapo_mega.engine.megatron.gradients.update import Setting
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.clock import Clock
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience
 from tests.distributed import worlds

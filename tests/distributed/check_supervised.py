@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.groups import Groups
+from gapo_mega.data.encoding import chat_batch, pair_batch
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.engine.megatron.score import ScoreModel, head_if_any
 from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedEngine
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.supervised.batches import chat_batch, pair_batch
-from gapo_mega.supervised_training import last_mark
+from gapo_mega.runs.supervised import last_mark
 from gapo_mega.types import Experience, bare_experience
 from tests.distributed import worlds
 

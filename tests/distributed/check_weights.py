@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.engine.megatron import build, forward, groups, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.model import build, forward
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience
 from tests.distributed import worlds

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gapo_mega.engine.megatron.dist_format import DistReader
+from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader
 from tests.tiny import tiny_llama
 from tests.unit.test_conversion import assert_same_model, language_model
 

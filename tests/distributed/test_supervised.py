@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
 
-from gapo_mega.engine.megatron import convert
+from gapo_mega.engine.megatron.checkpoint import convert
 from tests.distributed.check_supervised import PAD, STEPS, chats, conversations, pairs
 from tests.distributed.launch import launch
 from tests.tiny import safe_rlhf_model, tiny_llama

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from gapo_mega.supervised.config import RewardModelConfig, SftConfig
-from gapo_mega.supervised_training import RewardRun, SftRun
+from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.runs.supervised import RewardRun, SftRun
 from tests.environment import environment
 from tests.tiny import tiny_chat_model
 

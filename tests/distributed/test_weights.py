@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.engine.megatron import convert
+from gapo_mega.engine.megatron.checkpoint import convert
 from tests.distributed.launch import launch
 from tests.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 

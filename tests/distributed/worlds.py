@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapo_mega.engine.megatron import groups
+from gapo_mega.engine.megatron.runtime import groups
 
 _current: dict[tuple[int, int], groups.Groups] = {}
 

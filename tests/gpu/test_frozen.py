@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gapo_mega.engine.megatron.frozen import FrozenModel
+from gapo_mega.engine.megatron.model.frozen import FrozenModel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gapo_mega.commands.convert import Conversion
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.conversion import Conversion
-from gapo_mega.engine.megatron import build, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.optional import transformer_engine_layers
 from tests.distributed import worlds

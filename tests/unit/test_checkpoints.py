@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
-from gapo_mega.checkpoints import MARKER, CheckpointFolder, StopOnSignal
 from gapo_mega.engine.base import Layout
-from gapo_mega.engine.megatron import checkpoint
+from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.runs.checkpoints import MARKER, CheckpointFolder, StopOnSignal
 from tests.distributed import check_checkpoint, worlds
 from tests.distributed.check_checkpoint import Run
 

@@ -23,8 +23,8 @@ model: {{path: {model}}}
 data: {{source: "package:prompts", max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 16}}
 objectives:
-  - {{name: concise, function: "gapo_mega.objectives_demo:concise"}}
-  - {{name: plain, function: "gapo_mega.objectives_demo:plain"}}
+  - {{name: concise, function: "gapo_mega.demo.rewards:concise"}}
+  - {{name: plain, function: "gapo_mega.demo.rewards:plain"}}
 """
 
 
@@ -126,7 +126,7 @@ def test_dry_run_prints_a_configuration_layout_and_memory(file: Path, here: Here
         (("rollout.temprature=1",), "rollout.temprature: unknown key, the nearest is 'temperature'"),
         (("--world", "3", "parallel.tensor=2"), "= 2 processes on a world of 3, accepted"),
         (("model.path=/nowhere",), "model.path: found '/nowhere'"),
-        (("objectives.0.function=gapo_mega.objectives_demo:concize",), "objective 'concise'"),
+        (("objectives.0.function=gapo_mega.demo.rewards:concize",), "objective 'concise'"),
         (("aggregation.name=gap",), "gap"),
     ],
 )
@@ -171,7 +171,7 @@ def test_convert_refuses_what_it_cannot_read(tmp_path: Path, here: Here) -> None
 
 def test_nproc_starts_that_many_ranks_with_their_share_of_the_cores(tmp_path: Path) -> None:
 
-    script = "from gapo_mega.launch import start; start(2, ['--version'])"
+    script = "from gapo_mega.commands.launch import start; start(2, ['--version'])"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300

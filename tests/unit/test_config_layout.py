@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gapo_mega.config import Config
-from gapo_mega.layout_checks import check_layout, data_parallel_size
 from gapo_mega.models import ModelShape
+from gapo_mega.planning.layout import check_layout, data_parallel_size
 
 SMOLLM2 = ModelShape(
     family="llama", num_layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152,

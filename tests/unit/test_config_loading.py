@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gapo_mega.config import Config
-from gapo_mega.config_loading import dump, load, to_yaml
+from gapo_mega.config.loading import dump, load, to_yaml
 
 MINIMAL = """
 output_dir: runs/x

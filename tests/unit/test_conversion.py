@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
+from gapo_mega.commands.convert import Conversion
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.conversion import Conversion
-from gapo_mega.engine.megatron import build, convert, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.dist_format import METADATA, DistReader, read_common
+from gapo_mega.engine.megatron.checkpoint import convert, weights
+from gapo_mega.engine.megatron.checkpoint.dist_format import METADATA, DistReader, read_common
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import score_head_of
 from tests.distributed import worlds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gapo_mega.engine.megatron import convert
+from gapo_mega.engine.megatron.checkpoint import convert
 from tests.unit.test_conversion import language_model
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"

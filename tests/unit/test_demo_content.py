@@ -8,12 +8,12 @@ import json
 
 import pytest
 
-from gapo_mega import data
-from gapo_mega.objectives_demo import concise, plain, words
+from gapo_mega.data.tables import packaged
+from gapo_mega.demo.rewards import concise, plain, words
 
 
 def _prompts() -> list[dict[str, str]]:
-    text = data.path("prompts.jsonl").read_text(encoding="utf-8")
+    text = packaged("data.source", "package:prompts").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -31,8 +31,8 @@ def test_prompts_have_both_splits_and_no_near_duplicates() -> None:
 
 
 def test_unknown_data_file_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"found 'nope\.jsonl', accepted: .*prompts\.jsonl"):
-        data.path("nope.jsonl")
+    with pytest.raises(ValueError, match="data.source: found 'package:nope', accepted: package:prompts"):
+        packaged("data.source", "package:nope")
 
 
 def _one(function: object, prompt: str, response: str) -> float:

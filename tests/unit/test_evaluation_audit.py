@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from gapo_mega import aggregation
 from gapo_mega.cli import app
 from gapo_mega.config import Config
-from gapo_mega.config_loading import dump
+from gapo_mega.config.loading import dump
 from gapo_mega.engine.base import GradientReport
 from gapo_mega.evaluation import audit as audit_module
 from gapo_mega.evaluation.audit import audit_run, curves, print_audit, run_audit
 from gapo_mega.evaluation.audit_plot import same_lines
-from gapo_mega.run_logging import JsonLines, step_metrics
+from gapo_mega.runs.log import JsonLines, step_metrics
 
 NAMES = ["helpful", "harmless", "honest", "brief"]
 GAPO = {"name": "gapo", "options": {"p": 1, "scale": "mean_norm"}}

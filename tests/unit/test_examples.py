@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gapo_mega.config import Config
-from gapo_mega.config_loading import load
+from gapo_mega.config.loading import load
 from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_mistral
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

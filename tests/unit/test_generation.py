@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.engine.megatron import build, groups, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.forward import run_model
-from gapo_mega.engine.megatron.generate import MegatronGenerator
-from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.model.forward import run_model
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation
 from tests.distributed import worlds

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gapo_mega.models import shape_of
-from gapo_mega.models.gguf_import import import_gguf
+from gapo_mega.models.gguf.importing import import_gguf
 from tests.gguf_files import Metadata, metadata_of, tensors_of, write_gguf
 from tests.tiny import LLAMA3_ROPE, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapo_mega.models.gguf_import import import_gguf
+from gapo_mega.models.gguf.importing import import_gguf
 from tests.gguf_files import Metadata, byte_level, metadata_of, single_bytes_spm, tensors_of, write_gguf
 from tests.reference_tokenizers import (
     VARIED_TEXT,

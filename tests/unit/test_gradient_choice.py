@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from gapo_mega.config import Config
-from gapo_mega.config_loading import dump, load
-from gapo_mega.gradient_choice import PassCount, forward_kind, measures_change, passes
-from gapo_mega.layout_checks import check_gradients
+from gapo_mega.config.loading import dump, load
 from gapo_mega.models import ModelShape
+from gapo_mega.planning.layout import check_gradients
+from gapo_mega.planning.strategy import PassCount, forward_kind, measures_change, passes
 
 SHAPE = ModelShape("llama", 4, 8, 16, 2, 2, 4, 64, False, 1e4, 1e-5, False, 64)
 

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.passes import SeparatePasses
-from gapo_mega.engine.megatron.single import nearest_gram, proportion
+from gapo_mega.engine.megatron.gradients.no_rows import nearest_gram, proportion
+from gapo_mega.engine.megatron.gradients.passes import SeparatePasses
 from gapo_mega.types import Experience
 from tests.combinations.comparison import gram_error
 from tests.combinations.reference import in_scope

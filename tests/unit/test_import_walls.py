@@ -172,14 +172,14 @@ def test_no_file_is_long() -> None:
         ("aggregation/x.py", "from gapo_mega.losses.ppo import policy_loss_sum", "siblings"),
         ("rollout/x.py", "from gapo_mega.engine.megatron import build", "siblings"),
         ("losses/x.py", "from ..advantages import gae", "siblings"),
-        ("supervised/x.py", "from gapo_mega.rollout.prompts import load_prompts", "siblings"),
-        ("tables.py", "from gapo_mega.supervised.pairs import Pair", "imports point down"),
+        ("supervised/x.py", "from gapo_mega.data.prompts import load_prompts", "siblings"),
+        ("tables.py", "from gapo_mega.data.pairs import Pair", "imports point down"),
         ("ops/x.py", "from gapo_mega.aggregation import build", "imports point down"),
         ("types.py", "from gapo_mega import ops", "imports point down"),
         ("config.py", "from .aggregation.registry import methods", "imports point down"),
         ("losses/x.py", "from gapo_mega.engine.base import PolicyLoss", "imports point down"),
-        ("rollout/x.py", "from gapo_mega.checkpoints import CheckpointFolder", "imports point down"),
-        ("engine/x.py", "if TYPE_CHECKING:\n    import gapo_mega.trainer", "imports point down"),
+        ("rollout/x.py", "from gapo_mega.runs.checkpoints import CheckpointFolder", "imports point down"),
+        ("engine/x.py", "if TYPE_CHECKING:\n    import gapo_mega.runs.trainer", "imports point down"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str, message: str) -> None:
@@ -205,10 +205,16 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str, message: 
             "rollout/x.py",
             "from gapo_mega.engine.base import Generator\nfrom gapo_mega.objectives import build",
         ),
-        ("supervised/x.py", "from gapo_mega.tables import read_rows\nfrom gapo_mega.types import Message"),
-        ("trainer.py", "import gapo_mega.engine.megatron.build\nimport megatronic"),
+        (
+            "supervised/x.py",
+            "from gapo_mega.data.tables import read_rows\nfrom gapo_mega.types import Message",
+        ),
+        ("trainer.py", "import gapo_mega.engine.megatron.model.build\nimport megatronic"),
         ("aggregation/__init__.py", "from .base import Aggregator\nfrom gapo_mega.aggregation import gapo"),
-        ("finish.py", "from gapo_mega.heldout import HeldOut\nfrom gapo_mega.evaluation import report"),
+        (
+            "finish.py",
+            "from gapo_mega.rollout.heldout import HeldOut\nfrom gapo_mega.evaluation import report",
+        ),
         ("config_loading.py", "from gapo_mega.config import Config"),
     ],
 )

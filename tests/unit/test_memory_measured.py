@@ -12,12 +12,12 @@ from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from gapo_mega import aggregation
-from gapo_mega.allocation import measure_allocations
 from gapo_mega.config import Config
-from gapo_mega.engine.megatron.cpu import device
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.memory_plan import StagePlan, predict
+from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.models.registry import shape_of
+from gapo_mega.planning.memory import StagePlan, predict
 from gapo_mega.types import Experience
 from tests.distributed import check_engine, worlds
 

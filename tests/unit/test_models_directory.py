@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gapo_mega.model_location import resolve
 from gapo_mega.models import HFDirectory, write_hf
+from gapo_mega.models.huggingface.location import resolve
 from tests.tiny import tiny_llama
 
 

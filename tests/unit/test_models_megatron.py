@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.engine.megatron import build, weights
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.memory_plan import stage_parameters
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.models.gguf_import import import_gguf, packaged_gguf
+from gapo_mega.models.gguf.importing import import_gguf
+from gapo_mega.planning.memory import stage_parameters
 from tests.distributed import worlds
+from tests.gguf_files import packaged_gguf
 from tests.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 # Relative to the greatest logit, in fp32: both sides sum in different orders, which gives about

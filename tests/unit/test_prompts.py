@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gapo_mega.config import DataConfig
-from gapo_mega.rollout.prompts import PromptSchedule, load_prompts
+from gapo_mega.data.prompts import PromptSchedule, load_prompts
 from gapo_mega.types import Prompt
 
 TEMPLATE = (
@@ -212,7 +212,7 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 def test_unreachable_hub_is_said_in_one_line(tmp_path: Path) -> None:
     script = (
-        "from gapo_mega.tables import read_named\n"
+        "from gapo_mega.data.tables import read_named\n"
         "try: read_named('data.source', 'some/thing', 'data.split', 'train')\n"
         "except ValueError as error: print(error)\n"
     )

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.engine.megatron import sampling
+from gapo_mega.engine.megatron.generation import sampling
 
 ROWS, VOCABULARY, HISTORY = 16, 97, 12
 PLAIN = SamplingParameters(max_new_tokens=1)

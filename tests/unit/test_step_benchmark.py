@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gapo_mega import step_benchmark_report as report
+from gapo_mega.measuring import step_report as report
+from gapo_mega.measuring.step import BASELINE, STRATEGIES, StepBenchmark, contenders
 from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
-from gapo_mega.step_benchmark import BASELINE, STRATEGIES, StepBenchmark, contenders
 from tests.distributed import check_engine
 from tests.tiny import tiny_llama
 

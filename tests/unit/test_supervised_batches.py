@@ -16,7 +16,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gapo_mega.supervised.batches import (
+from gapo_mega.data.chats import Chat
+from gapo_mega.data.encoding import (
     Order,
     chat_batch,
     encode_chats,
@@ -24,8 +25,7 @@ from gapo_mega.supervised.batches import (
     pair_batch,
     response_lengths,
 )
-from gapo_mega.supervised.chats import Chat
-from gapo_mega.supervised.pairs import Pair
+from gapo_mega.data.pairs import Pair
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]
 CHATML = (

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.supervised.chats import Chat, load_chats
-from gapo_mega.supervised.config import ChatData
+from gapo_mega.config.supervised import ChatData
+from gapo_mega.data.chats import Chat, load_chats
 
 TALK = [
     {"role": "user", "content": "Hi"},

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gapo_mega.config import Section
-from gapo_mega.config_loading import dump, load
-from gapo_mega.supervised.config import RewardModelConfig, SftConfig, check_batches
+from gapo_mega.config.loading import dump, load
+from gapo_mega.config.supervised import RewardModelConfig, SftConfig, check_batches
 
 MINIMAL = """
 output_dir: runs/x

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.special import expit
 
-from gapo_mega.supervised import measures
+from gapo_mega.evaluation import measures
 
 # Margins 2, -1, 0 and 3; the lengths of the first and the third pair are within a tenth.
 SCORES = [(3.0, 1.0), (0.5, 1.5), (2.0, 2.0), (-1.0, -4.0)]

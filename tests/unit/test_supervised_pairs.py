@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gapo_mega.supervised.config import PreferenceData
-from gapo_mega.supervised.pairs import Pair, length_matched, load_pairs, longer_wins
+from gapo_mega.config.supervised import PreferenceData
+from gapo_mega.data.pairs import Pair, length_matched, load_pairs, longer_wins
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.config.supervised import RewardModelConfig, SftConfig
 from gapo_mega.objectives import build
-from gapo_mega.supervised.config import RewardModelConfig, SftConfig
-from gapo_mega.supervised_training import RewardRun, SftRun
+from gapo_mega.runs.supervised import RewardRun, SftRun
 from gapo_mega.types import Prompt
 from tests.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import ValueLoss
-from gapo_mega.engine.megatron.build import Trainable
-from gapo_mega.engine.megatron.forward import forward_backward, forward_only
-from gapo_mega.engine.megatron.groups import Groups
+from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
+from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Experience
 
 logger = logging.getLogger(__name__)

@@ -12,19 +12,22 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from gapo_mega import model_location
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
-from gapo_mega.engine.megatron import checkpoint, groups, strategies, weights
-from gapo_mega.engine.megatron.build import Trainable, build_gpt, make_trainable
-from gapo_mega.engine.megatron.cpu import megatron_device
+from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
-from gapo_mega.engine.megatron.forward import forward_only
-from gapo_mega.engine.megatron.frozen import FrozenModel
-from gapo_mega.engine.megatron.generate import MegatronGenerator
-from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
+from gapo_mega.engine.megatron.gradients import strategies
+from gapo_mega.engine.megatron.model.build import Trainable, build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.frozen import FrozenModel
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
-from gapo_mega.models.hf_writing import copy_companions
+from gapo_mega.models.huggingface import location as model_location
+from gapo_mega.models.huggingface.writing import copy_companions
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.types import Experience, bare_experience

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gapo_mega import model_location
 from gapo_mega.config import ModelConfig, ParallelConfig
-from gapo_mega.engine.megatron import weights
-from gapo_mega.engine.megatron.build import build_gpt
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.dist_format import DistReader, is_checkpoint, read_common
-from gapo_mega.engine.megatron.forward import forward_only
-from gapo_mega.engine.megatron.frozen import FrozenModel
-from gapo_mega.engine.megatron.groups import Groups
-from gapo_mega.hf_config import read_config
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader, is_checkpoint, read_common
+from gapo_mega.engine.megatron.model.build import build_gpt
+from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.frozen import FrozenModel
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models import HFDirectory, shape_of
+from gapo_mega.models.huggingface import location as model_location
+from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.score_head import KEPT, ScoreHead, score_head_of
 from gapo_mega.types import Experience, bare_experience
 

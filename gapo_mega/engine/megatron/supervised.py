@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapo_mega import model_location
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
-from gapo_mega.engine.megatron import checkpoint, groups, weights
-from gapo_mega.engine.megatron.build import build_gpt, make_trainable
-from gapo_mega.engine.megatron.cpu import megatron_device
-from gapo_mega.engine.megatron.forward import forward_backward, forward_only
-from gapo_mega.engine.megatron.logprobs import response_logprobs
+from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.model.build import build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.losses.preference import bradley_terry_sum
-from gapo_mega.models.hf_writing import copy_companions, set_config
+from gapo_mega.models.huggingface import location as model_location
+from gapo_mega.models.huggingface.writing import copy_companions, set_config
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience

@@ -1,0 +1,61 @@
+"""Tokens per second and time by phase of training steps with a configuration.
+
+    torchrun --nproc_per_node 2 benchmarks/throughput.py --config examples/demo.yaml --steps 3
+
+Prints a table and writes JSON. The first step is a warm-up and not counted. Works on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    config: Annotated[Path, typer.Option(help="YAML configuration of a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="timed rollout steps")] = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("throughput.json"),
+) -> None:
+    """Run ``steps`` steps and report."""
+    try:
+        run(config, overrides or [], steps, out)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
+    """Train for a few steps in a temporary directory and report on rank 0."""
+    from gapo_mega import advantages
+    from gapo_mega.config.loading import load
+    from gapo_mega.measuring.throughput import benchmark_config, measure, print_table
+    from gapo_mega.models.huggingface import directory as hf_directory
+    from gapo_mega.models.huggingface import location as model_location
+    from gapo_mega.models.registry import shape_of
+    from gapo_mega.runs.trainer import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = benchmark_config(load(config, overrides), steps, Path(folder))
+        train(resolved, with_report=False)
+        if int(os.environ.get("RANK", "0")) != 0:
+            return
+        shape = shape_of(hf_directory.HFDirectory(model_location.resolve(resolved.model.path)).config)
+        needs_critic = advantages.build(resolved.advantages.name, **resolved.advantages.options).needs_values
+        result = measure(resolved, shape, int(os.environ.get("WORLD_SIZE", "1")), needs_critic)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print_table(result)
+    typer.echo(f"written: {out}")
+
+
+if __name__ == "__main__":
+    app()

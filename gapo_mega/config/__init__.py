@@ -1,0 +1,43 @@
+"""The configuration: its sections, their checks, and reading them from YAML.
+
+The sections of a training run are named here; ``loading`` reads files and overrides, ``supervised`` has the
+sections of reward models and fine-tuning.
+"""
+
+from gapo_mega.config.sections import (
+    AdvantageConfig,
+    AggregationConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    EvaluationConfig,
+    GradientConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    Section,
+)
+
+__all__ = [
+    "AdvantageConfig",
+    "AggregationConfig",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GradientConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RolloutConfig",
+    "Section",
+]

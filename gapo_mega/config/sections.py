@@ -1,0 +1,320 @@
+"""The configuration of a run: frozen, validated, every field documented where it is declared.
+
+Field types, ranges and the checks that need no model live here; ``loading.py`` reads YAML
+and dotted overrides; checks that need the model's shape (does tensor parallelism divide the
+heads?) are in ``planning/layout.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The policy; the reference is its frozen copy."""
+
+    path: str = Field(
+        description="Hugging Face directory or hub name, or a checkpoint of gapo-mega convert or train"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute type; bf16 keeps fp32 main parameters"
+    )
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
+    offload_reference: bool = Field(
+        False, description="keep the frozen reference in host memory between uses (GPU only)"
+    )
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks; data parallelism takes what is left of the world."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    sequence_parallel: bool = Field(False, description="needs tensor > 1")
+    virtual_pipeline: int = Field(1, ge=1, description="interleaved schedule; only 1 is accepted")
+    context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
+    expert: int = Field(1, ge=1, description="expert parallelism; only 1 is accepted")
+    distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
+
+    @model_validator(mode="after")
+    def _refuse_untested(self) -> ParallelConfig:
+        for name in ("virtual_pipeline", "context", "expert", "distributed_optimizer_instances"):
+            value = getattr(self, name)
+            if value != 1:
+                raise ValueError(
+                    f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
+                    "not been verified in other layouts)"
+                )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Prompts. A source is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
+
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="where prompts come from; several are read one after another"
+    )
+    split: str = "train"
+    prompt_column: str = Field(
+        "prompt",
+        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, asked "
+        "again for its last answer",
+    )
+    heldout_source: str | None = Field(
+        None, description="where held-out prompts come from; none: cut from source"
+    )
+    heldout_split: str = "test"
+    heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
+    system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
+    chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
+    max_prompt_tokens: int = Field(
+        256, ge=1, description="longer prompts are left out, and counted in the log"
+    )
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    """Sampling of responses."""
+
+    prompts_per_step: int = Field(8, ge=1, description="prompts of one step over all data-parallel ranks")
+    samples_per_prompt: int = Field(4, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary")
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="sequences generated at once on a data-parallel rank")
+
+
+class ObjectiveConfig(Section):
+    """One reward. Higher is better; flip the sign of costs in the function."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    kind: str = Field("python", description="an entry of gapo_mega.objectives")
+    function: str | None = Field(None, description="module:function over (prompts, responses) -> scores")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the kind")
+    clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
+
+
+class AggregationConfig(Section):
+    """The method that turns the Gram matrix into weights; ``options`` are its own."""
+
+    name: str = "gapo"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdvantageConfig(Section):
+    """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
+
+    name: str = "group"
+    options: dict[str, Any] = Field(default_factory=dict)
+    whiten: bool = Field(
+        False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
+    )
+
+
+class AlgorithmConfig(Section):
+    """PPO around the aggregation."""
+
+    kl_beta: float = Field(0.05, ge=0)
+    clip_epsilon: float = Field(0.1, gt=0)
+    value_clip: float = Field(5.0, gt=0)
+    ppo_epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
+    old_logprobs: Literal["recompute", "generator"] = Field(
+        "recompute",
+        description="recompute: by the training forward; generator: those of the rollout, one forward less "
+        "(equal to ~1e-5 in fp32; in bf16 the ratio of the first update is not exactly 1)",
+    )
+
+
+class OptimizerConfig(Section):
+    """Megatron's optimizer for one model."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    clip_grad: float = Field(1.0, ge=0, description="norm to clip the combined gradient to; 0 turns it off")
+    distributed: bool = Field(True, description="Megatron's distributed optimizer; adam only")
+    overlap_grad_reduce: bool = False
+
+    @model_validator(mode="after")
+    def _sgd_is_not_distributed(self) -> OptimizerConfig:
+        if self.name == "sgd" and self.distributed:
+            raise ValueError(
+                "optimizer.distributed: found true with name sgd, accepted: false (Megatron's distributed "
+                "optimizer is Adam only)"
+            )
+        return self
+
+
+class CriticConfig(Section):
+    """Value models, used when the advantage estimator needs them."""
+
+    path: str | None = Field(None, description="Hugging Face directory of the backbone; none: the policy's")
+    heads: Literal["shared", "separate"] = Field("shared", description="one model with M heads, or M models")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
+
+
+LayerRange = Annotated[list[int], Field(min_length=2, max_length=2)]  # [first, end)
+
+
+class GradientConfig(Section):
+    """How per-objective gradients are measured, held and checked."""
+
+    store: Literal["shards", "single"] = Field(
+        "shards",
+        description="shards: one row of this rank's reduced shard per objective, the last in Megatron's own "
+        "buffer; single: no row at all, m (m + 1) / 2 + 1 passes (one fewer where the last pair measured is "
+        "the direction, as for two objectives with gapo and p = 1)",
+    )
+    store_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the rows of store shards; bf16 halves them and rounds by up to 2^-9"
+    )
+    forward: Literal["auto", "shared", "separate"] = Field(
+        "auto",
+        description="shared: one forward per microbatch and a backward per objective through its graph, each "
+        "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, "
+        "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one "
+        "microbatch, or one data rank), else separate",
+    )
+    scope: Literal["full", "last_layer", "last_block"] | list[LayerRange] = Field(
+        "full",
+        description="parameters that enter the inner products; the update is always of all. last_layer: the "
+        "output layer (the paper's choice); last_block: with the last transformer layer; "
+        "[[first, end], ...]: these transformer layers, from 0, end excluded",
+    )
+    metric: Literal["euclidean", "adam"] = Field(
+        "euclidean",
+        description="adam: inner products weighted by 1 / (sqrt(v) + eps), v Adam's bias-corrected second "
+        "moment before the step; euclidean until the first step, and 0 where v still is 0",
+    )
+    actual_change: bool | None = Field(
+        None,
+        description="also log the inner product of every gradient with the change that the optimizer made to "
+        "the parameters (a copy of this rank's parameters during the step); none: with metric adam only",
+    )
+    max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GradientConfig:
+        scoped = self.scope != "full"
+        if self.store == "single" and scoped:
+            raise ValueError(
+                f"gradients.scope: found {self.scope} with store single, accepted: full (single measures "
+                "sums of whole gradients)"
+            )
+        if self.store_dtype == "bf16" and (self.store == "single" or scoped):
+            raise ValueError(
+                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards "
+                "with scope full)"
+            )
+        if self.metric == "adam" and self.scope in ("last_layer", "last_block"):
+            raise ValueError(
+                f"gradients.metric: found adam with scope {self.scope}, accepted: euclidean (the output "
+                "layer's gradient alone has no second moment: a tied one shares the embedding's)"
+            )
+        if self.actual_change and (self.store == "single" or scoped):
+            raise ValueError(
+                "gradients.actual_change: found true, accepted: false (it needs every gradient: store shards "
+                "with scope full)"
+            )
+        if not isinstance(self.scope, str):
+            self._check_ranges(self.scope)
+        return self
+
+    @staticmethod
+    def _check_ranges(ranges: list[LayerRange]) -> None:
+        ends = [0, *(end for _, end in ranges)]
+        if not ranges or any(not before <= r[0] < r[1] for before, r in zip(ends, ranges, strict=False)):
+            raise ValueError(
+                f"gradients.scope: found {ranges}, accepted: pairs [first, end] in ascending order, each "
+                "with 0 <= first < end"
+            )
+
+
+class CheckpointConfig(Section):
+    """Resumable state in megatron's torch_dist format."""
+
+    every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
+    save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
+    export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
+
+
+class EvaluationConfig(Section):
+    """Held-out scores before and after training: paired, same prompts, same sampling seed."""
+
+    samples_per_prompt: int = Field(1, ge=1)
+    shown: int = Field(6, ge=0, description="sample responses shown in the report")
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = Field(False, description="needs the wandb extra")
+    wandb_project: str = "gapo_mega"
+    progress: bool = True
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    output_dir: str
+    seed: int = 1
+    steps: int = Field(100, ge=1, description="rollout steps")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16)
+    aggregation: AggregationConfig = AggregationConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    gradients: GradientConfig = GradientConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _objective_names_differ(self) -> Config:
+        names = [o.name for o in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_fit(self) -> Config:
+        gradients = self.gradients
+        if gradients.metric == "adam" and self.optimizer.name != "adam":
+            raise ValueError(
+                f"gradients.metric: found adam with optimizer.name {self.optimizer.name}, accepted: euclidean"
+            )
+        if gradients.forward == "shared" and self.parallel.pipeline > 1:
+            raise ValueError(
+                f"gradients.forward: found shared with parallel.pipeline {self.parallel.pipeline}, accepted: "
+                "auto, separate (a pipeline keeps no graph from first to last stage)"
+            )
+        return self

@@ -1,0 +1,169 @@
+"""The configuration of supervised runs: reward models and supervised fine-tuning.
+
+Read by ``config.loading.load(path, overrides, kind=RewardModelConfig)``; the sections that a GAPO run has
+too are those of ``gapo_mega.config``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gapo_mega.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Section,
+)
+
+
+class SupervisedData(Section):
+    """Where rows come from, and which of them are held out.
+
+    ``source`` is a hub name or a local directory of a data set, a .jsonl[.gz]/.json[.gz]/.parquet file, or
+    ``package:NAME``. No prompt is on both sides: rows whose conversations begin alike (all messages up to
+    the first of the assistant) go to the same side.
+    """
+
+    source: str
+    split: str = "train"
+    heldout_source: str | None = Field(
+        None, description="where held-out rows come from; none: cut from source"
+    )
+    heldout_split: str = Field("test", description="of heldout_source")
+    heldout_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the distinct prompts held out where heldout_source is none"
+    )
+
+
+class PreferenceData(SupervisedData):
+    """Pairs of responses to one prompt, of which one is preferred."""
+
+    format: Literal["auto", "columns", "hh", "pku"] = Field(
+        "auto",
+        description="hh: chosen and rejected are transcripts of Human and Assistant (HH-RLHF); pku: prompt, "
+        "response_0, response_1 and the number of the better one (PKU-SafeRLHF); columns: chosen and "
+        "rejected are texts beside a prompt, or lists of {role, content} messages; auto: by the first row",
+    )
+    objective: Literal["helpful", "harmless"] | None = Field(
+        None,
+        description="pku only, and needed there: helpful reads better_response_id, harmless "
+        "safer_response_id",
+    )
+    prompt_column: str = Field(
+        "prompt",
+        description="columns only: a text or a list of messages; not read where chosen and rejected are "
+        "lists that begin with the prompt",
+    )
+    chosen_column: str = Field("chosen", description="columns and hh")
+    rejected_column: str = Field("rejected", description="columns and hh")
+
+    @model_validator(mode="after")
+    def _objective_is_for_pku(self) -> PreferenceData:
+        if self.format == "pku" and self.objective is None:
+            raise ValueError("data.objective: found nothing with format pku, accepted: helpful, harmless")
+        if self.format in ("columns", "hh") and self.objective is not None:
+            raise ValueError(
+                f"data.objective: found {self.objective} with format {self.format}, accepted: null (only pku "
+                "rows judge several objectives)"
+            )
+        return self
+
+
+class ChatData(SupervisedData):
+    """Conversations whose assistant is imitated."""
+
+    format: Literal["auto", "messages", "columns", "hh"] = Field(
+        "auto",
+        description="messages: a list of {role, content} messages; columns: a prompt and a response; hh: a "
+        "transcript of Human and Assistant, such as the chosen one of a preference file; auto: by the "
+        "columns that there are, in this order",
+    )
+    messages_column: str = Field("messages", description="messages only")
+    prompt_column: str = Field("prompt", description="columns only: a text or a list of messages")
+    response_column: str = Field("response", description="columns only")
+    transcript_column: str = Field("chosen", description="hh only")
+
+
+class ScoreModelConfig(ModelConfig):
+    """The model that is trained, and how it is given a conversation."""
+
+    max_tokens: int = Field(
+        512, ge=2, description="longer conversations are left out, and counted in the log"
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja text, or a file ending in .jinja; none: the tokenizer's own"
+    )
+    keep_layers: int | None = Field(
+        None, ge=1, description="use only the first N decoder layers of path; none: all"
+    )
+
+
+class SupervisedOptimizer(OptimizerConfig):
+    """Megatron's optimizer, with a learning rate of the size that supervised training takes."""
+
+    lr: float = Field(1e-5, gt=0)
+
+
+class SupervisedConfig(Section):
+    """What supervised runs have in common."""
+
+    output_dir: str
+    seed: int = 1
+    epochs: int = Field(1, ge=1, description="passes over the data, each without its incomplete last batch")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; none: never")
+    batch_size: int = Field(
+        64, ge=1, description="pairs or chats of one optimizer step over all data-parallel ranks"
+    )
+    micro_batch_size: int = Field(
+        8, ge=1, description="pairs or chats per forward pass on a data-parallel rank"
+    )
+    model: ScoreModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: SupervisedOptimizer = SupervisedOptimizer()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluate_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the end")
+
+
+class RewardModelConfig(SupervisedConfig):
+    """A reward model: one score per conversation, by the Bradley-Terry loss on preference pairs.
+
+    The loss of a pair is ``-log sigmoid(chosen - rejected) + center_rewards * ((chosen + rejected) / 2)^2``.
+    """
+
+    data: PreferenceData
+    center_rewards: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of the squared mean of a pair's two scores, which the data leave open; "
+        "0: off",
+    )
+
+
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning: the next token of conversations, by cross entropy."""
+
+    data: ChatData
+    assistant_only: bool = Field(True, description="loss on the assistant's tokens only; false: on all")
+
+
+def check_batches(config: SupervisedConfig, data_ranks: int) -> None:
+    """``ValueError`` unless a step comes out even: ``data_ranks`` ranks with whole microbatches each."""
+    size, micro = config.batch_size, config.micro_batch_size
+    if size % data_ranks:
+        raise ValueError(
+            f"batch_size: found {size}, accepted for {data_ranks} data-parallel ranks: a multiple of "
+            f"{data_ranks}"
+        )
+    share = size // data_ranks
+    if share % micro:
+        # Pipeline stages exchange tensors of one size, so all microbatches are alike.
+        fitting = [str(d) for d in range(1, share + 1) if share % d == 0]
+        raise ValueError(
+            f"micro_batch_size: found {micro}, accepted for a batch_size of {share} on a data-parallel rank: "
+            f"{', '.join(fitting)}"
+        )

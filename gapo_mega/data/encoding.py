@@ -1,0 +1,268 @@
+"""Pairs and chats as tokens: rendered by a chat template, dealt to data-parallel ranks, padded.
+
+Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T token positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gapo_mega.data.chat_template import template_text
+from gapo_mega.data.chats import Chat
+from gapo_mega.data.pairs import Lengths, Pair
+from gapo_mega.types import Message
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PairIds = tuple[Tensor, Tensor]  # chosen and rejected conversation, each int64 [T]
+ChatIds = tuple[Tensor, Tensor]  # int64 [T], and bool [T]: tokens that are learned
+Item = TypeVar("Item")
+Spans = list[tuple[int, int]]  # [start, end) in characters
+TEMPLATE_PARAMETER = "model.chat_template"
+_AT_ONCE = 1000  # texts given to the tokenizer together: its Python integers take 36 bytes a token
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, max_tokens: int
+) -> tuple[list[PairIds], list[Pair]]:
+    """Both conversations of every pair that is short enough, and these pairs, in the order of ``pairs``.
+
+    The chat template writes the special tokens, so the tokenizer adds none. Pairs of which either
+    conversation has more than ``max_tokens`` tokens are left out, and counted in the log.
+
+    Raises ``ValueError`` if none is left, and if the template refuses a conversation.
+    """
+    render = _Renderer(tokenizer, chat_template)
+    encoded: list[PairIds] = []
+    kept: list[Pair] = []
+    for some in _pieces(pairs):
+        texts = [render(pair.answered(text)) for pair in some for text in (pair.chosen, pair.rejected)]
+        ids = [torch.tensor(found, dtype=torch.int64) for found in _tokenized(tokenizer, texts)["input_ids"]]
+        for pair, both in zip(some, zip(ids[::2], ids[1::2], strict=True), strict=True):
+            if _longest(both) <= max_tokens:
+                encoded.append(both)
+                kept.append(pair)
+    _count_left_out("pairs", len(encoded), len(pairs), max_tokens)
+    return encoded, kept
+
+
+def response_lengths(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Lengths]:
+    """Tokens of the chosen and of the rejected response of every pair, without prompt and template."""
+    lengths: list[Lengths] = []
+    for some in _pieces(pairs):
+        texts = [text for pair in some for text in (pair.chosen, pair.rejected)]
+        counts = [len(ids) for ids in _tokenized(tokenizer, texts)["input_ids"]]
+        lengths += zip(counts[::2], counts[1::2], strict=True)
+    return lengths
+
+
+def encode_chats(
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    max_tokens: int,
+    *,
+    assistant_only: bool = True,
+) -> list[ChatIds]:
+    """Every chat that is short enough, with a mask of the tokens to learn, in the order of ``chats``.
+
+    The mask is true on what the assistant produces: every token with a character of one of its messages, up
+    to and with the special token that ends the turn (white space that the template writes after it is not
+    produced). Without ``assistant_only`` it is true on every token but the first, which nothing predicts.
+    Chats of more than ``max_tokens`` tokens are left out, and counted in the log.
+
+    Raises ``ValueError`` if none is left, if the template refuses a chat or changes what is already said as
+    a chat goes on, and for a tokenizer without character offsets.
+    """
+    if assistant_only and not tokenizer.is_fast:
+        raise ValueError(
+            f"assistant_only: found true with {type(tokenizer).__name__}, which gives no character offsets "
+            "of tokens; accepted: false, or a model whose tokenizer is a fast one (tokenizer.json)"
+        )
+    render = _Renderer(tokenizer, chat_template)
+    special = _special_ids(tokenizer)
+    encoded: list[ChatIds] = []
+    for some in _pieces(chats):
+        texts = [render(chat.messages) for chat in some]
+        tokens = _tokenized(tokenizer, texts, offsets=assistant_only)
+        for row, (chat, text) in enumerate(zip(some, texts, strict=True)):
+            ids: list[int] = tokens["input_ids"][row]
+            if len(ids) > max_tokens:
+                continue
+            mask = [True] * len(ids)
+            if assistant_only:
+                spans = _assistant_spans(render, chat.messages, text)
+                mask = _produced(ids, tokens["offset_mapping"][row], spans, text, special)
+            learned_T = torch.tensor(mask, dtype=torch.bool)
+            learned_T[:1] = False
+            encoded.append((torch.tensor(ids, dtype=torch.int64), learned_T))
+    _count_left_out("chats", len(encoded), len(chats), max_tokens)
+    return encoded
+
+
+class Order:
+    """Which of ``count`` items a data-parallel rank takes at a step: a pure function of seed and step.
+
+    The items are shuffled every epoch; a step takes the next ``batch_size`` of them, and the ranks get
+    consecutive equal parts of these, so their union does not depend on the number of ranks. The last
+    ``count % batch_size`` items of an epoch's order are not used in it. Steps may be asked for in any order
+    and without end, so a run resumes by its step number alone.
+    """
+
+    def __init__(self, count: int, batch_size: int, data_rank: int, data_size: int, seed: int) -> None:
+        if batch_size % data_size:
+            raise ValueError(
+                f"batch_size: found {batch_size}, accepted for {data_size} data-parallel ranks: a multiple "
+                f"of {data_size}"
+            )
+        if not 1 <= batch_size <= count:
+            raise ValueError(f"batch_size: found {batch_size}, accepted: 1 to the {count} training items")
+        assert 0 <= data_rank < data_size
+        self.count = count
+        self.batch_size = batch_size
+        share = batch_size // data_size
+        self._share = slice(data_rank * share, (data_rank + 1) * share)
+        self._seed = seed
+        self._epoch_order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which the items are shuffled again."""
+        return self.count // self.batch_size
+
+    def items(self, step: int) -> list[int]:
+        """This rank's ``batch_size / data_size`` items of ``step``, which counts from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size][self._share]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._epoch_order[0] != epoch:
+            order = list(range(self.count))
+            random.Random(f"epoch-{self._seed}-{epoch}").shuffle(order)
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
+
+
+def pair_batch(
+    pairs: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[int]]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Pairs of token ids as ``tokens_BT`` [2P, T], chosen and rejected in turn, and ``last_B`` [2P].
+
+    Both int64; rows are right padded with ``pad_id``, ``last_B`` is the index of the last token before that.
+    """
+    rows = [torch.as_tensor(ids, dtype=torch.int64) for pair in pairs for ids in pair]
+    last_B = torch.tensor([len(row) - 1 for row in rows])
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), last_B
+
+
+def chat_batch(
+    chats: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[bool]]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids and masks as ``tokens_BT`` int64 [C, T] and ``mask_BT`` bool [C, T], false on the padding."""
+    tokens = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in chats]
+    masks = [torch.as_tensor(mask, dtype=torch.bool) for _, mask in chats]
+    return (
+        pad_sequence(tokens, batch_first=True, padding_value=pad_id),
+        pad_sequence(masks, batch_first=True, padding_value=False),
+    )
+
+
+class _Renderer:
+    """Conversations as the model's text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template_text(tokenizer, chat_template, TEMPLATE_PARAMETER)
+
+    def __call__(self, messages: Sequence[Message], *, asked: bool = False) -> str:
+        """``asked``: with what the template writes to make the assistant answer."""
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=self._template,
+                    add_generation_prompt=asked,
+                    tokenize=False,
+                )
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"model.chat_template: refuses a conversation of {roles} ({error}); accepted: a template for "
+                "the roles of the data"
+            ) from None
+
+
+def _assistant_spans(render: _Renderer, messages: Sequence[Message], text: str) -> Spans:
+    """Where in ``text`` the assistant speaks: between a conversation that asks it and the answered one."""
+    spans: Spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked, answered = render(messages[:i], asked=True), render(messages[: i + 1])
+        if not (answered.startswith(asked) and text.startswith(answered)):
+            raise ValueError(
+                "assistant_only: found true with a chat template that changes what is already said as a "
+                "conversation goes on, so the assistant's tokens cannot be told apart; accepted: false, or "
+                "another model.chat_template"
+            )
+        spans.append((len(asked), len(answered)))
+    return spans
+
+
+def _produced(
+    ids: Sequence[int], offsets: Spans, spans: Spans, text: str, special: frozenset[int]
+) -> list[bool]:
+    """Per token, whether it has a character of ``spans`` and is not white space after the end of a turn."""
+    mask = [False] * len(ids)
+    for start, end in spans:
+        inside = [t for t, (left, right) in enumerate(offsets) if left < end and right > start]
+        for t in inside:
+            mask[t] = True
+            if ids[t] in special and not text[offsets[t][1] : end].strip():
+                break
+    return mask
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], offsets: bool = False
+) -> BatchEncoding:
+    # Not verbose: the limit is max_tokens, not the one that the tokenizer would warn of.
+    tokens: BatchEncoding = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=offsets, truncation=False, verbose=False
+    )
+    return tokens
+
+
+def _pieces(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    return (items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE))
+
+
+def _longest(both: PairIds) -> int:
+    return max(len(ids) for ids in both)
+
+
+def _count_left_out(what: str, kept: int, total: int, max_tokens: int) -> None:
+    logger.info("%d of %d %s, left out %d longer than %d tokens", kept, total, what, total - kept, max_tokens)
+    if total and not kept:
+        raise ValueError(
+            f"model.max_tokens: found {max_tokens}, which is less than each of the {total} {what} has; "
+            "accepted: more"
+        )

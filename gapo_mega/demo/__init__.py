@@ -1,0 +1,1 @@
+"""What only the demo needs: its prompts and its reward functions."""

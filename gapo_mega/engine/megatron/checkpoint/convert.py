@@ -1,0 +1,261 @@
+"""Conversion of whole checkpoints, streaming: Hugging Face directory <-> Megatron ``torch_dist``.
+
+No model is built and no parallel state is needed. A checkpoint holds the tensors under the keys of Megatron's
+``sharded_state_dict`` (any layout loads it, with Megatron's own layers or Transformer Engine's) and, in
+``hf/``, the configuration and the tokenizer that it came with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from gapo_mega.engine.megatron.checkpoint.dist_format import (
+    FORMAT,
+    Chunk,
+    DistReader,
+    read_common,
+    trained_model_prefix,
+    write,
+)
+from gapo_mega.engine.megatron.model.build import padded_vocabulary
+from gapo_mega.engine.megatron.score import head_if_any
+from gapo_mega.models import HFDirectory, shape_of, write_hf
+from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.location import COMPANIONS
+from gapo_mega.models.huggingface.safetensors_stream import num_bytes
+from gapo_mega.models.huggingface.writing import common_dtype, complete_or_absent, copy_companions, set_config
+from gapo_mega.models.mapping import checkpoint_key
+from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
+
+# Megatron's linear layers ask for an object each, which is empty but for FP8.
+_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def to_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a Hugging Face directory as a Megatron checkpoint. Collective where torch.distributed runs.
+
+    Args:
+        source: language model or score model of a known family.
+        target: what to create; it appears under its name only once it is complete.
+        tensor, pipeline: the layout whose ranks' parts are stored as one piece each. Any other layout loads
+            the result, too, with more reads. The processes share the writing by these parts.
+        dtype: what to store; ``None``: every tensor in the type that it has.
+        overwrite: replace ``target`` where it exists.
+
+    Raises:
+        ValueError: the model cannot be computed by Megatron exactly, ``tensor`` or ``pipeline`` does not
+            divide it, tensors are missing or too many, or ``target`` cannot be written.
+    """
+    directory = HFDirectory(source)
+    plan = _Plan(directory, tensor, pipeline, dtype)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    with _shared(target, overwrite, plan.num_bytes()) as folder:
+        if rank == 0:
+            copy_companions(source, folder / COMPANIONS)
+            set_config(folder / COMPANIONS / "config.json", {}, plan.dtype())
+        bar = tqdm(
+            total=len(directory.names), desc=target.name, unit="tensor", disable=None if rank == 0 else True
+        )
+        with bar:
+            chunks = list(plan.chunks(rank, world, bar.update))
+            write(folder, chunks, plan.empty_objects() if rank == 0 else [], {"about": plan.about()})
+
+
+def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+    """Write a Megatron checkpoint (converted, or of a training run) as a Hugging Face directory.
+
+    Of a training run it is the trained model that is taken: the policy, or the score model.
+
+    Args:
+        source: the checkpoint's directory.
+        target: what to create; it appears under its name only once it is complete.
+        dtype: what to store; ``None``: every tensor in the type that it has in the checkpoint.
+        overwrite: replace ``target`` where it exists.
+
+    Raises:
+        ValueError: ``source`` is no complete checkpoint or lacks tensors; ``target`` cannot be written.
+    """
+    reader = DistReader(source)
+    about = read_common(source).get("about", {})
+    companions = source / COMPANIONS
+    if not (companions / "config.json").is_file():
+        raise ValueError(
+            f"checkpoint {source}: has no {COMPANIONS}/config.json; accepted: one written by gapo_mega"
+        )
+    config = read_config(companions)
+    head = head_if_any(source)
+    weights = weight_map_of(shape_of(config), head)
+    prefix = trained_model_prefix(about)
+    promised = {
+        hf_name: like.to(dtype or like.dtype)
+        for name in weights.names()
+        for hf_name, like in weights.to_hf(name, [_stored_like(reader, prefix, name)]).items()
+    }
+    kept = {key.removeprefix(KEPT): key for key in sorted(reader.tensors) if key.startswith(KEPT)}
+    for name, key in kept.items():
+        promised[name] = torch.empty(
+            reader.tensors[key].size, dtype=reader.tensors[key].properties.dtype, device="meta"
+        )
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in weights.names():
+            key, layer = checkpoint_key(name)
+            for hf_name, value in weights.to_hf(name, [reader.read(prefix + key, layer)]).items():
+                yield hf_name, value.to(dtype or value.dtype)
+        for name, key in kept.items():
+            yield name, reader.read(key)
+
+    bar = tqdm(tensors(), total=len(promised), desc=target.name, unit="tensor", disable=None)
+    write_hf(target, companions, promised, bar, overwrite=overwrite)
+
+
+def _stored_like(reader: DistReader, prefix: str, name: str) -> Tensor:
+    key, layer = checkpoint_key(name)
+    stored = reader.tensors.get(prefix + key)
+    if stored is None:
+        raise ValueError(f"checkpoint {reader.path}: has no tensor {prefix + key}")
+    size = stored.size if layer is None else stored.size[1:]
+    return torch.empty(size, dtype=stored.properties.dtype, device="meta")
+
+
+class _Plan:
+    """Which pieces a converted checkpoint consists of, and which process writes which."""
+
+    def __init__(self, source: HFDirectory, tensor: int, pipeline: int, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self._shape = shape_of(source.config)
+        self._head = score_head_of(source.config, source.names)
+        self._tensor, self._pipeline, self._dtype = tensor, pipeline, dtype
+        padded = padded_vocabulary(self._shape.vocab, tensor)
+        self._weights = weight_map_of(self._shape, self._head, tensor, padded)
+        if self._shape.num_layers % pipeline:
+            raise ValueError(
+                f"--pp: found {pipeline}, accepted: a divisor of the model's {self._shape.num_layers} layers"
+            )
+        beside = self._head.statistics if self._head else ()
+        source.check_names(self._weights.hf_names(), beside, self._weights.copies)
+
+    def about(self) -> dict[str, Any]:
+        """What the checkpoint says of itself."""
+        head = asdict(self._head) if self._head is not None else None
+        return {"format": FORMAT, "weights": self._shape.family, "score_head": head}
+
+    def num_bytes(self) -> int:
+        """Size of the result, near enough."""
+        return sum(num_bytes(self._typed(self._source.like(name))) for name in self._source.names)
+
+    def dtype(self) -> torch.dtype | None:
+        """Type of the tensors in the result; none where it is not one."""
+        return self._dtype or common_dtype(self._source.like(name) for name in self._source.names)
+
+    def empty_objects(self) -> list[str]:
+        """Keys of objects that hold nothing."""
+        layers = self._shape.num_layers
+        return [
+            f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+            for module in _EXTRA_STATES
+            for layer in range(layers)
+        ]
+
+    def chunks(self, rank: int, world: int, done: Callable[[], Any]) -> Iterator[Chunk]:
+        """Of process ``rank`` of ``world``; ``done`` is called when one has been made."""
+        for name in self._weights.names():
+            copies = 1 if self._weights.kind(name) == "replicated" else self._tensor
+            for part in range(copies):
+                if (self._stage(name) * self._tensor + part) % world == rank:
+                    yield from self._parts(name, part, done)
+        if self._head is not None and rank == 0:
+            yield from self._of_head(self._head)
+
+    def _parts(self, name: str, part: int, done: Callable[[], Any]) -> Iterator[Chunk]:
+        """Tensor rank ``part``'s piece of a parameter; two where gate and up projection lie apart."""
+        key, layer = checkpoint_key(name)
+        kind = self._weights.kind(name)
+        like = self._typed(self._weights.to_megatron(name, self._source.like, part))
+        halves = like.chunk(2) if kind == "gated" else (like,)
+        dim = 1 if kind == "columns" else 0
+        pieces = 1 if kind == "replicated" else self._tensor
+        for half, piece in enumerate(halves):
+            whole, offset = list(piece.shape), [0] * piece.dim()
+            offset[dim] = (half * pieces + part) * whole[dim]
+            whole[dim] *= pieces * len(halves)
+
+            def make(half: int = half) -> Tensor:
+                value = self._typed(self._weights.to_megatron(name, self._source.read, part))
+                value = value.chunk(2)[half] if kind == "gated" else value
+                done()
+                return value if layer is None else value[None]
+
+            if layer is None:
+                yield Chunk(key, tuple(whole), tuple(offset), piece, make)
+            else:
+                layers = self._shape.num_layers
+                yield Chunk(key, (layers, *whole), (layer, *offset), piece[None], make)
+
+    def _of_head(self, head: ScoreHead) -> Iterator[Chunk]:
+        for name in head.statistics:
+            like = self._source.like(name)
+            offset = (0,) * like.dim()
+            yield Chunk(KEPT + name, tuple(like.shape), offset, like, partial(self._source.read, name))
+        if head.bias is None:  # Megatron's head always has one
+            like = self._typed(self._source.like(head.weight)).new_empty(1)
+            yield Chunk(OUTPUT_BIAS, (1,), (0,), like, lambda: torch.zeros(1, dtype=like.dtype))
+
+    def _stage(self, name: str) -> int:
+        key, layer = checkpoint_key(name)
+        if layer is not None:
+            return layer * self._pipeline // self._shape.num_layers
+        return 0 if key.startswith("embedding.") else self._pipeline - 1
+
+    def _typed(self, tensor: Tensor) -> Tensor:
+        return tensor if self._dtype is None else tensor.to(self._dtype)
+
+
+@contextmanager
+def _shared(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
+    """``complete_or_absent`` for all processes: the first makes the directory, all learn of its refusal."""
+    distributed = dist.is_initialized()
+    with ExitStack() as stack:
+        outcome: Any = None
+        if not distributed or dist.get_rank() == 0:
+            try:
+                outcome = stack.enter_context(complete_or_absent(target, overwrite, needed_bytes))
+            except ValueError as error:
+                outcome = error
+        if distributed:
+            box = [outcome]
+            dist.broadcast_object_list(box)
+            (outcome,) = box
+        if isinstance(outcome, ValueError):
+            raise outcome
+        try:
+            yield outcome
+        except CheckpointException as error:  # of some ranks, each with its cause
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise ValueError(f"{target} cannot be written (rank {rank}): {cause}") from error
+    if distributed:
+        dist.barrier()  # the directory has its name

@@ -1,0 +1,204 @@
+"""Optimizer state in *model space*: per parameter, tensors of its shape, whatever the layout.
+
+Megatron has formats of its own for this, but of megatron-core 0.16: the distributed optimizer's
+``fully_reshardable`` format reads its buffers as if there were no padding between buckets (tied
+embeddings and overlapped reduction make several buckets), it leaves out Adam's ``step`` and makes
+all parameters share one after loading, and SGD cannot be loaded at all. So the tensors are taken
+from and put into the optimizers here, under Megatron's key names, and Megatron's sharded tensors
+do the resharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.runtime.groups import Groups
+
+_MAIN = "param"  # the fp32 main copy of a bf16 parameter
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements ``[start, end)`` of a flattened parameter and the optimizer's tensors for them."""
+
+    start: int
+    end: int
+    tensors: dict[str, Tensor]
+
+
+class OptimizerState:
+    """The state of one model's optimizer, in and out."""
+
+    def __init__(self, model: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> None:
+        chained = optimizer.chained_optimizers
+        assert len(chained) == 1, "expert parameters have an optimizer of their own"
+        self._optimizer = chained[0]
+        self._inner: torch.optim.Optimizer = self._optimizer.optimizer
+        self._groups = groups
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names = self._tensor_names()
+        self._create()
+        self._pieces = dict(self._own_pieces())
+
+    # -- step count ----------------------------------------------------------------------------
+    @property
+    def step(self) -> int:
+        """Steps that Adam has taken (0 for SGD, which does not count)."""
+        return steps_taken(self._inner)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        if self._counts_per_parameter():
+            for state in self._inner.state.values():
+                state["step"] = torch.full_like(state["step"], value)
+        elif self._optimizer.config.optimizer == "adam":
+            for group in self._inner.param_groups:  # the fused Adams count per group
+                group["step"] = value
+
+    # -- tensors -------------------------------------------------------------------------------
+    def to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Sharded tensors of whole parameters, on data rank 0; nothing on the other data ranks.
+
+        ``model_state``: the model's ``sharded_state_dict``. Collective over the data ranks.
+        """
+        sharded = _by_parameter(model_state)
+        held: list[dict[int, tuple[int, int]]] = self._groups.gather_over_data(
+            {i: (self._pieces[p].start, self._pieces[p].end) for i, p in self._numbered()}
+        )
+        result: dict[str, Any] = {}
+        for index, parameter in enumerate(self._parameters):
+            owners = [ranges.get(index) for ranges in held]
+            piece = self._pieces.get(parameter)
+            for name in self.names:
+                own = None if piece is None else piece.tensors[name].detach().reshape(-1).cpu()
+                whole = self._collect(own, owners, parameter.numel())
+                if whole is not None:
+                    result[f"{index}.{name}"] = _like(
+                        sharded[id(parameter)], name, whole.view(parameter.shape)
+                    )
+        return result
+
+    def to_load(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Empty sharded tensors of the whole parameters that this rank holds a piece of."""
+        sharded = _by_parameter(model_state)
+        return {
+            f"{index}.{name}": _like(sharded[id(parameter)], name, torch.empty(parameter.shape))
+            for index, parameter in self._numbered()
+            for name in self.names
+        }
+
+    @torch.no_grad()
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Take the filled tensors of ``to_load``."""
+        for index, parameter in self._numbered():
+            piece = self._pieces[parameter]
+            for name, target in piece.tensors.items():
+                whole: Tensor = loaded[f"{index}.{name}"]
+                target.copy_(whole.reshape(-1)[piece.start : piece.end].view(target.shape))
+
+    # -- inside the optimizers -------------------------------------------------------------------
+    def _numbered(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """(number, parameter) of those that this rank holds a piece of."""
+        return ((i, p) for i, p in enumerate(self._parameters) if p in self._pieces)
+
+    def _counts_per_parameter(self) -> bool:
+        return isinstance(self._inner, (torch.optim.Adam, torch.optim.AdamW))
+
+    def _tensor_names(self) -> list[str]:
+        config = self._optimizer.config
+        if config.optimizer == "adam":
+            names = ["exp_avg", "exp_avg_sq"]
+        else:
+            names = ["momentum_buffer"] if config.sgd_momentum else []
+        # Otherwise the model's own parameters are what the optimizer steps.
+        return [*names, _MAIN] if config.bf16 else names
+
+    def _create(self) -> None:
+        """State before the first step, which optimizers make in it: zeros, which changes nothing."""
+        for group in self._inner.param_groups:
+            for main in group["params"]:
+                for name in self.names:
+                    if name != _MAIN and name not in self._inner.state[main]:
+                        self._inner.state[main][name] = torch.zeros_like(main)
+                if self._counts_per_parameter() and "step" not in self._inner.state[main]:
+                    self._inner.state[main]["step"] = torch.zeros(())
+
+    def _own_pieces(self) -> Iterator[tuple[nn.Parameter, _Piece]]:
+        for parameter, main, start, end in main_parameters(self._optimizer):
+            state = {**self._inner.state.get(main, {}), _MAIN: main}
+            assert main.numel() == end - start
+            yield parameter, _Piece(start, end, {name: state[name] for name in self.names})
+
+    def _collect(self, own: Tensor | None, owners: list[tuple[int, int] | None], numel: int) -> Tensor | None:
+        """Pieces of one flat tensor put together on data rank 0 (None on the others)."""
+        group, rank = self._groups.data, self._groups.layout.data_rank
+        if not isinstance(self._optimizer, DistributedOptimizer):
+            return own if rank == 0 else None  # every data rank holds all of it
+        if rank != 0:
+            if own is not None:
+                dist.send(own, dst=dist.get_global_rank(group, 0), group=group)
+            return None
+        whole = torch.empty(numel)
+        for source, held in enumerate(owners):
+            if held is None:
+                continue
+            target = whole[held[0] : held[1]]
+            if source == 0:
+                assert own is not None
+                target.copy_(own)
+            else:
+                dist.recv(target, src=dist.get_global_rank(group, source), group=group)
+        return whole
+
+
+def steps_taken(inner: torch.optim.Optimizer) -> int:
+    """Steps that an Adam has taken (0 for SGD, which does not count)."""
+    holders = [*inner.state.values(), *inner.param_groups]
+    steps = {int(holder["step"]) for holder in holders if "step" in holder}
+    assert len(steps) <= 1, "parameters were stepped unequally often"
+    return max(steps, default=0)
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+    """(model parameter, what the inner optimizer steps for it, its range in the flat parameter)."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], held.start, held.end
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameters, mains in pairs:
+            for parameter, main in zip(parameters, mains, strict=True):
+                yield parameter, main, 0, parameter.numel()
+    else:
+        assert isinstance(optimizer, FP32Optimizer)
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter, 0, parameter.numel()
+
+
+def _by_parameter(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+    tensors, _ = extract_sharded_tensors_and_factories(model_state)
+    return {id(sharded.data): sharded for sharded in nested_values(tensors)}
+
+
+def _like(
+    sharded: ShardedTensor | ShardedTensorFactory, name: str, data: Tensor
+) -> ShardedTensor | ShardedTensorFactory:
+    """``data`` sharded as the parameter is."""
+    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{sharded.key}", "data": data}
+    if isinstance(sharded, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(sharded, **changes)

@@ -1,0 +1,231 @@
+"""Checkpoints of everything that training changes, in Megatron's ``torch_dist`` format.
+
+Models and optimizer states can be loaded in any layout. Random-number states belong to ranks and
+are restored in the layout they were saved in only; there, on the CPU, a resumed run is bit for bit
+the uninterrupted one. Hyper-parameters (learning rate, betas, length of the schedule) are the
+run's own: of a schedule only its position is restored.
+
+Files are written by the calling process. Megatron's own writer starts a manager process by
+``spawn``, which imports the user's script once more, and forks one process per file, which is
+unsafe once CUDA or gloo threads run.
+
+Loading unpickles: load only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as write_files
+
+from gapo_mega.engine.base import Layout
+from gapo_mega.engine.megatron.checkpoint import model_state
+from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
+from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
+from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
+
+_log = logging.getLogger(__name__)
+
+
+def save(
+    directory: Path,
+    trainables: dict[str, Trainable],
+    extra: dict[str, Any],
+    groups: Groups,
+    score_head: dict[str, Any] | None = None,
+) -> None:
+    """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
+
+    Args:
+        directory: on a file system that all ranks share; made if it does not exist.
+        trainables: by a name that stays the same between saving and loading.
+        extra: picklable; every data rank's own is kept (the first rank of each replica's).
+        score_head: fields of the ``ScoreHead`` of a score model, for a conversion.
+
+    Raises OSError, naming the directory, when it cannot be written.
+    """
+    layout = groups.layout
+    with _errors(directory, "written", OSError), megatron_device():
+        if layout.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+        models: dict[str, dict[str, Any]] = {}
+        state: dict[str, Any] = {"rng": _ranked("rng", _rng_states(), layout.rank, layout.world)}
+        state["extra"] = _ranked("extra", extra, layout.data_rank, layout.data, replica=_replica_rank(layout))
+        for name, trainable in trainables.items():
+            optimizer = OptimizerState(trainable.model, trainable.optimizer, groups)
+            models[name] = {
+                **_kind(trainable, optimizer),
+                "optimizer_step": optimizer.step,
+                "schedule_step": trainable.scheduler.num_steps,
+            }
+            model = model_state.to_save(trainable.model.module)
+            state[name] = _prefixed(name, model, optimizer.to_save(model))
+        about = {"format": FORMAT, "layout": _sizes(layout), "models": models}
+        about["score_head"] = score_head
+        dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
+
+
+def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> dict[str, Any]:
+    """Inverse of ``save``, in any layout; returns ``extra``. Collective.
+
+    With another number of data ranks every rank gets the ``extra`` of data rank 0. Raises
+    ValueError, naming the directory, when it holds no checkpoint of these models.
+    """
+    layout = groups.layout
+    with _errors(directory, "loaded", ValueError), megatron_device():
+        about = dist_checkpointing.load_common_state_dict(str(directory)).get("about", {})
+        optimizers = {n: OptimizerState(t.model, t.optimizer, groups) for n, t in trainables.items()}
+        _check(directory, about, {n: _kind(t, optimizers[n]) for n, t in trainables.items()})
+        saved = about["layout"]
+        same_layout, same_data = saved == _sizes(layout), saved["data"] == layout.data
+        state: dict[str, Any] = {
+            "extra": _ranked("extra", None, layout.data_rank if same_data else 0, saved["data"])
+        }
+        if same_layout:
+            state["rng"] = _ranked("rng", None, layout.rank, layout.world)
+        for name, trainable in trainables.items():
+            model = model_state.to_load(model_state.to_save(trainable.model.module))
+            state[name] = _prefixed(name, model, optimizers[name].to_load(model))
+        # Ranks ask for the parts that they own, in any number of copies: no integrity check.
+        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+    for name, trainable in trainables.items():
+        _restore(trainable, optimizers[name], loaded[name], about["models"][name])
+    if same_layout:
+        _set_rng_states(loaded["rng"])
+    elif layout.is_main:
+        _log.warning(
+            "checkpoint %s was saved in another layout (%s, now %s): everything is restored but the "
+            "states of the random-number generators, which belong to its ranks",
+            directory, saved, _sizes(layout),
+        )  # fmt: skip
+    extra: dict[str, Any] = loaded["extra"]
+    return extra
+
+
+class _InProcessSave(SaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's ``torch_dist`` format through torch's own writer: no other processes."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        write_files(
+            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def _prefixed(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+    state = {"model": model, "optimizer": optimizer}
+    add_prefix_for_sharding(state, f"{name}.")
+    return state
+
+
+def _restore(
+    trainable: Trainable, optimizer: OptimizerState, loaded: dict[str, Any], about: dict[str, Any]
+) -> None:
+    with megatron_device():
+        model_state.restore(trainable.model.module, loaded["model"])
+        optimizer.load(loaded.get("optimizer", {}))
+        optimizer.step = about["optimizer_step"]
+        trainable.scheduler.num_steps = 0
+        trainable.scheduler.step(about["schedule_step"])
+
+
+def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
+    """What must be equal between a checkpoint and the model that it is loaded into."""
+    return {"dtype": str(trainable.model.config.params_dtype), "optimizer_tensors": sorted(optimizer.names)}
+
+
+def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {directory}: found format {about.get('format')}, "
+            f"accepted: {FORMAT} (written by gapo_mega)"
+        )
+    if about["models"].keys() != expected.keys():
+        raise ValueError(
+            f"checkpoint {directory}: found the models {sorted(about['models'])}, "
+            f"this run trains {sorted(expected)}"
+        )
+    for name, kind in expected.items():
+        found = {key: about["models"][name][key] for key in kind}
+        if found != kind:
+            raise ValueError(
+                f"checkpoint {directory}: found {found} for {name}, this run has {kind}; "
+                "model.dtype and the kind of optimizer cannot change"
+            )
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    return {"world": layout.world, "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+
+
+def _replica_rank(layout: Layout) -> int:
+    return layout.pipeline_rank * layout.tensor + layout.tensor_rank
+
+
+def _ranked(key: str, data: Any, index: int, count: int, replica: int = 0) -> ShardedObject:
+    """Entry ``index`` of ``count``; only replica 0 of it is written."""
+    return ShardedObject(key, data, (count,), (index,), replica_id=replica)
+
+
+def _rng_states() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
+@contextmanager
+def _errors(directory: Path, what: str, kind: type[Exception]) -> Iterator[None]:
+    """Failures of the disk and of the format as one short message of one kind."""
+    try:
+        yield
+    except CheckpointException as error:  # of some ranks, each with its cause
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise kind(f"checkpoint {directory} cannot be {what} (rank {rank}): {cause}") from error
+    except (OSError, CheckpointingException) as error:
+        raise kind(f"checkpoint {directory} cannot be {what}: {error}") from error

@@ -1,0 +1,232 @@
+"""Weights of a GPTModel over tensor and pipeline ranks: from a Hugging Face directory, and to one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from gapo_mega.engine.megatron.checkpoint import model_state
+from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read_common, trained_model_prefix
+from gapo_mega.engine.megatron.model.modules import ValueModel
+from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
+from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, weight_map_of
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_BACKBONE = "model."
+
+
+def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | None = None) -> None:
+    """Fill this rank's part of ``model`` from a Hugging Face directory or a Megatron checkpoint.
+
+    Collective where ``source`` is a checkpoint. A ``ValueModel``'s head keeps its values unless ``head``
+    says that the source has one, and an output layer is left unread then.
+
+    Args:
+        model: the bare model (not wrapped for training, whose fp32 copies would go stale).
+        shape: the model's facts, as it was built with; a directory may have more layers than it says.
+        source: a directory with weights and ``config.json``, or a checkpoint written by this package, of
+            which the policy is taken where it holds a training run.
+        head: the score head of ``source``.
+
+    Raises:
+        ValueError: the source lacks a tensor, has one that the model does not use, or one of another shape
+            than its configuration promises.
+    """
+    if is_checkpoint(source):
+        _load_checkpoint(model, source, with_head=head is not None or not isinstance(model, ValueModel))
+    else:
+        load_hf(model, shape, source, head)
+
+
+def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: ScoreHead | None = None) -> None:
+    """``load`` from a Hugging Face directory, one tensor at a time. Not collective."""
+    source = HFDirectory(directory)
+    weights = _weight_map(model, shape, head)
+    headless = isinstance(model, ValueModel) and head is None
+    fewer_layers = shape.num_layers < source.config.num_hidden_layers
+    _check_names(source, weights, head, headless, shape.num_layers if fewer_layers else None)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, parameter in _parameters(model).items():
+            if name.startswith("output_layer.") and headless:
+                continue
+            if name == OUTPUT_BIAS and head is not None and head.bias is None:
+                continue  # stays 0
+            value = weights.to_megatron(name, source.read, rank)
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{source.path}: {', '.join(weights.sources(name))} give {name} the shape "
+                    f"{list(value.shape)}, config.json promises {list(parameter.shape)}"
+                )
+            parameter.copy_(value)
+
+
+def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
+    about = read_common(directory).get("about", {})
+    if about.get("score_head") and not isinstance(model, ValueModel):
+        # With tied embeddings nothing would be missing.
+        raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
+    prefix = trained_model_prefix(about)
+    left = () if with_head else ("output_layer.",)
+    entries = model_state.to_load(model_state.to_save(model))
+    state = {name: entry for name, entry in entries.items() if not name.startswith(left)}
+    add_prefix_for_sharding(state, prefix)
+    try:
+        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+    except (CheckpointingException, CheckpointException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error
+    # What is not asked for, such as what the checkpoint says of itself, comes along.
+    model_state.restore(model, {name: loaded[name] for name in state}, left)
+
+
+def export_hf(
+    model: GPTModel,
+    shape: ModelShape,
+    companions: str | Path,
+    directory: str | Path,
+    *,
+    head: ScoreHead | None = None,
+    config: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write ``model`` as a Hugging Face directory. Collective over all ranks; rank 0 writes.
+
+    One parameter at a time travels to rank 0, so no rank holds more than its own part and one tensor.
+
+    Args:
+        model: the bare model, with its parameters up to date.
+        shape: the model's facts, as it was built with.
+        companions: directory whose configuration and tokenizer the new one gets.
+        directory: what to write (on rank 0's file system); complete or absent.
+        head: names of a score model's head; its bias is not written where it has no name.
+        config: entries of ``config.json`` that differ from the companions'.
+        overwrite: replace ``directory`` where it exists.
+    """
+    assert isinstance(model, ValueModel) == (head is not None), "a critic has no Hugging Face form"
+    if parallel_state.get_data_parallel_rank() == 0:
+        weights = _weight_map(model, shape, head)
+        stages = _parcels(model, weights)
+        promised = {
+            name: like
+            for parcel in chain.from_iterable(stages)
+            for name, like in weights.to_hf(parcel.name, [parcel.like()] * weights.tensor).items()
+        }
+        tensors = _stream(model, weights, stages)
+        if dist.get_rank() == 0:
+            assert promised.keys() == weights.hf_names(), "not all tensors are exported"
+            write_hf(directory, companions, promised, tensors, config=config, overwrite=overwrite)
+        else:
+            for _ in tensors:
+                raise AssertionError("only rank 0 receives tensors")
+    dist.barrier()
+
+
+def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = None) -> WeightMap:
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return weight_map_of(shape, head, tensor, padded_vocab=model.vocab_size)
+
+
+def _parameters(model: GPTModel) -> dict[str, Tensor]:
+    """Parameters of this stage by the name that they have in the whole model."""
+
+    def whole_model_name(name: str) -> str:
+        local = _LAYER.match(name)
+        if local is None:
+            return name
+        layer = model.decoder.layers[int(local.group(1))].layer_number - 1  # Megatron counts from 1
+        return f"decoder.layers.{layer}.{name[local.end() :]}"
+
+    return {whole_model_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _check_names(
+    source: HFDirectory, weights: WeightMap, head: ScoreHead | None, headless: bool, layers: int | None
+) -> None:
+    """Every tensor is there and used; the same answer on all ranks, whatever part they hold."""
+    expected = weights.hf_names()
+    beside = set(head.statistics) if head is not None else set()
+    if headless:
+        expected = frozenset(name for name in expected if name.startswith(_BACKBONE))
+        beside = {name for name in source.names if not name.startswith(_BACKBONE)}
+    source.check_names(expected, beside, weights.copies, layers)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A parameter that a pipeline stage sends: the shape and type of one tensor rank's part."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def like(self) -> Tensor:
+        """A tensor without data of this shape and type."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _parcels(model: GPTModel, weights: WeightMap) -> list[list[_Parcel]]:
+    """What every pipeline stage sends, the same on all ranks of a replica."""
+    parcels = [
+        _Parcel(name, tuple(value.shape), value.dtype)
+        for name, value in _parameters(model).items()
+        if not weights.is_copy(name) and weights.has(name)
+    ]
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[list[_Parcel]] = [[] for _ in range(pipeline.size())]
+    dist.all_gather_object(stages, parcels, group=pipeline)
+    return stages
+
+
+def _stream(model: GPTModel, weights: WeightMap, stages: list[list[_Parcel]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors on rank 0; nothing on the other ranks, which must iterate too."""
+    own = _parameters(model)
+    for stage, parcels in enumerate(stages):
+        for parcel in parcels:
+            parts = _bring_to_first(own.get(parcel.name), parcel, stage, weights.tensor)
+            if parts is not None:
+                yield from weights.to_hf(parcel.name, list(parts)).items()
+
+
+def _bring_to_first(value: Tensor | None, parcel: _Parcel, stage: int, tensor: int) -> Tensor | None:
+    """All tensor ranks' parts ``[tensor, ...]`` of a parameter of ``stage`` on the replica's first rank.
+
+    ``value`` is this rank's part, ``None`` off that stage. Gives ``None`` on all other ranks.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    is_first_column = parallel_state.get_tensor_model_parallel_rank() == 0
+    parts = None if value is None else _gather_over_tensor(value.detach(), tensor)
+    if stage == 0 or not is_first_column:
+        return parts
+    if group.rank() == stage:
+        assert parts is not None
+        dist.send(parts, group=group, group_dst=0)
+        return None
+    if group.rank() == 0:
+        parts = torch.empty(tensor, *parcel.shape, dtype=parcel.dtype, device=device())
+        dist.recv(parts, group=group, group_src=stage)
+        return parts
+    return None
+
+
+def _gather_over_tensor(part: Tensor, tensor: int) -> Tensor | None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.rank() != 0:
+        dist.gather(part.contiguous(), group=group, group_dst=0)
+        return None
+    parts = part.new_empty(tensor, *part.shape)
+    dist.gather(part.contiguous(), list(parts), group=group, group_dst=0)
+    return parts

@@ -1,0 +1,1 @@
+"""Sampling from the Megatron model with a KV cache."""

@@ -1,0 +1,379 @@
+"""Sampling from a Megatron model with a key-value cache, over tensor and pipeline ranks.
+
+Rows are left padded within a *lane*, a batch that goes through the model together. There are as
+many lanes at a time as pipeline stages, so that every stage has work: while the last stage samples
+for one lane, the first one embeds another. Three things keep the work small: a prompt that occurs
+several times in a lane is read once and its cache copied, only the last position is projected to
+the vocabulary, and rows that have ended leave the lane.
+
+Rotary positions are columns of the padded batch. Attention depends on their differences alone, so
+the padding on the left shifts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor, nn
+
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.megatron.generation import sampling as sampler
+from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.types import Generation
+
+# A lane is repacked when this part of its rows or more has ended: a copy costs less than a step.
+_REPACK_FROM = 0.25
+# Megatron's switches for splitting activations along the sequence, on the modules that communicate.
+_SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
+
+
+@dataclass
+class _Results:
+    """What all lanes write into; one row per request, right padded."""
+
+    tokens_BS: Tensor  # int64 [requests, max_new_tokens]
+    logprobs_BS: Tensor  # float32
+    lengths_B: Tensor  # int64, response tokens so far
+    finished_B: Tensor  # bool
+
+
+@dataclass
+class _Lane:
+    """Rows that go through the model together, shortened as rows end."""
+
+    number: int
+    rows_B: Tensor  # int64, CPU: the requests that are still in the lane
+    history_BT: Tensor  # int64, device: prompts (left padded) and responses so far, room for the rest
+    padding_B: Tensor  # int64, device: columns of padding on the left
+    prompt_columns: int
+    context: StaticInferenceContext
+    step: int = 0  # tokens sampled so far
+    packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities on their way
+    sending: tuple[Tensor, dist.Work] | None = None  # hidden states on their way to the next stage
+    publishing: dist.Work | None = None
+
+    @property
+    def done(self) -> bool:
+        return len(self.rows_B) == 0
+
+    @property
+    def columns(self) -> int:
+        """Filled columns of ``history_BT``."""
+        return self.prompt_columns + self.step
+
+    def keep(self, index_B: Tensor) -> None:
+        """Leave only these rows (positions in the lane, CPU)."""
+        self.rows_B = self.rows_B[index_B]
+        if self.done:
+            return
+        on_device_B = index_B.to(self.history_BT.device)
+        self.history_BT, self.padding_B = self.history_BT[on_device_B], self.padding_B[on_device_B]
+        _select_cache_rows(self.context, on_device_B)
+
+
+def _select_cache_rows(context: StaticInferenceContext, index_B: Tensor) -> None:
+    # Megatron's own swap_key_value_dict only permutes: it wants as many rows as before.
+    cache = context.key_value_memory_dict
+    for layer, (keys, values) in cache.items():
+        cache[layer] = (keys[:, index_B], values[:, index_B])
+
+
+class MegatronGenerator:
+    """The ``Generator`` of ``engine/base.py`` on the training model itself: its weights are shared."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        *,
+        vocabulary: int,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        batch_size: int,
+    ) -> None:
+        """Nothing is allocated before ``generate``.
+
+        Args:
+            model: this rank's GPTModel stage, bare or in Megatron's DistributedDataParallel.
+            groups: the layout that the model was built in.
+            vocabulary: true vocabulary size; the model's columns beyond it are never sampled.
+            pad_id: fills ``Generation.tokens_BT`` after a row's end.
+            eos_ids: tokens that end a response (they are part of it); may be empty.
+            batch_size: rows in the model at once, over all lanes.
+        """
+        if batch_size < 1:
+            raise ValueError(f"rollout.batch_size: found {batch_size}, accepted: at least 1")
+        self._model: GPTModel = model.module if isinstance(model, DistributedDataParallel) else model
+        self._groups = groups
+        self._vocabulary = vocabulary
+        self._pad_id = pad_id
+        self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
+        self._batch_size = batch_size
+        self._samples_here = self._model.post_process and groups.layout.tensor_rank == 0
+        # Only Megatron's own attention takes a mask beside the causal one in every phase.
+        self._may_pad = any(isinstance(m, DotProductAttention) for m in self._model.modules())
+
+    def update_weights(self) -> None:
+        """Nothing to do: the trained model is the one that generates."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
+        """Responses for token-id prompts, collective over the replica's ranks.
+
+        Row i's random numbers are keyed by (``seed``, i): ranks of different replicas must pass
+        different seeds. ``batch_size`` and the layout change results by rounding only.
+
+        Raises:
+            ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer
+                than the model's sliding window.
+        """
+        self._check(prompts, sampling)
+        count, steps = len(prompts), sampling.max_new_tokens
+        results = _Results(
+            tokens_BS=torch.full((count, steps), self._pad_id, dtype=torch.int64),
+            logprobs_BS=torch.zeros(count, steps),
+            lengths_B=torch.zeros(count, dtype=torch.int64),
+            finished_B=torch.zeros(count, dtype=torch.bool),
+        )
+        uniform_BS = sampler.uniform_numbers(seed, count, steps)
+        # Not inference_mode: Megatron caches rotary tables that training uses too.
+        with torch.no_grad(), megatron_device(), _inference_state(self._model):
+            for chunk in self._chunks(prompts):
+                lanes = self._lanes(prompts, chunk, steps)
+                self._run(lanes, results, uniform_BS, sampling)
+        return self._assemble(prompts, results)
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters) -> None:
+        sampler.check(sampling)
+        if not prompts:
+            raise ValueError("prompts: found none, accepted: at least one")
+        empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+        if empty:
+            raise ValueError(
+                f"prompts: found no token in prompt {empty[0]}, accepted: at least one token each"
+            )
+        window = self._model.config.window_size
+        longest = max(len(prompt) for prompt in prompts)
+        if window is not None and longest + sampling.max_new_tokens > window[0] + 1:
+            raise ValueError(
+                f"max_new_tokens: found {sampling.max_new_tokens} after a prompt of {longest} tokens, "
+                f"accepted: together at most {window[0] + 1}, the model's sliding window"
+            )
+
+    # -- batches -----------------------------------------------------------------------------------
+    def _chunks(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Requests by length, equal prompts together, at most ``batch_size`` at once."""
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+        if self._may_pad:
+            families = [order]
+        else:
+            families = [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
+        for family in families:
+            for start in range(0, len(family), self._batch_size):
+                yield family[start : start + self._batch_size]
+
+    def _lanes(self, prompts: Sequence[Sequence[int]], chunk: list[int], steps: int) -> list[_Lane]:
+        parts = torch.tensor(chunk).tensor_split(self._groups.layout.pipeline)
+        return [
+            self._lane(number, prompts, rows_B, steps) for number, rows_B in enumerate(parts) if len(rows_B)
+        ]
+
+    def _lane(self, number: int, prompts: Sequence[Sequence[int]], rows_B: Tensor, steps: int) -> _Lane:
+        own = [list(prompts[row]) for row in rows_B.tolist()]
+        columns = max(map(len, own))
+        padding = [columns - len(prompt) for prompt in own]
+        # The filler is a token of the row itself: no attention sees it and no penalty is added.
+        history = [prompt[:1] * gap + prompt + [0] * steps for prompt, gap in zip(own, padding, strict=True)]
+        return _Lane(
+            number=number,
+            rows_B=rows_B,
+            history_BT=torch.tensor(history, device=device()),
+            padding_B=torch.tensor(padding, device=device()),
+            prompt_columns=columns,
+            context=StaticInferenceContext(len(own), columns + steps),
+        )
+
+    # -- the loop ----------------------------------------------------------------------------------
+    def _run(
+        self, lanes: list[_Lane], results: _Results, uniform_BS: Tensor, sampling: SamplingParameters
+    ) -> None:
+        """All ranks go through the same lanes in the same order: communication matches by order."""
+        for step in range(sampling.max_new_tokens + 1):
+            for lane in lanes:
+                if step > 0 and not lane.done:
+                    self._accept(lane, self._receive_packet(lane), results)
+                if step < sampling.max_new_tokens and not lane.done:
+                    logits_BV = self._prefill(lane) if step == 0 else self._decode(lane)
+                    if logits_BV is not None:
+                        uniform_B = uniform_BS[lane.rows_B, step].to(logits_BV.device)
+                        history_BT = lane.history_BT[:, : lane.columns]
+                        tokens_B, logprobs_B = sampler.choose(logits_BV, history_BT, uniform_B, sampling)
+                        self._publish(lane, tokens_B, logprobs_B)
+
+    def _publish(self, lane: _Lane, tokens_B: Tensor, logprobs_B: Tensor) -> None:
+        """Send without waiting: this stage goes on with the next lane."""
+        # float64 holds token ids and float32 exactly, so one message does.
+        lane.packet_2B = torch.stack((tokens_B.double(), logprobs_B.double())).cpu()
+        if self._groups.replica.size() > 1:
+            lane.publishing = self._broadcast(lane.packet_2B, wait=False)
+
+    def _receive_packet(self, lane: _Lane) -> Tensor:
+        if lane.sending is not None:
+            lane.sending[1].wait()
+            lane.sending = None
+        if not self._samples_here:
+            received_2B = torch.empty(2, len(lane.rows_B), dtype=torch.float64)
+            self._broadcast(received_2B, wait=True)
+            return received_2B
+        if lane.publishing is not None:
+            lane.publishing.wait()
+        assert lane.packet_2B is not None
+        return lane.packet_2B
+
+    def _broadcast(self, packet_2B: Tensor, wait: bool) -> dist.Work | None:
+        layout = self._groups.layout
+        work: dist.Work | None = dist.broadcast(
+            packet_2B,
+            group=self._groups.replica,
+            group_src=(layout.pipeline - 1) * layout.tensor,
+            async_op=not wait,
+        )
+        return work
+
+    def _accept(self, lane: _Lane, packet_2B: Tensor, results: _Results) -> None:
+        """Take one sampled token per row; rows that have ended leave when they are many."""
+        tokens_B, logprobs_B = packet_2B[0].long(), packet_2B[1].float()
+        lane.history_BT[:, lane.columns] = tokens_B.to(lane.history_BT.device)
+        running_B = ~results.finished_B[lane.rows_B]
+        rows_B = lane.rows_B[running_B]
+        results.tokens_BS[rows_B, lane.step] = tokens_B[running_B]
+        results.logprobs_BS[rows_B, lane.step] = logprobs_B[running_B]
+        results.lengths_B[rows_B] += 1
+        results.finished_B[rows_B] = torch.isin(tokens_B[running_B], self._eos_ids)
+        lane.step += 1
+        left_B = (~results.finished_B[lane.rows_B]).nonzero().squeeze(-1)
+        if len(left_B) <= (1 - _REPACK_FROM) * len(lane.rows_B):
+            lane.keep(left_B)
+
+    # -- the model ---------------------------------------------------------------------------------
+    def _prefill(self, lane: _Lane) -> Tensor | None:
+        """Read the lane's prompts, each different one once."""
+        columns = lane.prompt_columns
+        # Padding is a part of what differs: its filler is a token. Equal prompts are neighbours.
+        prompts_BC = torch.cat((lane.padding_B[:, None], lane.history_BT[:, :columns]), dim=1)
+        distinct_UC, inverse_B = torch.unique_consecutive(prompts_BC, dim=0, return_inverse=True)
+        columns_S = torch.arange(columns, device=prompts_BC.device)
+        logits_UV = self._stage(lane, distinct_UC[:, 1:], columns_S, distinct_UC[:, 0])
+        _select_cache_rows(lane.context, inverse_B)
+        lane.context.enable_decode_mode()
+        return None if logits_UV is None else logits_UV[inverse_B]
+
+    def _decode(self, lane: _Lane) -> Tensor | None:
+        last = lane.columns - 1
+        column_1 = torch.tensor([last], device=lane.history_BT.device)
+        return self._stage(lane, lane.history_BT[:, last:][:, :1], column_1, lane.padding_B)
+
+    def _stage(self, lane: _Lane, tokens_BS: Tensor, columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
+        """This pipeline stage on the tokens of columns ``columns_S``: logits [B, V] on the sampling rank."""
+        model = self._model
+        rows, new = tokens_BS.shape
+        if not model.pre_process:
+            model.set_input_tensor(self._receive_hidden(lane, rows, new))
+        output: Tensor = model(
+            input_ids=tokens_BS,
+            position_ids=(columns_S - padding_B[:, None]).clamp(min=0),
+            attention_mask=_attention_mask(columns_S, padding_B) if self._may_pad else None,
+            inference_context=lane.context,
+            runtime_gather_output=True,
+        )
+        lane.context.increment_sequence_len_offset(new)
+        if not model.pre_process:
+            model.set_input_tensor(None)
+        if not model.post_process:
+            self._send_hidden(lane, output)
+            return None
+        return output[:, -1, : self._vocabulary].float() if self._samples_here else None
+
+    def _receive_hidden(self, lane: _Lane, rows: int, new: int) -> Tensor:
+        config = self._model.config
+        hidden = torch.empty(new, rows, config.hidden_size, dtype=config.params_dtype, device=device())
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.recv(hidden, group=group, group_src=group.rank() - 1, tag=lane.number)
+        return hidden
+
+    def _send_hidden(self, lane: _Lane, hidden: Tensor) -> None:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, group=group, group_dst=group.rank() + 1, tag=lane.number)
+        assert work is not None
+        lane.sending = (hidden, work)  # the tensor must live until it has left
+
+    # -- results -----------------------------------------------------------------------------------
+    def _assemble(self, prompts: Sequence[Sequence[int]], results: _Results) -> Generation:
+        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+        ends_B = prompt_lengths_B + results.lengths_B
+        shape = (len(prompts), int(ends_B.max()))
+        tokens_BT = torch.full(shape, self._pad_id, dtype=torch.int64)
+        logprobs_BT = torch.zeros(shape)
+        for row, prompt in enumerate(prompts):
+            start, end, new = len(prompt), int(ends_B[row]), int(results.lengths_B[row])
+            tokens_BT[row, :start] = torch.tensor(list(prompt))
+            tokens_BT[row, start:end] = results.tokens_BS[row, :new]
+            logprobs_BT[row, start:end] = results.logprobs_BS[row, :new]
+        column_T = torch.arange(shape[1])
+        mask_BT = (column_T >= prompt_lengths_B[:, None]) & (column_T < ends_B[:, None])
+        return Generation(tokens_BT, prompt_lengths_B, mask_BT, logprobs_BT, results.finished_B)
+
+
+def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
+    """bool ``[B, 1, S, K]``, True where a query (column of ``columns_S``) must not see a key.
+
+    ``None`` where nothing is padded: causal attention is what Megatron does then.
+    """
+    if not bool(padding_B.any()):
+        return None
+    key_K = torch.arange(int(columns_S[-1]) + 1, device=columns_S.device)
+    future_SK = key_K > columns_S[:, None]
+    return (future_SK | (key_K < padding_B[:, None, None]))[:, None]
+
+
+@contextmanager
+def _inference_state(model: Any) -> Iterator[None]:
+    """Evaluation mode, whole sequences on every tensor rank and no window; all put back on exit.
+
+    A single new token cannot be split over ranks. Megatron's window takes the place of the mask
+    that hides the padding; within the window, which is all that ``generate`` accepts, it hides nothing.
+    """
+    training = model.training
+    sequence_parallel = model.config.sequence_parallel
+    saved: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        names = [name for name in _SEQUENCE_SWITCHES if name in vars(module)]
+        if isinstance(module, FusedScaleMaskSoftmax):
+            names.append("window_size")
+        saved.extend((module, name, vars(module)[name]) for name in names)
+    try:
+        model.eval()
+        model.config.sequence_parallel = False
+        for module, name, _ in saved:
+            setattr(module, name, None if name == "window_size" else False)
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+        model.config.sequence_parallel = sequence_parallel
+        model.train(training)

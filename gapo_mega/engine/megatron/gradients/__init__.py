@@ -1,0 +1,1 @@
+"""Gradients of every objective, their Gram matrix, and the combination in Megatron's own buffer."""

@@ -1,0 +1,67 @@
+"""Inner products of rows of a shard, euclidean or in Adam's own metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters, steps_taken
+from gapo_mega.engine.megatron.gradients.shard import GradientShard, Placement
+from gapo_mega.engine.megatron.runtime.cpu import device
+
+Row = Sequence[Tensor]
+
+
+class AdamMetric:
+    """``D = 1 / (sqrt(v) + eps)`` at every element, v the bias-corrected second moment after the last step.
+
+    A step of Adam with beta1 = 0 and without weight decay or clipping changes the parameters by -lr D' d for
+    the direction d, where D' differs from D by the step's own contribution to v. With weights that suit
+    the inner products <a, D b>, no objective is hurt to first order by -D d.
+
+    Before the first step all of v is 0 and D is 1: the metric is euclidean. Later, elements whose v is 0
+    have never had a gradient; D is 0 there, they do not count (1 / eps would let the first gradient in
+    such a place outweigh all others).
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        """The metric as the optimizer's state is now."""
+        (inner,) = optimizer.chained_optimizers
+        self._steps = steps_taken(inner.optimizer)
+        config = inner.config
+        self._eps = config.adam_eps
+        self._correction = 1.0 - math.pow(config.adam_beta2, self._steps) if self._steps else 1.0
+        self._held: dict[torch.nn.Parameter, tuple[int, Tensor]] = {}
+        if self._steps:
+            for parameter, main, start, _ in main_parameters(inner):
+                second = inner.optimizer.state[main]["exp_avg_sq"]
+                self._held[parameter] = start, second.detach().reshape(-1)
+
+    @property
+    def is_euclidean(self) -> bool:
+        """Whether D is 1 everywhere."""
+        return self._steps == 0
+
+    def factors(self, placements: Sequence[Placement]) -> ops.InverseRoot:
+        """D over ``placements``, a piece each: as views of the optimizer's state."""
+        pieces = []
+        for placement in placements:
+            begin, values = self._held[placement.parameter]
+            pieces.append(placement.part_of(values, begin))
+        return ops.InverseRoot(pieces, self._correction, self._eps)
+
+
+def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
+    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros where the shard is empty."""
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
+    if not shard.counted:
+        return gram
+    if metric is None or metric.is_euclidean:
+        return ops.gramian(rows, segments=shard.segments, out=gram)
+    parts = [[shard.view(row, placement) for placement in shard.counted] for row in rows]
+    return ops.gramian(parts, weight=metric.factors(shard.counted), out=gram)

@@ -1,0 +1,110 @@
+"""Per-objective gradients of the output layer alone: no backward through the layers below.
+
+The gradient of the output layer's weight is ``cotangent' H``: the losses' gradient with respect to the
+logits, times the layer's input. Where the output layer is the embedding (tied), this is the contribution of
+its use as an output layer only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from gapo_mega import ops
+from gapo_mega.engine.megatron.model.logprobs import before_response
+from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.types import Experience
+
+
+class OutputLayer:
+    """One row per objective, fp32, of this rank's columns of the vocabulary; the last stage has them."""
+
+    def __init__(self, model: GPTModel, groups: Groups, objectives: int) -> None:
+        self._model = model
+        self._groups = groups
+        self._objectives = objectives
+        self._input_SBD: Tensor | None = None
+        self.rows: list[Tensor] = []
+        if model.post_process:
+            weight = self._weight()
+            self.rows = [
+                torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+                for _ in range(objectives)
+            ]
+
+    def clear(self) -> None:
+        """Start a minibatch."""
+        for row in self.rows:
+            row.zero_()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep what enters the output layer in every forward pass of the block, until the next."""
+        if not self._model.post_process:
+            yield
+            return
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._input_SBD = inputs[0].detach()
+
+        handle = self._model.output_layer.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._input_SBD = None
+
+    @torch.no_grad()
+    def add(self, batch: Experience, cotangent_of: Callable[[int], Tensor]) -> None:
+        """The part of the microbatch of the last forward pass.
+
+        ``cotangent_of(k)`` [N, V]: gradient of objective k's loss with respect to the logits at the response
+        positions. One product per objective, in the model's type, as in Megatron's own backward.
+        """
+        input_ND = self._input_at(batch.response_mask_BT)
+        for objective, row in enumerate(self.rows):
+            with torch.enable_grad():
+                cotangent_NV = cotangent_of(objective)
+            row += cotangent_NV.to(input_ND.dtype).t() @ input_ND
+
+    def gram(self) -> Tensor:
+        """Gram matrix of the summed rows [M, M] float64 on the CPU, the same on every rank of a replica."""
+        local = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
+        if self.rows:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            for row in self.rows:
+                dist.all_reduce(row, group=group)
+            local = ops.gramian([row.view(-1) for row in self.rows]).cpu()
+        return ops.sum_gram_(local, self._groups.replica)
+
+    def _weight(self) -> Tensor:
+        if self._model.share_embeddings_and_output_weights:
+            shared: Tensor = self._model.shared_embedding_or_output_weight()
+            return shared
+        own: Tensor = self._model.output_layer.weight
+        return own
+
+    def _input_at(self, mask_BT: Tensor) -> Tensor:
+        """The output layer's input at the response positions [N, D]."""
+        assert self._input_SBD is not None, "no forward pass since listening()"
+        input_SBD = self._input_SBD
+        if self._model.config.sequence_parallel:
+            input_SBD = gather_from_sequence_parallel_region(input_SBD, tensor_parallel_output_grad=False)
+        return before_response(input_SBD.transpose(0, 1), mask_BT)
+
+
+def parameters_of_layers(model: GPTModel, ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
+    """Parameters of this stage's transformer layers in ``ranges`` ([first, end), from 0 over all stages)."""
+    return [
+        parameter
+        for layer in model.decoder.layers
+        if any(first <= layer.layer_number - 1 < end for first, end in ranges)
+        for parameter in layer.parameters()
+    ]

@@ -1,0 +1,194 @@
+"""Gradients of one minibatch: of any linear combination of its objectives, reduced, in Megatron's buffer.
+
+``SeparatePasses`` runs Megatron's schedule once per gradient and works in every layout. ``SharedGraph``
+runs one forward over one microbatch and as many backwards through its graph as are asked for.
+
+The losses of all objectives depend on the parameters through the same log-probabilities. A later engine
+that serves advantages of one number a sequence could run a single activation-gradient pass and scale it
+per sequence; it would be a third implementation of ``Passes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from gapo_mega.engine.base import PolicyLoss
+from gapo_mega.engine.megatron.model.build import Trainable, reduce_gradients
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple, to_device
+from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.types import Experience
+
+Only = Collection[nn.Parameter] | None  # parameters that a gradient is of; None: all
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is differentiated: ``L_k``, the mean over the response tokens of all ranks and microbatches."""
+
+    microbatches: list[Experience]
+    loss: PolicyLoss
+    tokens: float  # response tokens of the minibatch over all data ranks
+    vocabulary: int
+    objectives: int
+
+    def losses(
+        self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
+    ) -> list[Tensor]:
+        """This microbatch's part of every ``L_k``, with a graph; 0 for objectives that are not wanted.
+
+        ``logits_NV``: at the positions of ``before_response``.
+        """
+        logprobs_BT = logprobs_of(logits_NV, batch.tokens_BT, batch.response_mask_BT, self.vocabulary)
+        return [
+            self.loss(logprobs_BT, batch, k) / self.tokens
+            if wanted is None or k in wanted
+            else logprobs_BT.new_zeros(())
+            for k in range(self.objectives)
+        ]
+
+
+class Passes(Protocol):
+    """Gradients of one task, with the parameters as they are."""
+
+    @property
+    def losses(self) -> Tensor:
+        """This rank's part of every ``L_k`` seen so far [M], float64 on the CPU; last stage only."""
+        ...
+
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
+        """Leave the reduced gradient of ``sum_k coefficients_k L_k`` in Megatron's buffer.
+
+        Args:
+            only: of these parameters; what the others' places then hold is not defined.
+            last: none is asked for after this one, so a kept graph is let go of on the way.
+        """
+        ...
+
+
+def one_hot(index: int, count: int) -> list[float]:
+    """Coefficients of ``L_index`` alone."""
+    return [float(k == index) for k in range(count)]
+
+
+def combined(losses: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """``sum_k coefficients_k losses_k``, leaving out terms of coefficient 0 and their NaN."""
+    terms = [c * loss for c, loss in zip(coefficients, losses, strict=True) if c != 0.0]
+    # All weights may be 0: a gradient of zeros is then wanted, by the same passes.
+    return torch.stack(terms).sum() if terms else losses[0] * 0.0
+
+
+class SeparatePasses:
+    """A forward and a backward over all microbatches for every gradient."""
+
+    def __init__(self, trainable: Trainable, task: Task) -> None:
+        self._trainable = trainable
+        self._task = task
+        self.losses = torch.zeros(task.objectives, dtype=torch.float64)
+
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
+        """See ``Passes.gradient``; every graph is its own and gone after it."""
+        task = self._task
+        wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
+
+        def mixed(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            parts = task.losses(before_response(logits_BTV, batch.response_mask_BT), batch, wanted or {0})
+            return combined(parts, coefficients), torch.stack(parts)
+
+        self._trainable.zero_grad()
+        model = self._trainable.model
+        with nullcontext() if only is None else _training_only(model, only):
+            found = forward_backward(model, task.microbatches, mixed, task.objectives)
+        for k in wanted:
+            self.losses[k] = found[k]
+
+
+class SharedGraph:
+    """One forward over one microbatch; its graph is kept. Without a pipeline only."""
+
+    def __init__(self, trainable: Trainable, task: Task, batch: Experience) -> None:
+        self._trainable = trainable
+        self._task = task
+        model = trainable.model
+        self.batch = to_device(batch)
+        logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))
+        logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
+        self._losses = task.losses(logits_NV, self.batch)
+        # Of the logits only their place in the graph is kept: nobody reads them any more.
+        self._logits = get_gradient_edge(logits_NV)
+        self.losses = torch.stack(self._losses).detach().double().cpu()
+
+    def cotangent(self, coefficients: Sequence[float], last: bool = False) -> Tensor:
+        """Gradient of the combined loss with respect to the logits at the response positions [N, V].
+
+        ``last``: see ``Passes.gradient``.
+        """
+        total = combined(self._losses, coefficients)
+        if last:
+            self._losses = []
+        (grad_NV,) = torch.autograd.grad(total, self._logits, retain_graph=not last)
+        return grad_NV
+
+    def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
+        """See ``Passes.gradient``."""
+        self._trainable.zero_grad()
+        self.add_gradient(coefficients, only, last)
+
+    def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
+        """As ``gradient``, onto what the buffer holds: the sum over data ranks is taken of both."""
+        model = self._trainable.model
+        with nullcontext() if only is None else _without_overlap(model):
+            torch.autograd.backward(
+                self._logits,
+                self.cotangent(coefficients, last),
+                retain_graph=not last,
+                inputs=None if only is None else list(only),
+            )
+            reduce_gradients([model])
+
+
+def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
+    """The passes over ``task``; shared ones have run the forward, and keep its graph as long as they live."""
+    if not shared:
+        return SeparatePasses(trainable, task)
+    assert len(task.microbatches) == 1
+    return SharedGraph(trainable, task, task.microbatches[0])
+
+
+@contextmanager
+def _without_overlap(model: DistributedDataParallel) -> Iterator[None]:
+    """Reduce after the backward: a bucket of which only some parameters have gradients is never ready."""
+    before = model.ddp_config.overlap_grad_reduce
+    model.ddp_config.overlap_grad_reduce = False
+    try:
+        yield
+    finally:
+        model.ddp_config.overlap_grad_reduce = before
+
+
+@contextmanager
+def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter]) -> Iterator[None]:
+    """The other parameters take no gradient, so that what lies before the first of ``only`` has no backward.
+
+    With full recomputation the embedding goes on taking one: Megatron's checkpoint function gives the
+    layers within it a gradient only where its input has one.
+    """
+    kept = set(only)
+    if model.config.recompute_granularity == "full":
+        kept |= {p for name, p in model.named_parameters() if "embedding" in name}
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with _without_overlap(model):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

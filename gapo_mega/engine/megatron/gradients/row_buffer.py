@@ -1,0 +1,87 @@
+"""M running sums in M - 1 rows and Megatron's buffer, for passes that take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange, owned
+from gapo_mega.engine.megatron.model.build import Trainable
+
+
+class RowBuffer:
+    """Says which objective's sum Megatron's buffer holds, and brings another one there.
+
+    The objective whose gradient is to be added next has its sum in the buffer; the others' lie in the rows.
+    Reduction adds up what all data ranks' buffers hold, so the sum of earlier microbatches, already
+    reduced, must be there once: at its owner with the distributed optimizer, else at data rank 0. For
+    the norms' gradients that are added up over tensor ranks, too (those of queries and keys always, the
+    others with sequence parallelism), also at tensor rank 0 only. Everywhere else the buffer starts at zero.
+    """
+
+    def __init__(self, trainable: Trainable, shard: GradientShard, rows: Sequence[list[Tensor]]) -> None:
+        """``rows``: memory for all sums but one, shaped like the shard."""
+        self._trainable = trainable
+        self._shard = shard
+        self._free = list(rows)
+        self._place: dict[int, list[Tensor]] = {}
+        self._held: int | None = None
+
+    def bring(self, objective: int) -> None:
+        """Let the buffer hold this objective's sum (zero at first), ready for a backward."""
+        if self._held is None:
+            self._shard.clear()
+        elif objective != self._held:
+            self._set_aside(self._held, objective)
+        self._held = objective
+        self._keep_own_sum_only()
+
+    def rows(self) -> list[list[Tensor]]:
+        """The sums by objective: one of them is the shard itself."""
+        assert self._held is not None
+        places = {**self._place, self._held: self._shard.pieces}
+        return [places[k] for k in sorted(places)]
+
+    def _set_aside(self, old: int, new: int) -> None:
+        """The buffer's sum of ``old`` into a row, that of ``new`` into the buffer."""
+        if new in self._place:
+            row = self._place.pop(new)
+            exchange(self._shard.pieces, row)
+        else:
+            row = self._free.pop()
+            for kept, piece_data in zip(row, self._shard.pieces, strict=True):
+                kept.copy_(piece_data)
+            self._shard.clear()
+        self._place[old] = row
+
+    def _keep_own_sum_only(self) -> None:
+        model = self._trainable.model
+        self._trainable.optimizer.zero_grad()  # see Trainable.zero_grad
+        for parameter in model.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+        for group in model.bucket_groups:
+            group.reset()
+        distributed = model.ddp_config.use_distributed_optimizer
+        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                start, end = owned(model, bucket.grad_data.numel())
+                if not distributed and not first:
+                    start = end
+                bucket.grad_data[:start].zero_()
+                bucket.grad_data[end:].zero_()
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            for name, parameter in model.named_parameters():
+                if _is_summed_over_tensor_ranks(model.config, name, parameter):
+                    parameter.main_grad.zero_()
+
+
+def _is_summed_over_tensor_ranks(config: TransformerConfig, name: str, parameter: torch.nn.Parameter) -> bool:
+    """As ``finalize_model_grads`` of megatron-core 0.16.1 decides."""
+    if config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
+        return True
+    return bool(config.sequence_parallel and getattr(parameter, "sequence_parallel", False))

@@ -1,0 +1,116 @@
+"""``gradients.scope`` other than full: inner products over some parameters, the update of all.
+
+Per objective only the gradient of the parameters in scope is formed; then one backward of the weighted sum
+of the losses. With ``last_layer`` no objective has a backward of its own through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.engine.base import Aggregator
+from gapo_mega.engine.megatron.gradients.metric import inner_products
+from gapo_mega.engine.megatron.gradients.output_layer import OutputLayer, parameters_of_layers
+from gapo_mega.engine.megatron.gradients.passes import SeparatePasses, SharedGraph, Task, one_hot
+from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
+from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.logprobs import before_response
+from gapo_mega.engine.megatron.runtime.clock import Clock
+from gapo_mega.types import Experience
+
+
+class Scoped(GradientStrategy):
+    """Rows of the parameters in scope; the last one lies in Megatron's buffer."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        layers: Sequence[Sequence[int]],
+        output_layer: bool,
+    ) -> None:
+        """``layers``: ``[first, end)`` ranges of transformer layers in scope. ``output_layer``: whether it
+        is, too; Adam's metric is for layers only."""
+        super().__init__(setting)
+        assert layers or output_layer
+        model = setting.trainable.model.module
+        self._with_layers = bool(layers)
+        self._only = parameters_of_layers(model, layers)
+        self._part = GradientShard(setting.trainable.model, self._only)
+        self._spare = [self._part.zero_row(i) for i in range(1, setting.objectives)]
+        self._output = OutputLayer(model, setting.groups, setting.objectives) if output_layer else None
+
+    @property
+    def row_bytes(self) -> int:
+        """See ``GradientStrategy.row_bytes``."""
+        rows = [piece for row in self._spare for piece in row]
+        rows += self._output.rows if self._output is not None else []
+        return sum(row.numel() * row.element_size() for row in rows)
+
+    def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
+        """See ``GradientStrategy.direction``."""
+        if self._output is not None:
+            self._output.clear()
+        passes = self._shared_passes(task, clock) if self.shared else self._separate_passes(task, clock)
+        if self._with_layers:
+            self.keep_gradients(passes, self._part, self._spare, clock, self._only)
+        gram = self._gram()
+        weights, status = ops.solve(gram, aggregator)
+        found = Direction(passes.losses.clone(), gram, weights, ops.Status(int(status)))
+        clock.lap("aggregate")
+        if found.status == ops.Status.OK:
+            passes.gradient(weights.tolist(), last=True)
+            clock.lap("direction")
+        return found
+
+    def _shared_passes(self, task: Task, clock: Clock) -> SharedGraph:
+        """One forward; the output layer's rows from it."""
+        (batch,) = task.microbatches
+        if self._output is None:
+            graph = SharedGraph(self.trainable, task, batch)
+            clock.lap("forward")
+            return graph
+        with self._output.listening():
+            graph = SharedGraph(self.trainable, task, batch)
+            clock.lap("forward")
+            count = self.objectives
+            self._output.add(graph.batch, lambda k: graph.cotangent(one_hot(k, count)))
+            clock.lap("output_layer")
+        return graph
+
+    def _separate_passes(self, task: Task, clock: Clock) -> SeparatePasses:
+        """Passes to come; the output layer's rows from a forward without a graph."""
+        passes = SeparatePasses(self.trainable, task)
+        output = self._output
+        if output is None:
+            return passes
+
+        def add(logits_BTV: Tensor, batch: Experience) -> Tensor:
+            logits_NV = before_response(logits_BTV, batch.response_mask_BT)
+            leaf_NV = logits_NV.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = task.losses(leaf_NV, batch)
+            output.add(batch, lambda k: torch.autograd.grad(losses[k], leaf_NV, retain_graph=True)[0])
+            passes.losses += torch.stack(losses).detach().double().cpu()
+            return passes.losses
+
+        with output.listening():
+            forward_only(self.trainable.model, task.microbatches, add)
+        clock.lap("output_layer")
+        return passes
+
+    def _gram(self) -> Tensor:
+        """Gram matrix [M, M] float64 on the CPU, over all ranks: a sum over disjoint parameters."""
+        gram = torch.zeros(self.objectives, self.objectives, dtype=torch.float64)
+        if self._with_layers:
+            rows = [*self._spare, self._part.pieces]
+            local = inner_products(self._part, rows, self.metric())
+            gram += self.global_gram(local).cpu()
+        if self._output is not None:
+            gram += self._output.gram()
+        return self.agreed(gram)

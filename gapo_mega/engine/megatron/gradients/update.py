@@ -1,0 +1,211 @@
+"""One policy update on the aggregated gradient of all objectives: what every strategy shares.
+
+A strategy measures the Gram matrix of the objectives' gradients, asks the aggregator for weights, and
+leaves the combined gradient in Megatron's buffer, where the optimizer reads it. How many rows it keeps
+meanwhile, how many passes it takes and which parameters it measures is its own affair: ``strategies.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.aggregation.base import zero_objectives
+from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss
+from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
+from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
+from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.runtime.clock import Clock
+from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.types import Experience
+
+# The Gram matrix and Megatron's norm are sums over the same elements, one in fp64, the other in fp32.
+_NORM_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a strategy found. The buffer holds ``sum_k w_k g_k`` where ``status`` is OK."""
+
+    losses: Tensor  # [M] float64, CPU: this rank's part, on the last stage
+    gram: Tensor  # [M, M] float64, CPU, over all ranks; NaN or Inf where a gradient is
+    weights: Tensor  # [M] float64, CPU
+    status: ops.Status
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every strategy is told."""
+
+    trainable: Trainable
+    groups: Groups
+    objectives: int
+    vocabulary: int  # true size, without padding
+    micro_batch: int  # sequences of a forward
+    shared: bool  # backwards through one forward's graph per microbatch
+    adam: bool  # inner products in Adam's metric
+
+
+class GradientStrategy(ABC):
+    """Measures, aggregates, and takes one optimizer step."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.trainable = trainable = setting.trainable
+        self.groups = setting.groups
+        self.objectives = setting.objectives
+        self.shared = setting.shared
+        self.shard = GradientShard(trainable.model)
+        # Data ranks hold different shards with the distributed optimizer and the same gradient
+        # without it: Megatron's own group for gradient norms tells which ranks to add up.
+        optimizers = trainable.optimizer.chained_optimizers
+        assert len(optimizers) == 1, "parameters of several optimizers would need several sums"
+        self.group = optimizers[0].get_grad_stats_parallel_group()
+        assert self.group is not None
+        self._norm_checked = False
+
+    @abstractmethod
+    def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
+        """Gram matrix, weights, and the combined gradient in Megatron's buffer."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """Memory on this rank for gradients beside Megatron's own buffer."""
+
+    def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
+        """Measure every objective's gradient, aggregate, and take one optimizer step."""
+        clock = Clock()
+        found = self.direction(self._task(minibatch, loss), aggregator, clock)
+        losses = self.groups.sum_over_data(self.groups.from_last_stage(found.losses)).tolist()
+        # A NaN or Inf in a gradient makes its own squared norm NaN or Inf (where it is in scope).
+        nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
+        if nonfinite or found.status in (ops.Status.NOT_FINITE, ops.Status.NOT_CONVERGED):
+            self.trainable.zero_grad()
+            return self._skipped(losses, found.gram, clock, nonfinite)
+        if found.status != ops.Status.OK:
+            self.trainable.zero_grad()
+            aggregator(found.gram)  # says on the host, in words, what the status counts
+            raise RuntimeError(f"no weights on the device: {found.status.name}")
+        measured = self.trainable.grad_norm()
+        if not math.isfinite(measured):
+            # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
+            self.trainable.zero_grad()
+            return self._skipped(losses, found.gram, clock, nonfinite)
+        clock.lap("optimizer")
+        if not self._norm_checked:
+            self._norm_checked = self._check_norm(found, measured)
+            clock.lap("check")
+        learning_rate = self.trainable.optimizer.param_groups[0]["lr"]
+        norm = self.trainable.step()
+        clock.lap("optimizer")
+        change = self.change(found, norm)
+        if change is not None:
+            clock.lap("actual_change")
+        clip = self.trainable.optimizer.config.clip_grad
+        return GradientReport(
+            losses=losses,
+            gram=found.gram,
+            weights=found.weights,
+            gradient_norm=norm,
+            # Megatron's own formula, so that the log tells what it did.
+            clip_factor=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0,
+            learning_rate=learning_rate,
+            excluded=zero_objectives(found.gram),
+            actual_change=change,
+            seconds=clock.seconds,
+        )
+
+    def keep_gradients(
+        self,
+        passes: Passes,
+        shard: GradientShard,
+        spare: Sequence[Sequence[Tensor]],
+        clock: Clock,
+        only: Only = None,
+        last: bool = False,
+    ) -> None:
+        """Every objective's gradient, one after the other: all but the last into ``spare``, shaped like
+        ``shard``; the last stays there. ``only``, ``last``: as of ``Passes.gradient``."""
+        for index in range(self.objectives):
+            passes.gradient(one_hot(index, self.objectives), only, last and index == self.objectives - 1)
+            if index != self.objectives - 1:
+                for kept, piece in zip(spare[index], shard.pieces, strict=True):
+                    kept.copy_(piece)
+            clock.lap(self.lap_of(index))
+
+    def lap_of(self, index: int) -> str:
+        """The clock's name for the passes of one objective."""
+        return f"backward/{index}" if self.shared else f"forward_backward/{index}"
+
+    def metric(self) -> AdamMetric | None:
+        """Adam's metric as the optimizer's state is now; None: euclidean."""
+        return AdamMetric(self.trainable.optimizer) if self._setting.adam else None
+
+    def global_gram(self, local: Tensor) -> Tensor:
+        """The sum of all ranks' parts of a Gram matrix, in place: bit for bit the same on every rank.
+
+        Without the distributed optimizer every data rank adds up its own replica's parts, perhaps in another
+        order; weights that differ in a bit would let replicas drift apart.
+        """
+        ops.sum_gram_(local, self.group)
+        return local if self.trainable.model.ddp_config.use_distributed_optimizer else self.agreed(local)
+
+    @staticmethod
+    def agreed(tensor: Tensor) -> Tensor:
+        """Rank 0's numbers on every rank, in place."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    def change(self, found: Direction, norm: float) -> list[float] | None:
+        """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
+        return None
+
+    def _task(self, minibatch: Experience, loss: PolicyLoss) -> Task:
+        # By the global count: sequences of all ranks and microbatches weigh by their tokens.
+        tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
+        microbatches = minibatch.split(self._setting.micro_batch)
+        return Task(microbatches, loss, tokens, self._setting.vocabulary, self.objectives)
+
+    def predicted_norm(self, found: Direction) -> tuple[float, float]:
+        """Norm of the combined gradient as our own inner products have it, and the size of its summands."""
+        square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
+        norm = math.sqrt(float(square))
+        return norm, norm
+
+    def _check_norm(self, found: Direction, measured: float) -> bool:
+        """Our norm of the combined gradient must be Megatron's, before anything is updated.
+
+        False where every weighted gradient is zero, which proves nothing.
+        """
+        predicted, scale = self.predicted_norm(found)
+        if not abs(measured - predicted) <= _NORM_TOLERANCE * scale:
+            raise RuntimeError(
+                f"the Gram matrix predicts a combined gradient of norm {predicted:.9g} and Megatron "
+                f"measures {measured:.9g}: this version of megatron-core lays its gradient buffers out "
+                "in a way that gapo_mega does not know, training would be wrong"
+            )
+        return scale > 0
+
+    @staticmethod
+    def _skipped(losses: list[float], gram: Tensor, clock: Clock, nonfinite: Sequence[int]) -> GradientReport:
+        return GradientReport(
+            losses=losses,
+            gram=gram,
+            weights=torch.zeros(len(gram), dtype=torch.float64),
+            gradient_norm=0.0,
+            clip_factor=1.0,
+            learning_rate=0.0,
+            skipped=True,
+            nonfinite=list(nonfinite),
+            excluded=zero_objectives(gram),
+            seconds=clock.seconds,
+        )

@@ -1,0 +1,1 @@
+"""Megatron models: built, run forward, wrapped for training, frozen."""

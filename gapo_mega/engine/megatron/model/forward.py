@@ -1,0 +1,96 @@
+"""Forward and backward passes over microbatches through Megatron's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.types import Experience
+
+# (model output on the last stage, microbatch) -> scalar loss whose *sum* over microbatches and
+# data-parallel ranks is differentiated (already divided by the global token count), and what to log of it
+# (any numbers, summed likewise).
+LossOf = Callable[[Tensor, Experience], tuple[Tensor, Tensor]]
+OutputOf = Callable[[Tensor, Experience], Tensor]
+
+
+def to_device(experience: Experience) -> Experience:
+    """The microbatch on this rank's device."""
+    moved = {f.name: getattr(experience, f.name) for f in fields(experience)}
+    return replace(experience, **{k: v.to(device()) for k, v in moved.items() if v is not None})
+
+
+def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
+    """The stage's output for right-padded tokens: causal attention needs no padding mask.
+
+    ``multiple``: the sequence is padded to a multiple of it (sequence parallelism splits it).
+    """
+    padded_BT = nn.functional.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
+    positions_BT = torch.arange(padded_BT.shape[1], device=padded_BT.device).expand_as(padded_BT)
+    output: Tensor = model(input_ids=padded_BT, position_ids=positions_BT, attention_mask=None)
+    return output
+
+
+def sequence_multiple(model: nn.Module) -> int:
+    """What ``run_model`` has to pad sequences to for this model."""
+    config = get_model_config(model)
+    return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+
+
+def _schedule(
+    model: nn.Module,
+    microbatches: Sequence[Experience],
+    on_last_stage: Callable[[Tensor, Experience], Any],
+    **options: Any,
+) -> list[Any]:
+    multiple = sequence_multiple(model)
+
+    def step(batches: Iterator[Experience], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = to_device(next(batches))
+        output = run_model(stage, batch.tokens_BT, multiple)
+        # The padding of sequence parallelism is cut off again; only the last stage's output is [B, T, ...].
+        return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
+
+    rows, columns = microbatches[0].tokens_BT.shape
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(microbatches),
+        model=[model],
+        num_microbatches=len(microbatches),
+        seq_length=columns + (-columns % multiple),
+        micro_batch_size=rows,
+        **options,
+    )
+    return results
+
+
+def forward_backward(
+    model: nn.Module, microbatches: Sequence[Experience], loss: LossOf, logged_numbers: int = 1
+) -> Tensor:
+    """Accumulate and reduce the gradient of the summed loss into the model's gradient buffer.
+
+    Returns this data rank's part of the ``[logged_numbers]`` that ``loss`` says to log, float64 on the CPU,
+    on the last pipeline stage (zeros elsewhere).
+    """
+
+    def on_last_stage(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        value, logged = loss(output, batch)
+        # The second is a count of tokens that Megatron adds up; see build.reduce_gradients.
+        return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
+
+    parts = _schedule(model, microbatches, on_last_stage, forward_only=False)
+    total = torch.zeros(logged_numbers, dtype=torch.float64)
+    return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
+
+
+@torch.no_grad()
+def forward_only(model: nn.Module, microbatches: Sequence[Experience], output_of: OutputOf) -> list[Tensor]:
+    """``output_of`` each microbatch on the last pipeline stage; an empty list elsewhere."""
+    return _schedule(model, microbatches, output_of, forward_only=True, collect_non_loss_data=True)

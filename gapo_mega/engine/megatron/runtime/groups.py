@@ -1,0 +1,178 @@
+"""Process groups: Megatron's parallel state, plus gloo groups for small CPU tensors and objects."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from gapo_mega.engine.base import Layout
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The layout and the CPU (gloo) groups along it."""
+
+    layout: Layout
+    data: dist.ProcessGroup  # same tensor and pipeline rank
+    replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Sum of a CPU tensor over data-parallel ranks, in a new tensor."""
+        result = tensor.clone()
+        dist.all_reduce(result, group=self.data)
+        return result
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """Picklable values of all data-parallel ranks, in rank order."""
+        values: list[Any] = [None] * self.layout.data
+        dist.all_gather_object(values, value, group=self.data)
+        return values
+
+    def broadcast_in_replica(self, value: Any, source: int = 0) -> Any:
+        """The picklable value of the replica's rank ``source`` (0: first pipeline stage)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.replica, source), group=self.replica)
+        return box[0]
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """The last pipeline stage's CPU tensor (same shape and dtype everywhere), in a new tensor."""
+        result = tensor.clone()
+        source = (self.layout.pipeline - 1) * self.layout.tensor
+        dist.broadcast(result, src=dist.get_global_rank(self.replica, source), group=self.replica)
+        return result
+
+
+class Collective:
+    """The part of ``Engine`` that is communication, over these groups."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self.layout = groups.layout
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """See ``Engine.sum_over_data``."""
+        return self.groups.sum_over_data(tensor)
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """See ``Engine.gather_over_data``."""
+        return self.groups.gather_over_data(value)
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """See ``Engine.broadcast_in_replica``."""
+        return self.groups.broadcast_in_replica(value)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        shutdown()
+
+
+def initialize(tensor: int, pipeline: int) -> Groups:
+    """Start torch.distributed (when not started) and Megatron's parallel state.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them, a world of one.
+    Raises ValueError when ``tensor * pipeline`` does not divide the world size.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        _start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    world = dist.get_world_size()
+    if world % (tensor * pipeline):
+        raise ValueError(
+            f"parallel: found tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} ranks, "
+            f"which does not divide the world size {world}"
+        )
+    with megatron_device():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+        )
+    layout = Layout(
+        world=world,
+        rank=dist.get_rank(),
+        tensor=tensor,
+        pipeline=pipeline,
+        data=world // (tensor * pipeline),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    return Groups(layout, data=_data_group(layout), replica=_replica_group(layout))
+
+
+def seed(value: int) -> None:
+    """Random numbers of the model-parallel regions: the same over data ranks, others per tensor rank."""
+    with megatron_device():
+        tensor_parallel.model_parallel_cuda_manual_seed(value, force_reset_rng=True)
+
+
+def shutdown(world_too: bool = True) -> None:
+    """Undo ``initialize``; ``world_too=False`` keeps torch.distributed for another layout."""
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    if world_too:
+        dist.destroy_process_group()
+        return
+    # Megatron forgets its groups without closing them: each would keep its gloo threads.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _start_process_group(backend: str) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
+    """(pipeline, data, tensor) of a global rank: Megatron's order, tensor ranks adjacent."""
+    return (
+        rank // (layout.tensor * layout.data),
+        rank // layout.tensor % layout.data,
+        rank % layout.tensor,
+    )
+
+
+def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
+    """The gloo group of the ranks that share this rank's coordinates on ``axes``."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world):
+        coordinates = _coordinates(layout, rank)
+        members.setdefault(tuple(coordinates[axis] for axis in axes), []).append(rank)
+    mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
+    own: dist.ProcessGroup | None = None
+    for key, ranks in members.items():  # every rank makes every group, in the same order
+        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
+        if key == mine:
+            own = group
+    assert own is not None
+    return own
+
+
+def _data_group(layout: Layout) -> dist.ProcessGroup:
+    assert _coordinates(layout, layout.rank) == (layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
+    return _split_world(layout, axes=(0, 2))
+
+
+def _replica_group(layout: Layout) -> dist.ProcessGroup:
+    return _split_world(layout, axes=(1,))

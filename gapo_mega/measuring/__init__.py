@@ -1,0 +1,1 @@
+"""What needs a device and a clock: benchmarks of steps and of whole runs."""

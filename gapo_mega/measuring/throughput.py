@@ -1,0 +1,163 @@
+"""Times of a short training run, by phase, with tokens per second and utilisation; see ``tools/``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gapo_mega.config import Config
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.flops import TransformerShape, known_peak_flops, measure_gemm_peak, mfu, step_flops
+from gapo_mega.planning.layout import data_parallel_size
+from gapo_mega.planning.strategy import passes
+from gapo_mega.runs.log import METRICS_FILE
+
+WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
+FORMULA = (
+    "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward "
+    "for the reference (and one for old log-probabilities when recomputed), the forwards and backwards of "
+    "the gradient strategy (a backward counts twice), causal attention counted, recomputation not (HFU "
+    "counts the policy's); see "
+    "gapo_mega/planning/flops.py"
+)
+
+
+def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
+    """``config`` for ``steps`` timed steps: no evaluation, checkpoint or export, a fresh directory."""
+    return config.model_copy(
+        update={
+            "output_dir": str(folder),
+            "steps": steps + WARM_UP_STEPS,
+            "data": config.data.model_copy(update={"heldout_prompts": 0}),
+            "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0, "save_final": False}),
+            "logging": config.logging.model_copy(update={"tensorboard": False, "wandb": False}),
+        }
+    )
+
+
+def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
+    """The sizes that the FLOPs count depends on."""
+    return TransformerShape(
+        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
+    )
+
+
+def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -> dict[str, Any]:
+    """Medians over the timed steps of the run in ``config.output_dir``. Rank 0 only."""
+    lines = (Path(config.output_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    per_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
+    records = [json.loads(line) for line in lines][WARM_UP_STEPS * per_step :]
+    steps = [_sum_times(records[i : i + per_step]) for i in range(0, len(records), per_step)]
+    phases = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in steps[0]}
+    seconds = phases.pop("step")
+    facts = records[0]
+    tokens = [r["response_length"] + r["prompt_length"] for r in records]
+    sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens_per_second = sequences * statistics.mean(tokens) / seconds
+    flops = _flops(config, shape, records, sequences, needs_critic, world)
+    peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
+    return {
+        "config": config.model_dump(mode="json", exclude={"output_dir"}),
+        "device": _device_name(),
+        "world_size": world,
+        "sequences_per_step": sequences,
+        "prompt_tokens_mean": facts["prompt_length"],
+        "response_tokens_mean": facts["response_length"],
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_device": tokens_per_second / world,
+        "phases_seconds": phases,
+        "model_flops_per_step": flops.model,
+        "hardware_flops_per_step": flops.hardware,
+        "peak_flops_per_device": peak,
+        "peak_source": peak_source,
+        "mfu": mfu(flops.model, seconds, world, peak),
+        "hfu": mfu(flops.hardware, seconds, world, peak),
+        "formula": FORMULA,
+        "peak_memory_bytes": max(r["memory/peak_bytes"] for r in records),
+    }
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Phases and totals of ``measure`` as a table."""
+    table = Table(title=f"throughput on {result['world_size']} x {result['device']}")
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for phase, seconds in sorted(result["phases_seconds"].items(), key=lambda item: -item[1]):
+        table.add_row(phase, f"{seconds:.3f}", f"{seconds / result['seconds_per_step']:.1%}")
+    table.add_section()
+    table.add_row("step", f"{result['seconds_per_step']:.3f}", "100.0%")
+    console = console or Console()
+    console.print(table)
+    console.print(
+        f"{result['tokens_per_second']:.1f} tokens/s, "
+        f"{result['tokens_per_second_per_device']:.1f} tokens/s/device, "
+        f"MFU {result['mfu']:.1%}, HFU {result['hfu']:.1%} "
+        f"(peak {result['peak_flops_per_device']:.3g} FLOP/s per device: {result['peak_source']})",
+        soft_wrap=True,
+    )
+    console.print(result["formula"], style="dim", soft_wrap=True)
+
+
+def _sum_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("time/"):
+                total[key.removeprefix("time/")] = total.get(key.removeprefix("time/"), 0.0) + value
+    return total
+
+
+def _flops(
+    config: Config,
+    shape: ModelShape,
+    records: Sequence[dict[str, Any]],
+    sequences: int,
+    needs_critic: bool,
+    world: int,
+) -> Any:
+    # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
+    prompt = round(statistics.mean(r["prompt_length"] for r in records))
+    response = max(1, round(statistics.mean(r["response_length"] for r in records)))
+    critics = len(config.objectives) if config.critic.heads == "separate" else 1
+    heads = len(config.objectives) // critics
+    count = step_flops(
+        transformer_shape(shape, shape.vocab),
+        [(prompt, response)] * sequences,
+        passes(config, data_parallel_size(config, world)),
+        ppo_epochs=config.algorithm.ppo_epochs,
+        recompute=config.model.recompute,
+        critic=transformer_shape(shape, heads) if needs_critic else None,
+    )
+    count = dataclasses.replace(count, critic=count.critic * critics)
+    if config.algorithm.old_logprobs == "generator":
+        count = dataclasses.replace(count, old_logprobs=0)
+    return count
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU process with {torch.get_num_threads()} threads"
+
+
+def _peak(dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s of one device in the type that the model computes in."""
+    cuda = torch.cuda.is_available()
+    if cuda and dtype == torch.bfloat16:
+        known = known_peak_flops(torch.cuda.get_device_name())
+        if known is not None:
+            return known, "data sheet, dense bf16"
+    size = 8192 if cuda else 1024
+    name = str(dtype).removeprefix("torch.")
+    peak = measure_gemm_peak("cuda" if cuda else "cpu", dtype, size)
+    return peak, f"measured: {name} matrix product of size {size}"

@@ -1,0 +1,1 @@
+"""Model families. Every file of this folder that defines a ``Family`` is one; see docs/extending.md."""

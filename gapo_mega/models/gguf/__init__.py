@@ -1,0 +1,1 @@
+"""GGUF files: their configuration, tensors and tokenizer."""

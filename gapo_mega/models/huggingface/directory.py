@@ -1,0 +1,204 @@
+"""Hugging Face directories: finding them, and reading their tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.safetensors_stream import DTYPES
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED_SINGLE = "pytorch_model.bin"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_PICKLED = ".bin"
+# Frequencies that old checkpoints stored; they follow from the configuration.
+_DERIVED_TENSOR = ".rotary_emb.inv_freq"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_WEIGHT_SUFFIXES = (
+    (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".distcp")
+)  # fmt: skip
+
+
+_TEMPLATES = "additional_chat_templates"  # folder of the chat templates that have names
+
+
+def companions_in(directory: Path) -> Iterator[Path]:
+    """The files that belong beside the weights, such as the tokenizer; paths below ``directory``."""
+    for file in [*directory.iterdir(), *(directory / _TEMPLATES).glob("*.jinja")]:
+        hidden = file.name.startswith(".")
+        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES):
+            yield file.relative_to(directory)
+
+
+class HFDirectory:
+    """A model directory opened for reading: its configuration, and its tensors one at a time.
+
+    Args:
+        path: a local directory with ``config.json`` and weights: safetensors, single or sharded, else
+            ``pytorch_model.bin`` likewise, of which nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: the directory lacks one of these, or its index names a missing file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self._file_of = self._locate()
+        self._likes: dict[str, Tensor] = {}
+
+    def _locate(self) -> dict[str, Path]:
+        for index, single in ((INDEX, SINGLE), (_PICKLED_INDEX, _PICKLED_SINGLE)):
+            if (self.path / index).is_file():
+                return self._read_index(self.path / index)
+            if (self.path / single).is_file():
+                return dict.fromkeys(_names(self.path / single), self.path / single)
+        raise ValueError(
+            f"model.path: {self.path} has neither {SINGLE} nor {INDEX} (nor {_PICKLED_SINGLE}); accepted: "
+            "a directory with weights"
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
+        files = {name: self.path / file for name, file in weight_map.items()}
+        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        if missing:
+            raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
+        return files
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._file_of)
+
+    def check_names(
+        self,
+        expected: frozenset[str],
+        beside: Collection[str] = (),
+        copies: Mapping[str, str] | None = None,
+        layers: int | None = None,
+    ) -> None:
+        """Raise ``ValueError`` unless every expected tensor is there and every tensor is expected.
+
+        Args:
+            expected: names of the tensors that are used.
+            beside: names of others that may be there.
+            copies: of others that may be there where they equal the tensor named, bit by bit.
+            layers: tensors of later layers are left out.
+        """
+        missing = sorted(expected - self.names)
+        if missing:
+            raise ValueError(f"{self.path}: tensors missing: {_some(missing)}")
+        left_out = {name for name in self.names if layers is not None and _layer_of(name) >= layers}
+        unused = sorted(self.names - expected - left_out - set(beside))
+        unused = [name for name in unused if not name.endswith(_DERIVED_TENSOR)]
+        for name, original in (copies or {}).items():
+            if name in unused:
+                self._require_equal(name, original)
+                unused.remove(name)
+        if unused:
+            raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
+
+    def _require_equal(self, name: str, original: str) -> None:
+        """A copy that differs would be lost silently."""
+        if not torch.equal(self.read(name), self.read(original)):
+            raise ValueError(
+                f"{self.path}: {name} differs from {original}, but config.json ties them "
+                "(tie_word_embeddings true); accepted: equal tensors, or tie_word_embeddings false"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the type it is stored in. ``KeyError`` when there is none."""
+        file = self._file_of[name]
+        if file.suffix == _PICKLED:
+            return _tensors_in(file)[name]
+        # Opening maps the file and reads its header only, so nothing is kept open between tensors.
+        with _opened(file) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def like(self, name: str) -> Tensor:
+        """A tensor without data (on the meta device) of the shape and type of ``name``."""
+        if name not in self._likes:
+            self._likes[name] = self._read_like(name)
+        return self._likes[name]
+
+    def _read_like(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        if file.suffix == _PICKLED:
+            return _tensors_in(file)[name].to("meta")
+        with _opened(file) as opened:
+            part = opened.get_slice(name)
+            return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+
+def _names(file: Path) -> list[str]:
+    if file.suffix == _PICKLED:
+        return list(_tensors_in(file))
+    with _opened(file) as opened:
+        return list(opened.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(
+            f"model.path: {file} cannot be read ({error}); accepted: a whole safetensors file, no pointer of "
+            "Git LFS to one"
+        ) from error
+
+
+def _layer_of(name: str) -> int:
+    """Number of the decoder layer that a tensor belongs to, -1 for others."""
+    number = _LAYER.search(name)
+    return int(number.group(1)) if number else -1
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def _tensors_in(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped into memory; anything else in it is refused."""
+    return _unpickled(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # neighbouring tensors are in one file
+def _unpickled(file: Path, _written: int) -> dict[str, Tensor]:
+    try:
+        content = _loaded(file)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"model.path: {file} holds more than tensors, which is not unpickled; accepted: weights only"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"model.path: {file} cannot be read ({error}); accepted: a whole file") from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"model.path: {file} is not a table of tensors; accepted: a saved state_dict")
+    return content
+
+
+def _loaded(file: Path) -> Any:
+    """Mapped into memory, but for files in the format of PyTorch before 1.6, which cannot be."""
+    mapped = zipfile.is_zipfile(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

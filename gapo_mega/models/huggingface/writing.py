@@ -1,0 +1,162 @@
+"""Writing model directories: whole or not at all, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gapo_mega.models.huggingface.directory import INDEX, SINGLE, companions_in
+from gapo_mega.models.huggingface.safetensors_stream import num_bytes, write_safetensors
+
+logger = logging.getLogger(__name__)
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def write_hf(
+    directory: str | Path,
+    companions: str | Path,
+    promised: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Write a model directory; it appears under its name only once it is complete.
+
+    Args:
+        directory: what to create.
+        companions: directory whose configuration, tokenizer and chat template are copied byte for byte;
+            ``dtype`` in ``config.json`` follows the tensors where it says otherwise.
+        promised: name, shape and type of every tensor in the order in which they come (meta tensors do).
+        tensors: the tensors, consumed one at a time.
+        config: entries of ``config.json`` that are to differ from the companions'.
+        overwrite: replace ``directory`` where it exists already.
+        shard_bytes: size at which a new safetensors file is begun.
+
+    Raises:
+        ValueError: ``directory`` exists and ``overwrite`` is false, or it cannot be written.
+    """
+    needed = sum(map(num_bytes, promised.values()))
+    with complete_or_absent(Path(directory), overwrite, needed) as partial:
+        copy_companions(Path(companions), partial)
+        _write_shards(partial, promised, iter(tensors), shard_bytes)
+        set_config(partial / "config.json", config or {}, common_dtype(promised.values()))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything of a model directory but its weights; ``target`` is made if need be."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in companions_in(source):
+        (target / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, target / file)
+
+
+@contextmanager
+def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
+    """A temporary sibling of ``target`` that takes its name when the block ends without an error.
+
+    Raises ``ValueError`` when ``target`` exists and is not to be replaced, its parent cannot be written to or
+    has less than ``needed_bytes`` free, and for errors of the disk inside the block.
+    """
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists already; name a directory that does not, or ask to overwrite it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise ValueError(
+                f"{target}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error}") from error
+    partial.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield partial
+        _put_in_place(partial, target)
+    except OSError as error:
+        raise ValueError(f"{target} was not written: {error}") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give ``partial`` the name ``target``; what has it now goes once the new one is there, never before."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
+    try:
+        shutil.rmtree(replaced)
+    except OSError as error:
+        logger.warning(
+            "%s was replaced; what it held could not be removed from %s: %s", target, replaced, error
+        )
+
+
+def _write_shards(
+    directory: Path, promised: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Safetensors files, and their index when there are several."""
+    shards = _partition(promised, shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [SINGLE]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard, islice(tensors, len(shard)))
+    assert next(tensors, None) is None, "more tensors than promised"
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(map(num_bytes, promised.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Consecutive tensors of at most ``shard_bytes`` together; a larger tensor is alone in its file."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for name, tensor in promised.items():
+        size = num_bytes(tensor)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += size
+    return shards
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The type of all tensors but single numbers (a normaliser's statistics); none where it is not one."""
+    found = {tensor.dtype for tensor in tensors if tensor.numel() > 1}
+    return found.pop() if len(found) == 1 else None
+
+
+def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype | None) -> None:
+    """Set ``changes`` and, where the file names a type, that of the tensors; it stays as it is else."""
+    config = json.loads(file.read_text())
+    before = dict(config)
+    config.update(changes)
+    for key in ("dtype", "torch_dtype"):  # the second is the name before transformers 5
+        if key in config and dtype is not None:
+            config[key] = _DTYPE_NAMES[dtype]
+    if config != before:
+        file.write_text(json.dumps(config, indent=2) + "\n")

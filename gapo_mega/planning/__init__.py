@@ -1,0 +1,1 @@
+"""Arithmetic from a configuration, without a device: layout, passes, memory, FLOPs."""

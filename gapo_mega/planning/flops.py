@@ -1,0 +1,204 @@
+"""Floating-point operations of a training step, and the share of the hardware's peak that they reach.
+
+A multiplication with an addition counts as 2. Counted are the matrix products of a Llama-like decoder
+(gated feed-forward, grouped-query attention) on real tokens; padding, norms, softmax, rotary embedding, the
+embedding look-up, the optimizer, the Gram matrix (m (m + 1) N) and the combination (2 m N) are not.
+
+Forward of one sequence of T tokens, with d hidden, f feed-forward, h heads, k key-value groups of size c, L
+layers and V outputs (vocabulary, or value heads of a critic):
+
+    2 T [ L (d h c + 2 d k c + h c d + 3 d f) + d V ]   projections, feed-forward, output layer
+    + 4 L h c T (T + 1) / 2                              scores and values over the visible token pairs
+
+The backward pass is twice the forward: one product for the input's gradient, one for the weight's.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gapo_mega.planning.strategy import PassCount
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """The sizes that the count depends on. ``outputs``: vocabulary, or the value heads of a critic."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    outputs: int
+
+    @property
+    def layer_matmul_parameters(self) -> int:
+        """Parameters of one layer that take part in matrix products."""
+        query_and_output = 2 * self.hidden * self.heads * self.head_dim
+        key_and_value = 2 * self.hidden * self.kv_groups * self.head_dim
+        return query_and_output + key_and_value + 3 * self.hidden * self.ffn
+
+    @property
+    def matmul_parameters(self) -> int:
+        """All of them, the output layer included and the embedding look-up not."""
+        return self.layers * self.layer_matmul_parameters + self.hidden * self.outputs
+
+
+def attention_flops(shape: TransformerShape, length: int, causal: bool = True) -> int:
+    """Scores and weighted values of one sequence over all layers.
+
+    A token sees itself and those before it: T (T + 1) / 2 pairs. ``causal=False`` counts all T^2, which is
+    what a kernel that masks instead of skipping computes.
+    """
+    pairs = length * (length + 1) // 2 if causal else length * length
+    return 4 * shape.layers * shape.heads * shape.head_dim * pairs
+
+
+def forward_flops(shape: TransformerShape, length: int, causal: bool = True) -> int:
+    """One forward pass over one sequence of ``length`` tokens, output layer on every token."""
+    return 2 * length * shape.matmul_parameters + attention_flops(shape, length, causal)
+
+
+def generation_flops(shape: TransformerShape, prompt_length: int, response_length: int) -> int:
+    """Sampling ``response_length`` >= 1 tokens with a key-value cache.
+
+    The last token is never fed back, and the output layer is needed once per sampled token.
+    """
+    fed = prompt_length + response_length - 1
+    layers = 2 * fed * shape.layers * shape.layer_matmul_parameters
+    return layers + 2 * response_length * shape.hidden * shape.outputs + attention_flops(shape, fed)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one training step over all ranks, by phase."""
+
+    rollout: int
+    old_logprobs: int
+    reference: int
+    update: int
+    critic: int
+    recompute: int
+
+    @property
+    def model(self) -> int:
+        """What the algorithm needs: the numerator of the model FLOPs utilisation (MFU)."""
+        return self.rollout + self.old_logprobs + self.reference + self.update + self.critic
+
+    @property
+    def hardware(self) -> int:
+        """With the forward passes repeated to save memory: the numerator of hardware utilisation (HFU)."""
+        return self.model + self.recompute
+
+
+def step_flops(
+    shape: TransformerShape,
+    lengths: Iterable[tuple[int, int]],
+    passes: PassCount,
+    *,
+    ppo_epochs: int = 1,
+    recompute: Recompute = "none",
+    critic: TransformerShape | None = None,
+) -> StepFlops:
+    """Operations of one rollout step and its updates.
+
+    ``lengths`` holds (prompt tokens, response tokens) of every sequence of the step over all ranks. The
+    policy runs ``passes`` an epoch, as its gradient strategy needs; old and reference log-probabilities
+    take one forward each. A critic takes one forward for the values, and one forward and backward an epoch.
+    Recomputation repeats the layers' forward (full) or their attention (selective) once per policy backward.
+    """
+    assert passes.forwards >= 1 and passes.backwards >= 1 and ppo_epochs >= 1, (passes, ppo_epochs)
+    pairs = list(lengths)
+    totals = [prompt + response for prompt, response in pairs]
+    forward = sum(forward_flops(shape, total) for total in totals)
+    attention = sum(attention_flops(shape, total) for total in totals)
+    output_layer = 2 * sum(totals) * shape.hidden * shape.outputs
+    repeated = {"none": 0, "selective": attention, "full": forward - output_layer}[recompute]
+    critic_forward = sum(forward_flops(critic, total) for total in totals) if critic else 0
+    return StepFlops(
+        rollout=sum(generation_flops(shape, prompt, response) for prompt, response in pairs),
+        old_logprobs=forward,
+        reference=forward,
+        update=(passes.forwards + 2 * passes.backwards) * forward * ppo_epochs,
+        critic=critic_forward * (1 + 3 * ppo_epochs),
+        recompute=repeated * passes.backwards * ppo_epochs,
+    )
+
+
+def mfu(flops: float, seconds: float, devices: int, peak_flops: float) -> float:
+    """flops / (seconds x devices x peak_flops): the share, in [0, 1], of the peak that was used."""
+    if min(seconds, devices, peak_flops) <= 0:
+        raise ValueError(
+            f"seconds, devices, peak_flops: found {seconds}, {devices}, {peak_flops}, "
+            "accepted: positive numbers"
+        )
+    return flops / (seconds * devices * peak_flops)
+
+
+# Dense bf16 tensor-core FLOP/s of one device from NVIDIA's data sheets, which print twice these numbers "with
+# sparsity". First match wins, so the slower variants of a family stand before it.
+_PEAK_BF16_DENSE: tuple[tuple[str, float], ...] = (
+    (r"\bA100\b", 312e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835.5e12),
+    (r"\bH100\b", 989.5e12),
+    (r"\bH200 NVL\b", 835.5e12),
+    (r"\bH200\b", 989.5e12),
+    (r"\bGB200\b", 2500e12),
+    (r"\bB200\b", 2250e12),
+)
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device by the name that ``torch.cuda.get_device_name`` gives it.
+
+    None where it is not in the table, and for a slice of a device (MIG), whose peak the name does not tell.
+    """
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    for pattern, peak in _PEAK_BF16_DENSE:
+        if re.search(pattern, device_name):
+            return peak
+    return None
+
+
+def measure_gemm_peak(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    size: int = 1024,
+    seconds: float = 0.5,
+) -> float:
+    """FLOP/s of the fastest of repeated ``size`` x ``size`` matrix products within about ``seconds``.
+
+    The stand-in for a data sheet on a CPU, with the number of threads that torch is set to.
+    """
+    device = torch.device(device)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(left)
+    best = float("inf")
+    torch.mm(left, right, out=out)  # the first call pays for start-up
+    deadline = time.perf_counter() + seconds
+    while True:
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _synchronize(device)
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end >= deadline:
+            return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,138 @@
+"""Checks of a configuration against the model's shape and the number of processes.
+
+They run before any model is built, so that a layout that cannot work costs seconds, not an
+allocation. The vocabulary is padded to a multiple that tensor parallelism divides, so it fits every
+layout.
+"""
+
+from __future__ import annotations
+
+from gapo_mega.config import Config, ParallelConfig
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.strategy import microbatches, refusal_of_shared
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Number of model replicas on ``world_size`` processes; ``ValueError`` if they do not come out even."""
+    return _data_parallel_size(config.parallel, world_size)
+
+
+def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
+    """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
+    _check_model_split(parallel, shape)
+    return _data_parallel_size(parallel, world_size)
+
+
+def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    if world_size % (tensor * pipeline):
+        raise ValueError(
+            f"parallel: found tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} processes on a "
+            "world of "
+            f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
+        )
+    return world_size // (tensor * pipeline)
+
+
+def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
+    """Raise a one-line ``ValueError`` for the first thing that does not fit; else nothing."""
+    _check_model_split(config.parallel, shape)
+    data_parallel = data_parallel_size(config, world_size)
+    _check_batches(config, data_parallel)
+    check_gradients(config, shape, data_parallel)
+    _check_lengths(config, shape)
+    _check_advantages(config)
+
+
+def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    split_by_tensor = {
+        "attention heads": shape.heads,
+        "key-value groups": shape.kv_groups,
+        "feed-forward width": shape.ffn,
+    }
+    if any(size % tensor for size in split_by_tensor.values()):
+        fitting = [
+            d for d in _divisors(shape.kv_groups) if not any(size % d for size in split_by_tensor.values())
+        ]
+        sizes = ", ".join(f"{size} {name}" for name, size in split_by_tensor.items())
+        raise ValueError(
+            f"parallel.tensor: found {tensor}, accepted for a model with {sizes}: {_listed(fitting)}"
+        )
+    if shape.num_layers % pipeline:
+        raise ValueError(
+            f"parallel.pipeline: found {pipeline}, accepted for {shape.num_layers} layers: "
+            f"{_listed(_divisors(shape.num_layers))}"
+        )
+
+
+def _check_batches(config: Config, data_parallel: int) -> None:
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.prompts_per_step % data_parallel:
+        raise ValueError(
+            f"rollout.prompts_per_step: found {rollout.prompts_per_step}, accepted for {data_parallel} "
+            "data-parallel "
+            f"ranks: a multiple of {data_parallel}"
+        )
+    sequences = rollout.prompts_per_step // data_parallel * rollout.samples_per_prompt
+    if sequences % algorithm.minibatches:
+        raise ValueError(
+            f"algorithm.minibatches: found {algorithm.minibatches}, accepted for the {sequences} sequences "
+            "of a "
+            f"data-parallel rank: {_listed(_divisors(sequences))}"
+        )
+    minibatch = sequences // algorithm.minibatches
+    if minibatch % config.micro_batch_size:
+        # Pipeline stages exchange tensors of one size, so all microbatches are alike.
+        raise ValueError(
+            f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
+            "sequences on "
+            f"a data-parallel rank: {_listed(_divisors(minibatch))}"
+        )
+
+
+def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
+    """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
+    gradients = config.gradients
+    if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
+        raise ValueError(
+            f"gradients.scope: found {gradients.scope}, accepted: ranges within the model's "
+            f"{shape.num_layers} layers"
+        )
+    reason = refusal_of_shared(config, microbatches(config, data_parallel))
+    if gradients.forward == "shared" and reason is not None:
+        raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
+
+
+def _check_lengths(config: Config, shape: ModelShape) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    if prompt + response > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens: found {prompt} + {response} = "
+            f"{prompt + response}, "
+            f"accepted: at most the model's {shape.max_positions} positions"
+        )
+    if shape.sliding_window is not None and prompt + response > shape.sliding_window:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens: found {prompt} + {response} = "
+            f"{prompt + response}, "
+            f"accepted: at most {shape.sliding_window}, the model's sliding attention window"
+        )
+
+
+def _check_advantages(config: Config) -> None:
+    samples = config.rollout.samples_per_prompt
+    if config.advantages.name == "group" and samples < 2:
+        raise ValueError(
+            f"rollout.samples_per_prompt: found {samples}, accepted with advantages.name group: 2 or more, "
+            "because a "
+            "sample is compared with the others of its prompt"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,239 @@
+"""Predicts the memory of a rank before anything is allocated; see docs/memory.md for measurements.
+
+Parameters, gradients, optimizer state and rows follow from the shapes exactly, but for the padding of
+Megatron's buckets (each parameter begins at a multiple of 64 elements, each bucket ends at one of 128 per
+data rank: 0.1 % of the smallest models). Rows of objectives: what ``gradients`` asks for, with the copy of
+the parameters that ``actual_change`` needs. ``activations.py`` says what a training pass holds.
+
+Not counted: what a GPU's allocator keeps in reserve, buffers of the communication library (gloo copies the
+gradient buffer in the reduction of the distributed optimizer), temporaries of the optimizer's step, and what
+scopes last_layer and last_block need to form the output layer's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gapo_mega.config import Config, OptimizerConfig
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.base import ScoreModelRequest
+from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
+from gapo_mega.planning.layout import data_parallel_size
+from gapo_mega.planning.strategy import forward_kind, measures_change, microbatches
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Bytes of one rank of a pipeline stage: of the fullest, if its tensor and data ranks differ."""
+
+    stage: int
+    policy_parameters: int  # elements
+    parameters: int
+    gradients: int
+    optimizer: int
+    objective_rows: int
+    reference: int  # 0 if it is in host memory between uses; so are score models
+    score_models: int
+    critic: int
+    visiting: int  # the largest model that comes from host memory when it is used
+    kv_cache: int
+    activations: int
+
+    @property
+    def resident(self) -> int:
+        """What is held all the time."""
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.objective_rows
+            + self.reference
+            + self.score_models
+            + self.critic
+        )
+
+    @property
+    def peak(self) -> int:
+        """Generation, scoring and training do not overlap, so the largest of them counts."""
+        return self.resident + max(self.kv_cache, self.visiting, self.activations)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The prediction of every pipeline stage."""
+
+    stages: list[StagePlan]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(stage.peak for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: bytes by kind of every stage, and of the fullest rank."""
+        stages = [asdict(s) | {"resident": s.resident, "peak": s.peak} for s in self.stages]
+        return {"stages": stages, "peak": self.peak}
+
+    def table(self) -> str:
+        """Rows of kinds, columns of pipeline stages, in GiB (MiB for small models)."""
+        kinds = {
+            "parameters": [s.parameters for s in self.stages],
+            "gradients (fp32)": [s.gradients for s in self.stages],
+            "optimizer state": [s.optimizer for s in self.stages],
+            "rows of objectives": [s.objective_rows for s in self.stages],
+            "reference": [s.reference for s in self.stages],
+            "score models": [s.score_models for s in self.stages],
+            "critic": [s.critic for s in self.stages],
+            "offloaded model, in use": [s.visiting for s in self.stages],
+            "KV cache (generation)": [s.kv_cache for s in self.stages],
+            "activations (training)": [s.activations for s in self.stages],
+            "peak": [s.peak for s in self.stages],
+        }
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+        lines = [f"{f'{unit} per rank':<26}" + "".join(f"{f'stage {s.stage}':>12}" for s in self.stages)]
+        lines += [f"{kind:<26}" + "".join(f"{n / size:>12.2f}" for n in row) for kind, row in kinds.items()]
+        return "\n".join(lines)
+
+
+ScoreModels = Sequence[tuple[ScoreModelRequest, ModelShape]]
+
+
+def predict(config: Config, shape: ModelShape, world_size: int, score_models: ScoreModels = ()) -> MemoryPlan:
+    """The memory of every rank of ``world_size`` processes; the layout must have passed the layout checks."""
+    data = data_parallel_size(config, world_size)
+    stages = range(config.parallel.pipeline)
+    return MemoryPlan([_stage(config, shape, data, stage, score_models) for stage in stages])
+
+
+def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
+    """Parameters of the language model on one rank of a stage, the padded vocabulary included."""
+    total = _backbone_parameters(shape, tensor, pipeline, stage)
+    holds_embedding_already = shape.tied and pipeline == 1
+    if stage == pipeline - 1 and not holds_embedding_already:
+        # Untied: the output layer. Tied over several stages: the last stage's copy of the embedding.
+        total += _embedding_parameters(shape, tensor)
+    return total
+
+
+def critic_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int, heads: int) -> int:
+    """Parameters of a value model: its linear head with bias is not split over tensor ranks."""
+    head = heads * (shape.hidden + 1) if stage == pipeline - 1 else 0
+    return _backbone_parameters(shape, tensor, pipeline, stage) + head
+
+
+def _backbone_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
+    total = _layer_parameters(shape, tensor) * (shape.num_layers // pipeline)
+    if stage == 0:
+        total += _embedding_parameters(shape, tensor)
+    if stage == pipeline - 1:
+        total += shape.hidden  # final norm
+    return total
+
+
+def _layer_parameters(shape: ModelShape, tensor: int) -> int:
+    query, key = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
+    split = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn
+    if shape.qkv_bias:
+        split += query + 2 * key
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    return split // tensor + norms  # norms are held by every tensor rank
+
+
+def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
+    return shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor * shape.hidden
+
+
+def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_models: ScoreModels) -> StagePlan:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    item = _item_size(config)
+    count = stage_parameters(shape, tensor, pipeline, stage)
+    # A graph that serves one backward only is let go of within it.
+    once = config.gradients.scope == "last_layer" or len(config.objectives) == 1
+    kept = forward_kind(config, data) == "shared" and not once
+    offloaded = config.model.offload_reference
+    scoring = [
+        (
+            request.offload,
+            critic_parameters(model, tensor, pipeline, stage, 1) * (2 if request.dtype == "bf16" else FP32),
+        )
+        for request, model in score_models
+    ]
+    visitors = [size for away, size in scoring if away] + ([count * item] if offloaded else [])
+    return StagePlan(
+        stage=stage,
+        policy_parameters=count,
+        parameters=count * item,
+        gradients=count * FP32,
+        optimizer=_optimizer_bytes(config, config.optimizer, count, data),
+        objective_rows=_rows(config, shape, count // data if config.optimizer.distributed else count, stage),
+        reference=0 if offloaded else count * item,
+        score_models=sum(size for away, size in scoring if not away),
+        critic=_critic(config, shape, data, stage),
+        visiting=max(visitors, default=0),
+        kv_cache=_kv_cache(config, shape, data),
+        activations=activation_peak(config, shape, stage, microbatches(config, data), kept),
+    )
+
+
+def _rows(config: Config, shape: ModelShape, shard: int, stage: int) -> int:
+    """Gradients beside Megatron's own buffer, which holds one; ``shard``: elements that a rank owns."""
+    gradients, others = config.gradients, len(config.objectives) - 1
+    if gradients.store == "single":
+        return 0
+    if gradients.scope == "full":
+        item = 2 if gradients.store_dtype == "bf16" else FP32
+        return others * shard * item + (shard * FP32 if measures_change(config) else 0)
+    rows = others * FP32 * min(shard, _in_scope(config, shape, stage))
+    if gradients.scope in ("last_layer", "last_block") and stage == config.parallel.pipeline - 1:
+        rows += len(config.objectives) * FP32 * _embedding_parameters(shape, config.parallel.tensor)
+    return rows
+
+
+def _in_scope(config: Config, shape: ModelShape, stage: int) -> int:
+    """Parameters of a stage's transformer layers in ``gradients.scope``: they may all be one data rank's."""
+    scope = config.gradients.scope
+    last = [(shape.num_layers - 1, shape.num_layers)] if scope == "last_block" else []
+    ranges = last if isinstance(scope, str) else scope
+    count = shape.num_layers // config.parallel.pipeline
+    own = range(stage * count, (stage + 1) * count)
+    layers = sum(first <= layer < end for layer in own for first, end in ranges)
+    return layers * _layer_parameters(shape, config.parallel.tensor)
+
+
+def _critic(config: Config, shape: ModelShape, data: int, stage: int) -> int:
+    """Parameters, gradients and optimizer state of all value models; they take turns with activations."""
+    if config.advantages.name != "gae":
+        return 0
+    objectives = len(config.objectives)
+    models, heads = (1, objectives) if config.critic.heads == "shared" else (objectives, 1)
+    count = critic_parameters(shape, config.parallel.tensor, config.parallel.pipeline, stage, heads)
+    state = _optimizer_bytes(config, config.critic.optimizer, count, data)
+    return models * (count * (_item_size(config) + FP32) + state)
+
+
+def _item_size(config: Config) -> int:
+    return 2 if config.model.dtype == "bf16" else FP32
+
+
+def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int, data: int) -> int:
+    """fp32 main parameters (bf16 only) and moments of ``count`` parameters on one of ``data`` ranks."""
+    main = 1 if config.model.dtype == "bf16" else 0
+    moments = 2 if optimizer.name == "adam" else int(optimizer.momentum > 0)
+    return (main + moments) * FP32 * count // (data if optimizer.distributed else 1)
+
+
+def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:
+    rollout = config.rollout
+    sequences = min(rollout.batch_size, rollout.prompts_per_step // data * rollout.samples_per_prompt)
+    layers = shape.num_layers // config.parallel.pipeline
+    width = shape.kv_groups // config.parallel.tensor * shape.head_dim
+    return 2 * layers * sequences * _longest(config) * width * _item_size(config)
+
+
+def _longest(config: Config) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens

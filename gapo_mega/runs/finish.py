@@ -1,0 +1,59 @@
+"""The end of a run: exported model, held-out comparison, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from gapo_mega.config import Config
+from gapo_mega.engine.base import Engine
+from gapo_mega.evaluation.console import print_summary
+from gapo_mega.evaluation.heldout import SUMMARY_FILE, Summary, paired_summary, write_summary
+from gapo_mega.evaluation.report import SamplePair, write_report
+from gapo_mega.rollout.heldout import Answers, HeldOut
+
+EXPORT_FOLDER = "hf"
+
+
+def finish(
+    config: Config,
+    engine: Engine,
+    names: Sequence[str],
+    before: Answers,
+    heldout: HeldOut,
+    elapsed: Callable[[], float],
+) -> None:
+    """Export the policy, answer the held-out prompts again, write summary and report, print the table."""
+    directory = Path(config.output_dir)
+    if config.checkpoint.export_hf:
+        engine.export_hf(directory / EXPORT_FOLDER)
+    after = heldout.answer()
+    if engine.layout.is_main:
+        summary: Summary = {"objectives": {}}
+        if after.prompts:
+            summary = paired_summary(
+                torch.tensor(before.scores), torch.tensor(after.scores), names, heldout.samples
+            )
+        write_summary(directory / SUMMARY_FILE, summary, elapsed())
+        pairs = sample_pairs(before, after, names, config.evaluation.shown, heldout.samples)
+        print_summary(summary, write_report(directory, pairs))
+    engine.barrier()
+
+
+def sample_pairs(
+    before: Answers, after: Answers, names: Sequence[str], count: int, samples: int
+) -> list[SamplePair]:
+    """The first sample of the first ``count`` held-out prompts."""
+    rows = range(0, len(after.prompts), samples)[:count]
+    return [
+        SamplePair(
+            prompt=after.prompts[i],
+            before=before.responses[i],
+            after=after.responses[i],
+            scores_before={name: before.scores[m][i] for m, name in enumerate(names)},
+            scores_after={name: after.scores[m][i] for m, name in enumerate(names)},
+        )
+        for i in rows
+    ]

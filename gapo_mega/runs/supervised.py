@@ -1,0 +1,375 @@
+"""Supervised runs: ``gapo-mega train-reward`` and ``gapo-mega sft``. One loop, two kinds of data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from gapo_mega.config.loading import dump
+from gapo_mega.config.supervised import RewardModelConfig, SftConfig, SupervisedConfig, check_batches
+from gapo_mega.data import encoding as batches
+from gapo_mega.data.chat_template import template_text
+from gapo_mega.data.chats import load_chats
+from gapo_mega.data.pairs import load_pairs
+from gapo_mega.evaluation import measures
+from gapo_mega.models import shape_of
+from gapo_mega.models.huggingface import location as model_location
+from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.layout import check_model_split
+from gapo_mega.runs.checkpoints import (
+    CheckpointFolder,
+    StopOnSignal,
+    any_replica,
+    checkpoint_to_resume,
+    is_due,
+)
+from gapo_mega.runs.log import RunLog, check_logging
+from gapo_mega.types import Experience, bare_experience
+
+if TYPE_CHECKING:
+    from gapo_mega.engine.megatron.supervised import SupervisedEngine
+
+logger = logging.getLogger(__name__)
+SUMMARY_FILE = "summary.json"
+EXPORT_FOLDER = "hf"
+AnyConfig = TypeVar("AnyConfig", bound=SupervisedConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What is known of a run before its engine is built."""
+
+    shape: ModelShape
+    source: Path
+    hf_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with; a score is taken at the last token that is another."""
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        found = pad if pad is not None else end
+        if found is None:
+            raise ValueError(f"model.path: the tokenizer of {self.source} has neither a pad nor an eos token")
+        return int(found)
+
+
+def check(config: SupervisedConfig, world_size: int) -> _Start:
+    """Everything that can be refused before data are read or a model is built. Raises ``ValueError``."""
+    source = model_location.resolve(config.model.path)
+    hf_config = read_config(model_location.companions_of(source))
+    shape = shape_of(hf_config)
+    layers = config.model.keep_layers
+    if layers is not None:
+        if layers > shape.num_layers or source != model_location.companions_of(source):
+            raise ValueError(
+                f"model.keep_layers: found {layers}, accepted: 1 to {shape.num_layers}, of a Hugging Face "
+                "directory"
+            )
+        shape = dataclasses.replace(shape, num_layers=layers)
+    if config.model.max_tokens > min(shape.max_positions, shape.sliding_window or shape.max_positions):
+        raise ValueError(
+            f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
+            f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
+        )
+    check_batches(config, check_model_split(config.parallel, shape, world_size))
+    check_logging(config.logging)
+    tokenizer = AutoTokenizer.from_pretrained(model_location.companions_of(source))
+    template_text(tokenizer, config.model.chat_template, batches.TEMPLATE_PARAMETER)
+    return _Start(shape, source, hf_config, tokenizer)
+
+
+class SupervisedRun(ABC, Generic[AnyConfig]):
+    """A supervised run on this process's share of the world. ``run`` trains, exports and sums up."""
+
+    def __init__(self, config: AnyConfig) -> None:
+        """Read the data and build the model. Raises ``ValueError`` for what does not fit."""
+        self.config = config
+        self.directory = Path(config.output_dir)
+        self.start = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        count = self._load(self.start.tokenizer)
+        # Refuses more items a step than there are, before the engine knows this process's place.
+        order = batches.Order(count, config.batch_size, 0, 1, config.seed)
+        total = order.steps_per_epoch * config.epochs
+        self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
+        self.engine = self._build()
+        layout = self.engine.layout
+        self.order = batches.Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
+        self.checkpoints = CheckpointFolder(
+            self.directory / "checkpoints", config.checkpoint.keep, layout, self.engine.barrier
+        )
+        self.log = RunLog(self.directory, [], config.logging, self.total_steps, layout.is_main)
+        if layout.is_main:
+            dump(config, self.directory / "config.yaml")
+        self.step = 0
+
+    def run(self) -> dict[str, float]:
+        """Train to the end, or to SIGTERM; what was measured on the held-out data at the end."""
+        self._resume()
+        self.log.truncate_after(self.step)
+        with StopOnSignal() as stop:
+            while self.step < self.total_steps:
+                self._train_step()
+                if any_replica(self.engine, stop.requested) and self.step < self.total_steps:
+                    self._save()
+                    self.log.close()
+                    logger.warning(
+                        "stopped by a signal after step %d; the same command goes on from there", self.step
+                    )
+                    return {}
+                if is_due(self.config.checkpoint, self.step, self.total_steps):
+                    self._save()
+            self.log.close()
+            return self._finish()
+
+    def _train_step(self) -> None:
+        started = time.perf_counter()
+        batch = self._batch(self.order.items(self.step))
+        update = self.engine.update(batch)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        tokens = float(self.engine.sum_over_data((batch.tokens_BT != self.start.pad_id).sum()))
+        metrics = {
+            "loss": update.loss,
+            **self._named(update.right),
+            "gradient_norm": update.gradient_norm,
+            "learning_rate": update.learning_rate,
+            "skipped": float(update.skipped),
+            "tokens_per_second": tokens / seconds,
+            "time/step": seconds,
+        }
+        if update.skipped:
+            logger.warning("step %d skipped: its gradient is not finite", self.step)
+        every = self.config.evaluate_every
+        if every and self.step % every == 0 and self.step < self.total_steps:
+            metrics |= {f"heldout/{name}": value for name, value in self.evaluate().items()}
+        self.log.write(self.step, metrics)
+
+    def _finish(self) -> dict[str, float]:
+        measured = self.evaluate()
+        if self.config.checkpoint.export_hf:
+            self.engine.export_hf(self.directory / EXPORT_FOLDER)
+        if self.engine.layout.is_main:
+            summary = {"steps": self.step, "training_items": self.order.count, "heldout": measured}
+            (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+            measures.print_table(measured, self.directory)
+        self.engine.barrier()
+        return measured
+
+    # -- what kinds differ in ----------------------------------------------------------------------
+    @abstractmethod
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Read and encode the data; the number of training items."""
+
+    @abstractmethod
+    def _build(self) -> SupervisedEngine:
+        """The engine with the model."""
+
+    @abstractmethod
+    def _batch(self, items: Sequence[int]) -> Experience:
+        """These training items, padded; of like length together, since microbatches are cut to their own."""
+
+    @abstractmethod
+    def _named(self, right: float) -> dict[str, float]:
+        """Metrics of an update that only one kind has."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Measures on the held-out data; the same on every rank, empty without such data."""
+
+    # -- helpers -----------------------------------------------------------------------------------
+    def _engine_arguments(self, micro_batch: int, config: dict[str, object]) -> dict[str, Any]:
+        if self.config.model.keep_layers is not None:
+            kept = self.config.model.keep_layers
+            config["num_hidden_layers"] = kept
+            layer_types = self.start.hf_config.to_dict().get("layer_types")
+            if layer_types is not None:
+                config["layer_types"] = layer_types[:kept]
+        template = self.config.model.chat_template
+        if template is not None:  # it goes with the model: it is how the model wants to be asked
+            template = template_text(self.start.tokenizer, template, batches.TEMPLATE_PARAMETER)
+        return {
+            "model": self.config.model,
+            "chat_template": template,
+            "parallel": self.config.parallel,
+            "optimizer": self.config.optimizer,
+            "total_steps": self.total_steps,
+            "micro_batch": micro_batch,
+            "seed": self.config.seed,
+            "config": config,
+        }
+
+    def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
+        """This data rank's share of held-out items, of like length together, in forward passes."""
+        layout, size = self.engine.layout, self.config.micro_batch_size
+        own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
+        return [own[i : i + size] for i in range(0, len(own), size)]
+
+    def _gathered(self, own: dict[int, Any], count: int) -> list[Any]:
+        """All ranks' values by item, in the items' order."""
+        merged: dict[int, Any] = {}
+        for part in self.engine.gather_over_data(own):
+            merged |= part
+        return [merged[i] for i in range(count)]
+
+    def _save(self) -> None:
+        extra = {"step": self.step, "items": self.order.count, "batch_size": self.order.batch_size}
+        self.checkpoints.save(self.step, lambda directory: self.engine.save(directory, extra))
+
+    def _resume(self) -> None:
+        latest = checkpoint_to_resume(self.checkpoints, self.config.checkpoint, self.engine)
+        if latest is None:
+            return
+        extra = self.engine.load(latest)
+        for key, name, mine in (
+            ("items", "data", self.order.count),
+            ("batch_size", "batch_size", self.order.batch_size),
+        ):
+            if extra[key] != mine:
+                raise ValueError(
+                    f"{name}: {latest} was written with {extra[key]}, found {mine}; accepted: the "
+                    "configuration of the run that is resumed, or another output_dir"
+                )
+        self.step = int(extra["step"])
+        logger.info("resumed from %s: %d of %d steps done", latest, self.step, self.total_steps)
+
+
+class RewardRun(SupervisedRun[RewardModelConfig]):
+    """A reward model from preference pairs, by the likelihood of Bradley and Terry."""
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        model = self.config.model
+        train, heldout = load_pairs(self.config.data, self.config.seed)
+        self._train, _ = batches.encode_pairs(train, tokenizer, model.chat_template, model.max_tokens)
+        self._heldout: list[batches.PairIds] = []
+        self._lengths: list[tuple[int, int]] = []
+        if heldout:
+            self._heldout, kept = batches.encode_pairs(
+                heldout, tokenizer, model.chat_template, model.max_tokens
+            )
+            self._lengths = batches.response_lengths(kept, tokenizer)
+        return len(self._train)
+
+    def _build(self) -> SupervisedEngine:
+        # Imported here: Megatron takes seconds to load, and bad input should be told at once.
+        from gapo_mega.engine.megatron.score import head_if_any
+        from gapo_mega.engine.megatron.supervised import PairEngine
+
+        start = self.start
+        head = head_if_any(start.source)
+        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
+            raise ValueError(
+                f"model.path: {start.source} is a score model with a bias, a normaliser or a sign, "
+                "which training would not keep; accepted: a language model, or a transformers classifier"
+            )
+        family = start.hf_config.model_type
+        config: dict[str, object] = {
+            "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]],
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "pad_token_id": start.pad_id,
+        }
+        arguments = self._engine_arguments(2 * self.config.micro_batch_size, config)
+        return PairEngine(
+            start.shape,
+            start.source,
+            head=head,
+            center=self.config.center_rewards,
+            pad_id=start.pad_id,
+            **arguments,
+        )
+
+    def _batch(self, items: Sequence[int]) -> Experience:
+        pairs = [self._train[i] for i in items]
+        return self._experience(sorted(pairs, key=lambda both: max(map(len, both))))
+
+    def _experience(self, pairs: Sequence[batches.PairIds]) -> Experience:
+        tokens_BT, _ = batches.pair_batch(pairs, self.start.pad_id)
+        return bare_experience(tokens_BT, last_mark(tokens_BT, self.start.pad_id))
+
+    def _named(self, right: float) -> dict[str, float]:
+        return {"accuracy": right}
+
+    def evaluate(self) -> dict[str, float]:
+        """See ``SupervisedRun.evaluate`` and ``measures.of_pairs``."""
+        if not self._heldout:
+            return {}
+        lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
+        own: dict[int, tuple[float, float]] = {}
+        for items in self._own(len(self._heldout), lengths):
+            scores_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
+        scores = self._gathered(own, len(self._heldout))
+        return measures.of_pairs(scores, self._lengths)
+
+
+class SftRun(SupervisedRun[SftConfig]):
+    """A language model from conversations, by the likelihood of the assistant's tokens."""
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        model = self.config.model
+        train, heldout = load_chats(self.config.data, self.config.seed)
+        encoded = [
+            batches.encode_chats(
+                chats,
+                tokenizer,
+                model.chat_template,
+                model.max_tokens,
+                assistant_only=self.config.assistant_only,
+            )
+            if chats
+            else []
+            for chats in (train, heldout)
+        ]
+        self._train, self._heldout = encoded
+        return len(self._train)
+
+    def _build(self) -> SupervisedEngine:
+        from gapo_mega.engine.megatron.supervised import ChatEngine
+
+        arguments = self._engine_arguments(self.config.micro_batch_size, {})
+        return ChatEngine(self.start.shape, self.start.source, **arguments)
+
+    def _batch(self, items: Sequence[int]) -> Experience:
+        chats = [self._train[i] for i in items]
+        return self._experience(sorted(chats, key=lambda chat: len(chat[0])))
+
+    def _experience(self, chats: Sequence[batches.ChatIds]) -> Experience:
+        return bare_experience(*batches.chat_batch(chats, self.start.pad_id))
+
+    def _named(self, right: float) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        """See ``SupervisedRun.evaluate`` and ``measures.of_chats``."""
+        if not self._heldout:
+            return {}
+        own: dict[int, float] = {}
+        for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
+            logprobs_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            own |= dict(zip(items, logprobs_B.tolist(), strict=True))
+        tokens = [int(mask_T.sum()) for _, mask_T in self._heldout]
+        return measures.of_chats(self._gathered(own, len(self._heldout)), tokens)
+
+
+def last_mark(tokens_BT: Tensor, pad_id: int) -> Tensor:
+    """Bool ``[B, T]``, true once a row: at its last token that is not ``pad_id``.
+
+    transformers' classifiers take the score there, also where a text itself ends in the pad token.
+    """
+    positions_T = torch.arange(tokens_BT.shape[1])
+    last_B = torch.where(tokens_BT != pad_id, positions_T, 0).amax(dim=1)
+    return positions_T == last_B[:, None]

@@ -1,1 +1,0 @@
-"""Data of supervised training: preference pairs for reward models, conversations for fine-tuning."""
