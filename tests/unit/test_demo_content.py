@@ -31,7 +31,7 @@ def test_prompts_have_both_splits_and_no_near_duplicates() -> None:
 
 
 def test_unknown_data_file_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match="data.source: found 'package:nope', accepted: package:prompts"):
+    with pytest.raises(ValueError, match=r"data\.source: found 'package:nope', accepted: package:prompts"):
         packaged("data.source", "package:nope")
 
 
