@@ -24,12 +24,13 @@ ifeq ($(GPUS),0)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
 
-# Test files run side by side, the long ones of tests/distributed first; these start several processes themselves.
+# Test files run side by side, the long ones of tests/process first; these start several processes themselves.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What the extension is built from. A change of it, or of what is installed, installs again.
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 EXTRAS_test := [test]
 EXTRAS_lint := [test,lint]
 # An installation with more extras is one with fewer, too.
@@ -37,13 +38,14 @@ STAMPS_run := $(VENV)/.installed-run
 STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 
-.PHONY: help demo test combinations lint sanitize clean
+.PHONY: help demo test test-fast combinations lint sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
 help:
 	@echo "make demo          install, train a small language model on two conflicting objectives, show the result"
 	@echo "make test          install with test extras, run the whole test suite"
+	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make lint          ruff, mypy --strict, clang-format"
 	@echo "make sanitize      the extension's tests under the address and undefined-behaviour sanitizers"
@@ -54,13 +56,16 @@ demo: $(VENV)/.installed-run $(MODEL)/config.json
 	  model.dtype=$(DTYPE)
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/unit tests/gpu -n $(TEST_WORKERS) \
-	  --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests/process tests/engine tests/fast tests/gpu
+
+# No processes, no compiler, no Megatron.
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) tests/fast
 
 # There are hours of combinations. OUT=FILE.jsonl keeps what was run, and the next call goes on from there.
 MINUTES ?= 10
 combinations: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.combinations --limit-minutes $(MINUTES) $(if $(OUT),--out $(OUT))
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.combinations --limit-minutes $(MINUTES) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -81,8 +86,8 @@ sanitize: $(VENV)/.installed-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/pytest --import-mode=importlib -o pythonpath="$(SANITIZED) ." \
-	  tests/unit/test_ops_aggregate.py tests/unit/test_ops_arguments.py tests/unit/test_ops_min_norm.py \
-	  tests/unit/test_ops_streams.py
+	  tests/fast/ops/test_aggregate.py tests/fast/ops/test_arguments.py tests/fast/ops/test_min_norm.py \
+	  tests/fast/ops/test_streams.py
 
 clean:
 	rm -rf build dist *.egg-info gapo_mega/ops/*.so $(VENV)/.installed-*

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation, ops
 from gapo_mega.ops import reference
-from tests.unit.test_ops_min_norm import families, residual
+from tests.helpers.grams import families, residual
 
 pytestmark = [
     pytest.mark.gpu,

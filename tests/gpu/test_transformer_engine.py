@@ -15,9 +15,9 @@ from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.optional import transformer_engine_layers
-from tests.distributed import worlds
-from tests.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
-from tests.unit.test_models_megatron import relative_error, transformers_logits
+from tests.helpers.logits import relative_error, transformers_logits
+from tests.helpers.ranks import worlds
+from tests.helpers.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
 
 pytestmark = [
     pytest.mark.gpu,

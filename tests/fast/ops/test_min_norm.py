@@ -1,0 +1,220 @@
+"""The solver against exact rational arithmetic, scipy, and the optimality conditions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import Tensor
+
+from gapo_mega import ops
+from gapo_mega.ops import reference
+from tests.helpers.grams import Matrix, exact, families, residual
+
+
+def solve(a: Matrix, b: list[Fraction]) -> list[Fraction] | None:
+    """Gauss-Jordan; None where the matrix is singular."""
+    n = len(b)
+    rows = [[*row, right] for row, right in zip(a, b, strict=True)]
+    for k in range(n):
+        pivot = next((i for i in range(k, n) if rows[i][k]), None)
+        if pivot is None:
+            return None
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        rows[k] = [x / rows[k][k] for x in rows[k]]
+        for i in range(n):
+            if i != k and rows[i][k]:
+                rows[i] = [x - rows[i][k] * top for x, top in zip(rows[i], rows[k], strict=True)]
+    return [row[n] for row in rows]
+
+
+def exact_minimum(gram: Tensor) -> Fraction:
+    """min over the simplex of w'Gw, by all affinely independent support sets."""
+    g = exact(gram)
+    best = None
+    for size in range(1, len(g) + 1):
+        for support in combinations(range(len(g)), size):
+            system = [[*(g[i][j] for j in support), Fraction(-1)] for i in support]
+            system.append([Fraction(1)] * size + [Fraction(0)])
+            found = solve(system, [Fraction(0)] * size + [Fraction(1)])
+            if found is not None and min(found[:size]) >= 0 and (best is None or found[size] < best):
+                best = found[size]  # the multiplier is the value w'Gw
+    assert best is not None
+    return best
+
+
+def exact_value(gram: Tensor, weights: Tensor) -> Fraction:
+    w = [Fraction(x) for x in weights.tolist()]
+    g = exact(gram)
+    value = sum(w[i] * g[i][j] * w[j] for i in range(len(w)) for j in range(len(w)))
+    return Fraction(value) / sum(w) ** 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_value_equals_rational_arithmetic(data):
+    m = data.draw(st.integers(1, 4))
+    n = data.draw(st.integers(1, 5))
+    # Small integers: the Gram is exact, and parallel, opposing, equal and zero rows are frequent.
+    rows = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=m, max_size=m))
+    ).double()
+    scales = torch.tensor([2.0 ** data.draw(st.integers(-20, 20)) for _ in range(m)]).double()
+    rows = rows * scales[:, None]
+    gram = rows @ rows.T
+    weights = ops.min_norm(gram)
+    least = exact_minimum(gram)
+    largest = Fraction(float(gram.diagonal().max()))
+    # The value may only exceed the minimum, by rounding of the weights (2^-52) times the summands.
+    assert 0 <= exact_value(gram, weights) - least <= Fraction(1, 10**13) * largest
+    assert residual(gram, weights) <= 1e-9
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6, 8, 9, 12, 16])
+@pytest.mark.parametrize("family", list(families(2, 0)))
+def test_optimality_conditions_on_adversarial_rows(family, m):
+    for seed in range(6 if m <= 8 else 2):
+        rows = families(m, seed)[family]
+        gram = rows @ rows.T
+        gram = (gram + gram.T) / 2
+        assert residual(gram, ops.min_norm(gram)) <= 1e-9, gram
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4, 1e8, 1e12])
+def test_opposing_and_orthogonal_rows_have_closed_forms(ratio):
+    opposing = torch.tensor([[1.0, -ratio], [-ratio, ratio * ratio]], dtype=torch.float64)
+    expected = torch.tensor([ratio / (1 + ratio), 1 / (1 + ratio)], dtype=torch.float64)
+    torch.testing.assert_close(ops.min_norm(opposing), expected, rtol=1e-14, atol=0)
+    orthogonal = torch.diag(torch.tensor([1.0, ratio**2, ratio], dtype=torch.float64))
+    inverse = 1 / orthogonal.diagonal()
+    torch.testing.assert_close(ops.min_norm(orthogonal), inverse / inverse.sum(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("m", [2, 5, 8, 12])
+def test_scaling_by_powers_of_two_changes_no_bit(m):
+    rows = torch.randn(m, m + 2, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    assert torch.equal(ops.min_norm(gram), ops.min_norm(gram * 2.0**200))
+    assert torch.equal(ops.min_norm(gram), ops.min_norm(gram * 2.0**-200))
+
+
+@pytest.mark.parametrize("m", [3, 8, 10])
+def test_value_equals_scipy(m):
+    generator = torch.Generator().manual_seed(m)
+    for _ in range(5):
+        rows = torch.randn(m, m, generator=generator, dtype=torch.float64) + 0.5
+        gram = rows @ rows.T
+        g = gram.numpy()
+        found = minimize(
+            lambda w, g=g: (w @ g @ w, 2 * g @ w),
+            [1 / m] * m,
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, 1)] * m,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        weights = ops.min_norm(gram)
+        # SLSQP's own accuracy.
+        assert float(weights @ gram @ weights) == pytest.approx(found.fun, rel=1e-7)
+        torch.testing.assert_close(weights, reference.min_norm(gram), rtol=1e-9, atol=1e-12)
+
+
+def test_ties_are_resolved_the_same_way():
+    assert ops.min_norm(torch.ones(3, 3)).tolist() == [1.0, 0.0, 0.0]
+    assert ops.min_norm(torch.zeros(3, 3)).tolist() == [1.0, 0.0, 0.0]
+    assert ops.min_norm(torch.diag(torch.tensor([4.0, 0.0, 0.0]))).tolist() == [0.0, 1.0, 0.0]
+    assert ops.min_norm(torch.tensor([[7.0]])).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_of_duplicated_rows_the_first_takes_the_weight(m):
+    """And of several minimisers the one with the fewest, then the lowest rows, to rounding."""
+    rows = torch.randn(m // 2, m + 3, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    single = rows @ rows.T
+    single = (single + single.T) / 2
+    index = torch.arange(m) % (m // 2)
+    weights = ops.min_norm(single[index][:, index])
+    assert torch.equal(weights[: m // 2], ops.min_norm(single))
+    assert not bool(weights[m // 2 :].any())
+
+
+def test_of_many_minimisers_the_smallest_support_is_taken():
+    # The origin is the middle of rows 1 and 3, and also inside the triangle 0, 2, 4.
+    rows = torch.tensor([[0, 1], [1, 0], [-1, -1], [-1, 0], [1, -1], [2, 0], [-2, 0]]).double()
+    assert ops.min_norm(rows @ rows.T).tolist() == [0, 0.5, 0, 0.5, 0, 0, 0]
+    rows[3] *= 1 + 1e-15  # rounding decides nothing
+    weights = ops.min_norm(rows @ rows.T)
+    assert weights.nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("m", [2, 5, 8, 9, 13, 16])
+@pytest.mark.parametrize("family", list(families(2, 0)))
+def test_into_tensors_with_a_status(family, m):
+    rows = families(m, 2)[family]
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    weights = torch.full((m,), 7.0, dtype=torch.float64)
+    status = torch.full((1,), 7, dtype=torch.int32)
+    ops.min_norm_(weights, status, gram)
+    assert int(status) == ops.Status.OK
+    assert torch.equal(weights, ops.min_norm(gram))
+
+
+def test_rows_of_norm_zero_can_be_left_out():
+    weights, status = torch.empty(3, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
+    ops.min_norm_(weights, status, torch.diag(torch.tensor([4.0, 0.0, 1.0])).double(), exclude_zero=True)
+    assert (weights.tolist(), int(status)) == ([0.2, 0.0, 0.8], ops.Status.OK)
+    ops.min_norm_(weights, status, torch.zeros(3, 3, dtype=torch.float64), exclude_zero=True)
+    assert (weights.tolist(), int(status)) == ([0.0, 0.0, 0.0], ops.Status.OK)
+
+
+@pytest.mark.parametrize(
+    ("gram", "expected"),
+    [
+        ([[1.0, float("nan")], [float("nan"), 1.0]], ops.Status.NOT_FINITE),
+        ([[float("inf"), 0.0], [0.0, 1.0]], ops.Status.NOT_FINITE),
+        ([[1.0, 0.0], [0.0, -1.0]], ops.Status.NEGATIVE_DIAGONAL),
+    ],
+)
+def test_what_is_no_gram_matrix_is_a_status_and_never_weights(gram, expected):
+    weights, status = torch.full((2,), 7.0, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    ops.min_norm_(weights, status, torch.tensor(gram, dtype=torch.float64))
+    assert (weights.tolist(), int(status)) == ([0.0, 0.0], expected)
+
+
+@pytest.mark.parametrize("m", [3, 8, 16])
+def test_the_duality_gap_certifies_the_minimum_and_nothing_else(m):
+    rows = torch.randn(m, m // 2 + 2, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    gram = rows @ rows.T
+    gram = (gram + gram.T) / 2
+    best = ops.min_norm(gram)
+    # Rounding of the weights, 2^-53 each, times summands of the size of the largest square.
+    assert abs(ops.duality_gap(gram, best)) <= 1e-14 * float(gram.diagonal().max())
+    other = torch.full((m,), 1.0 / m, dtype=torch.float64)
+    change = gram @ other
+    gap = ops.duality_gap(gram, other)
+    assert gap == pytest.approx(float(other @ change - change.min()), rel=1e-12)
+    # What the certificate bounds: the squared distance from the minimum-norm point.
+    assert float((other - best) @ gram @ (other - best)) <= gap
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
+def test_a_support_that_could_be_smaller_is_made_smaller(order):
+    # Rows 0 and 1 are parallel to 3e-6: one of them with row 2 is the minimum to rounding, and all three
+    # are it exactly. The smaller support is taken whatever the order.
+    rows = torch.tensor([[1, -2.5e-6, 1], [1, 0.75e-6, 1], [-1, 0, 1]]).double()[order]
+    weights = ops.min_norm(rows @ rows.T)
+    assert len(weights.nonzero()) == 2
+    assert residual(rows @ rows.T, weights) <= 1e-9
+
+
+def test_what_is_far_from_a_gram_matrix_is_refused():
+    with pytest.raises(ValueError, match="gram: found"):
+        ops.min_norm(torch.tensor([[1e-300, 1e300], [1e300, 1e-300]], dtype=torch.float64))

@@ -1,0 +1,164 @@
+"""Gradients in float64 in one process: transformers and torch.autograd, the loss written down anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from gapo_mega.types import Experience
+from tests.helpers.combinations.settings import OBJECTIVES
+from tests.helpers.ranks.check_engine import global_batch
+from tests.helpers.tiny import tiny_llama
+
+VOCABULARY, LAYERS = 200, 4
+# Of the ratio of probabilities: its logarithm is clipped to [-0.51, 0.34], and starts from one of these.
+CLIP_EPSILON = 0.4
+LOG_RATIOS = (-1.2, -0.01, 0.01, 0.7)
+
+Named = Mapping[str, Tensor]
+
+
+def write_models(folder: Path) -> None:
+    """The two models, in fp32 but of numbers that bf16 has: a run in bf16 starts from the same ones."""
+    for tied in ("false", "true"):
+        directory = folder / f"tied-{tied}"
+        model = tiny_llama(directory, tied=tied == "true", vocab=VOCABULARY)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        model.save_pretrained(directory)
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory, in float64."""
+    return {name: value.double() for name, value in load_file(directory / "model.safetensors").items()}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of every objective's loss, at one point."""
+
+    losses: Tensor  # [M]
+    loss_scale: Tensor  # [M]: the mean size of the summands that a loss is the mean of
+    margin: float  # how near the logarithm of a ratio comes to where it is clipped
+    full: list[dict[str, Tensor]]  # by name, for every objective
+    head: list[Tensor]  # of the output layer's weight as output layer only, were it tied or not
+
+    def rows(self, scope: Any, weight: Named | None = None) -> Tensor:
+        """The gradients of the parameters in ``scope``, flattened [M, N].
+
+        ``weight``: by name; of every element the factor that it is multiplied by.
+        """
+        return torch.stack([self._row(k, scope, weight) for k in range(len(self.full))])
+
+    def gram(self, scope: Any, metric: Named | None = None) -> Tensor:
+        """Inner products [M, M]; ``metric``: by name, the diagonal D in ``<a, D b>``."""
+        return self.rows(scope) @ self.rows(scope, metric).T
+
+    def _row(self, objective: int, scope: Any, weight: Named | None) -> Tensor:
+        parts = [
+            (grad if weight is None else grad * weight[name]).flatten()
+            for name, grad in sorted(self.full[objective].items())
+            if in_scope(name, scope)
+        ]
+        if scope in ("last_layer", "last_block"):
+            assert weight is None, "the output layer's use of a tied weight has no second moment"
+            parts.append(self.head[objective].flatten())
+        return torch.cat(parts)
+
+
+def in_scope(name: str, scope: Any) -> bool:
+    """Whether a parameter counts; the output layer is seen to elsewhere."""
+    if scope == "full":
+        return True
+    named = {"last_layer": [], "last_block": [[LAYERS - 1, LAYERS]]}
+    ranges = named[scope] if isinstance(scope, str) else scope
+    return any(f".layers.{i}." in name for first, end in ranges for i in range(first, end))
+
+
+class Reference:
+    """One of the models and its batch; gradients at its weights, and at others."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = LlamaForCausalLM.from_pretrained(directory).double()
+        self.start = tensors_of(directory)
+        self._tokens_BT = global_batch(VOCABULARY).tokens_BT
+        self.batch = self._batch()
+        self.first = self.at(self.start)
+
+    def at(self, weights: Named) -> Gradients:
+        """Gradients of all objectives with ``weights`` by their Hugging Face names."""
+        named = dict(self._model.named_parameters())
+        assert named.keys() == weights.keys()
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(weights[name])
+        hidden = self._model.model(input_ids=self._tokens_BT).last_hidden_state
+        head = self._model.lm_head.weight
+        use = head.detach().clone().requires_grad_()
+        losses, scales, margin = self._losses(hidden @ head.t())
+        alone, _, _ = self._losses(hidden.detach() @ use.t())
+        full = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+        return Gradients(
+            torch.stack(losses).detach(),
+            torch.stack(scales).detach(),
+            margin,
+            [dict(zip(named, grads, strict=True)) for grads in full],
+            [torch.autograd.grad(loss, use, retain_graph=True)[0] for loss in alone],
+        )
+
+    def _losses(self, logits_BTV: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
+        """PPO's clipped losses, the mean size of what they are means of, and the margin."""
+        assert self.batch.advantages_MBT is not None
+        mask = self.batch.response_mask_BT[:, 1:]
+        change = self._logprobs(logits_BTV)[:, 1:] - self.batch.old_logprobs_BT[:, 1:].double()
+        ratio = change[mask].exp()
+        clipped = ratio.clamp(1 - CLIP_EPSILON, 1 + CLIP_EPSILON)
+        terms = [
+            torch.min(ratio * a, clipped * a)
+            for a in (advantages_BT[:, 1:][mask] for advantages_BT in self.batch.advantages_MBT.double())
+        ]
+        edges = torch.tensor([1 - CLIP_EPSILON, 1 + CLIP_EPSILON], dtype=torch.float64).log()
+        margin = float((change[mask].detach()[:, None] - edges).abs().min())
+        return [-term.mean() for term in terms], [term.abs().mean() for term in terms], margin
+
+    def _logprobs(self, logits_BTV: Tensor) -> Tensor:
+        """Log-probability of every token given those before it [B, T]; 0 for the first."""
+        chosen = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, self._tokens_BT[:, 1:, None]).squeeze(-1)
+        return torch.nn.functional.pad(chosen, (1, 0))
+
+    @torch.no_grad()
+    def _batch(self) -> Experience:
+        """Two objectives; old log-probabilities beside this model's own by a little or by far.
+
+        Some ratios are clipped and some are not; neither a step nor bf16 moves one over the edge: a token
+        more or less in the gradient would be as much as a tenth of it.
+        """
+        whole = global_batch(VOCABULARY)
+        own_BT = self._logprobs(self._model(self._tokens_BT).logits).float()
+        generator = torch.Generator().manual_seed(7)
+        choice_BT = torch.randint(len(LOG_RATIOS), own_BT.shape, generator=generator)
+        noise_BT = -torch.tensor(LOG_RATIOS)[choice_BT]
+        assert whole.advantages_MBT is not None
+        return dataclasses.replace(
+            whole,
+            old_logprobs_BT=(own_BT + noise_BT) * whole.response_mask_BT,
+            scores_MB=whole.scores_MB[:OBJECTIVES],
+            token_rewards_MBT=whole.token_rewards_MBT[:OBJECTIVES],
+            advantages_MBT=whole.advantages_MBT[:OBJECTIVES],
+        )
+
+
+@functools.cache
+def reference_of(folder: Path, tied: str) -> Reference:
+    """The reference of one of ``write_models``' models, one for the process."""
+    return Reference(folder / f"tied-{tied}")

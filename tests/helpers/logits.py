@@ -1,0 +1,20 @@
+"""Logits of transformers, and how far others are from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+@torch.no_grad()
+def transformers_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
+    logits_BTV: Tensor = AutoModelForCausalLM.from_pretrained(directory).eval()(tokens_BT).logits
+    return logits_BTV
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())

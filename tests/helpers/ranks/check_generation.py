@@ -1,0 +1,95 @@
+"""Generation in one layout: tokens, log-probabilities, and whether all ranks got the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gapo_mega.config import ModelConfig, ParallelConfig
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.models import HFDirectory, shape_of
+from gapo_mega.types import Experience, Generation, bare_experience
+from tests.helpers.ranks import worlds
+
+LENGTHS = (6, 1, 11, 4, 6, 9, 2)
+
+
+def prompts_of(vocabulary: int) -> list[list[int]]:
+    """Different lengths, one of a single token, one prompt twice."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompts[4] = prompts[0]
+    return prompts
+
+
+def training_logprobs(
+    model: torch.nn.Module, generation: Generation, vocabulary: int, world: groups.Groups
+) -> Any:
+    """What the training forward says of the sampled tokens: [B, T] on every rank."""
+
+    def output_of(logits_BTV: torch.Tensor, part: Experience) -> torch.Tensor:
+        logits_BTV = logits_BTV[:, : part.tokens_BT.shape[1]]  # sequence parallelism pads
+        return response_logprobs(logits_BTV, part.tokens_BT, part.response_mask_BT, vocabulary).cpu()
+
+    batch = bare_experience(generation.tokens_BT, generation.response_mask_BT)
+    with megatron_device():
+        parts = forward_only(model, [batch], output_of)
+    return world.from_last_stage(parts[0] if parts else torch.zeros(generation.tokens_BT.shape))
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments``: model (a folder), layout, batch_size, eos_ids, and runs, a list of sampling parameters.
+
+    Gives one entry per run: ``tokens``, ``mask``, ``logprobs`` and ``finished`` as nested lists,
+    ``same`` (all ranks of the world agree) and ``logprob_error`` against the training forward.
+    """
+    directory = Path(arguments["model"])
+    layout = ParallelConfig.model_validate(arguments["layout"])
+    world = worlds.enter(layout.tensor, layout.pipeline)
+    shape = shape_of(HFDirectory(directory).config)
+    with megatron_device():
+        model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
+        weights.load_hf(model, shape, directory)
+    generator = MegatronGenerator(
+        model,
+        world,
+        vocabulary=shape.vocab,
+        pad_id=0,
+        eos_ids=arguments["eos_ids"],
+        batch_size=arguments["batch_size"],
+    )
+    results: list[dict[str, Any]] = []
+    for parameters in arguments["runs"]:
+        generation = generator.generate(prompts_of(shape.vocab), SamplingParameters(**parameters), seed=4)
+        assert model.training
+        expected_BT = training_logprobs(model, generation, shape.vocab, world)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, dataclasses.astuple(generation))
+        same = all(
+            torch.equal(mine, theirs)
+            for other in everywhere
+            for mine, theirs in zip(dataclasses.astuple(generation), other, strict=True)
+        )
+        results.append(
+            {
+                "tokens": generation.tokens_BT.tolist(),
+                "mask": generation.response_mask_BT.tolist(),
+                "logprobs": generation.logprobs_BT.tolist(),
+                "finished": generation.finished_B.tolist(),
+                "same": same,
+                "logprob_error": float((generation.logprobs_BT - expected_BT).abs().max()),
+            }
+        )
+    dist.barrier()
+    return {"runs": results}

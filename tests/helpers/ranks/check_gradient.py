@@ -1,0 +1,113 @@
+"""Gradients of two objectives in one layout, tensor by tensor against transformers' autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gapo_mega import aggregation
+from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.gradients.kept_rows import Shards
+from gapo_mega.engine.megatron.gradients.passes import Task
+from gapo_mega.engine.megatron.gradients.update import Setting
+from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.runtime import groups
+from gapo_mega.engine.megatron.runtime.clock import Clock
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.models import HFDirectory, shape_of
+from gapo_mega.types import Experience
+from tests.helpers.ranks import worlds
+
+ROWS, COLUMNS, MICRO_BATCH = 8, 21, 2  # an odd length: sequence parallelism has to pad
+WEIGHTS = [0.25, 0.75]
+
+
+def global_batch(vocabulary: int) -> Experience:
+    """The same on every rank; ``advantages_MBT`` are the coefficients of the log-probabilities."""
+    generator = torch.Generator().manual_seed(3)
+    mask_BT = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    mask_BT[:, :4] = False
+    empty_BT = torch.zeros(ROWS, COLUMNS)
+    return Experience(
+        tokens_BT=torch.randint(0, vocabulary, (ROWS, COLUMNS), generator=generator),
+        response_mask_BT=mask_BT,
+        group_B=torch.zeros(ROWS, dtype=torch.int64),
+        old_logprobs_BT=empty_BT,
+        ref_logprobs_BT=empty_BT,
+        scores_MB=torch.zeros(len(WEIGHTS), ROWS),
+        token_rewards_MBT=empty_BT.expand(len(WEIGHTS), -1, -1),
+        advantages_MBT=torch.randn(len(WEIGHTS), ROWS, COLUMNS, generator=generator) * mask_BT,
+    )
+
+
+def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+    """Linear in the log-probabilities."""
+    assert batch.advantages_MBT is not None
+    return (batch.advantages_MBT[objective] * logprobs_BT).sum()
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments``: model, export (folders), layout, shared (objectives take turns on a microbatch).
+
+    Gives ``gram_error``, over the norms, and ``errors``: of every tensor of the combined gradient the
+    greatest difference over its greatest element.
+    """
+    layout = ParallelConfig.model_validate(arguments["layout"])
+    world = worlds.enter(layout.tensor, layout.pipeline)
+    directory, export = Path(arguments["model"]), Path(arguments["export"])
+    gram = _write_gradient(directory, export, layout, world, arguments["shared"])
+    found = load_file(export / "model.safetensors")
+    expected_gram, expected = _transformers_gradients(directory)
+    assert found.keys() == expected.keys()
+    norms = expected_gram.diagonal().sqrt()
+    return {
+        "gram_error": float(((gram - expected_gram).abs() / torch.outer(norms, norms)).max()),
+        "errors": {n: float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items()},
+    }
+
+
+def _write_gradient(
+    directory: Path, export: Path, layout: ParallelConfig, world: groups.Groups, shared: bool
+) -> Tensor:
+    """The combined gradient as a Hugging Face directory, and the Gram matrix of the objectives'."""
+    shape = shape_of(HFDirectory(directory).config)
+    batch = global_batch(shape.vocab)
+    part = batch.select(torch.arange(ROWS).chunk(world.layout.data)[world.layout.data_rank])
+    with megatron_device():
+        model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
+        weights.load_hf(model, shape, directory)
+        optimizer = OptimizerConfig(name="sgd", distributed=False)
+        trainable = build.make_trainable(model, optimizer, total_steps=1)
+        setting = Setting(trainable, world, len(WEIGHTS), shape.vocab, MICRO_BATCH, shared, adam=False)
+        tokens = float(batch.response_mask_BT.sum())
+        task = Task(part.split(MICRO_BATCH), loss, tokens, shape.vocab, len(WEIGHTS))
+        aggregator = aggregation.build("weighted_sum", weights=WEIGHTS)
+        direction = Shards(setting).direction(task, aggregator, Clock())
+        with torch.no_grad():  # without the distributed optimizer every rank has all of its gradient
+            for parameter in model.parameters():
+                parameter.copy_(parameter.main_grad)
+        weights.export_hf(model, shape, directory, export)
+    return direction.gram
+
+
+def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    batch = global_batch(model.config.vocab_size)
+    logits_BTV = model(batch.tokens_BT).logits[:, :-1]
+    chosen_BT1 = logits_BTV.log_softmax(-1).gather(-1, batch.tokens_BT[:, 1:, None])
+    logprobs_BT = torch.nn.functional.pad(chosen_BT1[..., 0], (1, 0))
+    parameters = dict(model.named_parameters())
+    rows: list[dict[str, Tensor]] = []
+    for objective in range(len(WEIGHTS)):
+        value = loss(logprobs_BT, batch, objective) / batch.response_mask_BT.sum()
+        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+        rows.append(dict(zip(parameters, found, strict=True)))
+    flat_MN = torch.stack([torch.cat([g.flatten() for g in row.values()]).double() for row in rows])
+    combined = {name: sum(w * row[name] for w, row in zip(WEIGHTS, rows, strict=True)) for name in parameters}
+    return flat_MN @ flat_MN.T, combined

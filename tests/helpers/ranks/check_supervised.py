@@ -1,0 +1,109 @@
+"""Score models and supervised training in one layout; the test compares with transformers and one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.data.encoding import chat_batch, pair_batch
+from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.engine.megatron.score import ScoreModel, head_if_any
+from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedEngine
+from gapo_mega.models import HFDirectory, shape_of
+from gapo_mega.runs.supervised import last_mark
+from gapo_mega.types import Experience, bare_experience
+from tests.helpers.ranks import worlds
+
+PAD = 0
+STEPS = 3
+
+
+def conversations(count: int = 13) -> list[list[int]]:
+    """Token ids of different lengths; some end in the pad token, as texts of some templates do."""
+    generator = torch.Generator().manual_seed(5)
+    rows: list[list[int]] = []
+    for i in range(count):
+        length = int(torch.randint(2, 20, (), generator=generator))
+        row = torch.randint(3, 101, (length,), generator=generator).tolist()
+        rows.append([*row, PAD, PAD] if i % 4 == 0 else row)
+    return rows
+
+
+def pairs(step: int, count: int = 8) -> list[tuple[list[int], list[int]]]:
+    """Pairs that differ from step to step; the chosen one has more small ids."""
+    generator = torch.Generator().manual_seed(step)
+    found: list[tuple[list[int], list[int]]] = []
+    for _ in range(count):
+        lengths = torch.randint(3, 17, (2,), generator=generator).tolist()
+        chosen = torch.randint(3, 50, (lengths[0],), generator=generator).tolist()
+        found.append((chosen, torch.randint(40, 101, (lengths[1],), generator=generator).tolist()))
+    return found
+
+
+def chats(step: int, count: int = 8) -> list[tuple[list[int], list[bool]]]:
+    """Chats with a mask that begins late and has a hole."""
+    return [(chosen, [2 <= i != 4 for i in range(len(chosen))]) for chosen, _ in pairs(step, count)]
+
+
+def experience(kind: str, step: int, data_rank: int, data: int) -> Experience:
+    share = 8 // data
+    own = slice(data_rank * share, (data_rank + 1) * share)
+    if kind == "chats":
+        return bare_experience(*chat_batch(chats(step)[own], PAD))
+    tokens_BT, _ = pair_batch(pairs(step)[own], PAD)
+    return bare_experience(tokens_BT, last_mark(tokens_BT, PAD))
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments``: kind (score, pairs, chats), model, layout, and export for the trained ones."""
+    layout = ParallelConfig.model_validate(arguments["layout"])
+    world = worlds.enter(layout.tensor, layout.pipeline)
+    model = Path(arguments["model"])
+    if arguments["kind"] == "score":
+        settings = ModelConfig(path=str(model))
+        with megatron_device():
+            scorer = ScoreModel(model, settings, layout, world, micro_batch=4, offload=True)
+        return {"scores": scorer(conversations())}
+    return _train(arguments, layout, world, model)
+
+
+def _train(arguments: dict[str, Any], layout: ParallelConfig, world: Groups, model: Path) -> dict[str, Any]:
+    kind = arguments["kind"]
+    options: dict[str, Any] = {
+        "model": ModelConfig(path=str(model)),
+        "parallel": layout,
+        "optimizer": OptimizerConfig(lr=1e-3, schedule="constant", warmup_fraction=0),
+        "total_steps": STEPS,
+        "seed": 1,
+        "existing": world,
+        "config": {},
+    }
+    shape = shape_of(HFDirectory(model).config)
+    engine: SupervisedEngine
+    if kind == "pairs":
+        options |= {"micro_batch": 4, "pad_id": PAD, "center": 0.01, "head": head_if_any(model)}
+        options["config"] = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
+        engine = PairEngine(shape, model, **options)
+    else:
+        engine = ChatEngine(shape, model, micro_batch=2, **options)
+    updates = []
+    for step in range(STEPS):
+        batch = experience(kind, step, world.layout.data_rank, world.layout.data)
+        updates.append(engine.update(batch))
+    measured: Tensor = engine.measure(experience(kind, 99, 0, 1))
+    export = Path(arguments["export"])
+    engine.export_hf(export)
+    engine.save(export.with_name(export.name + "-checkpoint"), {})
+    dist.barrier()
+    return {
+        "losses": [update.loss for update in updates],
+        "norms": [update.gradient_norm for update in updates],
+        "right": [update.right for update in updates],
+        "measured": measured.tolist(),
+    }

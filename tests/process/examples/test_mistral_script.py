@@ -1,0 +1,60 @@
+"""examples/gapo_mistral7b.sh under torchrun with two processes, on a tiny random Mistral, end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.environment import ROOT
+from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
+
+SCRIPT = ROOT / "examples" / "gapo_mistral7b.sh"
+
+
+def test_script_under_torchrun(tmp_path: Path, smollm2: Path) -> None:
+    """TP2 through the environment; everything that makes the run small by overrides."""
+    tiny_chat_model(tmp_path / "model", smollm2, family="mistral")
+    for name in ("reward", "cost"):  # as the beaver models are: Llama, and another tokenizer
+        safe_rlhf_model(tmp_path / name, name)
+        byte_tokenizer(tmp_path / name)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words."}) + "\n" for i in range(20)))
+    overrides = [
+        "steps=1",
+        "micro_batch_size=2",
+        "model.dtype=fp32",
+        "model.recompute=none",
+        f"data.source={prompts}",
+        "data.heldout_source=null",
+        "data.heldout_prompts=2",
+        "data.max_prompt_tokens=100",
+        "rollout.prompts_per_step=4",
+        "rollout.max_new_tokens=6",
+        "checkpoint.every_steps=0",
+        "logging.tensorboard=false",
+        *(f"objectives.{i}.options.dtype=fp32" for i in range(2)),
+        *(f"objectives.{i}.options.max_tokens=128" for i in range(2)),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TP": "2",
+        "PP": "1",
+        "MODEL": str(tmp_path / "model"),
+        "REWARD": str(tmp_path / "reward"),
+        "COST": str(tmp_path / "cost"),
+        "OUTPUT_DIR": str(tmp_path / "run"),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
+    command += ["--nproc_per_node", "2", str(SCRIPT), *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 1 and "critic_loss/1" in records[0]
+    assert all(math.isfinite(records[0][f"reward/{name}"]) for name in ("helpful", "harmless"))
+    assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
