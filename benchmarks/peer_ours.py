@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from pathlib import Path
 from typing import Any
 
 from peer_entries import Entry
@@ -12,10 +11,8 @@ from peer_hf import Seconds, gapo, synchronize
 from peer_inputs import BETAS, EPS, LEARNING_RATE, loss
 
 from gapo_mega.config import Config
-from gapo_mega.engine.base import GradientReport
-from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.models import HFDirectory
-from gapo_mega.models.registry import shape_of
+from gapo_mega.engine.base import GradientReport, build_engine
+from gapo_mega.runs.preflight import resolve
 from gapo_mega.types import Experience
 
 
@@ -31,7 +28,9 @@ def make_config(
             "data": {"source": "unused"},
             # How `gradients.forward: auto` learns the number of microbatches.
             "rollout": {"prompts_per_step": sequences, "samples_per_prompt": 1},
-            "objectives": [{"name": f"o{i}", "function": "unused:unused"} for i in range(objectives)],
+            "objectives": [
+                {"name": f"o{i}", "function": "gapo_mega.demo.rewards:plain"} for i in range(objectives)
+            ],
             "optimizer": {
                 "lr": LEARNING_RATE,
                 "beta1": BETAS[0],
@@ -50,9 +49,7 @@ class Ours:
     """An engine over a world of one process."""
 
     def __init__(self, config: Config, batch: Experience) -> None:
-        source = Path(config.model.path)
-        shape = shape_of(HFDirectory(source).config)
-        self.engine = MegatronEngine(config, shape, source, pad_id=0, eos_ids=[2], with_critic=False)
+        self.engine = build_engine(resolve(config, 1), pad_id=0, eos_ids=[2])
         # The peers have no reference model, and an update has no use for it.
         del self.engine.reference
         gc.collect()  # modules refer to each other in circles

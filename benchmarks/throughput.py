@@ -41,7 +41,7 @@ def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
     from gapo_mega.models.huggingface import directory as hf_directory
     from gapo_mega.models.huggingface import location as model_location
     from gapo_mega.models.registry import shape_of
-    from gapo_mega.runs.trainer import train
+    from gapo_mega.runs.start import train
 
     with tempfile.TemporaryDirectory() as folder:
         resolved = benchmark_config(load(config, overrides), steps, Path(folder))

@@ -96,13 +96,13 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or int(os.environ.get("WORLD_SIZE", "1")))
     elif nproc is not None:
-        from gapo_mega.runs.preflight import check
+        from gapo_mega.runs.preflight import resolve
 
-        check(settings, nproc)  # here, because torchrun buries the error of a worker
+        resolve(settings, nproc)  # here, because torchrun buries the error of a worker
         launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
     else:
         _quiet_other_ranks()
-        from gapo_mega.runs.trainer import train as run
+        from gapo_mega.runs.start import train as run
 
         run(settings)
 
@@ -277,23 +277,23 @@ def step(
     from gapo_mega.commands import launch
     from gapo_mega.config.loading import load
     from gapo_mega.measuring.step_report import check_target
-    from gapo_mega.runs.preflight import check
+    from gapo_mega.runs.preflight import resolve
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]
     check_target(out)
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
-        check(settings, nproc)
+        resolve(settings, nproc)
         options = [f"--objectives={count}" for count in counts]
         arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]
         launch.start(nproc, ["benchmark", "step", *arguments, *(overrides or [])])
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = check(settings, world)
+    resolved = resolve(settings, world)
     _quiet_other_ranks()
     from gapo_mega.measuring import step_report as report
     from gapo_mega.measuring.step import StepBenchmark
 
-    run = StepBenchmark(settings, shape, counts)
+    run = StepBenchmark(resolved, counts)
     run.run(rounds)
     result = {**report.circumstances(settings, world, rounds), **run.result()}
     if run.engine.layout.is_main:

@@ -8,7 +8,7 @@ from typing import Any
 from gapo_mega.config import Config
 from gapo_mega.planning.layout import data_parallel_size
 from gapo_mega.planning.memory import GIB, MemoryPlan, predict
-from gapo_mega.runs.preflight import check_models
+from gapo_mega.runs.preflight import resolve
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,6 @@ class RunPlan:
 
 def make_plan(config: Config, world_size: int) -> RunPlan:
     """``ValueError`` for what does not fit together. Reads the model's configuration, not its weights."""
-    shape, scored = check_models(config, world_size)
-    return RunPlan(config, world_size, predict(config, shape, world_size, scored))
+    resolved = resolve(config, world_size)
+    scored = [(model.request, model.shape) for model in resolved.score_models]
+    return RunPlan(config, world_size, predict(config, resolved.shape, world_size, scored))

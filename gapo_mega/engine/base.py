@@ -1,19 +1,24 @@
-"""What the rest of the package sees of a training engine.
+"""What the rest of the package sees of the training engines, and the way to one.
 
-Everything below is implemented over Megatron-core in ``engine/megatron``; nothing here imports it.
-All methods are collective: every rank of the world calls them, in the same order.
+Everything below is implemented over Megatron-core in ``engine/megatron``, which only the ``build_`` functions
+import: it takes seconds, and bad input should be told at once. All methods are collective: every rank of the
+world calls them, in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.models.score_head import ScoreHead
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, Generation
 
 # gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
@@ -90,10 +95,50 @@ class Generator(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """Policy, reference and critic on this world of ranks."""
+class Ranks(Protocol):
+    """What ranks tell one another: small tensors and Python objects."""
 
     layout: Layout
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Sum of a CPU tensor over the data-parallel ranks; the same on every rank."""
+        ...
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """Picklable values of all data-parallel ranks in order, on every rank."""
+        ...
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """The value of the replica's first rank (tensor rank 0, pipeline rank 0)."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+
+class Trainable(Ranks, Protocol):
+    """What every engine offers a run: its state in and out, and the trained model."""
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+        """Models, optimizers, schedules and random-number states; ``extra`` is the run's own state."""
+        ...
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Inverse of ``save``; returns ``extra``."""
+        ...
+
+    def export_hf(self, directory: Path) -> None:
+        """The trained model as a Hugging Face directory that transformers loads."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
+
+class Engine(Trainable, Protocol):
+    """Policy, reference and critic on this world of ranks."""
 
     @property
     def generator(self) -> Generator:
@@ -131,32 +176,89 @@ class Engine(Protocol):
         """Largest number of bytes any rank has used so far: device memory, or resident on the CPU."""
         ...
 
-    # -- communication: small tensors and Python objects -------------------------------------------
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over the data-parallel ranks; the same on every rank."""
+
+@dataclass(frozen=True)
+class SupervisedSetup:
+    """What a supervised engine is built from.
+
+    Attributes:
+        shape: the model's facts; fewer layers than the source has are its first ones.
+        source: Hugging Face directory or Megatron checkpoint.
+        model, parallel, optimizer: sections of the configuration.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        micro_batch: rows of a forward pass.
+        seed: of the model-parallel random numbers.
+        config: entries of the trained model's ``config.json`` that differ from the source's.
+        chat_template: Jinja text that the trained model is to be asked with; none: the source's.
+    """
+
+    shape: ModelShape
+    source: Path
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    total_steps: int
+    micro_batch: int
+    seed: int
+    config: Mapping[str, object]
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class SupervisedUpdate:
+    """What one optimizer step measured, over all data-parallel ranks; the same on every rank."""
+
+    loss: float  # mean over pairs, or over learned tokens
+    right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    skipped: bool  # True: the gradient was not finite, parameters untouched
+
+
+class SupervisedEngine(Trainable, Protocol):
+    """One model trained on given targets.
+
+    A batch is the tokens and a mask: for pairs the mask marks the token of each row at which the score is
+    taken, chosen and rejected rows alternating; for chats it marks the tokens to learn.
+    """
+
+    def update(self, batch: Experience) -> SupervisedUpdate:
+        """One optimizer step on this data rank's rows."""
         ...
 
-    def gather_over_data(self, value: Any) -> list[Any]:
-        """Picklable values of all data-parallel ranks in order, on every rank."""
+    def measure(self, batch: Experience) -> Tensor:
+        """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
         ...
 
-    def broadcast_in_replica(self, value: Any) -> Any:
-        """The value of the replica's first rank (tensor rank 0, pipeline rank 0)."""
-        ...
 
-    def barrier(self) -> None: ...
+def build_engine(resolved: ResolvedRun, *, pad_id: int, eos_ids: list[int]) -> Engine:
+    """Every model of a training run, with its weights. ``pad_id``, ``eos_ids``: of the policy's tokenizer."""
+    from gapo_mega.engine.megatron.engine import MegatronEngine
 
-    # -- persistence -----------------------------------------------------------------------------
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
-        """Models, optimizers, schedules and RNG states; ``extra`` is the trainer's own state."""
-        ...
+    return MegatronEngine(resolved, pad_id=pad_id, eos_ids=eos_ids)
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Inverse of ``save``; returns ``extra``."""
-        ...
 
-    def export_hf(self, directory: Path) -> None:
-        """The policy as a Hugging Face directory that transformers loads."""
-        ...
+def build_pair_engine(
+    setup: SupervisedSetup, *, head: ScoreHead | None, center: float, pad_id: int
+) -> SupervisedEngine:
+    """A score model trained by the Bradley-Terry loss on preference pairs.
 
-    def close(self) -> None: ...
+    ``head``: of the source, where it has one. ``center``: see ``losses.preference``.
+    """
+    from gapo_mega.engine.megatron.supervised import PairEngine
+
+    return PairEngine(setup, head=head, center=center, pad_id=pad_id)
+
+
+def build_chat_engine(setup: SupervisedSetup) -> SupervisedEngine:
+    """A language model trained by the cross entropy of the marked tokens."""
+    from gapo_mega.engine.megatron.supervised import ChatEngine
+
+    return ChatEngine(setup)
+
+
+def read_score_head(source: Path) -> ScoreHead | None:
+    """The score head of a Hugging Face directory or Megatron checkpoint; None for a language model."""
+    from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
+
+    return head_if_any(source)

@@ -29,9 +29,9 @@ from gapo_mega.engine.megatron.gradients.update import GradientStrategy
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.losses import policy_loss_of
 from gapo_mega.measuring.allocation import measure_allocations
-from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_gradients
+from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.strategy import microbatches
 from gapo_mega.types import Experience
 
@@ -125,16 +125,17 @@ def synthetic_batch(
 class StepBenchmark:
     """The engine, the batch, and the contenders' turns."""
 
-    def __init__(self, config: Config, shape: ModelShape, objectives: Sequence[int]) -> None:
-        source = model_location.resolve(config.model.path)
-        self.config = config
+    def __init__(self, resolved: ResolvedRun, objectives: Sequence[int]) -> None:
+        self.config = config = resolved.config
+        shape = resolved.shape
         # With one objective the engine's own strategy holds no rows beside the contenders'.
         own = _variant(config, 1, {})
         # Every turn trains on the same batch. Parameters that moved would leave PPO's clipping range, where
         # gradients are zero and work is saved.
         still = {"lr": _NO_LEARNING, "weight_decay": 0.0}
         own = own.model_copy(update={"optimizer": own.optimizer.model_copy(update=still)})
-        self.engine = MegatronEngine(own, shape, source, pad_id=0, eos_ids=[0], with_critic=False)
+        alone = dataclasses.replace(resolved, config=own, critic=None)
+        self.engine = MegatronEngine(alone, pad_id=0, eos_ids=[0])
         layout = self.engine.layout
         self.contenders = contenders(config, shape, layout.data, objectives)
         sequences = microbatches(config, layout.data) * config.micro_batch_size

@@ -19,80 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from torch import Tensor
 from tqdm import tqdm
 
 from gapo_mega import optional
-from gapo_mega.aggregation import diagnose
 from gapo_mega.config import LoggingConfig
-from gapo_mega.engine.base import GradientReport
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def step_metrics(
-    report: GradientReport,
-    names: Sequence[str],
-    *,
-    rewards: Sequence[float],
-    kl: float,
-    tokens_per_second: float,
-    peak_memory_bytes: int,
-    seconds: Mapping[str, float],
-    extra: Mapping[str, float] | None = None,
-) -> dict[str, float]:
-    """One flat dictionary of everything a step measured.
-
-    ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
-    which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
-
-    All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
-    G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
-    first-order gain of objective i for a plain gradient step of unit length factor along the combined
-    direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
-    where it was measured, is the gain by the change that the optimizer really made. ``corner`` is 1 where
-    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
-    """
-    count = len(names)
-    assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
-    assert tuple(report.gram.shape) == (count, count), report.gram.shape
-    gram = report.gram.double()
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    found = diagnose(gram, report.weights)
-    metrics = _per_objective("reward", names, rewards)
-    metrics |= _per_objective("grad_norm", names, norms.tolist())
-    metrics |= _cosines(gram, norms, names)
-    metrics |= _per_objective("weight", names, report.weights.tolist())
-    metrics |= _per_objective("predicted_change", names, found.predicted_change.tolist())
-    if report.actual_change is not None:
-        metrics |= _per_objective("actual_change", names, report.actual_change)
-    metrics["kl"] = kl
-    metrics |= _per_objective("loss", names, report.losses)
-    metrics |= {
-        "gradient_norm": report.gradient_norm,
-        "clip_factor": report.clip_factor,
-        "learning_rate": report.learning_rate,
-        "skipped": float(report.skipped),
-        "corner": float(not report.skipped and found.corner),
-        "conflict": float(not report.skipped and found.conflict),
-    }
-    metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
-    metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
-    metrics |= dict(extra or {})
-    metrics |= {f"time/{phase}": value for phase, value in {**seconds, **report.seconds}.items()}
-    return metrics | {"tokens_per_second": tokens_per_second, "memory/peak_bytes": peak_memory_bytes}
-
-
-def _per_objective(prefix: str, names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": float(value) for name, value in zip(names, values, strict=True)}
-
-
-def _cosines(gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
-    # Divided one norm after the other: the product of two tiny norms may underflow.
-    cosines = gram / norms[:, None] / norms[None, :]
-    return {
-        f"cosine/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
-    }
 
 
 class Sink(Protocol):

@@ -8,9 +8,9 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,24 +23,23 @@ from gapo_mega.data import encoding as batches
 from gapo_mega.data.chat_template import template_text
 from gapo_mega.data.chats import load_chats
 from gapo_mega.data.pairs import load_pairs
+from gapo_mega.engine.base import (
+    SupervisedEngine,
+    SupervisedSetup,
+    build_chat_engine,
+    build_pair_engine,
+    read_score_head,
+)
 from gapo_mega.evaluation import measures
+from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
-from gapo_mega.runs.checkpoints import (
-    CheckpointFolder,
-    StopOnSignal,
-    any_replica,
-    checkpoint_to_resume,
-    is_due,
-)
 from gapo_mega.runs.log import RunLog, check_logging
+from gapo_mega.runs.loop import RunLoop
 from gapo_mega.types import Experience, bare_experience
-
-if TYPE_CHECKING:
-    from gapo_mega.engine.megatron.supervised import SupervisedEngine
 
 logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"
@@ -93,7 +92,9 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
 
 
 class SupervisedRun(ABC, Generic[AnyConfig]):
-    """A supervised run on this process's share of the world. ``run`` trains, exports and sums up."""
+    """The work of a supervised run, for ``RunLoop``, on this process's share of the world."""
+
+    updates_per_step = 1
 
     def __init__(self, config: AnyConfig) -> None:
         """Read the data and build the model. Raises ``ValueError`` for what does not fit."""
@@ -108,38 +109,27 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         self.engine = self._build()
         layout = self.engine.layout
         self.order = batches.Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
-        self.checkpoints = CheckpointFolder(
-            self.directory / "checkpoints", config.checkpoint.keep, layout, self.engine.barrier
-        )
         self.log = RunLog(self.directory, [], config.logging, self.total_steps, layout.is_main)
+        self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log)
         if layout.is_main:
-            dump(config, self.directory / "config.yaml")
-        self.step = 0
+            dump(config, self.directory / CONFIG_FILE)
+        self.measured: dict[str, float] = {}
 
     def run(self) -> dict[str, float]:
-        """Train to the end, or to SIGTERM; what was measured on the held-out data at the end."""
-        self._resume()
-        self.log.truncate_after(self.step)
-        with StopOnSignal() as stop:
-            while self.step < self.total_steps:
-                self._train_step()
-                if any_replica(self.engine, stop.requested) and self.step < self.total_steps:
-                    self._save()
-                    self.log.close()
-                    logger.warning(
-                        "stopped by a signal after step %d; the same command goes on from there", self.step
-                    )
-                    return {}
-                if is_due(self.config.checkpoint, self.step, self.total_steps):
-                    self._save()
-            self.log.close()
-            return self._finish()
+        """Train to the end, or to a signal; what was measured on the held-out data at the end."""
+        self.loop.run()
+        return self.measured
 
-    def _train_step(self) -> None:
+    # -- the work ------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Nothing: held-out data are measured by ``evaluate_every`` and at the end."""
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step on the items of ``step``."""
         started = time.perf_counter()
-        batch = self._batch(self.order.items(self.step))
+        batch = self._batch(self.order.items(step))
         update = self.engine.update(batch)
-        self.step += 1
+        done = step + 1
         seconds = time.perf_counter() - started
         tokens = float(self.engine.sum_over_data((batch.tokens_BT != self.start.pad_id).sum()))
         metrics = {
@@ -152,24 +142,42 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
             "time/step": seconds,
         }
         if update.skipped:
-            logger.warning("step %d skipped: its gradient is not finite", self.step)
+            logger.warning("step %d skipped: its gradient is not finite", done)
         every = self.config.evaluate_every
-        if every and self.step % every == 0 and self.step < self.total_steps:
+        if every and done % every == 0 and done < self.total_steps:
             metrics |= {f"heldout/{name}": value for name, value in self.evaluate().items()}
-        self.log.write(self.step, metrics)
+        self.log.write(done, metrics)
 
-    def _finish(self) -> dict[str, float]:
-        measured = self.evaluate()
+    def finish(self) -> None:
+        """Measure the held-out data, export the model, and write the summary."""
+        self.measured = self.evaluate()
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
-            summary = {"steps": self.step, "training_items": self.order.count, "heldout": measured}
+            summary = {
+                "steps": self.total_steps,
+                "training_items": self.order.count,
+                "heldout": self.measured,
+            }
             (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-            measures.print_table(measured, self.directory)
+            measures.print_table(self.measured, self.directory)
         self.engine.barrier()
-        return measured
 
-    # -- what kinds differ in ----------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """What the number of steps is a position in."""
+        return {"items": self.order.count, "batch_size": self.order.batch_size}
+
+    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Raises ``ValueError`` for another number of items, or of items a step."""
+        mine = self.state_dict()
+        for key, name in (("items", "data"), ("batch_size", "batch_size")):
+            if state[key] != mine[key]:
+                raise ValueError(
+                    f"{name}: {checkpoint} was written with {state[key]}, found {mine[key]}; accepted: the "
+                    "configuration of the run that is resumed, or another output_dir"
+                )
+
+    # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Read and encode the data; the number of training items."""
@@ -190,10 +198,11 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
     def evaluate(self) -> dict[str, float]:
         """Measures on the held-out data; the same on every rank, empty without such data."""
 
-    # -- helpers -----------------------------------------------------------------------------------
-    def _engine_arguments(self, micro_batch: int, config: dict[str, object]) -> dict[str, Any]:
-        if self.config.model.keep_layers is not None:
-            kept = self.config.model.keep_layers
+    # -- helpers -------------------------------------------------------------------------------------
+    def _setup(self, micro_batch: int, config: dict[str, object]) -> SupervisedSetup:
+        """``config``: what the kind changes in the trained model's ``config.json``."""
+        kept = self.config.model.keep_layers
+        if kept is not None:
             config["num_hidden_layers"] = kept
             layer_types = self.start.hf_config.to_dict().get("layer_types")
             if layer_types is not None:
@@ -201,16 +210,18 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         template = self.config.model.chat_template
         if template is not None:  # it goes with the model: it is how the model wants to be asked
             template = template_text(self.start.tokenizer, template, batches.TEMPLATE_PARAMETER)
-        return {
-            "model": self.config.model,
-            "chat_template": template,
-            "parallel": self.config.parallel,
-            "optimizer": self.config.optimizer,
-            "total_steps": self.total_steps,
-            "micro_batch": micro_batch,
-            "seed": self.config.seed,
-            "config": config,
-        }
+        return SupervisedSetup(
+            shape=self.start.shape,
+            source=self.start.source,
+            model=self.config.model,
+            parallel=self.config.parallel,
+            optimizer=self.config.optimizer,
+            total_steps=self.total_steps,
+            micro_batch=micro_batch,
+            seed=self.config.seed,
+            config=config,
+            chat_template=template,
+        )
 
     def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
         """This data rank's share of held-out items, of like length together, in forward passes."""
@@ -224,27 +235,6 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         for part in self.engine.gather_over_data(own):
             merged |= part
         return [merged[i] for i in range(count)]
-
-    def _save(self) -> None:
-        extra = {"step": self.step, "items": self.order.count, "batch_size": self.order.batch_size}
-        self.checkpoints.save(self.step, lambda directory: self.engine.save(directory, extra))
-
-    def _resume(self) -> None:
-        latest = checkpoint_to_resume(self.checkpoints, self.config.checkpoint, self.engine)
-        if latest is None:
-            return
-        extra = self.engine.load(latest)
-        for key, name, mine in (
-            ("items", "data", self.order.count),
-            ("batch_size", "batch_size", self.order.batch_size),
-        ):
-            if extra[key] != mine:
-                raise ValueError(
-                    f"{name}: {latest} was written with {extra[key]}, found {mine}; accepted: the "
-                    "configuration of the run that is resumed, or another output_dir"
-                )
-        self.step = int(extra["step"])
-        logger.info("resumed from %s: %d of %d steps done", latest, self.step, self.total_steps)
 
 
 class RewardRun(SupervisedRun[RewardModelConfig]):
@@ -264,12 +254,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         return len(self._train)
 
     def _build(self) -> SupervisedEngine:
-        # Imported here: Megatron takes seconds to load, and bad input should be told at once.
-        from gapo_mega.engine.megatron.score import head_if_any
-        from gapo_mega.engine.megatron.supervised import PairEngine
-
         start = self.start
-        head = head_if_any(start.source)
+        head = read_score_head(start.source)
         if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
             raise ValueError(
                 f"model.path: {start.source} is a score model with a bias, a normaliser or a sign, "
@@ -282,15 +268,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             "label2id": {"score": 0},
             "pad_token_id": start.pad_id,
         }
-        arguments = self._engine_arguments(2 * self.config.micro_batch_size, config)
-        return PairEngine(
-            start.shape,
-            start.source,
-            head=head,
-            center=self.config.center_rewards,
-            pad_id=start.pad_id,
-            **arguments,
-        )
+        setup = self._setup(2 * self.config.micro_batch_size, config)
+        return build_pair_engine(setup, head=head, center=self.config.center_rewards, pad_id=start.pad_id)
 
     def _batch(self, items: Sequence[int]) -> Experience:
         pairs = [self._train[i] for i in items]
@@ -338,10 +317,7 @@ class SftRun(SupervisedRun[SftConfig]):
         return len(self._train)
 
     def _build(self) -> SupervisedEngine:
-        from gapo_mega.engine.megatron.supervised import ChatEngine
-
-        arguments = self._engine_arguments(self.config.micro_batch_size, {})
-        return ChatEngine(self.start.shape, self.start.source, **arguments)
+        return build_chat_engine(self._setup(self.config.micro_batch_size, {}))
 
     def _batch(self, items: Sequence[int]) -> Experience:
         chats = [self._train[i] for i in items]

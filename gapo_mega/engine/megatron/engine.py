@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from gapo_mega.config import Config
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
@@ -28,8 +27,8 @@ from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.planning.resolved import ModelSource, ResolvedRun
 from gapo_mega.types import Experience, bare_experience
 
 
@@ -38,33 +37,29 @@ class MegatronEngine(groups.Collective):
 
     def __init__(
         self,
-        config: Config,
-        shape: ModelShape,
-        source: Path,
+        resolved: ResolvedRun,
         *,
         pad_id: int,
         eos_ids: list[int],
-        with_critic: bool,
         existing: groups.Groups | None = None,
     ) -> None:
         """Build every model of the run and load its weights.
 
         Args:
-            source: the policy's Hugging Face directory or Megatron checkpoint, of shape ``shape``.
             pad_id, eos_ids: of the policy's tokenizer.
-            with_critic: the advantage estimator needs values.
             existing: groups of this layout, from an engine before this one; none: they are made here.
         """
-        self._config = config
-        self.shape = shape
-        self._source = source
+        self._config = config = resolved.config
+        self.shape = shape = resolved.shape
+        self._source = resolved.policy.directory()
         super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
         groups.seed(config.seed)
         with megatron_device():
-            updates = config.steps * config.algorithm.ppo_epochs * config.algorithm.minibatches
-            self.policy = make_trainable(self._language_model(), config.optimizer, updates)
+            self.policy = make_trainable(self._language_model(), config.optimizer, resolved.total_updates)
             self.reference = FrozenModel(self._language_model(), config.model.offload_reference)
-            self.critics = self._critics(updates) if with_critic else None
+            self.critics = (
+                None if resolved.critic is None else self._critics(resolved.critic, resolved.total_updates)
+            )
             self.gradients = strategies.build(config, self.policy, self.groups, shape)
         self.generator = MegatronGenerator(
             self.policy.model,
@@ -81,15 +76,14 @@ class MegatronEngine(groups.Collective):
         weights.load(model, self.shape, self._source)
         return model
 
-    def _critics(self, updates: int) -> Critics:
+    def _critics(self, source: ModelSource, updates: int) -> Critics:
         config, critic = self._config, self._config.critic
         objectives = len(config.objectives)
         count, heads = (1, objectives) if critic.heads == "shared" else (objectives, 1)
         models: list[Trainable] = []
         for _ in range(count):
-            model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
-            backbone = self._source if critic.path is None else model_location.resolve(critic.path)
-            weights.load(model, self.shape, backbone)
+            model = build_gpt(source.shape, config.model, config.parallel, value_heads=heads)
+            weights.load(model, source.shape, source.directory())
             models.append(make_trainable(model, critic.optimizer, updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import weights
-from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader, is_checkpoint, read_common
+from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader, is_checkpoint
+from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_only
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
@@ -19,17 +20,8 @@ from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
-from gapo_mega.models.score_head import KEPT, ScoreHead, score_head_of
+from gapo_mega.models.score_head import KEPT
 from gapo_mega.types import Experience, bare_experience
-
-
-def head_if_any(source: Path) -> ScoreHead | None:
-    """The score head of a Hugging Face directory or checkpoint; ``None`` for a language model."""
-    if is_checkpoint(source):
-        stored = read_common(source).get("about", {}).get("score_head")
-        return ScoreHead(**stored) if stored else None
-    directory = HFDirectory(source)
-    return score_head_of(directory.config, directory.names)
 
 
 def last_positions(tokens: Sequence[Sequence[int]], skip: int | None) -> list[int]:

@@ -1,23 +1,20 @@
 """One model trained on given targets: score models on pairs, language models on chats.
 
-A batch is the tokens and a mask in the form of ``types.bare_experience``: for pairs the mask marks the
-token of each row at which the score is taken, chosen and rejected rows alternating; for chats it marks the
-tokens to learn.
+What a batch is: ``SupervisedEngine`` of ``engine/base.py``.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.model.build import build_gpt, make_trainable
@@ -29,68 +26,35 @@ from gapo_mega.losses.preference import bradley_terry_sum
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions, set_config
 from gapo_mega.models.score_head import ScoreHead
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience, bare_experience
 
 _NAME = "model"  # in checkpoints
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer step measured, over all data-parallel ranks; the same on every rank."""
-
-    loss: float  # mean over pairs, or over learned tokens
-    right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    skipped: bool  # True: the gradient was not finite, parameters untouched
-
-
-class SupervisedEngine(groups.Collective, ABC):
-    """Builds the model, loads its weights and trains it.
-
-    Args:
-        shape: the model's facts; fewer layers than the source has are its first ones.
-        source: Hugging Face directory or Megatron checkpoint.
-        model, parallel, optimizer: sections of the configuration.
-        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
-        micro_batch: rows of a forward pass.
-        head: the score head of ``source``, where it has one.
-        config: entries of the trained model's ``config.json`` that differ from the source's.
-        chat_template: Jinja text that the trained model is to be asked with; none: the source's.
-        existing: groups of this layout; none: they are made here.
-    """
+class SupervisedModel(groups.Collective, ABC):
+    """The ``SupervisedEngine`` of ``engine/base.py``, but for what kinds differ in."""
 
     def __init__(
         self,
-        shape: ModelShape,
-        source: Path,
-        *,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        optimizer: OptimizerConfig,
-        total_steps: int,
-        micro_batch: int,
-        seed: int,
+        setup: SupervisedSetup,
         head: ScoreHead | None = None,
-        config: Mapping[str, object],
-        chat_template: str | None = None,
         existing: groups.Groups | None = None,
     ) -> None:
-        self._shape = shape
-        self._source = source
-        self._micro_batch = micro_batch
-        self._config = config
-        self._chat_template = chat_template
-        super().__init__(existing or groups.initialize(parallel.tensor, parallel.pipeline))
-        groups.seed(seed)
-        with megatron_device():
-            built = build_gpt(shape, model, parallel, self._value_heads())
-            weights.load(built, shape, source, head)
-            self._prepare(built)
-            self._trainable = make_trainable(built, optimizer, total_steps)
+        """Build the model and load its weights.
 
-    def update(self, batch: Experience) -> Update:
+        ``head``: the score head of the source, where it has one. ``existing``: groups of this layout; none:
+        they are made here.
+        """
+        self._setup = setup
+        super().__init__(existing or groups.initialize(setup.parallel.tensor, setup.parallel.pipeline))
+        groups.seed(setup.seed)
+        with megatron_device():
+            built = build_gpt(setup.shape, setup.model, setup.parallel, self._value_heads())
+            weights.load(built, setup.shape, setup.source, head)
+            self._prepare(built)
+            self._trainable = make_trainable(built, setup.optimizer, setup.total_steps)
+
+    def update(self, batch: Experience) -> SupervisedUpdate:
         """One optimizer step on this data rank's rows. Collective."""
         count = float(self.sum_over_data(self._count(batch)))
 
@@ -110,7 +74,7 @@ class SupervisedEngine(groups.Collective, ABC):
                 self._trainable.zero_grad()
             else:
                 self._trainable.step()
-        return Update(sums[0] / count, sums[1] / count, norm, rate, skipped)
+        return SupervisedUpdate(sums[0] / count, sums[1] / count, norm, rate, skipped)
 
     def measure(self, batch: Experience) -> Tensor:
         """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
@@ -126,7 +90,7 @@ class SupervisedEngine(groups.Collective, ABC):
 
         Stages of a pipeline exchange tensors of one size, so there all are as wide as the widest.
         """
-        parts = batch.split(self._micro_batch)
+        parts = batch.split(self._setup.micro_batch)
         if self.layout.pipeline > 1:
             return parts
         return [
@@ -143,9 +107,9 @@ class SupervisedEngine(groups.Collective, ABC):
         checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head)
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
-            copy_companions(model_location.companions_of(self._source), folder)
+            copy_companions(model_location.companions_of(self._setup.source), folder)
             self._write_template(folder)
-            set_config(folder / "config.json", self._config, self._trainable.model.config.params_dtype)
+            set_config(folder / "config.json", self._setup.config, self._trainable.model.config.params_dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Inverse of ``save``; returns ``extra``."""
@@ -156,19 +120,19 @@ class SupervisedEngine(groups.Collective, ABC):
         with megatron_device():
             weights.export_hf(
                 self._trainable.model.module,
-                self._shape,
-                model_location.companions_of(self._source),
+                self._setup.shape,
+                model_location.companions_of(self._setup.source),
                 directory,
                 head=self._head_out(),
-                config=self._config,
+                config=self._setup.config,
                 overwrite=True,
             )
         if self.layout.is_main:
             self._write_template(directory)
 
     def _write_template(self, directory: Path) -> None:
-        if self._chat_template is not None:
-            (directory / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8")
+        if self._setup.chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self._setup.chat_template, encoding="utf-8")
 
     # -- what kinds differ in ----------------------------------------------------------------------
     @abstractmethod
@@ -196,14 +160,22 @@ class SupervisedEngine(groups.Collective, ABC):
         """The head under which a trained score model is exported."""
 
 
-class PairEngine(SupervisedEngine):
+class PairEngine(SupervisedModel):
     """A score model by the Bradley-Terry loss. ``micro_batch`` counts rows: two a pair."""
 
-    def __init__(self, *args: Any, center: float = 0.0, pad_id: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        setup: SupervisedSetup,
+        *,
+        head: ScoreHead | None,
+        center: float,
+        pad_id: int,
+        existing: groups.Groups | None = None,
+    ) -> None:
+        assert setup.micro_batch % 2 == 0, "pairs are not divided"
         self._center = center
         self._pad_id = pad_id
-        super().__init__(*args, **kwargs)
-        assert self._micro_batch % 2 == 0, "pairs are not divided"
+        super().__init__(setup, head, existing)
 
     def _value_heads(self) -> int:
         return 1
@@ -229,7 +201,7 @@ class PairEngine(SupervisedEngine):
         return output[..., 0][batch.response_mask_BT].float()
 
 
-class ChatEngine(SupervisedEngine):
+class ChatEngine(SupervisedModel):
     """A language model by the cross entropy of the marked tokens."""
 
     def _value_heads(self) -> None:
@@ -249,5 +221,7 @@ class ChatEngine(SupervisedEngine):
         return total, torch.zeros((), device=total.device)
 
     def _measured(self, output: Tensor, batch: Experience) -> Tensor:
-        logprobs_BT = response_logprobs(output, batch.tokens_BT, batch.response_mask_BT, self._shape.vocab)
+        logprobs_BT = response_logprobs(
+            output, batch.tokens_BT, batch.response_mask_BT, self._setup.shape.vocab
+        )
         return logprobs_BT.sum(dim=1)

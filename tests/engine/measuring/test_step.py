@@ -16,6 +16,7 @@ from gapo_mega.measuring.step import BASELINE, STRATEGIES, StepBenchmark, conten
 from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from tests.helpers.ranks import check_engine
+from tests.helpers.resolved import resolved_run
 from tests.helpers.tiny import tiny_llama
 
 
@@ -33,7 +34,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         data={"source": "s", "max_prompt_tokens": 5},
         rollout={"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 7},
     )
-    run = StepBenchmark(config, shape_of(HFDirectory(directory).config), [3])
+    run = StepBenchmark(resolved_run(config), [3])
     run.run(rounds=5)
     yield {**report.circumstances(config, 1, 5), **run.result()}
     run.engine.close()

@@ -17,9 +17,9 @@ from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.heldout import (
     change_in_standard_errors,
     paired_summary,
-    reward_correlation,
     write_summary,
 )
+from gapo_mega.rollout.facts import reward_correlation
 
 NAMES = ["helpful", "brevity"]
 

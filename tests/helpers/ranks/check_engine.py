@@ -14,10 +14,9 @@ from gapo_mega import aggregation
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.losses import policy_loss_sum, value_loss_sum
-from gapo_mega.models import HFDirectory
-from gapo_mega.models.registry import shape_of
 from gapo_mega.types import Experience
 from tests.helpers.ranks import worlds
+from tests.helpers.resolved import resolved_run
 
 OBJECTIVES = 3
 ROWS, COLUMNS = 8, 21  # odd: sequence parallelism has to pad
@@ -84,12 +83,9 @@ def value_loss(values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
 
 def build_engine(config: Config, with_critic: bool = False) -> MegatronEngine:
     """An engine over this world."""
-    source = Path(config.model.path)
-    shape = shape_of(HFDirectory(source).config)
     existing = worlds.enter(config.parallel.tensor, config.parallel.pipeline, config.seed)
-    return MegatronEngine(
-        config, shape, source, pad_id=0, eos_ids=[2], with_critic=with_critic, existing=existing
-    )
+    resolved = resolved_run(config, existing.layout.world, with_critic)
+    return MegatronEngine(resolved, pad_id=0, eos_ids=[2], existing=existing)
 
 
 def local_part(batch: Experience, engine: MegatronEngine) -> Experience:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.data.encoding import chat_batch, pair_batch
+from gapo_mega.engine.base import SupervisedSetup
+from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.engine.megatron.score import ScoreModel, head_if_any
-from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedEngine
+from gapo_mega.engine.megatron.score import ScoreModel
+from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedModel
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.runs.supervised import last_mark
 from gapo_mega.types import Experience, bare_experience
@@ -75,23 +77,24 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _train(arguments: dict[str, Any], layout: ParallelConfig, world: Groups, model: Path) -> dict[str, Any]:
     kind = arguments["kind"]
-    options: dict[str, Any] = {
-        "model": ModelConfig(path=str(model)),
-        "parallel": layout,
-        "optimizer": OptimizerConfig(lr=1e-3, schedule="constant", warmup_fraction=0),
-        "total_steps": STEPS,
-        "seed": 1,
-        "existing": world,
-        "config": {},
-    }
     shape = shape_of(HFDirectory(model).config)
-    engine: SupervisedEngine
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
+    setup = SupervisedSetup(
+        shape=shape,
+        source=model,
+        model=ModelConfig(path=str(model)),
+        parallel=layout,
+        optimizer=OptimizerConfig(lr=1e-3, schedule="constant", warmup_fraction=0),
+        total_steps=STEPS,
+        micro_batch=4 if kind == "pairs" else 2,
+        seed=1,
+        config=classifier if kind == "pairs" else {},
+    )
+    engine: SupervisedModel
     if kind == "pairs":
-        options |= {"micro_batch": 4, "pad_id": PAD, "center": 0.01, "head": head_if_any(model)}
-        options["config"] = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
-        engine = PairEngine(shape, model, **options)
+        engine = PairEngine(setup, head=head_if_any(model), center=0.01, pad_id=PAD, existing=world)
     else:
-        engine = ChatEngine(shape, model, micro_batch=2, **options)
+        engine = ChatEngine(setup, existing=world)
     updates = []
     for step in range(STEPS):
         batch = experience(kind, step, world.layout.data_rank, world.layout.data)

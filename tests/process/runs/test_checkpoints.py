@@ -125,7 +125,7 @@ def test_only_the_main_rank_changes_directories(tmp_path: Path) -> None:
 KILLED = """
 import sys, itertools
 from pathlib import Path
-from gapo_mega.checkpoints import CheckpointFolder
+from gapo_mega.runs.checkpoints import CheckpointFolder
 from gapo_mega.engine.base import Layout
 from tests.helpers.ranks import worlds
 def write_numbers(directory):

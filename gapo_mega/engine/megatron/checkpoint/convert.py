@@ -28,8 +28,8 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import (
     trained_model_prefix,
     write,
 )
+from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.model.build import padded_vocabulary
-from gapo_mega.engine.megatron.score import head_if_any
 from gapo_mega.models import HFDirectory, shape_of, write_hf
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import COMPANIONS

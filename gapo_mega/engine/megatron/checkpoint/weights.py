@@ -22,10 +22,19 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read
 from gapo_mega.engine.megatron.model.modules import ValueModel
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
-from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, weight_map_of
+from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _BACKBONE = "model."
+
+
+def head_if_any(source: Path) -> ScoreHead | None:
+    """The score head of a Hugging Face directory or checkpoint; ``None`` for a language model."""
+    if is_checkpoint(source):
+        stored = read_common(source).get("about", {}).get("score_head")
+        return ScoreHead(**stored) if stored else None
+    directory = HFDirectory(source)
+    return score_head_of(directory.config, directory.names)
 
 
 def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | None = None) -> None:

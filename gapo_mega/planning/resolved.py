@@ -1,0 +1,72 @@
+"""A configuration that was checked on a number of processes, with all that was found out on the way.
+
+``runs.preflight.resolve`` makes it. Trainer, plan, engine and benchmarks take it, so that nobody asks twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gapo_mega.advantages.base import AdvantageEstimator
+from gapo_mega.aggregation.base import Aggregator
+from gapo_mega.config import Config
+from gapo_mega.models.huggingface import location
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.base import Objective, ScoreModelRequest
+from gapo_mega.planning.layout import data_parallel_size
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that a run loads. Only its configuration has been read: its weights may be on the hub."""
+
+    path: str  # Hugging Face directory or hub name, or a checkpoint
+    shape: ModelShape
+
+    def directory(self) -> Path:
+        """Where it is on this machine, after a download if need be. Raises ``ValueError``."""
+        return location.resolve(self.path)
+
+
+@dataclass(frozen=True)
+class ScoreModelSource:
+    """A score model that an objective wants of the engine."""
+
+    request: ScoreModelRequest
+    shape: ModelShape
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a run is made of. Plug-ins are built; no weights, no data and no device have been touched."""
+
+    config: Config
+    world: int  # processes
+    policy: ModelSource
+    critic: ModelSource | None  # backbone of the value models; None: the estimator needs no values
+    objectives: Sequence[Objective]
+    score_models: Sequence[ScoreModelSource]
+    aggregator: Aggregator
+    estimator: AdvantageEstimator
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the policy."""
+        return self.policy.shape
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return data_parallel_size(self.config, self.world)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.config.algorithm.ppo_epochs * self.config.algorithm.minibatches
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run, over which learning rates fall."""
+        return self.config.steps * self.updates_per_step

@@ -1,0 +1,69 @@
+"""One step's batch: prompts answered, scored, and turned into advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from gapo_mega.advantages.base import AdvantageEstimator
+from gapo_mega.advantages.rewards import whiten
+from gapo_mega.engine.base import Engine
+from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.facts import BatchFacts, batch_facts
+from gapo_mega.rollout.score import Scorer, Timer
+from gapo_mega.types import Experience, Prompt
+
+
+class ExperienceMaker:
+    """Everything between the prompts of a step and its updates, on this data-parallel rank.
+
+    Args:
+        names: of the objectives.
+        samples: responses per prompt.
+        whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
+        timer: measures the phase ``rollout``; the scorer measures its own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        collector: Collector,
+        scorer: Scorer,
+        estimator: AdvantageEstimator,
+        names: Sequence[str],
+        *,
+        samples: int,
+        whitened: bool,
+        timer: Timer,
+    ) -> None:
+        self._engine = engine
+        self._collector = collector
+        self._scorer = scorer
+        self._estimator = estimator
+        self._names = list(names)
+        self._samples = samples
+        self._whitened = whitened
+        self._timer = timer
+
+    def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
+        """The experience with advantages, and what is logged of it. Collective.
+
+        ``prompts`` are this rank's; ``seed`` is the step's, and every data rank draws from one of its own.
+        """
+        layout = self._engine.layout
+        with self._timer("rollout"):
+            self._engine.generator.update_weights()
+            own_seed = seed * layout.data + layout.data_rank
+            rollout = self._collector.collect(prompts, self._samples, own_seed)
+        experience = self._estimator(self._scorer.score(rollout))
+        if self._whitened:
+            experience = self._whiten(experience)
+        facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
+        return experience, facts
+
+    def _whiten(self, experience: Experience) -> Experience:
+        assert experience.advantages_MBT is not None
+        advantages_MBT = whiten(
+            experience.advantages_MBT, experience.response_mask_BT, self._engine.sum_over_data
+        )
+        return dataclasses.replace(experience, advantages_MBT=advantages_MBT)

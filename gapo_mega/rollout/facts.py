@@ -1,0 +1,86 @@
+"""What is logged of a step's batch, over all data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from gapo_mega.engine.base import Engine
+from gapo_mega.types import Experience, Rollout
+
+_MOST_PROMPTS = 1_000_000  # of one rank: group numbers of different ranks must differ
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """Means over a step's whole batch; the same on every rank."""
+
+    rewards: list[float]  # per objective
+    kl: float  # per response token: log pi - log pi_ref of the sampled tokens
+    tokens: float  # of prompts and responses
+    extra: dict[str, float]  # what the log takes as it is, by the log's name
+
+
+def batch_facts(
+    engine: Engine, names: Sequence[str], rollout: Rollout, experience: Experience, samples: int
+) -> BatchFacts:
+    """Measure the batch. Collective over the data-parallel ranks.
+
+    ``reward_correlation`` is measured between several objectives where prompts have several ``samples``.
+    """
+    several = len(names) > 1 and samples > 1
+    mask_BT = experience.response_mask_BT
+    kl_BT = (experience.old_logprobs_BT - experience.ref_logprobs_BT) * mask_BT
+    counts = [
+        kl_BT.double().sum(),
+        mask_BT.sum().double(),
+        torch.tensor(float(rollout.batch_size), dtype=torch.float64),
+        rollout.prompt_lengths_B.sum().double(),
+        rollout.finished_B.sum().double(),
+    ]
+    sums = torch.cat([experience.scores_MB.double().sum(dim=1), torch.stack(counts)])
+    *scores, kl, tokens, rows, prompt_tokens, finished = engine.sum_over_data(sums).tolist()
+    extra = {
+        "prompt_length": prompt_tokens / rows,
+        "response_length": tokens / rows,
+        "finished": finished / rows,
+    }
+    return BatchFacts(
+        rewards=[score / rows for score in scores],
+        kl=kl / max(tokens, 1.0),
+        tokens=tokens + prompt_tokens,
+        extra=extra | (_correlations(engine, names, experience) if several else {}),
+    )
+
+
+def _correlations(engine: Engine, names: Sequence[str], experience: Experience) -> dict[str, float]:
+    gathered = engine.gather_over_data((experience.scores_MB, experience.group_B))
+    groups = [group_B + _MOST_PROMPTS * rank for rank, (_, group_B) in enumerate(gathered)]
+    matrix = reward_correlation(torch.cat([scores for scores, _ in gathered], dim=1), torch.cat(groups))
+    return {
+        f"reward_correlation/{names[i]}/{names[j]}": float(matrix[i, j])
+        for i, j in combinations(range(len(names)), 2)
+    }
+
+
+def reward_correlation(scores_MB: Tensor, group_B: Tensor) -> Tensor:
+    """Pearson correlation of the objectives *within* groups (samples of one prompt), float64 ``[M, M]``.
+
+    Scores are centred on their group's mean and pooled, so that prompts that are easy on every objective do
+    not hide a conflict between responses. NaN where an objective never varies within a group.
+    """
+    scores = scores_MB.double()
+    _, index_B = torch.unique(group_B, return_inverse=True)
+    counts = torch.bincount(index_B).double()
+    sums = scores.new_zeros(scores.shape[0], len(counts)).index_add_(1, index_B, scores)
+    centred = scores - (sums / counts)[:, index_B]
+    covariance = centred @ centred.T
+    # Rounding leaves a constant objective with a tiny variance, which would pass for a real one.
+    scale = 1e-12 * scores.square().sum(dim=1).sqrt()
+    deviation = covariance.diagonal().sqrt()
+    deviation = torch.where(deviation > scale, deviation, torch.full_like(deviation, torch.nan))
+    return (covariance / deviation[:, None] / deviation[None, :]).clamp(-1, 1)

@@ -1,0 +1,141 @@
+"""The one loop of every run: training on objectives, fine-tuning, reward models.
+
+The loop decides when: steps, checkpoints, resuming, signals, the end. A ``Work`` decides what: what a step
+does, what a checkpoint must hold of it, what is written at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gapo_mega.config import CheckpointConfig
+from gapo_mega.engine.base import Layout
+from gapo_mega.runs.checkpoints import (
+    CheckpointFolder,
+    StopOnSignal,
+    any_replica,
+    checkpoint_to_resume,
+    is_due,
+)
+from gapo_mega.runs.log import RunLog
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class Work(Protocol):
+    """What a run does. Every rank has one; all call the same methods in the same order."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        ...
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps, and so lines of the log, of one step."""
+        ...
+
+    def begin(self) -> None:
+        """Called once, after a checkpoint was loaded and before the first step of this process."""
+        ...
+
+    def train_step(self, step: int) -> None:
+        """Do step ``step``, which counts from 0 over the whole run, and log its updates."""
+        ...
+
+    def finish(self) -> None:
+        """Called after the last step. No signal interrupts it: what was trained is not lost."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside models, optimizers and the number of steps."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Inverse of ``state_dict``. Raises ``ValueError`` for the state of another configuration.
+
+        ``checkpoint``: where the state comes from, for the error.
+        """
+        ...
+
+
+class Persistent(Protocol):
+    """What the loop needs of an engine; see ``Engine`` and ``SupervisedEngine``."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def broadcast_in_replica(self, value: Any) -> Any: ...
+
+    def sum_over_data(self, tensor: Any) -> Any: ...
+
+    def gather_over_data(self, value: Any) -> list[Any]: ...
+
+    def barrier(self) -> None: ...
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> None: ...
+
+    def load(self, directory: Path) -> dict[str, Any]: ...
+
+
+class RunLoop:
+    """Runs a ``Work`` to its end, or to a signal; then the same command goes on from there."""
+
+    def __init__(
+        self, work: Work, engine: Persistent, directory: Path, settings: CheckpointConfig, log: RunLog
+    ) -> None:
+        """``directory``: of the run. ``log``: closed by the loop before the work's ``finish``."""
+        self._work = work
+        self._engine = engine
+        self._settings = settings
+        self._log = log
+        self._checkpoints = CheckpointFolder(
+            directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier
+        )
+        self.step = 0  # steps done
+
+    def run(self) -> bool:
+        """Whether the run is finished; False after SIGTERM or SIGINT, when a checkpoint was written.
+
+        A signal during the last step does not count: nothing is left to stop.
+        """
+        total = self._work.total_steps
+        self._resume()
+        self._work.begin()
+        self._log.truncate_after(self.step * self._work.updates_per_step)
+        with StopOnSignal() as stop:
+            while self.step < total:
+                self._work.train_step(self.step)
+                self.step += 1
+                if any_replica(self._engine, stop.requested) and self.step < total:
+                    self._save()
+                    self._log.close()
+                    logger.warning(
+                        "stopped by a signal after step %d; the same command goes on from there", self.step
+                    )
+                    return False
+                if is_due(self._settings, self.step, total):
+                    self._save()
+            self._log.close()
+            self._work.finish()
+        return True
+
+    def _save(self) -> None:
+        """A complete checkpoint of the current step; all ranks call it."""
+        extra = {"step": self.step, **self._work.state_dict()}
+        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra))
+
+    def _resume(self) -> None:
+        """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
+        latest = checkpoint_to_resume(self._checkpoints, self._settings, self._engine)
+        if latest is None:
+            return
+        extra = self._engine.load(latest)
+        self._work.load_state_dict(extra, latest)
+        self.step = int(extra["step"])
+        logger.info("resumed from %s: %d of %d steps done", latest, self.step, self._work.total_steps)

@@ -1,0 +1,39 @@
+"""Gradients that are not finite or zero: told, counted, and in the end an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from gapo_mega.engine.base import GradientReport
+
+logger = logging.getLogger(__name__)
+
+
+class Skips:
+    """Names objectives without a usable gradient; stops after too many skipped updates in a row."""
+
+    def __init__(self, names: Sequence[str], limit: int) -> None:
+        """``limit``: ``gradients.max_nonfinite_steps``."""
+        self._names = list(names)
+        self._limit = limit
+        self.in_a_row = 0
+
+    def take(self, report: GradientReport, update: int) -> None:
+        """Take note of update ``update``. Raises ``RuntimeError`` at the limit."""
+        if report.excluded:
+            names = ", ".join(self._names[i] for i in report.excluded)
+            logger.warning(
+                "update %d: the gradient of %s is zero, left out of the combination", update, names
+            )
+        if not report.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        at_fault = ", ".join(self._names[i] for i in report.nonfinite) or "the combination"
+        logger.warning("update %d skipped: the gradient of %s is not finite", update, at_fault)
+        if self.in_a_row >= self._limit:
+            raise RuntimeError(
+                f"stopped: the gradient of {at_fault} was not finite in {self._limit} updates in a row "
+                "(gradients.max_nonfinite_steps)"
+            )

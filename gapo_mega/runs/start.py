@@ -1,0 +1,53 @@
+"""From a configuration to a running training: check, read, build, train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from gapo_mega.config import Config
+from gapo_mega.config.loading import dump
+from gapo_mega.data.prompts import PromptSchedule, load_prompts
+from gapo_mega.engine.base import build_engine
+from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.models.huggingface import location
+from gapo_mega.runs.preflight import resolve
+from gapo_mega.runs.trainer import Trainer
+
+
+def train(config: Config, with_report: bool = True) -> None:
+    """Run a whole training on this process's share of the world (torchrun's environment, or alone).
+
+    ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
+    Everything that can be refused is refused before a model is built. Raises ``ValueError``.
+    """
+    resolved = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    companions = location.companions_of(resolved.policy.directory())
+    tokenizer = AutoTokenizer.from_pretrained(companions)
+    train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
+    # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
+    PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)
+    eos_ids = end_of_sequence_ids(companions, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
+    if engine.layout.is_main:
+        dump(config, Path(config.output_dir) / CONFIG_FILE)
+    Trainer(resolved, engine, tokenizer, train_prompts, heldout_prompts, with_report=with_report).run()
+    # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
+    engine.close()
+
+
+def end_of_sequence_ids(source: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: the model's generation settings where it has them, else the tokenizer."""
+    ids: Any = None
+    if (source / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(source).eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ValueError(
+            f"model.path: {source} names no end-of-sequence token; accepted: a model whose tokenizer has one"
+        )
+    return list(ids) if isinstance(ids, list) else [int(ids)]
