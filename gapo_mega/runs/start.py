@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
@@ -14,6 +14,7 @@ from gapo_mega.data.prompts import PromptSchedule, load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models.huggingface import location
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.trainer import Trainer
 
@@ -26,7 +27,7 @@ def train(config: Config, with_report: bool = True) -> None:
     """
     resolved = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     companions = location.companions_of(resolved.policy.directory())
-    tokenizer = AutoTokenizer.from_pretrained(companions)
+    tokenizer = read_tokenizer(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
     PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from gapo_mega.config.loading import dump
@@ -35,6 +35,7 @@ from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
 from gapo_mega.runs.log import RunLog, check_logging
@@ -86,7 +87,7 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
         )
     check_batches(config, check_model_split(config.parallel, shape, world_size))
     check_logging(config.logging)
-    tokenizer = AutoTokenizer.from_pretrained(model_location.companions_of(source))
+    tokenizer = read_tokenizer(model_location.companions_of(source))
     template_text(tokenizer, config.model.chat_template, batches.TEMPLATE_PARAMETER)
     return _Start(shape, source, hf_config, tokenizer)
 

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gapo_mega import optional
 from gapo_mega.config import LoggingConfig
 from gapo_mega.engine.base import GradientReport
-from gapo_mega.runs.log import RunLog, progress_text, step_metrics
+from gapo_mega.runs.log import RunLog, progress_text
+from gapo_mega.runs.metrics import step_metrics
 
 NAMES = ["helpful", "harmless", "honest"]
 QUIET = LoggingConfig(tensorboard=False, progress=False)

@@ -1,0 +1,26 @@
+"""The tokenizer of a Hugging Face model, or one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub repository. Code that comes with it is never run.
+
+    Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read.
+    """
+    try:
+        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(place), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{parameter}: found {str(place)!r}, accepted: a model with a tokenizer that transformers reads "
+            f"without code of its own ({type(error).__name__}: {reason})"
+        ) from error
+    return tokenizer
