@@ -108,7 +108,7 @@ class RunLoop:
         self._resume()
         self._work.begin()
         self._log.truncate_after(self.step * self._work.updates_per_step)
-        with StopOnSignal() as stop:
+        with self._log, StopOnSignal() as stop:
             while self.step < total:
                 self._work.train_step(self.step)
                 self.step += 1

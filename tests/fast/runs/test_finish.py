@@ -1,0 +1,58 @@
+"""The end of a run above a fake engine: what is exported, measured, written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapo_mega.rollout.heldout import Answers
+from gapo_mega.runs.finish import sample_pairs
+from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.fake_runs import trainer
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    return found
+
+
+def test_export_comes_before_the_answers_and_the_report_last(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    run = trainer(tmp_path, engine, steps=2, with_report=True, checkpoint={"export_hf": True})
+    assert run.run()
+    assert engine.calls[-2:] == ["export_hf", "generate"]
+    assert (tmp_path / "hf").is_dir()
+    assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
+    facts = summary(tmp_path)["objectives"]["long"]
+    assert run.before is not None
+    assert facts["before"] == pytest.approx(sum(run.before.scores[0]) / 3)
+    assert facts["samples"] == 3 and facts["after"] != facts["before"]
+
+
+def test_without_held_out_prompts_the_summary_is_empty(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    assert trainer(tmp_path, engine, steps=1, with_report=True, held_out=[]).run()
+    assert summary(tmp_path)["objectives"] == {}
+    assert "export_hf" not in engine.calls
+
+
+def test_without_a_report_nothing_follows_the_last_step(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    assert trainer(tmp_path, engine, steps=1).run()
+    assert engine.calls[-1] == "update_policy"
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_first_sample_of_the_first_prompts_is_shown() -> None:
+    texts = [f"p{i}" for i in range(3) for _ in range(2)]
+    before = Answers(texts, [f"b{i}" for i in range(6)], [[float(i) for i in range(6)]])
+    after = Answers(texts, [f"a{i}" for i in range(6)], [[float(-i) for i in range(6)]])
+    pairs = sample_pairs(before, after, ["o"], count=2, samples=2)
+    assert [(pair.prompt, pair.before, pair.after) for pair in pairs] == [
+        ("p0", "b0", "a0"),
+        ("p1", "b2", "a2"),
+    ]
+    assert [pair.scores_after for pair in pairs] == [{"o": 0.0}, {"o": -2.0}]

@@ -1,0 +1,94 @@
+"""The resolved run: what preflight finds out, and what it refuses before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapo_mega.config import Config
+from gapo_mega.runs.preflight import resolve
+from tests.helpers.tiny import safe_rlhf_model, tiny_llama, tiny_mistral
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of 4 layers; backbones that fit it and that do not."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_llama(folder / "policy")
+    tiny_llama(folder / "tied", tied=True, seed=1)
+    tiny_llama(folder / "frequencies", rope_theta=500000.0)
+    tiny_llama(folder / "words", vocab=300)
+    tiny_llama(folder / "short", max_position_embeddings=16)
+    tiny_mistral(folder / "small")
+    safe_rlhf_model(folder / "cost")
+    return folder
+
+
+def configuration(models: Path, **sections: Any) -> Config:
+    config: dict[str, Any] = {
+        "output_dir": "unused",
+        "steps": 3,
+        "micro_batch_size": 2,
+        "model": {"path": str(models / "policy")},
+        "data": {"source": "unused", "max_prompt_tokens": 20},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8},
+        "objectives": [{"name": "plain", "function": "gapo_mega.demo.rewards:plain"}],
+        "algorithm": {"ppo_epochs": 2, "minibatches": 2},
+    }
+    return Config.model_validate({**config, **sections})
+
+
+def test_facts_of_a_run(models: Path) -> None:
+    resolved = resolve(configuration(models, parallel={"tensor": 2}), 4)
+    assert (resolved.world, resolved.data) == (4, 2)
+    assert (resolved.shape.num_layers, resolved.shape.vocab) == (4, 200)
+    assert [objective.name for objective in resolved.objectives] == ["plain"]
+    assert (resolved.updates_per_step, resolved.total_updates) == (4, 12)
+    assert resolved.estimator.name == "group" and resolved.critic is None
+    assert resolved.aggregator.name == "gapo"
+    assert resolved.policy.directory() == models / "policy"
+
+
+def test_score_models_come_with_their_shapes(models: Path) -> None:
+    cost = {"name": "cost", "kind": "megatron_score", "options": {"model": str(models / "cost")}}
+    (found,) = resolve(configuration(models, objectives=[cost]), 1).score_models
+    assert found.request.path == str(models / "cost") and found.shape.vocab == 101
+
+
+@pytest.mark.parametrize("path", [None, "policy", "tied"])
+def test_a_critic_of_the_policys_shape(models: Path, path: str | None) -> None:
+    """An output layer is not part of a value model, so it may be tied or not."""
+    critic = {"path": path and str(models / path)}
+    resolved = resolve(configuration(models, advantages={"name": "gae"}, critic=critic), 1)
+    assert resolved.critic is not None
+    assert resolved.critic.directory() == models / (path or "policy")
+    assert resolved.critic.shape == resolved.shape
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", r"^critic\.path: found '.*nowhere', accepted: a Hugging Face directory"),
+        ("small", r"^critic\.path: found .*small with num_layers 2, accepted: .* with num_layers 4"),
+        ("words", r"^critic\.path: found .*words with vocab 300, accepted: .* with vocab 200"),
+        # Tensors of the same sizes: loaded, this one would compute with the policy's frequencies.
+        (
+            "frequencies",
+            r"^critic\.path: found .* with rope_theta 500000\.0, accepted: .* rope_theta 10000\.0",
+        ),
+        (
+            "short",
+            r"^critic\.path: found .*short for sequences of at most 16 tokens, accepted: one for the 28",
+        ),
+    ],
+)
+def test_a_critic_that_does_not_fit(models: Path, path: str, message: str) -> None:
+    config = configuration(models, advantages={"name": "gae"}, critic={"path": str(models / path)})
+    with pytest.raises(ValueError, match=message):
+        resolve(config, 1)
+
+
+def test_a_critic_that_nobody_needs_is_not_looked_at(models: Path) -> None:
+    assert resolve(configuration(models, critic={"path": "/nowhere"}), 1).critic is None
