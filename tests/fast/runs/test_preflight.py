@@ -9,7 +9,7 @@ import pytest
 
 from gapo_mega.config import Config
 from gapo_mega.runs.preflight import resolve
-from tests.helpers.tiny import safe_rlhf_model, tiny_llama, tiny_mistral
+from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_llama, tiny_mistral
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "short", max_position_embeddings=16)
     tiny_mistral(folder / "small")
     safe_rlhf_model(folder / "cost")
+    byte_tokenizer(folder / "cost")
     return folder
 
 
@@ -52,7 +53,12 @@ def test_facts_of_a_run(models: Path) -> None:
 
 
 def test_score_models_come_with_their_shapes(models: Path) -> None:
-    cost = {"name": "cost", "kind": "megatron_score", "options": {"model": str(models / "cost")}}
+    cost: dict[str, Any] = {
+        "name": "cost",
+        "kind": "megatron_score",
+        "options": {"model": str(models / "cost")},
+    }
+    cost["options"] |= {"chat_template": "{{ messages[-1].content }}"}
     (found,) = resolve(configuration(models, objectives=[cost]), 1).score_models
     assert found.request.path == str(models / "cost") and found.shape.vocab == 101
 
