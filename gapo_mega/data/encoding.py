@@ -1,4 +1,4 @@
-"""Pairs and chats as tokens: rendered by a chat template, dealt to data-parallel ranks, padded.
+"""Pairs and chats as tokens: rendered by a chat template, tokenized, padded.
 
 Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T token positions.
 """
@@ -6,7 +6,6 @@ Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T tok
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -109,50 +108,6 @@ def encode_chats(
             encoded.append((torch.tensor(ids, dtype=torch.int64), learned_T))
     _count_left_out("chats", len(encoded), len(chats), max_tokens)
     return encoded
-
-
-class Order:
-    """Which of ``count`` items a data-parallel rank takes at a step: a pure function of seed and step.
-
-    The items are shuffled every epoch; a step takes the next ``batch_size`` of them, and the ranks get
-    consecutive equal parts of these, so their union does not depend on the number of ranks. The last
-    ``count % batch_size`` items of an epoch's order are not used in it. Steps may be asked for in any order
-    and without end, so a run resumes by its step number alone.
-    """
-
-    def __init__(self, count: int, batch_size: int, data_rank: int, data_size: int, seed: int) -> None:
-        if batch_size % data_size:
-            raise ValueError(
-                f"batch_size: found {batch_size}, accepted for {data_size} data-parallel ranks: a multiple "
-                f"of {data_size}"
-            )
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size: found {batch_size}, accepted: 1 to the {count} training items")
-        assert 0 <= data_rank < data_size
-        self.count = count
-        self.batch_size = batch_size
-        share = batch_size // data_size
-        self._share = slice(data_rank * share, (data_rank + 1) * share)
-        self._seed = seed
-        self._epoch_order: tuple[int, list[int]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which the items are shuffled again."""
-        return self.count // self.batch_size
-
-    def items(self, step: int) -> list[int]:
-        """This rank's ``batch_size / data_size`` items of ``step``, which counts from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size][self._share]
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch_order[0] != epoch:
-            order = list(range(self.count))
-            random.Random(f"epoch-{self._seed}-{epoch}").shuffle(order)
-            self._epoch_order = (epoch, order)
-        return self._epoch_order[1]
 
 
 def pair_batch(

@@ -22,6 +22,7 @@ from gapo_mega.config.supervised import RewardModelConfig, SftConfig, Supervised
 from gapo_mega.data import encoding as batches
 from gapo_mega.data.chat_template import template_text
 from gapo_mega.data.chats import load_chats
+from gapo_mega.data.order import Order
 from gapo_mega.data.pairs import load_pairs
 from gapo_mega.evaluation import measures
 from gapo_mega.models import shape_of
@@ -102,12 +103,12 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         self.start = check(config, int(os.environ.get("WORLD_SIZE", "1")))
         count = self._load(self.start.tokenizer)
         # Refuses more items a step than there are, before the engine knows this process's place.
-        order = batches.Order(count, config.batch_size, 0, 1, config.seed)
+        order = Order(count, config.batch_size, 0, 1, config.seed)
         total = order.steps_per_epoch * config.epochs
         self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
         self.engine = self._build()
         layout = self.engine.layout
-        self.order = batches.Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
+        self.order = Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
         self.checkpoints = CheckpointFolder(
             self.directory / "checkpoints", config.checkpoint.keep, layout, self.engine.barrier
         )

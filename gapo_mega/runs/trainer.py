@@ -20,7 +20,8 @@ from gapo_mega.advantages.rewards import token_rewards, whiten
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
-from gapo_mega.data.prompts import PromptSchedule, load_prompts
+from gapo_mega.data.order import PROMPTS, Order
+from gapo_mega.data.prompts import PromptPosition, load_prompts
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
 from gapo_mega.evaluation.heldout import reward_correlation
 from gapo_mega.losses import policy_loss_of, value_loss_sum
@@ -79,13 +80,15 @@ class Trainer:
             self._phase,
         )
         layout = engine.layout
-        self.schedule = PromptSchedule(
-            train_prompts,
+        self.prompts = train_prompts
+        self.order = Order(
+            len(train_prompts),
             rollout.prompts_per_step,
             layout.data_rank,
             layout.data,
             config.seed,
             shuffle=config.data.shuffle,
+            wording=PROMPTS,
         )
         self.heldout = HeldOut(
             engine, self.collector, self.scorer, heldout_prompts, config.evaluation, config.seed
@@ -143,7 +146,7 @@ class Trainer:
             self.engine.generator.update_weights()
             seed = self.config.seed * 1_000_003 + self.step
             rollout = self.collector.collect(
-                self.schedule.next(),
+                [self.prompts[i] for i in self.order.items(self.step)],
                 self.config.rollout.samples_per_prompt,
                 seed * self.engine.layout.data + self.engine.layout.data_rank,
             )
@@ -298,13 +301,16 @@ class Trainer:
         """A complete checkpoint of the current step; all ranks call it."""
         extra = {
             "step": self.step,
-            "schedule": self.schedule.state_dict(),
+            "schedule": dataclasses.asdict(self._position()),
             "aggregator": self.aggregator.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "before": dataclasses.asdict(self.before) if self.before else None,
             "seconds": self._elapsed(),
         }
         self.checkpoints.save(self.step, lambda directory: self.engine.save(directory, extra))
+
+    def _position(self) -> PromptPosition:
+        return PromptPosition.of(self.prompts, self.order, self.step)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
@@ -313,7 +319,7 @@ class Trainer:
             return
         extra = self.engine.load(latest)
         self.step = int(extra["step"])
-        self.schedule.load_state_dict(extra["schedule"])
+        self._position().check_same_prompts(PromptPosition(**extra["schedule"]))
         self.aggregator.load_state_dict(extra["aggregator"])
         self.skipped_in_a_row = int(extra["skipped_in_a_row"])
         self.before = Answers(**extra["before"]) if extra["before"] else None
@@ -333,7 +339,7 @@ def train(config: Config, with_report: bool = True) -> None:
     tokenizer = AutoTokenizer.from_pretrained(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
-    PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)
+    Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
     eos_ids = end_of_sequence_ids(companions, tokenizer)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     # Imported last: Megatron takes seconds to load, and bad input should be told at once.

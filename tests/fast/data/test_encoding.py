@@ -1,4 +1,4 @@
-"""Tokens, masks, order and padding, against what transformers makes of the same conversations.
+"""Tokens, masks and padding, against what transformers makes of the same conversations.
 
 The masks are compared with those that transformers takes from ``{% generation %}`` marks of a template, which
 ours does not read.
@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.encoding import (
-    Order,
     chat_batch,
     encode_chats,
     encode_pairs,
@@ -217,31 +216,6 @@ def test_templates_from_files_and_wrong_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^assistant_only: found true with a chat template that changes"):
         encode_chats(CHATS[1:2], tokenizer, forgetful, 500)
     assert len(encode_chats(CHATS[1:2], tokenizer, forgetful, 500, assistant_only=False)) == 1
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_order_is_shared_out_and_does_not_depend_on_the_ranks(ranks: int) -> None:
-    whole = Order(44, 12, 0, 1, seed=5)
-    parts = [Order(44, 12, rank, ranks, seed=5) for rank in range(ranks)]
-    for step in range(10):
-        dealt = [part.items(step) for part in parts]
-        assert {len(items) for items in dealt} == {12 // ranks}
-        assert list(chain(*dealt)) == whole.items(step)
-
-
-def test_order_covers_every_epoch_and_resumes_at_any_step() -> None:
-    order = Order(44, 12, 0, 1, seed=5)
-    assert order.steps_per_epoch == 3
-    steps = [order.items(step) for step in range(9)]
-    epochs = [list(chain(*steps[i : i + 3])) for i in (0, 3, 6)]
-    assert all(len(set(epoch)) == 36 and set(epoch) <= set(range(44)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [Order(44, 12, 0, 1, seed=5).items(step) for step in (7, 2, 4)] == [steps[7], steps[2], steps[4]]
-    assert Order(44, 12, 0, 1, seed=6).items(0) != steps[0]
-    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted for 5 data-parallel ranks"):
-        Order(44, 12, 0, 5, seed=5)
-    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted: 1 to the 11 training items"):
-        Order(11, 12, 0, 1, seed=5)
 
 
 def test_padding_is_that_of_transformers() -> None:
