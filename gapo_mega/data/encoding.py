@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gapo_mega.data.chat_template import template_text
+from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.pairs import Lengths, Pair
 from gapo_mega.types import Message
@@ -135,28 +135,19 @@ def chat_batch(
 
 
 class _Renderer:
-    """Conversations as the model's text."""
+    """Conversations as the model's text; what the template refuses is an error of ``model.chat_template``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = template_text(tokenizer, chat_template, TEMPLATE_PARAMETER)
+        self._template = ChatTemplate(tokenizer, template_text(tokenizer, chat_template, TEMPLATE_PARAMETER))
 
     def __call__(self, messages: Sequence[Message], *, asked: bool = False) -> str:
-        """``asked``: with what the template writes to make the assistant answer."""
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=self._template,
-                    add_generation_prompt=asked,
-                    tokenize=False,
-                )
-            )
+            return self._template.render(messages, asked=asked)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"model.chat_template: refuses a conversation of {roles} ({error}); accepted: a template for "
-                "the roles of the data"
+                f"{TEMPLATE_PARAMETER}: refuses a conversation of {roles} ({error}); accepted: a template "
+                "for the roles of the data"
             ) from None
 
 

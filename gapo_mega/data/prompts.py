@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
+from gapo_mega.data.chat_template import ChatTemplate
 from gapo_mega.data.order import Order
 from gapo_mega.data.tables import PACKAGE_PREFIX, SPLIT_COLUMN, check_column, is_conversation, read_rows
 from gapo_mega.data.transcripts import in_turn, parse_transcript
@@ -131,6 +132,7 @@ class _Encoder:
             )
         self._data = data
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
 
     def __call__(self, index: int, cell: Any, where: str) -> Prompt:
         """``where`` names the row in errors."""
@@ -166,13 +168,10 @@ class _Encoder:
         if self._data.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._data.system_prompt}, *messages]
         try:
-            # The template writes the special tokens itself, so the tokenizer must not add them again.
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
+            rendered = self._template.render(messages, asked=True)
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template of model.path refuses it: {error}") from None
-        ids = self._tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
 
