@@ -38,7 +38,7 @@ from gapo_mega.runs.checkpoints import (
     is_due,
 )
 from gapo_mega.runs.log import RunLog, check_logging
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 
 if TYPE_CHECKING:
     from gapo_mega.engine.megatron.supervised import SupervisedEngine
@@ -180,7 +180,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         """The engine with the model."""
 
     @abstractmethod
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         """These training items, padded; of like length together, since microbatches are cut to their own."""
 
     @abstractmethod
@@ -293,13 +293,13 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             **arguments,
         )
 
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         pairs = [self._train[i] for i in items]
-        return self._experience(sorted(pairs, key=lambda both: max(map(len, both))))
+        return self._padded(sorted(pairs, key=lambda both: max(map(len, both))))
 
-    def _experience(self, pairs: Sequence[batches.PairIds]) -> Experience:
+    def _padded(self, pairs: Sequence[batches.PairIds]) -> TokenBatch:
         tokens_BT, _ = batches.pair_batch(pairs, self.start.pad_id)
-        return bare_experience(tokens_BT, last_mark(tokens_BT, self.start.pad_id))
+        return TokenBatch(tokens_BT, last_mark(tokens_BT, self.start.pad_id))
 
     def _named(self, right: float) -> dict[str, float]:
         return {"accuracy": right}
@@ -311,7 +311,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
         own: dict[int, tuple[float, float]] = {}
         for items in self._own(len(self._heldout), lengths):
-            scores_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            scores_B = self.engine.measure(self._padded([self._heldout[i] for i in items]))
             own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
         scores = self._gathered(own, len(self._heldout))
         return measures.of_pairs(scores, self._lengths)
@@ -344,12 +344,12 @@ class SftRun(SupervisedRun[SftConfig]):
         arguments = self._engine_arguments(self.config.micro_batch_size, {})
         return ChatEngine(self.start.shape, self.start.source, **arguments)
 
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         chats = [self._train[i] for i in items]
-        return self._experience(sorted(chats, key=lambda chat: len(chat[0])))
+        return self._padded(sorted(chats, key=lambda chat: len(chat[0])))
 
-    def _experience(self, chats: Sequence[batches.ChatIds]) -> Experience:
-        return bare_experience(*batches.chat_batch(chats, self.start.pad_id))
+    def _padded(self, chats: Sequence[batches.ChatIds]) -> TokenBatch:
+        return TokenBatch(*batches.chat_batch(chats, self.start.pad_id))
 
     def _named(self, right: float) -> dict[str, float]:
         return {}
@@ -360,7 +360,7 @@ class SftRun(SupervisedRun[SftConfig]):
             return {}
         own: dict[int, float] = {}
         for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
-            logprobs_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            logprobs_B = self.engine.measure(self._padded([self._heldout[i] for i in items]))
             own |= dict(zip(items, logprobs_B.tolist(), strict=True))
         tokens = [int(mask_T.sum()) for _, mask_T in self._heldout]
         return measures.of_chats(self._gathered(own, len(self._heldout)), tokens)
