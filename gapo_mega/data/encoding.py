@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.pairs import Lengths, Pair
-from gapo_mega.types import Message
+from gapo_mega.types import Message, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -112,23 +112,26 @@ def encode_chats(
 
 def pair_batch(
     pairs: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[int]]], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Pairs of token ids as ``tokens_BT`` [2P, T], chosen and rejected in turn, and ``last_B`` [2P].
+) -> TokenBatch:
+    """Pairs of token ids as ``[2P, T]``, chosen and rejected in turn, right padded with ``pad_id``.
 
-    Both int64; rows are right padded with ``pad_id``, ``last_B`` is the index of the last token before that.
+    The mask is true once a row, where its score is taken: at its last token that is not ``pad_id``.
+    transformers' classifiers take it there, also where a text itself ends in the pad token.
     """
     rows = [torch.as_tensor(ids, dtype=torch.int64) for pair in pairs for ids in pair]
-    last_B = torch.tensor([len(row) - 1 for row in rows])
-    return pad_sequence(rows, batch_first=True, padding_value=pad_id), last_B
+    tokens_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    positions_T = torch.arange(tokens_BT.shape[1])
+    last_B = torch.where(tokens_BT != pad_id, positions_T, 0).amax(dim=1)
+    return TokenBatch(tokens_BT, positions_T == last_B[:, None])
 
 
 def chat_batch(
     chats: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[bool]]], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids and masks as ``tokens_BT`` int64 [C, T] and ``mask_BT`` bool [C, T], false on the padding."""
+) -> TokenBatch:
+    """Token ids and masks as ``[C, T]``, right padded with ``pad_id``; the mask is false on the padding."""
     tokens = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in chats]
     masks = [torch.as_tensor(mask, dtype=torch.bool) for _, mask in chats]
-    return (
+    return TokenBatch(
         pad_sequence(tokens, batch_first=True, padding_value=pad_id),
         pad_sequence(masks, batch_first=True, padding_value=False),
     )

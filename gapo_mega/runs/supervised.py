@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -295,11 +293,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
 
     def _batch(self, items: Sequence[int]) -> TokenBatch:
         pairs = [self._train[i] for i in items]
-        return self._padded(sorted(pairs, key=lambda both: max(map(len, both))))
-
-    def _padded(self, pairs: Sequence[batches.PairIds]) -> TokenBatch:
-        tokens_BT, _ = batches.pair_batch(pairs, self.start.pad_id)
-        return TokenBatch(tokens_BT, last_mark(tokens_BT, self.start.pad_id))
+        return batches.pair_batch(sorted(pairs, key=lambda both: max(map(len, both))), self.start.pad_id)
 
     def _named(self, right: float) -> dict[str, float]:
         return {"accuracy": right}
@@ -311,7 +305,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
         own: dict[int, tuple[float, float]] = {}
         for items in self._own(len(self._heldout), lengths):
-            scores_B = self.engine.measure(self._padded([self._heldout[i] for i in items]))
+            batch = batches.pair_batch([self._heldout[i] for i in items], self.start.pad_id)
+            scores_B = self.engine.measure(batch)
             own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
         scores = self._gathered(own, len(self._heldout))
         return measures.of_pairs(scores, self._lengths)
@@ -346,10 +341,7 @@ class SftRun(SupervisedRun[SftConfig]):
 
     def _batch(self, items: Sequence[int]) -> TokenBatch:
         chats = [self._train[i] for i in items]
-        return self._padded(sorted(chats, key=lambda chat: len(chat[0])))
-
-    def _padded(self, chats: Sequence[batches.ChatIds]) -> TokenBatch:
-        return TokenBatch(*batches.chat_batch(chats, self.start.pad_id))
+        return batches.chat_batch(sorted(chats, key=lambda chat: len(chat[0])), self.start.pad_id)
 
     def _named(self, right: float) -> dict[str, float]:
         return {}
@@ -360,17 +352,8 @@ class SftRun(SupervisedRun[SftConfig]):
             return {}
         own: dict[int, float] = {}
         for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
-            logprobs_B = self.engine.measure(self._padded([self._heldout[i] for i in items]))
+            batch = batches.chat_batch([self._heldout[i] for i in items], self.start.pad_id)
+            logprobs_B = self.engine.measure(batch)
             own |= dict(zip(items, logprobs_B.tolist(), strict=True))
         tokens = [int(mask_T.sum()) for _, mask_T in self._heldout]
         return measures.of_chats(self._gathered(own, len(self._heldout)), tokens)
-
-
-def last_mark(tokens_BT: Tensor, pad_id: int) -> Tensor:
-    """Bool ``[B, T]``, true once a row: at its last token that is not ``pad_id``.
-
-    transformers' classifiers take the score there, also where a text itself ends in the pad token.
-    """
-    positions_T = torch.arange(tokens_BT.shape[1])
-    last_B = torch.where(tokens_BT != pad_id, positions_T, 0).amax(dim=1)
-    return positions_T == last_B[:, None]

@@ -223,13 +223,17 @@ def test_padding_is_that_of_transformers() -> None:
     tokenizer.padding_side = "right"
     pad = tokenizer.pad_token_id
     pairs, _ = encode_pairs(PAIRS, tokenizer, CHATML, 500)
-    tokens_BT, last_B = pair_batch(pairs, pad)
+    batch = pair_batch(pairs, pad)
     rows = [ids.tolist() for both in pairs for ids in both]
     expected = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-    assert torch.equal(tokens_BT, expected["input_ids"]) and tokens_BT.dtype == torch.int64
-    assert torch.equal(last_B, expected["attention_mask"].sum(1) - 1) and last_B.dtype == torch.int64
+    assert torch.equal(batch.tokens_BT, expected["input_ids"]) and batch.tokens_BT.dtype == torch.int64
+    assert batch.response_mask_BT.dtype == torch.bool
+    marks = batch.response_mask_BT.nonzero()
+    assert torch.equal(marks[:, 0], torch.arange(len(rows)))
+    assert torch.equal(marks[:, 1], expected["attention_mask"].sum(1) - 1)
     chats = encode_chats(CHATS, tokenizer, CHATML, 500)
-    tokens_CT, mask_CT = chat_batch(chats, pad)
+    chat_rows = chat_batch(chats, pad)
+    tokens_CT, mask_CT = chat_rows.tokens_BT, chat_rows.response_mask_BT
     expected = tokenizer.pad({"input_ids": [ids.tolist() for ids, _ in chats]}, return_tensors="pt")
     assert torch.equal(tokens_CT, expected["input_ids"]) and mask_CT.dtype == torch.bool
     assert not mask_CT[expected["attention_mask"] == 0].any()
@@ -237,4 +241,12 @@ def test_padding_is_that_of_transformers() -> None:
         ids[mask].tolist() for ids, mask in chats
     ]
     as_lists = [(chosen.tolist(), rejected.tolist()) for chosen, rejected in pairs]
-    assert all(map(torch.equal, pair_batch(as_lists, pad), (tokens_BT, last_B)))
+    again = pair_batch(as_lists, pad)
+    assert torch.equal(again.tokens_BT, batch.tokens_BT)
+    assert torch.equal(again.response_mask_BT, batch.response_mask_BT)
+
+
+def test_scores_are_taken_before_pad_tokens_of_the_text_itself() -> None:
+    batch = pair_batch([([5, 7, 0, 0], [5, 0, 6]), ([0, 0], [9])], pad_id=0)
+    assert batch.tokens_BT.tolist() == [[5, 7, 0, 0], [5, 0, 6, 0], [0, 0, 0, 0], [9, 0, 0, 0]]
+    assert batch.response_mask_BT.nonzero().tolist() == [[0, 1], [1, 2], [2, 0], [3, 0]]

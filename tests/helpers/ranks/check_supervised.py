@@ -16,7 +16,6 @@ from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.engine.megatron.score import ScoreModel, head_if_any
 from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedEngine
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.runs.supervised import last_mark
 from gapo_mega.types import TokenBatch
 from tests.helpers.ranks import worlds
 
@@ -55,9 +54,8 @@ def batch_of(kind: str, step: int, data_rank: int, data: int) -> TokenBatch:
     share = 8 // data
     own = slice(data_rank * share, (data_rank + 1) * share)
     if kind == "chats":
-        return TokenBatch(*chat_batch(chats(step)[own], PAD))
-    tokens_BT, _ = pair_batch(pairs(step)[own], PAD)
-    return TokenBatch(tokens_BT, last_mark(tokens_BT, PAD))
+        return chat_batch(chats(step)[own], PAD)
+    return pair_batch(pairs(step)[own], PAD)
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
