@@ -10,8 +10,9 @@ tokens before it; it is 0 outside the response.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -66,11 +67,50 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Experience:
+class TokenBatch:
+    """Tokens, and which of them count: all that a forward pass reads. One row per sequence.
+
+    The mask is true on the tokens of the response or, in supervised work, on those that are learned or at
+    which a score is taken.
+    """
+
+    tokens_BT: Tensor  # int64, right padded
+    response_mask_BT: Tensor  # bool
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.tokens_BT.shape[0])
+
+    def select(self: AnyBatch, index_B: Tensor) -> AnyBatch:
+        """The rows ``index_B`` (int64)."""
+        return self._each(lambda tensor, dim: tensor.index_select(dim, index_B))
+
+    def split(self: AnyBatch, size: int) -> list[AnyBatch]:
+        """Consecutive pieces of at most ``size`` rows."""
+        rows = torch.arange(self.batch_size)
+        return [self.select(rows[i : i + size]) for i in range(0, self.batch_size, size)]
+
+    def to(self: AnyBatch, device: torch.device) -> AnyBatch:
+        """The batch on ``device``."""
+        return self._each(lambda tensor, _: tensor.to(device))
+
+    def _each(self: AnyBatch, change: Callable[[Tensor, int], Tensor]) -> AnyBatch:
+        """``change`` of every tensor that is there, given the tensor and the dimension of its rows."""
+        changes: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                changes[field.name] = change(value, 1 if "_MB" in field.name else 0)
+        return replace(self, **changes)
+
+
+AnyBatch = TypeVar("AnyBatch", bound=TokenBatch)
+
+
+@dataclass(frozen=True)
+class Experience(TokenBatch):
     """A scored rollout: all that the losses need. Tensors only, one row per sequence."""
 
-    tokens_BT: Tensor
-    response_mask_BT: Tensor
     group_B: Tensor
     old_logprobs_BT: Tensor
     ref_logprobs_BT: Tensor
@@ -79,29 +119,6 @@ class Experience:
     values_MBT: Tensor | None = None  # critic before the update; None when critic-free
     advantages_MBT: Tensor | None = None
     returns_MBT: Tensor | None = None
-
-    @property
-    def batch_size(self) -> int:
-        return int(self.tokens_BT.shape[0])
-
-    @property
-    def num_objectives(self) -> int:
-        return int(self.scores_MB.shape[0])
-
-    def select(self, index_B: Tensor) -> Experience:
-        """The rows ``index_B`` (int64)."""
-        changes: dict[str, Tensor] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                dim = 1 if "_MB" in field.name else 0
-                changes[field.name] = value.index_select(dim, index_B)
-        return replace(self, **changes)
-
-    def split(self, size: int) -> list[Experience]:
-        """Consecutive pieces of at most ``size`` rows."""
-        rows = torch.arange(self.batch_size)
-        return [self.select(rows[i : i + size]) for i in range(0, self.batch_size, size)]
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Experience]:
         """``count`` random disjoint minibatches of equal size that together cover every row."""
@@ -113,18 +130,3 @@ class Experience:
         order = torch.randperm(self.batch_size, generator=generator)
         for rows in order.chunk(count):
             yield self.select(rows)
-
-
-def bare_experience(tokens_BT: Tensor, response_mask_BT: Tensor) -> Experience:
-    """Tokens and mask alone, for forward passes; everything else is empty."""
-    rows = tokens_BT.shape[0]
-    empty_B0 = torch.empty(rows, 0)
-    return Experience(
-        tokens_BT=tokens_BT,
-        response_mask_BT=response_mask_BT,
-        group_B=torch.zeros(rows, dtype=torch.int64),
-        old_logprobs_BT=empty_B0,
-        ref_logprobs_BT=empty_B0,
-        scores_MB=torch.empty(0, rows),
-        token_rewards_MBT=torch.empty(0, rows, 0),
-    )

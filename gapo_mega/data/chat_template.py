@@ -1,9 +1,12 @@
-"""Where a chat template comes from: Jinja text, a ``.jinja`` file, or the tokenizer."""
+"""Chat templates: where one comes from (Jinja text, a ``.jinja`` file, the tokenizer), and its rendering."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gapo_mega.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,3 +33,30 @@ def template_text(tokenizer: PreTrainedTokenizerBase, given: str | None, paramet
     if not path.is_file():
         raise ValueError(f"{parameter}: file {path} not found; {accepted}")
     return path.read_text(encoding="utf-8")
+
+
+class ChatTemplate:
+    """Writes conversations as the text that a model reads, special tokens included.
+
+    Whoever tokenizes the text must not add special tokens again.
+
+    Args:
+        text: Jinja text (see ``template_text``); none: the tokenizer's own template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+
+    def render(self, messages: Sequence[Message], *, asked: bool = False) -> str:
+        """``asked``: with what the template writes to make the assistant answer.
+
+        Raises ``jinja2.TemplateError`` where the template refuses the messages, or is none.
+        """
+        rendered = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=self._text,
+            add_generation_prompt=asked,
+            tokenize=False,
+        )
+        return str(rendered)

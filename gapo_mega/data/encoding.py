@@ -1,4 +1,4 @@
-"""Pairs and chats as tokens: rendered by a chat template, dealt to data-parallel ranks, padded.
+"""Pairs and chats as tokens: rendered by a chat template, tokenized, padded.
 
 Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T token positions.
 """
@@ -6,7 +6,6 @@ Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T tok
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,10 +14,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gapo_mega.data.chat_template import template_text
+from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.pairs import Lengths, Pair
-from gapo_mega.types import Message
+from gapo_mega.types import Message, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -111,97 +110,47 @@ def encode_chats(
     return encoded
 
 
-class Order:
-    """Which of ``count`` items a data-parallel rank takes at a step: a pure function of seed and step.
-
-    The items are shuffled every epoch; a step takes the next ``batch_size`` of them, and the ranks get
-    consecutive equal parts of these, so their union does not depend on the number of ranks. The last
-    ``count % batch_size`` items of an epoch's order are not used in it. Steps may be asked for in any order
-    and without end, so a run resumes by its step number alone.
-    """
-
-    def __init__(self, count: int, batch_size: int, data_rank: int, data_size: int, seed: int) -> None:
-        if batch_size % data_size:
-            raise ValueError(
-                f"batch_size: found {batch_size}, accepted for {data_size} data-parallel ranks: a multiple "
-                f"of {data_size}"
-            )
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size: found {batch_size}, accepted: 1 to the {count} training items")
-        assert 0 <= data_rank < data_size
-        self.count = count
-        self.batch_size = batch_size
-        share = batch_size // data_size
-        self._share = slice(data_rank * share, (data_rank + 1) * share)
-        self._seed = seed
-        self._epoch_order: tuple[int, list[int]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which the items are shuffled again."""
-        return self.count // self.batch_size
-
-    def items(self, step: int) -> list[int]:
-        """This rank's ``batch_size / data_size`` items of ``step``, which counts from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size][self._share]
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch_order[0] != epoch:
-            order = list(range(self.count))
-            random.Random(f"epoch-{self._seed}-{epoch}").shuffle(order)
-            self._epoch_order = (epoch, order)
-        return self._epoch_order[1]
-
-
 def pair_batch(
     pairs: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[int]]], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Pairs of token ids as ``tokens_BT`` [2P, T], chosen and rejected in turn, and ``last_B`` [2P].
+) -> TokenBatch:
+    """Pairs of token ids as ``[2P, T]``, chosen and rejected in turn, right padded with ``pad_id``.
 
-    Both int64; rows are right padded with ``pad_id``, ``last_B`` is the index of the last token before that.
+    The mask is true once a row, where its score is taken: at its last token that is not ``pad_id``.
+    transformers' classifiers take it there, also where a text itself ends in the pad token.
     """
     rows = [torch.as_tensor(ids, dtype=torch.int64) for pair in pairs for ids in pair]
-    last_B = torch.tensor([len(row) - 1 for row in rows])
-    return pad_sequence(rows, batch_first=True, padding_value=pad_id), last_B
+    tokens_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    positions_T = torch.arange(tokens_BT.shape[1])
+    last_B = torch.where(tokens_BT != pad_id, positions_T, 0).amax(dim=1)
+    return TokenBatch(tokens_BT, positions_T == last_B[:, None])
 
 
 def chat_batch(
     chats: Sequence[tuple[Tensor | Sequence[int], Tensor | Sequence[bool]]], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids and masks as ``tokens_BT`` int64 [C, T] and ``mask_BT`` bool [C, T], false on the padding."""
+) -> TokenBatch:
+    """Token ids and masks as ``[C, T]``, right padded with ``pad_id``; the mask is false on the padding."""
     tokens = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in chats]
     masks = [torch.as_tensor(mask, dtype=torch.bool) for _, mask in chats]
-    return (
+    return TokenBatch(
         pad_sequence(tokens, batch_first=True, padding_value=pad_id),
         pad_sequence(masks, batch_first=True, padding_value=False),
     )
 
 
 class _Renderer:
-    """Conversations as the model's text."""
+    """Conversations as the model's text; what the template refuses is an error of ``model.chat_template``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = template_text(tokenizer, chat_template, TEMPLATE_PARAMETER)
+        self._template = ChatTemplate(tokenizer, template_text(tokenizer, chat_template, TEMPLATE_PARAMETER))
 
     def __call__(self, messages: Sequence[Message], *, asked: bool = False) -> str:
-        """``asked``: with what the template writes to make the assistant answer."""
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=self._template,
-                    add_generation_prompt=asked,
-                    tokenize=False,
-                )
-            )
+            return self._template.render(messages, asked=asked)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"model.chat_template: refuses a conversation of {roles} ({error}); accepted: a template for "
-                "the roles of the data"
+                f"{TEMPLATE_PARAMETER}: refuses a conversation of {roles} ({error}); accepted: a template "
+                "for the roles of the data"
             ) from None
 
 

@@ -1,7 +1,7 @@
-"""Prompts: read from anywhere ``datasets`` reads, tokenised once, dealt to data-parallel ranks.
+"""Prompts: read from anywhere ``datasets`` reads, tokenised once.
 
-Every rank reads and orders all prompts itself; nothing is communicated, so everything here is a pure
-function of the configuration, the tokenizer and the seed.
+Every rank reads all prompts itself; nothing is communicated, so everything here is a pure function of the
+configuration, the tokenizer and the seed. ``data/order.py`` says which of them a rank takes at a step.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
+from gapo_mega.data.chat_template import ChatTemplate
+from gapo_mega.data.order import Order
 from gapo_mega.data.tables import PACKAGE_PREFIX, SPLIT_COLUMN, check_column, is_conversation, read_rows
 from gapo_mega.data.transcripts import in_turn, parse_transcript
 from gapo_mega.types import Message, Prompt
@@ -86,86 +89,31 @@ def load_prompts(
     return kept, heldout
 
 
-class PromptSchedule:
-    """An endless stream of steps over ``prompts``, reshuffled every epoch; this rank's share of each step.
+@dataclass(frozen=True)
+class PromptPosition:
+    """Where a run stands in its prompts, as its checkpoint holds it. The same on every rank."""
 
-    The prompts of a step depend on ``seed`` only and are all different; the ranks of a data-parallel group
-    of ``data_size`` get disjoint consecutive parts of them, so the union does not depend on the number of
-    ranks. The last ``len(prompts) % prompts_per_step`` prompts of an epoch's order are not used in it.
-    """
+    step: int  # the next one to take
+    prompts_per_step: int
+    prompts: str  # fingerprint of the prompts and of what orders them
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        prompts_per_step: int,
-        data_rank: int,
-        data_size: int,
-        seed: int,
-        *,
-        shuffle: bool = True,
-    ) -> None:
-        if prompts_per_step % data_size:
-            raise ValueError(
-                f"rollout.prompts_per_step: found {prompts_per_step}, accepted: a multiple of the "
-                f"data-parallel size {data_size}"
-            )
-        if prompts_per_step > len(prompts):
-            raise ValueError(
-                f"rollout.prompts_per_step: found {prompts_per_step}, accepted: at most the {len(prompts)} "
-                "training prompts"
-            )
-        assert 0 <= data_rank < data_size
-        self._prompts = list(prompts)
-        self._per_step = prompts_per_step
-        self._share = slice(
-            data_rank * prompts_per_step // data_size, (data_rank + 1) * prompts_per_step // data_size
-        )
-        self._seed = seed
-        self._shuffle = shuffle
-        self._step = 0
-        self._epoch_order: tuple[int, list[int]] = (-1, [])
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], order: Order, step: int) -> PromptPosition:
+        """The position before ``step`` of ``order`` over ``prompts``."""
+        digest = hashlib.sha256(f"{order.seed} {order.shuffle}".encode())
+        for prompt in prompts:
+            digest.update(repr(prompt.token_ids).encode())
+        return cls(step, order.batch_size, digest.hexdigest()[:16])
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which the prompts are shuffled again."""
-        return len(self._prompts) // self._per_step
-
-    def next(self) -> list[Prompt]:
-        """This rank's ``prompts_per_step / data_size`` prompts of the next step."""
-        epoch, position = divmod(self._step, self.steps_per_epoch)
-        self._step += 1
-        order = self._order(epoch)[position * self._per_step : (position + 1) * self._per_step]
-        return [self._prompts[i] for i in order[self._share]]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in. The same on every rank."""
-        return {"step": self._step, "prompts_per_step": self._per_step, "prompts": self._fingerprint()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the step of ``state``; ``ValueError`` if the prompts or their number differ."""
-        mine = self.state_dict()
+    def check_same_prompts(self, saved: PromptPosition) -> None:
+        """``ValueError`` if ``saved``, of a checkpoint, is a position in other prompts or other steps."""
         for key, name in (("prompts_per_step", "rollout.prompts_per_step"), ("prompts", "data or seed")):
-            if state[key] != mine[key]:
+            theirs, mine = getattr(saved, key), getattr(self, key)
+            if theirs != mine:
                 raise ValueError(
-                    f"{name}: the checkpoint was written with other prompts ({key} {state[key]}, found "
-                    f"{mine[key]}); "
+                    f"{name}: the checkpoint was written with other prompts ({key} {theirs}, found {mine}); "
                     "accepted: the configuration of the run that is resumed, or checkpoint.resume=false"
                 )
-        self._step = int(state["step"])
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch_order[0] != epoch:
-            order = list(range(len(self._prompts)))
-            if self._shuffle:
-                random.Random(f"epoch-{self._seed}-{epoch}").shuffle(order)
-            self._epoch_order = (epoch, order)
-        return self._epoch_order[1]
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
-        for prompt in self._prompts:
-            digest.update(repr(prompt.token_ids).encode())
-        return digest.hexdigest()[:16]
 
 
 class _Encoder:
@@ -184,6 +132,7 @@ class _Encoder:
             )
         self._data = data
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
 
     def __call__(self, index: int, cell: Any, where: str) -> Prompt:
         """``where`` names the row in errors."""
@@ -219,13 +168,10 @@ class _Encoder:
         if self._data.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._data.system_prompt}, *messages]
         try:
-            # The template writes the special tokens itself, so the tokenizer must not add them again.
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
+            rendered = self._template.render(messages, asked=True)
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template of model.path refuses it: {error}") from None
-        ids = self._tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
 

@@ -19,7 +19,7 @@ from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.planning.resolved import ResolvedRun
-from gapo_mega.types import Experience, Generation
+from gapo_mega.types import Experience, Generation, TokenBatch
 
 # gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
 # gapo_mega.ops.DeviceAggregator, too, is asked on the device.
@@ -222,11 +222,11 @@ class SupervisedEngine(Trainable, Protocol):
     taken, chosen and rejected rows alternating; for chats it marks the tokens to learn.
     """
 
-    def update(self, batch: Experience) -> SupervisedUpdate:
+    def update(self, batch: TokenBatch) -> SupervisedUpdate:
         """One optimizer step on this data rank's rows."""
         ...
 
-    def measure(self, batch: Experience) -> Tensor:
+    def measure(self, batch: TokenBatch) -> Tensor:
         """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
         ...
 

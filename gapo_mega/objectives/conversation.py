@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from gapo_mega.data.chat_template import template_text
-from gapo_mega.types import Message, Prompt
+from gapo_mega.data.chat_template import ChatTemplate, template_text
+from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,8 @@ class ConversationTokenizer:
             upper = "" if positions is None else f" to {positions}, the positions of the model"
             raise ValueError(f"max_tokens: found {max_tokens}, accepted: from 1{upper}")
         self._tokenizer = _load(tokenizer)
-        self._template = template_text(self._tokenizer, chat_template, "chat_template")
+        text = template_text(self._tokenizer, chat_template, "chat_template")
+        self._template = ChatTemplate(self._tokenizer, text)
         self.max_tokens: int = max_tokens or min(
             self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
         )
@@ -99,23 +100,16 @@ class ConversationTokenizer:
 
     def _rendered(self, prompt: Prompt, response: str) -> str:
         try:
-            return self._render(prompt.answered(response))
+            return self._template.render(prompt.answered(response))
         except TemplateError as error:
             raise ValueError(
                 f"chat_template: refuses the conversation of prompt {prompt.index}: {_one_line(error)}; "
                 "accepted: a template for such conversations"
             ) from None
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], chat_template=self._template, tokenize=False
-            )
-        )
-
     def _check_template(self) -> None:
         try:
-            rendered = self._render(_TRIAL)
+            rendered = self._template.render(_TRIAL)
         except TemplateSyntaxError as error:
             raise ValueError(
                 f"chat_template: found {_one_line(error)} in line {error.lineno}, accepted: a Jinja template"

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
-from gapo_mega.data.prompts import PromptSchedule, load_prompts
+from gapo_mega.data.order import PROMPTS, Order
+from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models.huggingface import location
@@ -30,7 +31,7 @@ def train(config: Config, with_report: bool = True) -> None:
     tokenizer = read_tokenizer(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
-    PromptSchedule(train_prompts, config.rollout.prompts_per_step, 0, 1, config.seed)
+    Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
     eos_ids = end_of_sequence_ids(companions, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)

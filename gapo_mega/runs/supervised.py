@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -22,6 +20,7 @@ from gapo_mega.config.supervised import RewardModelConfig, SftConfig, Supervised
 from gapo_mega.data import encoding as batches
 from gapo_mega.data.chat_template import template_text
 from gapo_mega.data.chats import load_chats
+from gapo_mega.data.order import Order
 from gapo_mega.data.pairs import load_pairs
 from gapo_mega.engine.base import (
     SupervisedEngine,
@@ -40,7 +39,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"
@@ -104,12 +103,12 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         self.start = check(config, int(os.environ.get("WORLD_SIZE", "1")))
         count = self._load(self.start.tokenizer)
         # Refuses more items a step than there are, before the engine knows this process's place.
-        order = batches.Order(count, config.batch_size, 0, 1, config.seed)
+        order = Order(count, config.batch_size, 0, 1, config.seed)
         total = order.steps_per_epoch * config.epochs
         self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
         self.engine = self._build()
         layout = self.engine.layout
-        self.order = batches.Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
+        self.order = Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
         self.log = RunLog(self.directory, [], config.logging, self.total_steps, layout.is_main)
         self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log)
         if layout.is_main:
@@ -188,7 +187,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         """The engine with the model."""
 
     @abstractmethod
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         """These training items, padded; of like length together, since microbatches are cut to their own."""
 
     @abstractmethod
@@ -272,13 +271,9 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         setup = self._setup(2 * self.config.micro_batch_size, config)
         return build_pair_engine(setup, head=head, center=self.config.center_rewards, pad_id=start.pad_id)
 
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         pairs = [self._train[i] for i in items]
-        return self._experience(sorted(pairs, key=lambda both: max(map(len, both))))
-
-    def _experience(self, pairs: Sequence[batches.PairIds]) -> Experience:
-        tokens_BT, _ = batches.pair_batch(pairs, self.start.pad_id)
-        return bare_experience(tokens_BT, last_mark(tokens_BT, self.start.pad_id))
+        return batches.pair_batch(sorted(pairs, key=lambda both: max(map(len, both))), self.start.pad_id)
 
     def _named(self, right: float) -> dict[str, float]:
         return {"accuracy": right}
@@ -290,7 +285,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
         own: dict[int, tuple[float, float]] = {}
         for items in self._own(len(self._heldout), lengths):
-            scores_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            batch = batches.pair_batch([self._heldout[i] for i in items], self.start.pad_id)
+            scores_B = self.engine.measure(batch)
             own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
         scores = self._gathered(own, len(self._heldout))
         return measures.of_pairs(scores, self._lengths)
@@ -320,12 +316,9 @@ class SftRun(SupervisedRun[SftConfig]):
     def _build(self) -> SupervisedEngine:
         return build_chat_engine(self._setup(self.config.micro_batch_size, {}))
 
-    def _batch(self, items: Sequence[int]) -> Experience:
+    def _batch(self, items: Sequence[int]) -> TokenBatch:
         chats = [self._train[i] for i in items]
-        return self._experience(sorted(chats, key=lambda chat: len(chat[0])))
-
-    def _experience(self, chats: Sequence[batches.ChatIds]) -> Experience:
-        return bare_experience(*batches.chat_batch(chats, self.start.pad_id))
+        return batches.chat_batch(sorted(chats, key=lambda chat: len(chat[0])), self.start.pad_id)
 
     def _named(self, right: float) -> dict[str, float]:
         return {}
@@ -336,17 +329,8 @@ class SftRun(SupervisedRun[SftConfig]):
             return {}
         own: dict[int, float] = {}
         for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
-            logprobs_B = self.engine.measure(self._experience([self._heldout[i] for i in items]))
+            batch = batches.chat_batch([self._heldout[i] for i in items], self.start.pad_id)
+            logprobs_B = self.engine.measure(batch)
             own |= dict(zip(items, logprobs_B.tolist(), strict=True))
         tokens = [int(mask_T.sum()) for _, mask_T in self._heldout]
         return measures.of_chats(self._gathered(own, len(self._heldout)), tokens)
-
-
-def last_mark(tokens_BT: Tensor, pad_id: int) -> Tensor:
-    """Bool ``[B, T]``, true once a row: at its last token that is not ``pad_id``.
-
-    transformers' classifiers take the score there, also where a text itself ends in the pad token.
-    """
-    positions_T = torch.arange(tokens_BT.shape[1])
-    last_B = torch.where(tokens_BT != pad_id, positions_T, 0).amax(dim=1)
-    return positions_T == last_B[:, None]

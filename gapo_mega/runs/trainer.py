@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.advantages.rewards import token_rewards
 from gapo_mega.aggregation.base import ZeroGradientError
-from gapo_mega.data.prompts import PromptSchedule
+from gapo_mega.data.order import PROMPTS, Order
+from gapo_mega.data.prompts import PromptPosition
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
 from gapo_mega.losses import policy_loss_of, value_loss_sum
 from gapo_mega.planning.resolved import ResolvedRun
@@ -53,13 +54,15 @@ class Trainer:
         self.aggregator = resolved.aggregator
         self.phases = Phases()
         self.skips = Skips(self.names, config.gradients.max_nonfinite_steps)
-        self.schedule = PromptSchedule(
-            train_prompts,
+        self.prompts = train_prompts
+        self.order = Order(
+            len(train_prompts),
             config.rollout.prompts_per_step,
             engine.layout.data_rank,
             engine.layout.data,
             config.seed,
             shuffle=config.data.shuffle,
+            wording=PROMPTS,
         )
         self._build_rollout(tokenizer, heldout_prompts)
         total = resolved.total_updates
@@ -131,7 +134,8 @@ class Trainer:
         self.phases.restart()
         algorithm = self.config.algorithm
         seed = self.config.seed * 1_000_003 + step
-        experience, facts = self.maker.make(self.schedule.next(), seed)
+        prompts = [self.prompts[i] for i in self.order.items(step)]
+        experience, facts = self.maker.make(prompts, seed)
         order = torch.Generator().manual_seed(seed)
         update = step * self.updates_per_step
         for _ in range(algorithm.ppo_epochs):
@@ -152,7 +156,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Positions, memory of the aggregator, and the answers before training."""
         return {
-            "schedule": self.schedule.state_dict(),
+            "schedule": dataclasses.asdict(self._position()),
             "aggregator": self.aggregator.state_dict(),
             "skipped_in_a_row": self.skips.in_a_row,
             "before": dataclasses.asdict(self.before) if self.before else None,
@@ -161,11 +165,14 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Inverse of ``state_dict``; ``ValueError`` where prompts or aggregator are others."""
-        self.schedule.load_state_dict(state["schedule"])
+        self._position().check_same_prompts(PromptPosition(**state["schedule"]))
         self.aggregator.load_state_dict(state["aggregator"])
         self.skips.in_a_row = int(state["skipped_in_a_row"])
         self.before = Answers(**state["before"]) if state["before"] else None
         self._seconds_before_resume = float(state["seconds"])
+
+    def _position(self) -> PromptPosition:
+        return PromptPosition.of(self.prompts, self.order, self.loop.step)
 
     # -- one update ----------------------------------------------------------------------------------
     def _update_policy(self, minibatch: Experience) -> GradientReport:

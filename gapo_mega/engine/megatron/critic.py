@@ -12,7 +12,7 @@ from gapo_mega.engine.base import ValueLoss
 from gapo_mega.engine.megatron.model.build import Trainable
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import Experience
+from gapo_mega.types import Experience, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Critics:
         self._groups = groups
         self._micro_batch = micro_batch
 
-    def values(self, batch: Experience) -> Tensor:
+    def values(self, batch: TokenBatch) -> Tensor:
         """``[M, B, T]`` float32 on the CPU, no graph, the same on every rank of the replica."""
         columns = batch.tokens_BT.shape[1]
         outputs: list[Tensor] = []

@@ -29,7 +29,7 @@ from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import Experience, TokenBatch
 
 
 class MegatronEngine(groups.Collective):
@@ -92,9 +92,9 @@ class MegatronEngine(groups.Collective):
         self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
     ) -> Tensor:
         """See ``Engine.logprobs``."""
-        batch = bare_experience(tokens_BT, response_mask_BT)
+        batch = TokenBatch(tokens_BT, response_mask_BT)
 
-        def output_of(logits_BTV: Tensor, part: Experience) -> Tensor:
+        def output_of(logits_BTV: Tensor, part: TokenBatch) -> Tensor:
             logprobs_BT = response_logprobs(
                 logits_BTV, part.tokens_BT, part.response_mask_BT, self.shape.vocab
             )
@@ -123,7 +123,7 @@ class MegatronEngine(groups.Collective):
         """See ``Engine.values``."""
         assert self.critics is not None
         with megatron_device():
-            return self.critics.values(bare_experience(tokens_BT, response_mask_BT))
+            return self.critics.values(TokenBatch(tokens_BT, response_mask_BT))
 
     # -- updates -----------------------------------------------------------------------------------
     def update_policy(

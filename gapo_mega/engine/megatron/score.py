@@ -21,7 +21,7 @@ from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.score_head import KEPT
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 
 
 def last_positions(tokens: Sequence[Sequence[int]], skip: int | None) -> list[int]:
@@ -82,7 +82,7 @@ class ScoreModel:
         by_index = dict(zip(order, scores, strict=True))
         return [by_index[i] for i in range(len(tokens))]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Experience:
+    def _batch(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
         width = max(map(len, rows))
         tokens_BT = torch.zeros(len(rows), width, dtype=torch.int64)
         mark_BT = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -90,7 +90,7 @@ class ScoreModel:
         for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
             tokens_BT[i, : len(row)] = torch.tensor(row)
             mark_BT[i, position] = True
-        return bare_experience(tokens_BT, mark_BT)
+        return TokenBatch(tokens_BT, mark_BT)
 
     def _finish(self, raw_B: Tensor) -> Tensor:
         """Normalised as the model asks for, and turned so that higher is better."""
@@ -114,6 +114,6 @@ class ScoreModel:
         return values[0], values[1].sqrt()
 
 
-def _at_marks(output_BT1: Tensor, batch: Experience) -> Tensor:
+def _at_marks(output_BT1: Tensor, batch: TokenBatch) -> Tensor:
     """``[B]`` float32 on the CPU: the output at each row's one marked position."""
     return output_BT1[..., 0][batch.response_mask_BT].float().cpu()

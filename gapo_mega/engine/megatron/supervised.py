@@ -26,7 +26,7 @@ from gapo_mega.losses.preference import bradley_terry_sum
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions, set_config
 from gapo_mega.models.score_head import ScoreHead
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 
 _NAME = "model"  # in checkpoints
 
@@ -54,11 +54,11 @@ class SupervisedModel(groups.Collective, ABC):
             self._prepare(built)
             self._trainable = make_trainable(built, setup.optimizer, setup.total_steps)
 
-    def update(self, batch: Experience) -> SupervisedUpdate:
+    def update(self, batch: TokenBatch) -> SupervisedUpdate:
         """One optimizer step on this data rank's rows. Collective."""
         count = float(self.sum_over_data(self._count(batch)))
 
-        def mean_loss(output: Tensor, part: Experience) -> tuple[Tensor, Tensor]:
+        def mean_loss(output: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
             total, right = self._loss_sum(output, part)
             return total / count, torch.stack([total.detach(), right])
 
@@ -76,7 +76,7 @@ class SupervisedModel(groups.Collective, ABC):
                 self._trainable.step()
         return SupervisedUpdate(sums[0] / count, sums[1] / count, norm, rate, skipped)
 
-    def measure(self, batch: Experience) -> Tensor:
+    def measure(self, batch: TokenBatch) -> Tensor:
         """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
         if not batch.batch_size:
             return torch.zeros(0)
@@ -85,7 +85,7 @@ class SupervisedModel(groups.Collective, ABC):
         local_B = torch.cat(parts).cpu() if parts else torch.zeros(batch.batch_size)
         return self.groups.from_last_stage(local_B)
 
-    def _microbatches(self, batch: Experience) -> list[Experience]:
+    def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
         """Each as wide as it has to be: nothing after a row's last mark has any influence.
 
         Stages of a pipeline exchange tensors of one size, so there all are as wide as the widest.
@@ -94,7 +94,7 @@ class SupervisedModel(groups.Collective, ABC):
         if self.layout.pipeline > 1:
             return parts
         return [
-            bare_experience(part.tokens_BT[:, :width], part.response_mask_BT[:, :width])
+            TokenBatch(part.tokens_BT[:, :width], part.response_mask_BT[:, :width])
             for part in parts
             for width in [int(part.response_mask_BT.any(dim=0).nonzero().max()) + 1]
         ]
@@ -140,15 +140,15 @@ class SupervisedModel(groups.Collective, ABC):
         """Outputs per position; ``None`` for a language model."""
 
     @abstractmethod
-    def _count(self, batch: Experience) -> Tensor:
+    def _count(self, batch: TokenBatch) -> Tensor:
         """What the loss is a mean over."""
 
     @abstractmethod
-    def _loss_sum(self, output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+    def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Sum of the loss with its graph, and the number of right answers."""
 
     @abstractmethod
-    def _measured(self, output: Tensor, batch: Experience) -> Tensor:
+    def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
         """See ``measure``."""
 
     @abstractmethod
@@ -188,16 +188,16 @@ class PairEngine(SupervisedModel):
     def _head_out(self) -> ScoreHead:
         return ScoreHead("score.weight", skip_padding_id=self._pad_id)
 
-    def _count(self, batch: Experience) -> Tensor:
+    def _count(self, batch: TokenBatch) -> Tensor:
         return torch.tensor(batch.batch_size / 2, dtype=torch.float64)
 
-    def _loss_sum(self, output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+    def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         chosen_P, rejected_P = self._measured(output, batch).view(-1, 2).unbind(dim=1)
         # A tie is half right, as in the held-out accuracy.
         right = ((chosen_P - rejected_P).sign() + 1).sum() / 2
         return bradley_terry_sum(chosen_P, rejected_P, self._center), right.detach()
 
-    def _measured(self, output: Tensor, batch: Experience) -> Tensor:
+    def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
         return output[..., 0][batch.response_mask_BT].float()
 
 
@@ -213,14 +213,14 @@ class ChatEngine(SupervisedModel):
     def _head_out(self) -> None:
         return None
 
-    def _count(self, batch: Experience) -> Tensor:
+    def _count(self, batch: TokenBatch) -> Tensor:
         return batch.response_mask_BT.sum().double()
 
-    def _loss_sum(self, output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+    def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         total = -self._measured(output, batch).sum()
         return total, torch.zeros((), device=total.device)
 
-    def _measured(self, output: Tensor, batch: Experience) -> Tensor:
+    def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
         logprobs_BT = response_logprobs(
             output, batch.tokens_BT, batch.response_mask_BT, self._setup.shape.vocab
         )

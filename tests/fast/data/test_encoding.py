@@ -1,4 +1,4 @@
-"""Tokens, masks, order and padding, against what transformers makes of the same conversations.
+"""Tokens, masks and padding, against what transformers makes of the same conversations.
 
 The masks are compared with those that transformers takes from ``{% generation %}`` marks of a template, which
 ours does not read.
@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.encoding import (
-    Order,
     chat_batch,
     encode_chats,
     encode_pairs,
@@ -219,43 +218,22 @@ def test_templates_from_files_and_wrong_ones(tmp_path: Path) -> None:
     assert len(encode_chats(CHATS[1:2], tokenizer, forgetful, 500, assistant_only=False)) == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_order_is_shared_out_and_does_not_depend_on_the_ranks(ranks: int) -> None:
-    whole = Order(44, 12, 0, 1, seed=5)
-    parts = [Order(44, 12, rank, ranks, seed=5) for rank in range(ranks)]
-    for step in range(10):
-        dealt = [part.items(step) for part in parts]
-        assert {len(items) for items in dealt} == {12 // ranks}
-        assert list(chain(*dealt)) == whole.items(step)
-
-
-def test_order_covers_every_epoch_and_resumes_at_any_step() -> None:
-    order = Order(44, 12, 0, 1, seed=5)
-    assert order.steps_per_epoch == 3
-    steps = [order.items(step) for step in range(9)]
-    epochs = [list(chain(*steps[i : i + 3])) for i in (0, 3, 6)]
-    assert all(len(set(epoch)) == 36 and set(epoch) <= set(range(44)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [Order(44, 12, 0, 1, seed=5).items(step) for step in (7, 2, 4)] == [steps[7], steps[2], steps[4]]
-    assert Order(44, 12, 0, 1, seed=6).items(0) != steps[0]
-    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted for 5 data-parallel ranks"):
-        Order(44, 12, 0, 5, seed=5)
-    with pytest.raises(ValueError, match=r"^batch_size: found 12, accepted: 1 to the 11 training items"):
-        Order(11, 12, 0, 1, seed=5)
-
-
 def test_padding_is_that_of_transformers() -> None:
     tokenizer = trained("bytes")
     tokenizer.padding_side = "right"
     pad = tokenizer.pad_token_id
     pairs, _ = encode_pairs(PAIRS, tokenizer, CHATML, 500)
-    tokens_BT, last_B = pair_batch(pairs, pad)
+    batch = pair_batch(pairs, pad)
     rows = [ids.tolist() for both in pairs for ids in both]
     expected = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-    assert torch.equal(tokens_BT, expected["input_ids"]) and tokens_BT.dtype == torch.int64
-    assert torch.equal(last_B, expected["attention_mask"].sum(1) - 1) and last_B.dtype == torch.int64
+    assert torch.equal(batch.tokens_BT, expected["input_ids"]) and batch.tokens_BT.dtype == torch.int64
+    assert batch.response_mask_BT.dtype == torch.bool
+    marks = batch.response_mask_BT.nonzero()
+    assert torch.equal(marks[:, 0], torch.arange(len(rows)))
+    assert torch.equal(marks[:, 1], expected["attention_mask"].sum(1) - 1)
     chats = encode_chats(CHATS, tokenizer, CHATML, 500)
-    tokens_CT, mask_CT = chat_batch(chats, pad)
+    chat_rows = chat_batch(chats, pad)
+    tokens_CT, mask_CT = chat_rows.tokens_BT, chat_rows.response_mask_BT
     expected = tokenizer.pad({"input_ids": [ids.tolist() for ids, _ in chats]}, return_tensors="pt")
     assert torch.equal(tokens_CT, expected["input_ids"]) and mask_CT.dtype == torch.bool
     assert not mask_CT[expected["attention_mask"] == 0].any()
@@ -263,4 +241,12 @@ def test_padding_is_that_of_transformers() -> None:
         ids[mask].tolist() for ids, mask in chats
     ]
     as_lists = [(chosen.tolist(), rejected.tolist()) for chosen, rejected in pairs]
-    assert all(map(torch.equal, pair_batch(as_lists, pad), (tokens_BT, last_B)))
+    again = pair_batch(as_lists, pad)
+    assert torch.equal(again.tokens_BT, batch.tokens_BT)
+    assert torch.equal(again.response_mask_BT, batch.response_mask_BT)
+
+
+def test_scores_are_taken_before_pad_tokens_of_the_text_itself() -> None:
+    batch = pair_batch([([5, 7, 0, 0], [5, 0, 6]), ([0, 0], [9])], pad_id=0)
+    assert batch.tokens_BT.tolist() == [[5, 7, 0, 0], [5, 0, 6, 0], [0, 0, 0, 0], [9, 0, 0, 0]]
+    assert batch.response_mask_BT.nonzero().tolist() == [[0, 1], [1, 2], [2, 0], [3, 0]]

@@ -1,4 +1,4 @@
-"""Prompts: reading, templates, what is left out, and how they are dealt to data-parallel ranks."""
+"""Prompts: reading, templates, what is left out, and the position of a run in them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gapo_mega.config import DataConfig
-from gapo_mega.data.prompts import PromptSchedule, load_prompts
+from gapo_mega.data.order import PROMPTS, Order
+from gapo_mega.data.prompts import PromptPosition, load_prompts
 from gapo_mega.types import Prompt
 
 TEMPLATE = (
@@ -228,44 +230,38 @@ def stream(count: int) -> list[Prompt]:
     return [Prompt(i, str(i), (i,)) for i in range(count)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_union_over_ranks_does_not_depend_on_their_number(ranks: int) -> None:
-    whole = PromptSchedule(stream(30), 8, 0, 1, seed=5)
-    parts = [PromptSchedule(stream(30), 8, rank, ranks, seed=5) for rank in range(ranks)]
-    for _ in range(9):
-        dealt = [prompt for part in parts for prompt in part.next()]
-        assert len({p.index for p in dealt}) == 8
-        assert dealt == whole.next()
+def position(count: int, prompts_per_step: int, seed: int, step: int, shuffle: bool = True) -> PromptPosition:
+    order = Order(count, prompts_per_step, 0, 1, seed, shuffle=shuffle, wording=PROMPTS)
+    return PromptPosition.of(stream(count), order, step)
 
 
-def test_epochs_are_reshuffled_and_cover_all_but_the_rest() -> None:
-    schedule = PromptSchedule(stream(26), 8, 0, 1, seed=5)
-    epochs = [[p.index for _ in range(schedule.steps_per_epoch) for p in schedule.next()] for _ in range(3)]
-    assert schedule.steps_per_epoch == 3
-    assert all(len(set(epoch)) == 24 for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    unshuffled = PromptSchedule(stream(4), 2, 0, 1, seed=5, shuffle=False)
-    assert [p.index for _ in range(4) for p in unshuffled.next()] == [0, 1, 2, 3] * 2
+def test_positions_are_those_that_checkpoints_hold() -> None:
+    """Recorded: the checkpoints of earlier runs are resumed."""
+    assert asdict(position(5, 2, seed=7, step=5, shuffle=False)) == {
+        "step": 5,
+        "prompts_per_step": 2,
+        "prompts": "7ecd968784c827e5",
+    }
+    assert position(11, 4, seed=5, step=3).prompts == "ce9c6118862ec563"
+    assert position(11, 4, seed=6, step=0).prompts == "769a8d0ef9247051"
 
 
-def test_resume_continues_where_it_stopped_even_with_other_ranks() -> None:
-    straight = PromptSchedule(stream(20), 4, 0, 1, seed=1)
-    for _ in range(7):
-        straight.next()
-    state = json.loads(json.dumps(straight.state_dict()))
-    resumed = [PromptSchedule(stream(20), 4, rank, 2, seed=1) for rank in range(2)]
-    for schedule in resumed:
-        schedule.load_state_dict(state)
-    for _ in range(6):
-        assert straight.next() == [p for schedule in resumed for p in schedule.next()]
-    with pytest.raises(ValueError, match="the checkpoint was written with other prompts"):
-        PromptSchedule(stream(21), 4, 0, 1, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"rollout.prompts_per_step: the checkpoint"):
-        PromptSchedule(stream(20), 2, 0, 1, seed=1).load_state_dict(state)
-
-
-def test_impossible_schedules_are_refused() -> None:
-    with pytest.raises(ValueError, match="found 6, accepted: a multiple of the data-parallel size 4"):
-        PromptSchedule(stream(20), 6, 0, 4, seed=1)
-    with pytest.raises(ValueError, match="found 8, accepted: at most the 5 training prompts"):
-        PromptSchedule(stream(5), 8, 0, 1, seed=1)
+def test_a_position_in_other_prompts_is_refused() -> None:
+    saved = PromptPosition(**json.loads(json.dumps(asdict(position(20, 4, seed=1, step=7)))))
+    position(20, 4, seed=1, step=0).check_same_prompts(saved)
+    for other in (
+        position(21, 4, seed=1, step=7),
+        position(20, 4, seed=2, step=7),
+        position(20, 4, seed=1, step=7, shuffle=False),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^data or seed: the checkpoint was written with other prompts \(prompts "
+        ):
+            other.check_same_prompts(saved)
+    with pytest.raises(
+        ValueError,
+        match=r"^rollout.prompts_per_step: the checkpoint was written with other prompts "
+        r"\(prompts_per_step 4, found 2\); accepted: the configuration of the run that is resumed, or "
+        r"checkpoint.resume=false$",
+    ):
+        position(20, 2, seed=1, step=7).check_same_prompts(saved)

@@ -184,7 +184,7 @@ def test_whitened_advantages_over_two_data_ranks(tmp_path: Path) -> None:
 
     def advantages_of(engine: Any) -> tuple[torch.Tensor, torch.Tensor]:
         run = trainer(tmp_path / str(engine.layout.rank), engine, advantages={"whiten": True})
-        experience, _ = run.maker.make(run.schedule.next(), seed=5)
+        experience, _ = run.maker.make([PROMPTS[i] for i in run.order.items(0)], seed=5)
         assert experience.advantages_MBT is not None
         return experience.advantages_MBT, experience.response_mask_BT
 
@@ -201,7 +201,7 @@ def test_facts_are_those_of_all_data_ranks(tmp_path: Path) -> None:
 
     def facts_of(engine: Any) -> Any:
         run = trainer(tmp_path / str(engine.layout.rank), engine)
-        experience, facts = run.maker.make(run.schedule.next(), seed=5)
+        experience, facts = run.maker.make([PROMPTS[i] for i in run.order.items(0)], seed=5)
         return experience, facts
 
     (first, facts), (second, other) = team.run(facts_of)

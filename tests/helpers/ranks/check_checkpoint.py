@@ -28,7 +28,7 @@ from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 from tests.helpers.ranks import worlds
 
 ROWS, COLUMNS, HEADS = 8, 12, 2
@@ -78,15 +78,15 @@ class Run:
         mask_BT = (torch.arange(COLUMNS) >= 4).expand(ROWS, COLUMNS).contiguous()
         part = ROWS // self.groups.layout.data
         rows = slice(self.groups.layout.data_rank * part, (self.groups.layout.data_rank + 1) * part)
-        batches = bare_experience(tokens_BT[rows], mask_BT[rows]).split(1)
+        batches = TokenBatch(tokens_BT[rows], mask_BT[rows]).split(1)
         count = float(mask_BT.sum())
 
-        def policy_loss(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        def policy_loss(logits_BTV: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
             logprobs_BT = response_logprobs(logits_BTV, batch.tokens_BT, batch.response_mask_BT, self.vocab)
             mean = -logprobs_BT.sum() / count
             return mean, mean
 
-        def critic_loss(values_BTH: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        def critic_loss(values_BTH: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
             target_BT1 = (batch.tokens_BT % 7).unsqueeze(-1).float()
             mean = (values_BTH - target_BT1).square().sum() / count
             return mean, mean

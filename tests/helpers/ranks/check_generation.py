@@ -19,7 +19,7 @@ from gapo_mega.engine.megatron.model.logprobs import response_logprobs
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.types import Experience, Generation, bare_experience
+from gapo_mega.types import Generation, TokenBatch
 from tests.helpers.ranks import worlds
 
 LENGTHS = (6, 1, 11, 4, 6, 9, 2)
@@ -38,11 +38,11 @@ def training_logprobs(
 ) -> Any:
     """What the training forward says of the sampled tokens: [B, T] on every rank."""
 
-    def output_of(logits_BTV: torch.Tensor, part: Experience) -> torch.Tensor:
+    def output_of(logits_BTV: torch.Tensor, part: TokenBatch) -> torch.Tensor:
         logits_BTV = logits_BTV[:, : part.tokens_BT.shape[1]]  # sequence parallelism pads
         return response_logprobs(logits_BTV, part.tokens_BT, part.response_mask_BT, vocabulary).cpu()
 
-    batch = bare_experience(generation.tokens_BT, generation.response_mask_BT)
+    batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT)
     with megatron_device():
         parts = forward_only(model, [batch], output_of)
     return world.from_last_stage(parts[0] if parts else torch.zeros(generation.tokens_BT.shape))

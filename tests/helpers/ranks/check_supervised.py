@@ -18,8 +18,7 @@ from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.engine.megatron.supervised import ChatEngine, PairEngine, SupervisedModel
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.runs.supervised import last_mark
-from gapo_mega.types import Experience, bare_experience
+from gapo_mega.types import TokenBatch
 from tests.helpers.ranks import worlds
 
 PAD = 0
@@ -53,13 +52,12 @@ def chats(step: int, count: int = 8) -> list[tuple[list[int], list[bool]]]:
     return [(chosen, [2 <= i != 4 for i in range(len(chosen))]) for chosen, _ in pairs(step, count)]
 
 
-def experience(kind: str, step: int, data_rank: int, data: int) -> Experience:
+def batch_of(kind: str, step: int, data_rank: int, data: int) -> TokenBatch:
     share = 8 // data
     own = slice(data_rank * share, (data_rank + 1) * share)
     if kind == "chats":
-        return bare_experience(*chat_batch(chats(step)[own], PAD))
-    tokens_BT, _ = pair_batch(pairs(step)[own], PAD)
-    return bare_experience(tokens_BT, last_mark(tokens_BT, PAD))
+        return chat_batch(chats(step)[own], PAD)
+    return pair_batch(pairs(step)[own], PAD)
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,9 +95,9 @@ def _train(arguments: dict[str, Any], layout: ParallelConfig, world: Groups, mod
         engine = ChatEngine(setup, existing=world)
     updates = []
     for step in range(STEPS):
-        batch = experience(kind, step, world.layout.data_rank, world.layout.data)
+        batch = batch_of(kind, step, world.layout.data_rank, world.layout.data)
         updates.append(engine.update(batch))
-    measured: Tensor = engine.measure(experience(kind, 99, 0, 1))
+    measured: Tensor = engine.measure(batch_of(kind, 99, 0, 1))
     export = Path(arguments["export"])
     engine.export_hf(export)
     engine.save(export.with_name(export.name + "-checkpoint"), {})

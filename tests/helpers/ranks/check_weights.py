@@ -18,32 +18,20 @@ from gapo_mega.engine.megatron.model import build, forward
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.types import Experience
+from gapo_mega.types import TokenBatch
 from tests.helpers.ranks import worlds
-
-
-def batch_of(tokens_BT: Tensor) -> Experience:
-    empty_BT = torch.zeros(tokens_BT.shape)
-    return Experience(
-        tokens_BT=tokens_BT,
-        response_mask_BT=torch.ones(tokens_BT.shape, dtype=torch.bool),
-        group_B=torch.zeros(len(tokens_BT), dtype=torch.int64),
-        old_logprobs_BT=empty_BT,
-        ref_logprobs_BT=empty_BT,
-        scores_MB=torch.zeros(1, len(tokens_BT)),
-        token_rewards_MBT=empty_BT[None],
-    )
 
 
 def logits_of(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tensor | None:
     """Whole logits [B, T, V] in fp32 on the last pipeline stage, ``None`` elsewhere."""
 
-    def whole(output: Tensor, _: Experience) -> Tensor:
+    def whole(output: Tensor, _: TokenBatch) -> Tensor:
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(output)
         return gathered[..., :vocabulary].float().cpu()
 
+    batch = TokenBatch(tokens_BT, torch.ones(tokens_BT.shape, dtype=torch.bool))
     with megatron_device():
-        collected = forward.forward_only(model.eval(), [batch_of(tokens_BT)], whole)
+        collected = forward.forward_only(model.eval(), [batch], whole)
     return collected[0] if collected else None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gapo_mega import ops
 from gapo_mega.engine.megatron.model.logprobs import before_response
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import Experience
+from gapo_mega.types import TokenBatch
 
 
 class OutputLayer:
@@ -62,7 +62,7 @@ class OutputLayer:
             self._input_SBD = None
 
     @torch.no_grad()
-    def add(self, batch: Experience, cotangent_of: Callable[[int], Tensor]) -> None:
+    def add(self, batch: TokenBatch, cotangent_of: Callable[[int], Tensor]) -> None:
         """The part of the microbatch of the last forward pass.
 
         ``cotangent_of(k)`` [N, V]: gradient of objective k's loss with respect to the logits at the response

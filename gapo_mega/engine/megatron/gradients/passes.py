@@ -22,8 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLoss
 from gapo_mega.engine.megatron.model.build import Trainable, reduce_gradients
-from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple, to_device
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
 
 Only = Collection[nn.Parameter] | None  # parameters that a gradient is of; None: all
@@ -117,7 +118,7 @@ class SharedGraph:
         self._trainable = trainable
         self._task = task
         model = trainable.model
-        self.batch = to_device(batch)
+        self.batch = batch.to(device())
         logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))
         logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
         self._losses = task.losses(logits_NV, self.batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,19 +11,13 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.runtime.cpu import device
-from gapo_mega.types import Experience
+from gapo_mega.types import AnyBatch
 
 # (model output on the last stage, microbatch) -> scalar loss whose *sum* over microbatches and
 # data-parallel ranks is differentiated (already divided by the global token count), and what to log of it
 # (any numbers, summed likewise).
-LossOf = Callable[[Tensor, Experience], tuple[Tensor, Tensor]]
-OutputOf = Callable[[Tensor, Experience], Tensor]
-
-
-def to_device(experience: Experience) -> Experience:
-    """The microbatch on this rank's device."""
-    moved = {f.name: getattr(experience, f.name) for f in fields(experience)}
-    return replace(experience, **{k: v.to(device()) for k, v in moved.items() if v is not None})
+LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
+OutputOf = Callable[[Tensor, AnyBatch], Tensor]
 
 
 def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
@@ -46,14 +39,14 @@ def sequence_multiple(model: nn.Module) -> int:
 
 def _schedule(
     model: nn.Module,
-    microbatches: Sequence[Experience],
-    on_last_stage: Callable[[Tensor, Experience], Any],
+    microbatches: Sequence[AnyBatch],
+    on_last_stage: Callable[[Tensor, AnyBatch], Any],
     **options: Any,
 ) -> list[Any]:
     multiple = sequence_multiple(model)
 
-    def step(batches: Iterator[Experience], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = to_device(next(batches))
+    def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches).to(device())
         output = run_model(stage, batch.tokens_BT, multiple)
         # The padding of sequence parallelism is cut off again; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
@@ -72,7 +65,7 @@ def _schedule(
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Sequence[Experience], loss: LossOf, logged_numbers: int = 1
+    model: nn.Module, microbatches: Sequence[AnyBatch], loss: LossOf[AnyBatch], logged_numbers: int = 1
 ) -> Tensor:
     """Accumulate and reduce the gradient of the summed loss into the model's gradient buffer.
 
@@ -80,7 +73,7 @@ def forward_backward(
     on the last pipeline stage (zeros elsewhere).
     """
 
-    def on_last_stage(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+    def on_last_stage(output: Tensor, batch: AnyBatch) -> tuple[Tensor, Tensor, Tensor]:
         value, logged = loss(output, batch)
         # The second is a count of tokens that Megatron adds up; see build.reduce_gradients.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
@@ -91,6 +84,8 @@ def forward_backward(
 
 
 @torch.no_grad()
-def forward_only(model: nn.Module, microbatches: Sequence[Experience], output_of: OutputOf) -> list[Tensor]:
+def forward_only(
+    model: nn.Module, microbatches: Sequence[AnyBatch], output_of: OutputOf[AnyBatch]
+) -> list[Tensor]:
     """``output_of`` each microbatch on the last pipeline stage; an empty list elsewhere."""
     return _schedule(model, microbatches, output_of, forward_only=True, collect_non_loss_data=True)

@@ -1,0 +1,68 @@
+"""Batches: rows selected, split and moved keep together in every tensor, and stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gapo_mega.types import Experience, TokenBatch
+
+ROWS = 5
+
+
+def tokens() -> torch.Tensor:
+    """Row ``b`` holds ``b`` at every position."""
+    return torch.arange(ROWS)[:, None].expand(ROWS, 3).contiguous()
+
+
+def experience() -> Experience:
+    """Every tensor holds its row's number, whatever the dimension of its rows."""
+    number_BT = tokens().float()
+    return Experience(
+        tokens_BT=tokens(),
+        response_mask_BT=tokens() > 1,
+        group_B=torch.arange(ROWS),
+        old_logprobs_BT=number_BT,
+        ref_logprobs_BT=number_BT,
+        scores_MB=torch.arange(ROWS).expand(2, ROWS).float(),
+        token_rewards_MBT=number_BT.expand(2, ROWS, 3),
+    )
+
+
+def rows_of(batch: TokenBatch) -> list[int]:
+    """The rows that ``batch`` holds, alike in all its tensors."""
+    rows: list[int] = batch.tokens_BT[:, 0].tolist()
+    assert batch.response_mask_BT.tolist() == [[row > 1] * 3 for row in rows]
+    if isinstance(batch, Experience):
+        wide = [[float(row)] * 3 for row in rows]
+        assert batch.group_B.tolist() == rows
+        assert batch.old_logprobs_BT.tolist() == batch.ref_logprobs_BT.tolist() == wide
+        assert batch.scores_MB.tolist() == [rows, rows]
+        assert batch.token_rewards_MBT.tolist() == [wide, wide]
+        assert batch.values_MBT is batch.advantages_MBT is batch.returns_MBT is None
+    return rows
+
+
+@pytest.mark.parametrize("batch", [TokenBatch(tokens(), tokens() > 1), experience()])
+def test_rows_stay_together(batch: TokenBatch) -> None:
+    assert batch.batch_size == ROWS
+    chosen = batch.select(torch.tensor([3, 0, 3]))
+    assert type(chosen) is type(batch) and rows_of(chosen) == [3, 0, 3]
+    pieces = batch.split(2)
+    assert [rows_of(piece) for piece in pieces] == [[0, 1], [2, 3], [4]]
+    assert {type(piece) for piece in pieces} == {type(batch)}
+    assert rows_of(batch) == [*range(ROWS)]
+
+
+def test_moving_takes_every_tensor_along() -> None:
+    moved = experience().to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values() if value is not None} == {"meta"}
+    assert moved.returns_MBT is None and moved.tokens_BT.shape == (ROWS, 3)
+
+
+def test_minibatches_cover_every_row_once() -> None:
+    whole = experience().select(torch.arange(4))
+    parts = [rows_of(part) for part in whole.minibatches(2, torch.Generator().manual_seed(0))]
+    assert sorted(row for part in parts for row in part) == [0, 1, 2, 3] and {len(p) for p in parts} == {2}
+    with pytest.raises(ValueError, match=r"^algorithm.minibatches: found 3, which does not divide the 4 seq"):
+        next(whole.minibatches(3, torch.Generator()))
