@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gapo_mega.config.strategies import variants
+from gapo_mega.config.strategies.scoped import has_output_layer, layers_in
+
 Stack = Literal["hf", "ours"]
 Kind = Literal["single", "autograd", "autojac", "autogram", "ours"]
 
@@ -14,13 +17,10 @@ OURS_SINGLE = "ours, one objective"
 STACKED = "autograd, stacked"  # what all Gram matrices are compared with
 TORCHJD_KINDS = ("autojac", "autogram")
 
-# Sections `gradients` of the configuration. A new strategy is one line here, or --strategy NAME=JSON.
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "separate": {"forward": "separate"},
-    "shared": {"forward": "shared"},
-    "single": {"store": "single", "forward": "separate"},
-    "last_layer": {"scope": "last_layer"},
-}
+
+def known_strategies() -> dict[str, dict[str, Any]]:
+    """Sections `gradients` of the configuration, as strategies declare them; more by --strategy NAME=JSON."""
+    return {variant.name: dict(variant.gradients) for variant in variants() if variant.against_peers}
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,6 @@ def in_scope(name: str, scope: str | list[list[int]], layers: int) -> bool:
     if scope == "full":
         return True
     if name == "lm_head.weight":
-        return isinstance(scope, str)
-    ranges = (
-        {"last_layer": [], "last_block": [[layers - 1, layers]]}[scope] if isinstance(scope, str) else scope
-    )
+        return has_output_layer(scope)
     inside = name.startswith("model.layers.")
-    return inside and any(first <= int(name.split(".")[2]) < end for first, end in ranges)
+    return inside and any(first <= int(name.split(".")[2]) < end for first, end in layers_in(scope, layers))

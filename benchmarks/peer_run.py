@@ -19,7 +19,7 @@ from unittest.mock import patch
 import peer_figures
 import peer_jobs
 import psutil
-from peer_entries import STACKED, STRATEGIES, Entry, entries
+from peer_entries import STACKED, Entry, entries, known_strategies
 from peer_figures import Record
 from peer_jobs import Job, ModelSize, Order
 from tqdm import tqdm
@@ -43,7 +43,7 @@ class Settings:
     threads: int
     attention: str
     microbatches: int
-    strategies: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(STRATEGIES))
+    strategies: dict[str, dict[str, Any]] = field(default_factory=known_strategies)
     leave_out: list[str] = field(default_factory=list)
     size: dict[str, int] = field(default_factory=dict)
 

@@ -26,13 +26,14 @@ def parse_strategies(texts: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: neither of the two.
     """
-    from peer_entries import STRATEGIES
+    from peer_entries import known_strategies
 
+    known = known_strategies()
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, given, section = text.partition("=")
-        if not given and name in STRATEGIES:
-            found[name] = STRATEGIES[name]
+        if not given and name in known:
+            found[name] = known[name]
             continue
         try:
             value = json.loads(section)
@@ -40,10 +41,10 @@ def parse_strategies(texts: list[str]) -> dict[str, dict[str, Any]]:
             value = None
         if not isinstance(value, dict):
             raise ValueError(
-                f"strategy: found {text!r}, accepted: NAME={{...}} in JSON, or {', '.join(STRATEGIES)}"
+                f"strategy: found {text!r}, accepted: NAME={{...}} in JSON, or {', '.join(known)}"
             )
         found[name] = value
-    return found or dict(STRATEGIES)
+    return found or known
 
 
 def parse_size(text: str) -> dict[str, int]:

@@ -67,6 +67,8 @@ class Group(AdvantageEstimator):
 
     name: ClassVar[str] = "group"
     needs_values: ClassVar[bool] = False
+    least_samples: ClassVar[int] = 2
+    least_samples_because: ClassVar[str] = "a sample is compared with the others of its prompt"
 
     baseline: Baseline = "leave_one_out"
     normalize: bool = False

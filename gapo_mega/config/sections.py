@@ -1,15 +1,18 @@
 """The configuration of a run: frozen, validated, every field documented where it is declared.
 
-Field types, ranges and the checks that need no model live here; ``loading.py`` reads YAML
-and dotted overrides; checks that need the model's shape (does tensor parallelism divide the
-heads?) are in ``planning/layout.py``.
+Field types, ranges and the checks that need no model live here, those of a gradient strategy in the file of
+``strategies/`` that declares it; ``loading.py`` reads YAML and dotted overrides; checks that need the model's
+shape (does tensor parallelism divide the heads?) are in ``planning/layout.py``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+from gapo_mega.config import strategies
 
 
 class Section(BaseModel):
@@ -178,10 +181,19 @@ class CriticConfig(Section):
 LayerRange = Annotated[list[int], Field(min_length=2, max_length=2)]  # [first, end)
 
 
+def _declared(value: object) -> object:
+    """Answers as a ``Literal`` of the declared strategies' values would."""
+    accepted = strategies.stores()
+    if value not in accepted:
+        *others, last = map(repr, accepted)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+    return value
+
+
 class GradientConfig(Section):
     """How per-objective gradients are measured, held and checked."""
 
-    store: Literal["shards", "single"] = Field(
+    store: Annotated[str, BeforeValidator(_declared)] = Field(
         "shards",
         description="shards: one row of this rank's reduced shard per objective, the last in Megatron's own "
         "buffer; single: no row at all, m (m + 1) / 2 + 1 passes (one fewer where the last pair measured is "
@@ -217,39 +229,8 @@ class GradientConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> GradientConfig:
-        scoped = self.scope != "full"
-        if self.store == "single" and scoped:
-            raise ValueError(
-                f"gradients.scope: found {self.scope} with store single, accepted: full (single measures "
-                "sums of whole gradients)"
-            )
-        if self.store_dtype == "bf16" and (self.store == "single" or scoped):
-            raise ValueError(
-                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards "
-                "with scope full)"
-            )
-        if self.metric == "adam" and self.scope in ("last_layer", "last_block"):
-            raise ValueError(
-                f"gradients.metric: found adam with scope {self.scope}, accepted: euclidean (the output "
-                "layer's gradient alone has no second moment: a tied one shares the embedding's)"
-            )
-        if self.actual_change and (self.store == "single" or scoped):
-            raise ValueError(
-                "gradients.actual_change: found true, accepted: false (it needs every gradient: store shards "
-                "with scope full)"
-            )
-        if not isinstance(self.scope, str):
-            self._check_ranges(self.scope)
+        strategies.chosen(self).check()
         return self
-
-    @staticmethod
-    def _check_ranges(ranges: list[LayerRange]) -> None:
-        ends = [0, *(end for _, end in ranges)]
-        if not ranges or any(not before <= r[0] < r[1] for before, r in zip(ends, ranges, strict=False)):
-            raise ValueError(
-                f"gradients.scope: found {ranges}, accepted: pairs [first, end] in ascending order, each "
-                "with 0 <= first < end"
-            )
 
 
 class CheckpointConfig(Section):

@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gapo_mega import aggregation
 from gapo_mega.config import Config
+from gapo_mega.config.strategies import variants
 from gapo_mega.engine.base import GradientReport
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.gradients import strategies
@@ -39,17 +40,6 @@ BASELINE = "one objective"
 _NO_LEARNING = 1e-20  # a learning rate below the rounding of any parameter
 # On a CPU gloo's threads may release too late to be seen (allocation.py): of several peaks the least counts.
 MEMORY_STEPS = 2
-# Name -> settings of `gradients`. Those that the layout or the batch does not allow are left out.
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "last_layer": {"scope": "last_layer"},
-    "last_block": {"scope": "last_block"},
-    "shared": {"forward": "shared"},
-    "separate": {"forward": "separate"},
-    "separate, bf16 rows": {"forward": "separate", "store_dtype": "bf16"},
-    "separate, adam metric": {"forward": "separate", "metric": "adam"},
-    "single": {"store": "single", "forward": "separate"},
-    "single, shared": {"store": "single", "forward": "shared"},
-}
 PHASES = ("passes", "aggregate", "optimizer")
 
 
@@ -69,13 +59,14 @@ class Contender:
 def contenders(
     config: Config, shape: ModelShape, data_parallel: int, objectives: Sequence[int]
 ) -> list[Contender]:
-    """The baseline, and every strategy that is possible, for each number of objectives."""
+    """The baseline, and every variant of every declared strategy that is possible, for each number of
+    objectives: those that the layout or the batch does not allow are left out."""
     found = [Contender(BASELINE, 1, _variant(config, 1, {"forward": "separate"}))]
     for count in objectives:
-        for name, settings in STRATEGIES.items():
-            variant = _variant(config, count, settings)
+        for declared in variants():
+            variant = _variant(config, count, declared.gradients)
             if refusal(variant, shape, data_parallel) is None:
-                found.append(Contender(name, count, variant))
+                found.append(Contender(declared.name, count, variant))
     return found
 
 
@@ -89,14 +80,14 @@ def refusal(config: Config, shape: ModelShape, data_parallel: int) -> str | None
     return None
 
 
-def _variant(config: Config, objectives: int, settings: dict[str, Any]) -> Config:
+def _variant(config: Config, objectives: int, settings: Mapping[str, Any]) -> Config:
     """``config`` with this many objectives and these ``gradients``; not validated."""
     first = config.objectives[0]
     named = [first.model_copy(update={"name": f"objective{i}"}) for i in range(objectives)]
     gradients = config.gradients.model_copy(
         update={"store": "shards", "store_dtype": "fp32", "forward": "auto", "scope": "full"}
         | {"metric": "euclidean", "actual_change": False}
-        | settings
+        | dict(settings)
     )
     return config.model_copy(update={"objectives": named, "gradients": gradients})
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from gapo_mega.planning.strategy import PassCount
+from gapo_mega.config.strategies import PassCount
 
 Recompute = Literal["none", "selective", "full"]
 

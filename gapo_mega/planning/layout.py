@@ -7,7 +7,8 @@ layout.
 
 from __future__ import annotations
 
-from gapo_mega.config import Config, ParallelConfig
+from gapo_mega import advantages
+from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.strategy import microbatches, refusal_of_shared
 
@@ -93,14 +94,9 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
-    gradients = config.gradients
-    if not isinstance(gradients.scope, str) and gradients.scope[-1][1] > shape.num_layers:
-        raise ValueError(
-            f"gradients.scope: found {gradients.scope}, accepted: ranges within the model's "
-            f"{shape.num_layers} layers"
-        )
+    strategies.chosen(config.gradients).check_model(shape.num_layers)
     reason = refusal_of_shared(config, microbatches(config, data_parallel))
-    if gradients.forward == "shared" and reason is not None:
+    if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
 
 
@@ -121,12 +117,12 @@ def _check_lengths(config: Config, shape: ModelShape) -> None:
 
 
 def _check_advantages(config: Config) -> None:
-    samples = config.rollout.samples_per_prompt
-    if config.advantages.name == "group" and samples < 2:
+    samples, name = config.rollout.samples_per_prompt, config.advantages.name
+    estimator = advantages.build(name, **config.advantages.options)
+    if samples < estimator.least_samples:
         raise ValueError(
-            f"rollout.samples_per_prompt: found {samples}, accepted with advantages.name group: 2 or more, "
-            "because a "
-            "sample is compared with the others of its prompt"
+            f"rollout.samples_per_prompt: found {samples}, accepted with advantages.name {name}: "
+            f"{estimator.least_samples} or more, because {estimator.least_samples_because}"
         )
 
 

@@ -2,8 +2,8 @@
 
 Parameters, gradients, optimizer state and rows follow from the shapes exactly, but for the padding of
 Megatron's buckets (each parameter begins at a multiple of 64 elements, each bucket ends at one of 128 per
-data rank: 0.1 % of the smallest models). Rows of objectives: what ``gradients`` asks for, with the copy of
-the parameters that ``actual_change`` needs. ``activations.py`` says what a training pass holds.
+data rank: 0.1 % of the smallest models). Rows of objectives: what the gradient strategy declares
+(``config/strategies/``). ``activations.py`` says what a training pass holds.
 
 Not counted: what a GPU's allocator keeps in reserve, buffers of the communication library (gloo copies the
 gradient buffer in the reduction of the distributed optimizer), temporaries of the optimizer's step, and what
@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gapo_mega.config import Config, OptimizerConfig
+from gapo_mega import advantages
+from gapo_mega.config import Config, OptimizerConfig, ParallelConfig, strategies
+from gapo_mega.config.strategies import RankSizes
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
 from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import forward_kind, measures_change, microbatches
+from gapo_mega.planning.strategy import forward_kind, microbatches
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -110,6 +112,19 @@ def predict(config: Config, shape: ModelShape, world_size: int, score_models: Sc
     return MemoryPlan([_stage(config, shape, data, stage, score_models) for stage in stages])
 
 
+def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, stage: int) -> RankSizes:
+    """What the rows of a rank of ``stage`` depend on; ``shard``: elements of the gradient that it owns."""
+    layers = shape.num_layers // parallel.pipeline
+    is_last = stage == parallel.pipeline - 1
+    return RankSizes(
+        shard=shard,
+        layer=_layer_parameters(shape, parallel.tensor),
+        layers=range(stage * layers, (stage + 1) * layers),
+        num_layers=shape.num_layers,
+        output_layer=_embedding_parameters(shape, parallel.tensor) if is_last else 0,
+    )
+
+
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
     """Parameters of the language model on one rank of a stage, the padded vocabulary included."""
     total = _backbone_parameters(shape, tensor, pipeline, stage)
@@ -152,9 +167,10 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
+    strategy, objectives = strategies.chosen(config.gradients), len(config.objectives)
     # A graph that serves one backward only is let go of within it.
-    once = config.gradients.scope == "last_layer" or len(config.objectives) == 1
-    kept = forward_kind(config, data) == "shared" and not once
+    kept = forward_kind(config, data) == "shared" and strategy.reuses_graph(objectives)
+    shard = count // data if config.optimizer.distributed else count
     offloaded = config.model.offload_reference
     scoring = [
         (
@@ -170,7 +186,7 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
         parameters=count * item,
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
-        objective_rows=_rows(config, shape, count // data if config.optimizer.distributed else count, stage),
+        objective_rows=strategy.row_bytes(objectives, rank_sizes(config.parallel, shape, shard, stage)),
         reference=0 if offloaded else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(config, shape, data, stage),
@@ -180,34 +196,9 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
     )
 
 
-def _rows(config: Config, shape: ModelShape, shard: int, stage: int) -> int:
-    """Gradients beside Megatron's own buffer, which holds one; ``shard``: elements that a rank owns."""
-    gradients, others = config.gradients, len(config.objectives) - 1
-    if gradients.store == "single":
-        return 0
-    if gradients.scope == "full":
-        item = 2 if gradients.store_dtype == "bf16" else FP32
-        return others * shard * item + (shard * FP32 if measures_change(config) else 0)
-    rows = others * FP32 * min(shard, _in_scope(config, shape, stage))
-    if gradients.scope in ("last_layer", "last_block") and stage == config.parallel.pipeline - 1:
-        rows += len(config.objectives) * FP32 * _embedding_parameters(shape, config.parallel.tensor)
-    return rows
-
-
-def _in_scope(config: Config, shape: ModelShape, stage: int) -> int:
-    """Parameters of a stage's transformer layers in ``gradients.scope``: they may all be one data rank's."""
-    scope = config.gradients.scope
-    last = [(shape.num_layers - 1, shape.num_layers)] if scope == "last_block" else []
-    ranges = last if isinstance(scope, str) else scope
-    count = shape.num_layers // config.parallel.pipeline
-    own = range(stage * count, (stage + 1) * count)
-    layers = sum(first <= layer < end for layer in own for first, end in ranges)
-    return layers * _layer_parameters(shape, config.parallel.tensor)
-
-
 def _critic(config: Config, shape: ModelShape, data: int, stage: int) -> int:
     """Parameters, gradients and optimizer state of all value models; they take turns with activations."""
-    if config.advantages.name != "gae":
+    if not advantages.build(config.advantages.name, **config.advantages.options).needs_values:
         return 0
     objectives = len(config.objectives)
     models, heads = (1, objectives) if config.critic.heads == "shared" else (objectives, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,3 +248,19 @@ def test_build_names_the_nearest_name_and_option() -> None:
 def test_option_values_are_checked(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+@pytest.mark.parametrize("name", sorted(estimators()))
+def test_every_estimator_works_with_as_few_samples_as_it_says(name: str) -> None:
+    estimator = build(name)
+    case = experience(9, values=estimator.needs_values)
+    fewest = estimator.least_samples
+    advantages, _ = filled(estimator(replace(case, group_B=torch.arange(B) // fewest)))
+    assert bool(advantages.isfinite().all())
+    if fewest > 1:
+        with pytest.raises(ValueError, match=f"accepted: at least {fewest}"):
+            estimator(replace(case, group_B=torch.arange(B) // (fewest - 1)))
+
+
+def test_how_many_samples_estimators_need() -> None:
+    assert {name: kind.least_samples for name, kind in estimators().items()} == {"gae": 1, "group": 2}

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gapo_mega.config.strategies import PassCount
 from gapo_mega.planning import flops as throughput
 from gapo_mega.planning.flops import TransformerShape
-from gapo_mega.planning.strategy import PassCount
 
 SHAPE = TransformerShape(layers=2, hidden=48, ffn=80, heads=6, kv_groups=2, head_dim=8, outputs=101)
 

@@ -85,7 +85,8 @@ def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
         (
             {"rollout": {"samples_per_prompt": 1}},
             1,
-            "rollout.samples_per_prompt: found 1, accepted with advantages.name group: 2 or more",
+            "rollout.samples_per_prompt: found 1, accepted with advantages.name group: 2 or more, because a "
+            "sample is compared with the others of its prompt",
         ),
     ],
 )  # fmt: skip

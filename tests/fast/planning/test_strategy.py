@@ -9,11 +9,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, strategies
 from gapo_mega.config.loading import dump, load
+from gapo_mega.config.strategies import PassCount
 from gapo_mega.models import ModelShape
 from gapo_mega.planning.layout import check_gradients
-from gapo_mega.planning.strategy import PassCount, forward_kind, measures_change, passes
+from gapo_mega.planning.strategy import forward_kind, passes
 
 SHAPE = ModelShape("llama", 4, 8, 16, 2, 2, 4, 64, False, 1e4, 1e-5, False, 64)
 
@@ -126,6 +127,10 @@ def test_refused_for_a_model_and_batch(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         check_gradients(config(gradients, **sections), SHAPE, 1)
+
+
+def measures_change(settings: Config) -> bool:
+    return strategies.chosen(settings.gradients).measures_change
 
 
 def test_the_change_is_measured_with_the_metric_where_it_can_be() -> None:

@@ -21,6 +21,7 @@ from gapo_mega.config import (
     ParallelConfig,
     RolloutConfig,
 )
+from gapo_mega.config.strategies import stores
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_layout
 
@@ -101,7 +102,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "tied": ON_OFF,
     "microbatches": ("one", "several"),
     "dtype": ("fp32", "bf16"),
-    "store": ("shards", "single"),
+    "store": tuple(stores()),
     "store_dtype": ("fp32", "bf16"),
     "forward": ("separate", "shared"),
     "scope": tuple(SCOPES),

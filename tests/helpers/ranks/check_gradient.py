@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gapo_mega import aggregation
-from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.config import GradientConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
@@ -84,11 +85,13 @@ def _write_gradient(
         weights.load_hf(model, shape, directory)
         optimizer = OptimizerConfig(name="sgd", distributed=False)
         trainable = build.make_trainable(model, optimizer, total_steps=1)
-        setting = Setting(trainable, world, len(WEIGHTS), shape.vocab, MICRO_BATCH, shared, adam=False)
+        setting = Setting(
+            trainable, world, len(WEIGHTS), shape.vocab, shape.num_layers, MICRO_BATCH, shared, adam=False
+        )
         tokens = float(batch.response_mask_BT.sum())
         task = Task(part.split(MICRO_BATCH), loss, tokens, shape.vocab, len(WEIGHTS))
         aggregator = aggregation.build("weighted_sum", weights=WEIGHTS)
-        direction = Shards(setting).direction(task, aggregator, Clock())
+        direction = Shards(setting, KeptRows(GradientConfig())).direction(task, aggregator, Clock())
         with torch.no_grad():  # without the distributed optimizer every rank has all of its gradient
             for parameter in model.parameters():
                 parameter.copy_(parameter.main_grad)

@@ -88,9 +88,9 @@ def test_scopes_name_parameters_of_transformers():
 
 
 def test_arguments():
-    assert peers.parse_strategies([]) == entries.STRATEGIES
+    assert peers.parse_strategies([]) == entries.known_strategies()
     assert peers.parse_strategies(["single", 'mine={"store_dtype": "bf16"}']) == {
-        "single": entries.STRATEGIES["single"],
+        "single": {"store": "single", "forward": "separate"},
         "mine": {"store_dtype": "bf16"},
     }
     for wrong in ("other", "mine=", "mine=3", "mine={"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega import ops
+from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.gradients.metric import inner_products
@@ -29,19 +30,14 @@ _SMALL_PART = 0.1  # of the largest: a gradient out of the fp32 difference is go
 class Shards(GradientStrategy):
     """Every gradient is kept until the weights are known."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        *,
-        dtype: torch.dtype = torch.float32,
-        actual_change: bool = False,
-    ) -> None:
-        """``dtype``: of the rows but the last. ``actual_change``: measure what the optimizer did, at the
-        price of a copy of the parameters' shard."""
-        super().__init__(setting)
+    declaration = KeptRows
+
+    def __init__(self, setting: Setting, declared: KeptRows) -> None:
+        super().__init__(setting, declared)
+        dtype = torch.bfloat16 if declared.gradients.store_dtype == "bf16" else torch.float32
         self._spare = [self.shard.zero_row(i, dtype) for i in range(1, setting.objectives)]
         self._rows: list[list[Tensor]] = []
-        self._before = self.shard.zero_row(setting.objectives) if actual_change else None
+        self._before = self.shard.zero_row(setting.objectives) if declared.measures_change else None
 
     @property
     def row_bytes(self) -> int:

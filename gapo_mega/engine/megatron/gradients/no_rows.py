@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega import ops
+from gapo_mega.config.strategies.no_rows import NoRows
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Passes, Task, one_hot, passes_over
@@ -28,6 +29,7 @@ class Single(GradientStrategy):
     with p = 1, the buffer holds the direction already and the last pass is left out.
     """
 
+    declaration = NoRows
     row_bytes = 0
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:

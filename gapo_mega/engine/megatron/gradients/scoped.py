@@ -6,12 +6,11 @@ of the losses. With ``last_layer`` no objective has a backward of its own throug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from gapo_mega import ops
+from gapo_mega.config.strategies.scoped import ScopedRows, has_output_layer, layers_in
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.output_layer import OutputLayer, parameters_of_layers
@@ -27,23 +26,18 @@ from gapo_mega.types import Experience
 class Scoped(GradientStrategy):
     """Rows of the parameters in scope; the last one lies in Megatron's buffer."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        *,
-        layers: Sequence[Sequence[int]],
-        output_layer: bool,
-    ) -> None:
-        """``layers``: ``[first, end)`` ranges of transformer layers in scope. ``output_layer``: whether it
-        is, too; Adam's metric is for layers only."""
-        super().__init__(setting)
-        assert layers or output_layer
-        model = setting.trainable.model.module
-        self._with_layers = bool(layers)
-        self._only = parameters_of_layers(model, layers)
+    declaration = ScopedRows
+
+    def __init__(self, setting: Setting, declared: ScopedRows) -> None:
+        super().__init__(setting, declared)
+        model, scope = setting.trainable.model.module, declared.gradients.scope
+        self._with_layers = declared.has_layers
+        self._only = parameters_of_layers(model, layers_in(scope, setting.layers))
         self._part = GradientShard(setting.trainable.model, self._only)
         self._spare = [self._part.zero_row(i) for i in range(1, setting.objectives)]
-        self._output = OutputLayer(model, setting.groups, setting.objectives) if output_layer else None
+        self._output = (
+            OutputLayer(model, setting.groups, setting.objectives) if has_output_layer(scope) else None
+        )
 
     @property
     def row_bytes(self) -> int:

@@ -1,40 +1,49 @@
-"""The gradient strategy that a configuration asks for."""
+"""The gradient strategy that a configuration asks for: declared in ``config/strategies/``, implemented here.
+
+Every file of this folder that defines a ``GradientStrategy`` implements the declaration that it names.
+"""
 
 from __future__ import annotations
 
-import torch
-
+import gapo_mega.engine.megatron.gradients as package
 from gapo_mega.config import Config
-from gapo_mega.engine.megatron.gradients.kept_rows import Shards
-from gapo_mega.engine.megatron.gradients.no_rows import Single
-from gapo_mega.engine.megatron.gradients.scoped import Scoped
+from gapo_mega.config.strategies import StrategyDeclaration, chosen
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
 from gapo_mega.engine.megatron.model.build import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.strategy import forward_kind, measures_change
+from gapo_mega.planning.memory import rank_sizes
+from gapo_mega.planning.strategy import forward_kind
+from gapo_mega.registry import implementations
 
 
 def build(config: Config, trainable: Trainable, groups: Groups, shape: ModelShape) -> GradientStrategy:
     """The strategy of ``config.gradients`` on this rank; its rows are allocated."""
-    gradients = config.gradients
+    declared = chosen(config.gradients)
     setting = Setting(
         trainable,
         groups,
         objectives=len(config.objectives),
         vocabulary=shape.vocab,
+        layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
         shared=forward_kind(config, groups.layout.data) == "shared",
-        adam=gradients.metric == "adam",
+        adam=config.gradients.metric == "adam",
     )
-    if gradients.store == "single":
-        return Single(setting)
-    if gradients.scope == "full":
-        dtype = torch.bfloat16 if gradients.store_dtype == "bf16" else torch.float32
-        return Shards(setting, dtype=dtype, actual_change=measures_change(config))
-    if gradients.scope == "last_layer":
-        return Scoped(setting, layers=[], output_layer=True)
-    if gradients.scope == "last_block":
-        last = [[shape.num_layers - 1, shape.num_layers]]
-        return Scoped(setting, layers=last, output_layer=True)
-    return Scoped(setting, layers=gradients.scope, output_layer=False)
+    strategy = implementation_of(type(declared))(setting, declared)
+    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, groups.layout.pipeline_rank)
+    expected, found = declared.row_bytes(setting.objectives, sizes), strategy.row_bytes
+    as_declared = (
+        found == expected if declared.rows_are_even or groups.layout.data == 1 else found <= expected
+    )
+    assert as_declared, f"{declared.name} declares {expected} bytes of rows and has {found}"
+    return strategy
+
+
+def implementation_of(declared: type[StrategyDeclaration]) -> type[GradientStrategy]:
+    """The class that names ``declared``; ``RuntimeError`` where there is not exactly one."""
+    found = [kind for kind in implementations(package, GradientStrategy) if kind.declaration is declared]
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise RuntimeError(f"strategy {declared.name}: implemented by {names}; exactly one class should")
+    return found[0]

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.aggregation.base import zero_objectives
+from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
@@ -49,6 +51,7 @@ class Setting:
     groups: Groups
     objectives: int
     vocabulary: int  # true size, without padding
+    layers: int  # of the whole model
     micro_batch: int  # sequences of a forward
     shared: bool  # backwards through one forward's graph per microbatch
     adam: bool  # inner products in Adam's metric
@@ -57,7 +60,10 @@ class Setting:
 class GradientStrategy(ABC):
     """Measures, aggregates, and takes one optimizer step."""
 
-    def __init__(self, setting: Setting) -> None:
+    declaration: ClassVar[type[StrategyDeclaration]]  # what it implements
+
+    def __init__(self, setting: Setting, declared: StrategyDeclaration) -> None:
+        """``declared``: an instance of ``declaration``, with the settings."""
         self._setting = setting
         self.trainable = trainable = setting.trainable
         self.groups = setting.groups
@@ -79,7 +85,7 @@ class GradientStrategy(ABC):
     @property
     @abstractmethod
     def row_bytes(self) -> int:
-        """Memory on this rank for gradients beside Megatron's own buffer."""
+        """Memory on this rank for gradients beside Megatron's own buffer, counted from the tensors."""
 
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
         """Measure every objective's gradient, aggregate, and take one optimizer step."""

@@ -1,0 +1,21 @@
+"""Gradient strategies as they declare themselves: one file a strategy.
+
+``chosen(gradients)`` is the strategy of a section ``gradients``. Every file of this folder that defines a
+``StrategyDeclaration`` declares one; ``engine/megatron/gradients/`` implements it. The folder lies in this
+room because a configuration is checked against it when it is read, and imports point down
+(docs/adr/0007-strategies-declared-once.md).
+"""
+
+from gapo_mega.config.strategies.base import PassCount, RankSizes, StrategyDeclaration, Variant
+from gapo_mega.config.strategies.registry import chosen, declarations, stores, variants
+
+__all__ = [
+    "PassCount",
+    "RankSizes",
+    "StrategyDeclaration",
+    "Variant",
+    "chosen",
+    "declarations",
+    "stores",
+    "variants",
+]

@@ -1,0 +1,113 @@
+"""What a gradient strategy says of itself before anything is built: arithmetic, no device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from gapo_mega.config.sections import GradientConfig
+
+FP32 = 4  # bytes of an element
+
+
+@dataclass(frozen=True)
+class PassCount:
+    """Full forwards and backwards over a minibatch in one update."""
+
+    forwards: int
+    backwards: int
+
+
+@dataclass(frozen=True)
+class RankSizes:
+    """Elements on one rank of a pipeline stage, from which the bytes of rows follow."""
+
+    shard: int  # of the gradient that the rank owns
+    layer: int  # of one transformer layer
+    layers: range  # transformer layers of the stage, from 0 over all stages
+    num_layers: int  # of the model
+    output_layer: int  # 0 where the stage has none
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a strategy that ``gapo-mega benchmark step`` measures."""
+
+    name: str
+    gradients: Mapping[str, Any]  # settings of the section beside its defaults
+    against_peers: bool = False  # benchmarks/peers.py measures it beside other libraries, too
+
+
+class StrategyDeclaration(ABC):
+    """A gradient strategy with the section ``gradients`` that chose it."""
+
+    name: ClassVar[str]
+    store: ClassVar[str]  # the value of ``gradients.store`` that it belongs to
+    variants: ClassVar[Sequence[Variant]]
+    # Whether all ranks of a pipeline stage hold as many bytes of rows as ``row_bytes`` says. False: some may
+    # hold fewer.
+    rows_are_even: ClassVar[bool] = True
+
+    def __init__(self, gradients: GradientConfig) -> None:
+        self.gradients = gradients
+
+    @classmethod
+    def chosen_by(cls, gradients: GradientConfig) -> bool:
+        """Whether these settings ask for the strategy; of every section exactly one strategy says so."""
+        return gradients.store == cls.store
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a one-line ``ValueError`` for a setting that does not go with the strategy.
+
+        Runs when the configuration is read.
+        """
+
+    def check_model(self, num_layers: int) -> None:  # noqa: B027 (most strategies fit every model)
+        """Raise a one-line ``ValueError`` for a setting that a model of ``num_layers`` layers rules out."""
+
+    @abstractmethod
+    def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
+        """Why one forward per microbatch cannot serve all backwards, if so: the words after "shared with".
+
+        ``microbatches``: of a data-parallel rank's minibatch. ``recompute``: ``model.recompute``.
+        """
+
+    def reuses_graph(self, objectives: int) -> bool:
+        """Whether the graph of a shared forward serves more than one backward, and so is kept in one."""
+        return objectives > 1
+
+    @property
+    def measures_change(self) -> bool:
+        """What ``gradients.actual_change`` comes to."""
+        return False
+
+    @abstractmethod
+    def passes(self, objectives: int, shared: bool) -> PassCount:
+        """What one update runs; partial backwards (of a scope) are not counted. ``shared``: one forward."""
+
+    @abstractmethod
+    def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
+        """Bytes of rows on a rank beside Megatron's gradient buffer, which holds one gradient.
+
+        See ``rows_are_even`` for the ranks that it holds of.
+        """
+
+    def refuse_bf16_rows(self) -> None:
+        """For strategies whose rows are not whole gradients that are kept."""
+        if self.gradients.store_dtype == "bf16":
+            raise ValueError(
+                "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards "
+                "with scope full)"
+            )
+
+    def refuse_actual_change(self) -> None:
+        """For strategies that do not have every gradient when the optimizer has stepped."""
+        if self.gradients.actual_change:
+            raise ValueError(
+                "gradients.actual_change: found true, accepted: false (it needs every gradient: store shards "
+                "with scope full)"
+            )

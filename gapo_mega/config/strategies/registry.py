@@ -1,0 +1,45 @@
+"""The strategies of this folder, and the one that a section ``gradients`` asks for."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import gapo_mega.config.strategies as package
+from gapo_mega.config.strategies.base import StrategyDeclaration, Variant
+from gapo_mega.registry import implementations
+
+if TYPE_CHECKING:
+    from gapo_mega.config.sections import GradientConfig
+
+
+def declarations() -> tuple[type[StrategyDeclaration], ...]:
+    """Every strategy that a file of this folder declares, in the order of the files' names."""
+    return _declared_in(tuple(package.__path__))
+
+
+@cache  # a configuration is asked often, and a folder is searched by reading it
+def _declared_in(folders: tuple[str, ...]) -> tuple[type[StrategyDeclaration], ...]:
+    return tuple(implementations(package, StrategyDeclaration))
+
+
+def stores() -> list[str]:
+    """The values of ``gradients.store`` that strategies belong to."""
+    return list(dict.fromkeys(kind.store for kind in declarations()))
+
+
+def variants() -> list[Variant]:
+    """What the benchmarks measure, of all strategies."""
+    return [variant for kind in declarations() for variant in kind.variants]
+
+
+def chosen(gradients: GradientConfig) -> StrategyDeclaration:
+    """The strategy of these settings.
+
+    Raises ``RuntimeError`` where none or several declare that they are asked for.
+    """
+    found = [kind for kind in declarations() if kind.chosen_by(gradients)]
+    if len(found) != 1:
+        names = ", ".join(kind.name for kind in found) or "none"
+        raise RuntimeError(f"gradients: chosen by {gradients!r}: {names}; exactly one strategy should be")
+    return found[0](gradients)

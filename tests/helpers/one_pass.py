@@ -1,0 +1,66 @@
+"""A new gradient strategy: the file that declares it, and the file that implements it."""
+
+DECLARATION = '''
+"""``store: one_pass``: not a method, but all that a method has to say."""
+
+from typing import ClassVar
+
+from gapo_mega.config.strategies.base import PassCount, RankSizes, StrategyDeclaration, Variant
+
+
+class OnePass(StrategyDeclaration):
+    """A row of eight bytes for every objective and layer."""
+
+    name: ClassVar[str] = "one_pass"
+    store: ClassVar[str] = "one_pass"
+    variants: ClassVar[tuple[Variant, ...]] = (
+        Variant("one pass", {"store": "one_pass", "forward": "separate"}, against_peers=True),
+    )
+
+    def check(self) -> None:
+        self.refuse_bf16_rows()
+
+    def check_model(self, num_layers: int) -> None:
+        if num_layers > 40:
+            raise ValueError(f"gradients.store: found one_pass with {num_layers} layers, accepted: up to 40")
+
+    def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
+        return "store one_pass"
+
+    def passes(self, objectives: int, shared: bool) -> PassCount:
+        return PassCount(2, 2)
+
+    def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
+        return 8 * objectives * len(sizes.layers)
+'''
+
+IMPLEMENTATION = '''
+"""The gradient of the plain sum; what it measures is made up."""
+
+import torch
+
+from gapo_mega import ops
+from gapo_mega.config.strategies.one_pass import OnePass
+from gapo_mega.engine.megatron.gradients.passes import SeparatePasses
+from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy
+
+
+class SumOnly(GradientStrategy):
+    """Weights of one."""
+
+    declaration = OnePass
+
+    def __init__(self, setting, declared):
+        super().__init__(setting, declared)
+        self._norms = torch.zeros(setting.objectives, setting.layers, dtype=torch.float64)
+
+    @property
+    def row_bytes(self):
+        return self._norms.numel() * 8
+
+    def direction(self, task, aggregator, clock):
+        passes = SeparatePasses(self.trainable, task)
+        passes.gradient([1.0] * self.objectives)
+        gram = torch.eye(self.objectives, dtype=torch.float64)
+        return Direction(passes.losses, gram, torch.ones(self.objectives, dtype=torch.float64), ops.Status.OK)
+'''
