@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import Aggregator, Solution, scaled_weights
-from gapo_mega.ops import DeviceAggregator, Status
+from gapo_mega.aggregation.base import Aggregator, Solution
+from gapo_mega.ops import Aggregated, Status
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class DeviceSolution:
     status: Tensor  # [1] int32, a Status
 
 
-class DeviceMethod(Aggregator, DeviceAggregator):
+class DeviceMethod(Aggregator):
     """An ``Aggregator`` that gives its formula in tensor operations which never wait for the device.
 
-    Called with a Gram matrix it works on the CPU and raises, as every aggregator; ``on_device`` stays on the
-    device of the matrix, can be captured in a CUDA graph, and has a status in place of errors.
+    On the CPU it works as every aggregator does, on the objectives that take part. ``on_device`` stays on the
+    device of the matrix and can be captured in a CUDA graph; a method with memory keeps it in tensors there.
     """
 
     @abstractmethod
@@ -43,36 +43,23 @@ class DeviceMethod(Aggregator, DeviceAggregator):
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
         """The formula on the host, for the objectives that take part."""
         solution = self.formula(gram, gram.diagonal() > 0, self._numbers(active, gram.device))
-        assert int(solution.status) == Status.OK, "the Gram matrix was checked"
-        return Solution(solution.weights, float(solution.log_factor))
+        return Solution(solution.weights, float(solution.log_factor), Status(int(solution.status)))
 
-    def on_device(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights float64 [M] and status int32 [1] on the device of ``gram``; see ``ops.DeviceAggregator``.
+    def weigh(self, gram: Tensor) -> Aggregated:
+        """See ``AggregationMethod.weigh``."""
+        return super().weigh(gram) if gram.device.type == "cpu" else self.on_device(gram)
 
-        Raises ``ValueError`` for options of another number of objectives.
-        """
-        count = gram.shape[0]
-        self._check_lengths(count)
+    def on_device(self, gram: Tensor) -> Aggregated:
+        """As ``weigh``, by the form for a device, which works on any, the CPU too, and waits for none."""
+        self._check(gram)
         diagonal = gram.diagonal()
         active = diagonal > 0
-        solution = self.formula(gram, active, self._numbers(range(count), gram.device))
-        scaled = scaled_weights(
-            self.scale, solution.weights, solution.log_factor, diagonal.sqrt(), active.sum()
+        solution = self.formula(gram, active, self._numbers(range(len(gram)), gram.device))
+        proposed, status = self._scaled(
+            solution.weights, solution.log_factor, solution.status, diagonal.sqrt(), active.sum()
         )
-        nothing = ~solution.weights.any()
-        in_range = (scaled.isfinite().all() & scaled.any()) | nothing
-        # Of several reasons the first one here is told.
-        reasons = [
-            (~gram.isfinite().all(), Status.NOT_FINITE),
-            ((diagonal < 0).any(), Status.NEGATIVE_DIAGONAL),
-            (~in_range, Status.OUT_OF_RANGE),
-        ]
-        if self.zero_gradient == "stop":
-            reasons.insert(2, ((~active).any(), Status.ZERO_GRADIENT))
-        status = solution.status.clone()
-        for holds, reason in reversed(reasons):
-            status.masked_fill_(holds, int(reason))
-        return torch.where(nothing | (status != Status.OK), torch.zeros_like(scaled), scaled), status
+        fault = self._fault(gram)
+        return Aggregated.of(gram, proposed, torch.where(fault != Status.OK, fault, status))
 
     def _numbers(self, active: Sequence[int], device: torch.device) -> Tensor | None:
         options = list(self.per_objective().values())

@@ -14,11 +14,13 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.ops import HostAggregator
 from gapo_mega.types import Experience, Generation
 
-# gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
-# gapo_mega.ops.DeviceAggregator, too, is asked on the device.
-Aggregator = Callable[[Tensor], Tensor]
+# A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): it is asked once a step, where the
+# Gram matrix lies, and hears of the step when the optimizer has taken it. Or any function of the Gram matrix
+# [M, M] float64 on the CPU that gives weights [M] float64.
+Aggregator = HostAggregator
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
 # with a graph). The engine divides by the global number of response tokens of the minibatch.
