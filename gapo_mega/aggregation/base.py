@@ -44,16 +44,16 @@ class ZeroGradientError(ValueError):
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Weights ``weights * exp(log_factor)`` over the objectives that take part.
+class TensorSolution:
+    """A formula's weights ``weights * exp(log_factor)``, on the Gram matrix's device.
 
     The factor is apart because ``1 / ||g||^p`` leaves the range of double precision for large p,
     while the ratios of the weights, all that two of the three scales need, do not.
     """
 
-    weights: Tensor  # [K] float64
-    log_factor: float = 0.0
-    status: Status = Status.OK  # NOT_CONVERGED where the formula found none
+    weights: Tensor  # [M] float64, 0 where an objective takes no part
+    log_factor: Tensor  # [] float64
+    status: Tensor  # [1] int32, a Status: OK, or NOT_CONVERGED where the formula found none
 
 
 @dataclass(kw_only=True)
@@ -94,11 +94,12 @@ class Aggregator(AggregationMethod):
         require_choice("scale", self.scale, get_args(Scale))
 
     @abstractmethod
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        """The method's formula. Reads what the method remembers, and changes nothing.
+    def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
+        """What the formula gives for ``gram``, float64 [M, M], on its device; ``HostMethod`` and
+        ``DeviceMethod`` are the two ways. Reads what the method remembers, and changes nothing.
 
-        ``gram`` is float64 [K, K], finite, with a positive diagonal, and belongs to the objectives
-        ``active`` (K ascending indices); methods with one parameter per objective pick theirs by it.
+        ``active`` [M] is true where ``G_ii`` is positive. The matrix may hold anything, as nobody has looked:
+        what comes out where it is no Gram matrix is not used, but nothing may be raised.
         """
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
@@ -106,21 +107,23 @@ class Aggregator(AggregationMethod):
         return {}
 
     def weigh(self, gram: Tensor) -> Aggregated:
-        """See ``AggregationMethod.weigh``. Works on the host, where the formula sees only what takes part."""
+        """See ``AggregationMethod.weigh``. Waits for nothing that ``solution`` does not wait for."""
         self._check(gram)
-        host = gram.to("cpu", torch.float64)
-        proposed = torch.zeros(len(host), dtype=torch.float64)
-        status = self._fault(host)
-        active = host.diagonal().nonzero().flatten()
-        if int(status) == Status.OK and len(active):
-            part = host[active][:, active]
-            solution = self.solve(part, active.tolist())
-            log_factor = torch.tensor(solution.log_factor, dtype=torch.float64)
-            status.fill_(solution.status)
-            proposed[active], status = self._scaled(
-                solution.weights, log_factor, status, part.diagonal().sqrt(), torch.tensor(len(active))
-            )
-        return Aggregated.of(host, proposed, status).to(gram.device)
+        diagonal = gram.diagonal()
+        active = diagonal > 0
+        solution = self.solution(gram, active)
+        proposed = scaled_weights(
+            self.scale, solution.weights, solution.log_factor, diagonal.sqrt(), active.sum()
+        )
+        nothing = ~solution.weights.any()
+        in_range = (proposed.isfinite().all() & proposed.any()) | nothing
+        status = solution.status.masked_fill(~in_range, int(Status.OUT_OF_RANGE))
+        fault = self._fault(gram)
+        return Aggregated.of(
+            gram,
+            torch.where(nothing, torch.zeros_like(proposed), proposed),
+            torch.where(fault != Status.OK, fault, status),
+        )
 
     def error(self, found: Aggregated) -> ValueError:
         """The words of every status but OK; ``NonFiniteGramError`` and ``ZeroGradientError`` among them."""
@@ -184,18 +187,6 @@ class Aggregator(AggregationMethod):
         for holds, fault in reversed(faults):
             status.masked_fill_(holds, int(fault))
         return status
-
-    def _scaled(
-        self, weights: Tensor, log_factor: Tensor, status: Tensor, norms: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A formula's ``weights`` [K] at the length that ``scale`` asks for, and its ``status`` [1] or
-        ``OUT_OF_RANGE``; ``count`` of the ``norms`` [K] are not 0."""
-        scaled = scaled_weights(self.scale, weights, log_factor, norms, count)
-        nothing = ~weights.any()
-        in_range = (scaled.isfinite().all() & scaled.any()) | nothing
-        return torch.where(nothing, torch.zeros_like(scaled), scaled), status.masked_fill(
-            ~in_range, int(Status.OUT_OF_RANGE)
-        )
 
 
 def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Tensor, count: Tensor) -> Tensor:

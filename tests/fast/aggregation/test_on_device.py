@@ -52,7 +52,7 @@ def test_weights_are_the_hosts(name: str, options: dict[str, Any], scale: str, z
     method = device_method(name, scale=scale, **options)
     for seed in range(5):
         gram = gram_of(seed, zero)
-        found = method.on_device(gram)
+        found = method.weigh(gram)
         assert (int(found.status), found.status.dtype, found.status.shape) == (Status.OK, torch.int32, (1,))
         # One formula, but sums over all objectives here and over those that take part there.
         torch.testing.assert_close(found.weights, method(gram), rtol=1e-13, atol=0)
@@ -63,34 +63,34 @@ def test_weights_are_the_hosts(name: str, options: dict[str, Any], scale: str, z
 def test_what_is_not_finite_is_a_status(name: str, bad: float) -> None:
     gram = gram_of(0)
     gram[2], gram[:, 2] = bad, bad
-    found = device_method(name).on_device(gram)
+    found = device_method(name).weigh(gram)
     assert (found.weights.tolist(), int(found.status)) == ([0.0] * 4, Status.NOT_FINITE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_zero_gradient_stops_on_demand(name: str) -> None:
-    found = device_method(name, zero_gradient="stop").on_device(gram_of(0, (1,)))
+    found = device_method(name, zero_gradient="stop").weigh(gram_of(0, (1,)))
     assert (found.weights.tolist(), int(found.status)) == ([0.0] * 4, Status.ZERO_GRADIENT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_negative_diagonal_is_a_status(name: str) -> None:
     gram = torch.diag(torch.tensor([1.0, -1.0])).double()
-    found = device_method(name).on_device(gram)
+    found = device_method(name).weigh(gram)
     assert (found.weights.tolist(), int(found.status)) == ([0.0] * 2, Status.NEGATIVE_DIAGONAL)
 
 
 def test_weights_beyond_double_precision_are_a_status() -> None:
     gram = torch.diag(torch.tensor([1e-40, 1e-38])).double()
-    found = device_method("gapo", p=30).on_device(gram)
+    found = device_method("gapo", p=30).weigh(gram)
     assert (found.weights.tolist(), int(found.status)) == ([0.0] * 2, Status.OUT_OF_RANGE)
-    found = device_method("gapo", p=30, scale="mean_norm").on_device(gram)
+    found = device_method("gapo", p=30, scale="mean_norm").weigh(gram)
     assert int(found.status) == Status.OK and bool(found.weights.any())
 
 
 def test_options_of_another_number_of_objectives_are_refused() -> None:
     with pytest.raises(ValueError, match="preference: found 2 numbers"):
-        device_method("p_gapo", preference=[0.5, 0.5]).on_device(gram_of(0))
+        device_method("p_gapo", preference=[0.5, 0.5]).weigh(gram_of(0))
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"gapo", "mgda"}))
@@ -99,5 +99,5 @@ def test_it_never_reads_a_value_on_the_host(name: str) -> None:
     traced (it takes addresses): tests/gpu captures them in a CUDA graph, which is the same check."""
     method = device_method(name)
     with FakeTensorMode():
-        found = method.on_device(torch.empty(4, 4, dtype=torch.float64))
+        found = method.weigh(torch.empty(4, 4, dtype=torch.float64))
     assert found.weights.shape == (4,) and found.status.shape == (1,)
