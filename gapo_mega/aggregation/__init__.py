@@ -4,13 +4,17 @@
 file of this folder that defines an ``Aggregator`` is a method; see docs/extending.md.
 """
 
-from gapo_mega.aggregation.base import Aggregator, NonFiniteGramError, Solution, ZeroGradientError
+from gapo_mega.aggregation.base import Aggregator, NonFiniteGramError, ZeroGradientError
 from gapo_mega.aggregation.diagnosis import Diagnosis, diagnose
+from gapo_mega.aggregation.on_device import DeviceMethod
+from gapo_mega.aggregation.on_host import HostMethod, Solution
 from gapo_mega.aggregation.registry import build, methods
 
 __all__ = [
     "Aggregator",
+    "DeviceMethod",
     "Diagnosis",
+    "HostMethod",
     "NonFiniteGramError",
     "Solution",
     "ZeroGradientError",

@@ -2,18 +2,21 @@
 
 A method turns the Gram matrix ``G_ij = <g_i, g_j>`` of the M objective gradients into weights
 ``w``, and the training engine then writes ``sum_i w_i g_i``. Nothing of the size of the model is
-seen here, so a method is a small pure function on the CPU.
+seen here, so a method is a small function on the CPU. A method may remember earlier steps: it learns of
+those that the optimizer took by ``commit``, and asking it changes nothing.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from gapo_mega.ops import Aggregated, AggregationMethod, Status
 
 ZeroGradient = Literal["exclude", "stop"]
 Scale = Literal["none", "sum_to_one", "mean_norm"]
@@ -41,20 +44,29 @@ class ZeroGradientError(ValueError):
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Weights ``weights * exp(log_factor)`` over the objectives that take part.
+class TensorSolution:
+    """A formula's weights ``weights * exp(log_factor)``, on the Gram matrix's device.
 
     The factor is apart because ``1 / ||g||^p`` leaves the range of double precision for large p,
     while the ratios of the weights, all that two of the three scales need, do not.
     """
 
-    weights: Tensor  # [K] float64
-    log_factor: float = 0.0
+    weights: Tensor  # [M] float64, 0 where an objective takes no part
+    log_factor: Tensor  # [] float64
+    status: Tensor  # [1] int32, a Status: OK, or NOT_CONVERGED where the formula found none
 
 
 @dataclass(kw_only=True)
-class Aggregator(ABC):
-    """Base of every method; called with a Gram matrix it returns the weights.
+class Aggregator(AggregationMethod):
+    """Base of every method; called with a Gram matrix [M, M] it returns the weights [M].
+
+    All weights are 0 where nothing is left to combine: every gradient is zero, or every weight
+    of ``weighted_sum`` that is not 0 belongs to a zero gradient.
+
+    The call raises ``NonFiniteGramError`` or ``ZeroGradientError`` (both ``ValueError``), and
+    ``ValueError`` for a matrix that is not square, a negative diagonal, options of another number
+    of objectives, a matrix that the formula cannot solve, or weights outside double precision (only
+    possible with ``scale: none``).
 
     Options, common to all methods:
 
@@ -66,6 +78,10 @@ class Aggregator(ABC):
     ``sum_i |w_i| ||g_i||`` is the mean of the ``||g_i||`` that take part: by the triangle inequality
     ``||d||`` is then at most an ordinary gradient's length, and equal to it when all gradients point
     the same way, whatever p is.
+
+    Memory: asking only reads what a method remembers. ``commit`` writes it, from the Gram matrix and the
+    weights of a step that the optimizer took, so skipped minibatches and failures leave no trace.
+    ``state_dict`` holds what was committed.
     """
 
     name: ClassVar[str]
@@ -78,47 +94,68 @@ class Aggregator(ABC):
         require_choice("scale", self.scale, get_args(Scale))
 
     @abstractmethod
-    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        """The method's formula.
+    def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
+        """What the formula gives for ``gram``, float64 [M, M], on its device; ``HostMethod`` and
+        ``DeviceMethod`` are the two ways. Reads what the method remembers, and changes nothing.
 
-        ``gram`` is float64 [K, K], finite, with a positive diagonal, and belongs to the objectives
-        ``active`` (K ascending indices); methods with one parameter per objective pick theirs by it.
+        ``active`` [M] is true where ``G_ii`` is positive. The matrix may hold anything, as nobody has looked:
+        what comes out where it is no Gram matrix is not used, but nothing may be raised.
         """
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         """The options in use that hold one number per objective, by name; their lengths are checked."""
         return {}
 
-    def __call__(self, gram: Tensor) -> Tensor:
-        """Weights [M] float64 on the CPU for ``gram`` [M, M].
+    def weigh(self, gram: Tensor) -> Aggregated:
+        """See ``AggregationMethod.weigh``. Waits for nothing that ``solution`` does not wait for."""
+        self._check(gram)
+        diagonal = gram.diagonal()
+        active = diagonal > 0
+        solution = self.solution(gram, active)
+        proposed = scaled_weights(
+            self.scale, solution.weights, solution.log_factor, diagonal.sqrt(), active.sum()
+        )
+        nothing = ~solution.weights.any()
+        in_range = (proposed.isfinite().all() & proposed.any()) | nothing
+        status = solution.status.masked_fill(~in_range, int(Status.OUT_OF_RANGE))
+        fault = self._fault(gram)
+        return Aggregated.of(
+            gram,
+            torch.where(nothing, torch.zeros_like(proposed), proposed),
+            torch.where(fault != Status.OK, fault, status),
+        )
 
-        All weights are 0 where nothing is left to combine: every gradient is zero, or every weight
-        of ``weighted_sum`` that is not 0 belongs to a zero gradient.
+    def error(self, found: Aggregated) -> ValueError:
+        """The words of every status but OK; ``NonFiniteGramError`` and ``ZeroGradientError`` among them."""
+        gram = found.gram.cpu()
+        diagonal = gram.diagonal()
+        status = Status(int(found.status))
+        if status == Status.NOT_FINITE:
+            return NonFiniteGramError(nonfinite_objectives(gram))
+        if status == Status.NEGATIVE_DIAGONAL:
+            return ValueError(f"gram: found the diagonal {diagonal.tolist()}, accepted: squared norms, >= 0")
+        if status == Status.ZERO_GRADIENT:
+            return ZeroGradientError(zero_objectives(gram))
+        if status == Status.NOT_CONVERGED:
+            return ValueError(
+                f"gram: found {gram.tolist()}, for which {self.name} finds no weights; "
+                "accepted: a positive semidefinite matrix"
+            )
+        assert status == Status.OUT_OF_RANGE
+        active = diagonal > 0
+        weights = found.proposed.cpu()[active].tolist()
+        norms = diagonal[active].sqrt().tolist()
+        hint = "scale: sum_to_one or mean_norm" if self.scale == "none" else "another scale"
+        return ValueError(
+            f"scale: found {self.scale!r}, with which {self.name} gives the weights {weights} "
+            f"for gradients of norm {norms}; choose {hint}"
+        )
 
-        Raises ``NonFiniteGramError`` or ``ZeroGradientError`` (both ``ValueError``), and
-        ``ValueError`` for a matrix that is not square, a negative diagonal, options of another number
-        of objectives, or weights outside double precision (only possible with ``scale: none``).
-        """
-        gram = gram.detach().to("cpu", torch.float64)
-        check_gram(gram)
-        self._check_lengths(gram.shape[0])
-        excluded = zero_objectives(gram)
-        if excluded and self.zero_gradient == "stop":
-            raise ZeroGradientError(excluded)
-        weights = torch.zeros(gram.shape[0], dtype=torch.float64)
-        active = [i for i in range(gram.shape[0]) if i not in excluded]
-        if active:
-            index = torch.tensor(active)
-            active_gram = gram[index][:, index]
-            weights[index] = self._scaled(self.solve(active_gram, active), active_gram.diagonal().sqrt())
-        return weights
-
-    def excluded(self, gram: Tensor) -> list[int]:
-        """Indices of the objectives that take no part because their gradient is exactly zero."""
-        return zero_objectives(gram)
+    def commit(self, found: Aggregated) -> None:
+        """See ``AggregationMethod.commit``. A method without memory has nothing to do."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold; empty for a method without memory."""
+        """What a checkpoint has to hold, as it was last committed; empty for a method without memory."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,27 +163,30 @@ class Aggregator(ABC):
         if state:
             raise ValueError(f"aggregation {self.name}: found state {sorted(state)}, accepted: none")
 
-    def _check_lengths(self, count: int) -> None:
+    def _check(self, gram: Tensor) -> None:
+        """What the host knows without reading the matrix."""
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+            raise ValueError(f"gram: found shape {list(gram.shape)}, accepted: [M, M] with M >= 1")
+        count = gram.shape[0]
         for option, numbers in self.per_objective().items():
             if len(numbers) != count:
                 accepted = f"one for each of the {count} objectives"
                 raise ValueError(f"{option}: found {len(numbers)} numbers, accepted: {accepted}")
 
-    def _scaled(self, solution: Solution, norms: Tensor) -> Tensor:
-        weights = solution.weights
-        if not bool(weights.any()):
-            return weights
-        log_factor = torch.tensor(solution.log_factor, dtype=torch.float64)
-        scaled = scaled_weights(self.scale, weights, log_factor, norms, torch.tensor(len(norms)))
-        if not bool(scaled.isfinite().all()) or not bool(scaled.any()):
-            hint = "choose another scale"
-            if self.scale == "none":
-                hint = "choose scale: sum_to_one or mean_norm"
-            raise ValueError(
-                f"scale: found {self.scale!r}, with which {self.name} gives the weights {scaled.tolist()} "
-                f"for gradients of norm {norms.tolist()}; {hint}"
-            )
-        return scaled
+    def _fault(self, gram: Tensor) -> Tensor:
+        """What keeps ``gram`` [M, M] from having weights, a ``Status`` int32 [1] on its device."""
+        diagonal = gram.diagonal()
+        # Of several the first one here is told.
+        faults = [
+            (~gram.isfinite().all(), Status.NOT_FINITE),
+            ((diagonal < 0).any(), Status.NEGATIVE_DIAGONAL),
+        ]
+        if self.zero_gradient == "stop":
+            faults.append(((diagonal == 0).any(), Status.ZERO_GRADIENT))
+        status = torch.zeros(1, dtype=torch.int32, device=gram.device)
+        for holds, fault in reversed(faults):
+            status.masked_fill_(holds, int(fault))
+        return status
 
 
 def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Tensor, count: Tensor) -> Tensor:
@@ -158,21 +198,15 @@ def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Ten
     return weights * (norms.sum() / count / (weights.abs() * norms).sum())
 
 
-def check_gram(gram: Tensor) -> None:
-    """Raise ``ValueError`` unless ``gram`` can be a finite Gram matrix."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
-        raise ValueError(f"gram: found shape {list(gram.shape)}, accepted: [M, M] with M >= 1")
+def nonfinite_objectives(gram: Tensor) -> list[int]:
+    """Indices of the objectives whose gradients make ``gram`` NaN or Inf."""
+    # A NaN in g_i fills row and column i, so the diagonal alone says whose gradient it is.
     finite = gram.isfinite()
-    if not bool(finite.all()):
-        # A NaN in g_i fills row and column i, so the diagonal alone says whose gradient it is.
-        at_fault = ~finite.diagonal()
-        if not bool(at_fault.any()):
-            at_fault = ~finite.all(dim=1)
-        raise NonFiniteGramError(at_fault.nonzero().flatten().tolist())
-    if bool((gram.diagonal() < 0).any()):
-        raise ValueError(
-            f"gram: found the diagonal {gram.diagonal().tolist()}, accepted: squared norms, >= 0"
-        )
+    at_fault = ~finite.diagonal()
+    if not bool(at_fault.any()):
+        at_fault = ~finite.all(dim=1)
+    indices: list[int] = at_fault.nonzero().flatten().tolist()
+    return indices
 
 
 def zero_objectives(gram: Tensor) -> list[int]:

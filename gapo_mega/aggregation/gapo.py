@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import cosine_matrix, is_number, require_bool
-from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.aggregation.base import TensorSolution, cosine_matrix, is_number, require_bool
+from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.ops import min_norm_
 
 # Rescaled gradients longer than this, relative to the shortest one, are treated as this long.
@@ -40,7 +40,7 @@ class Gapo(DeviceMethod):
         if not is_number(self.p) or self.p < 0:
             raise ValueError(f"p: found {self.p!r}, accepted: a finite number >= 0")
 
-    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
         norms = torch.where(active, gram.diagonal(), 1.0).sqrt()
         # ||g^N_i|| = ||g_i||^(1-p), as logarithms relative to the shortest: nothing overflows.
         log_lengths = (1.0 - self.p) * norms.log()
@@ -53,6 +53,6 @@ class Gapo(DeviceMethod):
         rescaled = cosine_matrix(gram) * lengths[:, None] * lengths[None, :]
         min_norm_(simplex, status, rescaled.contiguous(), exclude_zero=True)
         if self.eq17_literal:
-            return DeviceSolution(simplex, torch.zeros_like(shortest), status)
+            return TensorSolution(simplex, torch.zeros_like(shortest), status)
         # a_i / ||g_i||^p = (a_i ||g^N_i||) / ||g_i||
-        return DeviceSolution(simplex * lengths / norms, shortest, status)
+        return TensorSolution(simplex * lengths / norms, shortest, status)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.aggregation.base import TensorSolution
+from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.ops import min_norm_
 
 
@@ -22,8 +23,8 @@ class Mgda(DeviceMethod):
 
     name: ClassVar[str] = "mgda"
 
-    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
         weights = gram.new_empty(gram.shape[0])
         status = torch.empty(1, dtype=torch.int32, device=gram.device)
         min_norm_(weights, status, gram.contiguous(), exclude_zero=True)
-        return DeviceSolution(weights, gram.new_zeros(()), status)
+        return TensorSolution(weights, gram.new_zeros(()), status)

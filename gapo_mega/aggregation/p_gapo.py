@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import is_number
-from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.on_device import DeviceMethod
 
 # Preferences are typed by people: 1/3 is written 0.3333.
 _SUM_TOLERANCE = 1e-3
@@ -46,9 +46,9 @@ class PGapo(DeviceMethod):
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}
 
-    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
         norms = torch.where(active, gram.diagonal(), 1.0).sqrt()
         preference = torch.where(active, 1.0 if numbers is None else numbers, 0.0).to(torch.float64)
         weights = torch.where(active, preference / preference.sum() / norms, 0.0)
         status = torch.zeros(1, dtype=torch.int32, device=gram.device)
-        return DeviceSolution(weights, gram.new_zeros(()), status)
+        return TensorSolution(weights, gram.new_zeros(()), status)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import is_number
-from gapo_mega.aggregation.on_device import DeviceMethod, DeviceSolution
+from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.on_device import DeviceMethod
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,8 @@ class WeightedSum(DeviceMethod):
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.weights is None else {"weights": self.weights}
 
-    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> DeviceSolution:
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
         given = 1.0 / active.sum().to(torch.float64) if numbers is None else numbers
         weights = torch.where(active, given, 0.0).to(torch.float64)
         status = torch.zeros(1, dtype=torch.int32, device=gram.device)
-        return DeviceSolution(weights, gram.new_zeros(()), status)
+        return TensorSolution(weights, gram.new_zeros(()), status)

@@ -18,12 +18,14 @@ from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, Generation, TokenBatch
 
-# gram [M, M] float64 on the CPU -> weights [M] float64. See gapo_mega.aggregation. One that is a
-# gapo_mega.ops.DeviceAggregator, too, is asked on the device.
-Aggregator = Callable[[Tensor], Tensor]
+# A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): it is asked once a step, where the
+# Gram matrix lies, and hears of the step when the optimizer has taken it. Or any function of the Gram matrix
+# [M, M] float64 on the CPU that gives weights [M] float64.
+Aggregator = HostAggregator
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
 # with a graph). The engine divides by the global number of response tokens of the minibatch.

@@ -274,11 +274,12 @@ def judge(asked: Sequence[Candidate], recording: Recording) -> list[Verdict]:
     for step, gram in zip(recording.steps, steps, strict=True):
         for index, candidate in enumerate(asked):
             try:
-                answer = candidate.aggregator(gram)
+                answer = candidate.aggregator.weigh_or_raise(gram)
             except ValueError as error:
                 raise ValueError(f"step {step}, {candidate.label}: {error}") from error
-            weights[index].append(answer)
-            found[index].append(diagnose(gram, answer))
+            candidate.aggregator.commit(answer)
+            weights[index].append(answer.weights)
+            found[index].append(diagnose(gram, answer.weights))
     return [_verdict(*parts) for parts in zip(asked, weights, found, strict=True)]
 
 

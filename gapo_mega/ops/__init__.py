@@ -7,20 +7,14 @@ CPU and on CUDA devices are accepted alike; ``reference.py`` holds the same in p
 
 from __future__ import annotations
 
-from gapo_mega.ops.aggregate import (
-    Aggregated,
-    DeviceAggregator,
-    HostAggregator,
-    aggregate_,
-    solve,
-    sum_gram_,
-)
+from gapo_mega.ops.aggregate import aggregate_, solve, sum_gram_
 from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
 from gapo_mega.ops.arguments import InverseRoot
+from gapo_mega.ops.method import Aggregated, AggregationMethod, HostAggregator, method_of
 
 __all__ = [
     "Aggregated",
-    "DeviceAggregator",
+    "AggregationMethod",
     "HostAggregator",
     "InverseRoot",
     "Status",
@@ -29,6 +23,7 @@ __all__ = [
     "duality_gap",
     "gramian",
     "info",
+    "method_of",
     "min_norm",
     "min_norm_",
     "solve",

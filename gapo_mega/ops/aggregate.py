@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -12,37 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega.ops._native import has_cuda
-from gapo_mega.ops.api import Status, combine_, gramian
+from gapo_mega.ops.api import combine_, gramian
 from gapo_mega.ops.arguments import InverseRoot, Row, Segments, parse_out, parse_rows
-
-# gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
-HostAggregator = Callable[[Tensor], Tensor]
-
-
-class DeviceAggregator(ABC):
-    """A ``HostAggregator`` that can also find its weights where the Gram matrix lies."""
-
-    @abstractmethod
-    def __call__(self, gram: Tensor) -> Tensor:
-        """As a ``HostAggregator``."""
-
-    @abstractmethod
-    def on_device(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights float64 ``[M]`` and a :class:`Status` int32 ``[1]`` on the device of ``gram``, float64
-        ``[M, M]``, without waiting for it. Where the status is not OK the weights are zero."""
-
-
-@dataclass(frozen=True)
-class Aggregated:
-    """What :func:`aggregate_` found, all on the rows' device; reading it on the host waits for the device."""
-
-    gram: Tensor  # [M, M] float64, over all ranks of the group
-    weights: Tensor  # [M] float64
-    status: Tensor  # [1] int32, a Status
-
-    def ok(self) -> bool:
-        """Whether ``out`` holds the combination. Waits for the device."""
-        return int(self.status) == Status.OK
+from gapo_mega.ops.method import Aggregated, HostAggregator, method_of
 
 
 def aggregate_(
@@ -57,10 +27,13 @@ def aggregate_(
     """Writes ``sum_i w_i rows_i`` to ``out``, ``w`` by ``aggregator`` from the rows' global Gram matrix.
 
     The Gram matrix of the local pieces is summed over ``group`` (M x M numbers travel, whatever the
-    rows' length), becomes weights, and one pass writes the combination. With a
-    :class:`DeviceAggregator` nothing waits for the device after the first call with these lengths,
-    segments and options, and the whole can be captured in a CUDA graph; with any other callable, or
-    without the compiled CUDA back end, the Gram matrix visits the host.
+    rows' length), becomes weights, and one pass writes the combination. With a method that has a form for
+    the device (``aggregation.on_device.DeviceMethod``) nothing waits for the device after the first call
+    with these lengths, segments and options, and the whole can be captured in a CUDA graph; with any other
+    callable, or without the compiled CUDA back end, the Gram matrix visits the host.
+
+    A method with memory keeps what :meth:`AggregationMethod.commit` tells it; call it with what is returned
+    once the step is taken.
 
     Args:
         out: shaped like a row; memory of its own or exactly one of the rows.
@@ -78,16 +51,16 @@ def aggregate_(
 
     Raises:
         ValueError: arguments as for ``gramian`` and ``combine_``, before anything is sent (so a rank that
-            errs alone leaves the others waiting); whatever a host aggregator raises, and its weights
+            errs alone leaves the others waiting); whatever a plain function raises, and its weights
             where they are not M finite numbers, on every rank alike. ``out`` is then untouched.
     """
     parse_out(out, parse_rows("rows", rows))
     gram = gramian(rows, segments=segments, weight=weight)
     if group is not None:
         sum_gram_(gram, group)
-    weights, status = solve(gram, aggregator)
-    combine_(out, rows, weights)
-    return Aggregated(gram, weights, status)
+    found = solve(gram, aggregator)
+    combine_(out, rows, found.weights)
+    return found
 
 
 def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -107,23 +80,13 @@ def _triangle(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def solve(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:
-    """Weights float64 ``[M]`` and :class:`Status` int32 ``[1]`` on the device of ``gram`` [M, M].
+def solve(gram: Tensor, aggregator: HostAggregator) -> Aggregated:
+    """Asks ``aggregator`` for weights, once: the only place where a step does so.
 
-    A :class:`DeviceAggregator` finds them there without waiting, any other callable on the host. Where the
-    status is not OK the weights are zero. Raises what a host aggregator raises, and ``ValueError`` where
-    its weights are not M finite numbers.
+    ``gram`` is float64 ``[M, M]``; what is found lies on its device. A method that has a form for the device
+    waits for nothing, any other visits the host. Where the status is not OK the weights are zero, and
+    :meth:`AggregationMethod.error` says why in words. Raises what a plain function raises, and
+    ``ValueError`` where its weights are not M finite numbers.
     """
-    if isinstance(aggregator, DeviceAggregator) and (gram.device.type == "cpu" or has_cuda):
-        return aggregator.on_device(gram)
-    return _on_host(gram, aggregator)
-
-
-def _on_host(gram: Tensor, aggregator: HostAggregator) -> tuple[Tensor, Tensor]:
-    host = gram.cpu()
-    status = Status.OK if bool(host.isfinite().all()) else Status.NOT_FINITE
-    weights = aggregator(host) if status == Status.OK else host.new_zeros(host.shape[0])
-    if weights.shape != (host.shape[0],) or not bool(weights.isfinite().all()):
-        raise ValueError(f"aggregator: found the weights {weights.tolist()}, accepted: a finite one a row")
-    told = torch.tensor([int(status)], dtype=torch.int32, device=gram.device)
-    return weights.to(gram.device, torch.float64), told
+    on_device = gram.device.type == "cpu" or has_cuda
+    return method_of(aggregator).weigh(gram if on_device else gram.cpu()).to(gram.device)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import SeedOssConfig, SeedOssForCausalLM
 
-from gapo_mega import advantages, aggregation, losses, models, objectives
+from gapo_mega import advantages, aggregation, losses, models, objectives, ops
 from gapo_mega.config import AggregationConfig, ObjectiveConfig
 from gapo_mega.models.registry import family_of
 from gapo_mega.types import Experience, Prompt
@@ -102,6 +102,25 @@ def test_objective_kind(add_file: AddFile) -> None:
     ]
     with pytest.raises(ValueError, match=r"objective 'polite': words: found None"):
         objectives.build(ObjectiveConfig(name="polite", kind="words"))
+
+
+def test_aggregator_with_memory(add_file: AddFile) -> None:
+    add_file(aggregation, "running_norm")
+    method = aggregation.build("running_norm", decay=0.75)
+    first = ops.solve(torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64)), method)
+    assert first.weights.tolist() == [0.5, 0.25]
+    gram = torch.diag(torch.tensor([24.0, 0.0], dtype=torch.float64))
+    assert method(gram).tolist() == pytest.approx([24**-0.5, 0.0], rel=1e-14)  # nothing was committed yet
+    method.commit(first)
+    resumed = aggregation.build("running_norm", decay=0.75)
+    resumed.load_state_dict(method.state_dict())
+    for one in (method, resumed):
+        # 0.75 * 4 + 0.25 * 24 = 9; the other one has no gradient.
+        assert one(gram).tolist() == pytest.approx([1 / 3, 0.0], rel=1e-14)
+    with pytest.raises(ValueError, match=r"aggregation running_norm: found state \['of_another'\]"):
+        method.load_state_dict({"of_another": 1})
+    with pytest.raises(ValueError, match="decay: found 1"):
+        aggregation.build("running_norm", decay=1)
 
 
 def test_advantage_estimator(add_file: AddFile) -> None:

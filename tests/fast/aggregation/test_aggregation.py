@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from gapo_mega import ops
 from gapo_mega.aggregation import (
     Aggregator,
+    HostMethod,
     NonFiniteGramError,
+    Solution,
     ZeroGradientError,
     build,
     diagnose,
@@ -34,6 +40,33 @@ def random_gram(seed: int, m: int, spread: float = 2.0) -> Tensor:
 def assert_same(found: Tensor, expected: Tensor, rtol: float) -> None:
     """Equal relative to the *largest* entry: entries that cancel have no digits of their own."""
     torch.testing.assert_close(found, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+
+
+# What is wrong with a Gram matrix: the status, the error, and its words.
+FAULTS: dict[str, tuple[ops.Status, type[ValueError], str]] = {
+    "nan": (
+        ops.Status.NOT_FINITE,
+        NonFiniteGramError,
+        "gram: the gradients of objectives [2] are not finite; no weights follow from them",
+    ),
+    "negative": (
+        ops.Status.NEGATIVE_DIAGONAL,
+        ValueError,
+        "gram: found the diagonal [1.0, 4.0, -1.0], accepted: squared norms, >= 0",
+    ),
+    "zero": (
+        ops.Status.ZERO_GRADIENT,
+        ZeroGradientError,
+        "gram: the gradients of objectives [2] are zero and zero_gradient is 'stop'; "
+        "set zero_gradient: exclude to go on with the others",
+    ),
+}
+
+
+def faulty_gram(fault: str) -> Tensor:
+    """Of three gradients, the last of which is at fault."""
+    last = {"nan": math.nan, "negative": -1.0, "zero": 0.0}[fault]
+    return torch.diag(torch.tensor([1.0, 4.0, last], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +123,7 @@ class TestContract:
         gram[others[:, None], others] = random_gram(3, 3)
         aggregator = build(name, scale="sum_to_one")
         weights = aggregator(gram)
-        assert aggregator.excluded(gram) == [1, 4]
+        assert diagnose(gram, weights).excluded == [1, 4]
         assert weights[[1, 4]].tolist() == [0.0, 0.0]
         # The same 3 x 3 problem: the very same arithmetic.
         assert torch.equal(weights[others], aggregator(gram[others][:, others]))
@@ -144,11 +177,51 @@ class TestContract:
     def test_the_state_goes_through_a_checkpoint(self, name: str) -> None:
         gram = random_gram(7, 3)
         first, second = build(name), build(name)
-        first(gram)
+        first.commit(first.weigh(gram))
         second.load_state_dict(first.state_dict())
         assert torch.equal(first(gram), second(gram))
         with pytest.raises(ValueError, match=name):
             build(name).load_state_dict({"of_another_method": 1})
+
+    def test_a_step_and_a_call_have_the_same_weights(self, name: str) -> None:
+        aggregator = build(name)
+        for m, zero in ((1, []), (3, []), (4, [1]), (8, [0, 5])):
+            gram = random_gram(m, m)
+            gram[zero], gram[:, zero] = 0.0, 0.0
+            found = ops.solve(gram, aggregator)
+            assert found.ok() and (found.status.dtype, found.status.shape) == (torch.int32, (1,))
+            assert torch.equal(found.weights, aggregator(gram))
+            assert torch.equal(found.gram, gram)
+
+    def test_asking_changes_nothing(self, name: str) -> None:
+        """What was answered in between, good or bad, has no influence, before and after a step was taken."""
+        asked, fresh = build(name), build(name)
+        other, gram = random_gram(8, 3), random_gram(9, 3)
+        for _ in range(2):
+            state = copy.deepcopy(asked.state_dict())
+            for between in (other, torch.zeros_like(other), other * math.nan, -other):
+                ops.solve(between, asked)
+            assert asked.state_dict() == state
+            found = asked.weigh(gram)
+            assert torch.equal(found.weights, asked.weigh(gram).weights)
+            assert torch.equal(found.weights, fresh(gram))
+            asked.commit(found)
+            fresh.commit(fresh.weigh(gram))
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_a_status_and_its_error_go_together(self, name: str, fault: str) -> None:
+        """A step has the status, a call raises, and the words of the status are those of the call."""
+        status, kind, words = FAULTS[fault]
+        aggregator = build(name, zero_gradient="stop")
+        gram = faulty_gram(fault)
+        found = ops.solve(gram, aggregator)
+        assert int(found.status) == status and not found.ok()
+        assert found.weights.tolist() == [0.0] * 3
+        with pytest.raises(ValueError) as caught:
+            aggregator(gram)
+        error = aggregator.error(found)
+        assert type(error) is type(caught.value) is kind
+        assert str(error) == str(caught.value) == words
 
     def test_its_name_is_how_it_is_built(self, name: str) -> None:
         aggregator = build(name)
@@ -217,6 +290,41 @@ def test_weighted_sum_keeps_the_other_weights_and_may_end_with_nothing() -> None
     assert build("weighted_sum", weights=[1, 2, 3])(gram).tolist() == [1.0, 0.0, 3.0]
     for scale in SCALES:
         assert build("weighted_sum", weights=[0, 1, 0], scale=scale)(gram).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_weights_beyond_double_precision_are_told_with_what_they_came_from(scale: str) -> None:
+    gram = torch.diag(torch.tensor([1e-40, 0.0, 1e-36], dtype=torch.float64))
+    gapo = build("gapo", p=30, scale=scale)
+    found = ops.solve(gram, gapo)
+    if scale != "none":
+        assert found.ok()
+        return
+    assert int(found.status) == ops.Status.OUT_OF_RANGE
+    assert str(gapo.error(found)) == (
+        "scale: found 'none', with which gapo gives the weights [inf, inf] for gradients of norm "
+        "[1e-20, 9.999999999999999e-19]; choose scale: sum_to_one or mean_norm"
+    )
+
+
+@dataclass(kw_only=True)
+class GivesUp(HostMethod):
+    name: ClassVar[str] = "gives_up"
+
+    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
+        return Solution(gram.diagonal(), status=ops.Status.NOT_CONVERGED)
+
+
+def test_a_formula_that_finds_no_weights_says_so() -> None:
+    gram = torch.diag(torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64))
+    found = ops.solve(gram, GivesUp())
+    assert int(found.status) == ops.Status.NOT_CONVERGED
+    assert found.weights.tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(
+        ValueError, match=r"gram: found \[\[1.0, .*for which gives_up finds no weights"
+    ) as caught:
+        GivesUp()(gram)
+    assert str(GivesUp().error(found)) == str(caught.value)
 
 
 def test_diagnosis_of_a_known_step() -> None:

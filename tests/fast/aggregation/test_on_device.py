@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gapo_mega import aggregation
-from gapo_mega.ops import DeviceAggregator, Status
+from gapo_mega.aggregation.on_device import DeviceMethod
+from gapo_mega.ops import Status
 
-NAMES = sorted(name for name, method in aggregation.methods().items() if issubclass(method, DeviceAggregator))
+NAMES = sorted(name for name, method in aggregation.methods().items() if issubclass(method, DeviceMethod))
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NAMES),
     ("gapo", {"p": 0}),
@@ -34,6 +35,12 @@ def gram_of(seed: int, zero: tuple[int, ...] = (), spread: float = 3.0) -> Tenso
     return rows @ rows.T
 
 
+def device_method(name: str, **options: Any) -> DeviceMethod:
+    method = aggregation.build(name, **options)
+    assert isinstance(method, DeviceMethod)
+    return method
+
+
 def test_the_papers_methods_have_one() -> None:
     assert {"gapo", "p_gapo", "mgda", "weighted_sum"} <= set(NAMES)
 
@@ -42,14 +49,13 @@ def test_the_papers_methods_have_one() -> None:
 @pytest.mark.parametrize("scale", ["none", "sum_to_one", "mean_norm"])
 @pytest.mark.parametrize("zero", [(), (1,), (0, 3), (0, 1, 2, 3)])
 def test_weights_are_the_hosts(name: str, options: dict[str, Any], scale: str, zero: tuple[int, ...]) -> None:
-    method = aggregation.build(name, scale=scale, **options)
-    assert isinstance(method, DeviceAggregator)
+    method = device_method(name, scale=scale, **options)
     for seed in range(5):
         gram = gram_of(seed, zero)
-        weights, status = method.on_device(gram)
-        assert (int(status), status.dtype, status.shape) == (Status.OK, torch.int32, (1,))
+        found = method.weigh(gram)
+        assert (int(found.status), found.status.dtype, found.status.shape) == (Status.OK, torch.int32, (1,))
         # One formula, but sums over all objectives here and over those that take part there.
-        torch.testing.assert_close(weights, method(gram), rtol=1e-13, atol=0)
+        torch.testing.assert_close(found.weights, method(gram), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,41 +63,41 @@ def test_weights_are_the_hosts(name: str, options: dict[str, Any], scale: str, z
 def test_what_is_not_finite_is_a_status(name: str, bad: float) -> None:
     gram = gram_of(0)
     gram[2], gram[:, 2] = bad, bad
-    weights, status = aggregation.build(name).on_device(gram)  # type: ignore[attr-defined]
-    assert (weights.tolist(), int(status)) == ([0.0] * 4, Status.NOT_FINITE)
+    found = device_method(name).weigh(gram)
+    assert (found.weights.tolist(), int(found.status)) == ([0.0] * 4, Status.NOT_FINITE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_zero_gradient_stops_on_demand(name: str) -> None:
-    weights, status = aggregation.build(name, zero_gradient="stop").on_device(gram_of(0, (1,)))  # type: ignore[attr-defined]
-    assert (weights.tolist(), int(status)) == ([0.0] * 4, Status.ZERO_GRADIENT)
+    found = device_method(name, zero_gradient="stop").weigh(gram_of(0, (1,)))
+    assert (found.weights.tolist(), int(found.status)) == ([0.0] * 4, Status.ZERO_GRADIENT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_negative_diagonal_is_a_status(name: str) -> None:
     gram = torch.diag(torch.tensor([1.0, -1.0])).double()
-    weights, status = aggregation.build(name).on_device(gram)  # type: ignore[attr-defined]
-    assert (weights.tolist(), int(status)) == ([0.0] * 2, Status.NEGATIVE_DIAGONAL)
+    found = device_method(name).weigh(gram)
+    assert (found.weights.tolist(), int(found.status)) == ([0.0] * 2, Status.NEGATIVE_DIAGONAL)
 
 
 def test_weights_beyond_double_precision_are_a_status() -> None:
     gram = torch.diag(torch.tensor([1e-40, 1e-38])).double()
-    weights, status = aggregation.build("gapo", p=30).on_device(gram)  # type: ignore[attr-defined]
-    assert (weights.tolist(), int(status)) == ([0.0] * 2, Status.OUT_OF_RANGE)
-    weights, status = aggregation.build("gapo", p=30, scale="mean_norm").on_device(gram)  # type: ignore[attr-defined]
-    assert int(status) == Status.OK and bool(weights.any())
+    found = device_method("gapo", p=30).weigh(gram)
+    assert (found.weights.tolist(), int(found.status)) == ([0.0] * 2, Status.OUT_OF_RANGE)
+    found = device_method("gapo", p=30, scale="mean_norm").weigh(gram)
+    assert int(found.status) == Status.OK and bool(found.weights.any())
 
 
 def test_options_of_another_number_of_objectives_are_refused() -> None:
     with pytest.raises(ValueError, match="preference: found 2 numbers"):
-        aggregation.build("p_gapo", preference=[0.5, 0.5]).on_device(gram_of(0))  # type: ignore[attr-defined]
+        device_method("p_gapo", preference=[0.5, 0.5]).weigh(gram_of(0))
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"gapo", "mgda"}))
 def test_it_never_reads_a_value_on_the_host(name: str) -> None:
     """Fake tensors have no values, so reading one raises. Methods that call the compiled solver cannot be
     traced (it takes addresses): tests/gpu captures them in a CUDA graph, which is the same check."""
-    method = aggregation.build(name)
+    method = device_method(name)
     with FakeTensorMode():
-        weights, status = method.on_device(torch.empty(4, 4, dtype=torch.float64))  # type: ignore[attr-defined]
-    assert weights.shape == (4,) and status.shape == (1,)
+        found = method.weigh(torch.empty(4, 4, dtype=torch.float64))
+    assert found.weights.shape == (4,) and found.status.shape == (1,)

@@ -25,9 +25,18 @@ from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
 from gapo_mega.engine.base import GradientReport
 from gapo_mega.evaluation import audit as audit_module
-from gapo_mega.evaluation.audit import audit_run, curves, print_audit, run_audit
+from gapo_mega.evaluation.audit import (
+    Candidate,
+    audit_run,
+    curves,
+    judge,
+    print_audit,
+    read_recording,
+    run_audit,
+)
 from gapo_mega.evaluation.audit_plot import same_lines
 from gapo_mega.runs.log import JsonLines, step_metrics
+from tests.helpers.aggregators import OnHost
 
 NAMES = ["helpful", "harmless", "honest", "brief"]
 GAPO = {"name": "gapo", "options": {"p": 1, "scale": "mean_norm"}}
@@ -285,6 +294,17 @@ def test_a_step_that_was_skipped_with_finite_gradients_is_left_out(tmp_path: Pat
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     audit = audit_run(run)
     assert audit.recording.left_out == [2] and audit.warning is None
+
+
+def test_a_method_with_memory_remembers_the_steps_of_the_run(tmp_path: Path) -> None:
+    """Each step's n^2 is the squared norm plus half of the last n^2; the skipped third step is not there."""
+    recording = read_recording(write_run(tmp_path, random_grams(3)), NAMES[:3])
+    (verdict,) = judge([Candidate("remembering", OnHost(), "")], recording)
+    squares = torch.zeros(3, dtype=torch.float64)
+    for gram, weights in zip(recording.grams, torch.from_numpy(verdict.weights), strict=True):
+        squares = gram.diagonal() + 0.5 * squares
+        expected = torch.where(gram.diagonal() > 0, squares.rsqrt(), 0.0)
+        torch.testing.assert_close(weights, expected, rtol=1e-14, atol=0)
 
 
 def test_long_runs_have_a_progress_bar(

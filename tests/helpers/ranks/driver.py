@@ -15,7 +15,16 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import worlds
 
-_NAMES = ("checkpoint", "combination", "engine", "generation", "gradient", "supervised", "weights")
+_NAMES = (
+    "checkpoint",
+    "combination",
+    "engine",
+    "generation",
+    "gradient",
+    "memory",
+    "supervised",
+    "weights",
+)
 # Imported with this module, so that forked processes have them.
 _CHECKS = {f"check_{name}": importlib.import_module(f"tests.helpers.ranks.check_{name}") for name in _NAMES}
 

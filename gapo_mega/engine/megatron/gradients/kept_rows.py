@@ -50,11 +50,11 @@ class Shards(GradientStrategy):
         in_turns = self.shared and len(task.microbatches) > 1
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
         gram = self.global_gram(inner_products(self.shard, self._rows, self.metric()))
-        weights, status = ops.solve(gram, aggregator)
+        aggregated = ops.solve(gram, aggregator)
         if self._before is not None:
-            self._put_large_part_last(gram, weights)
-        ops.combine_(self.shard.pieces, self._rows, weights)
-        found = Direction(losses, gram.cpu(), weights.cpu(), ops.Status(int(status)))
+            self._put_large_part_last(gram, aggregated.weights)
+        ops.combine_(self.shard.pieces, self._rows, aggregated.weights)
+        found = Direction.of(losses, aggregated)
         clock.lap("aggregate")
         if self._before is not None and found.status == ops.Status.OK:
             self._remember(self._before)

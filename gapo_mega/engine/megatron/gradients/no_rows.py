@@ -45,11 +45,10 @@ class Single(GradientStrategy):
             cosines = torch.eye(self.objectives, dtype=torch.float64)
         scale = torch.tensor(norms, dtype=torch.float64)
         gram = self.agreed(nearest_gram(cosines) * scale[:, None] * scale[None, :])
-        weights, status = ops.solve(gram, aggregator)
-        found = Direction(passes.losses, gram, weights, ops.Status(int(status)))
+        found = Direction.of(passes.losses, ops.solve(gram, aggregator))
         clock.lap("aggregate")
         if found.status == ops.Status.OK:
-            self._leave(passes, weights.tolist(), held)
+            self._leave(passes, found.weights.tolist(), held)
             clock.lap("direction")
         return found
 

@@ -53,12 +53,10 @@ class Scoped(GradientStrategy):
         passes = self._shared_passes(task, clock) if self.shared else self._separate_passes(task, clock)
         if self._with_layers:
             self.keep_gradients(passes, self._part, self._spare, clock, self._only)
-        gram = self._gram()
-        weights, status = ops.solve(gram, aggregator)
-        found = Direction(passes.losses.clone(), gram, weights, ops.Status(int(status)))
+        found = Direction.of(passes.losses.clone(), ops.solve(self._gram(), aggregator))
         clock.lap("aggregate")
         if found.status == ops.Status.OK:
-            passes.gradient(weights.tolist(), last=True)
+            passes.gradient(found.weights.tolist(), last=True)
             clock.lap("direction")
         return found
 

@@ -41,6 +41,13 @@ class Direction:
     gram: Tensor  # [M, M] float64, CPU, over all ranks; NaN or Inf where a gradient is
     weights: Tensor  # [M] float64, CPU
     status: ops.Status
+    aggregated: ops.Aggregated  # the three as the aggregator gave them, where it did
+
+    @classmethod
+    def of(cls, losses: Tensor, aggregated: ops.Aggregated) -> Direction:
+        """Reads what was found, for which the host waits."""
+        status = ops.Status(int(aggregated.status))
+        return cls(losses, aggregated.gram.cpu(), aggregated.weights.cpu(), status, aggregated)
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,13 @@ class GradientStrategy(ABC):
         """Memory on this rank for gradients beside Megatron's own buffer, counted from the tensors."""
 
     def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
-        """Measure every objective's gradient, aggregate, and take one optimizer step."""
+        """Measure every objective's gradient, aggregate, and take one optimizer step.
+
+        The aggregator is asked once, and hears of the step when the optimizer has taken it.
+        """
         clock = Clock()
-        found = self.direction(self._task(minibatch, loss), aggregator, clock)
+        method = ops.method_of(aggregator)
+        found = self.direction(self._task(minibatch, loss), method, clock)
         losses = self.groups.sum_over_data(self.groups.from_last_stage(found.losses)).tolist()
         # A NaN or Inf in a gradient makes its own squared norm NaN or Inf (where it is in scope).
         nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
@@ -99,8 +110,7 @@ class GradientStrategy(ABC):
             return self._skipped(losses, found.gram, clock, nonfinite)
         if found.status != ops.Status.OK:
             self.trainable.zero_grad()
-            aggregator(found.gram)  # says on the host, in words, what the status counts
-            raise RuntimeError(f"no weights on the device: {found.status.name}")
+            raise method.error(found.aggregated)
         measured = self.trainable.grad_norm()
         if not math.isfinite(measured):
             # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
@@ -112,6 +122,7 @@ class GradientStrategy(ABC):
             clock.lap("check")
         learning_rate = self.trainable.optimizer.param_groups[0]["lr"]
         norm = self.trainable.step()
+        method.commit(found.aggregated)
         clock.lap("optimizer")
         change = self.change(found, norm)
         if change is not None:
