@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gapo_mega import advantages, aggregation, objectives
+from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.config import Config
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
@@ -35,6 +35,7 @@ def check_models(
     # Any Gram matrix will do to find options of another number of objectives.
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
     advantages.build(config.advantages.name, **config.advantages.options)
+    losses.build(config.loss.name, **config.loss.options)
     wanted = [(objective.name, objectives.build(objective).wanted_model) for objective in config.objectives]
     scored = [
         (request, _score_shape(config, name, request.path, world_size))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from gapo_mega import advantages, aggregation, objectives
+from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.rewards import token_rewards, whiten
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config
@@ -23,7 +23,7 @@ from gapo_mega.config.loading import dump
 from gapo_mega.data.prompts import PromptSchedule, load_prompts
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
 from gapo_mega.evaluation.heldout import reward_correlation
-from gapo_mega.losses import policy_loss_of, value_loss_sum
+from gapo_mega.losses import value_loss_sum
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.heldout import Answers, HeldOut
@@ -60,6 +60,7 @@ class Trainer:
         self.names = [objective.name for objective in config.objectives]
         self.aggregator = aggregation.build(config.aggregation.name, **config.aggregation.options)
         self.estimator = advantages.build(config.advantages.name, **config.advantages.options)
+        self.loss = losses.build(config.loss.name, **config.loss.options)
         self.seconds: dict[str, float] = {}
         rollout = config.rollout
         sampling = SamplingParameters(
@@ -169,16 +170,13 @@ class Trainer:
 
     def _update_policy(self, minibatch: Experience) -> GradientReport:
         try:
-            return self.engine.update_policy(minibatch, self._policy_loss, self.aggregator)
+            return self.engine.update_policy(minibatch, self.loss, self.aggregator)
         except ZeroGradientError as error:
             at_fault = ", ".join(self.names[i] for i in error.objectives)
             raise RuntimeError(
                 f"stopped: the gradient of {at_fault} is zero (all its rewards are alike) and "
                 "aggregation.options.zero_gradient is 'stop'"
             ) from error
-
-    def _policy_loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def _value_loss(self, values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         assert batch.values_MBT is not None and batch.returns_MBT is not None
