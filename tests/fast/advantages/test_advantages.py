@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapo_mega.advantages import AdvantageEstimator, build, estimators, token_rewards, whiten
+from gapo_mega.advantages import AdvantageEstimator, build, token_rewards, whiten
 from gapo_mega.types import Experience
 
 M, B, T = 3, 6, 10
@@ -212,7 +212,7 @@ def test_whitening_a_constant_objective_gives_zero() -> None:
     assert not bool(whiten(advantages, mask, lambda x: x).any())
 
 
-@pytest.mark.parametrize("name", sorted(estimators()))
+@pytest.mark.every("advantages")
 def test_every_estimator_of_the_folder_fills_in_finite_advantages(name: str) -> None:
     estimator = build(name)
     assert isinstance(estimator, AdvantageEstimator)
