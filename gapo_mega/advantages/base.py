@@ -15,7 +15,8 @@ class AdvantageEstimator(ABC):
     """
 
     name: ClassVar[str]
-    needs_values: ClassVar[bool]  # True: ``Experience.values_MBT`` has to be there, so a critic is trained
+    # True: ``Experience.values_MBT`` has to be there, so a critic is trained.
+    needs_values: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, experience: Experience) -> Experience:

@@ -74,7 +74,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
         "steps": 1,
         "micro_batch_size": 4,
         "model": {"path": str(folder / "model")},
-        "data": {"source": str(folder / "prompts.jsonl"), "heldout_prompts": 4, "max_prompt_tokens": 60},
+        "data": {
+            "source": str(folder / "prompts.jsonl"),
+            "heldout_prompts": 4,
+            "max_prompt_tokens": 60,
+            "system_prompt": "Hi.",
+        },
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 6},
         "objectives": [
             {"name": "constant", "kind": "mine:Constant", "options": {"value": 7}},
