@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from gapo_mega.losses import policy_loss_of
+from gapo_mega.losses import Ppo
 from gapo_mega.types import Experience
 
 SEED = 7
-CLIP_EPSILON = 0.1
+loss = Ppo(clip_epsilon=0.1)  # of every contender
 NOISE = 0.02  # of the old log-probabilities: ratios near 1, few of them clipped
 # The same for every contender. So small that the gradients of all steps of a run are the same to a few
 # digits: contenders with different weights go on doing the same work.
@@ -92,11 +92,6 @@ def response_logprobs(model: PreTrainedModel, tokens_BT: Tensor, mask_BT: Tensor
     values_N = -cross_entropy(logits_BTV[rows_N, columns_N], targets_N, reduction="none")
     zeros_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
     return zeros_BT.index_put((rows_N, columns_N + 1), values_N)
-
-
-def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    """PPO's clipped loss of one objective, summed over response tokens (a ``PolicyLoss``)."""
-    return policy_loss_of(logprobs_BT, batch, objective, CLIP_EPSILON)
 
 
 def describe(model: PreTrainedModel, batch: Experience) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
+from gapo_mega.user_code import CLASS_FORMS, is_reference, load_class
+
 T = TypeVar("T")
 
 
@@ -26,22 +28,42 @@ def implementations(package: ModuleType, base: type[T]) -> list[type[T]]:
     return found
 
 
-def construct(section: str, known: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
-    """``known[name](**options)``; ``ValueError`` for an unknown name or option, with the nearest one.
+def find(where: str, known: Mapping[str, type[T]], base: type[T], name: str) -> type[T]:
+    """``known[name]``, or the user's own subclass of ``base``, named by ``module:Class`` or by its file.
 
-    ``section`` is the part of the configuration that the names come from.
+    ``where`` is the setting that the name comes from. Raises ``ValueError`` for a name that does not exist,
+    with the nearest one, and as ``user_code.load_class`` does.
     """
+    if is_reference(name):
+        return load_class(where, name, base)
     if name not in known:
-        raise ValueError(unknown(f"{section}.name", name, sorted(known)))
-    accepted = list(inspect.signature(known[name]).parameters)
-    for option in options:
-        if option not in accepted:
-            raise ValueError(unknown(f"{section}.options ({name})", option, accepted))
-    return known[name](**options)
+        raise ValueError(unknown(where, name, sorted(known), CLASS_FORMS))
+    return known[name]
 
 
-def unknown(where: str, found: str, accepted: Sequence[str]) -> str:
-    """The message for a name that does not exist."""
+def construct(
+    section: str, known: Mapping[str, type[T]], base: type[T], name: str, options: Mapping[str, Any]
+) -> T:
+    """What ``find`` gives for ``section.name``, built with ``options``.
+
+    ``section`` is the part of the configuration that the names come from. Raises ``ValueError`` for an
+    unknown name or option, with the nearest one, and for an option that is missing.
+    """
+    implementation = find(f"{section}.name", known, base, name)
+    signature = inspect.signature(implementation)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        accepted = list(signature.parameters)
+        for option in options:
+            if option not in accepted:
+                raise ValueError(unknown(f"{section}.options ({name})", option, accepted)) from None
+        raise ValueError(f"{section}.options ({name}): {error}") from None
+    return implementation(**options)
+
+
+def unknown(where: str, found: str, accepted: Sequence[str], forms: Sequence[str] = ()) -> str:
+    """The message for a name that does not exist; ``forms`` are accepted, too, but no names."""
     nearest = difflib.get_close_matches(str(found), accepted, n=1, cutoff=0.0)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"{where}: found {found!r}{hint}, accepted: {', '.join(accepted)}"
+    return f"{where}: found {found!r}{hint}, accepted: {', '.join([*accepted, *forms])}"

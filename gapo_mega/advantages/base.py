@@ -15,7 +15,8 @@ class AdvantageEstimator(ABC):
     """
 
     name: ClassVar[str]
-    needs_values: ClassVar[bool]  # True: ``Experience.values_MBT`` has to be there, so a critic is trained
+    # True: ``Experience.values_MBT`` has to be there, so a critic is trained.
+    needs_values: ClassVar[bool] = False
     least_samples: ClassVar[int] = 1  # of a prompt, that is ``rollout.samples_per_prompt``
     least_samples_because: ClassVar[str] = "every prompt needs a sample"  # why not fewer
 

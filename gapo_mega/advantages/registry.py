@@ -15,9 +15,9 @@ def estimators() -> dict[str, type[AdvantageEstimator]]:
 
 
 def build(name: str, **options: Any) -> AdvantageEstimator:
-    """The estimator ``name`` with its options, e.g. ``build("gae", gamma=1.0, lam=0.95)``.
+    """The estimator ``name``, or the user's own, with its options: ``build("gae", gamma=1.0, lam=0.95)``.
 
     Raises ``ValueError`` for a name or an option that does not exist (naming the nearest one and
     all that do) and for option values outside their range.
     """
-    return construct("advantages", estimators(), name, options)
+    return construct("advantages", estimators(), AdvantageEstimator, name, options)

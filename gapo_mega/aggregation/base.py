@@ -89,6 +89,11 @@ class Aggregator(AggregationMethod):
     zero_gradient: ZeroGradient = "exclude"
     scale: Scale = "none"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):  # a user's own need not have one
+            cls.name = cls.__name__
+
     def __post_init__(self) -> None:
         require_choice("zero_gradient", self.zero_gradient, get_args(ZeroGradient))
         require_choice("scale", self.scale, get_args(Scale))

@@ -15,9 +15,9 @@ def methods() -> dict[str, type[Aggregator]]:
 
 
 def build(name: str, **options: Any) -> Aggregator:
-    """The method ``name`` with its options, e.g. ``build("gapo", p=2)``.
+    """The method ``name``, or the user's own, with its options, e.g. ``build("gapo", p=2)``.
 
     Raises ``ValueError`` for a name or an option that does not exist (naming the nearest one and
     all that do) and for option values outside their range.
     """
-    return construct("aggregation", methods(), name, options)
+    return construct("aggregation", methods(), Aggregator, name, options)

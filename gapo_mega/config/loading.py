@@ -7,8 +7,9 @@ found, what is accepted, and the file or the override that it came from.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, overload
 
@@ -20,6 +21,11 @@ from gapo_mega.config import Config, Section
 
 Location = tuple[int | str, ...]
 Kind = TypeVar("Kind", bound=Section)
+
+logger = logging.getLogger(__name__)
+
+# Where settings of a training run have moved; files and overrides may go on naming the old place.
+MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,20 +65,39 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = 
     """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
 
     Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``). ``kind`` is the
-    class that the whole file describes.
+    class that the whole file describes. Code of the user's own is looked for in the working directory and in
+    the file's folder; the configuration has its absolute path.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
-    return parse(_read(Path(path), kind), overrides, kind, path)
+    return parse(_read(Path(path), kind), overrides, kind, path, Path(path).parent)
 
 
-def parse(data: dict[str, Any], overrides: Sequence[str], kind: type[Kind], source: str | Path) -> Kind:
-    """``data`` with the overrides applied to it, as :func:`load` does; ``source`` is what errors call it."""
+def parse(
+    data: dict[str, Any],
+    overrides: Sequence[str],
+    kind: type[Kind],
+    source: str | Path,
+    folder: Path | None = None,
+) -> Kind:
+    """``data`` with the overrides applied to it, as :func:`load` does; ``source`` is what errors call it.
+
+    ``folder``: where code of the user's own is looked for after the working directory.
+    """
+    moved = MOVED if issubclass(kind, Config) else {}
+    told = _move(data, moved, source)
     applied: list[tuple[Location, str]] = []
     for override in overrides:
-        applied.append((_apply(data, override), override))
+        location = _apply(data, override)
+        told |= _move(data, moved)
+        applied.append((location, override))
+    _refuse_both(overrides, told)
+    for old, new in told.items():
+        logger.warning("%s is now %s", old, new)
+    here = Path.cwd()
+    folders = [here] if folder is None or here == here / folder else [here, here / folder]
     try:
         # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
-        return kind.model_validate(data, strict=True)
+        return kind.model_validate(data, strict=True, context={"folders": folders})
     except ValidationError as error:
         message, location = explain(error, kind)
     raise ValueError(f"{message} ({_origin(location, applied, source)})")
@@ -101,6 +126,45 @@ def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: found {_shown(data)}, accepted: a mapping with the keys {_listed(kind)}")
     return data
+
+
+def _move(data: dict[str, Any], moved: Mapping[str, str], source: str | Path | None = None) -> dict[str, str]:
+    """Bring what ``data`` has at an old place to its new one; the old and new keys of all that there was.
+
+    ``source``: ``ValueError`` where both are given in it. None: what stands at the old place is an override.
+    """
+    found = {}
+    for old, new in moved.items():
+        (*sections, key), (*new_sections, new_key) = old.split("."), new.split(".")
+        node: Any = data
+        for part in sections:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or key not in node:
+            continue
+        found[old], value = new, node.pop(key)
+        node = data
+        for part in new_sections:
+            if isinstance(node, dict):  # anything else is an error, to be told when the whole is checked
+                node[part] = {} if node.get(part) is None else node[part]
+                node = node[part]
+        if source is not None and isinstance(node, dict) and new_key in node:
+            raise ValueError(
+                f"{old}: found beside {new}, its new name; accepted: the new one (from {source})"
+            )
+        if isinstance(node, dict):
+            node[new_key] = value
+    return found
+
+
+def _refuse_both(overrides: Sequence[str], moved: Mapping[str, str]) -> None:
+    """``ValueError`` where overrides give a setting by its old and by its new name."""
+    by_key = {override.partition("=")[0].strip(): override for override in overrides}
+    for old, new in moved.items():
+        if old in by_key and new in by_key:
+            raise ValueError(
+                f"{old}: found beside {new}, its new name; accepted: the new one (from override "
+                f"{by_key[old]!r})"
+            )
 
 
 def _apply(data: dict[str, Any], override: str) -> Location:

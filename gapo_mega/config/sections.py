@@ -9,16 +9,39 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from gapo_mega.config import strategies
+from gapo_mega.user_code import resolve
 
 
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _resolved(reference: str, info: ValidationInfo) -> str:
+    if not info.context:  # built in Python, not read from a file
+        return reference
+    try:
+        return resolve(reference, info.context["folders"])
+    except ValueError as error:
+        raise PydanticCustomError("user_code", "{accepted}", {"accepted": str(error)}) from None
+
+
+# A name of the package's, or code of the user's own: module:NAME, path/to/file.py:NAME. ``loading`` puts the
+# absolute path of the user's file in.
+Code = Annotated[str, AfterValidator(_resolved)]
 
 
 class ModelConfig(Section):
@@ -105,8 +128,10 @@ class ObjectiveConfig(Section):
     """One reward. Higher is better; flip the sign of costs in the function."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    kind: str = Field("python", description="an entry of gapo_mega.objectives")
-    function: str | None = Field(None, description="module:function over (prompts, responses) -> scores")
+    kind: Code = Field("python", description="an entry of gapo_mega.objectives, or a class of one's own")
+    function: Code | None = Field(
+        None, description="module:function or path/to/file.py:function over (prompts, responses) -> scores"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the kind")
     clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
 
@@ -114,25 +139,31 @@ class ObjectiveConfig(Section):
 class AggregationConfig(Section):
     """The method that turns the Gram matrix into weights; ``options`` are its own."""
 
-    name: str = "gapo"
+    name: Code = "gapo"
     options: dict[str, Any] = Field(default_factory=dict)
 
 
 class AdvantageConfig(Section):
     """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
 
-    name: str = "group"
+    name: Code = "group"
     options: dict[str, Any] = Field(default_factory=dict)
     whiten: bool = Field(
         False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
     )
 
 
+class LossConfig(Section):
+    """The policy's loss, an entry of gapo_mega.losses; ``options`` are its own."""
+
+    name: Code = "ppo"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
 class AlgorithmConfig(Section):
-    """PPO around the aggregation."""
+    """What happens around the loss and the aggregation."""
 
     kl_beta: float = Field(0.05, ge=0)
-    clip_epsilon: float = Field(0.1, gt=0)
     value_clip: float = Field(5.0, gt=0)
     ppo_epochs: int = Field(1, ge=1)
     minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
@@ -271,6 +302,7 @@ class Config(Section):
     objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16)
     aggregation: AggregationConfig = AggregationConfig()
     advantages: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()

@@ -28,8 +28,9 @@ from gapo_mega.types import Experience, Generation, TokenBatch
 Aggregator = HostAggregator
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
-# with a graph). The engine divides by the global number of response tokens of the minibatch.
-PolicyLoss = Callable[[Tensor, Experience, int], Tensor]
+# with a graph), as a gapo_mega.losses.PolicyLoss gives it. The engine divides by the global number of
+# response tokens of the minibatch.
+PolicyLossSum = Callable[[Tensor, Experience, int], Tensor]
 
 # (values_BT of one objective, microbatch, objective index) -> *sum* over response tokens.
 ValueLoss = Callable[[Tensor, Experience, int], Tensor]
@@ -165,7 +166,7 @@ class Engine(Trainable, Protocol):
         ...
 
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
     ) -> GradientReport:
         """One optimizer step on the aggregated gradient of all objectives."""
         ...

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.types import Experience
 
 # exp(80) is the last power of ten or so that float32 holds with room for an advantage beside it. An
@@ -23,52 +26,49 @@ class PolicyStatistics:
     tokens: Tensor
 
 
-def policy_loss_sum(
-    logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip_epsilon: float
-) -> Tensor:
-    """Sum over response tokens of ``-min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, rho = pi / pi_old.
+@dataclass(frozen=True, kw_only=True)
+class Ppo(PolicyLoss):
+    """``-min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, rho = pi / pi_old, eps = ``clip_epsilon`` > 0."""
 
-    A scalar with a graph to ``logprobs_BT`` [B, T]. Positions where ``mask_BT`` (bool) is False add
-    exactly 0 to the loss and to the gradient, whatever they hold, NaN included.
-    """
-    ratio_BT = _log_ratio(logprobs_BT, old_logprobs_BT, mask_BT).exp()
-    advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
-    clipped_BT = ratio_BT.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
-    return -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT).sum()
+    name: ClassVar[str] = "ppo"
+
+    clip_epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        value = self.clip_epsilon
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"clip_epsilon: found {value!r}, accepted: a finite number > 0")
+
+    def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        ratio_BT = _log_ratio(logprobs_BT, batch).exp()
+        advantages_BT = _advantages(batch, objective)
+        clipped_BT = ratio_BT.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
+        return -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT).sum()
+
+    @torch.no_grad()
+    def statistics(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> PolicyStatistics:
+        """How far the policy has moved from the one that sampled, over the response tokens.
+
+        The KL estimate is ``rho - 1 - log rho``, unbiased under the old policy and never negative.
+        """
+        log_ratio_BT = _log_ratio(logprobs_BT, batch)
+        ratio_BT = log_ratio_BT.exp()
+        advantages_BT = _advantages(batch, objective)
+        too_high_BT = (ratio_BT > 1.0 + self.clip_epsilon) & (advantages_BT > 0)
+        too_low_BT = (ratio_BT < 1.0 - self.clip_epsilon) & (advantages_BT < 0)
+        return PolicyStatistics(
+            clipped=(too_high_BT | too_low_BT).sum(),
+            kl=(torch.expm1(log_ratio_BT) - log_ratio_BT).sum(),
+            tokens=batch.response_mask_BT.sum(),
+        )
 
 
-def policy_loss_of(logprobs_BT: Tensor, batch: Experience, objective: int, clip_epsilon: float) -> Tensor:
-    """``policy_loss_sum`` of one objective's advantages in ``batch``."""
+def _advantages(batch: Experience, objective: int) -> Tensor:
     assert batch.advantages_MBT is not None
-    return policy_loss_sum(
-        logprobs_BT,
-        batch.old_logprobs_BT,
-        batch.advantages_MBT[objective],
-        batch.response_mask_BT,
-        clip_epsilon,
-    )
+    return torch.where(batch.response_mask_BT, batch.advantages_MBT[objective], 0.0)
 
 
-@torch.no_grad()
-def policy_statistics(
-    logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip_epsilon: float
-) -> PolicyStatistics:
-    """How far the policy has moved from the one that sampled, over the response tokens.
-
-    The KL estimate is ``rho - 1 - log rho``, unbiased under the old policy and never negative.
-    """
-    log_ratio_BT = _log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-    ratio_BT = log_ratio_BT.exp()
-    advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
-    too_high_BT = (ratio_BT > 1.0 + clip_epsilon) & (advantages_BT > 0)
-    too_low_BT = (ratio_BT < 1.0 - clip_epsilon) & (advantages_BT < 0)
-    return PolicyStatistics(
-        clipped=(too_high_BT | too_low_BT).sum(),
-        kl=(torch.expm1(log_ratio_BT) - log_ratio_BT).sum(),
-        tokens=mask_BT.sum(),
-    )
-
-
-def _log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _log_ratio(logprobs_BT: Tensor, batch: Experience) -> Tensor:
     # Masked before the exponential: torch.where afterwards would let 0 * inf into the gradient.
-    return torch.where(mask_BT, logprobs_BT - old_logprobs_BT, 0.0).clamp(max=_LARGEST_LOG_RATIO)
+    difference_BT = logprobs_BT - batch.old_logprobs_BT
+    return torch.where(batch.response_mask_BT, difference_BT, 0.0).clamp(max=_LARGEST_LOG_RATIO)

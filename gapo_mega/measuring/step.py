@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from gapo_mega import aggregation
+from gapo_mega import aggregation, losses
 from gapo_mega.config import Config
 from gapo_mega.config.strategies import variants
 from gapo_mega.engine.base import GradientReport
@@ -28,7 +28,6 @@ from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
-from gapo_mega.losses import policy_loss_of
 from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_gradients
@@ -134,6 +133,7 @@ class StepBenchmark:
         old_BT = self.engine.logprobs(batch.tokens_BT, batch.response_mask_BT, "policy")
         self.batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         self.aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
+        self.loss = losses.build(config.loss.name, **config.loss.options)
 
     def run(self, rounds: int) -> None:
         """One warm-up round with memory measured, then ``rounds`` timed ones."""
@@ -179,16 +179,13 @@ class StepBenchmark:
         self.engine.barrier()
         started = time.perf_counter()
         with megatron_device():
-            report = strategy.step(batch, self._loss, self.aggregator)
+            report = strategy.step(batch, self.loss, self.aggregator)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.engine.barrier()
         assert not report.skipped and not report.excluded, report  # a zero gradient saves work
         # Every turn builds the strategy anew, and its first step alone compares norms with Megatron's.
         return time.perf_counter() - started - report.seconds.pop("check", 0.0), report
-
-    def _loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def result(self) -> dict[str, Any]:
         """Medians, ratios to the baseline of the same round, and bytes by kind. Collective.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gapo_mega.objectives as package
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives.base import Objective, ObjectiveKind
-from gapo_mega.registry import implementations, unknown
+from gapo_mega.registry import find, implementations
 
 
 def kinds() -> dict[str, type[ObjectiveKind]]:
@@ -14,12 +14,10 @@ def kinds() -> dict[str, type[ObjectiveKind]]:
 
 
 def build(config: ObjectiveConfig) -> Objective:
-    """The objective that ``config`` describes.
+    """The objective that ``config`` describes; its kind may be the user's own.
 
     Raises ``ValueError`` for a kind that does not exist (naming the nearest one and all that do)
     and for whatever the kind itself refuses.
     """
-    known = kinds()
-    if config.kind not in known:
-        raise ValueError(unknown(f"objective {config.name!r}: kind", config.kind, sorted(known)))
-    return known[config.kind](config)
+    kind = find(f"objective {config.name!r}: kind", kinds(), ObjectiveKind, config.kind)
+    return kind(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
@@ -50,6 +51,7 @@ class ResolvedRun:
     score_models: Sequence[ScoreModelSource]
     aggregator: Aggregator
     estimator: AdvantageEstimator
+    loss: PolicyLoss
 
     @property
     def shape(self) -> ModelShape:

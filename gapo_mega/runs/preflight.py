@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gapo_mega import advantages, aggregation, objectives
+from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config
 from gapo_mega.models.huggingface.config import read_config
@@ -49,6 +49,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
         score_models=_score_models(config, built, world_size),
         aggregator=aggregator,
         estimator=estimator,
+        loss=losses.build(config.loss.name, **config.loss.options),
     )
 
 

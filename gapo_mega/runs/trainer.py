@@ -17,7 +17,7 @@ from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.data.order import PROMPTS, Order
 from gapo_mega.data.prompts import PromptPosition
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
-from gapo_mega.losses import policy_loss_of, value_loss_sum
+from gapo_mega.losses import value_loss_sum
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.experience import ExperienceMaker
@@ -177,16 +177,13 @@ class Trainer:
     # -- one update ----------------------------------------------------------------------------------
     def _update_policy(self, minibatch: Experience) -> GradientReport:
         try:
-            return self.engine.update_policy(minibatch, self._policy_loss, self.aggregator)
+            return self.engine.update_policy(minibatch, self.resolved.loss, self.aggregator)
         except ZeroGradientError as error:
             at_fault = ", ".join(self.names[i] for i in error.objectives)
             raise RuntimeError(
                 f"stopped: the gradient of {at_fault} is zero (all its rewards are alike) and "
                 "aggregation.options.zero_gradient is 'stop'"
             ) from error
-
-    def _policy_loss(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        return policy_loss_of(logprobs_BT, batch, objective, self.config.algorithm.clip_epsilon)
 
     def _value_loss(self, values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         assert batch.values_MBT is not None and batch.returns_MBT is not None

@@ -1,4 +1,4 @@
-"""Executes every example of docs/extending.md as what it claims to be: one new file in a folder."""
+"""Executes every example of docs/extending.md as what it claims to be: one new file, in a folder or alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 import yaml
 from transformers import SeedOssConfig, SeedOssForCausalLM
 
-from gapo_mega import advantages, aggregation, losses, models, objectives, ops
-from gapo_mega.config import AggregationConfig, ObjectiveConfig
+from gapo_mega import advantages, aggregation, losses, objectives, ops
+from gapo_mega.config import AggregationConfig, LossConfig, ObjectiveConfig
+from gapo_mega.config.loading import load
 from gapo_mega.models.registry import family_of
 from gapo_mega.types import Experience, Prompt
 
@@ -65,13 +66,13 @@ def experience() -> Experience:
 
 def test_the_page_has_an_example_of_every_kind() -> None:
     folders = {path.rpartition("/")[0] for path in EXAMPLES}
-    kinds = ("aggregation", "objectives", "advantages", "losses", "models")
+    kinds = ("aggregation", "objectives", "advantages", "losses", "models/families")
     assert folders == {"", *(f"gapo_mega/{kind}" for kind in kinds)}
 
 
 def test_aggregator(add_file: AddFile) -> None:
     add_file(aggregation, "equal_power")
-    settings = AggregationConfig.model_validate(SETTINGS[0]["aggregation"])
+    settings = AggregationConfig.model_validate(SETTINGS[1]["aggregation"])
     gram = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))
     plain = aggregation.build("equal_power", power=0.5)(gram)
     # One power each in float64.
@@ -87,7 +88,7 @@ def test_aggregator(add_file: AddFile) -> None:
 def test_python_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards.py").write_text(EXAMPLES["my_rewards.py"])
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = ObjectiveConfig.model_validate(SETTINGS[1]["objectives"][0])
+    settings = ObjectiveConfig.model_validate(SETTINGS[2]["objectives"][0])
     scores = objectives.build(settings).score([Prompt(0, "a"), Prompt(1, "b")], ["x" * 25, "x" * 5000])
     sys.modules.pop("my_rewards")
     assert scores == [-0.5, -10.0]
@@ -137,15 +138,44 @@ def test_advantage_estimator(add_file: AddFile) -> None:
 
 def test_loss(add_file: AddFile) -> None:
     add_file(losses, "reinforce")
-    module = importlib.import_module("gapo_mega.losses.reinforce")
+    settings = LossConfig.model_validate(SETTINGS[3]["loss"])
+    loss = losses.build(settings.name, **settings.options)
     batch = experience()
     advantages_MBT = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
     batch = Experience(**{**vars(batch), "advantages_MBT": advantages_MBT})
-    logprobs = torch.full((4, 6), -1.0).masked_fill(~batch.response_mask_BT, math.inf).requires_grad_()
-    (gradient,) = torch.autograd.grad(module.reinforce_loss_sum(logprobs, batch, 1), logprobs)
-    inside = batch.response_mask_BT
+    logprobs = torch.full((4, 6), -1.0).masked_fill(~batch.response_mask_BT, math.inf)
+    logprobs[1, 3] = -11.0  # below the floor
+    (gradient,) = torch.autograd.grad(loss(logprobs.requires_grad_(), batch, 1), logprobs)
+    inside = batch.response_mask_BT & (logprobs >= -10)
     assert torch.equal(gradient[inside], -advantages_MBT[1][inside])
     assert not bool(gradient[~inside].any())
+    with pytest.raises(ValueError, match=r"floor: found 1, accepted: a number < 0"):
+        losses.build("reinforce", floor=1)
+
+
+def test_the_same_files_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, path = set(sys.modules), list(sys.path)
+    for name, code in EXAMPLES.items():
+        (tmp_path / Path(name).name).write_text(code)
+    config_file = tmp_path / "run.yaml"
+    rest = {"output_dir": "o", "model": {"path": "m"}, "data": {"source": "s"}}
+    config_file.write_text(yaml.safe_dump({**rest, **SETTINGS[0]}))
+    monkeypatch.chdir("/")
+    config = load(config_file)
+    try:
+        gram = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))
+        weights = aggregation.build(config.aggregation.name, **config.aggregation.options)(gram)
+        assert weights.tolist() == pytest.approx([2**-0.5, 0.5], rel=1e-14)  # one power each in float64
+        assert advantages.build(config.advantages.name)(experience()).advantages_MBT is not None
+        assert losses.build(config.loss.name).name == "reinforce"
+        polite, brevity = (objectives.build(objective) for objective in config.objectives)
+        assert polite.score([Prompt(0, "")], ["please do"]) == [0.5]
+        assert brevity.score([Prompt(0, "")], ["x" * 25]) == [-0.25]
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
+                del sys.modules[name]
 
 
 def test_model_family(add_file: AddFile) -> None:
@@ -156,7 +186,7 @@ def test_model_family(add_file: AddFile) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="model_type 'seed_oss'"):
         family_of(config)  # no family of its own yet, or this would test that one
-    add_file(models, "seed_oss")
+    add_file(importlib.import_module("gapo_mega.models.families"), "seed_oss")
     torch.manual_seed(0)
     weights = SeedOssForCausalLM(config).state_dict()
     for name, weight in weights.items():

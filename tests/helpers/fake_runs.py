@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gapo_mega import advantages, aggregation
+from gapo_mega import advantages, aggregation, losses
 from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
@@ -86,6 +86,7 @@ def trainer(
         score_models=[],
         aggregator=aggregation.build(config.aggregation.name, **config.aggregation.options),
         estimator=estimator,
+        loss=losses.build(config.loss.name, **config.loss.options),
     )
     tokenizer: Any = FakeTokenizer()
     if not (directory / "config.yaml").exists():  # the report reads it

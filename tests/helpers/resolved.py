@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gapo_mega import advantages, aggregation
+from gapo_mega import advantages, aggregation, losses
 from gapo_mega.config import Config
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
@@ -24,4 +24,5 @@ def resolved_run(config: Config, world: int = 1, with_critic: bool = False) -> R
         score_models=[],
         aggregator=aggregation.build(config.aggregation.name, **config.aggregation.options),
         estimator=advantages.build(config.advantages.name, **config.advantages.options),
+        loss=losses.build(config.loss.name, **config.loss.options),
     )

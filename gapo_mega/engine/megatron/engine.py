@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss, ValueLoss
+from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum, ValueLoss
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
@@ -127,7 +127,7 @@ class MegatronEngine(groups.Collective):
 
     # -- updates -----------------------------------------------------------------------------------
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
     ) -> GradientReport:
         """See ``Engine.update_policy``."""
         with megatron_device():

@@ -213,7 +213,7 @@ def test_whitening_a_constant_objective_gives_zero() -> None:
     assert not bool(whiten(advantages, mask, lambda x: x).any())
 
 
-@pytest.mark.parametrize("name", sorted(estimators()))
+@pytest.mark.every("advantages")
 def test_every_estimator_of_the_folder_fills_in_finite_advantages(name: str) -> None:
     estimator = build(name)
     assert isinstance(estimator, AdvantageEstimator)
@@ -250,7 +250,7 @@ def test_option_values_are_checked(name: str, options: dict[str, object], messag
         build(name, **options)
 
 
-@pytest.mark.parametrize("name", sorted(estimators()))
+@pytest.mark.every("advantages")
 def test_every_estimator_works_with_as_few_samples_as_it_says(name: str) -> None:
     estimator = build(name)
     case = experience(9, values=estimator.needs_values)

@@ -170,3 +170,47 @@ def test_dump_reads_back_any_number_and_text(
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load(path) == config
+
+
+def test_a_setting_that_has_moved_is_taken_by_its_old_name(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = ["algorithm.clip_epsilon is now loss.options.clip_epsilon"]
+    old = MINIMAL + "algorithm: {kl_beta: 0.5, clip_epsilon: 0.3}\n"
+    new = MINIMAL + "loss: {options: {clip_epsilon: 0.3}}\n"
+    for text, overrides, expected in [
+        (old, [], 0.3),
+        (old, ["algorithm.clip_epsilon=0.4"], 0.4),
+        (old, ["loss.options.clip_epsilon=0.4"], 0.4),
+        (new, ["algorithm.clip_epsilon=0.4"], 0.4),
+        (new, ["algorithm={clip_epsilon: 0.4}"], 0.4),
+        (MINIMAL, ["algorithm.clip_epsilon=0.4"], 0.4),
+    ]:
+        file.write_text(text)
+        caplog.clear()
+        config = load(file, overrides)
+        assert (config.loss.name, config.loss.options) == ("ppo", {"clip_epsilon": expected})
+        assert [record.message for record in caplog.records] == told
+        assert "clip_epsilon" not in to_yaml(config).partition("algorithm:")[2]
+    caplog.clear()
+    file.write_text(new)
+    assert load(file).loss.options == {"clip_epsilon": 0.3}
+    assert not caplog.records
+
+
+def test_a_setting_given_by_its_old_and_its_new_name_is_refused(file: Path) -> None:
+    beside = (
+        "algorithm.clip_epsilon: found beside loss.options.clip_epsilon, its new name; accepted: the new one"
+    )
+    file.write_text(
+        MINIMAL + "algorithm: {clip_epsilon: 0.3}\nloss: {name: ppo, options: {clip_epsilon: 0.3}}\n"
+    )
+    assert failure(file) == f"{beside} (from {file})"
+    file.write_text(MINIMAL)
+    both = ("algorithm.clip_epsilon=0.3", "loss.options.clip_epsilon=0.2")
+    assert failure(file, *both) == f"{beside} (from override 'algorithm.clip_epsilon=0.3')"
+
+
+def test_what_has_moved_does_not_hide_a_wrong_new_place(file: Path) -> None:
+    file.write_text(MINIMAL + "algorithm: {clip_epsilon: 0.3}\nloss: ppo\n")
+    assert failure(file).startswith("loss: found 'ppo', accepted:")

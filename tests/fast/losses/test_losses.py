@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapo_mega.losses import policy_loss_sum, policy_statistics, value_loss_sum
+from gapo_mega.losses import Ppo, value_loss_sum
+from gapo_mega.types import Experience
 
 EPSILON = 0.2
 VALUE_CLIP = 0.5
+
+ppo = Ppo(clip_epsilon=EPSILON)
 
 
 def ragged_mask(batch: int, length: int) -> Tensor:
@@ -20,6 +23,25 @@ def ragged_mask(batch: int, length: int) -> Tensor:
     for b in range(batch - 1):
         mask[b, 1 + b % 3 : length - b] = True
     return mask
+
+
+def batch_of(old: Tensor, advantages: Tensor, mask: Tensor) -> Experience:
+    """A batch of one objective."""
+    rows = old.shape[0]
+    return Experience(
+        tokens_BT=torch.zeros_like(mask, dtype=torch.int64),
+        response_mask_BT=mask,
+        group_B=torch.arange(rows),
+        old_logprobs_BT=old,
+        ref_logprobs_BT=torch.zeros_like(old),
+        scores_MB=torch.zeros(1, rows),
+        token_rewards_MBT=torch.zeros(1, *mask.shape),
+        advantages_MBT=advantages[None],
+    )
+
+
+def ppo_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return ppo(new, batch_of(old, advantages, mask), 0)
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -50,10 +72,10 @@ def policy_loop(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> t
 def test_policy_loss_and_statistics_equal_a_loop(seed: int) -> None:
     case = policy_case(seed)
     loss, clipped, kl = policy_loop(*case)
-    statistics = policy_statistics(*case, EPSILON)
+    statistics = ppo.statistics(case[0], batch_of(*case[1:]), 0)
     assert 0 < clipped < int(case[3].sum())  # both branches are in the case
     # Both sides are float64; only the order of about 20 additions differs.
-    assert float(policy_loss_sum(*case, EPSILON)) == pytest.approx(loss, rel=1e-12)
+    assert float(ppo_loss(*case)) == pytest.approx(loss, rel=1e-12)
     assert int(statistics.clipped) == clipped
     assert float(statistics.kl) == pytest.approx(kl, rel=1e-12)
     assert int(statistics.tokens) == int(case[3].sum())
@@ -62,7 +84,7 @@ def test_policy_loss_and_statistics_equal_a_loop(seed: int) -> None:
 def test_policy_gradient_is_the_derivative_of_the_loss_and_zero_where_clipped() -> None:
     new, old, advantages, mask = policy_case(0)
     new.requires_grad_()
-    (gradient,) = torch.autograd.grad(policy_loss_sum(new, old, advantages, mask, EPSILON), new)
+    (gradient,) = torch.autograd.grad(ppo_loss(new, old, advantages, mask), new)
     ratio = (new.detach() - old).exp()
     held = ((ratio > 1 + EPSILON) & (advantages > 0)) | ((ratio < 1 - EPSILON) & (advantages < 0))
     expected = torch.where(held | ~mask, torch.zeros_like(ratio), -ratio * advantages)
@@ -73,31 +95,31 @@ def test_policy_gradient_is_the_derivative_of_the_loss_and_zero_where_clipped() 
 def test_at_the_sampling_policy_the_gradient_is_that_of_reinforce() -> None:
     new, _, advantages, mask = policy_case(1)
     leaf = new.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(policy_loss_sum(leaf, new, advantages, mask, EPSILON), leaf)
+    (gradient,) = torch.autograd.grad(ppo_loss(leaf, new, advantages, mask), leaf)
     torch.testing.assert_close(gradient, -advantages * mask, rtol=1e-12, atol=0)
 
 
 def test_masked_positions_add_exactly_nothing_even_when_not_finite() -> None:
     new, old, advantages, mask = policy_case(2)
     leaf = new.clone().requires_grad_()
-    clean = policy_loss_sum(leaf, old, advantages, mask, EPSILON)
+    clean = ppo_loss(leaf, old, advantages, mask)
     (clean_gradient,) = torch.autograd.grad(clean, leaf)
 
     bad = math.nan, math.inf, -math.inf
     spoilt = [x.masked_fill(~mask, value) for x, value in zip((new, old, advantages), bad, strict=True)]
     leaf = spoilt[0].requires_grad_()
-    loss = policy_loss_sum(leaf, spoilt[1], spoilt[2], mask, EPSILON)
+    loss = ppo_loss(leaf, spoilt[1], spoilt[2], mask)
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(loss, clean)
     assert torch.equal(gradient, clean_gradient)
     assert bool((gradient[~mask] == 0).all())
-    assert bool(policy_statistics(*spoilt, mask, EPSILON).kl.isfinite())
+    assert bool(ppo.statistics(spoilt[0], batch_of(*spoilt[1:], mask), 0).kl.isfinite())
 
 
 def test_a_ratio_outside_float32_gives_a_finite_gradient() -> None:
     new = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old = torch.tensor([[-200.0, -1.0]])  # exp(200) is Inf in float32
-    loss = policy_loss_sum(new, old, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), EPSILON)
+    loss = ppo_loss(new, old, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
     (gradient,) = torch.autograd.grad(loss, new)
     # The first token is clipped from above (no gradient), the second is at ratio 1.
     assert gradient.tolist() == [[0.0, -1.0]]
@@ -107,7 +129,7 @@ def test_a_ratio_outside_float32_gives_a_finite_gradient() -> None:
 def test_no_response_token_at_all_gives_zero_with_a_graph() -> None:
     new, old, advantages, mask = policy_case(3)
     leaf = new.requires_grad_()
-    loss = policy_loss_sum(leaf, old, advantages, torch.zeros_like(mask), EPSILON)
+    loss = ppo_loss(leaf, old, advantages, torch.zeros_like(mask))
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert float(loss.detach()) == 0.0
     assert not bool(gradient.any())

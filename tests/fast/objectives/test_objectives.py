@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,20 @@ def test_a_function_without_a_readable_signature_is_no_obstacle() -> None:
     with pytest.raises(ValueError, match="no signature found"):
         inspect.signature(max)
     assert objective("builtins:max").name == "brevity"
+
+
+@pytest.mark.every("objectives")
+def test_a_kind_scores_or_refuses_an_empty_configuration(name: str) -> None:
+    try:
+        trial = build(ObjectiveConfig(name="brevity", kind=name))
+    except ValueError as error:
+        assert "brevity" in str(error)
+        return
+    assert trial.name == "brevity"
+    if trial.wanted_model is None:
+        scores = trial.score(PROMPTS, RESPONSES)
+        assert len(scores) == len(RESPONSES) and all(math.isfinite(score) for score in scores)
+    assert trial.score([], []) == []
 
 
 @pytest.mark.parametrize("kind", sorted(kinds()))

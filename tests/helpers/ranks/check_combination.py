@@ -13,13 +13,14 @@ from torch import Tensor
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.losses import policy_loss_of
-from gapo_mega.types import Experience
+from gapo_mega.losses import Ppo
 from tests.helpers.combinations import comparison
 from tests.helpers.combinations.comparison import Observed
 from tests.helpers.combinations.reference import CLIP_EPSILON, Reference, reference_of, tensors_of
 from tests.helpers.combinations.settings import LAYOUTS, ROWS, Setting, config_of
 from tests.helpers.ranks.check_engine import build_engine
+
+loss = Ppo(clip_epsilon=CLIP_EPSILON)
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +31,6 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     if seen is None:
         return {}
     return comparison.verdict(setting, comparison.errors(setting, seen, reference))
-
-
-def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    """PPO's clipped loss of one objective."""
-    return policy_loss_of(logprobs_BT, batch, objective, CLIP_EPSILON)
 
 
 def observe(setting: Setting, model: Path, reference: Reference) -> Observed | None:

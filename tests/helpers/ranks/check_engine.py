@@ -13,13 +13,15 @@ from torch import Tensor
 from gapo_mega import aggregation
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.losses import policy_loss_sum, value_loss_sum
+from gapo_mega.losses import Ppo, value_loss_sum
 from gapo_mega.types import Experience
 from tests.helpers.ranks import worlds
 from tests.helpers.resolved import resolved_run
 
 OBJECTIVES = 3
 ROWS, COLUMNS = 8, 21  # odd: sequence parallelism has to pad
+
+loss = Ppo(clip_epsilon=0.1)
 
 
 def make_config(path: str, layout: dict[str, Any], optimizer: dict[str, Any], **sections: Any) -> Config:
@@ -63,14 +65,6 @@ def global_batch(vocabulary: int) -> Experience:
         scores_MB=advantages_MB,
         token_rewards_MBT=torch.zeros(OBJECTIVES, ROWS, COLUMNS),
         advantages_MBT=advantages_MB[:, :, None] * mask_BT,
-    )
-
-
-def loss(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    """PPO's clipped loss of one objective."""
-    assert batch.advantages_MBT is not None
-    return policy_loss_sum(
-        logprobs_BT, batch.old_logprobs_BT, batch.advantages_MBT[objective], batch.response_mask_BT, 0.1
     )
 
 

@@ -68,7 +68,8 @@ def test_hyper_parameters_are_those_of_the_paper() -> None:
     assert (optimizer.lr, critic.lr) == (1e-6, 5e-7)
     for each in (optimizer, critic):
         assert (each.weight_decay, each.schedule, each.warmup_fraction) == (0.0, "cosine", 0.03)
-    assert (config.algorithm.kl_beta, config.algorithm.clip_epsilon) == (0.05, 0.1)
+    assert (config.algorithm.kl_beta, config.loss.options["clip_epsilon"]) == (0.05, 0.1)
+    assert config.loss.name == "ppo"
     assert (config.model.dtype, config.model.recompute) == ("bf16", "full")
     assert config.micro_batch_size == 16 and rollout.prompts_per_step == 8 * 16 * 8
 

@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from gapo_mega.engine.base import PolicyLoss
+from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.model.build import Trainable, reduce_gradients
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
@@ -35,7 +35,7 @@ class Task:
     """What is differentiated: ``L_k``, the mean over the response tokens of all ranks and microbatches."""
 
     microbatches: list[Experience]
-    loss: PolicyLoss
+    loss: PolicyLossSum
     tokens: float  # response tokens of the minibatch over all data ranks
     vocabulary: int
     objectives: int

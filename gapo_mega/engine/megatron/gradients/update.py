@@ -20,7 +20,7 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.aggregation.base import zero_objectives
 from gapo_mega.config.strategies import StrategyDeclaration
-from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLoss
+from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
@@ -94,7 +94,7 @@ class GradientStrategy(ABC):
     def row_bytes(self) -> int:
         """Memory on this rank for gradients beside Megatron's own buffer, counted from the tensors."""
 
-    def step(self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator) -> GradientReport:
+    def step(self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator) -> GradientReport:
         """Measure every objective's gradient, aggregate, and take one optimizer step.
 
         The aggregator is asked once, and hears of the step when the optimizer has taken it.
@@ -186,7 +186,7 @@ class GradientStrategy(ABC):
         """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
         return None
 
-    def _task(self, minibatch: Experience, loss: PolicyLoss) -> Task:
+    def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         # By the global count: sequences of all ranks and microbatches weigh by their tokens.
         tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
         microbatches = minibatch.split(self._setting.micro_batch)

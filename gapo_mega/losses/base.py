@@ -1,0 +1,29 @@
+"""What every policy loss shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gapo_mega.types import Experience
+
+
+class PolicyLoss(ABC):
+    """From the policy's log-probabilities to the loss of one objective.
+
+    Options are the fields of the (data)class that implements it; ``__post_init__`` checks them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        """The *sum* over the response tokens of ``batch``: a scalar with a graph to ``logprobs_BT`` [B, T].
+
+        The engine adds it up over microbatches and ranks and divides by the number of response tokens, so
+        that nothing may depend on how rows were put together. It reads ``objective``'s advantages only.
+        Positions off the response add exactly 0 to the loss and to the gradient, whatever they hold, NaN
+        included.
+        """
