@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
@@ -160,3 +161,40 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class CheckpointConverter(Protocol):
+    """Models between Hugging Face directories and the engine's checkpoints, one tensor at a time."""
+
+    def to_checkpoint(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a Hugging Face directory as a checkpoint. Collective where torch.distributed runs.
+
+        The parts of ``tensor`` x ``pipeline`` ranks are stored apart. ``dtype`` None: as in the source.
+        Raises ``ValueError`` for a model or a target that is refused.
+        """
+        ...
+
+    def to_hf(
+        self, source: Path, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the trained model of the checkpoint ``source`` as a Hugging Face directory.
+
+        Raises ``ValueError`` where ``source`` is not complete or ``target`` cannot be written.
+        """
+        ...
+
+
+def checkpoint_converter() -> CheckpointConverter:
+    """The converter of the engine. Imported late: Megatron takes seconds to load."""
+    from gapo_mega.engine.megatron.checkpoint import convert
+
+    return convert

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
 
-from gapo_mega.commands.plan import RunPlan
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.model.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.models import ModelShape, shape_of
 from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.planning.activations import VOCABULARY_DIVISOR, Block, Counter, sizes_of
 from gapo_mega.planning.memory import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
+from gapo_mega.planning.run import RunPlan
 
 SIZES = {
     "num_hidden_layers": 6,

@@ -23,7 +23,7 @@ import requests
 import yaml
 
 from gapo_mega import optional
-from gapo_mega.commands import serve_reward as reward_server
+from gapo_mega.commands import reward_server
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.objectives import Objective, build
 from gapo_mega.objectives.hf_classifier import HfClassifierOptions
