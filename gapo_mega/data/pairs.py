@@ -1,11 +1,11 @@
-"""Preference pairs: read in the formats of the common data sets, and what their lengths give away."""
+"""Preference pairs, read in the formats of the common data sets."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from gapo_mega.config.supervised import PreferenceData
 from gapo_mega.data import transcripts
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-Item = TypeVar("Item")
 Lengths = tuple[int, int]  # of the chosen and of the rejected response, in tokens
 PKU_RESPONSES = ("response_0", "response_1")
 PKU_JUDGEMENTS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
@@ -66,24 +65,6 @@ def load_pairs(data: PreferenceData, seed: int) -> tuple[list[Pair], list[Pair]]
         return usable(table, parse, "pairs", f"{source_key} {source!r} ({split_key} {split!r})")
 
     return hold_out(data, seed, read, lambda pair: pair.prompt, "pairs")
-
-
-def longer_wins(lengths: Sequence[Lengths]) -> float | None:
-    """Share of the pairs of unequal length whose longer response is the chosen one; ``None`` without any.
-
-    A reward model that only counts tokens is right about this share of them.
-    """
-    unequal = [(chosen, rejected) for chosen, rejected in lengths if chosen != rejected]
-    return sum(chosen > rejected for chosen, rejected in unequal) / len(unequal) if unequal else None
-
-
-def length_matched(items: Sequence[Item], lengths: Sequence[Lengths], tolerance: float = 0.1) -> list[Item]:
-    """The ``items`` whose two lengths differ by at most ``tolerance`` of the longer one."""
-    return [
-        item
-        for item, (chosen, rejected) in zip(items, lengths, strict=True)
-        if abs(chosen - rejected) <= tolerance * max(chosen, rejected)
-    ]
 
 
 def _parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[Row], Pair]:

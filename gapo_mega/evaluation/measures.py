@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from gapo_mega.data.pairs import Lengths, length_matched, longer_wins
+from gapo_mega.data.pairs import Lengths
+
+Item = TypeVar("Item")
 
 
 def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) -> dict[str, float]:
@@ -47,6 +50,24 @@ def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) 
             "matched_standard_error": _standard_error(share, len(matched)),
         }
     return result
+
+
+def longer_wins(lengths: Sequence[Lengths]) -> float | None:
+    """Share of the pairs of unequal length whose longer response is the chosen one; ``None`` without any.
+
+    A reward model that only counts tokens is right about this share of them.
+    """
+    unequal = [(chosen, rejected) for chosen, rejected in lengths if chosen != rejected]
+    return sum(chosen > rejected for chosen, rejected in unequal) / len(unequal) if unequal else None
+
+
+def length_matched(items: Sequence[Item], lengths: Sequence[Lengths], tolerance: float = 0.1) -> list[Item]:
+    """The ``items`` whose two lengths differ by at most ``tolerance`` of the longer one."""
+    return [
+        item
+        for item, (chosen, rejected) in zip(items, lengths, strict=True)
+        if abs(chosen - rejected) <= tolerance * max(chosen, rejected)
+    ]
 
 
 def of_chats(logprobs: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Times of a short training run, by phase, with tokens per second and utilisation; see ``tools/``."""
+"""Times of a short training run, by phase, with tokens per second and utilisation.
+
+``benchmarks/throughput.py`` prints and writes them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gapo_mega.config import Config
+from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.flops import TransformerShape, known_peak_flops, measure_gemm_peak, mfu, step_flops
+from gapo_mega.planning.flops import TransformerShape, mfu, step_flops
 from gapo_mega.planning.layout import data_parallel_size
 from gapo_mega.planning.strategy import passes
 from gapo_mega.runs.log import METRICS_FILE

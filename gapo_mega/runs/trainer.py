@@ -22,7 +22,7 @@ from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
 from gapo_mega.data.prompts import PromptSchedule, load_prompts
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
-from gapo_mega.evaluation.heldout import reward_correlation
+from gapo_mega.evaluation.correlation import reward_correlation
 from gapo_mega.losses import policy_loss_of, value_loss_sum
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.rollout.collect import Collector

@@ -1,4 +1,4 @@
-"""Preference pairs: every format, what is left out, held-out prompts, and what lengths give away."""
+"""Preference pairs: every format, what is left out, held-out prompts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gapo_mega.config.supervised import PreferenceData
-from gapo_mega.data.pairs import Pair, length_matched, load_pairs, longer_wins
+from gapo_mega.data.pairs import Pair, load_pairs
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -187,17 +186,3 @@ def test_heldout_source_and_its_prompts(tmp_path: Path) -> None:
         ValueError, match=r"^data.heldout_fraction: found 0.5, which holds out every prompt of"
     ):
         load_pairs(data(write(tmp_path / "b.jsonl", rows[:1]), split="a", heldout_fraction=0.5), seed=0)
-
-
-def test_what_lengths_give_away() -> None:
-    lengths = [(3, 2), (2, 3), (9, 1), (5, 5), (10, 9), (100, 89)]
-    assert longer_wins(lengths) == 4 / 5
-    assert longer_wins([(5, 5)]) is None
-    assert length_matched("abcdef", lengths) == ["d", "e"]
-    assert length_matched("abcdef", lengths, tolerance=0.11) == ["d", "e", "f"]
-    drawn = np.random.default_rng(0).integers(1, 300, (500, 2))
-    as_pairs = [(int(chosen), int(rejected)) for chosen, rejected in drawn]
-    close = np.abs(drawn[:, 0] - drawn[:, 1]) / drawn.max(1) <= 0.1
-    assert length_matched(range(500), as_pairs) == np.flatnonzero(close).tolist()
-    unequal = drawn[drawn[:, 0] != drawn[:, 1]]
-    assert longer_wins(as_pairs) == (unequal.argmax(1) == 0).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy.special import expit
 
@@ -51,3 +52,17 @@ def test_large_margins_do_not_overflow() -> None:
 def test_measures_of_chats() -> None:
     found = measures.of_chats([-6.0, -2.0], [3, 1])
     assert found == pytest.approx({"chats": 2, "tokens": 4, "loss": 2.0, "perplexity": math.exp(2)})
+
+
+def test_what_lengths_give_away() -> None:
+    lengths = [(3, 2), (2, 3), (9, 1), (5, 5), (10, 9), (100, 89)]
+    assert measures.longer_wins(lengths) == 4 / 5
+    assert measures.longer_wins([(5, 5)]) is None
+    assert measures.length_matched("abcdef", lengths) == ["d", "e"]
+    assert measures.length_matched("abcdef", lengths, tolerance=0.11) == ["d", "e", "f"]
+    drawn = np.random.default_rng(0).integers(1, 300, (500, 2))
+    as_pairs = [(int(chosen), int(rejected)) for chosen, rejected in drawn]
+    close = np.abs(drawn[:, 0] - drawn[:, 1]) / drawn.max(1) <= 0.1
+    assert measures.length_matched(range(500), as_pairs) == np.flatnonzero(close).tolist()
+    unequal = drawn[drawn[:, 0] != drawn[:, 1]]
+    assert measures.longer_wins(as_pairs) == (unequal.argmax(1) == 0).mean()

@@ -234,7 +234,7 @@ def test_throughput_tool(folder: Path) -> None:
     """Phases add up to no more than the step; utilisation follows from the numbers beside it."""
     config = write_config(folder, "throughput", checkpoint={"every_steps": 0})
     out = folder / "throughput.json"
-    tool = ROOT / "tools" / "benchmark_throughput.py"
+    tool = ROOT / "benchmarks" / "throughput.py"
     command = [sys.executable, str(tool), "--config", str(config), "--steps", "2", "--out", str(out)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
