@@ -8,10 +8,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
 
 from gapo_mega.config import Config
-from gapo_mega.engine.megatron.model.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.models import ModelShape, shape_of
 from gapo_mega.objectives.base import ScoreModelRequest
-from gapo_mega.planning.activations import VOCABULARY_DIVISOR, Block, Counter, sizes_of
+from gapo_mega.planning.activations import Block, Counter, sizes_of
 from gapo_mega.planning.memory import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
 from gapo_mega.planning.run import RunPlan
 
@@ -60,7 +59,6 @@ def test_padding_of_the_vocabulary() -> None:
     shape = shape_of(LlamaConfig(**(SIZES | {"vocab_size": 257}), tie_word_embeddings=True))
     whole = shape_of(LlamaConfig(**(SIZES | {"vocab_size": 384}), tie_word_embeddings=True))
     assert stage_parameters(shape, 1, 1, 0) == stage_parameters(whole, 1, 1, 0)
-    assert VOCABULARY_DIVISOR == ENGINE_DIVISOR
 
 
 def test_critic_has_heads_for_the_output_layer() -> None:
