@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gapo_mega.config import Config
+from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.flops import TransformerShape, mfu, step_flops
 from gapo_mega.planning.layout import data_parallel_size
 from gapo_mega.planning.strategy import passes
-from gapo_mega.runs.log import METRICS_FILE
 
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
