@@ -288,6 +288,14 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert package_circles(tmp_path) == [f"gapo_mega.runs.{name}" for name in "abc"]
 
 
+def test_a_name_of_the_own_package_is_a_circle(tmp_path: Path) -> None:
+    write(tmp_path, "gapo_mega/losses/__init__.py", "from gapo_mega.losses.registry import build")
+    write(tmp_path, "gapo_mega/losses/registry.py", "import gapo_mega.losses as package")
+    assert package_circles(tmp_path) == []
+    write(tmp_path, "gapo_mega/losses/registry.py", "from gapo_mega.losses import build")
+    assert package_circles(tmp_path) == ["gapo_mega.losses", "gapo_mega.losses.registry"]
+
+
 def test_only_factories_close_a_circle(tmp_path: Path) -> None:
     write(tmp_path, "gapo_mega/engine/megatron/engine.py", "from gapo_mega.engine.base import Layout")
     write(tmp_path, "gapo_mega/engine/base.py", LAZY)

@@ -69,15 +69,21 @@ def _targets(node: ast.AST, package: str) -> Iterator[str]:
 def imports_in(folder: Path, root: Path) -> dict[str, list[Import]]:
     """The imports of every module in ``folder``, whose names begin at ``root``."""
     found = {}
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.pyi")]):
         name = module_name(path, root)
         found[name] = list(imports_of(path.read_text(encoding="utf-8"), name, path.name == "__init__.py"))
     return found
 
 
 def circles(imports: Mapping[str, Iterable[Import]]) -> list[str]:
-    """Modules that import one another in a circle, or lie between two circles; sorted."""
-    needs = {name: {_module_of(each.target, imports) for each in found} for name, found in imports.items()}
+    """Modules that import one another in a circle, or lie between two circles; sorted.
+
+    A module may import the package that it is in, of which it takes no name: that comes first anyway.
+    """
+    needs = {
+        name: {_module_of(each.target, imports) for each in found if not within(name, each.target)}
+        for name, found in imports.items()
+    }
     rest = {name: (targets & needs.keys()) - {name} for name, targets in needs.items()}
     while True:
         used = set().union(*rest.values())
