@@ -36,7 +36,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import torch.distributed.checkpoint
-from gapo_mega.engine.megatron import convert
+from gapo_mega.engine.base import checkpoint_converter
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -45,7 +45,7 @@ def resident(field):
 direction, source, target = sys.argv[1:]
 Path("/proc/self/clear_refs").write_text("5")
 before, started = resident("VmRSS"), time.perf_counter()
-getattr(convert, direction)(Path(source), Path(target))
+getattr(checkpoint_converter(), direction)(Path(source), Path(target))
 print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": resident("VmHWM") - before}))
 """
 

@@ -94,6 +94,11 @@ def entries(strategies: dict[str, dict[str, Any]], leave_out: Sequence[str], tor
     ]
 
 
+def scope_key(scope: str | list[list[int]]) -> str:
+    """A scope as a key of JSON."""
+    return scope if isinstance(scope, str) else str([list(pair) for pair in scope])
+
+
 def in_scope(name: str, scope: str | list[list[int]], layers: int) -> bool:
     """Whether a parameter of transformers' Llama enters the inner products of ``gradients.scope``."""
     if scope == "full":

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from peer_entries import TORCHJD_KINDS, Entry
+from peer_entries import TORCHJD_KINDS, Entry, scope_key
 
 Record = dict[str, Any]
 Matrix = Sequence[Sequence[float]]
@@ -26,11 +26,6 @@ def gram_error(found: Matrix, reference: Matrix) -> float:
     return largest
 
 
-def scope_key(entry: Entry) -> str:
-    """As in the answer of ``Contender.look``."""
-    return entry.scope if isinstance(entry.scope, str) else str([list(pair) for pair in entry.scope])
-
-
 def agreement(entry: Entry, seen: Record, reference: dict[str, Matrix], tied: bool) -> Record:
     """``agreement``: error of the Gram matrix of the contender's own gradients, in float64 where it has them.
     ``gram_error``: of the one that its weights come from. Shares of ``|g_i| |g_j|``; None: not known.
@@ -43,7 +38,7 @@ def agreement(entry: Entry, seen: Record, reference: dict[str, Matrix], tied: bo
     if tied and entry.scope in ("last_layer", "last_block"):
         # A tied output layer's own share of the gradient: transformers does not show it.
         return {"agreement": None, "gram_error": None}
-    expected = reference[scope_key(entry)]
+    expected = reference[scope_key(entry.scope)]
     own = None if seen["gram"] is None else gram_error(seen["gram"], expected)
     exact = gram_error(seen["exact"]["full"], reference["full"]) if "exact" in seen else own
     assert exact is not None, entry.name

@@ -5,51 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from kernel_accuracy import reference_gram
-from peer_entries import Entry, in_scope
+from peer_contender import Seconds, gapo, synchronize
+from peer_entries import Entry, in_scope, scope_key
 from peer_inputs import BETAS, EPS, LEARNING_RATE, load_model, loss, response_logprobs
 from torch import Tensor, nn
 
-from gapo_mega import aggregation
-from gapo_mega.engine.base import Aggregator
 from gapo_mega.types import Experience
-
-Seconds = tuple[float, float]  # a whole step, and the optimizer's part of it
-
-
-class Contender(Protocol):
-    """Something that updates a policy."""
-
-    def look(self, scopes: list[Any]) -> dict[str, Any]:
-        """Gram matrices at the initial parameters, as lists; not timed.
-
-        ``gram``: what the weights are computed from, None where that is not known; ``exact``: by scope (see
-        ``key``), in float64 from the contender's own gradients, where it has them.
-        """
-        ...
-
-    def step(self) -> Seconds:
-        """One update."""
-        ...
-
-
-def key(scope: Any) -> str:
-    """A scope as a key of JSON."""
-    return scope if isinstance(scope, str) else str([list(pair) for pair in scope])
-
-
-def gapo() -> Aggregator:
-    """The weights that ours and the step by hand use."""
-    return aggregation.build("gapo", p=1, scale="mean_norm")
-
-
-def synchronize() -> None:
-    """A GPU's work counts when it is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class HfContender(ABC):
@@ -110,7 +75,7 @@ class HfContender(ABC):
             jacobians = self.jacobians()
         found: dict[str, Any] = {"gram": None if gram is None else gram.double().tolist()}
         if jacobians is not None:
-            found["exact"] = {key(scope): self._exact(jacobians, scope).tolist() for scope in scopes}
+            found["exact"] = {scope_key(scope): self._exact(jacobians, scope).tolist() for scope in scopes}
         found["warnings"] = sorted({str(warning.message).splitlines()[0] for warning in caught})
         return found
 

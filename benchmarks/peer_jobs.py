@@ -1,9 +1,8 @@
-"""What benchmarks/peers.py asks its processes for. Imports nothing heavy: they do, in ``peer_worker``."""
+"""What benchmarks/peers.py asks its processes for. Imports nothing heavy, as the process that starts them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from peer_entries import Entry
@@ -48,17 +47,3 @@ class Job:
     attention: str
     microbatches: int
     scopes: tuple[Any, ...] = ()
-
-
-def prepare(connection: Connection, order: Order) -> None:
-    """See ``peer_worker.prepare``."""
-    import peer_worker
-
-    peer_worker.prepare(connection, order)
-
-
-def work(connection: Connection, job: Job, task: Task) -> None:
-    """See ``peer_worker.work``."""
-    import peer_worker
-
-    peer_worker.work(connection, job, task)

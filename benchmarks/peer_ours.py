@@ -6,8 +6,8 @@ import gc
 import time
 from typing import Any
 
+from peer_contender import Seconds, gapo, synchronize
 from peer_entries import Entry
-from peer_hf import Seconds, gapo, synchronize
 from peer_inputs import BETAS, EPS, LEARNING_RATE, loss
 
 from gapo_mega.config import Config

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import peer_figures
-import peer_jobs
+import peer_start
 import psutil
 from peer_entries import STACKED, Entry, entries, known_strategies
 from peer_figures import Record
@@ -154,7 +154,7 @@ def prepare(settings: Settings, folder: str) -> dict[str, Any]:
         attention=settings.attention,
         threads=settings.threads,
     )
-    worker = Worker(peer_jobs.prepare, "model and batch", order)
+    worker = Worker(peer_start.prepare, "model and batch", order)
     try:
         found: dict[str, Any] = worker.answer()
     finally:
@@ -218,7 +218,7 @@ class Measurement:
             microbatches=self.settings.microbatches,
             scopes=tuple(scope for i, scope in enumerate(scopes) if scope not in scopes[:i]),
         )
-        return Worker(peer_jobs.work, entry.name, job, task)
+        return Worker(peer_start.work, entry.name, job, task)
 
     def _once(self, entry: Entry, task: str) -> dict[str, Any]:
         self.bar.set_description(f"m = {self.objectives}: {task}, {entry.name}")

@@ -25,6 +25,7 @@ import peer_inputs
 import peer_ours
 import psutil
 import torch
+from peer_contender import Contender
 from peer_entries import TORCHJD_KINDS
 from peer_jobs import Job, Order, Task
 
@@ -62,7 +63,7 @@ def load_lazy_imports() -> None:
 load_lazy_imports()
 
 
-def build(job: Job) -> peer_hf.Contender:
+def build(job: Job) -> Contender:
     """The job's contender: model, optimizer and batch."""
     batch = load_batch(job.batch, job.entry.objectives(job.objectives))
     objectives = job.entry.objectives(job.objectives)
@@ -141,7 +142,7 @@ def resident(job: Job) -> dict[str, int]:
     }
 
 
-def take_steps(contender: peer_hf.Contender) -> None:
+def take_steps(contender: Contender) -> None:
     """The optimizer's state comes with the first."""
     for _ in range(STEPS):
         contender.step()

@@ -35,22 +35,18 @@ def main(
 
 def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
     """Train for a few steps in a temporary directory and report on rank 0."""
-    from gapo_mega import advantages
     from gapo_mega.config.loading import load
     from gapo_mega.measuring.throughput import benchmark_config, measure, print_table
-    from gapo_mega.models.huggingface import directory as hf_directory
-    from gapo_mega.models.huggingface import location as model_location
-    from gapo_mega.models.registry import shape_of
-    from gapo_mega.runs.start import train
+    from gapo_mega.runs.preflight import resolve
+    from gapo_mega.runs.start import run_training
 
     with tempfile.TemporaryDirectory() as folder:
-        resolved = benchmark_config(load(config, overrides), steps, Path(folder))
-        train(resolved, with_report=False)
+        settings = benchmark_config(load(config, overrides), steps, Path(folder))
+        resolved = resolve(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        run_training(resolved, with_report=False)
         if int(os.environ.get("RANK", "0")) != 0:
             return
-        shape = shape_of(hf_directory.HFDirectory(model_location.resolve(resolved.model.path)).config)
-        needs_critic = advantages.build(resolved.advantages.name, **resolved.advantages.options).needs_values
-        result = measure(resolved, shape, int(os.environ.get("WORLD_SIZE", "1")), needs_critic)
+        result = measure(resolved)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_table(result)

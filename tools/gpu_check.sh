@@ -51,8 +51,8 @@ for tool in memcheck racecheck synccheck; do
   fi
 done
 # The engine takes the GPU where there is one: gradients, metric and updates against float64.
-step engine "$python" -m pytest tests/engine/megatron/gradients/test_reference.py tests/engine/megatron/gradients/test_strategies.py \
-  tests/engine/megatron/gradients/test_metric.py
+step engine "$python" -m pytest tests/engine/megatron/gradients/test_reference.py \
+  tests/engine/megatron/gradients/test_strategies.py tests/engine/megatron/gradients/test_metric.py
 if [ -f "$model/config.json" ]; then
   step train "$python" -m gapo_mega.cli train --config examples/demo.yaml --nproc "$gpus" steps=1 \
     output_dir="$logs/train" data.heldout_prompts="$((4 * gpus))"

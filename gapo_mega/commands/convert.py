@@ -6,19 +6,52 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch
-import torch.distributed as dist
+import typer
 
-from gapo_mega.models import shape_of
-from gapo_mega.models.gguf.importing import import_gguf
-from gapo_mega.models.huggingface import location as model_location
-from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.commands import launch
 
 Kind = Literal["hf", "megatron", "gguf"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of torch
 _TARGETS = ("hf", "megatron")
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--from", help="Hugging Face directory or hub name, Megatron checkpoint, or .gguf file."
+        ),
+    ],
+    target: Annotated[Path, typer.Option("--to", help="The directory to write.")],
+    tp: Annotated[
+        int, typer.Option("--tp", min=1, help="Tensor-parallel size whose parts are stored apart.")
+    ] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline size whose stages share the writing.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [as in the source]")] = None,
+    to: Annotated[
+        str | None, typer.Option("--format", help="hf or megatron. [the one that --from is not]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that exists.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Write a checkpoint with this many local processes.")
+    ] = None,
+) -> None:
+    """Convert a model: Hugging Face to Megatron, Megatron to Hugging Face, GGUF to either.
+
+    Any layout can load a Megatron checkpoint, whatever --tp and --pp it was written with.
+    """
+    conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
+    conversion.check()
+    if nproc is not None:
+        conversion.check_processes(nproc)
+        launch.refuse_under_torchrun(nproc)
+        launch.start(nproc, ["convert", *conversion.arguments()])
+    launch.quiet_other_ranks()
+    conversion.run()
+    if launch.is_main_rank():
+        print(f"wrote {target}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,9 @@ class Conversion:
 
     def _check_model(self, source: Path) -> None:
         """The family and the layout, before any process is started."""
+        from gapo_mega.models import shape_of
+        from gapo_mega.models.huggingface.config import read_config
+
         shape = shape_of(read_config(source, "--from"))
         for option, value, divided in (
             ("--tp", self.tensor, {"key-value heads": shape.kv_groups, "MLP width": shape.ffn}),
@@ -82,26 +118,31 @@ class Conversion:
 
     def run(self) -> None:
         """Convert. Within torchrun all processes share the writing of a Megatron checkpoint."""
+        import torch
+        import torch.distributed as dist
+
+        from gapo_mega.engine.base import checkpoint_converter
+        from gapo_mega.models.gguf.importing import import_gguf
+        from gapo_mega.models.huggingface.location import resolve
+
         kind = self._source_kind()
         target = self._target_kind(kind)
-        self.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+        self.check_processes(launch.world_size())
         if kind == "gguf" and target == "hf":
             import_gguf(self.source, self.target, overwrite=self.overwrite)
             return
-        # Imported late: Megatron takes seconds to load.
-        from gapo_mega.engine.megatron.checkpoint import convert
-
-        dtype = None if self.dtype is None else _DTYPES[self.dtype]
+        converter = checkpoint_converter()
+        dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, _DTYPES[self.dtype])
         if target == "hf":
-            convert.to_hf(Path(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
+            converter.to_hf(Path(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
             return
         if "RANK" in os.environ:
             dist.init_process_group("gloo")
         with tempfile.TemporaryDirectory(dir=self._made_parent()) as scratch:
-            source = model_location.resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
+            source = resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
             if kind == "gguf":
                 import_gguf(self.source, source)
-            convert.to_checkpoint(
+            converter.to_checkpoint(
                 source,
                 self.target,
                 tensor=self.tensor,

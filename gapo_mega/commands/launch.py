@@ -1,9 +1,11 @@
-"""Starts the local processes of ``gapo-mega train --nproc N`` through ``torch.distributed.run``."""
+"""The processes of a command: local ones started through ``torch.distributed.run``, and what each may say."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -47,3 +49,29 @@ def available_cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def world_size() -> int:
+    """Processes of this job, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for its job."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def quiet_other_ranks() -> None:
+    """One voice: progress from rank 0, errors from everyone."""
+    main_rank = is_main_rank()
+    logging.basicConfig(
+        level=logging.WARNING if main_rank else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if main_rank:
+        logging.getLogger("gapo_mega").setLevel(logging.INFO)
+        # Megatron says at every import which accelerators are missing; `gapo-mega info` says it once.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+    else:
+        warnings.simplefilter("ignore")
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,63 +1,46 @@
-"""What a run would be on a number of processes: layout, steps and memory, in words and for programs."""
+"""``gapo-mega plan``: predicts what a run needs on a number of processes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Annotated
 
-from gapo_mega.config import Config
-from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.memory import GIB, MemoryPlan, predict
-from gapo_mega.runs.preflight import resolve
+import typer
+
+from gapo_mega.commands.options import ConfigFile
+
+if TYPE_CHECKING:
+    from gapo_mega.config import Config
+    from gapo_mega.planning.run import RunPlan
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """A configuration on ``world_size`` processes."""
+def plan(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as parallel.tensor=8."),
+    ] = None,
+    world: Annotated[int, typer.Option(min=1, help="Number of processes to plan for.")] = 1,
+    device_gib: Annotated[
+        float | None, typer.Option(min=0, help="Also tell whether a rank fits into a device of this size.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bytes, for programs.")] = False,
+) -> None:
+    """Predict the memory of every rank in a layout, without the model's weights or any device."""
+    from gapo_mega.config.loading import load
 
-    config: Config
-    world_size: int
-    memory: MemoryPlan
-
-    @property
-    def data(self) -> int:
-        """Data-parallel size."""
-        return data_parallel_size(self.config, self.world_size)
-
-    def lines(self) -> list[str]:
-        """Layout, sizes of a step, and memory per rank."""
-        parallel, rollout, algorithm = self.config.parallel, self.config.rollout, self.config.algorithm
-        sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-        minibatch = sequences // self.data // algorithm.minibatches
-        return [
-            f"layout: {self.world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x data {self.data}",
-            f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
-            f"sequences, {sequences // self.data} on a data-parallel rank",
-            f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
-            f"{minibatch * self.data} sequences, in microbatches of {self.config.micro_batch_size} on a "
-            "data-parallel rank",
-            *self.memory.table().splitlines(),
-        ]
-
-    def fullest(self, device_gib: float | None) -> str:
-        """The fullest rank's memory, and whether it fits into ``device_gib``, if that is given."""
-        peak = self.memory.peak / GIB
-        line = f"fullest rank: {peak:.2f} GiB"
-        if device_gib is None:
-            return line
-        return f"{line}, {'fits' if peak <= device_gib else 'does not fit'} into {device_gib:g} GiB"
-
-    def as_dict(self, device_gib: float | None) -> dict[str, Any]:
-        """For JSON: layout, bytes by kind and stage, and whether they fit (null: not asked)."""
-        parallel = self.config.parallel
-        layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": self.data}
-        fits = None if device_gib is None else self.memory.peak <= device_gib * GIB
-        return {"world": self.world_size, "layout": layout, **self.memory.as_dict(), "fits": fits}
+    run = make_plan(load(config, overrides or []), world)
+    if as_json:
+        print(json.dumps(run.as_dict(device_gib), indent=2))
+    else:
+        print("\n".join([*run.lines(), run.fullest(device_gib)]))
 
 
 def make_plan(config: Config, world_size: int) -> RunPlan:
     """``ValueError`` for what does not fit together. Reads the model's configuration, not its weights."""
+    from gapo_mega.planning.memory import predict
+    from gapo_mega.planning.run import RunPlan
+    from gapo_mega.runs.preflight import resolve
+
     resolved = resolve(config, world_size)
-    scored = [(model.request, model.shape) for model in resolved.score_models]
-    return RunPlan(config, world_size, predict(config, resolved.shape, world_size, scored))
+    return RunPlan(resolved, predict(resolved))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -180,6 +181,27 @@ class Engine(Trainable, Protocol):
         ...
 
 
+class BenchmarkEngine(Engine, Protocol):
+    """What ``gapo-mega benchmark step`` needs beside: another gradient strategy on the same models."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's models lie."""
+        ...
+
+    def take_strategy(self, resolved: ResolvedRun) -> int:
+        """Measure gradients as ``resolved`` says from now on. Bytes of its rows on this rank."""
+        ...
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of the policy's parameters, gradients and optimizer state on this rank, from the tensors."""
+        ...
+
+    def largest(self, value: int) -> int:
+        """The greatest of all ranks' values."""
+        ...
+
+
 @dataclass(frozen=True)
 class SupervisedSetup:
     """What a supervised engine is built from.
@@ -241,6 +263,13 @@ def build_engine(resolved: ResolvedRun, *, pad_id: int, eos_ids: list[int]) -> E
     return MegatronEngine(resolved, pad_id=pad_id, eos_ids=eos_ids)
 
 
+def build_benchmark_engine(resolved: ResolvedRun) -> BenchmarkEngine:
+    """As ``build_engine``; nothing is generated, so it needs no tokenizer."""
+    from gapo_mega.engine.megatron.engine import MegatronEngine
+
+    return MegatronEngine(resolved, pad_id=0, eos_ids=[0])
+
+
 def build_pair_engine(
     setup: SupervisedSetup, *, head: ScoreHead | None, center: float, pad_id: int
 ) -> SupervisedEngine:
@@ -265,3 +294,40 @@ def read_score_head(source: Path) -> ScoreHead | None:
     from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 
     return head_if_any(source)
+
+
+class CheckpointConverter(Protocol):
+    """Models between Hugging Face directories and the engine's checkpoints, one tensor at a time."""
+
+    def to_checkpoint(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a Hugging Face directory as a checkpoint. Collective where torch.distributed runs.
+
+        The parts of ``tensor`` x ``pipeline`` ranks are stored apart. ``dtype`` None: as in the source.
+        Raises ``ValueError`` for a model or a target that is refused.
+        """
+        ...
+
+    def to_hf(
+        self, source: Path, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the trained model of the checkpoint ``source`` as a Hugging Face directory.
+
+        Raises ``ValueError`` where ``source`` is not complete or ``target`` cannot be written.
+        """
+        ...
+
+
+def checkpoint_converter() -> CheckpointConverter:
+    """The converter of the engine. Imported late: Megatron takes seconds to load."""
+    from gapo_mega.engine.megatron.checkpoint import convert
+
+    return convert

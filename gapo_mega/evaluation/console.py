@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gapo_mega.evaluation.heldout import Summary, change_in_standard_errors
+from gapo_mega.evaluation.summary import Summary, change_in_standard_errors
 
 
 def summary_table(summary: Summary) -> Table:

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from gapo_mega.evaluation.heldout import Summary, change_in_standard_errors
 from gapo_mega.evaluation.series import Array, Series
+from gapo_mega.evaluation.summary import Summary, change_in_standard_errors
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"

@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from gapo_mega.config import Config
-from gapo_mega.evaluation.heldout import SUMMARY_FILE, Summary, change_in_standard_errors
 from gapo_mega.evaluation.plots import PALETTE, Picture, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, change_in_standard_errors
 
 CONFIG_FILE = "config.yaml"
 

@@ -16,23 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
-from gapo_mega import aggregation, losses
+from gapo_mega import aggregation
 from gapo_mega.config import Config
 from gapo_mega.config.strategies import variants
-from gapo_mega.engine.base import GradientReport
-from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.gradients import strategies
-from gapo_mega.engine.megatron.gradients.update import GradientStrategy
-from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
+from gapo_mega.engine.base import GradientReport, build_benchmark_engine
 from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_gradients
 from gapo_mega.planning.resolved import ResolvedRun
-from gapo_mega.planning.strategy import microbatches
 from gapo_mega.types import Experience
 
 BASELINE = "one objective"
@@ -124,23 +117,24 @@ class StepBenchmark:
         # gradients are zero and work is saved.
         still = {"lr": _NO_LEARNING, "weight_decay": 0.0}
         own = own.model_copy(update={"optimizer": own.optimizer.model_copy(update=still)})
-        alone = dataclasses.replace(resolved, config=own, critic=None)
-        self.engine = MegatronEngine(alone, pad_id=0, eos_ids=[0])
+        self._alone = dataclasses.replace(resolved, config=own, critic=None)
+        self.engine = build_benchmark_engine(self._alone)
         layout = self.engine.layout
         self.contenders = contenders(config, shape, layout.data, objectives)
-        sequences = microbatches(config, layout.data) * config.micro_batch_size
+        sequences = resolved.microbatches * config.micro_batch_size
         batch = synthetic_batch(config, shape, sequences, max(objectives), layout.data_rank)
         old_BT = self.engine.logprobs(batch.tokens_BT, batch.response_mask_BT, "policy")
         self.batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         self.aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
-        self.loss = losses.build(config.loss.name, **config.loss.options)
+        self.loss = resolved.loss
 
     def run(self, rounds: int) -> None:
         """One warm-up round with memory measured, then ``rounds`` timed ones."""
         for contender in self._turns(1, "memory"):
             self._measure_memory(contender)
         for contender in self._turns(rounds, "time"):
-            seconds, report = self._step(contender, self._strategy(contender))
+            self._prepare(contender)
+            seconds, report = self._step(contender)
             contender.seconds.append(seconds)
             contender.phases.append(_by_phase(report))
 
@@ -149,24 +143,22 @@ class StepBenchmark:
         quiet = not self.engine.layout.is_main or not sys.stderr.isatty()
         yield from tqdm(turns, desc=what, unit="step", disable=quiet)
 
-    def _strategy(self, contender: Contender) -> GradientStrategy:
-        with megatron_device():
-            engine = self.engine
-            strategy = strategies.build(contender.config, engine.policy, engine.groups, engine.shape)
-        contender.row_bytes = _most(strategy.row_bytes)
-        return strategy
+    def _prepare(self, contender: Contender) -> None:
+        """Let the engine measure gradients as the contender does."""
+        rows = self.engine.take_strategy(dataclasses.replace(self._alone, config=contender.config))
+        contender.row_bytes = self.engine.largest(rows)
 
     def _measure_memory(self, contender: Contender) -> None:
-        strategy = self._strategy(contender)
-        self._step(contender, strategy)  # what is allocated once, such as the optimizer's state
+        self._prepare(contender)
+        self._step(contender)  # what is allocated once, such as the optimizer's state
         peaks = []
         for _ in range(MEMORY_STEPS):
-            with measure_allocations(device()) as found:
-                self._step(contender, strategy)
+            with measure_allocations(self.engine.device) as found:
+                self._step(contender)
             peaks.append(found.peak_bytes)
-        contender.peak_bytes = _most(min(peaks))
+        contender.peak_bytes = self.engine.largest(min(peaks))
 
-    def _step(self, contender: Contender, strategy: GradientStrategy) -> tuple[float, GradientReport]:
+    def _step(self, contender: Contender) -> tuple[float, GradientReport]:
         """Wall time of the slowest rank, and the report."""
         assert self.batch.advantages_MBT is not None
         count = contender.objectives
@@ -178,8 +170,7 @@ class StepBenchmark:
         )
         self.engine.barrier()
         started = time.perf_counter()
-        with megatron_device():
-            report = strategy.step(batch, self.loss, self.aggregator)
+        report = self.engine.update_policy(batch, self.loss, self.aggregator)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.engine.barrier()
@@ -194,38 +185,9 @@ class StepBenchmark:
         """
         baseline = self.contenders[0]
         return {
-            "bytes": {kind: _most(size) for kind, size in self._resident().items()},
+            "bytes": {kind: self.engine.largest(size) for kind, size in self.engine.resident().items()},
             "strategies": [_summary(contender, baseline) for contender in self.contenders],
         }
-
-    def _resident(self) -> dict[str, int]:
-        """Parameters, gradients and optimizer state of the policy as tensors hold them."""
-        trainable = self.engine.policy
-        (inner,) = trainable.optimizer.chained_optimizers
-        parameters = list(trainable.model.parameters())
-        own = {p.data_ptr() for p in parameters}
-        mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
-        state = [t for held in inner.optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
-        # Without bf16 the optimizer steps the parameters themselves, or views of them.
-        copies = [p for p in mains if self.config.model.dtype == "bf16" and p.data_ptr() not in own]
-        return {
-            "parameters": _bytes(parameters),
-            "gradients": sum(
-                b.grad_data.numel() * b.grad_data.element_size() for b in trainable.model.buffers
-            ),
-            "optimizer": _bytes(state) + _bytes(copies),
-        }
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _most(size: int) -> int:
-    """The greatest of all ranks' sizes. Collective."""
-    found = torch.tensor(size, dtype=torch.int64, device=device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
 
 
 def _by_phase(report: GradientReport) -> dict[str, float]:

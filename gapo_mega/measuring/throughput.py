@@ -1,4 +1,7 @@
-"""Times of a short training run, by phase, with tokens per second and utilisation; see ``tools/``."""
+"""Times of a short training run, by phase, with tokens per second and utilisation.
+
+``benchmarks/throughput.py`` prints and writes them.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gapo_mega.config import Config
+from gapo_mega.evaluation.series import METRICS_FILE
+from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.flops import TransformerShape, known_peak_flops, measure_gemm_peak, mfu, step_flops
-from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import passes
-from gapo_mega.runs.log import METRICS_FILE
+from gapo_mega.planning.flops import StepFlops, TransformerShape, mfu, step_flops
+from gapo_mega.planning.resolved import ResolvedRun
 
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
@@ -50,10 +53,11 @@ def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
     )
 
 
-def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -> dict[str, Any]:
-    """Medians over the timed steps of the run in ``config.output_dir``. Rank 0 only."""
+def measure(resolved: ResolvedRun) -> dict[str, Any]:
+    """Medians over the timed steps of the run that ``resolved`` was. Rank 0 only."""
+    config, world = resolved.config, resolved.world
     lines = (Path(config.output_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    per_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
+    per_step = resolved.updates_per_step
     records = [json.loads(line) for line in lines][WARM_UP_STEPS * per_step :]
     steps = [_sum_times(records[i : i + per_step]) for i in range(0, len(records), per_step)]
     phases = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in steps[0]}
@@ -62,7 +66,7 @@ def measure(config: Config, shape: ModelShape, world: int, needs_critic: bool) -
     tokens = [r["response_length"] + r["prompt_length"] for r in records]
     sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens_per_second = sequences * statistics.mean(tokens) / seconds
-    flops = _flops(config, shape, records, sequences, needs_critic, world)
+    flops = _flops(resolved, records, sequences)
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
         "config": config.model_dump(mode="json", exclude={"output_dir"}),
@@ -117,14 +121,8 @@ def _sum_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return total
 
 
-def _flops(
-    config: Config,
-    shape: ModelShape,
-    records: Sequence[dict[str, Any]],
-    sequences: int,
-    needs_critic: bool,
-    world: int,
-) -> Any:
+def _flops(resolved: ResolvedRun, records: Sequence[dict[str, Any]], sequences: int) -> StepFlops:
+    config, shape = resolved.config, resolved.shape
     # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
@@ -133,10 +131,10 @@ def _flops(
     count = step_flops(
         transformer_shape(shape, shape.vocab),
         [(prompt, response)] * sequences,
-        passes(config, data_parallel_size(config, world)),
+        resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
-        critic=transformer_shape(shape, heads) if needs_critic else None,
+        critic=transformer_shape(shape, heads) if resolved.critic is not None else None,
     )
     count = dataclasses.replace(count, critic=count.critic * critics)
     if config.algorithm.old_logprobs == "generator":

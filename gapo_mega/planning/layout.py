@@ -7,7 +7,7 @@ layout.
 
 from __future__ import annotations
 
-from gapo_mega import advantages
+from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.strategy import microbatches, refusal_of_shared
@@ -35,14 +35,14 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (tensor * pipeline)
 
 
-def check_layout(config: Config, shape: ModelShape, world_size: int) -> None:
+def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit; else nothing."""
     _check_model_split(config.parallel, shape)
     data_parallel = data_parallel_size(config, world_size)
     _check_batches(config, data_parallel)
     check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)
-    _check_advantages(config)
+    _check_samples(config, estimator)
 
 
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
@@ -116,13 +116,13 @@ def _check_lengths(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_advantages(config: Config) -> None:
-    samples, name = config.rollout.samples_per_prompt, config.advantages.name
-    estimator = advantages.build(name, **config.advantages.options)
+def _check_samples(config: Config, estimator: AdvantageEstimator) -> None:
+    samples = config.rollout.samples_per_prompt
     if samples < estimator.least_samples:
         raise ValueError(
-            f"rollout.samples_per_prompt: found {samples}, accepted with advantages.name {name}: "
-            f"{estimator.least_samples} or more, because {estimator.least_samples_because}"
+            f"rollout.samples_per_prompt: found {samples}, accepted with advantages.name "
+            f"{config.advantages.name}: {estimator.least_samples} or more, because "
+            f"{estimator.least_samples_because}"
         )
 
 

@@ -12,18 +12,14 @@ scopes last_layer and last_block need to form the output layer's rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gapo_mega import advantages
-from gapo_mega.config import Config, OptimizerConfig, ParallelConfig, strategies
+from gapo_mega.config import Config, OptimizerConfig, ParallelConfig
 from gapo_mega.config.strategies import RankSizes
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
-from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import forward_kind, microbatches
+from gapo_mega.planning.resolved import ResolvedRun
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -102,14 +98,9 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-ScoreModels = Sequence[tuple[ScoreModelRequest, ModelShape]]
-
-
-def predict(config: Config, shape: ModelShape, world_size: int, score_models: ScoreModels = ()) -> MemoryPlan:
-    """The memory of every rank of ``world_size`` processes; the layout must have passed the layout checks."""
-    data = data_parallel_size(config, world_size)
-    stages = range(config.parallel.pipeline)
-    return MemoryPlan([_stage(config, shape, data, stage, score_models) for stage in stages])
+def predict(resolved: ResolvedRun) -> MemoryPlan:
+    """The memory of every rank of the run."""
+    return MemoryPlan([_stage(resolved, stage) for stage in range(resolved.config.parallel.pipeline)])
 
 
 def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, stage: int) -> RankSizes:
@@ -163,21 +154,23 @@ def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
     return shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor * shape.hidden
 
 
-def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_models: ScoreModels) -> StagePlan:
+def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
+    config, shape, data = resolved.config, resolved.shape, resolved.data
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
-    strategy, objectives = strategies.chosen(config.gradients), len(config.objectives)
+    strategy, objectives = resolved.strategy, len(config.objectives)
     # A graph that serves one backward only is let go of within it.
-    kept = forward_kind(config, data) == "shared" and strategy.reuses_graph(objectives)
+    kept = resolved.shared and strategy.reuses_graph(objectives)
     shard = count // data if config.optimizer.distributed else count
     offloaded = config.model.offload_reference
     scoring = [
         (
-            request.offload,
-            critic_parameters(model, tensor, pipeline, stage, 1) * (2 if request.dtype == "bf16" else FP32),
+            model.request.offload,
+            critic_parameters(model.shape, tensor, pipeline, stage, 1)
+            * (2 if model.request.dtype == "bf16" else FP32),
         )
-        for request, model in score_models
+        for model in resolved.score_models
     ]
     visitors = [size for away, size in scoring if away] + ([count * item] if offloaded else [])
     return StagePlan(
@@ -189,21 +182,22 @@ def _stage(config: Config, shape: ModelShape, data: int, stage: int, score_model
         objective_rows=strategy.row_bytes(objectives, rank_sizes(config.parallel, shape, shard, stage)),
         reference=0 if offloaded else count * item,
         score_models=sum(size for away, size in scoring if not away),
-        critic=_critic(config, shape, data, stage),
+        critic=_critic(resolved, stage),
         visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
-        activations=activation_peak(config, shape, stage, microbatches(config, data), kept),
+        activations=activation_peak(config, shape, stage, resolved.microbatches, kept),
     )
 
 
-def _critic(config: Config, shape: ModelShape, data: int, stage: int) -> int:
+def _critic(resolved: ResolvedRun, stage: int) -> int:
     """Parameters, gradients and optimizer state of all value models; they take turns with activations."""
-    if not advantages.build(config.advantages.name, **config.advantages.options).needs_values:
+    if resolved.critic is None:
         return 0
+    config, shape = resolved.config, resolved.critic.shape
     objectives = len(config.objectives)
     models, heads = (1, objectives) if config.critic.heads == "shared" else (objectives, 1)
     count = critic_parameters(shape, config.parallel.tensor, config.parallel.pipeline, stage, heads)
-    state = _optimizer_bytes(config, config.critic.optimizer, count, data)
+    state = _optimizer_bytes(config, config.critic.optimizer, count, resolved.data)
     return models * (count * (_item_size(config) + FP32) + state)
 
 

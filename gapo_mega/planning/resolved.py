@@ -11,12 +11,14 @@ from pathlib import Path
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
-from gapo_mega.config import Config
+from gapo_mega.config import Config, strategies
+from gapo_mega.config.strategies import PassCount, StrategyDeclaration
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
+from gapo_mega.planning.strategy import forward_kind, microbatches
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,26 @@ class ResolvedRun:
     def data(self) -> int:
         """Data-parallel size."""
         return data_parallel_size(self.config, self.world)
+
+    @property
+    def strategy(self) -> StrategyDeclaration:
+        """How the gradients of objectives are measured and held."""
+        return strategies.chosen(self.config.gradients)
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes of a data-parallel rank over one minibatch."""
+        return microbatches(self.config, self.data)
+
+    @property
+    def shared(self) -> bool:
+        """One forward a microbatch serves the backwards of all objectives."""
+        return forward_kind(self.config, self.data) == "shared"
+
+    @property
+    def passes(self) -> PassCount:
+        """Forwards and backwards of one update; partial backwards (of a scope) are not counted."""
+        return self.strategy.passes(len(self.config.objectives), self.shared)
 
     @property
     def updates_per_step(self) -> int:

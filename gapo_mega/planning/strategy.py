@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 from gapo_mega.config import Config, strategies
-from gapo_mega.config.strategies import PassCount
 from gapo_mega.optional import transformer_engine_layers
 
 
@@ -40,9 +39,3 @@ def refusal_of_shared(config: Config, count: int) -> str | None:
     if transformer_engine_layers() and strategy.reuses_graph(len(config.objectives)):
         return "Transformer Engine's layers (they drop what a second backward would need)"
     return strategy.refusal_of_shared(count, config.model.recompute)
-
-
-def passes(config: Config, data_parallel: int) -> PassCount:
-    """What the strategy runs; partial backwards (of a scope) are not counted."""
-    shared = forward_kind(config, data_parallel) == "shared"
-    return strategies.chosen(config.gradients).passes(len(config.objectives), shared)

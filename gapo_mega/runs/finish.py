@@ -10,8 +10,8 @@ import torch
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine
 from gapo_mega.evaluation.console import print_summary
-from gapo_mega.evaluation.heldout import SUMMARY_FILE, Summary, paired_summary, write_summary
 from gapo_mega.evaluation.report import SamplePair, write_report
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, paired_summary, write_summary
 from gapo_mega.rollout.heldout import Answers, HeldOut
 
 EXPORT_FOLDER = "hf"

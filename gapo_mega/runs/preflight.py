@@ -33,12 +33,12 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     Raises ``ValueError`` for the first thing that does not fit together.
     """
     shape = _shape(config.model.path)
-    check_layout(config, shape, world_size)
+    estimator = advantages.build(config.advantages.name, **config.advantages.options)
+    check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
     aggregator = aggregation.build(config.aggregation.name, **config.aggregation.options)
     # Any Gram matrix will do to find options of another number of objectives.
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
-    estimator = advantages.build(config.advantages.name, **config.advantages.options)
     built = [objectives.build(objective) for objective in config.objectives]
     return ResolvedRun(
         config=config,

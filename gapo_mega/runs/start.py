@@ -16,17 +16,25 @@ from gapo_mega.engine.base import build_engine
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
+from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.trainer import Trainer
 
 
-def train(config: Config, with_report: bool = True) -> None:
+def train(config: Config) -> None:
     """Run a whole training on this process's share of the world (torchrun's environment, or alone).
 
-    ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
     Everything that can be refused is refused before a model is built. Raises ``ValueError``.
     """
-    resolved = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    run_training(resolve(config, int(os.environ.get("WORLD_SIZE", "1"))))
+
+
+def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:
+    """Read data, build the engine, train.
+
+    ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
+    """
+    config = resolved.config
     companions = location.companions_of(resolved.policy.directory())
     tokenizer = read_tokenizer(companions)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)

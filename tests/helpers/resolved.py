@@ -1,28 +1,50 @@
-"""A ``ResolvedRun`` for engines whose data and objectives are never used: preflight would import them."""
+"""Resolved runs whose data and objectives are never used: preflight would import the objectives."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from gapo_mega import advantages, aggregation, losses
 from gapo_mega.config import Config
-from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.planning.resolved import ModelSource, ResolvedRun
+from gapo_mega.models import HFDirectory, ModelShape, shape_of
+from gapo_mega.objectives.base import ScoreModelRequest
+from gapo_mega.planning.layout import check_layout
+from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 
 
-def resolved_run(config: Config, world: int = 1, with_critic: bool = False) -> ResolvedRun:
-    """Without objectives; ``with_critic``: value models, whatever the estimator."""
-    policy = ModelSource(config.model.path, shape_of(HFDirectory(Path(config.model.path)).config))
-    critic = dataclasses.replace(policy, path=config.critic.path or policy.path) if with_critic else None
+def resolved_run(
+    config: Config,
+    world: int = 1,
+    *,
+    shape: ModelShape | None = None,
+    with_critic: bool | None = None,
+    scored: Sequence[tuple[ScoreModelRequest, ModelShape]] = (),
+) -> ResolvedRun:
+    """Without objectives.
+
+    ``shape``: of the policy; none: that of ``config.model.path``. ``with_critic``: value models, whatever the
+    estimator needs.
+    """
+    estimator = advantages.build(config.advantages.name, **config.advantages.options)
+    if shape is None:
+        shape = shape_of(HFDirectory(Path(config.model.path)).config)
+    if with_critic is None:
+        with_critic = estimator.needs_values
     return ResolvedRun(
         config=config,
         world=world,
-        policy=policy,
-        critic=critic,
+        policy=ModelSource(config.model.path, shape),
+        critic=ModelSource(config.critic.path or config.model.path, shape) if with_critic else None,
         objectives=[],
-        score_models=[],
+        score_models=[ScoreModelSource(*found) for found in scored],
         aggregator=aggregation.build(config.aggregation.name, **config.aggregation.options),
-        estimator=advantages.build(config.advantages.name, **config.advantages.options),
+        estimator=estimator,
         loss=losses.build(config.loss.name, **config.loss.options),
     )
+
+
+def check(config: Config, shape: ModelShape, world: int) -> None:
+    """``check_layout`` with the configuration's own estimator."""
+    estimator = advantages.build(config.advantages.name, **config.advantages.options)
+    check_layout(config, shape, world, estimator)

@@ -23,7 +23,7 @@ from gapo_mega.engine.megatron.model.forward import forward_only
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
 from gapo_mega.engine.megatron.model.logprobs import response_logprobs
 from gapo_mega.engine.megatron.runtime import groups
-from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions
@@ -60,7 +60,7 @@ class MegatronEngine(groups.Collective):
             self.critics = (
                 None if resolved.critic is None else self._critics(resolved.critic, resolved.total_updates)
             )
-            self.gradients = strategies.build(config, self.policy, self.groups, shape)
+            self.gradients = strategies.build(resolved, self.policy, self.groups)
         self.generator = MegatronGenerator(
             self.policy.model,
             self.groups,
@@ -140,16 +140,35 @@ class MegatronEngine(groups.Collective):
             return self.critics.update(minibatch, loss)
 
     # -- measurement --------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """See ``BenchmarkEngine.device``."""
+        return device()
+
+    def take_strategy(self, resolved: ResolvedRun) -> int:
+        """See ``BenchmarkEngine.take_strategy``."""
+        del self.gradients  # its rows are not held beside the new ones
+        with megatron_device():
+            self.gradients = strategies.build(resolved, self.policy, self.groups)
+        return self.gradients.row_bytes
+
+    def resident(self) -> dict[str, int]:
+        """See ``BenchmarkEngine.resident``."""
+        return self.policy.resident()
+
+    def largest(self, value: int) -> int:
+        """See ``BenchmarkEngine.largest``."""
+        found = torch.tensor(value, dtype=torch.int64)
+        for group in (self.groups.replica, self.groups.data):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        return int(found)
+
     def peak_memory(self) -> int:
         """See ``Engine.peak_memory``."""
         if torch.cuda.is_available():
-            own = torch.cuda.max_memory_allocated()
-        else:
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-        result = torch.tensor(own)
-        for group in (self.groups.replica, self.groups.data):
-            dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
-        return int(result)
+            return self.largest(torch.cuda.max_memory_allocated())
+        # Linux counts in KiB.
+        return self.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     # -- persistence -------------------------------------------------------------------------------
     def _trainables(self) -> dict[str, Trainable]:

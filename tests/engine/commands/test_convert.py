@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
-from gapo_mega.commands.convert import Conversion
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import convert, weights
 from gapo_mega.engine.megatron.checkpoint.dist_format import METADATA, DistReader, read_common
@@ -291,84 +287,3 @@ def test_a_score_model_is_no_policy(tmp_path: Path, one_process: None) -> None:
         model = build.build_gpt(shape, ModelConfig(path=str(source)), ParallelConfig())
         with pytest.raises(ValueError, match=r"found a score model, accepted: a language model"):
             weights.load(model, shape, tmp_path / "ckpt")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tensor": 3}, r"--tp: found 3, accepted: a divisor of the model's \d+ key-value heads"),
-        ({"pipeline": 3}, r"--pp: found 3, accepted: a divisor of the model's 2 layers"),
-        ({"dtype": "int8"}, r"--dtype: found 'int8', accepted: fp32, bf16, fp16"),
-        ({"target_kind": "onnx"}, r"--format: found 'onnx', accepted: hf, megatron"),
-        ({"target_kind": "hf"}, r"--format: found hf, but .* is that already"),
-        ({"source": "/no/such/folder"}, r"--from: /no/such/folder not found"),
-        ({"source": "/no/such.gguf"}, r"--from: file /no/such\.gguf not found"),
-    ],
-)
-def test_bad_options_are_told_at_once(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    source = tiny_mistral(tmp_path / "hf").config.name_or_path or str(tmp_path / "hf")
-    with pytest.raises(ValueError, match=message):
-        Conversion(**{"source": source, "target": tmp_path / "out", **options}).check()
-
-
-MEASURE = """
-import resource, sys
-from pathlib import Path
-from gapo_mega.engine.megatron import convert
-
-def grown(call, *arguments):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = status("VmRSS")
-    call(*map(Path, arguments))
-    return status("VmHWM") - before
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-source, checkpoint, back, small = sys.argv[1:]
-convert.to_checkpoint(Path(small), Path(small + "-ckpt"))  # imports what is imported on first use
-convert.to_hf(Path(small + "-ckpt"), Path(small + "-back"))
-print(grown(convert.to_checkpoint, source, checkpoint), grown(convert.to_hf, checkpoint, back))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_conversion_holds_a_small_part_of_the_model(tmp_path: Path) -> None:
-    """The largest tensor and a fifth of the rest, at 0.4 GB, where Python's own objects still count."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        names = {name: value.shape for name, value in LlamaForCausalLM(config).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randint(-9999, 9999, shape, dtype=torch.int16, generator=generator).view(torch.bfloat16)
-        for name, shape in names.items()
-    }
-    size = sum(value.nbytes for value in tensors.values())
-    largest = max(value.nbytes for value in tensors.values())
-    assert size > 4e8
-    (tmp_path / "hf").mkdir()
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path / "hf")
-    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
-    folders = [str(tmp_path / name) for name in ("hf", "ckpt", "back", "small")]
-    tiny_llama(tmp_path / "small")
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, *folders]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # what is freed is given back
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
-    there, back = map(int, result.stdout.split())
-    back_again = load_file(tmp_path / "back" / "model.safetensors")
-    bits = {name: value.view(torch.int16) for name, value in tensors.items()}  # random bits: some are NaN
-    assert all(torch.equal(back_again[name].view(torch.int16), value) for name, value in bits.items())
-    assert there <= largest + 0.2 * size, f"{there / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
-    assert back <= largest + 0.2 * size, f"{back / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"

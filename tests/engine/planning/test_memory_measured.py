@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from gapo_mega import aggregation
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.model.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.models.registry import shape_of
+from gapo_mega.planning.activations import VOCABULARY_DIVISOR
 from gapo_mega.planning.memory import StagePlan, predict
 from gapo_mega.types import Experience
 from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.resolved import resolved_run
 
 TOLERANCE = 0.05
 MIB = 1 << 20
@@ -176,7 +179,7 @@ def test_a_step_takes_what_was_predicted(
     parallel_state.get_global_memory_buffer().buffer.clear()
     try:
         shape = shape_of(hf_config)
-        (plan,) = predict(config, shape, 1).stages
+        (plan,) = predict(resolved_run(config, shape=shape)).stages
         batch = longest_batch(config, shape.vocab)
         with measure_allocations(device()) as found:
             engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
@@ -195,3 +198,7 @@ def test_a_step_takes_what_was_predicted(
         assert plan.activations > 20 * MIB  # large enough to mean something
     finally:
         worlds.leave()
+
+
+def test_the_plan_pads_the_vocabulary_as_the_engine_does() -> None:
+    assert VOCABULARY_DIVISOR == ENGINE_DIVISOR

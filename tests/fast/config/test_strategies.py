@@ -18,11 +18,11 @@ from gapo_mega.config.loading import load
 from gapo_mega.config.strategies import PassCount, RankSizes, chosen
 from gapo_mega.config.strategies.scoped import layers_in
 from gapo_mega.models import ModelShape
-from gapo_mega.planning.layout import check_layout
 from gapo_mega.planning.memory import predict
-from gapo_mega.planning.strategy import forward_kind, passes
+from gapo_mega.planning.strategy import forward_kind
 from tests.helpers.one_pass import DECLARATION
 from tests.helpers.plugin_files import file_in
+from tests.helpers.resolved import check, resolved_run
 
 SCOPES = ("full", "last_layer", "last_block", [[0, 1]], [[0, 1], [2, 4]])
 OBJECTIVES = (1, 2, 4)
@@ -261,15 +261,15 @@ def test_a_new_strategy_is_one_file_for_configuration_plan_and_benchmarks(tmp_pa
             load(file, ["gradients.store=two_passes"])
         with pytest.raises(ValueError, match=r"^gradients\.store_dtype: found bf16, .*\(from override"):
             load(file, ["gradients={store: one_pass, store_dtype: bf16}"])
-        check_layout(config, SHAPE, 1)
+        check(config, SHAPE, 1)
         with pytest.raises(ValueError, match="one_pass with 41 layers, accepted: up to 40"):
-            check_layout(config, replace(SHAPE, num_layers=41), 1)
+            check(config, replace(SHAPE, num_layers=41), 1)
         shared = Config.model_validate({**raw(), "gradients": {"store": "one_pass", "forward": "shared"}})
         with pytest.raises(ValueError, match="found shared with store one_pass, accepted: auto"):
-            check_layout(shared, SHAPE, 1)
+            check(shared, SHAPE, 1)
         assert forward_kind(config, 1) == "separate"
-        assert passes(config, 1) == PassCount(2, 2)
-        assert predict(config, SHAPE, 1).stages[0].objective_rows == 8 * 3 * 4
+        assert resolved_run(config, shape=SHAPE).passes == PassCount(2, 2)
+        assert predict(resolved_run(config, shape=SHAPE)).stages[0].objective_rows == 8 * 3 * 4
         assert strategies.variants()[-1].name == "one pass"
         sys.path.insert(0, scripts)
         try:

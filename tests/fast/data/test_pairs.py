@@ -1,4 +1,4 @@
-"""Preference pairs: every format, what is left out, held-out prompts, and what lengths give away."""
+"""Preference pairs: every format, what is left out, held-out prompts."""
 
 from __future__ import annotations
 

@@ -24,17 +24,11 @@ from gapo_mega.cli import app
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
 from gapo_mega.engine.base import GradientReport
-from gapo_mega.evaluation import audit as audit_module
-from gapo_mega.evaluation.audit import (
-    Candidate,
-    audit_run,
-    curves,
-    judge,
-    print_audit,
-    read_recording,
-    run_audit,
-)
+from gapo_mega.evaluation import verdicts
+from gapo_mega.evaluation.audit import audit_run, curves, print_audit, run_audit
 from gapo_mega.evaluation.audit_plot import same_lines
+from gapo_mega.evaluation.recording import read_recording
+from gapo_mega.evaluation.verdicts import Candidate, judge
 from gapo_mega.runs.log import JsonLines, step_metrics
 from tests.helpers.aggregators import OnHost
 
@@ -313,7 +307,7 @@ def test_long_runs_have_a_progress_bar(
     run = write_run(tmp_path, opposing())
     audit_run(run)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(audit_module, "MANY_STEPS", 3)
+    monkeypatch.setattr(verdicts, "MANY_STEPS", 3)
     audit_run(run)
     assert "audit" in capsys.readouterr().err
 

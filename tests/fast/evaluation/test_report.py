@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from gapo_mega.config import Config
-from gapo_mega.evaluation.heldout import paired_summary, write_summary
 from gapo_mega.evaluation.plots import draw_before_after, draw_weights
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.series import Series, read_series
+from gapo_mega.evaluation.summary import paired_summary, write_summary
 
 
 def run_directory(path: Path, names: list[str], steps: int) -> Path:

@@ -9,7 +9,8 @@ import pytest
 
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape
-from gapo_mega.planning.layout import check_layout, data_parallel_size
+from gapo_mega.planning.layout import data_parallel_size
+from tests.helpers.resolved import check
 
 SMOLLM2 = ModelShape(
     family="llama", num_layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152,
@@ -33,7 +34,7 @@ def config(**sections: Any) -> Config:
     [({}, 1), ({}, 2), ({"tensor": 3}, 3), ({"pipeline": 2}, 2), ({"tensor": 3, "pipeline": 2}, 12)],
 )
 def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
-    check_layout(config(parallel=parallel), SMOLLM2, world)
+    check(config(parallel=parallel), SMOLLM2, world)
 
 
 @pytest.mark.parametrize(
@@ -92,20 +93,20 @@ def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
 )  # fmt: skip
 def test_what_cannot_work_is_refused(sections: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_layout(config(**sections), SMOLLM2, world)
+        check(config(**sections), SMOLLM2, world)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 def test_sliding_window_bounds_the_length() -> None:
     windowed = replace(SMOLLM2, sliding_window=320)
-    check_layout(config(), windowed, 1)  # 256 + 64 tokens fill it exactly
+    check(config(), windowed, 1)  # 256 + 64 tokens fill it exactly
     with pytest.raises(ValueError, match="accepted: at most 319, the model's sliding attention window"):
-        check_layout(config(), replace(SMOLLM2, sliding_window=319), 1)
+        check(config(), replace(SMOLLM2, sliding_window=319), 1)
 
 
 def test_gae_needs_no_second_sample() -> None:
-    check_layout(
+    check(
         config(advantages={"name": "gae"}, rollout={"samples_per_prompt": 1}, micro_batch_size=8), SMOLLM2, 1
     )
 

@@ -14,7 +14,8 @@ from gapo_mega.config.loading import dump, load
 from gapo_mega.config.strategies import PassCount
 from gapo_mega.models import ModelShape
 from gapo_mega.planning.layout import check_gradients
-from gapo_mega.planning.strategy import forward_kind, passes
+from gapo_mega.planning.strategy import forward_kind
+from tests.helpers.resolved import resolved_run
 
 SHAPE = ModelShape("llama", 4, 8, 16, 2, 2, 4, 64, False, 1e4, 1e-5, False, 64)
 
@@ -70,7 +71,7 @@ def test_auto(gradients: dict[str, Any], sections: dict[str, Any], data: int, ex
     ],
 )
 def test_passes(gradients: dict[str, Any], expected: PassCount) -> None:
-    assert passes(config(gradients), 1) == expected
+    assert resolved_run(config(gradients), shape=SHAPE).passes == expected
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def _run(command: Sequence[str | Path]) -> None:
 def build(folder: Path, csrc: Path = CSRC) -> Path:
     """The module ``_native`` in ``folder``, built from the sources in ``csrc``."""
     kernels = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "faults.cu"]
-    plain = [csrc / "bindings.cpp", csrc / "runs.cpp", HERE / "emulator.cpp"]
+    plain = [csrc / "bindings.cpp", csrc / "runs.cpp", *sorted(HERE.glob("*.cpp"))]
     # Without GAPO_X86 there is the baseline only, and the files of other instruction sets are left out.
     plain += [path for path in sorted((csrc / "cpu").glob("*.cpp")) if not path.stem.startswith("avx")]
     plain += sorted((csrc / "cuda").glob("*.cpp"))

@@ -7,6 +7,8 @@
 // abandoned.
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
 
+#include "emulator.h"
+
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -24,14 +26,15 @@
 #include <string>
 #include <vector>
 
-#include "cuda_runtime.h"
-
 uint3 threadIdx;
 uint3 blockIdx;
 dim3 blockDim;
 dim3 gridDim;
 
 namespace cuda_emulation {
+
+unsigned schedule = 0;
+
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -52,10 +55,6 @@ struct Fiber {
   uint64_t value;
   int source;
 };
-
-int multiprocessors = 3;
-unsigned schedule = 0;  // 0 ascending, 1 descending, else the seed of random orders
-cudaError_t last_error = cudaSuccess;
 
 std::mutex one_launch;
 std::vector<std::unique_ptr<Fiber>> fibers;  // of any block; kept, with their stacks
@@ -99,16 +98,6 @@ std::string doing(const Fiber& fiber) {
 void note_failure(const std::string& what) { failure = name_of("block", blockIdx) + ": " + what; }
 
 [[noreturn]] void back_to_scheduler() { _longjmp(scheduler, 1); }
-
-// Ends the launch from within a thread. No object with a destructor may be alive in the caller.
-[[noreturn]] void fail(const char* what, const Site& site) {
-  if (current == nullptr) {  // host code: nowhere to go
-    std::fprintf(stderr, "%s at %s:%d\n", what, site.file, site.line);
-    std::abort();
-  }
-  note_failure(name_of(*current) + ": " + what + " at " + name_of(site));
-  back_to_scheduler();
-}
 
 // Lets others run until someone makes this thread ready again.
 void wait() {
@@ -315,12 +304,16 @@ bool is_possible(const cudaLaunchConfig_t& config) {
          threads > 0 && threads <= kMostThreads && b.z <= 64;
 }
 
-cudaError_t noted(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
-
 }  // namespace
+
+void fail(const char* what, const Site& site) {
+  if (current == nullptr) {  // host code: nowhere to go
+    std::fprintf(stderr, "%s at %s:%d\n", what, site.file, site.line);
+    std::abort();
+  }
+  note_failure(name_of(*current) + ": " + what + " at " + name_of(site));
+  back_to_scheduler();
+}
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
   if (!is_possible(config)) return noted(cudaErrorInvalidConfiguration);
@@ -372,79 +365,3 @@ void require_aligned(const void* address, size_t alignment, Site site) {
 }
 
 }  // namespace cuda_emulation
-
-using cuda_emulation::noted;
-
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
-  }
-  return "unrecognized error code";
-}
-
-cudaError_t cudaGetLastError() { return std::exchange(cuda_emulation::last_error, cudaSuccess); }
-
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  return noted(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
-}
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return noted(cudaErrorInvalidDevice);
-  if (attribute != cudaDevAttrMultiProcessorCount) return noted(cudaErrorInvalidValue);
-  *value = cuda_emulation::multiprocessors;
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* memory, int byte, size_t count, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};  // as a kernel, whose accesses are watched
-  config.stream = stream;
-  return cuda_emulation::launch(config, [=] { std::memset(memory, byte, count); });
-}
-
-// How the next launches run.
-extern "C" __attribute__((visibility("default"))) void cuda_emulation_configure(int multiprocessors,
-                                                                                unsigned schedule) {
-  cuda_emulation::multiprocessors = multiprocessors;
-  cuda_emulation::schedule = schedule;
-}
-
-// ---- What the compiler's checks call (-fsanitize without its runtime library) ----------------
-
-namespace {
-struct CheckedPlace {  // all of the checks' data begins with it
-  const char* file;
-  uint32_t line;
-  uint32_t column;
-};
-}  // namespace
-
-#define GAPO_CHECK(name, what)                                                \
-  extern "C" [[noreturn]] void __ubsan_handle_##name##_abort(void* data) {    \
-    const auto* place = static_cast<const CheckedPlace*>(data);               \
-    cuda_emulation::fail(what, {place->file, static_cast<int>(place->line)}); \
-  }
-GAPO_CHECK(type_mismatch_v1, "misaligned or null address")
-GAPO_CHECK(out_of_bounds, "index outside an array")
-GAPO_CHECK(shift_out_of_bounds, "shift by too much")
-GAPO_CHECK(add_overflow, "integer overflow")
-GAPO_CHECK(sub_overflow, "integer overflow")
-GAPO_CHECK(mul_overflow, "integer overflow")
-GAPO_CHECK(negate_overflow, "integer overflow")
-GAPO_CHECK(divrem_overflow, "division by zero or integer overflow")

@@ -1,4 +1,4 @@
-"""The command line: what it prints, refuses and starts."""
+"""The command as a process: what it prints, imports and starts."""
 
 from __future__ import annotations
 
@@ -10,31 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from gapo_mega import ops
-from gapo_mega.cli import main
-from gapo_mega.config import Config
-from tests.helpers.tiny import tiny_llama
-
-CONFIG = """
-output_dir: {output}
-model: {{path: {model}}}
-data: {{source: "package:prompts", max_prompt_tokens: 64}}
-rollout: {{max_new_tokens: 16}}
-objectives:
-  - {{name: concise, function: "gapo_mega.demo.rewards:concise"}}
-  - {{name: plain, function: "gapo_mega.demo.rewards:plain"}}
-"""
+from tests.helpers.run_files import write_run_file
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cli")
-    tiny_llama(directory / "model")
-    path = directory / "run.yaml"
-    path.write_text(CONFIG.format(output=directory / "run", model=directory / "model"))
-    return path
+    return write_run_file(tmp_path_factory.mktemp("cli"))
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -45,38 +28,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         text=True,
         timeout=300,
     )
-
-
-class Here:
-    """The command inside this process, where heavy imports have been paid for already."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
-        self._capture.readouterr()
-        self._patch.setattr(sys, "argv", ["gapo-mega", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = self._capture.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, output.out, output.err
-
-    def refused(self, *arguments: str) -> str:
-        """The one line that a user error prints."""
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, "")
-        (line,) = err.strip().splitlines()
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    return Here(monkeypatch, capsys)
 
 
 def test_help_and_version() -> None:
@@ -108,48 +59,6 @@ def test_info_says_what_is_installed() -> None:
     assert "transformer-engine" in done.stdout and "apex" in done.stdout
 
 
-def test_dry_run_prints_a_configuration_layout_and_memory(file: Path, here: Here) -> None:
-    code, out, _ = here(
-        "train", "-c", str(file), "--dry-run", "--world", "4", "parallel.pipeline=2", "seed=9"
-    )
-    config = Config.model_validate(yaml.safe_load(out))
-    assert (code, config.seed, config.parallel.pipeline, config.rollout.max_new_tokens) == (0, 9, 2, 16)
-    assert "# layout: 4 processes = tensor 1 x pipeline 2 x data 2" in out
-    assert "# step: 8 prompts x 4 samples = 32 sequences, 16 on a data-parallel rank" in out
-    assert "stage 0     stage 1" in out
-    assert not Path(config.output_dir).exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("rollout.temprature=1",), "rollout.temprature: unknown key, the nearest is 'temperature'"),
-        (("--world", "3", "parallel.tensor=2"), "= 2 processes on a world of 3, accepted"),
-        (("model.path=/nowhere",), "model.path: found '/nowhere'"),
-        (("objectives.0.function=gapo_mega.demo.rewards:concize",), "objective 'concise'"),
-        (("aggregation.name=gap",), "gap"),
-    ],
-)
-def test_user_errors_are_one_line(file: Path, here: Here, arguments: tuple[str, ...], message: str) -> None:
-    assert message in here.refused("train", "--config", str(file), "--dry-run", *arguments)
-
-
-def test_options_that_do_not_go_together(file: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ("train", "--config", str(file))
-    assert "--world: found 2 without --dry-run" in here.refused(*run, "--world", "2")
-    # The run is checked before processes are started, because torchrun buries the error of a worker.
-    assert "rollout.prompts_per_step: found 8" in here.refused(*run, "--nproc", "3")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert "--nproc: found 2 inside torchrun" in here.refused(*run, "--nproc", "2")
-
-
-def test_errors_show_where_they_were_raised_on_demand(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GAPO_MEGA_TRACEBACK", "1")
-    monkeypatch.setattr(sys, "argv", ["gapo-mega", "train", "--config", str(file), "sed=1"])
-    with pytest.raises(ValueError, match="sed: unknown key, the nearest is 'seed'"):
-        main()
-
-
 def test_user_error_of_the_command_itself(file: Path) -> None:
     done = command("train", "--config", str(file), "steps=0")
     assert (done.returncode, done.stdout) == (2, "")
@@ -158,19 +67,7 @@ def test_user_error_of_the_command_itself(file: Path) -> None:
     )
 
 
-def test_convert_refuses_what_it_cannot_read(tmp_path: Path, here: Here) -> None:
-    (tmp_path / "model.bin").touch()
-    for source, found in (
-        ("absent.gguf", "absent.gguf not found"),
-        ("model.bin", "found the file"),
-        ("absent", "absent not found; accepted: a directory, a hub name or a .gguf file"),
-    ):
-        line = here.refused("convert", "--from", str(tmp_path / source), "--to", str(tmp_path / "out"))
-        assert found in line
-
-
-def test_nproc_starts_that_many_ranks_with_their_share_of_the_cores(tmp_path: Path) -> None:
-
+def test_nproc_starts_that_many_ranks_with_their_share_of_the_cores() -> None:
     script = "from gapo_mega.commands.launch import start; start(2, ['--version'])"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapo_mega.ops import Status, reference
+from gapo_mega.ops import Status
 from tests.helpers.cuda_emulation.build import build, compiler
+from tests.helpers.cuda_emulation.comparison import assert_gram_close, combine_and_compare, normal
 from tests.helpers.cuda_emulation.extension import DTYPES, SCHEDULES, Emulated
 from tests.helpers.cuda_emulation.memory import GuardedMemory
 from tests.helpers.grams import families, residual
@@ -26,9 +27,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="no C++ compiler"),
 ]
 
-# fp64 throughout: kernel and reference round at most once an element, to 2^-53, and no test has more
-# than 2^16 elements.
-GRAM_TOLERANCE = 2.0**-36
 ROOT_TOLERANCE = 5 * 2.0**-24  # an inverse root is formed in fp32: five roundings
 
 
@@ -43,10 +41,6 @@ def emulated(built: Emulated) -> Iterator[Emulated]:
     built.configure()
     yield built
     built.memory.check()
-
-
-def normal(length: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(length, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # ---- The emulator itself: it finds what it is there for ----------------------------------------------
@@ -134,18 +128,6 @@ def test_plan_covers_every_segment_once(emulated):
     assert runs == [(2, 10, 0), (0, 2, 1), (chunk - 10, 3 * chunk, 2), (0, 3, 5)]
     assert emulated.plan(lengths, None) == [(0, 10, 0), (0, 3 * chunk, 1), (0, 5, 4)]
     assert emulated.plan([0], None) == []
-
-
-def assert_gram_close(
-    found: Tensor, rows: list[list[Tensor]], tolerance: float = GRAM_TOLERANCE, **options
-) -> None:
-    joined = [torch.cat(row) for row in rows]
-    weight = options.pop("weight", None)
-    factors = {} if weight is None else {"weight": torch.cat(weight)}
-    expected = reference.gramian(joined, **options, **factors)
-    bounded = {name: value.abs() for name, value in factors.items()}
-    norms = reference.gramian(joined, **options, **bounded).diagonal().sqrt()
-    assert bool(((found - expected).abs() <= tolerance * torch.outer(norms, norms)).all())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -279,20 +261,6 @@ def test_gramian_on_devices_of_several_sizes(emulated, m):
 
 
 # ---- Combination ------------------------------------------------------------------------------------
-
-
-def combine_and_compare(emulated, out: list[Tensor], rows: list[list[Tensor]], weights: list[float]) -> None:
-    joined = [torch.cat(row) for row in rows]
-    expected = torch.empty(joined[0].numel(), dtype=torch.float64)
-    size = torch.empty_like(expected)
-    reference.combine_(expected, joined, weights)
-    reference.combine_(size, [row.abs() for row in joined], [abs(w) for w in weights])
-    emulated.combine(out, rows, weights)
-    found = torch.cat(out)
-    # At most 16 fp32 roundings of the summands and one of the weight, then one to the output's type.
-    last = torch.finfo(found.dtype)
-    allowed = size * 17 * 2.0**-24 + expected.abs() * last.eps + last.smallest_normal * last.eps
-    assert bool(((found.double() - expected).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)

@@ -6,20 +6,18 @@ Every file of this folder that defines a ``GradientStrategy`` implements the dec
 from __future__ import annotations
 
 import gapo_mega.engine.megatron.gradients as package
-from gapo_mega.config import Config
-from gapo_mega.config.strategies import StrategyDeclaration, chosen
+from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
 from gapo_mega.engine.megatron.model.build import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.memory import rank_sizes
-from gapo_mega.planning.strategy import forward_kind
+from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.registry import implementations
 
 
-def build(config: Config, trainable: Trainable, groups: Groups, shape: ModelShape) -> GradientStrategy:
-    """The strategy of ``config.gradients`` on this rank; its rows are allocated."""
-    declared = chosen(config.gradients)
+def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> GradientStrategy:
+    """The strategy of the run on this rank; its rows are allocated."""
+    config, shape, declared = resolved.config, resolved.shape, resolved.strategy
     setting = Setting(
         trainable,
         groups,
@@ -27,7 +25,7 @@ def build(config: Config, trainable: Trainable, groups: Groups, shape: ModelShap
         vocabulary=shape.vocab,
         layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
-        shared=forward_kind(config, groups.layout.data) == "shared",
+        shared=resolved.shared,
         adam=config.gradients.metric == "adam",
     )
     strategy = implementation_of(type(declared))(setting, declared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +57,31 @@ class Trainable:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
+    def resident(self) -> dict[str, int]:
+        """Bytes of parameters, gradients and optimizer state on this rank, as the tensors have them."""
+        (inner,) = self.optimizer.chained_optimizers
+        parameters = list(self.model.parameters())
+        own = {p.data_ptr() for p in parameters}
+        mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
+        state = [t for held in inner.optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
+        # Without bf16 the optimizer steps the parameters themselves, or views of them.
+        copies = [p for p in mains if self.model.config.bf16 and p.data_ptr() not in own]
+        return {
+            "parameters": _bytes(parameters),
+            "gradients": _bytes([buffer.grad_data for buffer in self.model.buffers]),
+            "optimizer": _bytes(state) + _bytes(copies),
+        }
+
     def step(self) -> float:
         """One optimizer step on a finite gradient; its norm before clipping."""
         updated, norm, _ = self.optimizer.step()
         assert updated, "the gradient was found finite"
         self.scheduler.step(1)
         return float(norm)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def reduce_gradients(

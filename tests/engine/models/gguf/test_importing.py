@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -114,19 +113,3 @@ def test_straight_to_a_megatron_checkpoint(directory: Path, tmp_path: Path) -> N
     assert torch.equal(reader.read("decoder.layers.mlp.linear_fc2.weight", 7), expected.bfloat16())
     assert (tmp_path / "ckpt" / "hf" / "tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(
-        ValueError, match=r"general\.architecture is 'gpt2', accepted: \['llama', 'qwen2', 'qwen3'\]"
-    ):
-        import_gguf(tmp_path / "other.gguf", tmp_path / "out")
-    (tmp_path / "cut.gguf").write_bytes((tmp_path / "other.gguf").read_bytes()[:20])
-    with pytest.raises(ValueError, match=r"cut\.gguf cannot be read"):
-        import_gguf(tmp_path / "cut.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

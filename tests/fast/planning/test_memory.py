@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
 
-from gapo_mega.commands.plan import RunPlan
 from gapo_mega.config import Config
-from gapo_mega.engine.megatron.model.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.models import ModelShape, shape_of
 from gapo_mega.objectives.base import ScoreModelRequest
-from gapo_mega.planning.activations import VOCABULARY_DIVISOR, Block, Counter, sizes_of
+from gapo_mega.planning.activations import Block, Counter, sizes_of
 from gapo_mega.planning.memory import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
+from gapo_mega.planning.run import RunPlan
+from tests.helpers.resolved import resolved_run
 
 SIZES = {
     "num_hidden_layers": 6,
@@ -60,7 +60,6 @@ def test_padding_of_the_vocabulary() -> None:
     shape = shape_of(LlamaConfig(**(SIZES | {"vocab_size": 257}), tie_word_embeddings=True))
     whole = shape_of(LlamaConfig(**(SIZES | {"vocab_size": 384}), tie_word_embeddings=True))
     assert stage_parameters(shape, 1, 1, 0) == stage_parameters(whole, 1, 1, 0)
-    assert VOCABULARY_DIVISOR == ENGINE_DIVISOR
 
 
 def test_critic_has_heads_for_the_output_layer() -> None:
@@ -79,11 +78,11 @@ def test_score_models_and_the_reference_stay_or_visit() -> None:
         (ScoreModelRequest("a", "bf16", 8, offload=False), shape),
         (ScoreModelRequest("b", "fp32", 8, offload=True), shape),
     ]
-    (stage,) = predict(config(parallel={"tensor": 4}), shape, 4, scored).stages
+    (stage,) = predict(resolved_run(config(parallel={"tensor": 4}), 4, shape=shape, scored=scored)).stages
     assert (stage.score_models, stage.visiting) == (2 * head, 4 * head)
     assert stage.peak - stage.resident >= stage.visiting
     settings = config(parallel={"tensor": 4}, model={"path": "m", "dtype": "bf16", "offload_reference": True})
-    (stage,) = predict(settings, shape, 4).stages
+    (stage,) = predict(resolved_run(settings, 4, shape=shape)).stages
     assert (stage.reference, stage.visiting, stage.score_models) == (0, 2 * count, 0)
 
 
@@ -94,7 +93,7 @@ def test_mistral_7b_on_eight_ranks() -> None:
     # the embedding and of the output layer to a multiple of 4 x 128: 256 rows more.
     assert stage_parameters(shape, 1, 1, 0) == 7_241_732_096
     assert 4 * count == 7_241_732_096 + 3 * 266_240 + 2 * 256 * 4096
-    (stage,) = predict(config(parallel={"tensor": 4}), shape, 8).stages
+    (stage,) = predict(resolved_run(config(parallel={"tensor": 4}), 8, shape=shape)).stages
     assert stage.parameters == stage.reference == 2 * count
     assert stage.gradients == 4 * count
     assert stage.optimizer == 12 * count // 2  # fp32 main parameters and two moments, over 2 data ranks
@@ -110,7 +109,9 @@ def test_optimizer_kinds() -> None:
     count = stage_parameters(shape, 1, 1, 0)
 
     def optimizer_bytes(dtype: str, **settings: Any) -> int:
-        (stage,) = predict(config(model={"path": "m", "dtype": dtype}, optimizer=settings), shape, 2).stages
+        (stage,) = predict(
+            resolved_run(config(model={"path": "m", "dtype": dtype}, optimizer=settings), 2, shape=shape)
+        ).stages
         return stage.optimizer
 
     assert optimizer_bytes("fp32", distributed=False) == 8 * count
@@ -122,7 +123,9 @@ def test_optimizer_kinds() -> None:
 def test_critic_models() -> None:
     shape = shape_of(LlamaConfig(**SIZES))
     shared, separate = (
-        predict(config(advantages={"name": "gae"}, critic={"heads": heads}), shape, 1).stages[0].critic
+        predict(resolved_run(config(advantages={"name": "gae"}, critic={"heads": heads}), shape=shape))
+        .stages[0]
+        .critic
         for heads in ("shared", "separate")
     )
     # bf16 parameters, fp32 gradient, fp32 main parameters and moments: 18 bytes each
@@ -134,9 +137,11 @@ def test_recomputation_saves_and_the_table_shows_every_stage() -> None:
     shape = shape_of(MISTRAL_7B)
     plans = {
         kind: predict(
-            config(model={"path": "m", "dtype": "bf16", "recompute": kind}, parallel={"pipeline": 2}),
-            shape,
-            2,
+            resolved_run(
+                config(model={"path": "m", "dtype": "bf16", "recompute": kind}, parallel={"pipeline": 2}),
+                2,
+                shape=shape,
+            )
         )
         for kind in ("none", "selective", "full")
     }
@@ -161,7 +166,9 @@ def test_rows_of_every_gradient_strategy() -> None:
     output = 256 * 48
 
     def rows(world: int = 1, pipeline: int = 1, stage: int = 0, **gradients: Any) -> int:
-        plan = predict(config(parallel={"pipeline": pipeline}, gradients=gradients), shape, world)
+        plan = predict(
+            resolved_run(config(parallel={"pipeline": pipeline}, gradients=gradients), world, shape=shape)
+        )
         return plan.stages[stage].objective_rows
 
     assert rows() == 2 * 4 * count  # three objectives, one of them in Megatron's buffer
@@ -214,7 +221,7 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:
     def activations(prompts: int) -> list[int]:
         rollout = {"prompts_per_step": prompts, "samples_per_prompt": 2, "max_new_tokens": 28}
         settings = config(parallel={"pipeline": 3}, micro_batch_size=2, rollout=rollout)
-        return [stage.activations for stage in predict(settings, shape, 3).stages]
+        return [stage.activations for stage in predict(resolved_run(settings, 3, shape=shape)).stages]
 
     one, many = activations(1), activations(8)
     assert one[0] == pytest.approx(one[1], rel=0.1)  # one microbatch everywhere
@@ -224,7 +231,7 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:
 
 def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     stage = StagePlan(0, 0, GIB, GIB, 0, 0, 0, 0, 0, 0, kv_cache=GIB, activations=GIB // 2)
-    run = RunPlan(config(), 1, MemoryPlan([stage, stage]))
+    run = RunPlan(resolved_run(config(), shape=shape_of(MISTRAL_7B)), MemoryPlan([stage, stage]))
     assert run.fullest(None) == "fullest rank: 3.00 GiB"
     assert run.fullest(3.0) == "fullest rank: 3.00 GiB, fits into 3 GiB"
     assert run.fullest(2.5).endswith("does not fit into 2.5 GiB")

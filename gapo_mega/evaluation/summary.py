@@ -1,4 +1,4 @@
-"""Held-out scores before and after training."""
+"""Held-out scores before and after training, with the standard error of their paired difference."""
 
 from __future__ import annotations
 

@@ -1,0 +1,24 @@
+"""``gapo-mega audit``: what every aggregation method would have done in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def audit(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, finished or running.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Show only this method; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write audit.csv and audit.png, if not RUN_DIR/audit."),
+    ] = None,
+) -> None:
+    """Tell, without training, what every aggregation method would have done at each step of a run."""
+    from gapo_mega.evaluation.audit import run_audit
+
+    run_audit(run_dir, method or [], out)

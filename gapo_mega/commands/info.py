@@ -1,0 +1,39 @@
+"""``gapo-mega info``: versions, devices and optional packages."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def info() -> None:
+    """Show versions, the compiled extension, devices, and which optional packages are usable."""
+    import torch
+
+    from gapo_mega import ops, optional
+
+    print(f"gapo-mega      {installed('gapo-mega')}")
+    print(f"python         {platform.python_version()} on {platform.machine()}")
+    for package in ("torch", "megatron-core", "transformers", "datasets"):
+        print(f"{package:<14} {installed(package)}")
+    print(f"extension      {', '.join(f'{key} {value}' for key, value in ops.info().items())}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices        {', '.join(devices) or 'CPU only (no CUDA device)'}")
+    probes = {
+        "transformer-engine": optional.transformer_engine(),
+        "apex": optional.apex(),
+        "wandb": optional.wandb(),
+        "serve": optional.serve(),
+    }
+    for name, probe in probes.items():
+        print(f"{name:<18} {'used' if probe.usable else 'not used'}: {probe.found}")
+        if probe.lost:
+            print(f"{'':<18} without it: {probe.lost}")
+
+
+def installed(package: str) -> str:
+    """The version of an installed distribution, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

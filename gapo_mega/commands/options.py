@@ -1,0 +1,16 @@
+"""What several commands take on their command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
+]

@@ -1,0 +1,175 @@
+"""The HTTP application of ``gapo-mega serve-reward``, and the server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gapo_mega import objectives, optional
+from gapo_mega.config import ObjectiveConfig
+from gapo_mega.config.loading import load, parse
+from gapo_mega.objectives import Objective
+from gapo_mega.objectives.hf_classifier import HfClassifier
+from gapo_mega.types import Prompt
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+
+_NAME = "reward"  # of objectives that are given as --model or --function
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: str
+    content: str
+
+
+class Sample(BaseModel):
+    """A response to be scored. Without ``messages`` the conversation is ``prompt`` and ``response``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    response: str
+    messages: list[ChatMessage] | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_the_response(self) -> Sample:
+        if self.messages is not None:
+            last = self.messages[-1] if self.messages else None
+            if last is None or (last.role, last.content) != ("assistant", self.response):
+                raise ValueError("messages: accepted: a list that ends with the response, said by assistant")
+        return self
+
+    def as_prompt(self, index: int) -> Prompt:
+        """What the response answers."""
+        asked = [message.model_dump() for message in (self.messages or [])[:-1]]
+        return Prompt(index, self.prompt, messages=tuple(asked))
+
+
+class ScoreRequest(BaseModel):
+    """Body of ``POST /score``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    samples: list[Sample] = Field(min_length=1)
+
+
+class ScoreResponse(BaseModel):
+    """Its answer: one finite number a sample, in order."""
+
+    scores: list[float]
+
+
+class Health(BaseModel):
+    """Answer of ``GET /health``."""
+
+    status: str
+    objective: str
+
+
+def objective_config(
+    config: Path | None, model: str | None, function: str | None, overrides: Sequence[str]
+) -> ObjectiveConfig:
+    """The objective to serve: of a YAML file, a reward model's directory, or ``module:function``.
+
+    ``overrides`` are applied to it. Raises ``ValueError`` unless exactly one of the three is given.
+    """
+    given = [
+        name for name, value in (("--config", config), ("--model", model), ("--function", function)) if value
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            f"serve-reward: found {' and '.join(given) or 'no objective'}, accepted: one of --config, "
+            "--model and --function"
+        )
+    if config is not None:
+        return load(config, overrides, kind=ObjectiveConfig)
+    data: dict[str, Any] = {"name": _NAME, "kind": "python", "function": function}
+    if model is not None:
+        data = {"name": _NAME, "kind": "hf_classifier", "options": {"model": model}}
+    return parse(data, overrides, ObjectiveConfig, given[0])
+
+
+def create_app(objective: Objective) -> FastAPI:
+    """An ASGI application that scores with ``objective``, one request at a time.
+
+    ``POST /score`` answers 422 to what is no ``ScoreRequest``, and to what the objective refuses.
+    """
+    from fastapi import FastAPI, HTTPException
+    from fastapi.concurrency import run_in_threadpool
+
+    app = FastAPI(title=f"gapo-mega reward {objective.name}")
+    one_at_a_time = asyncio.Lock()
+
+    @app.get("/health")
+    async def health() -> Health:
+        return Health(status="ok", objective=objective.name)
+
+    @app.post("/score")
+    async def score(request: ScoreRequest) -> ScoreResponse:
+        prompts = [sample.as_prompt(index) for index, sample in enumerate(request.samples)]
+        responses = [sample.response for sample in request.samples]
+        async with one_at_a_time:
+            try:
+                # In a thread, so that /health answers meanwhile.
+                return ScoreResponse(scores=await run_in_threadpool(objective.score, prompts, responses))
+            except ValueError as error:
+                logger.warning("refused: %s", error)
+                raise HTTPException(422, str(error)) from error
+
+    return app
+
+
+def serve(config: ObjectiveConfig, host: str, port: int) -> None:
+    """Serve the objective until interrupted; port 0 takes a free one. Where it listens is printed.
+
+    The weights of a reward model are read first; requests that come meanwhile wait. Raises ``ValueError``
+    without the ``serve`` extra, where nothing can listen, and for what the objective itself refuses.
+    """
+    probe = optional.serve()
+    if not probe.usable:
+        raise ValueError(
+            f"serve-reward: found {probe.found}; run `pip install 'gapo-mega[serve]'` (lost without it: "
+            f"{probe.lost})"
+        )
+    import uvicorn
+
+    objective = objectives.build(config)
+    if objective.wanted_model is not None:
+        raise ValueError(
+            f"serve-reward: found kind {config.kind}, which runs on the engine of a training; accepted: "
+            "another kind"
+        )
+    with _listening(host, port) as listener:
+        if isinstance(objective, HfClassifier):
+            objective.load()
+        server = uvicorn.Server(uvicorn.Config(create_app(objective), log_level="warning"))
+        address, bound = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        print(f"objective {objective.name} is served at http://{shown}:{bound}/score", flush=True)
+        server.run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A listening socket. Before the weights are read: a port that is taken is found at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"--host, --port: found {host} and {port}: {reason}; accepted: an address of this machine and a "
+            "free port, or 0"
+        ) from error

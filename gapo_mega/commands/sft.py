@@ -1,0 +1,20 @@
+"""``gapo-mega sft``: fine-tunes a language model on conversations."""
+
+from __future__ import annotations
+
+from gapo_mega.commands.options import ConfigFile, Overrides, Processes
+from gapo_mega.commands.supervised import run_supervised
+
+
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+) -> None:
+    """Fine-tune a language model on conversations, as a warm start of a later training."""
+    from gapo_mega.config.loading import load
+    from gapo_mega.config.supervised import SftConfig
+    from gapo_mega.runs.supervised import SftRun
+
+    settings = load(config, overrides or [], kind=SftConfig)
+    run_supervised(settings, SftRun, nproc, ["sft", "--config", str(config), *(overrides or [])])

@@ -1,0 +1,67 @@
+"""``gapo-mega train``: trains a policy, or prints what the run would be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gapo_mega.commands import launch
+from gapo_mega.commands.options import ConfigFile, Processes
+
+if TYPE_CHECKING:
+    from gapo_mega.config import Config
+
+
+def train(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as optimizer.lr=1e-6."),
+    ] = None,
+    nproc: Processes = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration, layout and predicted memory; stop.")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: number of processes to plan for.")
+    ] = None,
+) -> None:
+    """Train a policy on several objectives.
+
+    Runs as one process, as a process of torchrun, or starts local processes itself (--nproc).
+    """
+    from gapo_mega.config.loading import load
+
+    settings = load(config, overrides or [])
+    if world is not None and not dry_run:
+        raise ValueError(
+            f"--world: found {world} without --dry-run; a run has as many processes as are started"
+        )
+    if nproc is not None:
+        launch.refuse_under_torchrun(nproc)
+    if dry_run:
+        _dry_run(settings, world or nproc or launch.world_size())
+    elif nproc is not None:
+        from gapo_mega.runs.preflight import resolve
+
+        resolve(settings, nproc)  # here, because torchrun buries the error of a worker
+        launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
+    else:
+        launch.quiet_other_ranks()
+        from gapo_mega.runs.start import train as run
+
+        run(settings)
+
+
+def _dry_run(config: Config, world_size: int) -> None:
+    """Print the run as it would be: YAML, with layout and memory as comments below it."""
+    from gapo_mega.commands.plan import make_plan
+    from gapo_mega.config.loading import to_yaml
+
+    run = make_plan(config, world_size)
+    if not launch.is_main_rank():
+        return
+    print(to_yaml(config))
+    for line in run.lines():
+        print(f"# {line}")

@@ -1,0 +1,107 @@
+"""What a run's log holds of its gradients: each step's norms and cosines give its Gram matrix back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.evaluation.series import METRICS_FILE, Array
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What ``metrics.jsonl`` holds of S steps with M objectives."""
+
+    names: list[str]
+    steps: list[int]
+    left_out: list[int]  # steps without finite gradients, or that the run skipped for another reason
+    grams: Tensor  # [S, M, M] float64
+    weights: Array  # [S, M] as logged
+
+
+def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
+    """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
+    path = run_dir / METRICS_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # The last line of a run that is writing it right now is not complete.
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+    for row in rows:
+        _check(row, names, path)
+    usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
+    if not usable:
+        raise ValueError(
+            f"run directory: found {len(rows)} steps in {path}, none of them with finite gradients, "
+            "accepted: a directory that a run has written"
+        )
+    steps = [int(row["step"]) for row, _ in usable]
+    return Recording(
+        names=list(names),
+        steps=steps,
+        left_out=sorted({int(row["step"]) for row in rows} - set(steps)),
+        grams=torch.stack([gram for _, gram in usable]),
+        weights=np.array([[row[f"weight/{name}"] for name in names] for row, _ in usable], dtype=float),
+    )
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    """A step's metrics. Raises ``ValueError`` for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not _is_number(row.get("step")):
+        raise ValueError(f"{place}: found {line.strip()[:60]!r}, accepted: a JSON object with a step")
+    return row
+
+
+def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Norms and cosines are there and what they can be, or null; weights are numbers, or null."""
+    most = 1 + 1e-6  # a logged cosine is rounded
+    limits = {
+        **{f"grad_norm/{name}": (0.0, math.inf) for name in names},
+        **{f"weight/{name}": (-math.inf, math.inf) for name in names},
+        **{f"cosine/{a}/{b}": (-most, most) for a, b in combinations(names, 2)},
+    }
+    for key, (least, greatest) in limits.items():
+        if key not in row:
+            raise ValueError(
+                f"{path}: step {row['step']} has no {key!r}, accepted: the metrics of every objective "
+                f"in {CONFIG_FILE} ({', '.join(names)})"
+            )
+        value = row[key]
+        if value is not None and not (_is_number(value) and least <= value <= greatest):
+            raise ValueError(
+                f"{path}: step {row['step']}: found {key} {value!r}, accepted: a number"
+                + (f" from {least:.0f} to {greatest:.0f}" if math.isfinite(least) else "")
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _gram(row: dict[str, Any], names: Sequence[str]) -> Tensor | None:
+    """``G_ij = ||g_i|| ||g_j|| cos_ij``; None for a skipped step, which has no weights to compare with."""
+    norms = [row[f"grad_norm/{name}"] for name in names]
+    if row.get("skipped") or None in norms:
+        return None
+    gram = torch.diag(torch.tensor(norms, dtype=torch.float64) ** 2)
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        if norms[i] == 0 or norms[j] == 0:
+            continue  # their cosine is null
+        cosine = row[f"cosine/{a}/{b}"]
+        if cosine is None:
+            return None
+        gram[i, j] = gram[j, i] = norms[i] * cosine * norms[j]
+    return gram

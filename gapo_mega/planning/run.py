@@ -1,0 +1,49 @@
+"""What a run would be on a number of processes: layout, steps and memory, in words and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gapo_mega.planning.memory import GIB, MemoryPlan
+from gapo_mega.planning.resolved import ResolvedRun
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run and its memory."""
+
+    resolved: ResolvedRun
+    memory: MemoryPlan
+
+    def lines(self) -> list[str]:
+        """Layout, sizes of a step, and memory per rank."""
+        config, data = self.resolved.config, self.resolved.data
+        parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
+        sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+        minibatch = sequences // data // algorithm.minibatches
+        return [
+            f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x data {data}",
+            f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
+            f"sequences, {sequences // data} on a data-parallel rank",
+            f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
+            f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a "
+            "data-parallel rank",
+            *self.memory.table().splitlines(),
+        ]
+
+    def fullest(self, device_gib: float | None) -> str:
+        """The fullest rank's memory, and whether it fits into ``device_gib``, if that is given."""
+        peak = self.memory.peak / GIB
+        line = f"fullest rank: {peak:.2f} GiB"
+        if device_gib is None:
+            return line
+        return f"{line}, {'fits' if peak <= device_gib else 'does not fit'} into {device_gib:g} GiB"
+
+    def as_dict(self, device_gib: float | None) -> dict[str, Any]:
+        """For JSON: layout, bytes by kind and stage, and whether they fit (null: not asked)."""
+        parallel = self.resolved.config.parallel
+        layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": self.resolved.data}
+        fits = None if device_gib is None else self.memory.peak <= device_gib * GIB
+        return {"world": self.resolved.world, "layout": layout, **self.memory.as_dict(), "fits": fits}

@@ -1,0 +1,124 @@
+"""Resuming one process bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from tests.helpers.ranks import check_checkpoint, worlds
+from tests.helpers.ranks.check_checkpoint import Run
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    yield
+    worlds.leave()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"),
+    [
+        ("fp32", {}),
+        ("fp32", {"distributed": False}),
+        ("fp32", {"distributed": False, "name": "sgd", "momentum": 0.9}),
+        ("fp32", {"distributed": False, "name": "sgd"}),
+        ("bf16", {}),
+        ("bf16", {"distributed": False}),
+    ],
+)
+def test_resumed_run_is_the_same_bit_for_bit(
+    tmp_path: Path, world: None, dtype: str, optimizer: dict[str, Any]
+) -> None:
+    children = psutil.Process().children(recursive=True)
+    args = {
+        "directory": str(tmp_path / "a"),
+        "save": [1, 1],
+        "load": [],
+        "dtype": dtype,
+        "optimizer": optimizer,
+    }
+    check_checkpoint.check(args, check_checkpoint.run(args))
+    assert psutil.Process().children(recursive=True) == children  # no writer processes were left
+
+
+def test_saved_before_the_first_step(tmp_path: Path, world: None) -> None:
+    alone = worlds.enter(1, 1)
+    original = Run({}, alone, seed=1)
+    checkpoint.save(tmp_path, original.trainables, {}, alone)
+    resumed = Run({}, alone, seed=2)
+    checkpoint.load(tmp_path, resumed.trainables, alone)
+    untouched = Run({}, alone, seed=1)  # the same weights; its optimizer makes its own first state
+    assert resumed.step(5) == untouched.step(5)
+    assert resumed.step(6) == untouched.step(6)
+
+
+def test_every_parameter_counts_its_own_steps(tmp_path: Path, world: None) -> None:
+    alone = worlds.enter(1, 1)
+    original = Run({}, alone, seed=1)
+    original.step(1)
+    checkpoint.save(tmp_path, original.trainables, {}, alone)
+    resumed = Run({}, alone, seed=2)
+    checkpoint.load(tmp_path, resumed.trainables, alone)
+    resumed.step(2)
+    states = resumed.trainables["policy"].optimizer.optimizer.state.values()
+    assert [float(state["step"]) for state in states] == [2.0] * len(states)
+    assert len({id(state["step"]) for state in states}) == len(states)
+
+
+def test_hyper_parameters_are_the_new_run_s(tmp_path: Path, world: None) -> None:
+    alone = worlds.enter(1, 1)
+    original = Run({"optimizer": {"lr": 1e-2}}, alone, seed=1)
+    for seed in range(10):
+        original.step(seed)
+    checkpoint.save(tmp_path, original.trainables, {}, alone)
+    resumed = Run({"optimizer": {"lr": 1e-3}}, alone, seed=2)
+    checkpoint.load(tmp_path, resumed.trainables, alone)
+    rates = [run.trainables["policy"].optimizer.param_groups[0]["lr"] for run in (original, resumed)]
+    assert rates[0] < 1e-2  # the cosine schedule is past its top
+    assert rates[1] == pytest.approx(rates[0] / 10, rel=1e-12)  # the same position, another rate
+
+
+def test_random_states_stay_with_their_layout(
+    tmp_path: Path, world: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = worlds.enter(1, 1)
+    run = Run({}, alone, seed=1)
+    checkpoint.save(tmp_path, run.trainables, {}, alone)
+    common = torch.load(tmp_path / "common.pt")
+    common["about"]["layout"].update(world=2, tensor=2)
+    torch.save(common, tmp_path / "common.pt")
+    torch.manual_seed(77)
+    expected = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        checkpoint.load(tmp_path, run.trainables, alone)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert "random-number generators" in caplog.text
+
+
+def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path, world: None) -> None:
+    alone = worlds.enter(1, 1)
+    run = Run({}, alone, seed=1)
+    with pytest.raises(ValueError, match="nowhere"):
+        checkpoint.load(tmp_path / "nowhere", run.trainables, alone)
+    checkpoint.save(tmp_path / "a", run.trainables, {}, alone)
+    with pytest.raises(ValueError, match="critic0"):
+        checkpoint.load(tmp_path / "a", {"policy": run.trainables["policy"]}, alone)
+    other = Run({"optimizer": {"name": "sgd", "distributed": False}}, alone, seed=1)
+    with pytest.raises(ValueError, match="exp_avg"):
+        checkpoint.load(tmp_path / "a", other.trainables, alone)
+    wider = Run({"vocab": 256, "hidden": 48}, alone, seed=1)
+    with pytest.raises(ValueError, match="shape"):
+        checkpoint.load(tmp_path / "a", wider.trainables, alone)
+    torch.save({"something": "else"}, tmp_path / "a" / "common.pt")
+    with pytest.raises(ValueError, match="gapo_mega"):
+        checkpoint.load(tmp_path / "a", run.trainables, alone)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/below"):
+        checkpoint.save(tmp_path / "file" / "below", run.trainables, {}, alone)

@@ -1,0 +1,81 @@
+"""``serve-reward`` as a process of its own, asked by the objective of kind http."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import requests
+
+from gapo_mega.types import Prompt
+from tests.helpers.http_services import EXPECTED, PROMPTS, RESPONSES, objective
+
+REWARDS = '''
+def difference(prompts, responses, *, scale=1.0):
+    """Numbers in, numbers out, so that a wrong order or pairing shows."""
+    for prompt in prompts:
+        if prompt == "refuse":
+            raise ValueError("found a prompt that\\nis refused")
+    return [scale * (float(response) - len(prompt)) for prompt, response in zip(prompts, responses)]
+'''
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of ``gapo-mega serve-reward`` with a Python function, as a process of its own."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "served_rewards.py").write_text(REWARDS)
+    (folder / "objective.yaml").write_text(
+        "name: gap\nfunction: served_rewards:difference\noptions: {scale: 1.0}\n"
+    )
+    command = [sys.executable, "-m", "gapo_mega.cli", "serve-reward", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--config", str(folder / "objective.yaml"), "options.scale=2.0"],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # ends, empty, with the process
+        assert line.startswith("objective gap is served at http://127.0.0.1:"), line
+        yield line.split()[-1]
+        process.terminate()
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("batch_size", "concurrency"), [(64, 1), (7, 4), (1, 16)])
+def test_the_command_serves_what_the_objective_asks_in_order(
+    served: str, batch_size: int, concurrency: int
+) -> None:
+    scored = objective(served, batch_size=batch_size, concurrency=concurrency)
+    assert scored.score(PROMPTS, RESPONSES) == EXPECTED
+
+
+def test_health_and_what_is_refused(served: str) -> None:
+    root = served.removesuffix("/score")
+    assert requests.get(f"{root}/health", timeout=10).json() == {"status": "ok", "objective": "gap"}
+    minimal = requests.post(served, json={"samples": [{"prompt": "ab", "response": "5"}]}, timeout=10)
+    assert (minimal.status_code, minimal.json()) == (200, {"scores": [6.0]})
+    other = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "6"}]
+    for malformed in (
+        {},
+        {"samples": []},
+        {"samples": [{"prompt": "a"}]},
+        {"samples": [{"prompt": "a", "response": 1}]},
+        {"samples": [{"prompt": "ab", "response": "5", "messages": other}]},
+        {"samples": [{"prompt": "ab", "response": "5", "messages": []}]},
+        {"samples": [{"prompt": "ab", "response": "5", "reply": ""}]},
+    ):
+        assert requests.post(served, json=malformed, timeout=10).status_code == 422, malformed
+    assert requests.post(served, data="{", timeout=10).status_code == 422
+
+
+def test_what_the_served_objective_refuses_reaches_the_client_without_a_retry(served: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"objective 'helpful': http.*after 1 attempt, status 422 .*is refused"
+    ):
+        objective(served).score([Prompt(0, "refuse")], ["1"])
