@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation, ops
 from gapo_mega.ops import reference
+from tests.helpers.aggregators import OnDevice
 from tests.helpers.grams import families, residual
 
 pytestmark = [
@@ -272,6 +273,21 @@ def test_aggregate_waits_for_nothing(name, options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.ok()
+
+
+def test_a_method_with_memory_waits_for_nothing():
+    rows = [normal(2 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
+    method, expected = OnDevice(), OnDevice()
+    method.commit(ops.aggregate_(rows[2], rows, None, None, method))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ops.aggregate_(rows[2], rows, None, None, method)
+        method.commit(found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert method.before.device.type == "cuda"
+    expected.before = 2 * (method.before.cpu() - found.gram.cpu().diagonal())  # half of what was before
+    torch.testing.assert_close(found.weights.cpu(), expected(found.gram.cpu()), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
