@@ -48,8 +48,8 @@ is accepted.
 PLUGIN_HEAD = """\
 ## Options of the methods
 
-`name` chooses a method (`kind` an objective), and `options` configure it. [Extending](../extending.md) shows how
-to add one.
+`name` chooses a method (`kind` an objective), and `options` configure it. [Extending](../extending.md) shows
+how to add one.
 """
 
 
@@ -144,7 +144,8 @@ def limits(metadata: Any) -> Iterator[str]:
     """The range that a field declares."""
     lengths = {type(item): item for item in metadata}
     if MinLen in lengths and MaxLen in lengths:
-        yield f"{lengths[MinLen].min_length} to {lengths[MaxLen].max_length} items"
+        least, most = lengths[MinLen].min_length, lengths[MaxLen].max_length
+        yield f"{most} items" if least == most else f"{least} to {most} items"
         return
     for item in metadata:
         if isinstance(item, Ge):
