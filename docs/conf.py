@@ -33,7 +33,8 @@ html_show_sphinx = False
 templates_path = ["_templates"]
 html_additional_pages = {"index": "redirect.html"}
 
-CONTENTS = """
+CONTENTS = {
+    "README": """
 
 ```{toctree}
 :hidden:
@@ -75,13 +76,21 @@ CONTRIBUTING
 CHANGELOG
 docs/README
 ```
-"""
+""",
+    "docs/adr/README": """
+
+```{toctree}
+:hidden:
+:glob:
+0*
+```
+""",
+}
 
 
 def _add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
-    """The site's table of contents, which GitHub would show as code, belongs to the first page."""
-    if docname == root_doc:
-        source[0] += CONTENTS
+    """The site's tables of contents, which GitHub would show as code."""
+    source[0] += CONTENTS.get(docname, "")
 
 
 def setup(app: Sphinx) -> None:
