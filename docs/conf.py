@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 project = "gapo_mega"
-release = version("gapo-mega")
+release = version = metadata.version("gapo-mega")
 copyright = "the gapo_mega authors, Apache-2.0"
 
 # The sources lie where a reader of the repository finds them, so their links hold in both places.
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/**.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md"]
 exclude_patterns = [".*", "build", "models", "runs", "**/__pycache__", "**/*.egg-info"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4  # as GitHub makes them; a link to one that does not exist is a warning
-myst_enable_extensions = ["attrs_inline"]
-suppress_warnings: list[str] = []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# Types of other packages are no links: the site is built without the network.
-nitpick_ignore_regex = [(r"py:.*", r"(?!gapo_mega).*")]
+# Types of other packages are no links: the site is built without the network. Those of the configuration have a
+# page of their own, docs/reference/configuration.md.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!gapo_mega).*"),
+    (r"py:class", r"gapo_mega\.(config\..*|objectives\.base\.Objective)"),
+]
 
 html_theme = "furo"
 html_title = f"gapo_mega {release}"
