@@ -73,7 +73,9 @@ def test_tutorial(tmp_path: Path, model: Path) -> None:
     assert "error: rollout.max_tokens: unknown key, the nearest is 'max_new_tokens'; accepted: " in mistake
     assert steps.count("cosine of the gradients") == 6
     assert "short: " in summary and "plain: " in summary
-    assert "gapo p=1 (this run)" in audit and "p_gapo" in audit
+    assert "every method, asked at each step (6)" in audit
+    told = (tmp_path / "runs" / "first" / "audit" / "audit.csv").read_text()
+    assert all(name in told for name in ("gapo", "mgda", "p_gapo", "weighted_sum"))
 
     first, preferred = log(tmp_path / "runs" / "first"), log(tmp_path / "runs" / "preferred")
     assert [step["step"] for step in first] == [1, 2, 3, 4, 5, 6, 7, 8]
