@@ -14,7 +14,14 @@ copyright = "the gapo_mega authors, Apache-2.0"
 
 # The sources lie where a reader of the repository finds them, so their links hold in both places.
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docker/README.md",
+    "docs/**.md",
+]
 exclude_patterns = [".*", "build", "models", "runs", "**/__pycache__", "**/*.egg-info"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -76,6 +83,8 @@ docs/adr/README
 :caption: Project
 CONTRIBUTING
 CHANGELOG
+SECURITY
+docker/README
 docs/README
 ```
 """,
