@@ -19,8 +19,8 @@ include_patterns = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
-    "docker/README.md",
     "docs/**.md",
+    "docker/*.md",
 ]
 exclude_patterns = [".*", "build", "models", "runs", "**/__pycache__", "**/*.egg-info"]
 
@@ -29,8 +29,8 @@ myst_heading_anchors = 4  # as GitHub makes them; a link to one that does not ex
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# Types of other packages are no links: the site is built without the network. Those of the configuration have a
-# page of their own, docs/reference/configuration.md.
+# Types of other packages are no links, as the site is built without the network. Those of the configuration
+# have a page of their own, docs/reference/configuration.md.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!gapo_mega).*"),
     (r"py:class", r"gapo_mega\.(config\..*|objectives\.base\.Objective)"),
