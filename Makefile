@@ -33,12 +33,14 @@ SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find c
 CXX_SOURCES := $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 EXTRAS_test := [test]
 EXTRAS_lint := [test,lint]
+EXTRAS_docs := [docs]
 # An installation with more extras is one with fewer, too.
 STAMPS_run := $(VENV)/.installed-run
 STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
+STAMPS_docs := $(STAMPS_run) $(VENV)/.installed-docs
 
-.PHONY: help demo test test-fast combinations lint sanitize clean
+.PHONY: help demo test test-fast combinations lint docs sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
@@ -48,6 +50,7 @@ help:
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make lint          ruff, mypy --strict, clang-format"
+	@echo "make docs          the documentation as a site in build/docs/html; a broken link is an error"
 	@echo "make sanitize      the extension's tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean         remove build products and caches; .venv, models and runs stay"
 
@@ -72,6 +75,13 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# The site is made of the files that a reader of the repository sees; README.md is its first page.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python tools/configuration_reference.py --check
+	$(BIN)/python -m sphinx --builder html --conf-dir docs --doctree-dir build/docs/doctrees \
+	  --fail-on-warning --keep-going --nitpicky --quiet . build/docs/html
+	@echo "build/docs/html/index.html"
 
 # A copy of the package beside the checkout gets a sanitized extension; the tests are pointed at that copy.
 SANITIZED := build/sanitize/site

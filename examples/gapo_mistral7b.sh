@@ -10,10 +10,10 @@
 # NNODES, NPROC_PER_NODE (default: the GPUs of this node), NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON (the
 # interpreter; default python3).
 #
-# This file is two programs in one, because torchrun hands the script that it is given to Python:
-# - bash takes the three quotes and the colon below for ":", a command that does nothing, runs what follows,
-#   and is replaced by torchrun at "exec". What Python reads is a here-document to it, never run.
-# - Python takes all lines from the three quotes to the next three for a text, and runs what comes after.
+# This file is two programs in one, because torchrun hands its script to Python:
+# - bash reads the three quotes and the colon below as ":", a command that does nothing, runs what follows,
+#   and becomes torchrun at "exec". The Python part is a here-document to it, never run.
+# - Python reads all lines from the three quotes to the next three as a text, and runs what comes after.
 ''':'
 set -euo pipefail
 

@@ -62,8 +62,8 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over ranks; data parallelism takes what is left of the world."""
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="ranks that share every layer; divides the attention heads")
+    pipeline: int = Field(1, ge=1, description="stages that share the layers; divides their number")
     sequence_parallel: bool = Field(False, description="needs tensor > 1")
     virtual_pipeline: int = Field(1, ge=1, description="interleaved schedule; only 1 is accepted")
     context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
@@ -92,7 +92,7 @@ class DataConfig(Section):
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="where prompts come from; several are read one after another"
     )
-    split: str = "train"
+    split: str = Field("train", description="part of the data set that is trained on")
     prompt_column: str = Field(
         "prompt",
         description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, asked "
@@ -101,33 +101,37 @@ class DataConfig(Section):
     heldout_source: str | None = Field(
         None, description="where held-out prompts come from; none: cut from source"
     )
-    heldout_split: str = "test"
+    heldout_split: str = Field("test", description="part of heldout_source")
     heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
     system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
     chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
     max_prompt_tokens: int = Field(
         256, ge=1, description="longer prompts are left out, and counted in the log"
     )
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="draw prompts in a random order that depends on the seed")
 
 
 class RolloutConfig(Section):
     """Sampling of responses."""
 
     prompts_per_step: int = Field(8, ge=1, description="prompts of one step over all data-parallel ranks")
-    samples_per_prompt: int = Field(4, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
+    samples_per_prompt: int = Field(4, ge=1, description="responses to every prompt of a step")
+    max_new_tokens: int = Field(64, ge=1, description="longest response, in tokens")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary")
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1, description="probability mass to sample from; 1 keeps all")
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        description="divides positive logits of tokens that occurred, multiplies negative ones; 1: off",
+    )
     batch_size: int = Field(64, ge=1, description="sequences generated at once on a data-parallel rank")
 
 
 class ObjectiveConfig(Section):
     """One reward. Higher is better; flip the sign of costs in the function."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
     kind: Code = Field("python", description="an entry of gapo_mega.objectives, or a class of one's own")
     function: Code | None = Field(
         None, description="module:function or path/to/file.py:function over (prompts, responses) -> scores"
@@ -139,15 +143,15 @@ class ObjectiveConfig(Section):
 class AggregationConfig(Section):
     """The method that turns the Gram matrix into weights; ``options`` are its own."""
 
-    name: Code = "gapo"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: Code = Field("gapo", description="a method of gapo_mega.aggregation, or a class of one's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the method")
 
 
 class AdvantageConfig(Section):
     """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
 
-    name: Code = "group"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: Code = Field("group", description="an estimator of gapo_mega.advantages, or a class of one's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the estimator")
     whiten: bool = Field(
         False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
     )
@@ -156,16 +160,18 @@ class AdvantageConfig(Section):
 class LossConfig(Section):
     """The policy's loss, an entry of gapo_mega.losses; ``options`` are its own."""
 
-    name: Code = "ppo"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: Code = Field("ppo", description="a loss of gapo_mega.losses, or a class of one's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the loss")
 
 
 class AlgorithmConfig(Section):
     """What happens around the loss and the aggregation."""
 
-    kl_beta: float = Field(0.05, ge=0)
-    value_clip: float = Field(5.0, gt=0)
-    ppo_epochs: int = Field(1, ge=1)
+    kl_beta: float = Field(
+        0.05, ge=0, description="coefficient of the KL reward per token, the same for every objective"
+    )
+    value_clip: float = Field(5.0, gt=0, description="how far a clipped value may move in one step")
+    ppo_epochs: int = Field(1, ge=1, description="passes over the sequences of a step")
     minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
     old_logprobs: Literal["recompute", "generator"] = Field(
         "recompute",
@@ -177,19 +183,19 @@ class AlgorithmConfig(Section):
 class OptimizerConfig(Section):
     """Megatron's optimizer for one model."""
 
-    name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    name: Literal["adam", "sgd"] = Field("adam", description="adam is AdamW where weight_decay is not 0")
+    lr: float = Field(1e-6, gt=0, description="largest learning rate, reached after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay after the warm-up")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of all steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam only: decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adam only: decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="adam only: added to the root of the second moment")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
     clip_grad: float = Field(1.0, ge=0, description="norm to clip the combined gradient to; 0 turns it off")
     distributed: bool = Field(True, description="Megatron's distributed optimizer; adam only")
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward still runs")
 
     @model_validator(mode="after")
     def _sgd_is_not_distributed(self) -> OptimizerConfig:
@@ -277,29 +283,31 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Held-out scores before and after training: paired, same prompts, same sampling seed."""
 
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(1, ge=1, description="responses to every held-out prompt")
     shown: int = Field(6, ge=0, description="sample responses shown in the report")
 
 
 class LoggingConfig(Section):
-    tensorboard: bool = True
+    """Where the numbers of a step go, besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: bool = Field(False, description="needs the wandb extra")
-    wandb_project: str = "gapo_mega"
-    progress: bool = True
+    wandb_project: str = Field("gapo_mega", description="project that wandb logs to")
+    progress: bool = Field(True, description="show a progress bar")
 
 
 class Config(Section):
     """Everything that defines a run."""
 
-    output_dir: str
-    seed: int = 1
+    output_dir: str = Field(description="directory of the run; the same one resumes it")
+    seed: int = Field(1, description="of prompts, sampling and minibatches")
     steps: int = Field(100, ge=1, description="rollout steps")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16)
+    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16, description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

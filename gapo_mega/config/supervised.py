@@ -28,8 +28,8 @@ class SupervisedData(Section):
     the first of the assistant) go to the same side.
     """
 
-    source: str
-    split: str = "train"
+    source: str = Field(description="where rows come from")
+    split: str = Field("train", description="part of the data set that is trained on")
     heldout_source: str | None = Field(
         None, description="where held-out rows come from; none: cut from source"
     )
@@ -105,14 +105,14 @@ class ScoreModelConfig(ModelConfig):
 class SupervisedOptimizer(OptimizerConfig):
     """Megatron's optimizer, with a learning rate of the size that supervised training takes."""
 
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(1e-5, gt=0, description="largest learning rate, reached after the warm-up")
 
 
 class SupervisedConfig(Section):
     """What supervised runs have in common."""
 
-    output_dir: str
-    seed: int = 1
+    output_dir: str = Field(description="directory of the run; the same one resumes it")
+    seed: int = Field(1, description="of the order of rows, and of a new score head")
     epochs: int = Field(1, ge=1, description="passes over the data, each without its incomplete last batch")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; none: never")
     batch_size: int = Field(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gapo_mega.ops import _native, cpu, cuda, portable
 from gapo_mega.ops.arguments import (
+    Gradient,
     InverseRoot,
     Pieces,
     Row,
@@ -37,7 +38,7 @@ class Status(IntEnum):
 
 
 def gramian(
-    rows: Sequence[Row],
+    rows: Sequence[Gradient],
     *,
     segments: Segments | None = None,
     weight: Row | InverseRoot | None = None,
@@ -52,10 +53,14 @@ def gramian(
     over memory up to 8 rows, tiles beyond; less than a MiB of extra memory.
 
     Args:
-        rows: M rows, 1 to 16: each a flat tensor of N elements, or the list of its pieces (the same
-            lengths in every row). float32, bfloat16 or float16, one type a row; all on one device.
+        rows: M rows, 1 to 16: each a tensor of N elements, or the sequence of its pieces, as
+            ``torch.autograd.grad`` gives them: tensors of any shape (the same in every row; a flat piece goes
+            with any shape of its length). float32, bfloat16 or float16, one type a row; all on one device.
+            Nothing is copied, so a piece has to be contiguous in all rows, or have the same dense order of
+            memory in all rows (gradients of convolutions, say). A piece that is None
+            (``allow_unused=True``) counts as zeros; zeros of the longest one are allocated for the call.
         segments: sorted disjoint ``[start, end)`` ranges of positions that count, over the
-            concatenated pieces; None counts all. Thousands cost next to nothing.
+            concatenated pieces, all contiguous; None counts all. Thousands cost next to nothing.
         weight: N float32 factors, one a position, in pieces like a row, or the values that an
             :class:`InverseRoot` makes factors of; None is all ones.
         out: float64 ``[M, M]`` on the rows' device that the result is added to, and that is returned.
@@ -64,11 +69,13 @@ def gramian(
         float64 ``[M, M]`` on the rows' device.
 
     Raises:
-        ValueError: rows that do not fit together, segments that are unsorted or out of range, or a weight
-            that does not fit the rows.
+        ValueError: rows that do not fit together, a piece that cannot be read as a flat view or is None in
+            every row, segments that are unsorted or out of range, or a weight that does not fit the rows.
     """
     parsed = parse_rows("rows", rows)
     ranges = parse_segments(segments, parsed.total)
+    if ranges is not None:
+        parsed.require_own_order("segments")
     factors = parse_weight(weight, parsed)
     if out is None:
         out = torch.zeros(parsed.count, parsed.count, dtype=torch.float64, device=parsed.device)
@@ -180,13 +187,14 @@ def _check_gram(gram: Tensor) -> int:
     return m
 
 
-def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -> Row:
+def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[float]) -> Row:
     """Writes ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
 
     Rows of weight zero are not read.
 
     Args:
-        out: shaped like a row (in the same pieces), float32, bfloat16 or float16; memory of its own or
+        out: shaped like a row, in the same pieces without None and in the rows' order of memory, such as the
+            ``p.grad`` of the parameters. float32, bfloat16 or float16, one type; memory of its own or
             exactly one of the rows.
         rows: as for :func:`gramian`.
         weights: M factors: numbers, or a tensor on the host or on the rows' device. A tensor on the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +15,12 @@ from torch import Tensor
 
 from gapo_mega.ops import _native
 
-# One row: a flat tensor, or its pieces in order.
+# One row: a tensor, or its pieces in order, of any shape.
 Row = Tensor | Sequence[Tensor]
+# A row that is only read: a piece may be None, as torch.autograd.grad gives it, and counts as zeros.
+Gradient = Tensor | Sequence[Tensor | None]
+# The dimensions of a piece from the slowest to the fastest in memory; None where that is their own order.
+Order = tuple[int, ...]
 Segments = Sequence[tuple[int, int]] | Tensor | npt.NDArray[np.int64]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/api.h
@@ -63,6 +67,7 @@ class Pieces:
     lengths: list[int]
     dtypes: list[torch.dtype]  # one a row
     device: torch.device
+    forms: list[_Form]  # one a piece: which view of the caller's tensors it is
 
     @property
     def count(self) -> int:
@@ -80,49 +85,170 @@ class Pieces:
     def dtype_codes(self) -> list[int]:
         return [DTYPE_CODES[dtype] for dtype in self.dtypes]
 
+    def require_own_order(self, option: str) -> None:
+        """``ValueError`` where positions in a piece are not those of its elements in their own order."""
+        for p, form in enumerate(self.forms):
+            if form.order is not None:
+                raise ValueError(
+                    f"{option}: given with rows whose piece {p} of shape {tuple(form.shape or ())} is not "
+                    "contiguous, accepted: contiguous pieces (contiguous() makes them so)"
+                )
 
-def _split(name: str, row: Row) -> list[Tensor]:
-    pieces = [row] if isinstance(row, Tensor) else list(row)
-    for index, piece in enumerate(pieces):
-        where = name if isinstance(row, Tensor) else f"{name}[{index}]"
-        if not isinstance(piece, Tensor):
+    def flat(self, name: str, row: Row) -> list[Tensor]:
+        """The flat pieces of another tensor or list of the rows' lengths, in the rows' order of memory.
+
+        Raises ``ValueError`` where the shapes differ, or a view in that order is not possible.
+        """
+        found = [form.flat(*piece) for form, piece in zip(self.forms, _split(name, row), strict=True)]
+        assert [piece.numel() for piece in found] == self.lengths, "the caller compares the lengths"
+        return found
+
+
+def _split(name: str, row: Row) -> list[tuple[str, Tensor]]:
+    """The pieces of a row, each with the name that an error calls it."""
+    named: list[tuple[str, Tensor]] = []
+    for where, piece in _split_gradient(name, row):
+        if piece is None:
+            raise ValueError(f"{where}: found None, accepted: torch.Tensor")
+        named.append((where, piece))
+    return named
+
+
+def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]:
+    """As ``_split``, of a row in which pieces may be None."""
+    if isinstance(row, Tensor):
+        named: list[tuple[str, Tensor | None]] = [(name, row)]
+    else:
+        named = [(f"{name}[{index}]", piece) for index, piece in enumerate(row)]
+    for where, piece in named:
+        if piece is not None and not isinstance(piece, Tensor):
             raise ValueError(f"{where}: found {type(piece).__name__}, accepted: torch.Tensor")
-        if piece.dim() != 1 or not piece.is_contiguous():
+        if piece is not None and piece.layout != torch.strided:
+            raise ValueError(f"{where}: found the layout {piece.layout}, accepted: a dense tensor")
+    return named
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one piece of all rows is read as flat memory, the same elements side by side."""
+
+    shape: torch.Size | None = None  # None: flat in all rows, so any shape of this length goes with it
+    order: Order | None = None
+
+    def flat(self, name: str, piece: Tensor) -> Tensor:
+        """``piece`` as a flat view of its own memory, in which the dimensions come in the rows' order."""
+        contiguous = self.order is None and piece.is_contiguous()
+        if contiguous and piece.dim() == 1:
+            return piece
+        if self.shape is not None and piece.shape != self.shape and (self.order or piece.dim() > 1):
             raise ValueError(
-                f"{where}: found shape {tuple(piece.shape)} with strides {piece.stride()}, "
-                "accepted: a flat contiguous tensor"
+                f"{name}: found shape {tuple(piece.shape)}, accepted: {tuple(self.shape)} as in the rows"
             )
-    return pieces
+        ordered = piece.permute(self.order) if self.order else piece
+        if not contiguous and not ordered.is_contiguous():
+            accepted = "the memory order that the rows have" if self.order else "a contiguous tensor"
+            raise ValueError(
+                f"{name}: found shape {tuple(piece.shape)} with strides {piece.stride()}, accepted: "
+                f"{accepted} (contiguous() copies a tensor into its own order)"
+            )
+        return ordered.view(-1)
 
 
-def parse_rows(name: str, rows: Sequence[Row]) -> Pieces:
-    """Rows of equal piece lengths on one device, each of one element type.
+_FLAT = _Form()
+
+
+def _form(pieces: Sequence[Tensor]) -> _Form:
+    """The form of one piece of all rows; what does not have it is refused where it is read."""
+    shaped = [piece.shape for piece in pieces if piece.dim() != 1]
+    if not shaped:
+        return _FLAT
+    strange = [piece for piece in pieces if not piece.is_contiguous()]
+    if not strange or len(strange) < len(pieces):
+        return _Form(shaped[0])
+    strides = strange[0].stride()
+    order = tuple(sorted(range(len(strides)), key=lambda dimension: -strides[dimension]))
+    return _Form(shaped[0], order if strange[0].permute(order).is_contiguous() else None)
+
+
+def parse_rows(name: str, rows: Sequence[Gradient]) -> Pieces:
+    """Rows of equal piece lengths on one device, each of one element type; None counts as zeros.
 
     Raises:
-        ValueError: no rows or more than 16, or rows that differ, or an unsupported type or device.
+        ValueError: no rows or more than 16, or rows that differ, or an unsupported type or device, or a piece
+            of which no flat view exists.
     """
-    split = [_split(f"{name}[{i}]", row) for i, row in enumerate(rows)]
-    if not 1 <= len(split) <= _native.max_rows:
-        raise ValueError(f"{name}: found {len(split)} rows, accepted: 1 to {_native.max_rows}")
-    lengths = [piece.numel() for piece in split[0]]
-    for i, row in enumerate(split):
-        found = [piece.numel() for piece in row]
-        if found != lengths:
-            raise ValueError(
-                f"{name}[{i}]: found pieces of lengths {found}, accepted: {lengths} as {name}[0]"
-            )
-    dtypes = [_dtype(f"{name}[{i}]", row) for i, row in enumerate(split)]
-    devices = {piece.device for row in split for piece in row} or {torch.device("cpu")}
+    named = [_split_gradient(f"{name}[{i}]", row) for i, row in enumerate(rows)]
+    if not 1 <= len(named) <= _native.max_rows:
+        raise ValueError(f"{name}: found {len(named)} rows, accepted: 1 to {_native.max_rows}")
+    given = [_given(name, named, p) for p in range(len(named[0]))]
+    lengths = [pieces[0][1].numel() for pieces in given]
+    for i, row in enumerate(named):
+        _check_lengths(f"{name}[{i}]", row, lengths, f"{name}[0]")
+    dtypes = [_dtype(f"{name}[{i}]", [piece for _, piece in row]) for i, row in enumerate(named)]
+    device = _device(name, {piece.device for pieces in given for _, piece in pieces})
+    forms = [_form([piece for _, piece in pieces]) for pieces in given]
+    zeros = _Zeros(device)
+    flat = [
+        [
+            zeros.of(lengths[p], dtype) if piece is None else forms[p].flat(where, piece)
+            for p, (where, piece) in enumerate(row)
+        ]
+        for row, dtype in zip(named, dtypes, strict=True)
+    ]
+    return Pieces(flat, lengths, dtypes, device, forms)
+
+
+def _check_lengths(
+    name: str, row: Sequence[tuple[str, Tensor | None]], lengths: list[int], like: str
+) -> None:
+    found = [piece.numel() if piece is not None else None for _, piece in row]
+    same = len(found) == len(lengths) and all(
+        length is None or length == lengths[p] for p, length in enumerate(found)
+    )
+    if not same:
+        raise ValueError(f"{name}: found pieces of lengths {found}, accepted: {lengths} as {like}")
+
+
+def _device(name: str, found: set[torch.device]) -> torch.device:
+    """The one device of all pieces."""
+    devices = found or {torch.device("cpu")}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(
             f"{name}: found devices {sorted(map(str, devices))}, accepted: one CPU or CUDA device"
         )
-    return Pieces(split, lengths, dtypes, devices.pop())
+    return devices.pop()
 
 
-def _dtype(name: str, row: list[Tensor]) -> torch.dtype:
+def _given(
+    name: str, named: Sequence[Sequence[tuple[str, Tensor | None]]], index: int
+) -> list[tuple[str, Tensor]]:
+    """Piece ``index`` of the rows that have it."""
+    found = [(where, piece) for row in named for where, piece in row[index : index + 1] if piece is not None]
+    if not found:
+        raise ValueError(
+            f"{name}: found None as piece {index} of every row, accepted: a tensor in at least one row "
+            "(leave out parameters that no objective uses)"
+        )
+    return found
+
+
+class _Zeros:
+    """The zeros that stand for missing pieces: the longest one of an element type serves all others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def of(self, length: int, dtype: torch.dtype) -> Tensor:
+        kept = self._kept.get(dtype)
+        if kept is None or kept.numel() < length:
+            kept = self._kept[dtype] = torch.zeros(length, dtype=dtype, device=self._device)
+        return kept[:length]
+
+
+def _dtype(name: str, row: list[Tensor | None]) -> torch.dtype:
     """The element type of a row's pieces."""
-    found = {piece.dtype for piece in row} or {torch.float32}
+    found = {piece.dtype for piece in row if piece is not None} or {torch.float32}
     if len(found) > 1 or next(iter(found)) not in DTYPE_CODES:
         raise ValueError(
             f"{name}: found element types {sorted(map(str, found))}, "
@@ -162,10 +288,11 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
     """The diagonal weight, one fp32 value an element."""
     if weight is None:
         return Weight([])
-    pieces = _split("weight", weight.values if isinstance(weight, InverseRoot) else weight)
-    lengths = [piece.numel() for piece in pieces]
+    values = weight.values if isinstance(weight, InverseRoot) else weight
+    lengths = [piece.numel() for _, piece in _split("weight", values)]
     if lengths != rows.lengths:
         raise ValueError(f"weight: found pieces of lengths {lengths}, accepted: {rows.lengths} as the rows")
+    pieces = rows.flat("weight", values)
     for piece in pieces:
         if piece.dtype != torch.float32 or piece.device != rows.device:
             raise ValueError(
@@ -204,19 +331,23 @@ def parse_out(out: Row, rows: Pieces) -> Pieces:
     Raises:
         ValueError: another shape or device, or memory shared with a row other than exactly.
     """
-    parsed = parse_rows("out", [out])
-    if parsed.lengths != rows.lengths or (parsed.device != rows.device and rows.lengths):
+    given = [piece for _, piece in _split("out", out)]
+    lengths = [piece.numel() for piece in given]
+    devices = {piece.device for piece in given}
+    if lengths != rows.lengths or not devices <= {rows.device}:
         raise ValueError(
-            f"out: found pieces of lengths {parsed.lengths} on {parsed.device}, accepted: "
+            f"out: found pieces of lengths {lengths} on {sorted(map(str, devices))}, accepted: "
             f"{rows.lengths} on {rows.device} as the rows"
         )
+    dtype = _dtype("out", [*given])
+    parsed = replace(rows, pieces=[rows.flat("out", out)], dtypes=[dtype])
     targets = sorted((*_extent(piece), p) for p, piece in enumerate(parsed.pieces[0]) if piece.numel())
     for (_, end, p), (begin, _, q) in pairwise(targets):
         if begin < end:
             raise ValueError(f"out: pieces {p} and {q} overlap, accepted: disjoint pieces")
     for i, row in enumerate(rows.pieces):
         for p, piece in enumerate(row):
-            _refuse_overlap(f"rows[{i}]", p, piece, targets, parsed.dtypes[0])
+            _refuse_overlap(f"rows[{i}]", p, piece, targets, dtype)
     return parsed
 
 

@@ -22,7 +22,7 @@ TWO = [torch.ones(8), torch.ones(8)]
         ([ONE.double()], r"rows\[0\]: found element types"),
         ([ONE, torch.ones(8, device="meta")], "rows: found devices"),
         ([torch.ones(8, device="meta")], "rows: found devices"),
-        ([torch.ones(2, 4)], r"rows\[0\]: found shape \(2, 4\)"),
+        ([torch.ones(2, 4)[:, ::2]], r"rows\[0\]: found shape \(2, 2\) with strides \(4, 2\)"),
         ([torch.ones(16)[::2]], r"rows\[0\]: found shape \(8,\) with strides \(2,\)"),
         ([[ONE, [1.0]]], r"rows\[0\]\[1\]: found list"),
     ],
