@@ -86,6 +86,8 @@ def candidates(config: Config) -> list[Candidate]:
 
 def _same_direction(a: Aggregator, b: Aggregator) -> bool:
     """Alike but for the length of the direction and what happens to zero gradients."""
+    if type(a) is not type(b):
+        return False
     plain: dict[str, Any] = {"scale": "none", "zero_gradient": "exclude"}
     return replace(a, **plain) == replace(b, **plain)
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from gapo_mega import advantages, aggregation, losses, objectives
-from gapo_mega.aggregation import Aggregator
-from gapo_mega.aggregation.base import Solution
+from gapo_mega.aggregation import Aggregator, HostMethod, Solution
 from gapo_mega.commands.serve_reward import objective_config
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.config.loading import dump, load
@@ -23,13 +22,13 @@ from gapo_mega.user_code import load_class, load_function, resolve
 
 AGGREGATOR = """
 from dataclasses import dataclass
-from gapo_mega.aggregation.base import Aggregator, Solution
+from gapo_mega.aggregation.on_host import HostMethod, Solution
 
 class Odd(ValueError):
     pass
 
 @dataclass(kw_only=True)
-class Fixed(Aggregator):
+class Fixed(HostMethod):
     first: float = 2.0
 
     def solve(self, gram, active):
@@ -39,7 +38,7 @@ class Needy(Fixed):
     def __init__(self, first):
         super().__init__(first=first)
 
-class Half(Aggregator):
+class Half(HostMethod):
     pass
 
 def helper():
@@ -230,7 +229,7 @@ def test_a_subclass_has_a_name_of_its_own() -> None:
     class Again(aggregation.methods()["gapo"]):  # type: ignore[misc]
         pass
 
-    class Named(Aggregator):
+    class Named(HostMethod):
         name = "called"
 
         def solve(self, gram: torch.Tensor, active: object) -> Solution:

@@ -21,7 +21,7 @@ from gapo_mega.engine.base import (
     Aggregator,
     GradientReport,
     Layout,
-    PolicyLoss,
+    PolicyLossSum,
     SamplingParameters,
     ValueLoss,
 )
@@ -121,7 +121,7 @@ class FakeEngine:
         return lambda tokens: [float(len(row)) for row in tokens]
 
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLoss, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
     ) -> GradientReport:
         """Losses at the policy that sampled; a Gram matrix of advantages. Moves the policy."""
         self._called("update_policy")

@@ -5,12 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from gapo_mega.config.sections import GradientConfig
+from typing import Any, ClassVar, Protocol
 
 FP32 = 4  # bytes of an element
+
+
+class GradientSettings(Protocol):
+    """What declarations read of the section ``gradients``, ``config.sections.GradientConfig``."""
+
+    @property
+    def store(self) -> str: ...
+
+    @property
+    def store_dtype(self) -> str: ...
+
+    @property
+    def forward(self) -> str: ...
+
+    @property
+    def scope(self) -> str | list[list[int]]: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def actual_change(self) -> bool | None: ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +70,11 @@ class StrategyDeclaration(ABC):
     # hold fewer.
     rows_are_even: ClassVar[bool] = True
 
-    def __init__(self, gradients: GradientConfig) -> None:
+    def __init__(self, gradients: GradientSettings) -> None:
         self.gradients = gradients
 
     @classmethod
-    def chosen_by(cls, gradients: GradientConfig) -> bool:
+    def chosen_by(cls, gradients: GradientSettings) -> bool:
         """Whether these settings ask for the strategy; of every section exactly one strategy says so."""
         return gradients.store == cls.store
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from gapo_mega.config.strategies.base import FP32, PassCount, RankSizes, StrategyDeclaration, Variant
-
-if TYPE_CHECKING:
-    from gapo_mega.config.sections import GradientConfig
+from gapo_mega.config.strategies.base import (
+    FP32,
+    GradientSettings,
+    PassCount,
+    RankSizes,
+    StrategyDeclaration,
+    Variant,
+)
 
 
 class KeptRows(StrategyDeclaration):
@@ -23,7 +27,7 @@ class KeptRows(StrategyDeclaration):
     )
 
     @classmethod
-    def chosen_by(cls, gradients: GradientConfig) -> bool:
+    def chosen_by(cls, gradients: GradientSettings) -> bool:
         """See ``StrategyDeclaration.chosen_by``."""
         return gradients.store == cls.store and gradients.scope == "full"
 

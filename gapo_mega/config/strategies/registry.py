@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import gapo_mega.config.strategies as package
-from gapo_mega.config.strategies.base import StrategyDeclaration, Variant
+from gapo_mega.config.strategies.base import GradientSettings, StrategyDeclaration, Variant
 from gapo_mega.registry import implementations
-
-if TYPE_CHECKING:
-    from gapo_mega.config.sections import GradientConfig
 
 
 def declarations() -> tuple[type[StrategyDeclaration], ...]:
@@ -33,7 +29,7 @@ def variants() -> list[Variant]:
     return [variant for kind in declarations() for variant in kind.variants]
 
 
-def chosen(gradients: GradientConfig) -> StrategyDeclaration:
+def chosen(gradients: GradientSettings) -> StrategyDeclaration:
     """The strategy of these settings.
 
     Raises ``RuntimeError`` where none or several declare that they are asked for.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from gapo_mega.config.strategies.base import FP32, PassCount, RankSizes, StrategyDeclaration, Variant
-
-if TYPE_CHECKING:
-    from gapo_mega.config.sections import GradientConfig
+from gapo_mega.config.strategies.base import (
+    FP32,
+    GradientSettings,
+    PassCount,
+    RankSizes,
+    StrategyDeclaration,
+    Variant,
+)
 
 Ranges = list[list[int]]  # [first, end) of transformer layers, from 0
 
@@ -37,7 +41,7 @@ class ScopedRows(StrategyDeclaration):
     rows_are_even: ClassVar[bool] = False  # the layers in scope may all be one data rank's
 
     @classmethod
-    def chosen_by(cls, gradients: GradientConfig) -> bool:
+    def chosen_by(cls, gradients: GradientSettings) -> bool:
         """See ``StrategyDeclaration.chosen_by``."""
         return gradients.store == cls.store and gradients.scope != "full"
 

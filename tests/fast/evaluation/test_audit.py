@@ -29,7 +29,8 @@ from gapo_mega.evaluation.audit import audit_run, curves, print_audit, run_audit
 from gapo_mega.evaluation.audit_plot import same_lines
 from gapo_mega.evaluation.recording import read_recording
 from gapo_mega.evaluation.verdicts import Candidate, judge
-from gapo_mega.runs.log import JsonLines, step_metrics
+from gapo_mega.runs.log import JsonLines
+from gapo_mega.runs.metrics import step_metrics
 from tests.helpers.aggregators import OnHost
 
 NAMES = ["helpful", "harmless", "honest", "brief"]

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from gapo_mega.advantages.base import AdvantageEstimator
-from gapo_mega.aggregation.base import Aggregator, Solution
+from gapo_mega.aggregation.on_host import HostMethod, Solution
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.objectives.base import ObjectiveKind
 
 
-class Quarters(Aggregator):
+class Quarters(HostMethod):
     def solve(self, gram, active):
         return Solution(torch.tensor([0.25, 0.75], dtype=torch.float64)[list(active)])
 
