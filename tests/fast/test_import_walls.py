@@ -48,6 +48,7 @@ ROOT_FILES = {"__init__.py", "cli.py", "types.py", "registry.py", "optional.py",
 MIRRORED = {
     "megatron": "gapo_mega/engine/megatron",
     "benchmarks": "benchmarks",
+    "docs": "docs",
     "examples": "examples",
     "combinations": "tests/helpers/combinations",
 }

@@ -14,7 +14,7 @@ import torch
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.aggregation import Aggregator, HostMethod, Solution
-from gapo_mega.commands.serve_reward import objective_config
+from gapo_mega.commands.reward_server import objective_config
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.config.loading import dump, load
 from gapo_mega.types import Prompt
