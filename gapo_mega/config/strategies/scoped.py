@@ -78,8 +78,11 @@ class ScopedRows(StrategyDeclaration):
         return None if microbatches == 1 else f"{microbatches} microbatches and scope {self.gradients.scope}"
 
     def reuses_graph(self, objectives: int) -> bool:
-        """The output layer's rows come from the logits: only layers have a backward of their own."""
-        return self.has_layers and objectives > 1
+        """Layers in scope have a backward of their own, before that of the weighted sum, also for one objective.
+
+        The output layer's rows come from the logits.
+        """
+        return self.has_layers
 
     def passes(self, objectives: int, shared: bool) -> PassCount:
         """See ``StrategyDeclaration.passes``."""

@@ -162,8 +162,8 @@ def test_rows_of_a_scope_are_at_most_a_shard_and_the_output_layer_is_on_one_stag
         ({}, [False, True, True]),
         ({"store": "single"}, [False, True, True]),
         ({"scope": "last_layer"}, [False, False, False]),
-        ({"scope": "last_block"}, [False, True, True]),
-        ({"scope": [[0, 1]]}, [False, True, True]),
+        ({"scope": "last_block"}, [True, True, True]),
+        ({"scope": [[0, 1]]}, [True, True, True]),
     ],
 )
 def test_whether_a_graph_serves_several_backwards(gradients: dict[str, Any], expected: list[bool]) -> None:
