@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from gapo_mega import optional
 from gapo_mega.config import LoggingConfig
-
-METRICS_FILE = "metrics.jsonl"
+from gapo_mega.evaluation.series import METRICS_FILE
 
 
 class Sink(Protocol):

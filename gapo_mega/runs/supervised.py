@@ -31,19 +31,19 @@ from gapo_mega.engine.base import (
 )
 from gapo_mega.evaluation import measures
 from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.evaluation.summary import SUMMARY_FILE
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
+from gapo_mega.runs.finish import EXPORT_FOLDER
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
-SUMMARY_FILE = "summary.json"
-EXPORT_FOLDER = "hf"
 AnyConfig = TypeVar("AnyConfig", bound=SupervisedConfig)
 
 
