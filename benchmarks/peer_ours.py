@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from typing import Any
@@ -25,9 +26,12 @@ def make_config(
             "output_dir": "unused",
             "micro_batch_size": sequences // microbatches,
             "model": {"path": source},
-            "data": {"source": "unused"},
+            "data": {"source": "unused", "max_prompt_tokens": 1},
             # How `gradients.forward: auto` learns the number of microbatches.
-            "rollout": {"prompts_per_step": sequences, "samples_per_prompt": 1},
+            "rollout": {"prompts_per_step": sequences, "samples_per_prompt": 1, "max_new_tokens": 1},
+            "advantages": {
+                "name": "gae"
+            },  # takes prompts of one sample; the batch has its advantages already
             "objectives": [
                 {"name": f"o{i}", "function": "gapo_mega.demo.rewards:plain"} for i in range(objectives)
             ],
@@ -49,7 +53,8 @@ class Ours:
     """An engine over a world of one process."""
 
     def __init__(self, config: Config, batch: Experience) -> None:
-        self.engine = build_engine(resolve(config, 1), pad_id=0, eos_ids=[2])
+        resolved = dataclasses.replace(resolve(config, 1), critic=None)
+        self.engine = build_engine(resolved, pad_id=0, eos_ids=[2])
         # The peers have no reference model, and an update has no use for it.
         del self.engine.reference
         gc.collect()  # modules refer to each other in circles

@@ -62,5 +62,5 @@ class SumOnly(GradientStrategy):
         passes = SeparatePasses(self.trainable, task)
         passes.gradient([1.0] * self.objectives)
         gram = torch.eye(self.objectives, dtype=torch.float64)
-        return Direction(passes.losses, gram, torch.ones(self.objectives, dtype=torch.float64), ops.Status.OK)
+        return Direction.of(passes.losses, ops.solve(gram, lambda gram: torch.ones(len(gram)).double()))
 '''

@@ -78,7 +78,7 @@ class ScopedRows(StrategyDeclaration):
         return None if microbatches == 1 else f"{microbatches} microbatches and scope {self.gradients.scope}"
 
     def reuses_graph(self, objectives: int) -> bool:
-        """Layers in scope have a backward of their own before that of the weighted sum, also for one objective.
+        """Layers in scope have a backward of their own before that of the sum, also for one objective.
 
         The output layer's rows come from the logits.
         """

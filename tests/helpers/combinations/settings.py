@@ -23,7 +23,7 @@ from gapo_mega.config import (
 )
 from gapo_mega.config.strategies import stores
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.layout import check_layout
+from tests.helpers.resolved import check
 
 OBJECTIVES = 2
 ROWS = 8  # sequences of a step over all data ranks
@@ -158,7 +158,7 @@ def combinations(shape: ModelShape, where: Mapping[str, str] | None = None) -> C
 def refusal(setting: Setting, shape: ModelShape) -> str | None:
     """Why the project refuses a combination, in its own words; None where it accepts it."""
     try:
-        check_layout(config_of(setting, "unused"), shape, LAYOUTS[setting.layout].ranks)
+        check(config_of(setting, "unused"), shape, LAYOUTS[setting.layout].ranks)
     except ValueError as error:  # pydantic's ValidationError is one, too
         return "; ".join(_messages(error))
     return None
