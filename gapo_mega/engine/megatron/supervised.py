@@ -32,7 +32,7 @@ _NAME = "model"  # in checkpoints
 
 
 class SupervisedModel(groups.Collective, ABC):
-    """What both kinds of ``SupervisedEngine`` (``engine/base.py``) share; subclasses define model and loss."""
+    """What both kinds of ``SupervisedEngine`` share; subclasses define model and loss."""
 
     def __init__(
         self,

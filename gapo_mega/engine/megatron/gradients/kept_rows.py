@@ -100,8 +100,9 @@ class Shards(GradientStrategy):
     def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
         """Move a row that makes up a good part of the combination into Megatron's buffer.
 
-        The combination overwrites the buffer's row, and ``change`` recovers that gradient from the combination.
-        The rounding of the combination would swallow a small part, and a weight of 0 leaves nothing to recover.
+        The combination overwrites the buffer's row, and ``change`` recovers that gradient from the
+        combination. The rounding of the combination would swallow a small part, and a weight of 0 leaves
+        nothing to recover.
         """
         if self._setting.adam:
             gram = self.global_gram(inner_products(self.shard, self._rows))
@@ -122,8 +123,8 @@ class Shards(GradientStrategy):
     def change(self, found: Direction, norm: float) -> list[float] | None:
         """``<parameters before - after, g_k>`` of every objective.
 
-        The combination d has overwritten one row, which is ``g_last = (d - sum w_k g_k) / w_last``. Its product
-        is NaN if w_last is zero or clipping left nothing of d.
+        The combination d has overwritten one row, which is ``g_last = (d - sum w_k g_k) / w_last``. Its
+        product is NaN if w_last is zero or clipping left nothing of d.
         """
         if self._before is None:
             return None
@@ -141,7 +142,7 @@ class Shards(GradientStrategy):
         return products
 
     def _products_with(self, row: Sequence[Tensor]) -> list[float]:
-        """Inner products of ``row`` with every objective's row, over all ranks; one all-reduce per 15 rows."""
+        """Inner products of ``row`` with all objectives' rows over all ranks; one all-reduce per 15 rows."""
         products: list[float] = []
         for start in range(0, self.objectives, _MOST_ROWS - 1):
             block = [row, *self._rows[start : start + _MOST_ROWS - 1]]

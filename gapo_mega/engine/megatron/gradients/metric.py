@@ -25,8 +25,8 @@ class AdamMetric:
     products <a, D b> make -D d harm no objective to first order.
 
     Before the first step all of v is 0, and the metric is euclidean: D is 1. Later, elements whose v is 0
-    have never had a gradient. D is 0 there, so they do not count: 1 / eps would let the first gradient of such
-    an element outweigh all others.
+    have never had a gradient. D is 0 there, so they do not count: 1 / eps would let the first gradient of
+    such an element outweigh all others.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:

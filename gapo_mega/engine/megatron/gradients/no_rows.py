@@ -23,8 +23,8 @@ class Single(GradientStrategy):
     """Measures M norms and M (M - 1) / 2 norms of pairs; a last pass forms the direction.
 
     The norm s of ``c_i g_i + c_j g_j`` with ``c = 1 / norm`` gives ``cos_ij = (s^2 - 2) / 2``. Without this
-    scaling, sums of gradients of unequal norm would lose the cosine to cancellation. Every pass rounds anew, so
-    the cosines have an absolute error of the gradients' own rounding (about 1e-6 in fp32, 1e-2 with bf16
+    scaling, sums of gradients of unequal norm would lose the cosine to cancellation. Every pass rounds anew,
+    so the cosines have an absolute error of the gradients' own rounding (about 1e-6 in fp32, 1e-2 with bf16
     activations). If the weights are proportional to the pair measured last, as for two objectives under GAPO
     with p = 1, the buffer holds the direction already and the last pass is skipped.
     """
@@ -73,7 +73,7 @@ class Single(GradientStrategy):
         metric: AdamMetric | None,
         clock: Clock,
     ) -> tuple[Tensor, list[float]]:
-        """Cosines [M, M] of all pairs of nonzero gradients, and the coefficients of the pair measured last."""
+        """Cosines [M, M] of all pairs of nonzero gradients, and the coefficients of the last pair."""
         count = self.objectives
         cosines = torch.eye(count, dtype=torch.float64)
         for i in range(count):

@@ -17,10 +17,10 @@ class RowBuffer:
     """Tracks which objective's accumulated gradient Megatron's buffer holds, and swaps in another.
 
     The objective whose gradient comes next has its sum in the buffer; the other sums lie in the rows. The
-    reduction adds the buffers of all data ranks. So exactly one rank may hold the sum of earlier microbatches,
-    which is already reduced: its owner with the distributed optimizer, else data rank 0. Some norms' gradients
-    are also summed over tensor ranks (those of queries and keys always, the others with sequence parallelism):
-    tensor rank 0 alone holds these. Everywhere else the buffer starts at zero.
+    reduction adds the buffers of all data ranks. So exactly one rank may hold the sum of earlier
+    microbatches, which is already reduced: its owner with the distributed optimizer, else data rank 0. Some
+    norms' gradients are also summed over tensor ranks (those of queries and keys always, the others with
+    sequence parallelism): tensor rank 0 alone holds these. Everywhere else the buffer starts at zero.
     """
 
     def __init__(self, trainable: Trainable, shard: GradientShard, rows: Sequence[list[Tensor]]) -> None:

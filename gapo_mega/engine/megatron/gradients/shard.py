@@ -113,7 +113,7 @@ def owned(model: DistributedDataParallel, numel: int) -> Span:
 
 
 def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
-    """Swap two rows' contents, each in its own dtype, in chunks of 4 MiB (on GPUs 64 MiB: calls cost more)."""
+    """Swap two rows' contents, each in its own dtype, in chunks of 4 MiB (64 on GPUs: calls cost more)."""
     size = 1 << 24 if torch.cuda.is_available() else 1 << 20
     for mine, theirs in _chunks(one, other, size):
         kept = mine.clone()
@@ -132,8 +132,8 @@ def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
 
     It starts as many elements past a multiple of 8 as ``piece`` does: shards start wherever Megatron cuts its
     buckets, and a GPU reads rows of different alignment element by element. Each row also starts at another
-    offset within a page: large allocations all start at the same one, and their elements would compete for the
-    same sets of a CPU's L1 cache (8 rows then take up to 1.2 times as long).
+    offset within a page: large allocations all start at the same one, and their elements would compete for
+    the same sets of a CPU's L1 cache (8 rows then take up to 1.2 times as long).
     """
     offset = piece.data_ptr() // piece.itemsize % 8 + index * _STAGGER // dtype.itemsize
     # Writes the zeros: a lack of memory then shows here and not in the first update.

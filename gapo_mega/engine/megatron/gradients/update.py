@@ -151,7 +151,7 @@ class GradientStrategy(ABC):
         only: Only = None,
         last: bool = False,
     ) -> None:
-        """Compute the objectives' gradients in order: copy all but the last into ``spare``, leave that in place.
+        """Compute the objectives' gradients in order: all but the last move to ``spare``, the last stays.
 
         Every row of ``spare`` is shaped like ``shard``. ``only``, ``last``: as for ``Passes.gradient``.
         """
@@ -173,8 +173,8 @@ class GradientStrategy(ABC):
     def global_gram(self, local: Tensor) -> Tensor:
         """All-reduce a Gram matrix in place; the result is bit for bit the same on every rank.
 
-        Without the distributed optimizer every replica sums its own parts, perhaps in another order, so rank 0
-        broadcasts its sum: weights that differ in one bit would let replicas drift apart.
+        Without the distributed optimizer every replica sums its own parts, perhaps in another order, so rank
+        0 broadcasts its sum: weights that differ in one bit would let replicas drift apart.
         """
         ops.sum_gram_(local, self.group)
         return local if self.trainable.model.ddp_config.use_distributed_optimizer else self.agreed(local)
