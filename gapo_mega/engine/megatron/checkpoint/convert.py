@@ -61,9 +61,8 @@ def to_checkpoint(
     Args:
         source: language model or score model of a known family.
         target: the directory to create; it appears under its name only once it is complete.
-        tensor, pipeline: the layout that decides the shards: each of its ranks loads its part in one read.
-            Any other layout loads the result, too, with more reads. The processes share the writing by
-            shards.
+        tensor, pipeline: the layout whose shards are stored as one piece each. Any other layout loads the
+            result, too, with more reads. The processes share the writing by shards.
         dtype: the stored dtype; ``None`` keeps that of every tensor.
         overwrite: replace ``target`` if it exists.
 

@@ -58,7 +58,7 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely tokens whose probabilities reach ``p``; set the others to minus infinity."""
+    """Keep the fewest most likely tokens whose probabilities reach ``p``; others become minus infinity."""
     ascending_BV, order_BV = logits_BV.sort(dim=-1)
     # Ascending order adds small probabilities first, which keeps the sum accurate at the cut.
     dropped_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
