@@ -63,7 +63,7 @@ class GradientReport:
     gram: Tensor  # [M, M] float64, CPU
     weights: Tensor  # [M] float64, CPU
     gradient_norm: float  # Megatron's norm of the combined gradient, before clipping
-    clip_factor: float  # 1 where nothing was clipped
+    clip_factor: float  # 1 if nothing was clipped
     learning_rate: float
     skipped: bool = False  # True: a gradient was not finite, parameters untouched
     nonfinite: list[int] = field(default_factory=list)  # objectives with a non-finite gradient
@@ -241,7 +241,7 @@ class SupervisedUpdate:
 
 
 class SupervisedEngine(Trainable, Protocol):
-    """One model trained on given targets.
+    """Supervised training of one model.
 
     A batch has tokens and a mask. For pairs, chosen and rejected rows alternate, and the mask marks the token
     of each row whose output is the score. For chats, the mask marks the tokens to learn.

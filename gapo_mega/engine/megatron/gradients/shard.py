@@ -32,7 +32,7 @@ class Placement:
     first: int
 
     def part_of(self, values: Tensor, begin: int) -> Tensor:
-        """The part of a parameter's flat ``values``, which begin at its element ``begin``, that lies here."""
+        """The part of a parameter's flat ``values``, starting at its element ``begin``, that lies here."""
         start = self.first - begin
         return values[start : start + self.end - self.start]
 
