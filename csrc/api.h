@@ -1,7 +1,7 @@
 // The interface between the Python bindings and the CPU and CUDA back ends. No Python, no torch.
 //
-// A "row" is one objective's flat gradient. All rows have the same length, each has one element
-// type, and may be stored as several pieces; piece p of every row has lengths[p] elements.
+// A "row" is one objective's flat gradient. All rows have the same length, and each has one element
+// type. A row may consist of several pieces; piece p of every row has lengths[p] elements.
 // Positions count through the pieces as if they were concatenated.
 #pragma once
 
@@ -20,7 +20,7 @@ constexpr int kMaxRows = 16;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Internal linkage: the instruction-set units must not share code that the linker would merge.
+// Internal linkage: the linker must not merge code of units for different instruction sets.
 static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 static inline const void* advance(const void* row, int64_t elements, DType dtype) {
   return static_cast<const char*>(row) + elements * element_size(dtype);
@@ -46,61 +46,60 @@ struct Rows {
   const void* piece(int row, int64_t piece) const { return pointers[row * pieces() + piece]; }
 };
 
-// How a stored value becomes the factor of an element: as it is, or, with `inverse_root`, as
-// 1 / (sqrt(value) * root_scale + epsilon), and 0 where the value is 0 or below.
+// How a stored value becomes the factor of an element: unchanged, or with `inverse_root` as
+// 1 / (sqrt(value) * root_scale + epsilon), and as 0 if the value is 0 or below.
 struct FactorForm {
   bool inverse_root = false;
   float root_scale = 1.0f;
   float epsilon = 0.0f;
 };
 
-// Which elements of the rows count, and with what factor.
+// Which elements of the rows count, and with which factor.
 struct Selection {
-  bool everything = true;             // false: only `segments`
+  bool everything = true;             // false: only `segments` count
   std::vector<Range> segments;        // sorted, disjoint
   std::vector<const float*> weights;  // [pieces], or empty: every element counts once
   FactorForm form;                    // of the weights
 };
 
-// Number of entries of the upper triangle of an m x m matrix, and the place of (i, j), i <= j.
+// Number of entries in the upper triangle of an m x m matrix, and the index of (i, j), i <= j.
 GAPO_HD static constexpr int pair_count(int m) { return m * (m + 1) / 2; }
 GAPO_HD static constexpr int pair_index(int m, int i, int j) {
   return i * m - i * (i - 1) / 2 + j - i;
 }
 
-// A stretch of one piece that counts.
+// A contiguous part of one piece that counts.
 struct Run {
   int64_t piece;
   int64_t begin;  // within the piece
   int64_t end;
 };
 
-// Cuts the selected positions [begin, end) at piece borders.
+// The selected positions within [begin, end), cut at piece boundaries.
 std::vector<Run> selected_runs(const std::vector<int64_t>& lengths, const Selection& selection,
                                int64_t begin, int64_t end);
 
-// How min_norm ended. Everything but kOk leaves the weights at zero. kNotConverged: the matrix is
-// not positive semidefinite, or, on a device with more rows than it tries all support sets of,
-// rounding stopped the search.
+// How min_norm ended. All weights are zero unless it is kOk. kNotConverged: the matrix is not
+// positive semidefinite, or rounding stopped the device's search among more than 8 rows.
 enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2, kNotConverged = 3 };
 
 namespace cpu {
 
-// Names of the instruction sets that this processor runs, best first.
+// Names of the instruction sets that this processor supports, best first.
 std::vector<const char*> instruction_sets();
 
-// out[i * m + j] += sum over the selected k of weight_k row_i[k] row_j[k]. The result does not
-// depend on the number of threads.
+// out[i * m + j] += sum over the selected k of weight_k row_i[k] row_j[k]. The result is the same
+// for any number of threads.
 void gramian(const Rows& rows, const Selection& selection, double* out, int threads,
              const char* isa);
 
-// out[k] = sum_i weights[i] row_i[k] in fp32. Rows of weight zero are not read. `out` has one
+// out[k] = sum_i weights[i] row_i[k] in fp32, without reading rows of weight zero. `out` has one
 // pointer per piece and may be exactly one of the rows.
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int threads, const char* isa);
 
 // argmin over the simplex of w' gram w, for m <= kMaxRows. With `exclude_zero` rows of norm zero
-// get weight zero, and where there are no others all weights are zero.
+// get weight zero; if there are no others, all weights are zero.
 Status min_norm(const double* gram, int m, bool exclude_zero, double* weights);
 
 // w' gram w - min_i (gram w)_i: at least the square of the distance from the minimum-norm point.
@@ -108,11 +107,12 @@ double duality_gap(const double* gram, int m, const double* weights);
 
 }  // namespace cpu
 
-// Each call enqueues work on `stream` (a cudaStream_t) of `device` and returns; none synchronises
-// with the host or allocates. All throw std::runtime_error, "no CUDA device" where there is none.
+// Each call enqueues work on `stream` (a cudaStream_t) of `device` and returns, without
+// synchronising with the host or allocating. All throw std::runtime_error, "no CUDA device" if
+// there is none.
 namespace cuda {
 
-// The runs of the selected positions as the gramian kernel wants them: `table` goes to the device.
+// The runs of the selected positions for the gramian kernel, which reads `table` on the device.
 struct Plan {
   std::vector<int64_t> table;        // [runs, 3]: begin, end (within the piece), first chunk
   std::vector<int64_t> first_run;    // [pieces + 1]
@@ -120,7 +120,7 @@ struct Plan {
 };
 Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection);
 
-// Doubles of device memory that gramian needs for its partial sums, whatever the rows' length.
+// Doubles of device memory that gramian needs for its partial sums, for rows of any length.
 int64_t workspace_size(int m, int device);
 
 void require_device(int device);

@@ -1,4 +1,4 @@
-// The Python side of api.h. Addresses, element types and the stream come as integers, so the module
+// The Python bindings of api.h. Addresses, element types and the stream are integers, so the module
 // needs no torch headers and works with every torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -29,7 +29,7 @@ std::vector<T*> pointers(const std::vector<Address>& addresses) {
   return result;
 }
 
-// `dtypes` has one code a row.
+// `dtypes` has one code per row.
 gapo::Rows make_rows(const std::vector<Address>& addresses, std::vector<int64_t> lengths,
                      const std::vector<int>& dtypes) {
   const size_t m = dtypes.size();

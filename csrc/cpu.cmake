@@ -1,4 +1,4 @@
-# One translation unit per instruction set; the best one that the processor has is picked at run time.
+# One translation unit per instruction set; dispatch.cpp picks the processor's best at run time.
 add_library(gapo_cpu STATIC
   csrc/runs.cpp
   csrc/cpu/baseline.cpp
@@ -11,7 +11,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_sources(gapo_cpu PRIVATE csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp)
   target_compile_definitions(gapo_cpu PRIVATE GAPO_X86)
   set_source_files_properties(csrc/cpu/avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
-  # GCC 12's own AVX-512 header trips its maybe-uninitialized warning.
+  # GCC 12's own AVX-512 header triggers its maybe-uninitialized warning.
   set_source_files_properties(csrc/cpu/avx512.cpp
     PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx2;-mfma;-mf16c;-Wno-maybe-uninitialized;-Wno-uninitialized")
 endif()

@@ -1,5 +1,5 @@
-# The CUDA back end is a static library of its own, with the runtime linked statically: the extension
-# then loads on machines that have no driver.
+# The CUDA back end is its own static library and links the runtime statically, so that the extension
+# loads on machines without a driver.
 set(GAPO_HAS_CUDA 0)
 set(GAPO_BUILT_ARCHS "")
 set(GAPO_CUDA_TARGET "")
@@ -20,8 +20,8 @@ if(NOT GAPO_CUDA STREQUAL "OFF")
 endif()
 
 if(CMAKE_CUDA_COMPILER)
-  # Older compilers do not know the newest architectures. Plain numbers would also carry PTX of each;
-  # only the newest one's is kept, for devices that come later.
+  # Older compilers do not know the newest architectures. Plain numbers would add PTX for each; only the
+  # newest architecture keeps its PTX, for later devices.
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE nvcc_version)
   string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${nvcc_version}")
   set(nvcc_version "${CMAKE_MATCH_1}")
@@ -45,7 +45,7 @@ if(CMAKE_CUDA_COMPILER)
   set_target_properties(gapo_cuda PROPERTIES
     CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
   target_link_libraries(gapo_cuda PRIVATE gapo_cpu)
-  # The solver's rounding must be the host's.
+  # The solver must round as on the host.
   set_source_files_properties(csrc/cuda/min_norm.cu PROPERTIES COMPILE_OPTIONS "--fmad=false")
   set(GAPO_CUDA_TARGET gapo_cuda)
   set(GAPO_HAS_CUDA 1)

@@ -1,17 +1,17 @@
-// The minimum-norm point of a simplex from its Gram matrix, support set by support set. Used by
-// the host solver and, one thread a support set, by the CUDA kernel. Both give equal bits, but
-// where rounding has left the matrix indefinite (denormals), which has several stationary points.
+// The minimum-norm point of a simplex from its Gram matrix, support set by support set. The host
+// solver uses it, and the CUDA kernel with one thread per support set. Both give equal bits unless
+// rounding makes the matrix indefinite (denormals), which has several stationary points.
 //
-// minimise w'Gw, w >= 0, sum w = 1. On a support set S the minimiser of the affine hull solves
+// Minimise w'Gw with w >= 0, sum w = 1. On a support set S the minimiser of the affine hull solves
 //     [ C  -e ] [ v      ]   [ 0 ]        C_ij = G_ij / (d_i d_j),  e_i = 1 / d_i,  v_i = d_i w_i
 //     [ e'  0 ] [ lambda ] = [ 1 ]
-// with d_i the power of two next to sqrt(G_ii): exact scaling to a unit diagonal, so that rows
-// whose norms differ by 1e8 are treated alike. A support set whose solution is positive everywhere
-// is a candidate; its residual is the violation of the optimality conditions
+// with d_i the power of two next to sqrt(G_ii). This exact scaling to a unit diagonal treats rows
+// alike whose norms differ by 1e8. A support set whose solution is positive everywhere is a
+// candidate; its residual is the violation of the optimality conditions
 //     (Gw)_i = w'Gw on S,  (Gw)_i >= w'Gw elsewhere
-// relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins, where
-// residuals up to kGood are rounding and count as none; among equals, the fewest and then the
-// lowest rows. So ties and duplicated rows are resolved by rule and not by rounding.
+// relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins, and
+// residuals up to kGood are rounding and count as 0. Among equals the fewest rows win, then the
+// lowest. So a rule resolves ties and duplicated rows, not rounding.
 #pragma once
 
 #include <cmath>
@@ -23,9 +23,9 @@
 namespace gapo {
 namespace minnorm {
 
-constexpr double kRejected = 2.0;  // above every residual, which are at most 1
+constexpr double kRejected = 2.0;  // above every residual: residuals are at most 1
 constexpr double kGood = 1e-12;    // residuals of exact solutions stay a hundred times below
-constexpr double kTied = 1e-9;     // a row this close to the support's level may be part of another
+constexpr double kTied = 1e-9;     // a row this close to the level may be part of another set
 
 // An unevaluated sum high + low: dot products with twice the precision (Dekker, Knuth).
 struct Twofold {
@@ -46,13 +46,13 @@ struct Twofold {
 template <int Max>
 struct Scaled {
   int m;              // rows that take part
-  int row[Max];       // their places in the given matrix
-  int zero_row;       // first row of norm zero, where it takes part, or -1
+  int row[Max];       // their indices in the given matrix
+  int zero_row;       // first row of norm zero that takes part, or -1
   int exponent[Max];  // d_i = 2^exponent
   double c[Max][Max];
 };
 
-// 2^exponent by its bits; this is called often and scalbn is slow.
+// 2^exponent by its bits: the solver calls it often, and scalbn is slow.
 GAPO_HD inline double power_of_two(int exponent) {
   const int limit = 1000;  // beyond, the other summands have long vanished
   const int cut = exponent > limit ? limit : (exponent < -limit ? -limit : exponent);
@@ -67,7 +67,7 @@ GAPO_HD inline int exponent_of_root(double square) {
   return half >= 0 ? half / 2 : -((1 - half) / 2);  // floor(half / 2)
 }
 
-// `exclude_zero`: rows of norm zero take no part; else the first of them is the minimum.
+// With `exclude_zero` rows of norm zero take no part; else the first of them is the minimum.
 template <int Max>
 GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& s) {
   s.m = 0;
@@ -105,8 +105,8 @@ struct Candidate {
   double v[Max + 1];   // scaled weights of the members, then lambda
 };
 
-// Scratch memory of a solution. The caller says where it lies: a CUDA thread that kept much of it
-// to itself would make the driver set memory aside for every thread that the device can hold.
+// Scratch memory of a solution. The caller chooses its memory: much local memory in one CUDA thread
+// would make the driver reserve it for every thread that the device can hold.
 template <int Max>
 struct Workspace {
   double lu[Max + 1][Max + 1];
@@ -115,7 +115,7 @@ struct Workspace {
   int8_t order[Max + 1];
 };
 
-// The bordered matrix of a support set.
+// Entry (i, j) of the bordered matrix of a support set.
 template <int Max>
 GAPO_HD double entry(const Scaled<Max>& s, const Candidate<Max>& c, const Workspace<Max>& work,
                      int i, int j) {
@@ -124,8 +124,8 @@ GAPO_HD double entry(const Scaled<Max>& s, const Candidate<Max>& c, const Worksp
   return i == c.size ? work.border[j] : -work.border[i];
 }
 
-// In place LU with row exchanges. Returns the ratio of the least to the largest pivot, 0 where one
-// vanishes.
+// In-place LU factorisation with row exchanges. Returns the ratio of the least to the largest
+// pivot, or 0 if one vanishes.
 template <int Max>
 GAPO_HD double factor(Workspace<Max>& work, int n) {
   double least = 1e300;
@@ -170,7 +170,7 @@ GAPO_HD void add_solution(const Workspace<Max>& work, int n, double (&x)[Max + 1
   for (int i = 0; i < n; ++i) x[i] += y[i];
 }
 
-// By more than the rounding of a system that is well conditioned: some weight is negative, or some
+// Whether, by more than the rounding of a well-conditioned system, some weight is negative or some
 // row outside lies below the level of the support set.
 template <int Max>
 GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Candidate<Max>& c) {
@@ -196,9 +196,8 @@ GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Cand
   return false;
 }
 
-// Solves the bordered system of a support set, to nearly full precision by iterative refinement.
-// Returns false where it is singular and, with `final_wanted`, where it clearly is not that of the
-// minimum.
+// Solves the bordered system of a support set, with iterative refinement to nearly full precision.
+// Returns false if it is singular or, with `final_wanted`, clearly not that of the minimum.
 template <int Max>
 GAPO_HD bool solve(const Scaled<Max>& s, uint32_t support, bool final_wanted, Workspace<Max>& work,
                    Candidate<Max>& c) {
@@ -242,13 +241,13 @@ GAPO_HD bool is_positive(const Candidate<Max>& c) {
   return true;
 }
 
-// What lies around a support set.
+// The rows outside a support set.
 struct Outside {
   int entering;   // the row that violates the optimality conditions most, or -1
   uint32_t tied;  // rows at the level of the support set, or below
 };
 
-// Largest relative violation of the optimality conditions by a positive candidate.
+// The largest relative violation of the optimality conditions by a positive candidate.
 template <int Max>
 GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<Max>& c,
                         Outside& outside) {
@@ -292,7 +291,7 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
   return worst;
 }
 
-// Weights of a positive candidate, one a row that takes part; they sum to one.
+// Weights of a positive candidate, one per row that takes part; they sum to one.
 template <int Max>
 GAPO_HD void to_simplex(const Scaled<Max>& s, const Candidate<Max>& c, double (&weights)[Max]) {
   double total = 0.0;
@@ -305,7 +304,7 @@ GAPO_HD void to_simplex(const Scaled<Max>& s, const Candidate<Max>& c, double (&
   for (int i = 0; i < s.m; ++i) weights[i] /= total;
 }
 
-// The same into the rows' places in the given matrix.
+// Writes the same weights at the rows' indices in the given matrix.
 template <int Max>
 GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double* weights) {
   double mine[Max];
@@ -313,7 +312,7 @@ GAPO_HD void write_weights(const Scaled<Max>& s, const Candidate<Max>& c, double
   for (int i = 0; i < s.m; ++i) weights[s.row[i]] = mine[i];
 }
 
-// Residual of a support set, 0 up to rounding, kRejected where it has no positive solution.
+// Residual of a support set: 0 up to rounding, kRejected if it has no positive solution.
 template <int Max>
 GAPO_HD double try_support(const Scaled<Max>& s, uint32_t support, Workspace<Max>& work,
                            Candidate<Max>& c) {

@@ -1,5 +1,5 @@
-// Wolfe's algorithm: the support set of the minimum-norm point without trying them all. Host and
-// device; see min_norm.h for the notation.
+// Wolfe's algorithm, for host and device: it finds the support set of the minimum-norm point
+// without trying all sets. min_norm.h defines the notation.
 #pragma once
 
 #include "min_norm.h"
@@ -23,7 +23,7 @@ struct Found {
 };
 
 // Moves the weights `w` towards the affine minimiser of their support set until the first of them
-// vanishes. Returns the support set that is left.
+// vanishes. Returns the remaining support set.
 template <int Max>
 GAPO_HD uint32_t step_to_boundary(const Scaled<Max>& s, const Candidate<Max>& target,
                                   uint32_t support, double (&w)[Max]) {
@@ -61,9 +61,9 @@ GAPO_HD int smallest_row(const Scaled<Max>& s) {
   return least;
 }
 
-// Finding the nearest point in a polytope (Wolfe 1976): the support set gains the row that violates
-// optimality most and loses rows whose weight would turn negative. Ends with the best candidate
-// that it met; a residual above kGood says that rounding stopped it before the end.
+// "Finding the nearest point in a polytope" (Wolfe 1976): the support set gains the row that
+// violates optimality most and loses rows whose weight would become negative. `best` is the best
+// candidate seen; a residual above kGood means that rounding stopped the search early.
 template <int Max>
 GAPO_HD void search(const Scaled<Max>& s, SearchSpace<Max>& space, Found<Max>& best) {
   Candidate<Max>& target = space.target;

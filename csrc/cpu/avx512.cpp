@@ -1,4 +1,4 @@
-// Sixteen lanes: AVX-512 F, beside AVX2, FMA and F16C.
+// Sixteen lanes: AVX-512 F with AVX2, FMA and F16C.
 #include <immintrin.h>
 
 #include <cstdint>

@@ -72,7 +72,7 @@ Half to_half(float x) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // >= 65520
   if (magnitude < 0x38800000u) {
-    // Below 2^-14 the result counts 2^-24s. Adding 1.5 * 2^23 makes the addition itself round.
+    // Below 2^-14 the result is a multiple of 2^-24. Adding 1.5 * 2^23 makes the addition round.
     const float counted = from_bits(magnitude) * 0x1p24f + 0x1.8p23f;
     return {static_cast<uint16_t>(sign | (to_bits(counted) & 0x7ffu))};
   }

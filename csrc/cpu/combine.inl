@@ -1,10 +1,10 @@
-// combine in fp32 vectors; the second part of kernels.inl, which includes it.
+// combine in fp32 vectors: the second part of kernels.inl, which includes this file.
 
 namespace gapo {
 namespace cpu {
 namespace {
 
-// sum_i weights[i] row_i[k ..] for M rows, or for m of them where M is 0.
+// sum_i weights[i] row_i[k ..] for M rows, or for m rows if M is 0.
 template <int M, class T>
 __attribute__((always_inline)) inline Vec weighted_sum(int m, const T* const* rows,
                                                        const Vec* weights, int64_t k) {
@@ -15,13 +15,13 @@ __attribute__((always_inline)) inline Vec weighted_sum(int m, const T* const* ro
   return sum;
 }
 
-// The whole vectors of a row. Returns how many elements they hold.
+// Combines the whole vectors of the rows. Returns how many elements they hold.
 template <int M, class T, class Out>
 int64_t combine_vectors(int m, const T* const* rows, const Vec* weights, Out* out, int64_t count) {
   constexpr int64_t kVec = Vec::kLanes;
   constexpr int kSlots = M > 0 ? M : kMaxRows;
   const int used = M > 0 ? M : m;
-  // Copies that the compiler can keep in registers: nothing else points to them.
+  // Nothing else points to these copies, so the compiler can keep them in registers.
   const T* mine[kSlots];
   Vec factors[kSlots];
   for (int i = 0; i < used; ++i) {
@@ -52,7 +52,7 @@ int64_t pick_combine(int m, const T* const* rows, const Vec* weights, Out* out, 
 
 template <class T, class Out>
 void combine_run(int m, const void* const* rows, const float* weights, void* out, int64_t count) {
-  constexpr int kUnrolled = 8;  // numbers of rows with a loop of their own
+  constexpr int kUnrolled = 8;  // up to so many rows have an unrolled loop
   const T* pointers[kMaxRows];
   Vec factors[kMaxRows];
   for (int i = 0; i < m; ++i) {
@@ -84,8 +84,8 @@ void combine_of(int m, const void* const* rows, const float* weights, void* out,
     combine_run<T, Half>(m, rows, weights, out, count);
 }
 
-// Rows of different types: a block at a time as floats. All of a block is read before it is
-// written: `out` may be a row.
+// Combines rows of different types in blocks of floats. Reads a whole block before writing it,
+// because `out` may be a row.
 void combine_mixed(int m, const void* const* rows, const DType* dtypes, const float* weights,
                    void* out, DType out_dtype, int64_t count) {
   alignas(64) float buffer[kMaxRows][kBlock];

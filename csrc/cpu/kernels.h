@@ -1,4 +1,4 @@
-// The streaming kernels of one instruction set. Each set lives in a translation unit of its own.
+// The streaming kernels of one instruction set. Each set has its own translation unit.
 #pragma once
 
 #include "api.h"
@@ -6,7 +6,7 @@
 namespace gapo {
 namespace cpu {
 
-// One factor an element; null values: every element counts once.
+// One factor per element; with null values every element counts once.
 struct Factors {
   const float* values;
   FactorForm form;
@@ -14,8 +14,8 @@ struct Factors {
 
 struct Kernels {
   const char* name;
-  // Adds the Gram of `count` elements of m rows to `sums`, the upper triangle, pair_count(m)
-  // entries.
+  // Adds the Gram matrix of `count` elements of m rows to `sums`, the pair_count(m) entries of its
+  // upper triangle.
   void (*gramian)(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
                   int64_t count, double* sums);
   // out[k] = sum_i weights[i] row_i[k], m >= 1, in fp32.
@@ -29,7 +29,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// The set of that name; nullptr or "" picks the best. Throws std::invalid_argument.
+// The set called `name`; nullptr or "" picks the best. Throws std::invalid_argument.
 const Kernels& kernels(const char* name);
 
 }  // namespace cpu

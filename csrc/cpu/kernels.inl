@@ -1,19 +1,19 @@
 // The kernels, written once over vectors of doubles and of floats: gramian here, combine in
-// combine.inl. A translation unit defines, in
-// its own namespace,
+// combine.inl. A translation unit defines in its own namespace
 //   Bf16, Half    element types
 //   Vec           kLanes floats, with broadcast(x): combine works in fp32
 //   Wide          kLanes doubles, with zero(): gramian works in fp64
 //   kDirect       rows whose whole triangle of sums fits in the registers
-//   kColumns      columns whose rectangle of sums with kDirect rows does
+//   kColumns      columns whose rectangle of sums with kDirect rows fits there
 //   load, store, multiply, multiply_add, plus, widen, and load_wide from elements or doubles
-//   inverse_root  of a Vec, see FactorForm
+//   inverse_root  of a Vec, as FactorForm defines it
 // and includes this file. Everything here is in an unnamed namespace and uses no inline function of
-// the standard library: code for a wide instruction set must never be merged with the baseline's.
+// the standard library: the linker must never merge code for a wide instruction set with the
+// baseline's.
 //
-// Why fp64 throughout: fp32 sums of n products are off by up to n/2 * 2^-24 for some inputs (a
-// constant row will do), and short fp32 chains that stay below 1e-7 cost more instructions to widen
-// than they save. fp64 products of fp32 elements are exact.
+// Why fp64 throughout: fp32 sums of n products err by up to n/2 * 2^-24 for some inputs (a constant
+// row is one), and short fp32 chains that stay below 1e-7 cost more instructions to widen than they
+// save. fp64 products of fp32 elements are exact.
 
 #include <cstring>
 
@@ -24,23 +24,22 @@ namespace cpu {
 namespace {
 
 constexpr int kLanes = Wide::kLanes;
-constexpr int64_t kBlock =
-    128;  // elements that several passes in a row read: they stay in the cache
+constexpr int64_t kBlock = 128;  // elements that several consecutive passes read from the cache
 using Lanes = double[kLanes];
 
-// How far ahead of its reads a pass asks for memory. The processor's own prefetching stops at pages
-// and waits for misses; a loop with so much arithmetic between its misses leaves bandwidth unused.
+// How far ahead of its reads a pass prefetches. The processor's own prefetching stops at pages and
+// waits for misses; a loop with so much arithmetic between its misses leaves bandwidth unused.
 constexpr int64_t kAhead = 1024;      // bytes, for a single pass
-constexpr int64_t kAheadBlock = 512;  // where several passes follow each other on a block
+constexpr int64_t kAheadBlock = 512;  // bytes, for several passes over a block
 constexpr int64_t kLine = 64;
 
-// One pass over `count` elements (whole vectors): sums of the triangle of Left rows (if kTriangle),
-// and of Left rows with Right others. kSets independent sets of sums hide the latency of the
-// additions where there are few of them.
+// One pass over `count` elements (whole vectors). It sums the products of the triangle of Left rows
+// (if kTriangle), and of Left rows with Right others. With few sums, kSets independent sets of them
+// hide the latency of the additions.
 template <class T, int Left, bool kTriangle, int Right, bool kWeighted>
 struct Pass {
   static constexpr int kSums = (kTriangle ? pair_count(Left) : 0) + Left * Right;
-  static constexpr int kStep = kLine / sizeof(T);  // elements of a line
+  static constexpr int kStep = kLine / sizeof(T);  // elements per cache line
   static constexpr int kSets = kSums <= 4 ? (kSums == 1 && kStep >= 4 * kLanes ? 4 : 2) : 1;
   const T* left[Left];
   const T* right[Right > 0 ? Right : 1];
@@ -48,7 +47,7 @@ struct Pass {
 
   static Wide scaled(Wide x, Wide factor) { return kWeighted ? multiply(x, factor) : x; }
 
-  // The products of kLanes elements from k on.
+  // Adds the products of kLanes elements from k on.
   __attribute__((always_inline)) inline void add(int64_t k, Wide* sum) const {
     const Wide factor = kWeighted ? load_wide(weight + k) : Wide::zero();
     Wide x[Left];
@@ -71,14 +70,14 @@ struct Pass {
 
   __attribute__((always_inline)) inline void prefetch(int64_t k, int64_t ahead) const {
 #pragma GCC unroll 8
-    for (int i = 0; kTriangle && i < Left; ++i)  // else the triangle before has asked for them
+    for (int i = 0; kTriangle && i < Left; ++i)  // else the triangle before has prefetched them
       __builtin_prefetch(reinterpret_cast<const char*>(left[i] + k) + ahead);
 #pragma GCC unroll 8
     for (int j = 0; j < Right; ++j)
       __builtin_prefetch(reinterpret_cast<const char*>(right[j] + k) + ahead);
   }
 
-  // Adds to kSums sums, in the order of add.
+  // Adds to kSums sums in the order of add().
   void run(int64_t count, int64_t ahead, Lanes* total) const {
     Wide sum[kSets * kSums];
 #pragma GCC unroll 32
@@ -102,7 +101,7 @@ struct Pass {
   }
 };
 
-// Runs the passes of a schedule over `count` elements; their sums lie one after the other.
+// Runs the passes of a schedule over `count` elements; stores their sums one after the other.
 template <class T, bool kWeighted>
 struct Compute {
   const T* const* rows;
@@ -122,7 +121,7 @@ struct Compute {
   }
 };
 
-// Adds the sums that the same schedule left to the upper triangle of an m x m matrix.
+// Adds the sums of the same schedule to the upper triangle of an m x m matrix.
 struct Collect {
   int m;
   const Lanes* sums;
@@ -146,8 +145,8 @@ struct Collect {
   }
 };
 
-// From run-time numbers of rows to the pass compiled for them: the triangle of the rows from `a`
-// on, and kDirect rows from `a` on with the columns from `b` on.
+// These two pick the pass that is compiled for a run-time number of rows: the triangle of the rows
+// from `a` on, and kDirect rows from `a` on with the columns from `b` on.
 template <int Rows, class Visitor>
 void triangle(Visitor& visitor, int rows, int a) {
   if constexpr (Rows > 0) {
@@ -171,7 +170,7 @@ void rectangle(Visitor& visitor, int columns, int a, int b) {
 // The passes that cover every pair of m rows once.
 template <class Visitor>
 void schedule(int m, Visitor& visitor) {
-  // One or two rows more than fit: a triangle of their own would wait for its additions.
+  // With one or two rows too many, their own triangle would stall on the latency of its additions.
   if (m == kDirect + 1) visitor.template pass<1, true, kDirect>(kDirect, 0);
   if (m == kDirect + 2) visitor.template pass<2, true, kDirect>(kDirect, 0);
   const int rest = m <= kDirect + 2 && m > kDirect ? kDirect : m;
@@ -182,7 +181,7 @@ void schedule(int m, Visitor& visitor) {
   }
 }
 
-// A row's block as floats in `buffer`. Its next block is asked for on the way.
+// Widens a row's block into `buffer` and prefetches the next block.
 template <class T>
 const float* widen_block(const T* row, int64_t count, float* buffer) {
   __builtin_prefetch(reinterpret_cast<const char*>(row) + kAheadBlock);
@@ -193,14 +192,14 @@ const float* widen_block(const T* row, int64_t count, float* buffer) {
   return buffer;
 }
 
-// A block of a row as floats: where it is, or in `buffer`.
+// A row's block as floats: in place, or widened into `buffer`.
 const float* to_floats(const void* row, DType dtype, int64_t count, float* buffer) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(row);
   if (dtype == DType::kBFloat16) return widen_block(static_cast<const Bf16*>(row), count, buffer);
   return widen_block(static_cast<const Half*>(row), count, buffer);
 }
 
-// A block of factors: where it is, or in `buffer`.
+// A block of factors: in place, or computed into `buffer`.
 const float* to_factors(const Factors& factors, int64_t first, int64_t count, float* buffer) {
   const float* values = factors.values + first;
   if (!factors.form.inverse_root) return values;
@@ -218,7 +217,7 @@ const float* to_factors(const Factors& factors, int64_t first, int64_t count, fl
   return buffer;
 }
 
-// Up to kDirect rows of one type: one pass from where they are.
+// Up to kDirect rows of one type, in one pass without a buffer.
 template <class T>
 void directly(int m, const void* const* rows, const float* weight, int64_t count, Lanes* sums) {
   const T* pointers[kDirect];
@@ -232,7 +231,7 @@ void directly(int m, const void* const* rows, const float* weight, int64_t count
   }
 }
 
-// Anything else: a block at a time as floats, so that what several passes read is widened once.
+// All other rows, in blocks of floats, so that each element is widened once for several passes.
 template <bool kWeighted>
 void in_blocks(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
                int64_t count, Lanes* sums) {
@@ -249,7 +248,7 @@ void in_blocks(int m, const void* const* rows, const DType* dtypes, const Factor
   }
 }
 
-// Over `count` elements, a whole number of vectors.
+// Sums over `count` elements, a whole number of vectors.
 void whole_vectors(int m, const void* const* rows, const DType* dtypes, const Factors& factors,
                    int64_t count, Lanes* sums) {
   const bool weighted = factors.values != nullptr;
@@ -274,7 +273,7 @@ void gramian(int m, const void* const* rows, const DType* dtypes, const Factors&
   std::memset(sums, 0, pair_count(m) * sizeof(Lanes));
   const int64_t whole = count / kLanes * kLanes;
   if (whole > 0) whole_vectors(m, rows, dtypes, factors, whole, sums);
-  if (count > whole) {  // the elements after the last whole vector, padded with zeros
+  if (count > whole) {  // pad the elements after the last whole vector with zeros
     alignas(64) unsigned char padded[kMaxRows][kLanes * sizeof(float)] = {};
     float padded_weight[kLanes] = {};
     const void* pointers[kMaxRows];

@@ -11,16 +11,16 @@ using minnorm::Candidate;
 using minnorm::Found;
 using minnorm::Scaled;
 
-constexpr int kEnumerated = 8;  // tied rows up to here are resolved by trying all their subsets
+constexpr int kEnumerated = 8;  // up to so many tied rows, try all their subsets
 
-// The next larger number with as many bits.
+// The next larger number with as many bits set.
 uint32_t next_of_equal_size(uint32_t bits) {
   const uint32_t lowest = bits & -bits;
   const uint32_t carried = bits + lowest;
   return carried | ((bits ^ carried) >> 2) / lowest;
 }
 
-// Every support set of some `rows`, smaller ones first, until one solves the problem.
+// Tries every support set of some `rows`, smaller ones first, until one solves the problem.
 template <int Max>
 void enumerate(const Scaled<Max>& problem, uint32_t rows, Found<Max>& best) {
   int members[Max];
@@ -47,8 +47,8 @@ void enumerate(const Scaled<Max>& problem, uint32_t rows, Found<Max>& best) {
   }
 }
 
-// Nothing but this support set can be the solution, to rounding: no row outside is at its level,
-// and none inside could as well be left out.
+// Whether, to rounding, only this support set can be the solution: no row outside is at its level,
+// and the solution needs every row inside.
 template <int Max>
 bool is_unique(const Scaled<Max>& problem, const Found<Max>& found) {
   if (found.tied != 0) return false;

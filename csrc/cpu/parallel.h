@@ -11,8 +11,8 @@ namespace gapo {
 namespace cpu {
 
 // Calls task(i) for every i in [0, count), on at most `threads` threads. They live for this call
-// only: no state, safe across fork, and cheap beside the memory that a call streams through. The
-// task must not throw.
+// only, which keeps no state, is safe across fork, and is cheap compared with the memory that a
+// call streams through. The task must not throw.
 template <class Task>
 void parallel_for(int64_t count, int threads, const Task& task) {
   std::atomic<int64_t> next{0};
@@ -25,7 +25,7 @@ void parallel_for(int64_t count, int threads, const Task& task) {
     try {
       helpers.emplace_back(work);
     } catch (const std::system_error&) {
-      break;  // the system has no more threads: those that run do all the work
+      break;  // the system has no more threads: the running ones do all the work
     }
   }
   work();

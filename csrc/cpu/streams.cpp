@@ -9,8 +9,8 @@ namespace gapo {
 namespace cpu {
 namespace {
 
-// Elements of a chunk. Chunks are cut by position only: each has its own partial sum, and these are
-// added in order, so the result does not depend on who computed them.
+// Elements per chunk. Chunks depend on positions only. Each has its own partial sum, and these are
+// added in order, so the result does not depend on which thread computed them.
 constexpr int64_t kChunk = 1 << 16;
 // Longer rows get longer chunks, so that the partial sums stay below a megabyte.
 constexpr int64_t kMaxChunks = 512;
@@ -49,8 +49,7 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
       const int64_t start = starts[run->piece];
       const int64_t begin = std::max(run->begin, low - start);
       const int64_t end = std::min(run->end, high - start);
-      // In stretches, also where a chunk is long: no sum adds more than that many products in a
-      // row.
+      // Splits long chunks, too, so that no sum adds more than kChunk products in a row.
       for (int64_t at = begin; at < end; at += kChunk) {
         const void* pointers[kMaxRows];
         for (int i = 0; i < rows.m; ++i)

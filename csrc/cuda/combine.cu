@@ -1,4 +1,4 @@
-// out = sum_i w_i row_i in one pass, weights read from device memory. Each thread reads its
+// out = sum_i w_i row_i in one pass, with weights from device memory. Each thread reads its
 // elements of every row before it writes them, so `out` may be one of the rows.
 #include <algorithm>
 

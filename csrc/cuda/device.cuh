@@ -1,4 +1,4 @@
-// What the kernels' launchers share: errors, the current device, loads of element vectors.
+// What the kernels and their launchers share: errors, the current device, loads of element vectors.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -18,7 +18,7 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current for a scope.
+// Makes `device` the current device within a scope.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -34,7 +34,7 @@ class OnDevice {
   int previous_ = 0;
 };
 
-// kernel<<<blocks, threads, 0, stream>>>(arguments), in the spelling of a function call.
+// kernel<<<blocks, threads, 0, stream>>>(arguments) as a function call, which checks for errors.
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads,
             cudaStream_t stream, Arguments... arguments) {
@@ -66,14 +66,14 @@ __device__ __forceinline__ void narrow(float x, Half& out) {
   out.bits = __half_as_ushort(__float2half_rn(x));
 }
 
-// Elements before the first that is aligned to N elements.
+// Number of elements before the first one that is aligned to N elements.
 template <int N, class T>
 __device__ __forceinline__ int head_length(const T* p) {
   return int((N - reinterpret_cast<uintptr_t>(p) / sizeof(T) % N) % N);
 }
 
-// 16 aligned bytes of elements as they are in memory. Each is read once: the data goes past the
-// caches.
+// 16 aligned bytes of elements as they are in memory. Loads bypass the caches, because the kernels
+// read each element once.
 template <class T>
 struct Vector {
   static constexpr int kElements = 16 / sizeof(T);
@@ -94,13 +94,13 @@ struct Vector {
 // A row whose elements are of type T.
 template <class T>
 struct Source {
-  static constexpr int kElements = Vector<T>::kElements;  // of one load
+  static constexpr int kElements = Vector<T>::kElements;  // per load
   const T* data;
 
   __device__ __forceinline__ void set(const void* row, DType) { data = static_cast<const T*>(row); }
   __device__ __forceinline__ float at(int64_t k) const { return widen(data[k]); }
   __device__ __forceinline__ Vector<T> load(int64_t k) const { return Vector<T>::load(data + k); }
-  // Elements from k on before the first that is aligned to N elements.
+  // Number of elements from k on before the first one that is aligned to N elements.
   template <int N>
   __device__ __forceinline__ int head(int64_t k) const {
     return head_length<N>(data + k);
@@ -109,7 +109,7 @@ struct Source {
 
 struct Mixed {};  // rows of different types
 
-// A row whose type only the launch knows. All threads take the same branch.
+// A row whose type is known only at launch. All threads take the same branch.
 template <>
 struct Source<Mixed> {
   struct Four {
@@ -151,7 +151,7 @@ struct Source<Mixed> {
   }
 };
 
-// N floats from N consecutive, N-element aligned elements of a row from k on.
+// Loads N consecutive elements of a row from k on, aligned to N elements, as floats.
 template <int N, class T>
 __device__ __forceinline__ void load_vector(const Source<T>& row, int64_t k, float (&x)[N]) {
   constexpr int kElements = Source<T>::kElements;

@@ -1,10 +1,11 @@
 // Gram matrices on the device. As many blocks as the device runs at a time walk over the chunks of
-// the selected runs and keep their sums in fp64 registers; each then adds its threads up and leaves
-// one partial sum per pair of rows. A second kernel adds the partial sums. Both orders are fixed by
-// the lengths and the device's size and there are no atomics, so results repeat bit for bit.
+// the selected runs and keep their sums in fp64 registers. Each block then sums over its threads
+// and stores one partial sum per pair of rows. A second kernel adds the partial sums. The lengths
+// and the device's size fix the order of both sums, and there are no atomics, so results repeat bit
+// for bit.
 //
 // fp64 throughout, as on the CPU: products of fp32 elements are exact, and an H100 has two to four
-// times the fp64 arithmetic that streaming 8 rows of fp32 needs (36 multiply-adds an element).
+// times the fp64 arithmetic that streaming 8 rows of fp32 needs (36 multiply-adds per element).
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -15,11 +16,11 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWholeTriangle = 8;  // rows up to here take one pass
-constexpr int kTile = 4;           // more are taken in tiles of this side
+constexpr int kWholeTriangle = 8;  // up to so many rows take one pass
+constexpr int kTile = 4;           // side of the tiles for more rows
 
-// Blocks that share a multiprocessor. Registers bound them; loads in flight are what fills the
-// memory pipeline, so fewer rows get more of both.
+// Blocks per multiprocessor. Registers limit them, and loads in flight fill the memory pipeline, so
+// fewer rows get more of both.
 __host__ __device__ constexpr int blocks_for(int rows) {
   return rows <= 2 ? 8 : (rows <= 4 ? 5 : (rows <= 6 ? 4 : 3));
 }
@@ -135,7 +136,7 @@ struct Accumulator {
     float factors[kVector];
 #pragma unroll
     for (int i = 0; i < Shape::kRows; ++i) x[i] = rows[i].load(k);
-    if (kWeighted) {  // all factors before the products: one at a time would need more registers
+    if (kWeighted) {  // all factors before the products, which needs fewer registers
       load_vector<kVector>(Source<float>{weight}, k, factors);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) factors[v] = factor_of(factors[v], form);
@@ -149,7 +150,7 @@ struct Accumulator {
     }
   }
 
-  // Elements before the first at which whole loads of all rows begin, or -1 where there is none.
+  // Number of elements before the first one at which all rows are aligned, or -1 if there is none.
   __device__ int common_head(int64_t begin) const {
     const int head = rows[0].template head<kVector>(begin);
 #pragma unroll
@@ -174,7 +175,7 @@ struct Accumulator {
     const int64_t vectors = high > aligned ? (high - aligned) / kVector : 0;
     const int64_t in_head = run.begin + threadIdx.x;
     if (run.chunk == 0 && threadIdx.x < head && in_head < run.end) add_element(in_head);
-    // Factors take registers, and are loads in flight as well.
+    // Factors take registers, and add loads in flight.
     constexpr int kUnroll = kWeighted ? (Shape::kUnroll + 1) / 2 : Shape::kUnroll;
 #pragma unroll kUnroll
     for (int64_t v = threadIdx.x; v < vectors; v += kThreads) add_vector(aligned + v * kVector);
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocks) partial_sums(Job job
     if (place < 0) return;
     double sum = 0.0;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp][p];
-    // Pieces follow each other on the stream and share the slots.
+    // Launches for different pieces run one after the other on the stream and share the slots.
     job.partials[place * job.slots + blockIdx.x] += sum;
   });
 }
@@ -268,7 +269,8 @@ void launch_piece(const Rows& rows, int64_t piece, Job job, cudaStream_t stream)
     for (int left = top + side; left < rows.m; left += side) {
       job.left = left;
       job.width = std::min(side, rows.m - left);
-      for (int j = 0; j < kTile; ++j) {  // beyond the last row: any valid one, its sums are dropped
+      for (int j = 0; j < kTile;
+           ++j) {  // past the last row take any valid one: its sums are dropped
         const int row = left + std::min(j, job.width - 1);
         job.rows[kTile + j] = rows.piece(row, piece);
         job.dtypes[kTile + j] = rows.dtypes[row];
@@ -278,7 +280,7 @@ void launch_piece(const Rows& rows, int64_t piece, Job job, cudaStream_t stream)
   }
 }
 
-// Blocks that the device runs at a time, each with a partial sum of every pair.
+// Number of blocks that the device runs at a time, each with a partial sum per pair.
 int slots_for(int m, int device) {
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),

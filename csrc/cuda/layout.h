@@ -1,4 +1,4 @@
-// Sizes that the host's plan and the kernels share.
+// Sizes that the host's plan and the device's kernels share.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace gapo {
 namespace cuda {
 
-constexpr int64_t kChunk = 4096;  // elements that a block of gramian takes at a time
+constexpr int64_t kChunk = 4096;  // elements per chunk of a gramian block
 constexpr int kRunFields = 3;     // begin, end, first chunk
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// The minimum-norm point in one small block. Up to 8 rows: a thread for every support set. More:
-// one thread runs Wolfe's algorithm.
+// The minimum-norm point in one small block. For up to 8 rows it has one thread per support set;
+// for more rows one thread runs Wolfe's algorithm.
 #include "cuda/device.cuh"
 #include "min_norm_search.h"
 
@@ -9,10 +9,10 @@ namespace {
 
 constexpr int kEnumerated = 8;
 constexpr int kThreads = 1 << kEnumerated;
-// The largest residual of an answer; the search aims at minnorm::kGood.
+// The largest residual that the search may return; it aims at minnorm::kGood.
 constexpr double kAccepted = 1e-9;
 
-// Common start of both kernels, on one thread. True where there is something left to solve.
+// Common start of both kernels, on one thread. Returns whether there is something left to solve.
 template <int Max>
 __device__ bool prepare(const double* gram, int m, bool exclude_zero, minnorm::Scaled<Max>& problem,
                         double* weights, int32_t* status) {
@@ -77,7 +77,7 @@ void require_device(int device) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // it was told; later calls must not see it again
+    cudaGetLastError();  // clears the error, which later calls must not see again
     throw std::runtime_error(std::string("no CUDA device: ") + cudaGetErrorString(error));
   }
   if (device < 0 || device >= count)

@@ -20,7 +20,7 @@ Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection) 
     plan.first_chunk[run.piece + 1] = chunk;
   }
   for (std::size_t piece = 1; piece < plan.first_run.size(); ++piece) {
-    if (plan.first_run[piece] != 0) continue;  // a piece without runs ends where it begins
+    if (plan.first_run[piece] != 0) continue;  // a piece without runs ends where it starts
     plan.first_run[piece] = plan.first_run[piece - 1];
     plan.first_chunk[piece] = plan.first_chunk[piece - 1];
   }

@@ -1,8 +1,8 @@
-"""What the rest of the package sees of the training engines, and the way to one.
+"""What the rest of the package sees of the training engines, and how it builds one.
 
-Everything below is implemented over Megatron-core in ``engine/megatron``, which only the ``build_`` functions
-import: it takes seconds, and bad input should be told at once. All methods are collective: every rank of the
-world calls them, in the same order.
+``engine/megatron`` implements everything below over Megatron-core. Only the ``build_`` functions import it:
+the import takes seconds, and a user should read about bad input before that. All methods are collective:
+every rank of the world calls them in the same order.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, Generation, TokenBatch
 
-# A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): it is asked once a step, where the
-# Gram matrix lies, and hears of the step when the optimizer has taken it. Or any function of the Gram matrix
-# [M, M] float64 on the CPU that gives weights [M] float64.
+# A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
+# per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
+# the Gram matrix [M, M] float64 on the CPU to weights [M] float64.
 Aggregator = HostAggregator
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
-# with a graph), as a gapo_mega.losses.PolicyLoss gives it. The engine divides by the global number of
-# response tokens of the minibatch.
+# with a graph), as a gapo_mega.losses.PolicyLoss returns it. The engine divides by the number of response
+# tokens of the minibatch over all data ranks.
 PolicyLossSum = Callable[[Tensor, Experience, int], Tensor]
 
 # (values_BT of one objective, microbatch, objective index) -> *sum* over response tokens.
@@ -39,7 +39,7 @@ ValueLoss = Callable[[Tensor, Experience, int], Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands. Sizes and this process's index along every axis."""
+    """The size of every parallel axis, and this process's rank along it."""
 
     world: int
     rank: int
@@ -63,20 +63,20 @@ class GradientReport:
     gram: Tensor  # [M, M] float64, CPU
     weights: Tensor  # [M] float64, CPU
     gradient_norm: float  # Megatron's norm of the combined gradient, before clipping
-    clip_factor: float  # 1 where nothing was clipped
+    clip_factor: float  # 1 if nothing was clipped
     learning_rate: float
     skipped: bool = False  # True: a gradient was not finite, parameters untouched
     nonfinite: list[int] = field(default_factory=list)  # objectives with a non-finite gradient
     excluded: list[int] = field(default_factory=list)  # objectives with a zero gradient
-    # <parameters before - after, g_k>: first-order gain of every objective by the change that the optimizer
-    # really made, where measured; NaN where it cannot be told
+    # <parameters before - after, g_k>: each objective's first-order gain from the change that the optimizer
+    # made; None if the strategy does not measure it, NaN if it cannot be computed
     actual_change: list[float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, aggregate, optimizer
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How tokens are drawn; ``temperature`` 0 is greedy."""
+    """How to sample tokens; ``temperature`` 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -95,25 +95,25 @@ class Generator(Protocol):
         ...
 
     def update_weights(self) -> None:
-        """Take the policy's current parameters. In-process back ends share them and do nothing."""
+        """Take over the policy's current parameters. In-process back ends share them and do nothing."""
         ...
 
 
 class Ranks(Protocol):
-    """What ranks tell one another: small tensors and Python objects."""
+    """Collectives over small CPU tensors and Python objects."""
 
     layout: Layout
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over the data-parallel ranks; the same on every rank."""
+        """All-reduce: the sum of a CPU tensor over the data-parallel ranks."""
         ...
 
     def gather_over_data(self, value: Any) -> list[Any]:
-        """Picklable values of all data-parallel ranks in order, on every rank."""
+        """All-gather: the picklable values of all data-parallel ranks, in rank order."""
         ...
 
     def broadcast_in_replica(self, value: Any) -> Any:
-        """The value of the replica's first rank (tensor rank 0, pipeline rank 0)."""
+        """Broadcast the value of the replica's first rank (tensor rank 0, pipeline rank 0)."""
         ...
 
     def barrier(self) -> None:
@@ -122,18 +122,18 @@ class Ranks(Protocol):
 
 
 class Trainable(Ranks, Protocol):
-    """What every engine offers a run: its state in and out, and the trained model."""
+    """What every engine offers a run: saving and loading its state, and exporting the trained model."""
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
-        """Models, optimizers, schedules and random-number states; ``extra`` is the run's own state."""
+        """Save models, optimizers, schedules, random-number states and ``extra``, the run's own state."""
         ...
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Inverse of ``save``; returns ``extra``."""
+        """Restore what ``save`` wrote and return ``extra``."""
         ...
 
     def export_hf(self, directory: Path) -> None:
-        """The trained model as a Hugging Face directory that transformers loads."""
+        """Write the trained model as a Hugging Face directory that transformers loads."""
         ...
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class Engine(Trainable, Protocol):
         ...
 
     def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
-        """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is drawn."""
+        """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is sampled."""
         ...
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
-        """A frozen score model in the policy's layout, as an objective asked for it.
+        """The frozen score model that an objective requests, in the policy's layout.
 
-        Raises ``ValueError`` where it is no score model, or does not fit the layout.
+        Raises ``ValueError`` if it is not a score model or does not fit the layout.
         """
         ...
 
@@ -173,48 +173,48 @@ class Engine(Trainable, Protocol):
         ...
 
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
-        """One optimizer step of the critic(s); the value loss per model, global token mean."""
+        """One optimizer step of every critic. Returns the value loss per model, the global token mean."""
         ...
 
     def peak_memory(self) -> int:
-        """Largest number of bytes any rank has used so far: device memory, or resident on the CPU."""
+        """Peak bytes of the rank that has used most: device memory, or resident memory on the CPU."""
         ...
 
 
 class BenchmarkEngine(Engine, Protocol):
-    """What ``gapo-mega benchmark step`` needs beside: another gradient strategy on the same models."""
+    """What ``gapo-mega benchmark step`` also needs: switching the gradient strategy on the same models."""
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's models lie."""
+        """The device of this rank's models."""
         ...
 
     def take_strategy(self, resolved: ResolvedRun) -> int:
-        """Measure gradients as ``resolved`` says from now on. Bytes of its rows on this rank."""
+        """Use the gradient strategy of ``resolved`` from now on. Returns bytes of its rows on this rank."""
         ...
 
     def resident(self) -> dict[str, int]:
-        """Bytes of the policy's parameters, gradients and optimizer state on this rank, from the tensors."""
+        """Bytes of the policy's parameters, gradients and optimizer state on this rank, by its tensors."""
         ...
 
     def largest(self, value: int) -> int:
-        """The greatest of all ranks' values."""
+        """All-reduce: the maximum of all ranks' values."""
         ...
 
 
 @dataclass(frozen=True)
 class SupervisedSetup:
-    """What a supervised engine is built from.
+    """What it takes to build a supervised engine.
 
     Attributes:
-        shape: the model's facts; fewer layers than the source has are its first ones.
+        shape: of the model; with fewer layers than the source has, the model takes the first ones.
         source: Hugging Face directory or Megatron checkpoint.
         model, parallel, optimizer: sections of the configuration.
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
-        micro_batch: rows of a forward pass.
+        micro_batch: rows of a microbatch.
         seed: of the model-parallel random numbers.
         config: entries of the trained model's ``config.json`` that differ from the source's.
-        chat_template: Jinja text that the trained model is to be asked with; none: the source's.
+        chat_template: Jinja text to store with the trained model; None: the source's own.
     """
 
     shape: ModelShape
@@ -231,9 +231,9 @@ class SupervisedSetup:
 
 @dataclass(frozen=True)
 class SupervisedUpdate:
-    """What one optimizer step measured, over all data-parallel ranks; the same on every rank."""
+    """What one optimizer step measured over all data-parallel ranks; the same on every rank."""
 
-    loss: float  # mean over pairs, or over learned tokens
+    loss: float  # mean over pairs, or over the tokens to learn
     right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
     gradient_norm: float  # before clipping
     learning_rate: float
@@ -241,10 +241,10 @@ class SupervisedUpdate:
 
 
 class SupervisedEngine(Trainable, Protocol):
-    """One model trained on given targets.
+    """Supervised training of one model.
 
-    A batch is the tokens and a mask: for pairs the mask marks the token of each row at which the score is
-    taken, chosen and rejected rows alternating; for chats it marks the tokens to learn.
+    A batch has tokens and a mask. For pairs, chosen and rejected rows alternate, and the mask marks the token
+    of each row whose output is the score. For chats, the mask marks the tokens to learn.
     """
 
     def update(self, batch: TokenBatch) -> SupervisedUpdate:
@@ -252,19 +252,19 @@ class SupervisedEngine(Trainable, Protocol):
         ...
 
     def measure(self, batch: TokenBatch) -> Tensor:
-        """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
+        """``[B]`` float32 on the CPU for this data rank's rows: scores, or log-likelihoods of chats."""
         ...
 
 
 def build_engine(resolved: ResolvedRun, *, pad_id: int, eos_ids: list[int]) -> Engine:
-    """Every model of a training run, with its weights. ``pad_id``, ``eos_ids``: of the policy's tokenizer."""
+    """Build the models of a training run and load them. ``pad_id``, ``eos_ids``: the policy tokenizer's."""
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
     return MegatronEngine(resolved, pad_id=pad_id, eos_ids=eos_ids)
 
 
 def build_benchmark_engine(resolved: ResolvedRun) -> BenchmarkEngine:
-    """As ``build_engine``; nothing is generated, so it needs no tokenizer."""
+    """Like ``build_engine``, without a tokenizer: the benchmark generates nothing."""
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
     return MegatronEngine(resolved, pad_id=0, eos_ids=[0])
@@ -273,9 +273,10 @@ def build_benchmark_engine(resolved: ResolvedRun) -> BenchmarkEngine:
 def build_pair_engine(
     setup: SupervisedSetup, *, head: ScoreHead | None, center: float, pad_id: int
 ) -> SupervisedEngine:
-    """A score model trained by the Bradley-Terry loss on preference pairs.
+    """Build a score model that trains on preference pairs with the Bradley-Terry loss.
 
-    ``head``: of the source, where it has one. ``center``: see ``losses.preference``.
+    ``head``: the source's score head; None for a language model. ``center``: weight of the squared mean of
+    a pair's scores in the loss.
     """
     from gapo_mega.engine.megatron.supervised import PairEngine
 
@@ -283,7 +284,7 @@ def build_pair_engine(
 
 
 def build_chat_engine(setup: SupervisedSetup) -> SupervisedEngine:
-    """A language model trained by the cross entropy of the marked tokens."""
+    """Build a language model that trains with the cross entropy of the marked tokens."""
     from gapo_mega.engine.megatron.supervised import ChatEngine
 
     return ChatEngine(setup)
@@ -297,7 +298,7 @@ def read_score_head(source: Path) -> ScoreHead | None:
 
 
 class CheckpointConverter(Protocol):
-    """Models between Hugging Face directories and the engine's checkpoints, one tensor at a time."""
+    """Converts models between Hugging Face directories and the engine's checkpoints, tensor by tensor."""
 
     def to_checkpoint(
         self,
@@ -309,10 +310,10 @@ class CheckpointConverter(Protocol):
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write a Hugging Face directory as a checkpoint. Collective where torch.distributed runs.
+        """Write a Hugging Face directory as a checkpoint. Collective if torch.distributed is initialized.
 
-        The parts of ``tensor`` x ``pipeline`` ranks are stored apart. ``dtype`` None: as in the source.
-        Raises ``ValueError`` for a model or a target that is refused.
+        Stores the shards of ``tensor`` x ``pipeline`` ranks apart. ``dtype`` None: as in the source.
+        Raises ``ValueError`` for a model or a target that it refuses.
         """
         ...
 
@@ -321,13 +322,13 @@ class CheckpointConverter(Protocol):
     ) -> None:
         """Write the trained model of the checkpoint ``source`` as a Hugging Face directory.
 
-        Raises ``ValueError`` where ``source`` is not complete or ``target`` cannot be written.
+        Raises ``ValueError`` if ``source`` is not complete or it cannot write ``target``.
         """
         ...
 
 
 def checkpoint_converter() -> CheckpointConverter:
-    """The converter of the engine. Imported late: Megatron takes seconds to load."""
+    """The engine's converter, imported only here because Megatron takes seconds to load."""
     from gapo_mega.engine.megatron.checkpoint import convert
 
     return convert

@@ -1,8 +1,8 @@
 """The streaming kernels: Gram matrix, combination, minimum-norm point.
 
-Everything large about gradients happens here; the rest of the package sees ``[M, M]`` Gram matrices
-and ``[M]`` weights. This is the only package that imports the compiled extension. Tensors on the
-CPU and on CUDA devices are accepted alike; ``reference.py`` holds the same in plain torch.
+These functions do all work on whole gradients; the rest of the package sees ``[M, M]`` Gram matrices and
+``[M]`` weights. They accept tensors on the CPU and on CUDA devices. Only this package imports the compiled
+extension; ``reference.py`` implements the same operations in plain torch.
 """
 
 from __future__ import annotations

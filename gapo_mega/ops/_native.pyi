@@ -32,7 +32,7 @@ def combine(
 def min_norm(gram: int, m: int, exclude_zero: bool, weights: int) -> int: ...
 def duality_gap(gram: int, m: int, weights: int) -> float: ...
 
-# Only where has_cuda is true.
+# These exist only if has_cuda is true.
 
 class Plan:
     @property

@@ -1,4 +1,4 @@
-"""The whole path in one call: Gram matrix, sum over ranks, weights, combination in place."""
+"""The whole path in one call: Gram matrix, all-reduce, weights, combination in place."""
 
 from __future__ import annotations
 
@@ -24,35 +24,33 @@ def aggregate_(
     *,
     weight: Row | InverseRoot | None = None,
 ) -> Aggregated:
-    """Writes ``sum_i w_i rows_i`` to ``out``, ``w`` by ``aggregator`` from the rows' global Gram matrix.
+    """Write ``sum_i w_i rows_i`` to ``out``, with ``w`` from ``aggregator`` and the rows' global Gram matrix.
 
-    The Gram matrix of the local pieces is summed over ``group`` (M x M numbers travel, whatever the
-    rows' length), becomes weights, and one pass writes the combination. With a method that has a form for
-    the device (``aggregation.on_device.DeviceMethod``) nothing waits for the device after the first call
-    with these lengths, segments and options, and the whole can be captured in a CUDA graph; with any other
-    callable, or without the compiled CUDA back end, the Gram matrix visits the host.
+    An all-reduce over ``group`` sums the ranks' Gram matrices (M (M + 1) / 2 numbers, for rows of any
+    length), the aggregator turns the sum into weights, and one pass writes the combination. With a method
+    that runs on the device (``aggregation.on_device.DeviceMethod``) nothing waits for the device after the
+    first call with these lengths, segments and options, and a CUDA graph can capture the whole call. With any
+    other callable, or without the compiled CUDA back end, the Gram matrix visits the host.
 
-    A method with memory keeps what :meth:`AggregationMethod.commit` tells it; call it with what is returned
-    once the step is taken.
+    For a method with memory, call :meth:`AggregationMethod.commit` with the returned value after the step.
 
     Args:
         out: shaped like a row; memory of its own or exactly one of the rows.
         rows: M rows as for :func:`gapo_mega.ops.gramian`: this rank's own part of every gradient.
-        segments: the ranges of the rows that count in inner products; the combination is written for
-            every element.
+        segments: the ranges of the rows that count in inner products. The combination covers every element.
         group: the ranks whose rows are different parts of the same gradients (the same M everywhere);
-            None where the rows are whole.
+            None if the rows are whole.
         aggregator: a method of ``gapo_mega.aggregation``, or any function of the Gram matrix.
         weight: for inner products in a diagonal metric, as for :func:`gapo_mega.ops.gramian`.
 
     Returns:
-        Gram matrix, weights and status. Where the status is not OK (a NaN or Inf in some row, say), the
-        weights are zero and ``out`` is filled with zeros.
+        Gram matrix, weights and status. If the status is not OK (a NaN or Inf in some row, say), the weights
+        and ``out`` are zero.
 
     Raises:
-        ValueError: arguments as for ``gramian`` and ``combine_``, before anything is sent (so a rank that
-            errs alone leaves the others waiting); whatever a plain function raises, and its weights
-            where they are not M finite numbers, on every rank alike. ``out`` is then untouched.
+        ValueError: bad arguments, as for ``gramian`` and ``combine_``, before any communication (so a rank
+            that errs alone leaves the others waiting). Also, on every rank alike, whatever a plain function
+            raises, or if its weights are not M finite numbers. ``out`` is then untouched.
     """
     parse_out(out, parse_rows("rows", rows))
     gram = gramian(rows, segments=segments, weight=weight)
@@ -64,7 +62,7 @@ def aggregate_(
 
 
 def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``gram`` [M, M], symmetric, summed over ``group`` in place: M (M + 1) / 2 doubles travel."""
+    """All-reduce the symmetric ``gram`` [M, M] over ``group`` in place, as M (M + 1) / 2 doubles."""
     rows, columns = _triangle(gram.shape[0], gram.device)
     packed = gram[rows, columns]
     dist.all_reduce(packed, group=group)
@@ -75,18 +73,18 @@ def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @cache
 def _triangle(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept for good, as a captured CUDA graph goes on reading it.
+    # Never freed, because a captured CUDA graph keeps reading it.
     rows, columns = torch.triu_indices(count, count, device=device)
     return rows, columns
 
 
 def solve(gram: Tensor, aggregator: HostAggregator) -> Aggregated:
-    """Asks ``aggregator`` for weights, once: the only place where a step does so.
+    """Ask ``aggregator`` for weights, once; a step asks nowhere else.
 
-    ``gram`` is float64 ``[M, M]``; what is found lies on its device. A method that has a form for the device
-    waits for nothing, any other visits the host. Where the status is not OK the weights are zero, and
-    :meth:`AggregationMethod.error` says why in words. Raises what a plain function raises, and
-    ``ValueError`` where its weights are not M finite numbers.
+    ``gram`` is float64 ``[M, M]``, and the result lies on its device. A method that runs on the device waits
+    for nothing; any other visits the host. If the status is not OK the weights are zero, and
+    :meth:`AggregationMethod.error` says why in words. Raises what a plain function raises, and ``ValueError``
+    if its weights are not M finite numbers.
     """
     on_device = gram.device.type == "cpu" or has_cuda
     return method_of(aggregator).weigh(gram if on_device else gram.cpu()).to(gram.device)

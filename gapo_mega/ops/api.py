@@ -1,4 +1,4 @@
-"""The operations that the package uses; arguments are checked here and sent to the right back end."""
+"""The public operations: they check their arguments and call the back end of the tensors' device."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from gapo_mega.ops.arguments import (
 
 
 class Status(IntEnum):
-    """How weights were found on a device; with anything but OK they are all zero."""
+    """How a search for weights ended; with anything but OK all weights are zero."""
 
     OK = 0
     NOT_FINITE = 1  # a NaN or Inf in the Gram matrix
     NEGATIVE_DIAGONAL = 2
-    NOT_CONVERGED = 3  # not positive semidefinite, or more than 8 rows and rounding stopped the search
-    ZERO_GRADIENT = 4  # an aggregator that was told to stop at one
-    OUT_OF_RANGE = 5  # the weights leave double precision
+    NOT_CONVERGED = 3  # not positive semidefinite, or rounding stopped the search among more than 8 rows
+    ZERO_GRADIENT = 4  # a gradient is zero, and the aggregator's options refuse that
+    OUT_OF_RANGE = 5  # the weights overflow double precision
 
 
 def gramian(
@@ -46,31 +46,32 @@ def gramian(
 ) -> Tensor:
     """Inner products of the rows, ``G_ij = sum_k weight_k rows_i[k] rows_j[k]`` over the counted k.
 
-    Products are formed and summed in fp64: the error is below 1e-10 of ``|g_i| |g_j|``, whatever the
-    rows hold; the fp32 roundings of an :class:`InverseRoot`'s factors (none in the torch fallback) come on
-    top, 3e-7 of the norms with those factors. On a CPU the result is the same, bit for bit, for any number
-    of threads; on a CUDA device from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. One pass
-    over memory up to 8 rows, tiles beyond; less than a MiB of extra memory.
+    Products and sums are in fp64, so the error is below 1e-10 of ``|g_i| |g_j|`` for any rows. The factors of
+    an :class:`InverseRoot` are rounded to fp32 (not in the torch fallback), which adds 3e-7 of the norms with
+    those factors. The result is the same bit for bit: on a CPU for any number of threads, on a CUDA device
+    from run to run. A NaN or Inf in row i makes ``G_ii`` not finite. Takes one pass over memory for up to 8
+    rows, tiles for more, and less than a MiB of extra memory.
 
     Args:
         rows: M rows, 1 to 16: each a tensor of N elements, or the sequence of its pieces, as
-            ``torch.autograd.grad`` gives them: tensors of any shape (the same in every row; a flat piece goes
-            with any shape of its length). float32, bfloat16 or float16, one type a row; all on one device.
-            Nothing is copied, so a piece has to be contiguous in all rows, or have the same dense order of
-            memory in all rows (gradients of convolutions, say). A piece that is None
-            (``allow_unused=True``) counts as zeros; zeros of the longest one are allocated for the call.
-        segments: sorted disjoint ``[start, end)`` ranges of positions that count, over the
-            concatenated pieces, all contiguous; None counts all. Thousands cost next to nothing.
-        weight: N float32 factors, one a position, in pieces like a row, or the values that an
-            :class:`InverseRoot` makes factors of; None is all ones.
-        out: float64 ``[M, M]`` on the rows' device that the result is added to, and that is returned.
+            ``torch.autograd.grad`` returns them: tensors of any shape (the same in every row; a flat piece
+            matches any shape of its length). float32, bfloat16 or float16, one dtype per row; all on one
+            device. Nothing is copied, so a piece must be contiguous in all rows, or have the same dense
+            memory order in all rows (gradients of convolutions, say). A piece that is None
+            (``allow_unused=True``) counts as zeros; the call allocates zeros as long as the longest such
+            piece.
+        segments: sorted disjoint ``[start, end)`` ranges of positions that count, over the concatenated
+            pieces, which must be contiguous; None counts all. Thousands of ranges cost next to nothing.
+        weight: N float32 factors, one per position, in pieces like a row, or an :class:`InverseRoot` that
+            makes the factors; None is all ones.
+        out: float64 ``[M, M]`` on the rows' device; the result is added to it, and it is returned.
 
     Returns:
         float64 ``[M, M]`` on the rows' device.
 
     Raises:
-        ValueError: rows that do not fit together, a piece that cannot be read as a flat view or is None in
-            every row, segments that are unsorted or out of range, or a weight that does not fit the rows.
+        ValueError: rows that do not match, a piece that has no flat view or is None in every row, segments
+            that are unsorted or out of range, or a weight that does not match the rows.
     """
     parsed = parse_rows("rows", rows)
     ranges = parse_segments(segments, parsed.total)
@@ -92,27 +93,28 @@ def gramian(
 
 
 def min_norm(gram: Tensor) -> Tensor:
-    """``argmin over the simplex of w' gram w``: the point nearest to zero of the rows' convex hull.
+    """``argmin over the simplex of w' gram w``: the point of the rows' convex hull that is nearest to zero.
 
-    Exact to rounding whatever the rows' norms: every violation of the optimality conditions is below
-    1e-9 of the summands that it is made of. A zero row takes all the weight. Where there are several
-    minimisers, up to rounding, the one with the fewest, then the lowest rows is returned (among at
-    most 8 rows that could take part; beyond, the one that Wolfe's algorithm reaches, always the same).
+    Exact to rounding for rows of any norms: every violation of the optimality conditions is below 1e-9 of its
+    summands. A zero row takes all the weight. Among several minimisers, up to rounding, this returns the one
+    with the fewest rows, then with the lowest rows, if at most 8 rows could take part. With more it returns
+    the one that Wolfe's algorithm reaches, which is always the same.
 
     Args:
         gram: ``[M, M]``, symmetric, 1 <= M <= 16, on any device (the solver runs on the host).
 
     Returns:
-        float64 ``[M]``, not negative, of sum 1, on gram's device.
+        float64 ``[M]`` on gram's device, nonnegative, with sum 1.
 
     Raises:
-        ValueError: not square, not symmetric, a NaN or Inf, or a negative diagonal.
+        ValueError: ``gram`` is not square, symmetric or positive semidefinite, or has a NaN, an Inf or a
+            negative diagonal.
     """
     host = gram.detach().to("cpu", torch.float64).contiguous()
     m = _check_gram(host)
     weights = torch.empty(m, dtype=torch.float64)
     status = _native.min_norm(host.data_ptr(), m, False, weights.data_ptr())
-    # What the status says, in words; numpy, because torch's dispatch would take longer than the solver.
+    # Puts the status into words, with numpy because torch's dispatch would take longer than the solver.
     matrix = host.numpy()
     diagonal = matrix.diagonal()
     if status == Status.NOT_FINITE:
@@ -129,22 +131,22 @@ def min_norm(gram: Tensor) -> Tensor:
 
 
 def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bool = False) -> None:
-    """``min_norm`` into tensors, with a status instead of errors; on a CUDA device without waiting for it.
+    """``min_norm`` into tensors, with a status instead of errors; it does not wait for a CUDA device.
 
-    Up to 8 rows the device tries all support sets at once, with the host's arithmetic and the same
-    choice. Beyond, one thread of it runs Wolfe's algorithm, without the host's last resort of trying all
-    sets, so that ``NOT_CONVERGED`` is possible where the matrix is no Gram matrix to rounding.
+    For up to 8 rows the device tries all support sets at once, with the host's arithmetic and the same
+    choice. For more rows one of its threads runs Wolfe's algorithm, without the host's last resort of trying
+    all sets. So ``NOT_CONVERGED`` is possible if rounding makes the matrix indefinite.
 
     Args:
-        weights: float64 ``[M]``, receives the minimiser, or zeros where ``status`` is not OK.
+        weights: float64 ``[M]``, receives the minimiser, or zeros if ``status`` is not OK.
         status: int32 ``[1]``, receives a :class:`Status`.
-        gram: float64 ``[M, M]``, 1 <= M <= 16; all three on one device. Taken as symmetric.
-        exclude_zero: rows of norm zero get weight zero, instead of the first one getting all of it;
-            where there are no others every weight is zero.
+        gram: float64 ``[M, M]``, 1 <= M <= 16, assumed symmetric; all three on one device.
+        exclude_zero: give weight zero to rows of norm zero, instead of all weight to the first one. If all
+            rows have norm zero, every weight is zero.
 
     Raises:
-        RuntimeError: on a CUDA device, when the extension was built without CUDA.
-        ValueError: another shape, type or device.
+        RuntimeError: the device is a CUDA device and the extension was built without CUDA.
+        ValueError: another shape, dtype or device.
     """
     m = _check_gram(gram)
     for name, tensor, dtype, length in (
@@ -165,12 +167,12 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
 def duality_gap(gram: Tensor, weights: Tensor) -> float:
     """``w'Gw - min_i (Gw)_i``, a certificate for any weights on the simplex.
 
-    It bounds ``||x - x*||^2`` between their combination x and the minimum-norm point x*, and is zero
-    exactly at the minimum (Wolfe 1976). Formed with twice the precision.
+    It bounds ``||x - x*||^2`` between their combination x and the minimum-norm point x*, and is zero exactly
+    at the minimum (Wolfe 1976). Computed with twice the precision of float64.
 
     Args:
         gram: ``[M, M]``, 1 <= M <= 16.
-        weights: ``[M]``, not negative, of sum 1.
+        weights: ``[M]``, nonnegative, with sum 1.
     """
     host = gram.detach().to("cpu", torch.float64).contiguous()
     m = _check_gram(host)
@@ -188,23 +190,23 @@ def _check_gram(gram: Tensor) -> int:
 
 
 def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[float]) -> Row:
-    """Writes ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
+    """Write ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
 
-    Rows of weight zero are not read.
+    Does not read rows of weight zero.
 
     Args:
-        out: shaped like a row, in the same pieces without None and in the rows' order of memory, such as the
-            ``p.grad`` of the parameters. float32, bfloat16 or float16, one type; memory of its own or
+        out: shaped like a row, in the same pieces without None and in the rows' memory order, such as the
+            ``p.grad`` of the parameters. float32, bfloat16 or float16, one dtype; memory of its own or
             exactly one of the rows.
         rows: as for :func:`gramian`.
-        weights: M factors: numbers, or a tensor on the host or on the rows' device. A tensor on the
-            rows' CUDA device is read there, without synchronisation and unchecked.
+        weights: M factors: numbers, or a tensor on the host or on the rows' device. The kernel reads a tensor
+            on the rows' CUDA device there, without synchronisation and unchecked.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit, ``out`` overlapping a row in part, or
+        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, or
             weights on the host that are not finite.
     """
     parsed = parse_rows("rows", rows)
@@ -243,8 +245,8 @@ def _device_weights(weights: Tensor | Sequence[float], rows: Pieces) -> Tensor:
 def info() -> dict[str, Any]:
     """What is compiled and in use: ``isa``, ``has_cuda``, ``cuda_archs``, ``threads``.
 
-    ``isa`` is the CPU instruction set in use ("avx512", "avx2", "baseline"; the environment variable
-    GAPO_ISA names another), ``threads`` torch's number of intra-op threads, which the kernels use too.
+    ``isa`` is the CPU instruction set in use ("avx512", "avx2" or "baseline"; the environment variable
+    GAPO_ISA can choose it). ``threads`` is torch's number of intra-op threads, which the kernels use, too.
     """
     return {
         "isa": cpu.active_isa(),

@@ -1,4 +1,4 @@
-"""What the operations accept: rows, segments, weights. Checked here, before any address is taken."""
+"""Checks of the operations' arguments (rows, segments, weights), before anything takes an address."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gapo_mega.ops import _native
 
 # One row: a tensor, or its pieces in order, of any shape.
 Row = Tensor | Sequence[Tensor]
-# A row that is only read: a piece may be None, as torch.autograd.grad gives it, and counts as zeros.
+# A row that is only read: a piece may be None, as from torch.autograd.grad, and counts as zeros.
 Gradient = Tensor | Sequence[Tensor | None]
-# The dimensions of a piece from the slowest to the fastest in memory; None where that is their own order.
+# A piece's dimensions from the slowest to the fastest in memory; None if that is their own order.
 Order = tuple[int, ...]
 Segments = Sequence[tuple[int, int]] | Tensor | npt.NDArray[np.int64]
 
@@ -30,18 +30,18 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType i
 class InverseRoot:
     """The factors ``1 / (sqrt(values / correction) + eps)``; 0 where a value is 0 or below, NaN stays NaN.
 
-    With Adam's second moment and its bias correction ``1 - beta2^t`` that is the diagonal of Adam's
-    metric, formed where it is used.
+    With Adam's second moment and its bias correction ``1 - beta2^t`` this is the diagonal of Adam's metric.
+    The kernels compute the factors as they use them.
     """
 
-    values: Row  # float32, one a position
+    values: Row  # float32, one per position
     correction: float = 1.0
     eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Checked factors of positions: float32 pieces, none where every position counts once."""
+    """Checked factors of positions, as float32 pieces; no pieces if every position counts once."""
 
     pieces: list[Tensor]
     inverse_root: tuple[float, float] | None = None  # scale and eps of 1 / (sqrt(value) scale + eps)
@@ -51,7 +51,7 @@ class Weight:
         return [piece.data_ptr() for piece in self.pieces]
 
     def factors(self, piece: int, start: int, end: int) -> Tensor:
-        """Of positions ``[start, end)`` of a piece, by torch, in fp64."""
+        """The factors of positions ``[start, end)`` of a piece, by torch, in fp64."""
         values = self.pieces[piece][start:end].double()
         if self.inverse_root is None:
             return values
@@ -65,9 +65,9 @@ class Pieces:
 
     pieces: list[list[Tensor]]
     lengths: list[int]
-    dtypes: list[torch.dtype]  # one a row
+    dtypes: list[torch.dtype]  # one per row
     device: torch.device
-    forms: list[_Form]  # one a piece: which view of the caller's tensors it is
+    forms: list[_Form]  # one per piece: how to view the caller's tensors as flat
 
     @property
     def count(self) -> int:
@@ -86,7 +86,7 @@ class Pieces:
         return [DTYPE_CODES[dtype] for dtype in self.dtypes]
 
     def require_own_order(self, option: str) -> None:
-        """``ValueError`` where positions in a piece are not those of its elements in their own order."""
+        """Raise ``ValueError`` if a piece's positions in memory are not its elements in their own order."""
         for p, form in enumerate(self.forms):
             if form.order is not None:
                 raise ValueError(
@@ -95,9 +95,9 @@ class Pieces:
                 )
 
     def flat(self, name: str, row: Row) -> list[Tensor]:
-        """The flat pieces of another tensor or list of the rows' lengths, in the rows' order of memory.
+        """The flat pieces of another tensor or list with the rows' lengths, in the rows' memory order.
 
-        Raises ``ValueError`` where the shapes differ, or a view in that order is not possible.
+        Raises ``ValueError`` if the shapes differ or there is no view in that order.
         """
         found = [form.flat(*piece) for form, piece in zip(self.forms, _split(name, row), strict=True)]
         assert [piece.numel() for piece in found] == self.lengths, "the caller compares the lengths"
@@ -105,7 +105,7 @@ class Pieces:
 
 
 def _split(name: str, row: Row) -> list[tuple[str, Tensor]]:
-    """The pieces of a row, each with the name that an error calls it."""
+    """The pieces of a row, each with its name for errors."""
     named: list[tuple[str, Tensor]] = []
     for where, piece in _split_gradient(name, row):
         if piece is None:
@@ -115,7 +115,7 @@ def _split(name: str, row: Row) -> list[tuple[str, Tensor]]:
 
 
 def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]:
-    """As ``_split``, of a row in which pieces may be None."""
+    """``_split`` for a row whose pieces may be None."""
     if isinstance(row, Tensor):
         named: list[tuple[str, Tensor | None]] = [(name, row)]
     else:
@@ -130,13 +130,13 @@ def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Form:
-    """How one piece of all rows is read as flat memory, the same elements side by side."""
+    """How to read one piece of all rows as flat memory, with the same elements side by side."""
 
-    shape: torch.Size | None = None  # None: flat in all rows, so any shape of this length goes with it
+    shape: torch.Size | None = None  # None: flat in all rows, so it matches any shape of this length
     order: Order | None = None
 
     def flat(self, name: str, piece: Tensor) -> Tensor:
-        """``piece`` as a flat view of its own memory, in which the dimensions come in the rows' order."""
+        """A flat view of ``piece``, whose dimensions must have the rows' memory order."""
         contiguous = self.order is None and piece.is_contiguous()
         if contiguous and piece.dim() == 1:
             return piece
@@ -158,7 +158,7 @@ _FLAT = _Form()
 
 
 def _form(pieces: Sequence[Tensor]) -> _Form:
-    """The form of one piece of all rows; what does not have it is refused where it is read."""
+    """The form of one piece of all rows; ``_Form.flat`` later refuses a tensor without that form."""
     shaped = [piece.shape for piece in pieces if piece.dim() != 1]
     if not shaped:
         return _FLAT
@@ -171,11 +171,11 @@ def _form(pieces: Sequence[Tensor]) -> _Form:
 
 
 def parse_rows(name: str, rows: Sequence[Gradient]) -> Pieces:
-    """Rows of equal piece lengths on one device, each of one element type; None counts as zeros.
+    """Check rows: equal piece lengths, one device, one dtype per row; None counts as zeros.
 
     Raises:
-        ValueError: no rows or more than 16, or rows that differ, or an unsupported type or device, or a piece
-            of which no flat view exists.
+        ValueError: no rows or more than 16, rows that differ, an unsupported dtype or device, or a piece
+            without a flat view.
     """
     named = [_split_gradient(f"{name}[{i}]", row) for i, row in enumerate(rows)]
     if not 1 <= len(named) <= _native.max_rows:
@@ -222,7 +222,7 @@ def _device(name: str, found: set[torch.device]) -> torch.device:
 def _given(
     name: str, named: Sequence[Sequence[tuple[str, Tensor | None]]], index: int
 ) -> list[tuple[str, Tensor]]:
-    """Piece ``index`` of the rows that have it."""
+    """Piece ``index`` of the rows where it is not None."""
     found = [(where, piece) for row in named for where, piece in row[index : index + 1] if piece is not None]
     if not found:
         raise ValueError(
@@ -233,7 +233,7 @@ def _given(
 
 
 class _Zeros:
-    """The zeros that stand for missing pieces: the longest one of an element type serves all others."""
+    """Zeros for missing pieces: one tensor per dtype, as long as the longest piece, serves all."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -247,7 +247,7 @@ class _Zeros:
 
 
 def _dtype(name: str, row: list[Tensor | None]) -> torch.dtype:
-    """The element type of a row's pieces."""
+    """The one dtype of a row's pieces."""
     found = {piece.dtype for piece in row if piece is not None} or {torch.float32}
     if len(found) > 1 or next(iter(found)) not in DTYPE_CODES:
         raise ValueError(
@@ -258,9 +258,9 @@ def _dtype(name: str, row: list[Tensor | None]) -> torch.dtype:
 
 
 def parse_segments(segments: Segments | None, total: int) -> npt.NDArray[np.int64] | None:
-    """``[start, end)`` pairs as int64 ``[S, 2]``, sorted and disjoint within ``[0, total)``; None stays None.
+    """Check that ``[start, end)`` pairs are sorted and disjoint within ``[0, total)``; int64 ``[S, 2]``.
 
-    Thousands of segments are an ordinary case: they are checked all at once.
+    None stays None. Checks all pairs at once, because thousands of segments are an ordinary case.
     """
     if segments is None:
         return None
@@ -285,7 +285,7 @@ def parse_segments(segments: Segments | None, total: int) -> npt.NDArray[np.int6
 
 
 def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
-    """The diagonal weight, one fp32 value an element."""
+    """Check the diagonal weight: one fp32 value per element, or none."""
     if weight is None:
         return Weight([])
     values = weight.values if isinstance(weight, InverseRoot) else weight
@@ -300,7 +300,7 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
             )
     if not isinstance(weight, InverseRoot):
         return Weight(pieces)
-    limits = torch.finfo(torch.float32)  # what the kernels compute with
+    limits = torch.finfo(torch.float32)  # the kernels compute the factors in fp32
     if not (limits.tiny <= weight.correction <= limits.max and 0 <= weight.eps <= limits.max):
         raise ValueError(
             f"weight: found the correction {weight.correction} and eps {weight.eps}, accepted: a correction "
@@ -310,7 +310,7 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
 
 
 def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:
-    """The side m of a contiguous float64 ``[m, m]`` matrix on ``device``."""
+    """Check a contiguous float64 ``[m, m]`` matrix on ``device`` and return m."""
     square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous()
     if not square or matrix.dtype != torch.float64 or matrix.device != device:
         raise ValueError(
@@ -326,10 +326,10 @@ def _extent(piece: Tensor) -> tuple[int, int]:
 
 
 def parse_out(out: Row, rows: Pieces) -> Pieces:
-    """The output's pieces: shaped like a row, of any accepted type, apart from all rows or one of them.
+    """Check the output: shaped like a row, any accepted dtype, memory of its own or exactly one of the rows.
 
     Raises:
-        ValueError: another shape or device, or memory shared with a row other than exactly.
+        ValueError: another shape or device, or memory that overlaps a row in part.
     """
     given = [piece for _, piece in _split("out", out)]
     lengths = [piece.numel() for piece in given]
@@ -354,7 +354,10 @@ def parse_out(out: Row, rows: Pieces) -> Pieces:
 def _refuse_overlap(
     name: str, index: int, piece: Tensor, targets: list[tuple[int, int, int]], dtype: torch.dtype
 ) -> None:
-    """``targets``: extent and index of the output's pieces, sorted and disjoint."""
+    """Refuse a row's piece that overlaps ``targets``, unless it is the same piece of the same dtype.
+
+    ``targets``: begin, end and index of the output's pieces, sorted and disjoint.
+    """
     begin, end = _extent(piece)
     first = bisect_right(targets, begin, key=lambda target: target[1])
     if begin == end or first == len(targets) or targets[first][0] >= end:

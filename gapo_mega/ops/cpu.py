@@ -1,5 +1,7 @@
-"""The operations on CPU tensors. ``isa`` and ``threads`` can be named; the results do not depend on
-``threads``, and only in the last bits on ``isa``."""
+"""The operations on CPU tensors.
+
+Results do not depend on ``threads``; ``isa`` changes only their last bits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ ISA_VARIABLE = "GAPO_ISA"
 
 
 def active_isa() -> str:
-    """Instruction set in use: the processor's best, or what the environment variable GAPO_ISA names."""
+    """The instruction set in use: the environment variable GAPO_ISA, or the processor's best."""
     available = _native.instruction_sets()
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted and wanted not in available:
@@ -37,7 +39,7 @@ def gramian(
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]``."""
+    """Add the Gram matrix of checked rows to ``out``, float64 ``[m, m]``."""
     _native.gramian(
         rows.addresses,
         rows.lengths,
@@ -59,7 +61,7 @@ def combine(
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Writes the weighted sum of checked rows to ``out``."""
+    """Write the weighted sum of checked rows to ``out``."""
     _native.combine(
         rows.addresses,
         rows.lengths,

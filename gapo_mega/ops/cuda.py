@@ -1,7 +1,7 @@
-"""The operations on CUDA tensors: enqueued on the current stream, never waiting for the device.
+"""The operations on CUDA tensors, which enqueue on the current stream and never wait for the device.
 
-Plans (which elements count, as a table on the device) and workspaces are kept between calls, so that
-a step in the steady state allocates no device memory beyond what torch keeps for it.
+Plans (a table on the device of the elements that count) and workspaces stay alive between calls. So after the
+first step, a step allocates no device memory beyond torch's cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gapo_mega.ops.arguments import Pieces, Weight
 
 
 def require_back_end() -> None:
-    """RuntimeError unless the extension has its CUDA back end; its calls say where there is no device."""
+    """Raise ``RuntimeError`` if the extension has no CUDA back end; the back end reports a missing device."""
     if not _native.has_cuda:
         raise RuntimeError(
             "no CUDA back end: gapo_mega's extension was built without nvcc; install it again with nvcc on "
@@ -28,12 +28,13 @@ def require_back_end() -> None:
 
 
 def _place(device: torch.device) -> tuple[int, int]:
-    """Index of the device and handle of its current stream."""
+    """The device's index and the handle of its current stream."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     return index, torch.cuda.current_stream(device).cuda_stream
 
 
-# Kept for good: a captured CUDA graph goes on reading the table. One a layout of gradients, so few.
+# Never freed, because a captured CUDA graph keeps reading the table. There is one per gradient layout, so
+# few.
 @cache
 def _plan(
     lengths: tuple[int, ...], segments: bytes | None, device: torch.device
@@ -45,7 +46,7 @@ def _plan(
 
 @lru_cache(maxsize=8)
 def _kept_workspace(m: int, device: int, stream: int, thread: int) -> Tensor:
-    # One a stream and thread: calls of a thread follow each other on a stream, so they may share it.
+    # One per stream and thread: a thread's calls on a stream run one after the other, so they can share it.
     del stream, thread
     size = _native.cuda_workspace_size(m, device)
     return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
@@ -53,14 +54,14 @@ def _kept_workspace(m: int, device: int, stream: int, thread: int) -> Tensor:
 
 def _workspace(m: int, device: int, stream: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
-        # From the graph's own pool: it has to live as long as the graph, not as long as the cache.
+        # Allocates from the graph's own pool, so that it lives as long as the graph and not as the cache.
         size = _native.cuda_workspace_size(m, device)
         return torch.empty(size, dtype=torch.float64, device=torch.device("cuda", device))
     return _kept_workspace(m, device, stream, threading.get_ident())
 
 
 def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight, out: Tensor) -> None:
-    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
+    """Enqueue adding the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     require_back_end()
     device, stream = _place(rows.device)
     ranges = None if segments is None else segments.tobytes()
@@ -82,7 +83,7 @@ def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight
 
 
 def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
-    """Writes the weighted sum of checked rows to ``out``; ``weights`` float64 ``[m]`` on the device."""
+    """Enqueue the weighted sum of checked rows into ``out``; ``weights``: float64 ``[m]`` on the device."""
     require_back_end()
     device, stream = _place(rows.device)
     _native.cuda_combine(
@@ -98,7 +99,7 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
 
 
 def min_norm(gram: Tensor, weights: Tensor, status: Tensor, exclude_zero: bool) -> None:
-    """Enqueues the solver for a checked ``gram``."""
+    """Enqueue the solver for a checked ``gram``."""
     require_back_end()
     device, stream = _place(gram.device)
     _native.cuda_min_norm(

@@ -1,4 +1,4 @@
-"""What finds weights from a Gram matrix: the contract of a method, and any function in its place."""
+"""The contract of a method that finds weights from a Gram matrix, and a plain function as a method."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from gapo_mega.ops.api import Status
 
-# gram [M, M] float64 on the CPU -> weights [M] float64; raises what it cannot solve.
+# gram [M, M] float64 on the CPU -> weights [M] float64; raises if it finds none.
 HostAggregator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Aggregated:
-    """A Gram matrix and the weights found for it, on one device; reading it on the host waits for it."""
+    """A Gram matrix and its weights on one device; reading them on the host waits for the device."""
 
     gram: Tensor  # [M, M] float64, over all ranks of the group
-    weights: Tensor  # [M] float64; zeros where the status is not OK
+    weights: Tensor  # [M] float64; zeros if the status is not OK
     status: Tensor  # [1] int32, a Status
-    proposed: Tensor  # [M] float64: the weights as the method gave them, whatever the status
+    proposed: Tensor  # [M] float64: the method's weights, whatever the status
 
     @classmethod
     def of(cls, gram: Tensor, proposed: Tensor, status: Tensor) -> Aggregated:
-        """With ``proposed`` as the weights where ``status`` is OK, else zeros; waits for nothing."""
+        """Take ``proposed`` as weights if ``status`` is OK, else zeros, without waiting for the device."""
         weights = torch.where(status == Status.OK, proposed, torch.zeros_like(proposed))
         return cls(gram, weights, status, proposed)
 
     def ok(self) -> bool:
-        """Whether there are weights to combine with. Waits for the device."""
+        """Whether there are weights to combine with; waits for the device."""
         return int(self.status) == Status.OK
 
     def to(self, device: torch.device) -> Aggregated:
@@ -41,50 +41,50 @@ class Aggregated:
 
 
 class AggregationMethod(ABC):
-    """Weights and a status for a Gram matrix. Every caller asks by ``weigh``, once a step.
+    """Finds weights and a status for a Gram matrix. Callers ask with ``weigh``, once per step.
 
-    Asking changes nothing: what a method remembers from step to step it takes from ``commit``.
+    Asking changes nothing: a method updates its memory in ``commit`` only.
     """
 
     @abstractmethod
     def weigh(self, gram: Tensor) -> Aggregated:
         """Weights and a :class:`Status` for ``gram``, float64 ``[M, M]``, on its device.
 
-        What is wrong with the numbers is a status. Raises ``ValueError`` for what the host knows: shapes, and
-        options of another number of objectives.
+        Bad numbers give a status. Raises ``ValueError`` for what the host knows without the device: shapes,
+        and options for another number of objectives.
         """
 
     @abstractmethod
     def error(self, found: Aggregated) -> ValueError:
-        """In words, why ``found``, whose status is not OK, has no weights. Waits for the device."""
+        """The error that says why ``found``, whose status is not OK, has no weights; waits for the device."""
 
     @abstractmethod
     def commit(self, found: Aggregated) -> None:
-        """``found``, as ``weigh`` gave it, was combined, and the optimizer took the step.
+        """Remember ``found``, a result of ``weigh`` with which the optimizer took its step.
 
-        Called once for every step that is not skipped, on every rank with the same numbers.
+        Callers call it once for every step that is not skipped, on every rank with the same numbers.
         """
 
     def weigh_or_raise(self, gram: Tensor) -> Aggregated:
-        """As ``weigh``, on the CPU; raises ``error`` where there are no weights."""
+        """``weigh`` on the CPU; raises ``error`` if there are no weights."""
         found = self.weigh(gram.detach().to("cpu", torch.float64))
         if not found.ok():
             raise self.error(found)
         return found
 
     def __call__(self, gram: Tensor) -> Tensor:
-        """Weights [M] float64 on the CPU for ``gram`` [M, M]. Raises ``error`` where there are none."""
+        """Weights [M] float64 on the CPU for ``gram`` [M, M]; raises ``error`` if there are none."""
         return self.weigh_or_raise(gram).weights
 
 
 class HostFunction(AggregationMethod):
-    """Any function of the Gram matrix: it has no memory, sees finite numbers only, raises its own errors."""
+    """Makes a method of any function of the Gram matrix, which sees finite numbers only and has no memory."""
 
     def __init__(self, function: HostAggregator) -> None:
         self._function = function
 
     def weigh(self, gram: Tensor) -> Aggregated:
-        """Raises what the function raises, and ``ValueError`` where its weights are not M finite numbers."""
+        """Raises what the function raises, and ``ValueError`` if its weights are not M finite numbers."""
         host = gram.cpu()
         status = Status.OK if bool(host.isfinite().all()) else Status.NOT_FINITE
         weights = self._function(host) if status == Status.OK else host.new_zeros(host.shape[0])
@@ -96,13 +96,13 @@ class HostFunction(AggregationMethod):
         return Aggregated.of(host, weights.to("cpu", torch.float64), told).to(gram.device)
 
     def error(self, found: Aggregated) -> ValueError:
-        """NOT_FINITE is the only status that a function can have but OK."""
+        """A function's only status besides OK is NOT_FINITE."""
         return ValueError(f"gram: found {found.gram.tolist()}, accepted: finite numbers")
 
     def commit(self, found: Aggregated) -> None:
-        """There is nothing to remember."""
+        """Does nothing: a function has no memory."""
 
 
 def method_of(aggregator: HostAggregator) -> AggregationMethod:
-    """``aggregator`` itself where it is a method, else the function as one."""
+    """``aggregator`` itself if it is a method, else the function as a method."""
     return aggregator if isinstance(aggregator, AggregationMethod) else HostFunction(aggregator)

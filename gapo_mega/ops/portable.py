@@ -1,6 +1,7 @@
-"""The operations in torch, a stretch at a time: for GPUs when the extension was built without nvcc.
+"""The operations in torch, one chunk at a time, for GPUs if the extension was built without nvcc.
 
-Exact (float64) and of little extra memory, but several passes over it and several launches a stretch.
+The Gram matrix is as exact (float64) and extra memory is small, but every chunk takes several passes and
+launches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gapo_mega.ops.arguments import Pieces, Weight
 
-# Elements a stretch: 32 MiB a row in float64.
+# Elements per chunk: 32 MiB per row in float64.
 STRETCH = 1 << 22
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def warn_once() -> None:
-    """Say what is lost, once a process."""
+    """Warn once per process that the GPU operations are slow."""
     logger.warning(
         "gapo_mega's extension was built without nvcc: gradients on the GPU are combined by slower torch "
         "operations; install again with nvcc on PATH and GAPO_CUDA=ON"
@@ -32,7 +33,7 @@ def warn_once() -> None:
 
 
 def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight, out: Tensor) -> None:
-    """Adds the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
+    """Add the Gram matrix of checked rows to ``out``, float64 ``[m, m]`` on the same device."""
     for piece, start, end in _stretches(rows, segments):
         block = torch.stack([row[piece][start:end].double() for row in rows.pieces])
         scaled = block * weight.factors(piece, start, end) if weight.pieces else block
@@ -40,7 +41,7 @@ def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight
 
 
 def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
-    """Writes ``sum_i weights[i] rows[i]`` to ``out``; rows of weight zero are not read."""
+    """Write ``sum_i weights[i] rows[i]`` to ``out``, without reading rows of weight zero."""
     used = [i for i, w in enumerate(weights.tolist()) if w != 0]
     for piece, start, end in _stretches(rows, None):
         total = torch.zeros(end - start, dtype=torch.float32, device=rows.device)
@@ -50,7 +51,7 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
 
 
 def _stretches(rows: Pieces, segments: npt.NDArray[np.int64] | None) -> Iterator[tuple[int, int, int]]:
-    """(piece, start, end) within pieces, of at most STRETCH elements, over what counts."""
+    """(piece, start, end) of chunks of at most STRETCH elements that cover the positions that count."""
     ranges = [[0, rows.total]] if segments is None else segments.tolist()
     offset = 0
     for piece, length in enumerate(rows.lengths):

@@ -1,4 +1,4 @@
-"""The operations in plain torch and float64: slow, short, and what the kernels are tested against."""
+"""The operations in plain torch and float64, slow and short: the tests compare the kernels with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gramian(
     weight: Row | InverseRoot | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`gapo_mega.ops.gramian`."""
+    """:func:`gapo_mega.ops.gramian` for flat pieces, as one float64 matrix product."""
     matrix = torch.stack([_flat(row).double() for row in rows])
     factors = torch.ones_like(matrix[0]) if weight is None else _factors(weight)
     if segments is not None:
@@ -43,7 +43,7 @@ def gramian(
 
 
 def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -> Row:
-    """As :func:`gapo_mega.ops.combine_`."""
+    """:func:`gapo_mega.ops.combine_` for flat pieces, summed in float64."""
     factors = torch.as_tensor(weights, dtype=torch.float64)
     used = [i for i in range(len(rows)) if factors[i] != 0]
     total = sum((factors[i] * _flat(rows[i]).double() for i in used), torch.zeros(()).double())
@@ -56,7 +56,7 @@ def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -
 
 
 def min_norm(gram: Tensor) -> Tensor:
-    """As :func:`gapo_mega.ops.min_norm`, for well-conditioned matrices: the best support set of all."""
+    """:func:`gapo_mega.ops.min_norm` for well-conditioned matrices, by trying every support set."""
     m = gram.shape[0]
     best_value, best = float("inf"), torch.zeros(m).double()
     for size in range(1, m + 1):
@@ -69,7 +69,7 @@ def min_norm(gram: Tensor) -> Tensor:
 
 
 def _affine_minimiser(gram: Tensor, support: list[int]) -> Tensor:
-    """Minimiser of w'Gw with sum 1 on a support set, of any sign, by its bordered system."""
+    """Minimiser of w'Gw with sum 1 and any signs on a support set, by its bordered system."""
     n = len(support)
     system = torch.zeros(n + 1, n + 1).double()
     system[:n, :n] = gram[support][:, support]

@@ -1,4 +1,4 @@
-"""Frozen models in host memory between uses."""
+"""Frozen models that stay in host memory between uses."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CHUNK = 4096  # elements that a block of gramian takes at a time
+CHUNK = 4096  # elements per chunk of a gramian block
 
-# Exact products (with a weight, one rounding) added in fp64 in some order: below n * 2^-53 of |g_i| |g_j|,
-# and rows here are shorter than 2^20.
+# fp64 sums, in some order, of products that are exact (one rounding with a weight) err by less than n * 2^-53
+# of |g_i| |g_j|, and rows here are shorter than 2^20.
 GRAM_TOLERANCE = 2 * 2.0 ** (20 - 53)
-ROOT_TOLERANCE = 5 * 2.0**-24  # an inverse root is formed in fp32: five roundings
+ROOT_TOLERANCE = 5 * 2.0**-24  # the kernel computes an inverse root in fp32, with five roundings
 
 
 def normal(length: int, shift: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """On the device, its storage starting ``shift`` elements off an aligned address."""
+    """Normal numbers on the device, starting ``shift`` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(length + shift, generator=generator).to(dtype).cuda()[shift:]
 
@@ -134,7 +134,7 @@ def test_rows_of_different_types(m, shifts):
 def test_factors_that_are_inverse_roots(m, mixed, shift):
     rows = [normal(CHUNK + 77, 0, DTYPES[i % 2 if mixed else 0], i) for i in range(m)]
     values = normal(CHUNK + 77, shift, torch.float32, 99)
-    torch.pow(10.0, 4 * values, out=values)  # in place: where it begins is tested
+    torch.pow(10.0, 4 * values, out=values)  # in place, to keep its alignment
     values[7:300] = 0.0
     found = ops.gramian(rows, weight=ops.InverseRoot(values, 0.271, 1e-8))
     expected = torch.where(values == 0, 0.0, 1 / ((values.double() / 0.271).sqrt() + 1e-8))
@@ -255,7 +255,7 @@ def test_aggregate_on_the_device_is_the_hosts(name, options):
     found = ops.aggregate_(rows[2], rows, None, None, method)
     assert found.ok() and found.weights.device.type == "cuda"
     expected = method(found.gram.cpu())
-    # The same formula in the math libraries of two processors.
+    # Two math libraries evaluate the same formula.
     torch.testing.assert_close(found.weights.cpu(), expected, rtol=1e-12, atol=0)
     wanted = sum(w * row.double() for w, row in zip(expected.cuda(), copies, strict=True))
     torch.testing.assert_close(rows[2].double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
@@ -263,10 +263,10 @@ def test_aggregate_on_the_device_is_the_hosts(name, options):
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
 def test_aggregate_waits_for_nothing(name, options):
-    """The whole path under torch's own check for synchronising calls."""
+    """Run the whole path under torch's own check for synchronising calls."""
     rows = [normal(2 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
     method = aggregation.build(name, **options)
-    ops.aggregate_(rows[2], rows, None, None, method)  # plan and constants go to the device once
+    ops.aggregate_(rows[2], rows, None, None, method)  # copies plan and constants to the device
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = ops.aggregate_(rows[2], rows, None, None, method)
@@ -286,7 +286,7 @@ def test_a_method_with_memory_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert method.before.device.type == "cuda"
-    expected.before = 2 * (method.before.cpu() - found.gram.cpu().diagonal())  # half of what was before
+    expected.before = 2 * (method.before.cpu() - found.gram.cpu().diagonal())  # commit halves the old value
     torch.testing.assert_close(found.weights.cpu(), expected(found.gram.cpu()), rtol=1e-12, atol=0)
 
 

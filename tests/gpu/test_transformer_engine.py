@@ -1,4 +1,4 @@
-"""Transformer Engine's layers against transformers, from a converted checkpoint."""
+"""Transformer Engine's layers against transformers, both from the same converted checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not transformer_engine_layers(), reason="needs Transformer Engine and a CUDA device"),
 ]
 
-# Matrix products of fp32 may be taken with TF32's 10 bits: a tenth of a per cent of a term, over four layers.
+# fp32 matrix products may use TF32's 10 bits: an error of a tenth of a per cent per term, over four layers.
 TOLERANCE = 1e-2
 
 

@@ -1,1 +1,1 @@
-"""The Megatron wall: the only folder that imports ``megatron``."""
+"""The engine over Megatron-core: the only folder that imports ``megatron``."""

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def _before_token(output_BTH: Tensor, columns: int) -> Tensor:
-    """``[B, T', H] -> [H, B, T]``: column t is the value of the state in which token t is drawn.
+    """``[B, T', H] -> [H, B, T]``: column t is the value of the state in which token t is sampled.
 
-    The model's output at position t - 1 has seen the tokens before t; column 0 has no state.
+    The model's output at position t - 1 has seen the tokens before t; column 0 has no state and is 0.
     """
     shifted_BTH = torch.nn.functional.pad(output_BTH[:, : columns - 1], (0, 0, 1, 0))
     return shifted_BTH.permute(2, 0, 1)
@@ -52,7 +52,7 @@ class Critics:
 
     @staticmethod
     def _step(trainable: Trainable) -> None:
-        """One optimizer step, or none where the gradient is not finite: it would never be mended."""
+        """One optimizer step, skipped if the gradient is not finite: parameters would stay NaN."""
         if not math.isfinite(trainable.grad_norm()):
             trainable.zero_grad()
             logger.warning("critic update skipped: its gradient is not finite")
@@ -60,7 +60,7 @@ class Critics:
         trainable.step()
 
     def update(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
-        """One optimizer step of every model; the value loss per model, global token mean."""
+        """One optimizer step of every model. Returns the value loss per model, the global token mean."""
         tokens = float(self._groups.sum_over_data(minibatch.response_mask_BT.sum()))
         columns = minibatch.tokens_BT.shape[1]
         losses: list[float] = []

@@ -1,4 +1,4 @@
-"""The Engine of ``engine/base.py`` over Megatron-core."""
+"""The ``Engine`` and ``BenchmarkEngine`` of ``engine/base.py`` over Megatron-core."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class MegatronEngine(groups.Collective):
         """Build every model of the run and load its weights.
 
         Args:
-            pad_id, eos_ids: of the policy's tokenizer.
-            existing: groups of this layout, from an engine before this one; none: they are made here.
+            pad_id, eos_ids: the policy tokenizer's.
+            existing: process groups of this layout from an earlier engine; None makes them.
         """
         self._config = config = resolved.config
         self.shape = shape = resolved.shape
@@ -91,7 +91,6 @@ class MegatronEngine(groups.Collective):
     def logprobs(
         self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
     ) -> Tensor:
-        """See ``Engine.logprobs``."""
         batch = TokenBatch(tokens_BT, response_mask_BT)
 
         def output_of(logits_BTV: Tensor, part: TokenBatch) -> Tensor:
@@ -107,7 +106,6 @@ class MegatronEngine(groups.Collective):
         return self.groups.from_last_stage(local)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
-        """See ``Engine.score_model``."""
         settings = self._config.model.model_copy(update={"path": request.path, "dtype": request.dtype})
         with megatron_device():
             return ScoreModel(
@@ -120,7 +118,6 @@ class MegatronEngine(groups.Collective):
             )
 
     def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
-        """See ``Engine.values``."""
         assert self.critics is not None
         with megatron_device():
             return self.critics.values(TokenBatch(tokens_BT, response_mask_BT))
@@ -129,12 +126,10 @@ class MegatronEngine(groups.Collective):
     def update_policy(
         self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
     ) -> GradientReport:
-        """See ``Engine.update_policy``."""
         with megatron_device():
             return self.gradients.step(minibatch, loss, aggregator)
 
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
-        """See ``Engine.update_critic``."""
         assert self.critics is not None
         with megatron_device():
             return self.critics.update(minibatch, loss)
@@ -142,32 +137,28 @@ class MegatronEngine(groups.Collective):
     # -- measurement --------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        """See ``BenchmarkEngine.device``."""
         return device()
 
     def take_strategy(self, resolved: ResolvedRun) -> int:
-        """See ``BenchmarkEngine.take_strategy``."""
-        del self.gradients  # its rows are not held beside the new ones
+        del self.gradients  # frees the old rows before the new ones are allocated
         with megatron_device():
             self.gradients = strategies.build(resolved, self.policy, self.groups)
         return self.gradients.row_bytes
 
     def resident(self) -> dict[str, int]:
-        """See ``BenchmarkEngine.resident``."""
         return self.policy.resident()
 
     def largest(self, value: int) -> int:
-        """See ``BenchmarkEngine.largest``."""
+        """Two all-reduces over gloo: within the replica, then over the data ranks."""
         found = torch.tensor(value, dtype=torch.int64)
         for group in (self.groups.replica, self.groups.data):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         return int(found)
 
     def peak_memory(self) -> int:
-        """See ``Engine.peak_memory``."""
         if torch.cuda.is_available():
             return self.largest(torch.cuda.max_memory_allocated())
-        # Linux counts in KiB.
+        # Linux reports KiB.
         return self.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     # -- persistence -------------------------------------------------------------------------------
@@ -176,17 +167,16 @@ class MegatronEngine(groups.Collective):
         return {"policy": self.policy, **{f"critic{i}": c for i, c in enumerate(critics)}}
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
-        """See ``Engine.save``."""
+        """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
         checkpoint.save(directory, self._trainables(), extra, self.groups)
         if self.layout.is_main:
             copy_companions(model_location.companions_of(self._source), directory / model_location.COMPANIONS)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """See ``Engine.load``."""
         return checkpoint.load(directory, self._trainables(), self.groups)
 
     def export_hf(self, directory: Path) -> None:
-        """See ``Engine.export_hf``."""
+        """Replaces ``directory`` if it exists."""
         with megatron_device():
             weights.export_hf(
                 self.policy.model.module,

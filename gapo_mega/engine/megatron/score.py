@@ -1,4 +1,4 @@
-"""Score models, sharded like the policy: token ids of conversations in, one number each out."""
+"""Score models, sharded like the policy: they map the token ids of a conversation to one number."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from gapo_mega.types import TokenBatch
 
 
 def last_positions(tokens: Sequence[Sequence[int]], skip: int | None) -> list[int]:
-    """Where each score is taken: at the last token, or at the last that is not ``skip`` (0 if all are)."""
+    """The position of each row's score: its last token, or its last that is not ``skip`` (0 if all are)."""
     if skip is None:
         return [len(row) - 1 for row in tokens]
     return [max((i for i, token in enumerate(row) if token != skip), default=0) for row in tokens]
 
 
 class ScoreModel:
-    """One frozen score model. Collective over the ranks of a replica, which all get all scores.
+    """One frozen score model. Collective over the ranks of a replica; every rank gets all scores.
 
     Args:
         source: Hugging Face directory or Megatron checkpoint of a score model.
-        settings: its compute type.
+        settings: give its compute type.
         parallel: the policy's layout, which it shares.
-        micro_batch: sequences of a forward pass.
-        offload: see ``FrozenModel``.
+        micro_batch: sequences per microbatch.
+        offload: keep the weights in host memory between uses.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ScoreModel:
         """Scores of token-id sequences (at least one token each), in their order; higher is better."""
         if not tokens:
             return []
-        # Of like length together: padding is computed, too.
+        # Sequences of similar length share a microbatch, because padding costs compute, too.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         parts: list[Tensor] = []
         with megatron_device(), self._model.on_device() as model:
@@ -93,7 +93,7 @@ class ScoreModel:
         return TokenBatch(tokens_BT, mark_BT)
 
     def _finish(self, raw_B: Tensor) -> Tensor:
-        """Normalised as the model asks for, and turned so that higher is better."""
+        """Normalise as the model's head asks for; flip the sign of a cost, so that higher is better."""
         if self._head.normalize == "affine":
             raw_B = raw_B - self._mean
         if self._head.normalize is not None:

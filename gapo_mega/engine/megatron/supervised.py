@@ -1,6 +1,6 @@
-"""One model trained on given targets: score models on pairs, language models on chats.
+"""Supervised training of one model: score models on pairs, language models on chats.
 
-What a batch is: ``SupervisedEngine`` of ``engine/base.py``.
+``SupervisedEngine`` in ``engine/base.py`` defines the layout of a batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAME = "model"  # in checkpoints
 
 
 class SupervisedModel(groups.Collective, ABC):
-    """The ``SupervisedEngine`` of ``engine/base.py``, but for what kinds differ in."""
+    """What both kinds of ``SupervisedEngine`` share; subclasses define model and loss."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class SupervisedModel(groups.Collective, ABC):
     ) -> None:
         """Build the model and load its weights.
 
-        ``head``: the score head of the source, where it has one. ``existing``: groups of this layout; none:
-        they are made here.
+        ``head``: the source's score head, if it has one. ``existing``: process groups of this layout; None
+        makes them.
         """
         self._setup = setup
         super().__init__(existing or groups.initialize(setup.parallel.tensor, setup.parallel.pipeline))
@@ -55,7 +55,7 @@ class SupervisedModel(groups.Collective, ABC):
             self._trainable = make_trainable(built, setup.optimizer, setup.total_steps)
 
     def update(self, batch: TokenBatch) -> SupervisedUpdate:
-        """One optimizer step on this data rank's rows. Collective."""
+        """Accumulates gradients over microbatches and skips the step if the gradient is not finite."""
         count = float(self.sum_over_data(self._count(batch)))
 
         def mean_loss(output: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,6 @@ class SupervisedModel(groups.Collective, ABC):
         return SupervisedUpdate(sums[0] / count, sums[1] / count, norm, rate, skipped)
 
     def measure(self, batch: TokenBatch) -> Tensor:
-        """Per row of this data rank, float32 on the CPU: ``[B]`` scores, or log-likelihoods of chats."""
         if not batch.batch_size:
             return torch.zeros(0)
         with megatron_device():
@@ -86,9 +85,9 @@ class SupervisedModel(groups.Collective, ABC):
         return self.groups.from_last_stage(local_B)
 
     def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Each as wide as it has to be: nothing after a row's last mark has any influence.
+        """Microbatches cut after their last marked column, beyond which no token has any influence.
 
-        Stages of a pipeline exchange tensors of one size, so there all are as wide as the widest.
+        With a pipeline all keep the full width, because its stages exchange tensors of one size.
         """
         parts = batch.split(self._setup.micro_batch)
         if self.layout.pipeline > 1:
@@ -101,7 +100,7 @@ class SupervisedModel(groups.Collective, ABC):
 
     # -- persistence -------------------------------------------------------------------------------
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
-        """Model, optimizer, schedule, random-number states, and ``extra``. Collective."""
+        """Rank 0 also writes configuration, tokenizer and chat template, for a conversion."""
         head = self._head_out()
         about_head = None if head is None else asdict(head)
         checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head)
@@ -112,11 +111,10 @@ class SupervisedModel(groups.Collective, ABC):
             set_config(folder / "config.json", self._setup.config, self._trainable.model.config.params_dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Inverse of ``save``; returns ``extra``."""
         return checkpoint.load(directory, {_NAME: self._trainable}, self.groups)
 
     def export_hf(self, directory: Path) -> None:
-        """The trained model as a Hugging Face directory."""
+        """Replaces ``directory`` if it exists; rank 0 adds the chat template."""
         with megatron_device():
             weights.export_hf(
                 self._trainable.model.module,
@@ -134,34 +132,34 @@ class SupervisedModel(groups.Collective, ABC):
         if self._setup.chat_template is not None:
             (directory / "chat_template.jinja").write_text(self._setup.chat_template, encoding="utf-8")
 
-    # -- what kinds differ in ----------------------------------------------------------------------
+    # -- what subclasses define --------------------------------------------------------------------
     @abstractmethod
     def _value_heads(self) -> int | None:
         """Outputs per position; ``None`` for a language model."""
 
     @abstractmethod
     def _count(self, batch: TokenBatch) -> Tensor:
-        """What the loss is a mean over."""
+        """Number of pairs or tokens that the loss is a mean over, in this data rank's batch."""
 
     @abstractmethod
     def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the loss with its graph, and the number of right answers."""
+        """Sum of the loss with its graph, and the number of pairs in the right order."""
 
     @abstractmethod
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
-        """See ``measure``."""
+        """``[B]`` scores or log-likelihoods of a microbatch, with a graph in training."""
 
     @abstractmethod
     def _prepare(self, model: Any) -> None:
-        """Last changes of the model before it is wrapped for training."""
+        """Change the model before it is wrapped for training."""
 
     @abstractmethod
     def _head_out(self) -> ScoreHead | None:
-        """The head under which a trained score model is exported."""
+        """The head that a trained score model is exported with; ``None`` for a language model."""
 
 
 class PairEngine(SupervisedModel):
-    """A score model by the Bradley-Terry loss. ``micro_batch`` counts rows: two a pair."""
+    """A score model with the Bradley-Terry loss. ``micro_batch`` counts rows, two per pair."""
 
     def __init__(
         self,
@@ -181,7 +179,7 @@ class PairEngine(SupervisedModel):
         return 1
 
     def _prepare(self, model: Any) -> None:
-        # A bias shifts all scores alike: no preference tells it, and transformers' classifiers have none.
+        # A bias shifts all scores alike: no preference determines it. Classifiers of transformers have none.
         if model.post_process:
             model.output_layer.bias.requires_grad_(False)
 
@@ -202,7 +200,7 @@ class PairEngine(SupervisedModel):
 
 
 class ChatEngine(SupervisedModel):
-    """A language model by the cross entropy of the marked tokens."""
+    """A language model with the cross entropy of the marked tokens."""
 
     def _value_heads(self) -> None:
         return None

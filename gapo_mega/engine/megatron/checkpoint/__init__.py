@@ -1,1 +1,1 @@
-"""Weights and optimizer states in and out: Hugging Face directories, Megatron checkpoints, resumable runs."""
+"""Loads and saves weights and optimizer states as Hugging Face directories and Megatron checkpoints."""

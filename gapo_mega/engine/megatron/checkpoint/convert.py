@@ -1,8 +1,8 @@
-"""Conversion of whole checkpoints, streaming: Hugging Face directory <-> Megatron ``torch_dist``.
+"""Streaming conversion of whole checkpoints: Hugging Face directory <-> Megatron ``torch_dist``.
 
-No model is built and no parallel state is needed. A checkpoint holds the tensors under the keys of Megatron's
-``sharded_state_dict`` (any layout loads it, with Megatron's own layers or Transformer Engine's) and, in
-``hf/``, the configuration and the tokenizer that it came with.
+It builds no model and needs no parallel state. A checkpoint holds the tensors under the keys of Megatron's
+sharded state dict, so that any layout loads it, with Megatron's own layers or Transformer Engine's. Its
+folder ``hf/`` holds the configuration and the tokenizer that came with the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gapo_mega.models.huggingface.writing import common_dtype, complete_or_absen
 from gapo_mega.models.mapping import checkpoint_key
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
-# Megatron's linear layers ask for an object each, which is empty but for FP8.
+# Megatron's linear layers load one object each, which is empty without FP8.
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -56,19 +56,19 @@ def to_checkpoint(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a Hugging Face directory as a Megatron checkpoint. Collective where torch.distributed runs.
+    """Write a Hugging Face directory as a Megatron checkpoint. Collective if torch.distributed is running.
 
     Args:
         source: language model or score model of a known family.
-        target: what to create; it appears under its name only once it is complete.
-        tensor, pipeline: the layout whose ranks' parts are stored as one piece each. Any other layout loads
-            the result, too, with more reads. The processes share the writing by these parts.
-        dtype: what to store; ``None``: every tensor in the type that it has.
-        overwrite: replace ``target`` where it exists.
+        target: the directory to create; it appears under its name only once it is complete.
+        tensor, pipeline: the layout whose shards are stored as one piece each. Any other layout loads the
+            result, too, with more reads. The processes share the writing by shards.
+        dtype: the stored dtype; ``None`` keeps that of every tensor.
+        overwrite: replace ``target`` if it exists.
 
     Raises:
-        ValueError: the model cannot be computed by Megatron exactly, ``tensor`` or ``pipeline`` does not
-            divide it, tensors are missing or too many, or ``target`` cannot be written.
+        ValueError: Megatron cannot compute the model exactly, ``tensor`` or ``pipeline`` does not divide it,
+            tensors are missing or left over, or writing ``target`` fails.
     """
     directory = HFDirectory(source)
     plan = _Plan(directory, tensor, pipeline, dtype)
@@ -88,16 +88,16 @@ def to_checkpoint(
 def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
     """Write a Megatron checkpoint (converted, or of a training run) as a Hugging Face directory.
 
-    Of a training run it is the trained model that is taken: the policy, or the score model.
+    From a training run's checkpoint it takes the trained model: the policy, or the score model.
 
     Args:
         source: the checkpoint's directory.
-        target: what to create; it appears under its name only once it is complete.
-        dtype: what to store; ``None``: every tensor in the type that it has in the checkpoint.
-        overwrite: replace ``target`` where it exists.
+        target: the directory to create; it appears under its name only once it is complete.
+        dtype: the written dtype; ``None`` keeps that of every stored tensor.
+        overwrite: replace ``target`` if it exists.
 
     Raises:
-        ValueError: ``source`` is no complete checkpoint or lacks tensors; ``target`` cannot be written.
+        ValueError: ``source`` is not a complete checkpoint or lacks tensors, or writing ``target`` fails.
     """
     reader = DistReader(source)
     about = read_common(source).get("about", {})
@@ -143,7 +143,7 @@ def _stored_like(reader: DistReader, prefix: str, name: str) -> Tensor:
 
 
 class _Plan:
-    """Which pieces a converted checkpoint consists of, and which process writes which."""
+    """The chunks of a converted checkpoint, and which process writes which."""
 
     def __init__(self, source: HFDirectory, tensor: int, pipeline: int, dtype: torch.dtype | None) -> None:
         self._source = source
@@ -160,20 +160,20 @@ class _Plan:
         source.check_names(self._weights.hf_names(), beside, self._weights.copies)
 
     def about(self) -> dict[str, Any]:
-        """What the checkpoint says of itself."""
+        """The checkpoint's description of itself: format, family of the weights, score head."""
         head = asdict(self._head) if self._head is not None else None
         return {"format": FORMAT, "weights": self._shape.family, "score_head": head}
 
     def num_bytes(self) -> int:
-        """Size of the result, near enough."""
+        """Approximate size of the result."""
         return sum(num_bytes(self._typed(self._source.like(name))) for name in self._source.names)
 
     def dtype(self) -> torch.dtype | None:
-        """Type of the tensors in the result; none where it is not one."""
+        """The one dtype of the result's tensors; ``None`` if they have several."""
         return self._dtype or common_dtype(self._source.like(name) for name in self._source.names)
 
     def empty_objects(self) -> list[str]:
-        """Keys of objects that hold nothing."""
+        """Keys of the empty objects that Megatron's linear layers load."""
         layers = self._shape.num_layers
         return [
             f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
@@ -182,7 +182,7 @@ class _Plan:
         ]
 
     def chunks(self, rank: int, world: int, done: Callable[[], Any]) -> Iterator[Chunk]:
-        """Of process ``rank`` of ``world``; ``done`` is called when one has been made."""
+        """The chunks of process ``rank`` of ``world``, which call ``done`` as their tensors are made."""
         for name in self._weights.names():
             copies = 1 if self._weights.kind(name) == "replicated" else self._tensor
             for part in range(copies):
@@ -192,7 +192,7 @@ class _Plan:
             yield from self._of_head(self._head)
 
     def _parts(self, name: str, part: int, done: Callable[[], Any]) -> Iterator[Chunk]:
-        """Tensor rank ``part``'s piece of a parameter; two where gate and up projection lie apart."""
+        """Tensor rank ``part``'s shard of a parameter: one chunk, or two for gate and up projection."""
         key, layer = checkpoint_key(name)
         kind = self._weights.kind(name)
         like = self._typed(self._weights.to_megatron(name, self._source.like, part))
@@ -221,7 +221,7 @@ class _Plan:
             like = self._source.like(name)
             offset = (0,) * like.dim()
             yield Chunk(KEPT + name, tuple(like.shape), offset, like, partial(self._source.read, name))
-        if head.bias is None:  # Megatron's head always has one
+        if head.bias is None:  # Megatron's head always has a bias
             like = self._typed(self._source.like(head.weight)).new_empty(1)
             yield Chunk(OUTPUT_BIAS, (1,), (0,), like, lambda: torch.zeros(1, dtype=like.dtype))
 
@@ -237,7 +237,7 @@ class _Plan:
 
 @contextmanager
 def _shared(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """``complete_or_absent`` for all processes: the first makes the directory, all learn of its refusal."""
+    """``complete_or_absent`` for all processes: rank 0 makes the directory, and all raise its refusal."""
     distributed = dist.is_initialized()
     with ExitStack() as stack:
         outcome: Any = None
@@ -254,8 +254,8 @@ def _shared(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
             raise outcome
         try:
             yield outcome
-        except CheckpointException as error:  # of some ranks, each with its cause
+        except CheckpointException as error:  # holds one cause per failed rank
             rank, (cause, _) = next(iter(error.failures.items()))
             raise ValueError(f"{target} cannot be written (rank {rank}): {cause}") from error
     if distributed:
-        dist.barrier()  # the directory has its name
+        dist.barrier()  # after it the directory has its final name on all ranks

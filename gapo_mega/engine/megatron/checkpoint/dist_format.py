@@ -1,7 +1,7 @@
-"""Megatron's ``torch_dist`` checkpoint format without a model: written and read one tensor at a time.
+"""Writes and reads Megatron's ``torch_dist`` checkpoint format one tensor at a time, without a model.
 
-torch.distributed.checkpoint asks a *planner* for each piece of data when it is written or has been read.
-Those here make the data at that moment, so that neither side ever holds a whole model.
+torch.distributed.checkpoint asks a *planner* for each piece of data when it writes or reads it. The planners
+here make the data at that moment, so that neither side ever holds a whole model.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 BACKEND = "torch_dist"
-FORMAT = 1  # of what this package writes beside the tensors
-# Names of tensors do not depend on the number of optimizers, as in Megatron's own reshardable format.
+FORMAT = 1  # version of the data that this package writes besides the tensors
+# Makes tensor names independent of the number of optimizers, as in Megatron's own reshardable format.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -55,16 +55,16 @@ def is_checkpoint(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor of the checkpoint, and how to make it when its turn has come."""
+    """A part of a tensor in the checkpoint, and how to make it when the writer reaches it."""
 
     key: str
-    whole: tuple[int, ...]  # shape of the tensor that it is a part of
+    whole: tuple[int, ...]  # shape of the whole tensor
     offset: tuple[int, ...]
-    like: Tensor  # its own shape and type; on the meta device
+    like: Tensor  # on the meta device: shape and dtype of this part
     make: Callable[[], Tensor]
 
     def item(self) -> WriteItem:
-        """What torch's writer has to know of it beforehand."""
+        """The description that torch's writer needs in advance."""
         offsets, sizes = torch.Size(self.offset), torch.Size(self.like.shape)
         return WriteItem(
             index=MetadataIndex(self.key, offsets),
@@ -80,13 +80,13 @@ class Chunk:
 def write(
     directory: Path, chunks: Iterable[Chunk], empty_objects: Iterable[str], common: dict[str, Any]
 ) -> None:
-    """Write a checkpoint into ``directory``. Collective when torch.distributed runs.
+    """Write a checkpoint into ``directory``. Collective if torch.distributed is initialized.
 
     Args:
         directory: exists, and is on a file system that all ranks share.
-        chunks: of this rank.
-        empty_objects: keys of this rank's objects that hold nothing, which Megatron's layers ask for.
-        common: picklable, the same on all ranks; what ``read_common`` gives.
+        chunks: the chunks that this rank writes.
+        empty_objects: keys of the empty objects that this rank writes and Megatron's layers load.
+        common: picklable, the same on all ranks; ``read_common`` returns it.
     """
     distributed = dist.is_initialized()
     write_files(
@@ -97,15 +97,15 @@ def write(
     )
     if not distributed or dist.get_rank() == 0:
         torch.save(common, directory / COMMON_STATE_FNAME)
-        save_config(CheckpointingConfig(BACKEND), str(directory))  # last: it makes it a checkpoint
+        save_config(CheckpointingConfig(BACKEND), str(directory))  # last: marks the checkpoint as complete
     if distributed:
         dist.barrier()
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """What ``write`` (or a run) stored beside the tensors. Unpickles it.
+    """Unpickle what ``write`` (or a run) stored besides the tensors.
 
-    Raises ``ValueError`` where it is not there or broken.
+    Raises ``ValueError`` if it is missing or broken.
     """
     try:
         common: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, weights_only=False)
@@ -118,13 +118,13 @@ def read_common(directory: Path) -> dict[str, Any]:
 
 
 def trained_model_prefix(about: dict[str, Any]) -> str:
-    """What keys of the model begin with: nothing in a converted checkpoint, its name in one of a run."""
+    """Prefix of the model's keys: none in a converted checkpoint, the model's name in a run's checkpoint."""
     models = about.get("models", {})
     return next((f"{name}." for name in ("policy", "model") if name in models), "")
 
 
 class _LazySave(DefaultSavePlanner):
-    """Plans chunks without their data, and makes the data of one when the writer comes to it."""
+    """Plans chunks without their data, and makes each chunk's data when the writer reaches it."""
 
     def __init__(self, chunks: Iterable[Chunk], empty_objects: Iterable[str]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -140,7 +140,7 @@ class _LazySave(DefaultSavePlanner):
         index = write_item.index
         if write_item.type == WriteItemType.BYTE_IO:
             stream = io.BytesIO()
-            torch.save([None], stream)  # Megatron stores a list of what has this key
+            torch.save([None], stream)  # Megatron stores a list of the objects under a key
             return stream
         assert index.offset is not None
         chunk = self._chunks[index.fqn, tuple(index.offset)]
@@ -150,9 +150,9 @@ class _LazySave(DefaultSavePlanner):
 
 
 class DistReader:
-    """A checkpoint opened for reading any part of any of its tensors. Unpickles its index.
+    """Reads any part of any tensor of a checkpoint. Unpickles the checkpoint's index.
 
-    Raises ``ValueError`` when ``directory`` holds no complete checkpoint.
+    Raises ``ValueError`` if ``directory`` holds no complete checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -171,18 +171,18 @@ class DistReader:
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Shape and type of every tensor, by key."""
+        """Shape and dtype of every tensor, by key."""
         entries = self._metadata.state_dict_metadata.items()
         return {key: value for key, value in entries if isinstance(value, TensorStorageMetadata)}
 
     @property
     def objects(self) -> frozenset[str]:
-        """Keys of everything that is no tensor."""
+        """Keys of everything that is not a tensor."""
         entries = self._metadata.state_dict_metadata.items()
         return frozenset(key for key, value in entries if isinstance(value, BytesStorageMetadata))
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """Tensor ``key``, or its entry ``row`` along the first dimension (which is dropped)."""
+        """Read tensor ``key``, or its entry ``row`` along the first dimension, which it drops."""
         stored = self.tensors[key]
         offset, size = [0] * len(stored.size), list(stored.size)
         if row is not None:
@@ -195,7 +195,7 @@ class DistReader:
 
 
 class _Into(LoadPlanner):
-    """Puts what is read into its place in one tensor."""
+    """Reads into one given tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target

@@ -1,11 +1,10 @@
-"""Optimizer state in *model space*: per parameter, tensors of its shape, whatever the layout.
+"""Optimizer state in *model space*: tensors shaped like each parameter, independent of the layout.
 
-Megatron has formats of its own for this, but of megatron-core 0.16: the distributed optimizer's
-``fully_reshardable`` format reads its buffers as if there were no padding between buckets (tied
-embeddings and overlapped reduction make several buckets), it leaves out Adam's ``step`` and makes
-all parameters share one after loading, and SGD cannot be loaded at all. So the tensors are taken
-from and put into the optimizers here, under Megatron's key names, and Megatron's sharded tensors
-do the resharding.
+Megatron-core 0.16 has its own ``fully_reshardable`` format for this, with three faults. It reads the
+distributed optimizer's buffers as if there were no padding between buckets (tied embeddings and overlapped
+reduction make several buckets). It leaves out Adam's ``step``, and all parameters share one after loading. It
+cannot load SGD at all. So this module moves the tensors out of and into the optimizers itself, under
+Megatron's key names, and leaves the resharding to Megatron's sharded tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class _Piece:
 
 
 class OptimizerState:
-    """The state of one model's optimizer, in and out."""
+    """Saves and loads the state of one model's optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> None:
         chained = optimizer.chained_optimizers
@@ -56,7 +55,7 @@ class OptimizerState:
     # -- step count ----------------------------------------------------------------------------
     @property
     def step(self) -> int:
-        """Steps that Adam has taken (0 for SGD, which does not count)."""
+        """Steps that Adam has taken; 0 for SGD, which does not count them."""
         return steps_taken(self._inner)
 
     @step.setter
@@ -70,9 +69,10 @@ class OptimizerState:
 
     # -- tensors -------------------------------------------------------------------------------
     def to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Sharded tensors of whole parameters, on data rank 0; nothing on the other data ranks.
+        """Sharded tensors shaped like the parameters on data rank 0, nothing on the other data ranks.
 
-        ``model_state``: the model's ``sharded_state_dict``. Collective over the data ranks.
+        ``model_state``: the model's sharded state dict. Collective over the data ranks, which send their
+        pieces to data rank 0 one tensor at a time.
         """
         sharded = _by_parameter(model_state)
         held: list[dict[int, tuple[int, int]]] = self._groups.gather_over_data(
@@ -92,7 +92,7 @@ class OptimizerState:
         return result
 
     def to_load(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Empty sharded tensors of the whole parameters that this rank holds a piece of."""
+        """Empty sharded tensors, shaped like the parameters that this rank holds a piece of."""
         sharded = _by_parameter(model_state)
         return {
             f"{index}.{name}": _like(sharded[id(parameter)], name, torch.empty(parameter.shape))
@@ -102,7 +102,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def load(self, loaded: dict[str, Any]) -> None:
-        """Take the filled tensors of ``to_load``."""
+        """Copy this rank's pieces from the filled tensors of ``to_load``."""
         for index, parameter in self._numbered():
             piece = self._pieces[parameter]
             for name, target in piece.tensors.items():
@@ -111,7 +111,7 @@ class OptimizerState:
 
     # -- inside the optimizers -------------------------------------------------------------------
     def _numbered(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """(number, parameter) of those that this rank holds a piece of."""
+        """(index, parameter) of the parameters that this rank holds a piece of."""
         return ((i, p) for i, p in enumerate(self._parameters) if p in self._pieces)
 
     def _counts_per_parameter(self) -> bool:
@@ -123,11 +123,11 @@ class OptimizerState:
             names = ["exp_avg", "exp_avg_sq"]
         else:
             names = ["momentum_buffer"] if config.sgd_momentum else []
-        # Otherwise the model's own parameters are what the optimizer steps.
+        # Without bf16 the optimizer steps the model's own parameters.
         return [*names, _MAIN] if config.bf16 else names
 
     def _create(self) -> None:
-        """State before the first step, which optimizers make in it: zeros, which changes nothing."""
+        """Create the zeros that optimizers otherwise create in their first step; no update changes."""
         for group in self._inner.param_groups:
             for main in group["params"]:
                 for name in self.names:
@@ -143,7 +143,7 @@ class OptimizerState:
             yield parameter, _Piece(start, end, {name: state[name] for name in self.names})
 
     def _collect(self, own: Tensor | None, owners: list[tuple[int, int] | None], numel: int) -> Tensor | None:
-        """Pieces of one flat tensor put together on data rank 0 (None on the others)."""
+        """Gather the pieces of one flat tensor on data rank 0; the other ranks return None."""
         group, rank = self._groups.data, self._groups.layout.data_rank
         if not isinstance(self._optimizer, DistributedOptimizer):
             return own if rank == 0 else None  # every data rank holds all of it
@@ -165,7 +165,7 @@ class OptimizerState:
 
 
 def steps_taken(inner: torch.optim.Optimizer) -> int:
-    """Steps that an Adam has taken (0 for SGD, which does not count)."""
+    """Steps that Adam has taken; 0 for SGD, which does not count them."""
     holders = [*inner.state.values(), *inner.param_groups]
     steps = {int(holder["step"]) for holder in holders if "step" in holder}
     assert len(steps) <= 1, "parameters were stepped unequally often"
@@ -173,7 +173,7 @@ def steps_taken(inner: torch.optim.Optimizer) -> int:
 
 
 def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """(model parameter, what the inner optimizer steps for it, its range in the flat parameter)."""
+    """(model parameter, the tensor that the inner optimizer steps, its range in the flat parameter)."""
     if isinstance(optimizer, DistributedOptimizer):
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             held = optimizer._get_model_param_range_map(parameter)["param"]
@@ -197,7 +197,7 @@ def _by_parameter(model_state: dict[str, Any]) -> dict[int, ShardedTensor | Shar
 def _like(
     sharded: ShardedTensor | ShardedTensorFactory, name: str, data: Tensor
 ) -> ShardedTensor | ShardedTensorFactory:
-    """``data`` sharded as the parameter is."""
+    """``data`` as a tensor sharded like the parameter."""
     changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{sharded.key}", "data": data}
     if isinstance(sharded, ShardedTensor):
         changes["dtype"] = data.dtype

@@ -1,13 +1,13 @@
 """Checkpoints of everything that training changes, in Megatron's ``torch_dist`` format.
 
-Models and optimizer states can be loaded in any layout. Random-number states belong to ranks and
-are restored in the layout they were saved in only; there, on the CPU, a resumed run is bit for bit
-the uninterrupted one. Hyper-parameters (learning rate, betas, length of the schedule) are the
-run's own: of a schedule only its position is restored.
+Any layout loads models and optimizer states. Random-number states belong to ranks, so only the layout that
+saved them restores them; there, on the CPU, a resumed run is bit for bit the uninterrupted one.
+Hyper-parameters (learning rate, betas, length of the schedule) come from the resuming run: of a schedule,
+loading restores only the position.
 
-Files are written by the calling process. Megatron's own writer starts a manager process by
-``spawn``, which imports the user's script once more, and forks one process per file, which is
-unsafe once CUDA or gloo threads run.
+The calling process writes the files itself. Megatron's own writer starts a manager process by ``spawn``,
+which imports the user's script once more, and forks one process per file, which is unsafe once CUDA or gloo
+threads run.
 
 Loading unpickles: load only checkpoints that you trust.
 """
@@ -59,12 +59,12 @@ def save(
     """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
 
     Args:
-        directory: on a file system that all ranks share; made if it does not exist.
+        directory: on a file system that all ranks share; created if it does not exist.
         trainables: by a name that stays the same between saving and loading.
-        extra: picklable; every data rank's own is kept (the first rank of each replica's).
-        score_head: fields of the ``ScoreHead`` of a score model, for a conversion.
+        extra: picklable; one per data rank is kept, from the first rank of each replica.
+        score_head: fields of a score model's ``ScoreHead``, for a conversion.
 
-    Raises OSError, naming the directory, when it cannot be written.
+    Raises ``OSError`` that names the directory if writing it fails.
     """
     layout = groups.layout
     with _errors(directory, "written", OSError), megatron_device():
@@ -88,10 +88,10 @@ def save(
 
 
 def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> dict[str, Any]:
-    """Inverse of ``save``, in any layout; returns ``extra``. Collective.
+    """Restore what ``save`` wrote, in any layout, and return ``extra``. Collective.
 
-    With another number of data ranks every rank gets the ``extra`` of data rank 0. Raises
-    ValueError, naming the directory, when it holds no checkpoint of these models.
+    With another number of data ranks every rank gets the ``extra`` of data rank 0. Raises ``ValueError`` that
+    names the directory if it holds no checkpoint of these models.
     """
     layout = groups.layout
     with _errors(directory, "loaded", ValueError), megatron_device():
@@ -108,7 +108,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
         for name, trainable in trainables.items():
             model = model_state.to_load(model_state.to_save(trainable.model.module))
             state[name] = _prefixed(name, model, optimizers[name].to_load(model))
-        # Ranks ask for the parts that they own, in any number of copies: no integrity check.
+        # The integrity check would refuse parts that several ranks load, or none.
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
     for name, trainable in trainables.items():
         _restore(trainable, optimizers[name], loaded[name], about["models"][name])
@@ -125,7 +125,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
 
 
 class _InProcessSave(SaveShardedStrategy):  # type: ignore[misc]
-    """Megatron's ``torch_dist`` format through torch's own writer: no other processes."""
+    """Writes Megatron's ``torch_dist`` format with torch's own writer, without other processes."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -163,7 +163,7 @@ def _restore(
 
 
 def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
-    """What must be equal between a checkpoint and the model that it is loaded into."""
+    """What must be equal in a checkpoint and in the model that loads it."""
     return {"dtype": str(trainable.model.config.params_dtype), "optimizer_tensors": sorted(optimizer.names)}
 
 
@@ -196,7 +196,7 @@ def _replica_rank(layout: Layout) -> int:
 
 
 def _ranked(key: str, data: Any, index: int, count: int, replica: int = 0) -> ShardedObject:
-    """Entry ``index`` of ``count``; only replica 0 of it is written."""
+    """Entry ``index`` of ``count`` as a sharded object; only its replica 0 is written."""
     return ShardedObject(key, data, (count,), (index,), replica_id=replica)
 
 
@@ -221,10 +221,10 @@ def _set_rng_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def _errors(directory: Path, what: str, kind: type[Exception]) -> Iterator[None]:
-    """Failures of the disk and of the format as one short message of one kind."""
+    """Raise failures of the disk and of the format as one short message of type ``kind``."""
     try:
         yield
-    except CheckpointException as error:  # of some ranks, each with its cause
+    except CheckpointException as error:  # holds one cause per failed rank
         rank, (cause, _) = next(iter(error.failures.items()))
         raise kind(f"checkpoint {directory} cannot be {what} (rank {rank}): {cause}") from error
     except (OSError, CheckpointingException) as error:

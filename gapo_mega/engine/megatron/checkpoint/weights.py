@@ -1,4 +1,4 @@
-"""Weights of a GPTModel over tensor and pipeline ranks: from a Hugging Face directory, and to one."""
+"""Loads and exports the weights of a GPTModel that is sharded over tensor and pipeline ranks."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def head_if_any(source: Path) -> ScoreHead | None:
 def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | None = None) -> None:
     """Fill this rank's part of ``model`` from a Hugging Face directory or a Megatron checkpoint.
 
-    Collective where ``source`` is a checkpoint. A ``ValueModel``'s head keeps its values unless ``head``
-    says that the source has one, and an output layer is left unread then.
+    Collective if ``source`` is a checkpoint. Without ``head``, a ``ValueModel``'s head keeps its values, and
+    this does not read the source's output layer.
 
     Args:
-        model: the bare model (not wrapped for training, whose fp32 copies would go stale).
-        shape: the model's facts, as it was built with; a directory may have more layers than it says.
-        source: a directory with weights and ``config.json``, or a checkpoint written by this package, of
-            which the policy is taken where it holds a training run.
-        head: the score head of ``source``.
+        model: the bare model, not yet wrapped for training: fp32 copies of its parameters would go stale.
+        shape: the shape that ``model`` was built with; a directory may have more layers.
+        source: a directory with weights and ``config.json``, or a checkpoint that this package wrote. From a
+            training run's checkpoint this loads the trained model.
+        head: the score head of ``source``, if it has one.
 
     Raises:
-        ValueError: the source lacks a tensor, has one that the model does not use, or one of another shape
-            than its configuration promises.
+        ValueError: the source lacks a tensor, has one that the model does not use, or has one whose shape
+            differs from its configuration.
     """
     if is_checkpoint(source):
         _load_checkpoint(model, source, with_head=head is not None or not isinstance(model, ValueModel))
@@ -61,7 +61,7 @@ def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | Non
 
 
 def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: ScoreHead | None = None) -> None:
-    """``load`` from a Hugging Face directory, one tensor at a time. Not collective."""
+    """Load from a Hugging Face directory as ``load`` does, one tensor at a time. Not collective."""
     source = HFDirectory(directory)
     weights = _weight_map(model, shape, head)
     headless = isinstance(model, ValueModel) and head is None
@@ -86,7 +86,7 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
 def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
     about = read_common(directory).get("about", {})
     if about.get("score_head") and not isinstance(model, ValueModel):
-        # With tied embeddings nothing would be missing.
+        # With tied embeddings no missing tensor would give it away.
         raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
     prefix = trained_model_prefix(about)
     left = () if with_head else ("output_layer.",)
@@ -98,7 +98,7 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
     except (CheckpointingException, CheckpointException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error
-    # What is not asked for, such as what the checkpoint says of itself, comes along.
+    # Megatron also returns entries that ``state`` does not ask for, such as "about".
     model_state.restore(model, {name: loaded[name] for name in state}, left)
 
 
@@ -114,16 +114,16 @@ def export_hf(
 ) -> None:
     """Write ``model`` as a Hugging Face directory. Collective over all ranks; rank 0 writes.
 
-    One parameter at a time travels to rank 0, so no rank holds more than its own part and one tensor.
+    Parameters travel to rank 0 one at a time, so no rank holds more than its own shard and one tensor.
 
     Args:
         model: the bare model, with its parameters up to date.
-        shape: the model's facts, as it was built with.
-        companions: directory whose configuration and tokenizer the new one gets.
-        directory: what to write (on rank 0's file system); complete or absent.
-        head: names of a score model's head; its bias is not written where it has no name.
+        shape: the shape that ``model`` was built with.
+        companions: directory to copy configuration and tokenizer from.
+        directory: the directory to write on rank 0's file system; it ends up complete or absent.
+        head: names of a score model's head; a bias without a name is not written.
         config: entries of ``config.json`` that differ from the companions'.
-        overwrite: replace ``directory`` where it exists.
+        overwrite: replace ``directory`` if it exists.
     """
     assert isinstance(model, ValueModel) == (head is not None), "a critic has no Hugging Face form"
     if parallel_state.get_data_parallel_rank() == 0:
@@ -150,7 +150,7 @@ def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = Non
 
 
 def _parameters(model: GPTModel) -> dict[str, Tensor]:
-    """Parameters of this stage by the name that they have in the whole model."""
+    """This stage's parameters by their names in the whole model."""
 
     def whole_model_name(name: str) -> str:
         local = _LAYER.match(name)
@@ -165,7 +165,7 @@ def _parameters(model: GPTModel) -> dict[str, Tensor]:
 def _check_names(
     source: HFDirectory, weights: WeightMap, head: ScoreHead | None, headless: bool, layers: int | None
 ) -> None:
-    """Every tensor is there and used; the same answer on all ranks, whatever part they hold."""
+    """Check that every tensor exists and is used; all ranks, whatever their part, come to the same answer."""
     expected = weights.hf_names()
     beside = set(head.statistics) if head is not None else set()
     if headless:
@@ -176,19 +176,19 @@ def _check_names(
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A parameter that a pipeline stage sends: the shape and type of one tensor rank's part."""
+    """A parameter that a pipeline stage sends: shape and dtype of one tensor rank's shard."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def like(self) -> Tensor:
-        """A tensor without data of this shape and type."""
+        """A meta tensor of this shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 def _parcels(model: GPTModel, weights: WeightMap) -> list[list[_Parcel]]:
-    """What every pipeline stage sends, the same on all ranks of a replica."""
+    """The parcels of every pipeline stage, the same on all ranks of a replica, by an all-gather."""
     parcels = [
         _Parcel(name, tuple(value.shape), value.dtype)
         for name, value in _parameters(model).items()
@@ -201,7 +201,7 @@ def _parcels(model: GPTModel, weights: WeightMap) -> list[list[_Parcel]]:
 
 
 def _stream(model: GPTModel, weights: WeightMap, stages: list[list[_Parcel]]) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors on rank 0; nothing on the other ranks, which must iterate too."""
+    """Whole Hugging Face tensors on rank 0; the other ranks get none but must iterate, too."""
     own = _parameters(model)
     for stage, parcels in enumerate(stages):
         for parcel in parcels:
@@ -211,9 +211,9 @@ def _stream(model: GPTModel, weights: WeightMap, stages: list[list[_Parcel]]) ->
 
 
 def _bring_to_first(value: Tensor | None, parcel: _Parcel, stage: int, tensor: int) -> Tensor | None:
-    """All tensor ranks' parts ``[tensor, ...]`` of a parameter of ``stage`` on the replica's first rank.
+    """Gather the shards ``[tensor, ...]`` of a parameter of ``stage`` on the replica's first rank.
 
-    ``value`` is this rank's part, ``None`` off that stage. Gives ``None`` on all other ranks.
+    ``value`` is this rank's shard, ``None`` on other stages. Returns ``None`` on all other ranks.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     is_first_column = parallel_state.get_tensor_model_parallel_rank() == 0

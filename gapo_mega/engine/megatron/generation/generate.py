@@ -1,13 +1,13 @@
-"""Sampling from a Megatron model with a key-value cache, over tensor and pipeline ranks.
+"""Sampling from a Megatron model with a KV cache, over tensor and pipeline ranks.
 
-Rows are left padded within a *lane*, a batch that goes through the model together. There are as
-many lanes at a time as pipeline stages, so that every stage has work: while the last stage samples
-for one lane, the first one embeds another. Three things keep the work small: a prompt that occurs
-several times in a lane is read once and its cache copied, only the last position is projected to
-the vocabulary, and rows that have ended leave the lane.
+A *lane* is a batch of left-padded rows that go through the model together. There are as many lanes at a time
+as pipeline stages, so that every stage has work: while the last stage samples for one lane, the first stage
+embeds another. Three things keep the work small. The prefill reads a prompt that occurs several times in a
+lane once and copies its KV cache. Only the last position is projected to the vocabulary. Finished rows leave
+the lane.
 
-Rotary positions are columns of the padded batch. Attention depends on their differences alone, so
-the padding on the left shifts nothing.
+Rotary positions are columns of the padded batch. Attention depends on their differences alone, so left
+padding does not change it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation
 
-# A lane is repacked when this part of its rows or more has ended: a copy costs less than a step.
+# Repack a lane once this share of its rows has finished: a copy of the KV cache costs less than a step.
 _REPACK_FROM = 0.25
-# Megatron's switches for splitting activations along the sequence, on the modules that communicate.
+# Megatron's switches for sequence parallelism on the modules that communicate.
 _SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
 
 
 @dataclass
 class _Results:
-    """What all lanes write into; one row per request, right padded."""
+    """The responses that all lanes write; one right-padded row per request."""
 
     tokens_BS: Tensor  # int64 [requests, max_new_tokens]
     logprobs_BS: Tensor  # float32
@@ -52,17 +52,17 @@ class _Results:
 
 @dataclass
 class _Lane:
-    """Rows that go through the model together, shortened as rows end."""
+    """Rows that go through the model together; finished rows leave."""
 
     number: int
     rows_B: Tensor  # int64, CPU: the requests that are still in the lane
-    history_BT: Tensor  # int64, device: prompts (left padded) and responses so far, room for the rest
+    history_BT: Tensor  # int64, device: left-padded prompts, responses so far, and room for the rest
     padding_B: Tensor  # int64, device: columns of padding on the left
     prompt_columns: int
     context: StaticInferenceContext
     step: int = 0  # tokens sampled so far
-    packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities on their way
-    sending: tuple[Tensor, dist.Work] | None = None  # hidden states on their way to the next stage
+    packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities being broadcast
+    sending: tuple[Tensor, dist.Work] | None = None  # hidden states being sent to the next stage
     publishing: dist.Work | None = None
 
     @property
@@ -75,7 +75,7 @@ class _Lane:
         return self.prompt_columns + self.step
 
     def keep(self, index_B: Tensor) -> None:
-        """Leave only these rows (positions in the lane, CPU)."""
+        """Keep only these rows (positions in the lane, CPU), in history and KV cache."""
         self.rows_B = self.rows_B[index_B]
         if self.done:
             return
@@ -85,14 +85,14 @@ class _Lane:
 
 
 def _select_cache_rows(context: StaticInferenceContext, index_B: Tensor) -> None:
-    # Megatron's own swap_key_value_dict only permutes: it wants as many rows as before.
+    # Megatron's own swap_key_value_dict permutes rows but cannot change their number.
     cache = context.key_value_memory_dict
     for layer, (keys, values) in cache.items():
         cache[layer] = (keys[:, index_B], values[:, index_B])
 
 
 class MegatronGenerator:
-    """The ``Generator`` of ``engine/base.py`` on the training model itself: its weights are shared."""
+    """The ``Generator`` of ``engine/base.py``, which samples from the training model itself."""
 
     def __init__(
         self,
@@ -104,14 +104,14 @@ class MegatronGenerator:
         eos_ids: Sequence[int],
         batch_size: int,
     ) -> None:
-        """Nothing is allocated before ``generate``.
+        """Allocates nothing before ``generate``.
 
         Args:
             model: this rank's GPTModel stage, bare or in Megatron's DistributedDataParallel.
             groups: the layout that the model was built in.
-            vocabulary: true vocabulary size; the model's columns beyond it are never sampled.
+            vocabulary: true vocabulary size; columns beyond it are padding, which is never sampled.
             pad_id: fills ``Generation.tokens_BT`` after a row's end.
-            eos_ids: tokens that end a response (they are part of it); may be empty.
+            eos_ids: tokens that end a response, as its last token; may be empty.
             batch_size: rows in the model at once, over all lanes.
         """
         if batch_size < 1:
@@ -123,23 +123,23 @@ class MegatronGenerator:
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
         self._batch_size = batch_size
         self._samples_here = self._model.post_process and groups.layout.tensor_rank == 0
-        # Only Megatron's own attention takes a mask beside the causal one in every phase.
+        # Only Megatron's own attention takes a padding mask on top of the causal one in prefill and decode.
         self._may_pad = any(isinstance(m, DotProductAttention) for m in self._model.modules())
 
     def update_weights(self) -> None:
-        """Nothing to do: the trained model is the one that generates."""
+        """Does nothing: the generator shares the training model's weights."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
-        """Responses for token-id prompts, collective over the replica's ranks.
+        """Sample responses for token-id prompts. Collective over the replica's ranks.
 
-        Row i's random numbers are keyed by (``seed``, i): ranks of different replicas must pass
-        different seeds. ``batch_size`` and the layout change results by rounding only.
+        (``seed``, i) is the key of row i's random numbers, so replicas must pass different seeds.
+        ``batch_size`` and the layout change results by rounding only.
 
         Raises:
-            ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer
-                than the model's sliding window.
+            ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer than the
+                model's sliding window.
         """
         self._check(prompts, sampling)
         count, steps = len(prompts), sampling.max_new_tokens
@@ -150,7 +150,7 @@ class MegatronGenerator:
             finished_B=torch.zeros(count, dtype=torch.bool),
         )
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
-        # Not inference_mode: Megatron caches rotary tables that training uses too.
+        # Not inference_mode: Megatron caches rotary tables, which training uses, too.
         with torch.no_grad(), megatron_device(), _inference_state(self._model):
             for chunk in self._chunks(prompts):
                 lanes = self._lanes(prompts, chunk, steps)
@@ -176,7 +176,7 @@ class MegatronGenerator:
 
     # -- batches -----------------------------------------------------------------------------------
     def _chunks(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Requests by length, equal prompts together, at most ``batch_size`` at once."""
+        """Batches of at most ``batch_size`` requests, sorted so that equal prompts are neighbours."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         if self._may_pad:
             families = [order]
@@ -196,7 +196,7 @@ class MegatronGenerator:
         own = [list(prompts[row]) for row in rows_B.tolist()]
         columns = max(map(len, own))
         padding = [columns - len(prompt) for prompt in own]
-        # The filler is a token of the row itself: no attention sees it and no penalty is added.
+        # A token of the row itself fills the padding: the mask hides it, and it adds no repetition penalty.
         history = [prompt[:1] * gap + prompt + [0] * steps for prompt, gap in zip(own, padding, strict=True)]
         return _Lane(
             number=number,
@@ -211,7 +211,7 @@ class MegatronGenerator:
     def _run(
         self, lanes: list[_Lane], results: _Results, uniform_BS: Tensor, sampling: SamplingParameters
     ) -> None:
-        """All ranks go through the same lanes in the same order: communication matches by order."""
+        """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
             for lane in lanes:
                 if step > 0 and not lane.done:
@@ -225,8 +225,8 @@ class MegatronGenerator:
                         self._publish(lane, tokens_B, logprobs_B)
 
     def _publish(self, lane: _Lane, tokens_B: Tensor, logprobs_B: Tensor) -> None:
-        """Send without waiting: this stage goes on with the next lane."""
-        # float64 holds token ids and float32 exactly, so one message does.
+        """Start the broadcast without waiting, so that this stage goes on with the next lane."""
+        # float64 holds token ids and float32 exactly, so one message is enough.
         lane.packet_2B = torch.stack((tokens_B.double(), logprobs_B.double())).cpu()
         if self._groups.replica.size() > 1:
             lane.publishing = self._broadcast(lane.packet_2B, wait=False)
@@ -255,7 +255,7 @@ class MegatronGenerator:
         return work
 
     def _accept(self, lane: _Lane, packet_2B: Tensor, results: _Results) -> None:
-        """Take one sampled token per row; rows that have ended leave when they are many."""
+        """Store one sampled token per row, and repack the lane if enough rows have finished."""
         tokens_B, logprobs_B = packet_2B[0].long(), packet_2B[1].float()
         lane.history_BT[:, lane.columns] = tokens_B.to(lane.history_BT.device)
         running_B = ~results.finished_B[lane.rows_B]
@@ -271,9 +271,9 @@ class MegatronGenerator:
 
     # -- the model ---------------------------------------------------------------------------------
     def _prefill(self, lane: _Lane) -> Tensor | None:
-        """Read the lane's prompts, each different one once."""
+        """Prefill the KV cache, with every distinct prompt of the lane once."""
         columns = lane.prompt_columns
-        # Padding is a part of what differs: its filler is a token. Equal prompts are neighbours.
+        # The padding is part of the key, because its filler is a token. Equal prompts are neighbours.
         prompts_BC = torch.cat((lane.padding_B[:, None], lane.history_BT[:, :columns]), dim=1)
         distinct_UC, inverse_B = torch.unique_consecutive(prompts_BC, dim=0, return_inverse=True)
         columns_S = torch.arange(columns, device=prompts_BC.device)
@@ -288,7 +288,7 @@ class MegatronGenerator:
         return self._stage(lane, lane.history_BT[:, last:][:, :1], column_1, lane.padding_B)
 
     def _stage(self, lane: _Lane, tokens_BS: Tensor, columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
-        """This pipeline stage on the tokens of columns ``columns_S``: logits [B, V] on the sampling rank."""
+        """Run this pipeline stage on columns ``columns_S``. Returns logits [B, V] on the sampling rank."""
         model = self._model
         rows, new = tokens_BS.shape
         if not model.pre_process:
@@ -320,7 +320,7 @@ class MegatronGenerator:
         hidden = hidden.contiguous()
         work = dist.isend(hidden, group=group, group_dst=group.rank() + 1, tag=lane.number)
         assert work is not None
-        lane.sending = (hidden, work)  # the tensor must live until it has left
+        lane.sending = (hidden, work)  # the tensor must live until the send is complete
 
     # -- results -----------------------------------------------------------------------------------
     def _assemble(self, prompts: Sequence[Sequence[int]], results: _Results) -> Generation:
@@ -342,7 +342,7 @@ class MegatronGenerator:
 def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
     """bool ``[B, 1, S, K]``, True where a query (column of ``columns_S``) must not see a key.
 
-    ``None`` where nothing is padded: causal attention is what Megatron does then.
+    ``None`` if no row is padded: Megatron's default is causal attention.
     """
     if not bool(padding_B.any()):
         return None
@@ -353,10 +353,10 @@ def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
 
 @contextmanager
 def _inference_state(model: Any) -> Iterator[None]:
-    """Evaluation mode, whole sequences on every tensor rank and no window; all put back on exit.
+    """Evaluation mode without sequence parallelism and without sliding window, all restored on exit.
 
-    A single new token cannot be split over ranks. Megatron's window takes the place of the mask
-    that hides the padding; within the window, which is all that ``generate`` accepts, it hides nothing.
+    Sequence parallelism cannot split a single new token. Megatron's sliding window would replace the mask
+    that hides the padding, and ``generate`` accepts only sequences within the window.
     """
     training = model.training
     sequence_parallel = model.config.sequence_parallel

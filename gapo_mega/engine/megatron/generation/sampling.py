@@ -1,9 +1,9 @@
-"""Choosing the next token of every row from its logits. Pure functions of tensors, any device.
+"""Sampling the next token of every row from its logits: pure functions of tensors on any device.
 
-The order of the steps and the meaning of every parameter are those of transformers' ``generate``:
-repetition penalty, temperature, top-k, top-p, then a draw. The draw turns one uniform number into
-a token through the cumulative distribution, so what a row gets depends on its own logits and its
-own number only: neither on the batch it sits in nor on how the model is spread over ranks.
+The order of the steps and the meaning of every parameter are those of transformers' ``generate``: repetition
+penalty, temperature, top-k, top-p, then a draw. The draw turns one uniform number into a token through the
+cumulative distribution. So a row's token depends on its own logits and its own number only, not on the other
+rows of the batch or on the layout.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def uniform_numbers(seed: int, rows: int, steps: int) -> Tensor:
 
 
 def penalize_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float) -> Tensor:
-    """Logits with every token of its row's history made less likely (CTRL, arXiv 1909.05858, sec. 4.1).
+    """Make every token of a row's history less likely (CTRL, arXiv 1909.05858, sec. 4.1).
 
-    Positive logits are divided by ``penalty`` and negative ones multiplied; once per token, however
-    often it occurs.
+    Divides positive logits by ``penalty`` and multiplies negative ones, once per token however often it
+    occurs.
     """
     seen_BT = logits_BV.gather(-1, history_BT)
     seen_BT = torch.where(seen_BT < 0, seen_BT * penalty, seen_BT / penalty)
@@ -52,26 +52,26 @@ def penalize_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float) -
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """All but the ``k`` largest logits of a row (and those equal to the k-th) at minus infinity."""
+    """Keep the ``k`` largest logits of a row, with ties of the k-th; the others become minus infinity."""
     kth_B1 = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
     return logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """The fewest most likely tokens whose probabilities reach ``p``; the others at minus infinity."""
+    """Keep the fewest most likely tokens whose probabilities reach ``p``; others become minus infinity."""
     ascending_BV, order_BV = logits_BV.sort(dim=-1)
-    # Rising order adds the small probabilities first, which keeps the sum exact where the cut is.
+    # Ascending order adds small probabilities first, which keeps the sum accurate at the cut.
     dropped_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     dropped_BV[:, -1] = False
     return logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens int64 ``[B]``: the inverse of each row's cumulative distribution at ``uniform_B`` (float64)."""
+    """Tokens int64 ``[B]``: each row's inverse cumulative distribution at ``uniform_B`` (float64)."""
     weights_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp_()
     cumulative_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:]
-    # Strictly below the total: rounding up to it would point past the last token.
+    # Stays strictly below the total: rounding up to it would point past the last token.
     level_B1 = torch.minimum(
         uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
     )
@@ -83,17 +83,16 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def choose(
     logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: SamplingParameters
 ) -> tuple[Tensor, Tensor]:
-    """The next token of every row, and its log-probability.
+    """Sample the next token of every row, and give its log-probability.
 
     Args:
         logits_BV: float32, true vocabulary only.
-        history_BT: int64, prompt and response so far; filler must repeat a token of the same row.
-        uniform_B: float64 in [0, 1); not used when greedy.
+        history_BT: int64, prompt and response so far; padding must repeat a token of the same row.
+        uniform_B: float64 in [0, 1); unused if greedy.
         sampling: ``temperature`` 0 takes the largest logit, whatever ``top_k`` and ``top_p`` are.
 
     Returns int64 ``[B]`` and float32 ``[B]``. The log-probability is that of the unchanged logits
-    (temperature 1, no penalty, no cut). Logits that are not numbers give a log-probability that is
-    not a number.
+    (temperature 1, no penalty, no cut); NaN logits give NaN.
     """
     scores_BV = logits_BV
     if sampling.repetition_penalty != 1.0:

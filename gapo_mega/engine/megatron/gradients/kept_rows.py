@@ -1,7 +1,6 @@
-"""``gradients.store: shards``: a row of this rank's reduced shard for every objective.
+"""``gradients.store: shards``: one row of this rank's reduced shard for every objective.
 
-The last objective's row is Megatron's buffer itself, and the combination is written over it. Extra memory:
-M - 1 shards.
+One row is Megatron's buffer itself, and the combination overwrites it. Extra memory: M - 1 shards.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from gapo_mega.engine.megatron.gradients.shard import exchange
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
 from gapo_mega.engine.megatron.runtime.clock import Clock
 
-_MOST_ROWS = 16  # of one call of the Gram kernel
-_SMALL_PART = 0.1  # of the largest: a gradient out of the fp32 difference is good to 1e-5 above it
+_MOST_ROWS = 16  # per call of the Gram kernel
+_SMALL_PART = 0.1  # share of the largest part; above it, recovering a row from the fp32 sum is good to 1e-5
 
 
 class Shards(GradientStrategy):
-    """Every gradient is kept until the weights are known."""
+    """Keeps every gradient until the weights are known."""
 
     declaration = KeptRows
 
@@ -41,12 +40,11 @@ class Shards(GradientStrategy):
 
     @property
     def row_bytes(self) -> int:
-        """See ``GradientStrategy.row_bytes``."""
         rows = [*self._spare, self._before or []]
         return sum(piece.numel() * piece.element_size() for row in rows for piece in row)
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
-        """See ``GradientStrategy.direction``."""
+        """M gradients, one all-reduce of the Gram matrix, and one pass over memory for the combination."""
         in_turns = self.shared and len(task.microbatches) > 1
         losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
         gram = self.global_gram(inner_products(self.shard, self._rows, self.metric()))
@@ -62,7 +60,7 @@ class Shards(GradientStrategy):
         return found
 
     def _one_by_one(self, task: Task, clock: Clock) -> Tensor:
-        """Every objective's gradient into its row, all microbatches of one before the next objective."""
+        """Compute the gradients objective by objective, each over all microbatches."""
         passes = passes_over(self.trainable, task, self.shared)
         if self.shared:
             clock.lap("forward")
@@ -71,7 +69,7 @@ class Shards(GradientStrategy):
         return passes.losses
 
     def _take_turns(self, task: Task, clock: Clock) -> Tensor:
-        """Every microbatch's part of all gradients while its graph is there."""
+        """Accumulate all gradients microbatch by microbatch, so that only one graph is alive at a time."""
         buffer = RowBuffer(self.trainable, self.shard, self._spare)
         losses = torch.zeros(self.objectives, dtype=torch.float64)
         order = list(range(self.objectives))
@@ -83,15 +81,15 @@ class Shards(GradientStrategy):
                 graph.add_gradient(one_hot(index, self.objectives), last=index == order[-1])
                 clock.lap(self.lap_of(index))
             losses += graph.losses
-            del graph  # before the next one is built
-            order.reverse()  # the next microbatch begins with the sum that the buffer holds
+            del graph  # frees its memory before the next forward
+            order.reverse()  # the next microbatch starts with the objective whose sum the buffer holds
         self._rows = buffer.rows()
         return losses
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
-        """``sqrt(w'Gw)`` where G is euclidean: it checks inner products and combination together.
+        """``sqrt(w'Gw)`` if G is euclidean, which checks inner products and combination together.
 
-        Opposing gradients cancel, so what it can differ by is a share of ``sum w_i ||g_i||``.
+        Opposing gradients cancel, so the tolerance is a share of ``sum |w_i| ||g_i||``.
         """
         if self._setting.adam:
             return super().predicted_norm(found)
@@ -100,10 +98,11 @@ class Shards(GradientStrategy):
 
     # -- the change that the optimizer made ----------------------------------------------------------
     def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
-        """Let Megatron's buffer hold a row that makes up a good part of the combination.
+        """Move a row that makes up a good part of the combination into Megatron's buffer.
 
-        It is written over, and ``change`` needs its gradient again: out of the combination, in whose rounding
-        a small part (none, in a corner) would be lost.
+        The combination overwrites the buffer's row, and ``change`` recovers that gradient from the
+        combination. The rounding of the combination would swallow a small part, and a weight of 0 leaves
+        nothing to recover.
         """
         if self._setting.adam:
             gram = self.global_gram(inner_products(self.shard, self._rows))
@@ -116,7 +115,7 @@ class Shards(GradientStrategy):
 
     @torch.no_grad()
     def _remember(self, row: list[Tensor]) -> None:
-        """This rank's part of the parameters, as the optimizer holds them, into ``row``."""
+        """Copy this rank's part of the optimizer's parameters into ``row``."""
         for view, values in self._parameters(row):
             view.copy_(values)
 
@@ -124,8 +123,8 @@ class Shards(GradientStrategy):
     def change(self, found: Direction, norm: float) -> list[float] | None:
         """``<parameters before - after, g_k>`` of every objective.
 
-        The buffer holds the combination by now, in whose place ``g_last = (d - sum w_k g_k) / w_last`` is
-        taken: NaN where the combination is zero.
+        The combination d has overwritten one row, which is ``g_last = (d - sum w_k g_k) / w_last``. Its
+        product is NaN if w_last is zero or clipping left nothing of d.
         """
         if self._before is None:
             return None
@@ -133,7 +132,7 @@ class Shards(GradientStrategy):
             view.sub_(values)
         products = self._products_with(self._before)
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
-        # Megatron clips in place or in a copy: the norm tells what the buffer holds.
+        # Megatron clips in place or in a copy: the buffer's norm shows whether it holds the clipped gradient.
         square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
         scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
         weights = found.weights
@@ -143,7 +142,7 @@ class Shards(GradientStrategy):
         return products
 
     def _products_with(self, row: Sequence[Tensor]) -> list[float]:
-        """Inner products of ``row`` with every row, over all ranks."""
+        """Inner products of ``row`` with all objectives' rows over all ranks; one all-reduce per 15 rows."""
         products: list[float] = []
         for start in range(0, self.objectives, _MOST_ROWS - 1):
             block = [row, *self._rows[start : start + _MOST_ROWS - 1]]
@@ -152,7 +151,7 @@ class Shards(GradientStrategy):
         return products
 
     def _parameters(self, row: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(part of ``row``, the optimizer's own copy of the parameter there)."""
+        """Pairs of a part of ``row`` and the optimizer's own copy of the parameter there."""
         (inner,) = self.trainable.optimizer.chained_optimizers
         held = {p: (start, main.detach().reshape(-1)) for p, main, start, _ in main_parameters(inner)}
         found = []

@@ -21,16 +21,16 @@ class AdamMetric:
     """``D = 1 / (sqrt(v) + eps)`` at every element, v the bias-corrected second moment after the last step.
 
     A step of Adam with beta1 = 0 and without weight decay or clipping changes the parameters by -lr D' d for
-    the direction d, where D' differs from D by the step's own contribution to v. With weights that suit
-    the inner products <a, D b>, no objective is hurt to first order by -D d.
+    the direction d. D' differs from D by the step's own contribution to v. Weights found from the inner
+    products <a, D b> make -D d harm no objective to first order.
 
-    Before the first step all of v is 0 and D is 1: the metric is euclidean. Later, elements whose v is 0
-    have never had a gradient; D is 0 there, they do not count (1 / eps would let the first gradient in
-    such a place outweigh all others).
+    Before the first step all of v is 0, and the metric is euclidean: D is 1. Later, elements whose v is 0
+    have never had a gradient. D is 0 there, so they do not count: 1 / eps would let the first gradient of
+    such an element outweigh all others.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
-        """The metric as the optimizer's state is now."""
+        """Take the metric from the optimizer's current state."""
         (inner,) = optimizer.chained_optimizers
         self._steps = steps_taken(inner.optimizer)
         config = inner.config
@@ -48,7 +48,7 @@ class AdamMetric:
         return self._steps == 0
 
     def factors(self, placements: Sequence[Placement]) -> ops.InverseRoot:
-        """D over ``placements``, a piece each: as views of the optimizer's state."""
+        """D over ``placements``, one piece each, as views of the optimizer's state."""
         pieces = []
         for placement in placements:
             begin, values = self._held[placement.parameter]
@@ -57,7 +57,7 @@ class AdamMetric:
 
 
 def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
-    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros where the shard is empty."""
+    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros if the shard is empty."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
     if not shard.counted:
         return gram

@@ -1,4 +1,4 @@
-"""``gradients.store: single``: the Gram matrix from norms of sums; no row is kept."""
+"""``gradients.store: single``: the Gram matrix from norms of sums, without keeping any row."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _PARALLEL = 1e-7  # below the rounding of an fp32 gradient, two sets of coeffici
 
 
 class Single(GradientStrategy):
-    """M norms, M (M - 1) / 2 norms of pairs, and a last pass for the direction.
+    """Measures M norms and M (M - 1) / 2 norms of pairs; a last pass forms the direction.
 
-    A pair is measured as ``c_i g_i + c_j g_j`` with ``c = 1 / norm``, from which ``cos_ij = (s^2 - 2) / 2``:
-    sums of gradients of unequal norm would lose it to cancellation. The cosines have an absolute error of
-    the gradients' own rounding (about 1e-6 in fp32, 1e-2 with bf16 activations), since every pass rounds
-    anew. Where the weights are proportional to the pair measured last, as for two objectives under GAPO
-    with p = 1, the buffer holds the direction already and the last pass is left out.
+    The norm s of ``c_i g_i + c_j g_j`` with ``c = 1 / norm`` gives ``cos_ij = (s^2 - 2) / 2``. Without this
+    scaling, sums of gradients of unequal norm would lose the cosine to cancellation. Every pass rounds anew,
+    so the cosines have an absolute error of the gradients' own rounding (about 1e-6 in fp32, 1e-2 with bf16
+    activations). If the weights are proportional to the pair measured last, as for two objectives under GAPO
+    with p = 1, the buffer holds the direction already and the last pass is skipped.
     """
 
     declaration = NoRows
     row_bytes = 0
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
-        """See ``GradientStrategy.direction``."""
+        """Up to M (M + 1) / 2 passes, each with an all-reduce of one number, and one for the direction."""
         metric = self.metric()
         passes = passes_over(self.trainable, task, self.shared)
         if self.shared:
@@ -55,7 +55,7 @@ class Single(GradientStrategy):
     def _norms(
         self, passes: Passes, metric: AdamMetric | None, clock: Clock
     ) -> tuple[list[float], list[float]]:
-        """Every gradient's norm, and the coefficients of what the buffer then holds."""
+        """Every gradient's norm, and the coefficients of the gradient left in the buffer."""
         norms = []
         held: list[float] = []
         for index in range(self.objectives):
@@ -73,7 +73,7 @@ class Single(GradientStrategy):
         metric: AdamMetric | None,
         clock: Clock,
     ) -> tuple[Tensor, list[float]]:
-        """Cosines [M, M] of all pairs of nonzero gradients, and the coefficients last measured."""
+        """Cosines [M, M] of all pairs of nonzero gradients, and the coefficients of the last pair."""
         count = self.objectives
         cosines = torch.eye(count, dtype=torch.float64)
         for i in range(count):
@@ -83,18 +83,18 @@ class Single(GradientStrategy):
                 held = [1.0 / norms[k] if k in (i, j) else 0.0 for k in range(count)]
                 passes.gradient(held)
                 cosine = (self._square(metric) - 2.0) / 2.0
-                if math.isfinite(cosine):  # NaN stays NaN: clipped, it would look like a conflict
+                if math.isfinite(cosine):  # clamping would turn NaN into a conflict
                     cosine = min(1.0, max(-1.0, cosine))
                 cosines[i, j] = cosines[j, i] = cosine
                 clock.lap("pairs")
         return cosines, held
 
     def _square(self, metric: AdamMetric | None) -> float:
-        """Squared norm of what the buffer holds, over all ranks."""
+        """Squared norm of the buffer's gradient over all ranks, by an all-reduce."""
         return float(self.global_gram(inner_products(self.shard, [self.shard.pieces], metric)))
 
     def _leave(self, passes: Passes, weights: list[float], held: list[float]) -> None:
-        """The combined gradient into the buffer."""
+        """Leave the combined gradient in the buffer, by scaling or by one more pass."""
         ratio = proportion(weights, held)
         if ratio is None:
             passes.gradient(weights, last=True)
@@ -103,7 +103,7 @@ class Single(GradientStrategy):
 
 
 def proportion(weights: Sequence[float], held: Sequence[float]) -> float | None:
-    """``r`` with ``weights = r held`` to rounding; None where there is none. All weights 0 give 0."""
+    """``r`` with ``weights = r held`` to rounding, or None if there is none. All weights 0 give 0."""
     if not any(weights):
         return 0.0
     if any((w == 0.0) != (h == 0.0) for w, h in zip(weights, held, strict=True)):
@@ -116,9 +116,9 @@ def proportion(weights: Sequence[float], held: Sequence[float]) -> float | None:
 
 
 def nearest_gram(cosines: Tensor) -> Tensor:
-    """Cosines with a unit diagonal and without negative eigenvalues.
+    """The cosines, moved to a positive semidefinite matrix with a unit diagonal if they are not one.
 
-    Measured one by one, three and more cosines may be those of no vectors at all, by their rounding; a
+    Rounding of separately measured cosines can give a matrix that no three or more vectors have. A
     minimum-norm point is defined for a positive semidefinite matrix only.
     """
     if not bool(cosines.isfinite().all()):

@@ -1,8 +1,7 @@
-"""Per-objective gradients of the output layer alone: no backward through the layers below.
+"""Per-objective gradients of the output layer alone, without a backward through the layers below.
 
-The gradient of the output layer's weight is ``cotangent' H``: the losses' gradient with respect to the
-logits, times the layer's input. Where the output layer is the embedding (tied), this is the contribution of
-its use as an output layer only.
+The gradient of the output layer's weight is ``cotangent' H``: the loss's gradient with respect to the logits,
+times the layer's input. With tied embeddings this is the contribution of the output layer only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gapo_mega.types import TokenBatch
 
 
 class OutputLayer:
-    """One row per objective, fp32, of this rank's columns of the vocabulary; the last stage has them."""
+    """One fp32 row per objective over this rank's part of the vocabulary; the last stage has them."""
 
     def __init__(self, model: GPTModel, groups: Groups, objectives: int) -> None:
         self._model = model
@@ -40,13 +39,13 @@ class OutputLayer:
             ]
 
     def clear(self) -> None:
-        """Start a minibatch."""
+        """Zero the rows for a new minibatch."""
         for row in self.rows:
             row.zero_()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Keep what enters the output layer in every forward pass of the block, until the next."""
+        """Within the block, keep the output layer's input of the latest forward pass."""
         if not self._model.post_process:
             yield
             return
@@ -63,10 +62,10 @@ class OutputLayer:
 
     @torch.no_grad()
     def add(self, batch: TokenBatch, cotangent_of: Callable[[int], Tensor]) -> None:
-        """The part of the microbatch of the last forward pass.
+        """Accumulate the gradients of the microbatch of the latest forward pass.
 
         ``cotangent_of(k)`` [N, V]: gradient of objective k's loss with respect to the logits at the response
-        positions. One product per objective, in the model's type, as in Megatron's own backward.
+        positions. Takes one matrix product per objective, in the model's dtype as in Megatron's own backward.
         """
         input_ND = self._input_at(batch.response_mask_BT)
         for objective, row in enumerate(self.rows):
@@ -75,7 +74,10 @@ class OutputLayer:
             row += cotangent_NV.to(input_ND.dtype).t() @ input_ND
 
     def gram(self) -> Tensor:
-        """Gram matrix of the summed rows [M, M] float64 on the CPU, the same on every rank of a replica."""
+        """Gram matrix [M, M] float64 on the CPU, the same on every rank of a replica.
+
+        All-reduces the rows over the data ranks, then the local Gram matrices over the replica.
+        """
         local = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
         if self.rows:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -101,7 +103,7 @@ class OutputLayer:
 
 
 def parameters_of_layers(model: GPTModel, ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
-    """Parameters of this stage's transformer layers in ``ranges`` ([first, end), from 0 over all stages)."""
+    """This stage's parameters of the layers in ``ranges``, [first, end) counted from 0 over all stages."""
     return [
         parameter
         for layer in model.decoder.layers

@@ -1,11 +1,11 @@
-"""Gradients of one minibatch: of any linear combination of its objectives, reduced, in Megatron's buffer.
+"""Gradients of linear combinations of one minibatch's objectives, reduced, in Megatron's buffer.
 
 ``SeparatePasses`` runs Megatron's schedule once per gradient and works in every layout. ``SharedGraph``
-runs one forward over one microbatch and as many backwards through its graph as are asked for.
+runs one forward over one microbatch, and one backward through its graph per gradient.
 
-The losses of all objectives depend on the parameters through the same log-probabilities. A later engine
-that serves advantages of one number a sequence could run a single activation-gradient pass and scale it
-per sequence; it would be a third implementation of ``Passes``.
+The losses of all objectives depend on the parameters through the same log-probabilities. With one advantage
+per sequence, a single activation-gradient pass scaled per sequence would do; it would be a third
+implementation of ``Passes``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_o
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
 
-Only = Collection[nn.Parameter] | None  # parameters that a gradient is of; None: all
+Only = Collection[nn.Parameter] | None  # the parameters to differentiate with respect to; None: all
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is differentiated: ``L_k``, the mean over the response tokens of all ranks and microbatches."""
+    """The losses ``L_k`` to differentiate: means over the response tokens of all ranks and microbatches."""
 
     microbatches: list[Experience]
     loss: PolicyLossSum
@@ -43,9 +43,9 @@ class Task:
     def losses(
         self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
     ) -> list[Tensor]:
-        """This microbatch's part of every ``L_k``, with a graph; 0 for objectives that are not wanted.
+        """This microbatch's part of every ``L_k``, with a graph; 0 for objectives not in ``wanted``.
 
-        ``logits_NV``: at the positions of ``before_response``.
+        ``logits_NV``: the logits that ``before_response`` selects.
         """
         logprobs_BT = logprobs_of(logits_NV, batch.tokens_BT, batch.response_mask_BT, self.vocabulary)
         return [
@@ -57,19 +57,19 @@ class Task:
 
 
 class Passes(Protocol):
-    """Gradients of one task, with the parameters as they are."""
+    """Gradients of one task at the current parameters."""
 
     @property
     def losses(self) -> Tensor:
-        """This rank's part of every ``L_k`` seen so far [M], float64 on the CPU; last stage only."""
+        """This rank's part of every ``L_k`` computed so far [M], float64 on the CPU; last stage only."""
         ...
 
     def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """Leave the reduced gradient of ``sum_k coefficients_k L_k`` in Megatron's buffer.
 
         Args:
-            only: of these parameters; what the others' places then hold is not defined.
-            last: none is asked for after this one, so a kept graph is let go of on the way.
+            only: parameters to differentiate with respect to; the buffer is undefined at all others.
+            last: no further gradient follows, so the backward frees a kept graph.
         """
         ...
 
@@ -80,14 +80,14 @@ def one_hot(index: int, count: int) -> list[float]:
 
 
 def combined(losses: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """``sum_k coefficients_k losses_k``, leaving out terms of coefficient 0 and their NaN."""
+    """``sum_k coefficients_k losses_k`` without the terms of coefficient 0, which may be NaN."""
     terms = [c * loss for c, loss in zip(coefficients, losses, strict=True) if c != 0.0]
-    # All weights may be 0: a gradient of zeros is then wanted, by the same passes.
+    # All weights may be 0: every rank must still run the same passes, for a gradient of zeros.
     return torch.stack(terms).sum() if terms else losses[0] * 0.0
 
 
 class SeparatePasses:
-    """A forward and a backward over all microbatches for every gradient."""
+    """One forward and backward over all microbatches for every gradient."""
 
     def __init__(self, trainable: Trainable, task: Task) -> None:
         self._trainable = trainable
@@ -95,7 +95,7 @@ class SeparatePasses:
         self.losses = torch.zeros(task.objectives, dtype=torch.float64)
 
     def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
-        """See ``Passes.gradient``; every graph is its own and gone after it."""
+        """Ignores ``last``: no graph outlives its pass."""
         task = self._task
         wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
 
@@ -112,7 +112,7 @@ class SeparatePasses:
 
 
 class SharedGraph:
-    """One forward over one microbatch; its graph is kept. Without a pipeline only."""
+    """One forward over one microbatch, whose graph is kept. Works without pipeline parallelism only."""
 
     def __init__(self, trainable: Trainable, task: Task, batch: Experience) -> None:
         self._trainable = trainable
@@ -122,14 +122,14 @@ class SharedGraph:
         logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))
         logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
         self._losses = task.losses(logits_NV, self.batch)
-        # Of the logits only their place in the graph is kept: nobody reads them any more.
+        # Keeps the logits' place in the graph but not the logits, which nothing reads any more.
         self._logits = get_gradient_edge(logits_NV)
         self.losses = torch.stack(self._losses).detach().double().cpu()
 
     def cotangent(self, coefficients: Sequence[float], last: bool = False) -> Tensor:
         """Gradient of the combined loss with respect to the logits at the response positions [N, V].
 
-        ``last``: see ``Passes.gradient``.
+        ``last`` frees the losses' part of the graph.
         """
         total = combined(self._losses, coefficients)
         if last:
@@ -138,12 +138,12 @@ class SharedGraph:
         return grad_NV
 
     def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
-        """See ``Passes.gradient``."""
+        """One backward through the kept graph, and the reduction over data ranks."""
         self._trainable.zero_grad()
         self.add_gradient(coefficients, only, last)
 
     def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
-        """As ``gradient``, onto what the buffer holds: the sum over data ranks is taken of both."""
+        """Like ``gradient``, added to the buffer: the reduction over data ranks sums old and new content."""
         model = self._trainable.model
         with nullcontext() if only is None else _without_overlap(model):
             torch.autograd.backward(
@@ -156,7 +156,7 @@ class SharedGraph:
 
 
 def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
-    """The passes over ``task``; shared ones have run the forward, and keep its graph as long as they live."""
+    """The passes over ``task``. Shared passes run the forward here and keep its graph while they live."""
     if not shared:
         return SeparatePasses(trainable, task)
     assert len(task.microbatches) == 1
@@ -165,7 +165,7 @@ def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
 
 @contextmanager
 def _without_overlap(model: DistributedDataParallel) -> Iterator[None]:
-    """Reduce after the backward: a bucket of which only some parameters have gradients is never ready."""
+    """Reduce after the backward: a bucket with gradients for only some parameters never becomes ready."""
     before = model.ddp_config.overlap_grad_reduce
     model.ddp_config.overlap_grad_reduce = False
     try:
@@ -176,10 +176,10 @@ def _without_overlap(model: DistributedDataParallel) -> Iterator[None]:
 
 @contextmanager
 def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter]) -> Iterator[None]:
-    """The other parameters take no gradient, so that what lies before the first of ``only`` has no backward.
+    """Freeze all other parameters, so that no backward runs below the first of ``only``.
 
-    With full recomputation the embedding goes on taking one: Megatron's checkpoint function gives the
-    layers within it a gradient only where its input has one.
+    With full recomputation the embedding keeps its gradient: Megatron's checkpoint function gives the layers
+    within it gradients only if its input requires one.
     """
     kept = set(only)
     if model.config.recompute_granularity == "full":

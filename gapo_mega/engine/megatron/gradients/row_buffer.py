@@ -1,4 +1,4 @@
-"""M running sums in M - 1 rows and Megatron's buffer, for passes that take turns."""
+"""M accumulated gradients in M - 1 rows and Megatron's buffer, for passes that alternate objectives."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gapo_mega.engine.megatron.model.build import Trainable
 
 
 class RowBuffer:
-    """Says which objective's sum Megatron's buffer holds, and brings another one there.
+    """Tracks which objective's accumulated gradient Megatron's buffer holds, and swaps in another.
 
-    The objective whose gradient is to be added next has its sum in the buffer; the others' lie in the rows.
-    Reduction adds up what all data ranks' buffers hold, so the sum of earlier microbatches, already
-    reduced, must be there once: at its owner with the distributed optimizer, else at data rank 0. For
-    the norms' gradients that are added up over tensor ranks, too (those of queries and keys always, the
-    others with sequence parallelism), also at tensor rank 0 only. Everywhere else the buffer starts at zero.
+    The objective whose gradient comes next has its sum in the buffer; the other sums lie in the rows. The
+    reduction adds the buffers of all data ranks. So exactly one rank may hold the sum of earlier
+    microbatches, which is already reduced: its owner with the distributed optimizer, else data rank 0. Some
+    norms' gradients are also summed over tensor ranks (those of queries and keys always, the others with
+    sequence parallelism): tensor rank 0 alone holds these. Everywhere else the buffer starts at zero.
     """
 
     def __init__(self, trainable: Trainable, shard: GradientShard, rows: Sequence[list[Tensor]]) -> None:
-        """``rows``: memory for all sums but one, shaped like the shard."""
+        """``rows``: memory for all sums but one, each shaped like the shard."""
         self._trainable = trainable
         self._shard = shard
         self._free = list(rows)
@@ -32,7 +32,7 @@ class RowBuffer:
         self._held: int | None = None
 
     def bring(self, objective: int) -> None:
-        """Let the buffer hold this objective's sum (zero at first), ready for a backward."""
+        """Put this objective's sum (zero at first) into the buffer, ready for a backward."""
         if self._held is None:
             self._shard.clear()
         elif objective != self._held:
@@ -41,13 +41,13 @@ class RowBuffer:
         self._keep_own_sum_only()
 
     def rows(self) -> list[list[Tensor]]:
-        """The sums by objective: one of them is the shard itself."""
+        """The sums in the objectives' order; one of them is the shard itself."""
         assert self._held is not None
         places = {**self._place, self._held: self._shard.pieces}
         return [places[k] for k in sorted(places)]
 
     def _set_aside(self, old: int, new: int) -> None:
-        """The buffer's sum of ``old`` into a row, that of ``new`` into the buffer."""
+        """Move the sum of ``old`` from the buffer into a row, and that of ``new`` into the buffer."""
         if new in self._place:
             row = self._place.pop(new)
             exchange(self._shard.pieces, row)
@@ -60,7 +60,7 @@ class RowBuffer:
 
     def _keep_own_sum_only(self) -> None:
         model = self._trainable.model
-        self._trainable.optimizer.zero_grad()  # see Trainable.zero_grad
+        self._trainable.optimizer.zero_grad()  # param.grad may alias the buffer, as in Trainable.zero_grad
         for parameter in model.params_with_grad:
             parameter.grad_added_to_main_grad = False
         for group in model.bucket_groups:
@@ -81,7 +81,7 @@ class RowBuffer:
 
 
 def _is_summed_over_tensor_ranks(config: TransformerConfig, name: str, parameter: torch.nn.Parameter) -> bool:
-    """As ``finalize_model_grads`` of megatron-core 0.16.1 decides."""
+    """The same decision as ``finalize_model_grads`` of megatron-core 0.16.1."""
     if config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
         return True
     return bool(config.sequence_parallel and getattr(parameter, "sequence_parallel", False))

@@ -1,7 +1,8 @@
-"""``gradients.scope`` other than full: inner products over some parameters, the update of all.
+"""``gradients.scope`` other than full: inner products over some parameters, an update of all.
 
-Per objective only the gradient of the parameters in scope is formed; then one backward of the weighted sum
-of the losses. With ``last_layer`` no objective has a backward of its own through the model.
+Each objective's backward computes the gradient of the parameters in scope only. One backward of the weighted
+sum of the losses then gives the gradient of all. With ``last_layer`` no objective has a backward of its own
+through the model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gapo_mega.types import Experience
 
 
 class Scoped(GradientStrategy):
-    """Rows of the parameters in scope; the last one lies in Megatron's buffer."""
+    """Keeps rows of the parameters in scope; the last one lies in Megatron's buffer."""
 
     declaration = ScopedRows
 
@@ -41,13 +42,12 @@ class Scoped(GradientStrategy):
 
     @property
     def row_bytes(self) -> int:
-        """See ``GradientStrategy.row_bytes``."""
         rows = [piece for row in self._spare for piece in row]
         rows += self._output.rows if self._output is not None else []
         return sum(row.numel() * row.element_size() for row in rows)
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
-        """See ``GradientStrategy.direction``."""
+        """Up to M backwards of the parameters in scope, and one of all parameters."""
         if self._output is not None:
             self._output.clear()
         passes = self._shared_passes(task, clock) if self.shared else self._separate_passes(task, clock)
@@ -61,7 +61,7 @@ class Scoped(GradientStrategy):
         return found
 
     def _shared_passes(self, task: Task, clock: Clock) -> SharedGraph:
-        """One forward; the output layer's rows from it."""
+        """Run the one forward, which also gives the output layer's rows."""
         (batch,) = task.microbatches
         if self._output is None:
             graph = SharedGraph(self.trainable, task, batch)
@@ -76,7 +76,7 @@ class Scoped(GradientStrategy):
         return graph
 
     def _separate_passes(self, task: Task, clock: Clock) -> SeparatePasses:
-        """Passes to come; the output layer's rows from a forward without a graph."""
+        """Compute the output layer's rows by a forward without a graph; the passes run later."""
         passes = SeparatePasses(self.trainable, task)
         output = self._output
         if output is None:
@@ -97,7 +97,7 @@ class Scoped(GradientStrategy):
         return passes
 
     def _gram(self) -> Tensor:
-        """Gram matrix [M, M] float64 on the CPU, over all ranks: a sum over disjoint parameters."""
+        """Gram matrix [M, M] float64 on the CPU over all ranks, summed over layers and output layer."""
         gram = torch.zeros(self.objectives, self.objectives, dtype=torch.float64)
         if self._with_layers:
             rows = [*self._spare, self._part.pieces]

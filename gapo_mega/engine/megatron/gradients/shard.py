@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-_STAGGER = 17 * 64  # bytes: whole cache lines, and few rows meet again within a page
+_STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
 
 Span = tuple[int, int]
 
@@ -21,7 +21,7 @@ Span = tuple[int, int]
 class Placement:
     """Elements ``[start, end)`` of the shard hold a parameter's flat elements from ``first`` on.
 
-    They lie in one piece, which begins at position ``offset``.
+    They lie in one piece, which begins at the shard's element ``offset``.
     """
 
     parameter: nn.Parameter
@@ -32,24 +32,28 @@ class Placement:
     first: int
 
     def part_of(self, values: Tensor, begin: int) -> Tensor:
-        """What lies here of the parameter's flat ``values``, which begin at its element ``begin``."""
+        """The part of a parameter's flat ``values``, starting at its element ``begin``, that lies here."""
         start = self.first - begin
         return values[start : start + self.end - self.start]
 
 
 class GradientShard:
-    """What this rank owns of the reduced gradient: its slice of every bucket with the distributed
-    optimizer, all of every bucket without.
+    """What this rank owns of the reduced gradient.
 
-    ``pieces``: flat views, one a bucket, or one a run of parameters where only some are asked for.
-    Positions below are in the concatenation of the pieces. ``segments``: the ``[start, end)`` ranges that
-    count in norms and inner products: every parameter but those that another rank counts (replicated over
-    tensor ranks, or the second copy of tied embeddings). ``placements``: where the parameters lie;
-    ``counted``: of those that count.
+    With the distributed optimizer that is its slice of every bucket, without it every whole bucket.
+
+    Attributes:
+        pieces: flat views, one per bucket, or one per run of neighbouring parameters with ``only``. Positions
+            below count through the concatenated pieces.
+        segments: the ``[start, end)`` ranges that count in norms and inner products. Parameters that another
+            rank counts are left out (replicated over tensor ranks, or the second copy of tied embeddings).
+        placements: where the parameters lie.
+        counted: the placements of the parameters that count.
+        numel: elements of all pieces.
     """
 
     def __init__(self, model: DistributedDataParallel, only: Collection[nn.Parameter] | None = None) -> None:
-        """``only``: leave out all other parameters."""
+        """``only``: take these parameters alone; None takes all."""
         assert not model.expert_parallel_buffers, "expert parameters need their own groups"
         wanted = None if only is None else set(only)
         self.pieces: list[Tensor] = []
@@ -69,7 +73,7 @@ class GradientShard:
     def _add(
         self, data: Tensor, own: Span, spans: dict[nn.Parameter, Span], wanted: set[nn.Parameter] | None
     ) -> None:
-        """One bucket's part; ``spans`` are where its parameters lie in ``data``."""
+        """Add one bucket's part; ``spans`` say where its parameters lie in ``data``."""
         if wanted is None:
             ranges = [own]
         else:
@@ -86,15 +90,15 @@ class GradientShard:
             self.numel += end - start
 
     def zero_row(self, index: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Row ``index`` of the same shapes; see ``_beside``."""
+        """Memory for row ``index``, shaped like the shard and placed for reading beside the other rows."""
         return [_beside(piece, index, dtype) for piece in self.pieces]
 
     def view(self, row: Sequence[Tensor], placement: Placement) -> Tensor:
-        """The part of a row of the shard's shape that belongs to ``placement``."""
+        """The part of ``row``, shaped like the shard, at ``placement``."""
         return row[placement.piece][placement.start - placement.offset : placement.end - placement.offset]
 
     def clear(self) -> None:
-        """Set the pieces to zero."""
+        """Zero the pieces."""
         for piece in self.pieces:
             piece.zero_()
 
@@ -109,7 +113,7 @@ def owned(model: DistributedDataParallel, numel: int) -> Span:
 
 
 def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
-    """Swap what two rows hold, each in its own type; 4 MiB at a time, more where calls cost more."""
+    """Swap two rows' contents, each in its own dtype, in chunks of 4 MiB (64 on GPUs: calls cost more)."""
     size = 1 << 24 if torch.cuda.is_available() else 1 << 20
     for mine, theirs in _chunks(one, other, size):
         kept = mine.clone()
@@ -118,21 +122,21 @@ def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
 
 
 def _chunks(one: Sequence[Tensor], other: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same stretches of two rows, of at most ``size`` elements."""
+    """Matching chunks of two rows, of at most ``size`` elements."""
     for mine, theirs in zip(one, other, strict=True):
         yield from zip(torch.split(mine, size), torch.split(theirs, size), strict=True)
 
 
 def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a copy of ``piece``, placed for rows that are read side by side.
+    """Memory shaped like ``piece``, aligned for kernels that read several rows side by side.
 
-    As many elements past a multiple of 8: shards start wherever Megatron cuts its buckets, and rows that
-    differ in that are read element by element on a GPU. At another place of a page than other rows: large
-    allocations all begin at the same one, and their elements would compete for the same sets of a CPU's
-    first cache (8 rows then take up to 1.2 times as long).
+    It starts as many elements past a multiple of 8 as ``piece`` does: shards start wherever Megatron cuts its
+    buckets, and a GPU reads rows of different alignment element by element. Each row also starts at another
+    offset within a page: large allocations all start at the same one, and their elements would compete for
+    the same sets of a CPU's L1 cache (8 rows then take up to 1.2 times as long).
     """
     offset = piece.data_ptr() // piece.itemsize % 8 + index * _STAGGER // dtype.itemsize
-    # Zeroed by writing: where memory does not suffice, that shows here and not in the first update.
+    # Writes the zeros: a lack of memory then shows here and not in the first update.
     return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:].zero_()
 
 

@@ -1,6 +1,6 @@
-"""The gradient strategy that a configuration asks for: declared in ``config/strategies/``, implemented here.
+"""Builds a run's gradient strategy: ``config/strategies/`` declares it, and this folder implements it.
 
-Every file of this folder that defines a ``GradientStrategy`` implements the declaration that it names.
+Every ``GradientStrategy`` of this folder names the declaration that it implements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gapo_mega.registry import implementations
 
 
 def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> GradientStrategy:
-    """The strategy of the run on this rank; its rows are allocated."""
+    """Build the run's strategy on this rank and allocate its rows."""
     config, shape, declared = resolved.config, resolved.shape, resolved.strategy
     setting = Setting(
         trainable,
@@ -39,7 +39,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
 
 
 def implementation_of(declared: type[StrategyDeclaration]) -> type[GradientStrategy]:
-    """The class that names ``declared``; ``RuntimeError`` where there is not exactly one."""
+    """The class that implements ``declared``; ``RuntimeError`` unless there is exactly one."""
     found = [kind for kind in implementations(package, GradientStrategy) if kind.declaration is declared]
     if len(found) != 1:
         names = ", ".join(kind.__name__ for kind in found) or "none"

@@ -1,8 +1,8 @@
 """One policy update on the aggregated gradient of all objectives: what every strategy shares.
 
 A strategy measures the Gram matrix of the objectives' gradients, asks the aggregator for weights, and
-leaves the combined gradient in Megatron's buffer, where the optimizer reads it. How many rows it keeps
-meanwhile, how many passes it takes and which parameters it measures is its own affair: ``strategies.py``.
+leaves the combined gradient in Megatron's buffer, where the optimizer reads it. Strategies differ in the rows
+that they keep, the passes that they take and the parameters that they measure.
 """
 
 from __future__ import annotations
@@ -29,56 +29,56 @@ from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Experience
 
-# The Gram matrix and Megatron's norm are sums over the same elements, one in fp64, the other in fp32.
+# The Gram matrix sums in fp64 what Megatron's norm sums in fp32.
 _NORM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a strategy found. The buffer holds ``sum_k w_k g_k`` where ``status`` is OK."""
+    """What a strategy found. The buffer holds ``sum_k w_k g_k`` if ``status`` is OK."""
 
     losses: Tensor  # [M] float64, CPU: this rank's part, on the last stage
-    gram: Tensor  # [M, M] float64, CPU, over all ranks; NaN or Inf where a gradient is
+    gram: Tensor  # [M, M] float64, CPU, over all ranks; NaN or Inf if a gradient has one
     weights: Tensor  # [M] float64, CPU
     status: ops.Status
-    aggregated: ops.Aggregated  # the three as the aggregator gave them, where it did
+    aggregated: ops.Aggregated  # the three as the aggregator returned them, on the Gram matrix's device
 
     @classmethod
     def of(cls, losses: Tensor, aggregated: ops.Aggregated) -> Direction:
-        """Reads what was found, for which the host waits."""
+        """Copy what the aggregator found to the host, which waits for the device."""
         status = ops.Status(int(aggregated.status))
         return cls(losses, aggregated.gram.cpu(), aggregated.weights.cpu(), status, aggregated)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every strategy is told."""
+    """What every strategy is built from."""
 
     trainable: Trainable
     groups: Groups
     objectives: int
     vocabulary: int  # true size, without padding
     layers: int  # of the whole model
-    micro_batch: int  # sequences of a forward
-    shared: bool  # backwards through one forward's graph per microbatch
+    micro_batch: int  # sequences per microbatch
+    shared: bool  # all objectives' backwards share one forward's graph per microbatch
     adam: bool  # inner products in Adam's metric
 
 
 class GradientStrategy(ABC):
     """Measures, aggregates, and takes one optimizer step."""
 
-    declaration: ClassVar[type[StrategyDeclaration]]  # what it implements
+    declaration: ClassVar[type[StrategyDeclaration]]  # that this class implements
 
     def __init__(self, setting: Setting, declared: StrategyDeclaration) -> None:
-        """``declared``: an instance of ``declaration``, with the settings."""
+        """``declared``: the instance of ``declaration`` with the run's settings."""
         self._setting = setting
         self.trainable = trainable = setting.trainable
         self.groups = setting.groups
         self.objectives = setting.objectives
         self.shared = setting.shared
         self.shard = GradientShard(trainable.model)
-        # Data ranks hold different shards with the distributed optimizer and the same gradient
-        # without it: Megatron's own group for gradient norms tells which ranks to add up.
+        # With the distributed optimizer data ranks hold different shards, without it the same gradient:
+        # Megatron's own group for gradient norms has the ranks to sum over.
         optimizers = trainable.optimizer.chained_optimizers
         assert len(optimizers) == 1, "parameters of several optimizers would need several sums"
         self.group = optimizers[0].get_grad_stats_parallel_group()
@@ -87,23 +87,23 @@ class GradientStrategy(ABC):
 
     @abstractmethod
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
-        """Gram matrix, weights, and the combined gradient in Megatron's buffer."""
+        """Measure the Gram matrix, find weights, and leave the combined gradient in Megatron's buffer."""
 
     @property
     @abstractmethod
     def row_bytes(self) -> int:
-        """Memory on this rank for gradients beside Megatron's own buffer, counted from the tensors."""
+        """Bytes on this rank for gradients besides Megatron's own buffer, by the tensors."""
 
     def step(self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator) -> GradientReport:
         """Measure every objective's gradient, aggregate, and take one optimizer step.
 
-        The aggregator is asked once, and hears of the step when the optimizer has taken it.
+        Asks the aggregator once, and commits its answer only after the optimizer has taken the step.
         """
         clock = Clock()
         method = ops.method_of(aggregator)
         found = self.direction(self._task(minibatch, loss), method, clock)
         losses = self.groups.sum_over_data(self.groups.from_last_stage(found.losses)).tolist()
-        # A NaN or Inf in a gradient makes its own squared norm NaN or Inf (where it is in scope).
+        # A NaN or Inf in a gradient makes its own squared norm NaN or Inf, if it is in scope.
         nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
         if nonfinite or found.status in (ops.Status.NOT_FINITE, ops.Status.NOT_CONVERGED):
             self.trainable.zero_grad()
@@ -113,7 +113,8 @@ class GradientStrategy(ABC):
             raise method.error(found.aggregated)
         measured = self.trainable.grad_norm()
         if not math.isfinite(measured):
-            # Outside the scope, in a last pass, or by weights that are too large: Megatron would go on.
+            # Not in the Gram matrix: outside the scope, in a last pass, or from huge weights. Megatron would
+            # take the step.
             self.trainable.zero_grad()
             return self._skipped(losses, found.gram, clock, nonfinite)
         clock.lap("optimizer")
@@ -133,7 +134,7 @@ class GradientStrategy(ABC):
             gram=found.gram,
             weights=found.weights,
             gradient_norm=norm,
-            # Megatron's own formula, so that the log tells what it did.
+            # Megatron's own formula, so that the log shows what it did.
             clip_factor=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0,
             learning_rate=learning_rate,
             excluded=zero_objectives(found.gram),
@@ -150,8 +151,10 @@ class GradientStrategy(ABC):
         only: Only = None,
         last: bool = False,
     ) -> None:
-        """Every objective's gradient, one after the other: all but the last into ``spare``, shaped like
-        ``shard``; the last stays there. ``only``, ``last``: as of ``Passes.gradient``."""
+        """Compute the objectives' gradients in order: all but the last move to ``spare``, the last stays.
+
+        Every row of ``spare`` is shaped like ``shard``. ``only``, ``last``: as for ``Passes.gradient``.
+        """
         for index in range(self.objectives):
             passes.gradient(one_hot(index, self.objectives), only, last and index == self.objectives - 1)
             if index != self.objectives - 1:
@@ -164,44 +167,44 @@ class GradientStrategy(ABC):
         return f"backward/{index}" if self.shared else f"forward_backward/{index}"
 
     def metric(self) -> AdamMetric | None:
-        """Adam's metric as the optimizer's state is now; None: euclidean."""
+        """Adam's metric from the optimizer's current state, or None for the euclidean one."""
         return AdamMetric(self.trainable.optimizer) if self._setting.adam else None
 
     def global_gram(self, local: Tensor) -> Tensor:
-        """The sum of all ranks' parts of a Gram matrix, in place: bit for bit the same on every rank.
+        """All-reduce a Gram matrix in place; the result is bit for bit the same on every rank.
 
-        Without the distributed optimizer every data rank adds up its own replica's parts, perhaps in another
-        order; weights that differ in a bit would let replicas drift apart.
+        Without the distributed optimizer every replica sums its own parts, perhaps in another order, so rank
+        0 broadcasts its sum: weights that differ in one bit would let replicas drift apart.
         """
         ops.sum_gram_(local, self.group)
         return local if self.trainable.model.ddp_config.use_distributed_optimizer else self.agreed(local)
 
     @staticmethod
     def agreed(tensor: Tensor) -> Tensor:
-        """Rank 0's numbers on every rank, in place."""
+        """Broadcast rank 0's numbers to every rank, in place."""
         dist.broadcast(tensor, src=0)
         return tensor
 
     def change(self, found: Direction, norm: float) -> list[float] | None:
-        """``<parameters before - after, g_k>`` per objective, for strategies that measure it."""
+        """``<parameters before - after, g_k>`` per objective; None unless the strategy measures it."""
         return None
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
-        # By the global count: sequences of all ranks and microbatches weigh by their tokens.
+        # Divides by the global count, so that every token weighs the same on all ranks and microbatches.
         tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
         microbatches = minibatch.split(self._setting.micro_batch)
         return Task(microbatches, loss, tokens, self._setting.vocabulary, self.objectives)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
-        """Norm of the combined gradient as our own inner products have it, and the size of its summands."""
+        """Norm of the combined gradient by our own inner products, and the size of its summands."""
         square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
         norm = math.sqrt(float(square))
         return norm, norm
 
     def _check_norm(self, found: Direction, measured: float) -> bool:
-        """Our norm of the combined gradient must be Megatron's, before anything is updated.
+        """Compare our norm of the combined gradient with Megatron's, before the first update.
 
-        False where every weighted gradient is zero, which proves nothing.
+        Returns False if every weighted gradient is zero, which proves nothing.
         """
         predicted, scale = self.predicted_norm(found)
         if not abs(measured - predicted) <= _NORM_TOLERANCE * scale:

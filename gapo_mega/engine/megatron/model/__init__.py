@@ -1,1 +1,1 @@
-"""Megatron models: built, run forward, wrapped for training, frozen."""
+"""Building Megatron models, running them, wrapping them for training, freezing them."""

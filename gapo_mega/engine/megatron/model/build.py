@@ -1,4 +1,4 @@
-"""GPTModels for policy, reference and critic, wrapped for training, with Megatron's optimizer."""
+"""Builds GPTModels for policy, reference and critic, and wraps them with Megatron's optimizer."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ class Trainable:
     scheduler: OptimizerParamScheduler
 
     def zero_grad(self) -> None:
-        """Empty the gradient buffer, and ``param.grad`` with it.
+        """Zero the gradient buffer and clear ``param.grad``.
 
-        Megatron's fp32 optimizer leaves ``param.grad`` an alias of the buffer; the next backward would
-        accumulate into it and its hook then add it to the buffer again: one microbatch twice.
+        Megatron's fp32 optimizer leaves ``param.grad`` an alias of the buffer. The next backward would
+        accumulate into it, and its hook would add it to the buffer again: one microbatch would count twice.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Megatron's norm of what the buffer holds; the optimizer may be stepped after it."""
+        """Megatron's norm of the gradient in the buffer; ``step`` may follow."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def resident(self) -> dict[str, int]:
-        """Bytes of parameters, gradients and optimizer state on this rank, as the tensors have them."""
+        """Bytes of parameters, gradients and optimizer state on this rank, by the tensors."""
         (inner,) = self.optimizer.chained_optimizers
         parameters = list(self.model.parameters())
         own = {p.data_ptr() for p in parameters}
@@ -73,7 +73,7 @@ class Trainable:
         }
 
     def step(self) -> float:
-        """One optimizer step on a finite gradient; its norm before clipping."""
+        """One optimizer and scheduler step on a finite gradient. Returns the norm before clipping."""
         updated, norm, _ = self.optimizer.step()
         assert updated, "the gradient was found finite"
         self.scheduler.step(1)
@@ -87,16 +87,16 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def reduce_gradients(
     model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any
 ) -> None:
-    """Megatron's reduction over data ranks, tensor ranks and stages, without its division by tokens.
+    """Megatron's gradient reduction over data ranks, tensor ranks and stages, without its division by tokens.
 
-    A loss is divided by the tokens of *its* minibatch, all ranks and microbatches counted, before it is
-    differentiated: what the schedule counts is not used.
+    Every loss is already divided by the tokens of its minibatch over all ranks and microbatches, so this
+    ignores the schedule's count.
     """
     finalize_model_grads(model, None, **options)
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """The vocabulary size that a model over ``tensor`` ranks allocates."""
+    """The vocabulary size that a model over ``tensor`` tensor-parallel ranks allocates."""
     unit = VOCABULARY_DIVISOR * tensor
     return -(-vocabulary // unit) * unit
 
@@ -127,7 +127,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         activation_func=silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,  # also makes Megatron add up these norms' gradients over tensor ranks
+        qk_layernorm=shape.qk_norm,  # also makes Megatron sum these norms' gradients over tensor ranks
         window_size=window,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -153,7 +153,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """Transformer Engine's layers where it is really installed and a GPU is there, else Megatron's own."""
+    """Transformer Engine's layers if it is really installed and there is a GPU, else Megatron's own."""
     if transformer_engine_layers():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -170,9 +170,9 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
 def build_gpt(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, value_heads: int | None = None
 ) -> GPTModel:
-    """This rank's stage of a model with random weights, on this rank's device.
+    """Build this rank's pipeline stage of a model with random weights, on this rank's device.
 
-    ``value_heads``: None for a language model, else the number of values per position.
+    ``value_heads``: the number of values per position; None for a language model.
     """
     config = transformer_config(shape, model, parallel)
     kwargs: dict[str, Any] = {
@@ -195,12 +195,12 @@ def build_gpt(
 
 
 def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int) -> Trainable:
-    """Wrap ``model`` for training: call *after* its weights are loaded (bf16 copies them to fp32)."""
+    """Wrap ``model`` for training. Load its weights *before*: with bf16 the optimizer copies them to fp32."""
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=optimizer.distributed,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=False,  # the Gram matrix tells, and names the objective
+        check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
     )
     wrapped = DistributedDataParallel(model.config, ddp_config, model)
     wrapped.broadcast_params()
@@ -231,7 +231,7 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
 def _scheduler(
     megatron_optimizer: MegatronOptimizer, optimizer: OptimizerConfig, total_steps: int
 ) -> OptimizerParamScheduler:
-    # At least one step of decay: Megatron refuses an empty one.
+    # Leaves at least one step of decay, because Megatron refuses none.
     warmup = min(int(optimizer.warmup_fraction * total_steps), total_steps - 1)
     scheduler = OptimizerParamScheduler(
         megatron_optimizer,

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import AnyBatch
 
-# (model output on the last stage, microbatch) -> scalar loss whose *sum* over microbatches and
-# data-parallel ranks is differentiated (already divided by the global token count), and what to log of it
-# (any numbers, summed likewise).
+# (model output on the last stage, microbatch) -> scalar loss, already divided by the global token count, so
+# that its *sum* over microbatches and data-parallel ranks is the loss to minimise; and numbers to log, summed
+# likewise.
 LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
 OutputOf = Callable[[Tensor, AnyBatch], Tensor]
 
 
 def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
-    """The stage's output for right-padded tokens: causal attention needs no padding mask.
+    """The stage's output for right-padded tokens, which need no padding mask under causal attention.
 
-    ``multiple``: the sequence is padded to a multiple of it (sequence parallelism splits it).
+    Pads sequences to a multiple of ``multiple``, because sequence parallelism splits them.
     """
     padded_BT = nn.functional.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
     positions_BT = torch.arange(padded_BT.shape[1], device=padded_BT.device).expand_as(padded_BT)
@@ -32,7 +32,7 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
 
 
 def sequence_multiple(model: nn.Module) -> int:
-    """What ``run_model`` has to pad sequences to for this model."""
+    """The ``multiple`` that ``run_model`` needs for this model."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 
@@ -48,7 +48,7 @@ def _schedule(
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches).to(device())
         output = run_model(stage, batch.tokens_BT, multiple)
-        # The padding of sequence parallelism is cut off again; only the last stage's output is [B, T, ...].
+        # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
 
     rows, columns = microbatches[0].tokens_BT.shape
@@ -67,15 +67,15 @@ def _schedule(
 def forward_backward(
     model: nn.Module, microbatches: Sequence[AnyBatch], loss: LossOf[AnyBatch], logged_numbers: int = 1
 ) -> Tensor:
-    """Accumulate and reduce the gradient of the summed loss into the model's gradient buffer.
+    """Accumulate the gradients of all microbatches in the model's gradient buffer, then reduce them.
 
-    Returns this data rank's part of the ``[logged_numbers]`` that ``loss`` says to log, float64 on the CPU,
-    on the last pipeline stage (zeros elsewhere).
+    Returns the sum of this data rank's ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last
+    pipeline stage (zeros elsewhere).
     """
 
     def on_last_stage(output: Tensor, batch: AnyBatch) -> tuple[Tensor, Tensor, Tensor]:
         value, logged = loss(output, batch)
-        # The second is a count of tokens that Megatron adds up; see build.reduce_gradients.
+        # The second is Megatron's token count, which build.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
     parts = _schedule(model, microbatches, on_last_stage, forward_only=False)
@@ -87,5 +87,5 @@ def forward_backward(
 def forward_only(
     model: nn.Module, microbatches: Sequence[AnyBatch], output_of: OutputOf[AnyBatch]
 ) -> list[Tensor]:
-    """``output_of`` each microbatch on the last pipeline stage; an empty list elsewhere."""
+    """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere."""
     return _schedule(model, microbatches, output_of, forward_only=True, collect_non_loss_data=True)

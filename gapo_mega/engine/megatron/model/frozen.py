@@ -1,4 +1,4 @@
-"""Models that are only asked: reference and score models, on the device or in host memory between uses."""
+"""Models that never train: reference and score models, kept on the device or offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from gapo_mega.engine.megatron.runtime.cpu import device
 
 
 class FrozenModel:
-    """A model without gradients. ``with frozen.on_device() as model`` to run it.
+    """A model without gradients; run it within ``with frozen.on_device() as model``.
 
     Args:
         model: on this rank's device.
-        offload: keep the weights in host memory between uses. They do not change, so only the way to the
-            device is ever taken: the host's copy, pinned where there is a GPU, is made once. Without a GPU
-            the two are the same memory and nothing happens.
+        offload: keep the weights in pinned host memory between uses. They never change, so every use copies
+            to the device and nothing copies back. Without a GPU this does nothing.
     """
 
     def __init__(self, model: nn.Module, offload: bool) -> None:
@@ -31,7 +30,7 @@ class FrozenModel:
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The model, its weights on the device until the block ends."""
+        """The model, with its weights on the device until the block ends."""
         for tensor, held in self._host:
             tensor.data = held.to(device(), non_blocking=True)
         try:

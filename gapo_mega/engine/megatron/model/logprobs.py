@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens from vocabulary-parallel logits.
 
-Megatron's ``vocab_parallel_cross_entropy`` overwrites the logits and cannot be backpropagated
-twice; this one keeps them, leaves out the padded part of the vocabulary, and computes only the
-positions that are asked for.
+Megatron's ``vocab_parallel_cross_entropy`` overwrites the logits and allows one backward only. The function
+here keeps them, leaves out the vocabulary's padding, and computes only the positions that predict a response
+token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 class _VocabParallelLogProbs(torch.autograd.Function):
     """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32.
 
-    Columns from ``valid`` on are padding of the vocabulary: probability 0, gradient 0.
+    Columns from ``valid`` on are vocabulary padding: probability 0, gradient 0. The forward takes three
+    all-reduces of one number per position over the tensor ranks, the backward none.
     """
 
     @staticmethod
@@ -53,13 +54,13 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
 
 def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
-    """Log-probability of every response token given those before it; 0 elsewhere.
+    """Log-probability of every response token given the tokens before it; 0 elsewhere.
 
     Args:
         logits_BTV: this tensor rank's columns, ``logits_BTV[:, t]`` predicting token ``t + 1``.
         tokens_BT: int64.
         mask_BT: bool, True on response tokens; column 0 must be False.
-        vocabulary: true vocabulary size; columns beyond it are padding and left out.
+        vocabulary: true vocabulary size; columns beyond it are padding and do not count.
 
     Returns float32 ``[B, T]`` with a graph that can be backpropagated more than once.
     """
@@ -69,8 +70,8 @@ def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vo
 def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
     """``[N, X]``: the N positions that predict a response token, in the order of ``mask_BT`` [B, T].
 
-    ``values_BTX`` may have more than T columns. One selection of rows: its gradient is one tensor of the
-    size of ``values_BTX``, where every further slice would make another.
+    ``values_BTX`` may have more than T columns. Selects rows in one step, whose backward makes one tensor of
+    the size of ``values_BTX``; every further slice would make another.
     """
     row_N, column_N = mask_BT[:, 1:].nonzero(as_tuple=True)
     index_N = row_N * values_BTX.shape[1] + column_N
@@ -78,7 +79,7 @@ def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def logprobs_of(logits_NV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
-    """``response_logprobs`` from the logits of ``before_response`` alone."""
+    """``response_logprobs`` from the logits that ``before_response`` selects."""
     columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
     valid = max(0, min(columns, vocabulary - start))  # 0: this rank's columns are all padding

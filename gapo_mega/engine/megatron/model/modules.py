@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square norm whose weight carries the ``sequence_parallel`` mark.
 
-    Megatron's wrapper of the torch norm refuses sequence parallelism, where each tensor rank sees a
-    part of the sequence and the weight's gradient must be summed over tensor ranks: the mark asks
-    ``finalize_model_grads`` for that.
+    With sequence parallelism each tensor rank sees a part of the sequence, and the mark makes
+    ``finalize_model_grads`` all-reduce the weight's gradient over tensor ranks. Megatron's wrapper of the
+    torch norm refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp32 whatever the compute type is, as transformers and Transformer Engine do.
+        # Normalises in fp32 for every compute dtype, as transformers and Transformer Engine do.
         normed = nn.functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return normed.to(x.dtype) * self.weight
 
@@ -40,7 +40,7 @@ class ValueHead(nn.Module):
     def __init__(self, config: TransformerConfig, heads: int) -> None:
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
-        # Zeros: the first values are 0 whatever the backbone's features are.
+        # Zeros make the first values 0 for any features of the backbone.
         self.weight = nn.Parameter(torch.zeros(heads, config.hidden_size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
 

@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Wall time between laps; on a GPU each lap waits for the device."""
+    """Measures wall time between laps; on a GPU each lap waits for the device."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

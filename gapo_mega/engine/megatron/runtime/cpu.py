@@ -1,8 +1,8 @@
 """Runs Megatron-core's CUDA-only lines on the CPU.
 
-Megatron-core 0.16 names the device "cuda" literally in its schedules, optimizers, gradient clipping
-and random-number tracker. Without a GPU the same code works once those names mean the CPU. Only
-inside ``cpu_mode()`` do they: nothing is changed at import, and everything is put back on exit.
+Megatron-core 0.16 names the device "cuda" literally in its schedules, optimizers, gradient clipping and
+random-number tracker. Without a GPU the same code works once those names mean the CPU. They do so only within
+``megatron_device()``, which patches nothing at import and restores everything on exit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Device arguments, ``Tensor.cuda`` and the ``torch.cuda.*Tensor`` type names."""
+    """Redirects device arguments, ``Tensor.cuda`` and the ``torch.cuda.*Tensor`` type names to the CPU."""
 
     def __torch_function__(
         self,
@@ -39,7 +39,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron compares with "torch.cuda.FloatTensor" to learn the element type.
+            # Megatron compares with "torch.cuda.FloatTensor" to find the dtype.
             return func(args[0]).replace("torch.", _CUDA_TYPE_PREFIX, 1)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
@@ -58,7 +58,7 @@ def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = F
 
 @contextmanager
 def _megatron_rng_on_cpu() -> Iterator[None]:
-    """Megatron's RNG tracker on the CPU generator, without its warning that the CPU generator moved."""
+    """Run Megatron's RNG tracker on the CPU generator, without its warning that this generator advanced."""
     from megatron.core.tensor_parallel import random
 
     logger = logging.getLogger(random.__name__)
@@ -77,7 +77,7 @@ def _megatron_rng_on_cpu() -> Iterator[None]:
 
 
 def _re_entering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` inside the mode, also where autograd's backward has left it (recomputation)."""
+    """Run ``function`` within the mode, which autograd's backward has left when it recomputes."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def _re_entering(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _cpu_mode() -> Iterator[None]:
-    # Megatron stays unimported until it is used.
+    # Imported here so that this module does not import Megatron.
     from megatron.core.fusions import fused_softmax
 
     causal = _re_entering(fused_softmax.get_default_causal_mask)
@@ -107,7 +107,7 @@ def _cpu_mode() -> Iterator[None]:
 
 @contextmanager
 def megatron_device() -> Iterator[None]:
-    """The context in which every call into Megatron runs: CUDA as it is, or the CPU in its place."""
+    """The context for every call into Megatron: it makes CUDA names mean the CPU if there is no GPU."""
     if torch.cuda.is_available():
         yield
     else:
@@ -116,5 +116,5 @@ def megatron_device() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """Where parameters and gradients live."""
+    """The device of parameters and gradients."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU

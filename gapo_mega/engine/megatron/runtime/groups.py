@@ -20,32 +20,32 @@ _TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Groups:
-    """The layout and the CPU (gloo) groups along it."""
+    """The layout and its gloo groups for CPU tensors and objects."""
 
     layout: Layout
     data: dist.ProcessGroup  # same tensor and pipeline rank
     replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over data-parallel ranks, in a new tensor."""
+        """All-reduce a CPU tensor over the data-parallel ranks into a new tensor."""
         result = tensor.clone()
         dist.all_reduce(result, group=self.data)
         return result
 
     def gather_over_data(self, value: Any) -> list[Any]:
-        """Picklable values of all data-parallel ranks, in rank order."""
+        """All-gather picklable values over the data-parallel ranks, in rank order."""
         values: list[Any] = [None] * self.layout.data
         dist.all_gather_object(values, value, group=self.data)
         return values
 
     def broadcast_in_replica(self, value: Any, source: int = 0) -> Any:
-        """The picklable value of the replica's rank ``source`` (0: first pipeline stage)."""
+        """Broadcast the picklable value of the replica's rank ``source`` (0: first pipeline stage)."""
         box = [value]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.replica, source), group=self.replica)
         return box[0]
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """The last pipeline stage's CPU tensor (same shape and dtype everywhere), in a new tensor."""
+        """Broadcast the last stage's CPU tensor (same shape and dtype everywhere) to a new tensor."""
         result = tensor.clone()
         source = (self.layout.pipeline - 1) * self.layout.tensor
         dist.broadcast(result, src=dist.get_global_rank(self.replica, source), group=self.replica)
@@ -53,38 +53,33 @@ class Groups:
 
 
 class Collective:
-    """The part of ``Engine`` that is communication, over these groups."""
+    """The communication of ``Ranks`` and ``Trainable`` (``engine/base.py``) over these groups."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.layout = groups.layout
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """See ``Engine.sum_over_data``."""
         return self.groups.sum_over_data(tensor)
 
     def gather_over_data(self, value: Any) -> list[Any]:
-        """See ``Engine.gather_over_data``."""
         return self.groups.gather_over_data(value)
 
     def broadcast_in_replica(self, value: Any) -> Any:
-        """See ``Engine.broadcast_in_replica``."""
         return self.groups.broadcast_in_replica(value)
 
     def barrier(self) -> None:
-        """Wait for every rank."""
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the process groups."""
         shutdown()
 
 
 def initialize(tensor: int, pipeline: int) -> Groups:
-    """Start torch.distributed (when not started) and Megatron's parallel state.
+    """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them, a world of one.
-    Raises ValueError when ``tensor * pipeline`` does not divide the world size.
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the world is one rank.
+    Raises ``ValueError`` if ``tensor * pipeline`` does not divide the world size.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -117,7 +112,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
 
 
 def seed(value: int) -> None:
-    """Random numbers of the model-parallel regions: the same over data ranks, others per tensor rank."""
+    """Seed the model-parallel random numbers: equal over data ranks, different for each tensor rank."""
     with megatron_device():
         tensor_parallel.model_parallel_cuda_manual_seed(value, force_reset_rng=True)
 
@@ -130,7 +125,7 @@ def shutdown(world_too: bool = True) -> None:
     if world_too:
         dist.destroy_process_group()
         return
-    # Megatron forgets its groups without closing them: each would keep its gloo threads.
+    # Megatron forgets its groups without destroying them, and each would keep its gloo threads.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
@@ -145,7 +140,7 @@ def _start_process_group(backend: str) -> None:
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
-    """(pipeline, data, tensor) of a global rank: Megatron's order, tensor ranks adjacent."""
+    """(pipeline, data, tensor) rank of a global rank in Megatron's order: tensor ranks are adjacent."""
     return (
         rank // (layout.tensor * layout.data),
         rank // layout.tensor % layout.data,
@@ -161,7 +156,7 @@ def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
         members.setdefault(tuple(coordinates[axis] for axis in axes), []).append(rank)
     mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
     own: dist.ProcessGroup | None = None
-    for key, ranks in members.items():  # every rank makes every group, in the same order
+    for key, ranks in members.items():  # new_group is collective: every rank makes every group, in this order
         group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
         if key == mine:
             own = group
