@@ -25,7 +25,11 @@ namespace minnorm {
 
 constexpr double kRejected = 2.0;  // above every residual: residuals are at most 1
 constexpr double kGood = 1e-12;    // residuals of exact solutions stay a hundred times below
-constexpr double kTied = 1e-9;     // a row this close to the level may be part of another set
+// A level of opposing rows is the rounding of the weights, 2^-53 of its summands, where it should
+// be 0. With this floor it stays below kGood for a row that is orthogonal to them and has no
+// summands of its own.
+constexpr double kNoise = 1e-3;
+constexpr double kTied = 1e-9;  // a row this close to the level may be part of another set
 
 // An unevaluated sum high + low: dot products with twice the precision (Dekker, Knuth).
 struct Twofold {
@@ -265,17 +269,21 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
     y[i] = sum.value();
   }
   double quadratic = 0.0;
+  double summands = 0.0;
   double total = 0.0;
   for (int j = 0; j < c.size; ++j) {
     quadratic += c.v[j] * y[c.member[j]];
+    summands += c.v[j] * size[c.member[j]];
     total += c.v[j] * power_of_two(c.reference - s.exponent[c.member[j]]);
   }
   const double level = quadratic / total;
+  const double noise = kNoise * summands / total;
   double worst = 0.0;
   double worst_outside = 0.0;
   for (int i = 0; i < s.m; ++i) {
-    const double share = level * power_of_two(c.reference - s.exponent[i]);
-    const double scale = size[i] + fabs(share);
+    const double unit = power_of_two(c.reference - s.exponent[i]);
+    const double share = level * unit;
+    const double scale = size[i] + fmax(fabs(share), noise * unit);
     const bool inside = (support >> i & 1u) != 0;
     const double excess = scale == 0.0 ? 0.0 : (y[i] - share) / scale;
     const double violation = inside ? fabs(excess) : -excess;

@@ -17,7 +17,8 @@ def exact(gram: Tensor) -> Matrix:
 def residual(gram: Tensor, weights: Tensor) -> float:
     """Largest violation of (Gw)_i = w'Gw (support) or >= (elsewhere), over the sizes of the summands.
 
-    In rational arithmetic, so that what is measured is the solver's error alone.
+    In rational arithmetic, so that what is measured is the solver's error alone. Weights are rounded to 53
+    bits: what that leaves of a level whose summands cancel is no violation.
     """
     g = exact(gram)
     w = [Fraction(x) for x in weights.tolist()]
@@ -27,12 +28,16 @@ def residual(gram: Tensor, weights: Tensor) -> float:
     w = [x / total for x in w]
     y = [sum((a * b for a, b in zip(row, w, strict=True)), Fraction(0)) for row in g]
     level = sum((a * b for a, b in zip(w, y, strict=True)), Fraction(0))
+    summands = sum(
+        (w[i] * abs(a) * b for i, row in enumerate(g) for a, b in zip(row, w, strict=True)), Fraction(0)
+    )
+    rounding = summands / 2**51
     worst = Fraction(0)
     for i, row in enumerate(g):
         size = sum((abs(a) * b for a, b in zip(row, w, strict=True)), abs(level))
         if size:
-            excess = (y[i] - level) / size
-            worst = max(worst, abs(excess) if w[i] else -excess)
+            violation = abs(y[i] - level) if w[i] else level - y[i]
+            worst = max(worst, (violation - rounding) / size)
     return float(worst)
 
 

@@ -55,6 +55,15 @@ def exact_value(gram: Tensor, weights: Tensor) -> Fraction:
     return Fraction(value) / sum(w) ** 2
 
 
+@pytest.mark.parametrize("scales", [[2.0**-9, 1, 1, 0.5], [1, 1, 1, 0.5], [1, 2.0**-20, 2.0**7, 1]])
+def test_a_row_that_is_orthogonal_to_two_opposing_ones(scales):
+    """The minimum is 0, of the last two rows. The second has no summands that tell whether it is above."""
+    rows = torch.tensor([[0, 1], [1, 1], [-1, 1], [3, -3]]).double() * torch.tensor(scales).double()[:, None]
+    weights = ops.min_norm(rows @ rows.T)
+    expected = [0, 0, 3 * scales[3], scales[2]]
+    torch.testing.assert_close(weights, torch.tensor(expected).double() / sum(expected), rtol=1e-15, atol=0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_value_equals_rational_arithmetic(data):
