@@ -37,7 +37,7 @@ def summary_table(summary: Summary) -> Table:
 
 
 def _ratio(ratio: float | None) -> str:
-    """Coloured from two standard errors on: below that a change may be chance."""
+    """Green or red beyond two standard errors; a smaller change may be chance."""
     if ratio is None:
         return "-"
     colour = "green" if ratio > 2 else "red" if ratio < -2 else "yellow"

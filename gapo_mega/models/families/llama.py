@@ -14,7 +14,6 @@ class Llama(Family):
     model_type = "llama"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, LlamaConfig)
         # With it the output projection has a bias too, which Megatron ties to that of the MLP.
         require("attention_bias", config.attention_bias, False)

@@ -14,6 +14,6 @@ class Mistral(Family):
     model_type = "mistral"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``. The window is passed on: whoever runs the model keeps to it."""
+        """Passes the sliding window on: whoever runs the model must keep to it."""
         assert isinstance(config, MistralConfig)
         return llama_like(config, sliding_window=config.sliding_window)

@@ -14,7 +14,6 @@ class Qwen2(Family):
     model_type = "qwen2"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, Qwen2Config)
         require_full_attention(config)
         return llama_like(config, qkv_bias=True)

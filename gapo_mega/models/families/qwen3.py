@@ -14,7 +14,6 @@ class Qwen3(Family):
     model_type = "qwen3"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, Qwen3Config)
         # With it the output projection has a bias too, which Megatron ties to that of the MLP.
         require("attention_bias", config.attention_bias, False)
