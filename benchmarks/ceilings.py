@@ -80,7 +80,7 @@ def compile_library(source: Path, command: Sequence[str]) -> ctypes.CDLL:
 
 
 def compiler_version(command: Sequence[str]) -> str:
-    """The line with the version in what the compiler says about itself: nvcc's last one, else the first."""
+    """The line of the compiler's ``--version`` that names its version: nvcc's last one, else the first."""
     said = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout.splitlines()
     lines = [line for line in said if any(c.isdigit() for c in line) and "Copyright" not in line]
     return lines[0 if command[0] != "nvcc" else -1].strip() if lines else command[0]
@@ -130,7 +130,7 @@ class CpuCeilings:
         }
 
     def combine(self, out: Tensor, rows: Sequence[Tensor], threads: int) -> Loops:
-        """With and without software prefetching."""
+        """A loop that writes the sum, with and without software prefetching."""
         call, addresses, n = self._library.ceiling_combine, _addresses(rows), _floats(rows[0])
 
         def loop(ahead: int) -> Callable[[], object]:

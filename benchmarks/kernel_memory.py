@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 WARM_UP_ELEMENTS = 1 << 12
 SAMPLE_SECONDS = 0.001
-# With these, malloc returns every larger freed block at once, so that the next contender asks for it again.
+# With these, malloc returns every larger block when it is freed, and the next contender asks for it again.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 

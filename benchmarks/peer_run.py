@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 PAUSE_SECONDS = 0.02  # the previous contender's threads spin for a while after their work
-RESERVE = 1.2  # of the memory that is expected to be needed
+RESERVE = 1.2  # times the expected need of memory
 INSTALL_TORCHJD = 'torchjd is not installed: pip install -e ".[bench]"'
 LOOKS = ("look", "allocated", "resident")
 

@@ -15,7 +15,7 @@ SUFFIX = ".jinja"
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, given: str | None, parameter: str) -> str:
-    """The Jinja text of ``given``: the text itself, or a file's; the tokenizer's own where nothing is given.
+    """The Jinja text of ``given``: the text itself, or a file's; for None, the tokenizer's own.
 
     Raises ``ValueError``, beginning with ``parameter``, for a file that is not there and for a tokenizer
     that has no template.

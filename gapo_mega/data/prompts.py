@@ -36,8 +36,8 @@ def load_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and at most ``data.heldout_prompts`` held-out ones, in an order fixed by ``seed``.
 
-    Files with a ``split`` column hold several splits, told apart by that column; files without it are one
-    split. Held-out prompts come from ``data.heldout_source``; without it from the rows marked ``heldout``
+    Files with a ``split`` column hold several splits, and that column names each row's; files without it are
+    one split. Held-out prompts come from ``data.heldout_source``; without it from the rows marked ``heldout``
     (packaged files), else they are cut from the source. A training prompt that is also held out is left
     out, and so are prompts that are empty or longer than ``data.max_prompt_tokens``; all are counted in
     the log. ``Prompt.index`` is the row's number in its split.

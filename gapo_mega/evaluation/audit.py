@@ -62,7 +62,7 @@ def run_audit(
             f"--out: cannot write to {directory} ({error.strerror}), accepted: a directory to write to"
         ) from None
     print_audit(audit, run_dir.resolve().name, console)
-    # A path must stay in one piece to be copied.
+    # Readers copy the path, so it must stay in one piece.
     for file in ("audit.csv", "audit.png"):
         console.print(f"wrote {directory / file}", soft_wrap=True, markup=False, highlight=False)
 

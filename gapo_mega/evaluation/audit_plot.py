@@ -61,7 +61,7 @@ def write_picture(path: Path, names: Sequence[str], steps: Array, curves: Sequen
 
 
 def same_lines(curves: Sequence[Curve]) -> list[int]:
-    """For every curve, the index of the first curve that it coincides with, at most its own."""
+    """For every curve, the index of the first curve that it coincides with: its own, or a smaller one."""
     found: list[int] = []
     for index, curve in enumerate(curves):
         same = (

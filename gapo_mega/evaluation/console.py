@@ -49,5 +49,5 @@ def print_summary(summary: Summary, report: Path | None, console: Console | None
     console = console or Console()
     console.print(summary_table(summary))
     if report is not None:
-        # A path must stay in one piece to be copied.
+        # Readers copy the path, so it must stay in one piece.
         console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

@@ -68,7 +68,7 @@ def _on_cpu(found: Allocations) -> Iterator[None]:
     held: dict[int, int] = {}  # bytes by address
     standing = 0
     for _, address, size in sorted(_changes(profiler.kineto_results.experimental_event_tree())):
-        # An address that is given out again was freed unseen; an unknown one was allocated before the block.
+        # An address that is allocated again was freed unseen; a freed one not held is older than the block.
         standing -= held.pop(address, 0)
         if size > 0:
             held[address] = size

@@ -64,7 +64,7 @@ class ConversationTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """An id to pad with, of the vocabulary: ``pad``, else ``eos``, else 0. Mask what it fills."""
+        """An id of the vocabulary to pad with: ``pad``, else ``eos``, else 0. Callers mask the padding."""
         for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
             if isinstance(token_id, int):
                 return token_id

@@ -98,7 +98,7 @@ class HfClassifier(ObjectiveKind):
         return self._model
 
     def _scores(self, model: PreTrainedModel, rows: list[list[int]], device: torch.device) -> list[float]:
-        """One score a row, in the order of ``rows``."""
+        """One score per row, in the order of ``rows``."""
         pad_id = self._pad_id(model, rows)
         scores = [0.0] * len(rows)
         # Similar lengths together need little padding; the longest come first, so that memory runs out early.

@@ -92,7 +92,7 @@ class StepFlops:
 
     @property
     def hardware(self) -> int:
-        """With the forward passes repeated to save memory: the numerator of hardware utilisation (HFU)."""
+        """What the hardware does, recomputation included: the numerator of hardware utilisation (HFU)."""
         return self.model + self.recompute
 
 

@@ -77,7 +77,7 @@ class ResolvedRun:
 
     @property
     def shared(self) -> bool:
-        """One forward a microbatch serves the backwards of all objectives."""
+        """Whether one forward per microbatch serves the backwards of all objectives."""
         return forward_kind(self.config, self.data) == "shared"
 
     @property

@@ -173,7 +173,7 @@ def is_due(settings: CheckpointConfig, step: int, total: int) -> bool:
 
 
 def any_replica(ranks: Ranks, requested: bool) -> bool:
-    """The same on every rank: True when the first rank of any replica was asked to stop."""
+    """Whether the first rank of any replica was asked to stop; the same on every rank."""
     first = ranks.broadcast_in_replica(requested)
     return bool(ranks.sum_over_data(torch.tensor(int(first))))
 

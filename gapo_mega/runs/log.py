@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, on disk before ``write`` returns; values that are not finite become null."""
+    """One JSON object per line, on disk before ``write`` returns; values that are not finite become null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -41,7 +41,7 @@ class KeptRows(StrategyDeclaration):
 
     @property
     def measures_change(self) -> bool:
-        """As the setting says; where it is left open, with the adam metric only."""
+        """Follows the setting; where that is none, true with the adam metric only."""
         asked = self.gradients.actual_change
         return self.gradients.metric == "adam" if asked is None else asked
 

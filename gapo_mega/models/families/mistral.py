@@ -9,7 +9,7 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Mistral(Family):
-    """``MistralForCausalLM``"""
+    """The family of transformers' ``MistralForCausalLM``."""
 
     model_type = "mistral"
 

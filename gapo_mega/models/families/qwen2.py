@@ -9,7 +9,7 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Qwen2(Family):
-    """``Qwen2ForCausalLM``"""
+    """The family of transformers' ``Qwen2ForCausalLM``."""
 
     model_type = "qwen2"
 

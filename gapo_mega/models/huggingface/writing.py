@@ -66,8 +66,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends without an error.
 
-    Raises ``ValueError`` when ``target`` exists and is not to be replaced, its parent cannot be written to or
-    has less than ``needed_bytes`` free, and for errors of the disk inside the block.
+    Raises ``ValueError`` when ``target`` exists without ``overwrite``, when its parent cannot be written to
+    or has less than ``needed_bytes`` free, and for errors of the disk inside the block.
     """
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; name a directory that does not, or ask to overwrite it")
