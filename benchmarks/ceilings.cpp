@@ -94,8 +94,8 @@ void weighted_sum(const float* const* rows, int m, float* out, int64_t n, int64_
 extern "C" {
 
 // Reads m rows of n floats. `side_by_side`: all rows at once, else one after the other; `ahead`:
-// elements that software prefetching runs ahead, 0 for none. Returns a sum, so that nothing is left
-// out.
+// elements that software prefetching runs ahead, 0 for none. Returns a sum, so that the compiler
+// leaves no load out.
 float ceiling_read(const float* const* rows, int m, int64_t n, int threads, int side_by_side,
                    int64_t ahead) {
   std::vector<float> sums(threads * 16);

@@ -21,7 +21,7 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// One number a block, so that no load can be left out.
+// One number per block, so that the compiler leaves no load out.
 __device__ void keep(float sum, float* sums) {
   __shared__ float warps[kThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);

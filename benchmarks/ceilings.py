@@ -1,7 +1,7 @@
-"""What this machine gives at most: the loops of ceilings.cpp or the kernels of ceilings.cu, compiled here.
+"""The most that this machine gives: the loops of ceilings.cpp or the kernels of ceilings.cu, compiled here.
 
-Both classes offer ready calls by name. A loop that is best on one machine is not on another, so there
-are several of each kind, and the best of them is the ceiling.
+Both classes offer ready calls by name. No loop is best on every machine, so there are several of each
+kind, and the best of them is the ceiling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Loops = dict[str, Callable[[], object]]
 
 
 class Ceilings(Protocol):
-    """Ready calls by name; rows of any element type are taken as what they are in memory."""
+    """Ready calls by name; they read rows of any element type as raw memory."""
 
     compiler: str
 
@@ -80,7 +80,7 @@ def compile_library(source: Path, command: Sequence[str]) -> ctypes.CDLL:
 
 
 def compiler_version(command: Sequence[str]) -> str:
-    """The last line with a version in it, of what the compiler says about itself."""
+    """The line of the compiler's ``--version`` that names its version: nvcc's last one, else the first."""
     said = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout.splitlines()
     lines = [line for line in said if any(c.isdigit() for c in line) and "Copyright" not in line]
     return lines[0 if command[0] != "nvcc" else -1].strip() if lines else command[0]
@@ -130,7 +130,7 @@ class CpuCeilings:
         }
 
     def combine(self, out: Tensor, rows: Sequence[Tensor], threads: int) -> Loops:
-        """With and without software prefetching."""
+        """A loop that writes the sum, with and without software prefetching."""
         call, addresses, n = self._library.ceiling_combine, _addresses(rows), _floats(rows[0])
 
         def loop(ahead: int) -> Callable[[], object]:
@@ -148,7 +148,7 @@ class CpuCeilings:
         return {"copy by memcpy": loop(0), "copy by plain stores": loop(1)}
 
     def multiply_add(self, threads: int) -> tuple[Loops, int]:
-        """As many at once as the processor has latency for."""
+        """Enough of them at once to hide their latency."""
         call, rounds = self._library.ceiling_fma, MULTIPLY_ADD_ROUNDS
         count = rounds * self._library.ceiling_fma_count() * threads
         return {"fp64 multiply-adds": lambda: call(rounds, threads)}, count

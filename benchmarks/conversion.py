@@ -69,7 +69,7 @@ def promised(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def random_tensors(like: dict[str, Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The same every time they are asked for."""
+    """Names and random tensors of the shapes of ``like``, the same at every call."""
     for number, (name, tensor) in enumerate(like.items()):
         generator = torch.Generator().manual_seed(seed + number)
         bits = torch.randint(-32768, 32767, tensor.shape, dtype=torch.int16, generator=generator)
@@ -77,7 +77,7 @@ def random_tensors(like: dict[str, Tensor], seed: int) -> Iterator[tuple[str, Te
 
 
 def run(direction: str, source: Path, target: Path) -> dict[str, Any]:
-    """One direction in a process of its own."""
+    """Convert in one direction, in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", CHILD, direction, str(source), str(target)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)

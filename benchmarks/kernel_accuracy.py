@@ -15,8 +15,11 @@ HUGE = 1e12
 
 
 def reference_gram(rows: Sequence[Tensor]) -> Tensor:
-    """float64 ``[m, m]`` on the CPU. Products are exact; sums of short parts are added up in pairs, so
-    that this is more accurate than what it is to judge (1e-14 where one long sum reaches 1e-11)."""
+    """The Gram matrix in float64, ``[m, m]`` on the CPU.
+
+    Products are exact, and sums of short parts are added up in pairs. That makes this more accurate than
+    what it judges (1e-14 where one long sum reaches 1e-11).
+    """
     m = len(rows)
     total = torch.zeros(m, m, dtype=torch.float64, device=rows[0].device)
     for start in range(0, rows[0].numel(), BLOCK):
@@ -36,8 +39,11 @@ def error(found: Tensor, reference: Tensor) -> float:
 
 
 def hard_rows(count: int, n: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Rows of 0.1 and of 1/3, where equal products pile up and every rounding goes the same way; a row
-    with one huge element; Gaussian rows."""
+    """Rows that are hard to add up.
+
+    Rows of 0.1 and of 1/3, where equal products pile up and every rounding goes the same way; a row with
+    one huge element; Gaussian rows.
+    """
     rows = make_rows(count, n, dtype, device, seed=1)
     for row, value in zip(rows, (0.1, 1 / 3), strict=False):
         row.fill_(value)

@@ -29,7 +29,7 @@ UPGRAD = "TorchJD UPGrad"
 
 
 def has_torchjd() -> bool:
-    """Whether TorchJD can be compared with."""
+    """Whether TorchJD is installed."""
     return importlib.util.find_spec("torchjd") is not None
 
 
@@ -44,7 +44,7 @@ def torchjd(name: str) -> Any:
 
 
 def set_threads(threads: int) -> bool:
-    """torch's and numpy's number of threads. False where numpy's BLAS does not let itself be told."""
+    """Set torch's and numpy's number of threads. False where numpy's BLAS offers no way to set it."""
     torch.set_num_threads(threads)
     np.ones((2, 2)) @ np.ones((2, 2))  # loads the library
     told = False
@@ -75,9 +75,9 @@ def make_rows(
 
 
 def restorer(row: Tensor) -> Callable[[], None]:
-    """A call that sets the row to what it is now: operations in place are to find the same input each time.
+    """A call that resets the row to what it is now, so that operations in place find the same input.
 
-    On the CPU by one thread: torch's would still spin while the next contender runs.
+    On the CPU one thread does it: torch's threads would still spin while the next contender runs.
     """
     saved = row.clone()
     if row.is_cuda:
@@ -88,7 +88,7 @@ def restorer(row: Tensor) -> Callable[[], None]:
 
 
 def void(_: object) -> None:
-    """For expressions that are called for what they do."""
+    """Drop the value of an expression that is called for its effect."""
 
 
 def _of_kind(kind: Kind, loops: Loops) -> list[Contender]:
@@ -137,7 +137,7 @@ def as_matrix(result: Any, m: int) -> Tensor:
 
 
 def combine(rows: Sequence[Tensor], threads: int, ceilings: Ceilings | None) -> list[Contender]:
-    """In place, on the last row. The peer's rows were stacked before, which is not timed."""
+    """In place, on the last row. The peer's rows are stacked beforehand, which is not timed."""
     m = len(rows)
     weights = torch.tensor([1.0 / (i + 2) for i in range(m)], dtype=torch.float64)
     weights = (weights / weights.sum()).to(rows[0].device)

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 WARM_UP_ELEMENTS = 1 << 12
 SAMPLE_SECONDS = 0.001
-# malloc then hands every larger block back at once: what one contender freed, the next one asks for again.
+# With these, malloc returns every larger block when it is freed, and the next contender asks for it again.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -43,7 +43,7 @@ def measure(device: str, dtype: str, rows: int, n: int, threads: int) -> list[di
 
 
 def answer() -> None:
-    """The other process: a request on standard input, the records on standard output."""
+    """Runs in the other process: reads a request on standard input, prints the records."""
     import torch
     from kernel_contenders import combine, gram, make_rows, restorer, set_threads, step
 
@@ -80,7 +80,7 @@ def answer() -> None:
 
 
 def peak_cuda(run: Callable[[], Any]) -> int:
-    """By torch's allocator, which ours takes its memory from too."""
+    """Peak by torch's allocator, which ours takes its memory from too."""
     import torch
 
     torch.cuda.synchronize()
@@ -94,7 +94,7 @@ def peak_cuda(run: Callable[[], Any]) -> int:
 
 
 def peak_cpu(run: Callable[[], Any]) -> int:
-    """The kernel's own record of the peak where it can be reset (Linux), else by looking all the time."""
+    """Peak resident memory: the kernel's record where it can be reset (Linux), else by sampling."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -114,7 +114,7 @@ def _status(field: str) -> int:
 
 
 def _sampled(run: Callable[[], Any]) -> int:
-    """Finds what lasts longer than a millisecond."""
+    """Peak by sampling, which misses what lasts less than a millisecond."""
     import psutil
 
     process, done = psutil.Process(), threading.Event()

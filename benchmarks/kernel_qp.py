@@ -39,8 +39,8 @@ def grams(m: int, seed: int) -> dict[str, Tensor]:
 def residual(gram: Tensor, weights: Tensor) -> float:
     """Largest violation of (Gw)_i = w'Gw (support) or >= (elsewhere), over the sizes of the summands.
 
-    In rational arithmetic, so that what is measured is the solver's error alone. Infinite for weights
-    off the simplex.
+    The arithmetic is rational, so that this is the solver's error alone. Infinite for weights off the
+    simplex.
     """
     g = [[Fraction(x) for x in row] for row in gram.tolist()]
     numbers = weights.tolist()

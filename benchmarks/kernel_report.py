@@ -30,7 +30,7 @@ class Target:
     most: bool = False
 
     def met(self, value: float) -> bool:
-        """NaN never is."""
+        """Whether the value meets the bound; NaN never does."""
         return value <= self.bound if self.most else value >= self.bound
 
     def mark(self, value: float, text: str) -> str:
@@ -44,7 +44,7 @@ RESIDUAL = Target(1e-9, most=True)
 
 
 def gram_target(m: int) -> Target:
-    """Fraction of the read ceiling. More rows are more multiply-adds for every element that is read."""
+    """Fraction of the read ceiling. More rows need more multiply-adds for every element that is read."""
     return Target(0.95 if m <= 6 else 0.85)
 
 
@@ -55,7 +55,7 @@ def step_target(device: str, peer: str) -> Target | None:
 
 
 def qp_target(device: str, m: int) -> Target | None:
-    """Seconds of a call."""
+    """The most seconds of a call; None where there is no target."""
     return Target(100e-6 if device == "cuda" else 50e-6, most=True) if m == 8 else None
 
 
@@ -88,7 +88,7 @@ def write(result: Record, folder: Path) -> list[Path]:
 
 
 def print_tables(result: Record, console: Console | None = None) -> None:
-    """One a section."""
+    """Print one table per section."""
     # In a file or a pipe there is no width to keep to.
     console = console or (Console() if Console().is_terminal else Console(width=160))
     device = result["settings"]["device"]
@@ -152,7 +152,7 @@ def _configuration(key: Key) -> list[str]:
 
 
 def _sorted(groups: dict[Key, dict[str, Record]]) -> list[tuple[Key, dict[str, Record]]]:
-    """By element type as they were asked for, then by threads and numbers of rows: N runs fastest."""
+    """Sorted by element type in the order asked for, then by threads and rows; N runs fastest."""
     types = list(dict.fromkeys(key[0] for key in groups))
     return sorted(
         groups.items(),
@@ -161,7 +161,7 @@ def _sorted(groups: dict[Key, dict[str, Record]]) -> list[tuple[Key, dict[str, R
 
 
 def seconds(value: float) -> str:
-    """In the unit that suits."""
+    """A time in the unit that suits it."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1 or unit == "us":
             return f"{value * factor:.3g} {unit}"

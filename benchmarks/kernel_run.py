@@ -36,7 +36,7 @@ LARGEST_CEILING = 25  # log2 of the elements of a row: far beyond every cache
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``sizes`` are logarithms."""
+    """What to measure. ``sizes`` are base-2 logarithms."""
 
     device: str
     threads: list[int]
@@ -44,7 +44,7 @@ class Settings:
     dtypes: list[str]
     sizes: list[int]
     rounds: int
-    stagger: int = 0  # bytes between the places of a page that rows begin at
+    stagger: int = 0  # bytes by which each row begins further into its page
 
     @property
     def thread_counts(self) -> list[int]:
@@ -77,7 +77,7 @@ def choose_device(name: str) -> str:
 
 
 def check_memory(settings: Settings) -> None:
-    """ValueError unless the rows, a stack of them and a little more fit."""
+    """Raise ``ValueError`` unless the rows, stacks of them and a little more fit into memory."""
     element = max(getattr(torch, dtype).itemsize for dtype in settings.dtypes)
     # Rows, the saved last one, a stack that stays (combination) and one that comes and goes.
     needed = (3 * settings.rows[-1] + 2) * settings.largest * element
@@ -116,7 +116,7 @@ def machine_facts(settings: Settings, ceilings: Ceilings, removed: str) -> dict[
 
 
 def busy() -> float:
-    """Processors that other programs keep busy, as long as nothing is measured here."""
+    """Processors that other programs keep busy; call it while this process is idle."""
     count = psutil.cpu_count() or 1
     return round(psutil.cpu_percent(interval=LOOK_SECONDS) / 100 * count, 2)
 
@@ -130,7 +130,7 @@ def cpu_model() -> str:
 
 
 def run(settings: Settings, removed: str = "") -> dict[str, Any]:
-    """Everything, as it goes into the JSON file.
+    """Measure everything, as it goes into the JSON file.
 
     Raises:
         ValueError: not enough memory.
@@ -285,7 +285,7 @@ def sections(
 
 
 def check_step(rows: list[Tensor], ours: Contender) -> None:
-    """Rows of weight zero are not read: wrong weights would be fast ones.
+    """Check what the timed call writes: it skips rows of weight zero, so wrong weights could look fast.
 
     Raises:
         RuntimeError: the timed call does not write the combination.

@@ -13,7 +13,7 @@ import torch
 
 Kind = Literal["ours", "ceiling", "arithmetic", "peer"]
 
-# A turn's calls take about this long together: one call of a few microseconds is not worth a figure.
+# A turn's calls take about this long together: one call of a few microseconds tells too little.
 TURN_SECONDS = 0.004
 MOST_CALLS = 50
 SHORT_SECONDS = 0.05  # calls up to here come at least three at a time, after one that is not timed
@@ -24,7 +24,7 @@ PAUSE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed. ``setup_bytes``: memory that it needed before the first call."""
+    """Something to time. ``setup_bytes``: memory that it needed before the first call."""
 
     name: str
     kind: Kind
@@ -34,13 +34,13 @@ class Contender:
 
 @dataclass
 class Times:
-    """Seconds by contender, one number a round, and what the contenders that failed said."""
+    """Seconds by contender, one number per round, and the errors of contenders that failed."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def medians(self) -> dict[str, float]:
-        """One number a contender."""
+        """The median over rounds, per contender."""
         return {name: statistics.median(rounds) for name, rounds in self.seconds.items()}
 
 
@@ -61,14 +61,13 @@ class CpuClock:
         self._pause = PAUSE_SECONDS if threads > 1 else 0.0
 
     def calls(self, seconds: float) -> int:
-        """Several where one is short."""
+        """At least three where one is short."""
         if seconds > SHORT_SECONDS:
             return 1
         return max(3, min(MOST_CALLS, math.ceil(TURN_SECONDS / max(seconds, 1e-9))))
 
     def turn(self, run: Callable[[], Any], prepare: Callable[[], Any], calls: int) -> list[float]:
-        """Short calls come after one that is not timed: what the contender before left in the caches
-        is not theirs to pay for."""
+        """Short calls come after one that is not timed, which meets the previous contender's caches."""
         time.sleep(self._pause)
         seconds = []
         for call in range(calls if calls == 1 else calls + 1):
@@ -89,11 +88,11 @@ class CudaClock:
         self._least = math.ceil(CUDA_CALLS / rounds)
 
     def calls(self, seconds: float) -> int:
-        """So many that all rounds together have enough."""
+        """Enough for all rounds together to have ``CUDA_CALLS``."""
         return max(self._least, min(MOST_CALLS, math.ceil(TURN_SECONDS / max(seconds, 1e-9))))
 
     def turn(self, run: Callable[[], Any], prepare: Callable[[], Any], calls: int) -> list[float]:
-        """One call first that is not timed."""
+        """A first call is not timed."""
         prepare()
         run()
         torch.cuda.synchronize()
@@ -113,7 +112,7 @@ def clock(device: str, threads: int, rounds: int) -> Clock:
 
 
 def nothing() -> None:
-    """Where there is nothing to prepare."""
+    """Do nothing: there is nothing to prepare or to report."""
 
 
 def time_rounds(
@@ -123,7 +122,7 @@ def time_rounds(
     prepare: Callable[[], Any] = nothing,
     on_round: Callable[[], Any] = nothing,
 ) -> Times:
-    """Every contender once a round, in turn: what the machine does meanwhile meets all alike.
+    """Time every contender once per round, in turn, so that changes of the machine meet all alike.
 
     A warm-up round decides how many calls a turn has. A peer that raises takes no further part and has
     no figures; errors of ours and of the ceilings end the benchmark.
@@ -175,7 +174,7 @@ def step_bytes(m: int, n: int, element_bytes: int) -> int:
 
 
 def multiply_adds(m: int, n: int) -> int:
-    """Of a symmetric Gram matrix."""
+    """Multiply-adds of a symmetric Gram matrix."""
     return n * m * (m + 1) // 2
 
 

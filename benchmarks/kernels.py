@@ -107,7 +107,7 @@ def main(
 
 
 def start_clean() -> None:
-    """Starts again without ``BLAS_SETTINGS``: BLAS reads them while it is loaded."""
+    """Start this process again without ``BLAS_SETTINGS``: BLAS reads them while it is loaded."""
     removed = {name: os.environ[name] for name in BLAS_SETTINGS if name in os.environ}
     if not removed:
         return

@@ -29,11 +29,11 @@ class Contender(Protocol):
 
 
 def gapo() -> Aggregator:
-    """The weights that ours and the step by hand use."""
+    """The method that ours and the step by hand use."""
     return aggregation.build("gapo", p=1, scale="mean_norm")
 
 
 def synchronize() -> None:
-    """A GPU's work counts when it is done."""
+    """Wait for the GPU, so that a time includes its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Who takes part in benchmarks/peers.py. Imports nothing heavy, as the process that starts the others."""
+"""Who takes part in benchmarks/peers.py. Imports nothing heavy, because the starting process uses it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def entries(strategies: dict[str, dict[str, Any]], leave_out: Sequence[str], tor
     """All that run: the single-objective step of each stack first, and always the Gram matrices' reference.
 
     Raises:
-        ValueError: ``leave_out`` names one that is not there or that has to be.
+        ValueError: ``leave_out`` names one that does not exist or that must stay.
     """
     everything = [
         *HF_ENTRIES,

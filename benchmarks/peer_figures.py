@@ -27,10 +27,12 @@ def gram_error(found: Matrix, reference: Matrix) -> float:
 
 
 def agreement(entry: Entry, seen: Record, reference: dict[str, Matrix], tied: bool) -> Record:
-    """``agreement``: error of the Gram matrix of the contender's own gradients, in float64 where it has them.
-    ``gram_error``: of the one that its weights come from. Shares of ``|g_i| |g_j|``; None: not known.
+    """Compare a contender's Gram matrices with the reference, as shares of ``|g_i| |g_j|``.
 
-    A Gram matrix that is wrong in a method which has nothing else to show makes it drop out.
+    ``agreement``: error of the Gram matrix of the contender's own gradients, in float64 where it has them.
+    ``gram_error``: error of the one that its weights come from. None: not known.
+
+    A method that shows nothing but its Gram matrix drops out where that is wrong.
 
     Raises:
         RuntimeError: another contender's gradients are not those of the reference.
@@ -63,7 +65,7 @@ def times(rounds: Sequence[tuple[float, float]]) -> Record:
 
 
 def add_ratios(records: Sequence[Record], gradient_bytes: int) -> None:
-    """Against the step for one objective on the same stack, in the same rounds.
+    """Add ratios to the step for one objective on the same stack, in the same rounds.
 
     ``ratio``, ``least_ratio``: of median and least seconds. ``surplus``: what the peak is higher by, in
     gradients of the whole model (N fp32 numbers).

@@ -39,10 +39,10 @@ class HfContender(ABC):
 
     @abstractmethod
     def jacobians(self) -> list[Tensor] | None:
-        """Of every parameter, flat [m, n], where the method forms them."""
+        """The Jacobian of every parameter, flat [m, n]; None where the method does not form them."""
 
     def gram(self) -> Tensor | None:
-        """[m, m], by the method's own arithmetic, where it shows it."""
+        """The Gram matrix [m, m] by the method's own arithmetic; None where it does not show one."""
         return None
 
     def losses(self) -> Tensor:
@@ -55,7 +55,6 @@ class HfContender(ABC):
         return response_logprobs(self.model, self.batch.tokens_BT, self.batch.response_mask_BT)
 
     def step(self) -> Seconds:
-        """See ``Contender.step``."""
         synchronize()
         start = time.perf_counter()
         self.fill_gradients()
@@ -68,7 +67,7 @@ class HfContender(ABC):
         return end - start, end - filled
 
     def look(self, scopes: list[Any]) -> dict[str, Any]:
-        """See ``Contender.look``; with the warnings of one step, which say where a peer is slow."""
+        """Also gives the warnings of one step, which say where a peer is slow."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             gram = self.gram()
@@ -92,11 +91,9 @@ class Single(HfContender):
     """One objective: backward, AdamW."""
 
     def fill_gradients(self) -> None:
-        """See the base class."""
         self.losses()[0].backward()  # type: ignore[no-untyped-call]
 
     def jacobians(self) -> list[Tensor]:
-        """See the base class."""
         self.fill_gradients()
         found = []
         for parameter in self.parameters:
@@ -135,7 +132,6 @@ class ByHand(HfContender):
         return written if self.in_place else torch.stack(rows)
 
     def fill_gradients(self) -> None:
-        """See the base class."""
         jacobian = self.jacobian()
         weights = self.aggregator(self._gram_of(jacobian)).to(jacobian)
         combined = weights @ jacobian
@@ -143,11 +139,9 @@ class ByHand(HfContender):
             parameter.grad = piece.view_as(parameter)
 
     def jacobians(self) -> list[Tensor]:
-        """See the base class."""
         return list(torch.split(self.jacobian(), self.sizes, dim=1))
 
     def gram(self) -> Tensor:
-        """See the base class."""
         return self._gram_of(self.jacobian())
 
     @staticmethod
@@ -174,12 +168,10 @@ class Autojac(HfContender):
         self.autojac.backward(self.losses(), inputs=self.parameters, parallel_chunk_size=self.chunk)
 
     def fill_gradients(self) -> None:
-        """See the base class."""
         self._backward()
         self.autojac.jac_to_grad(self.parameters, self.aggregator, **self.options)
 
     def jacobians(self) -> list[Tensor]:
-        """See the base class."""
         self._backward()
         found = []
         parameters: list[Any] = list(self.parameters)  # TorchJD gives them the attribute
@@ -224,15 +216,13 @@ class Autogram(HfContender):
         return outputs_MB.sum(dim=1), blocks.sum(dim=(1, 3))
 
     def fill_gradients(self) -> None:
-        """See the base class."""
         losses, gramian = self._measure()
         losses.backward(self.weighting(gramian))  # type: ignore[no-untyped-call]
 
     def jacobians(self) -> None:
-        """None: that is its point."""
+        """None: it never forms them."""
 
     def gram(self) -> Tensor:
-        """See the base class."""
         return self._measure()[1].detach()
 
 

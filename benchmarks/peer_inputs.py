@@ -26,7 +26,7 @@ EPS = 1e-8
 
 
 def write_random_model(directory: Path, size: ModelSize, length: int) -> None:
-    """A random Llama, output layer apart from the embedding, fp32."""
+    """Write a random Llama in fp32, whose output layer is not tied to the embedding."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -84,7 +84,7 @@ def make_batch(model: PreTrainedModel, sequences: int, length: int, objectives: 
 def response_logprobs(model: PreTrainedModel, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Log-probability of every response token [B, T], 0 elsewhere; the softmax at those positions only.
 
-    By numbers of positions and not by a mask: the backward of masked_scatter has no rule under vmap.
+    It indexes by position instead of by mask, because the backward of masked_scatter has no rule under vmap.
     """
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     rows_N, columns_N = mask_BT[:, 1:].nonzero(as_tuple=True)

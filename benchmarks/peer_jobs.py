@@ -1,4 +1,4 @@
-"""What benchmarks/peers.py asks its processes for. Imports nothing heavy, as the process that starts them."""
+"""What benchmarks/peers.py asks its processes for. Imports nothing heavy: the starting process uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Task = Literal["look", "allocated", "resident", "time"]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of the random Llama that is made where no model is named; sizes in elements."""
+    """Sizes of the random Llama that is made where no model is named, in elements."""
 
     hidden: int = 512
     layers: int = 8
@@ -23,7 +23,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Order:
-    """Model and batch to be prepared, as files in ``folder``. ``model``: a directory; None: a random one."""
+    """Model and batch to prepare, as files in ``folder``. ``model``: a directory; None: a random one."""
 
     folder: str
     model: str | None
@@ -37,7 +37,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Job:
-    """A contender to be measured. ``scopes``: those to look at, see ``Contender.look``."""
+    """A contender to measure. ``scopes``: those that ``Contender.look`` covers."""
 
     entry: Entry
     objectives: int

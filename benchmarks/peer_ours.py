@@ -20,7 +20,7 @@ from gapo_mega.types import Experience
 def make_config(
     source: str, gradients: dict[str, Any], objectives: int, sequences: int, microbatches: int
 ) -> Config:
-    """Every setting is the default, but what has to be as on the other side (Adam, no clipping)."""
+    """The default settings, except those that must match the other side (Adam, no clipping)."""
     return Config.model_validate(
         {
             "output_dir": "unused",
@@ -68,11 +68,10 @@ class Ours:
         return report
 
     def look(self, scopes: list[Any]) -> dict[str, Any]:
-        """See ``Contender.look``. Its Gram matrix belongs to the parameters before the update."""
+        """Runs an update, whose Gram matrix belongs to the parameters before it."""
         return {"gram": self._update().gram.tolist(), "warnings": []}
 
     def step(self) -> Seconds:
-        """See ``Contender.step``."""
         synchronize()
         start = time.perf_counter()
         report = self._update()

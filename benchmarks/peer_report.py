@@ -17,13 +17,13 @@ STACK_NAMES = {"hf": "transformers", "ours": "Megatron"}
 
 
 def write(result: Record, path: Path) -> None:
-    """JSON; a value that is not finite would be an error."""
+    """Write JSON; a value that is not finite is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def print_table(result: Record, console: Console | None = None) -> None:
-    """One table a number of objectives, and what peers that dropped out said."""
+    """Print one table per number of objectives, and why peers dropped out."""
     # In a file or a pipe there is no width to keep to.
     console = console or (Console() if Console().is_terminal else Console(width=150))
     machine, model, settings = result["machine"], result["model"], result["settings"]

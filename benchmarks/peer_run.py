@@ -25,15 +25,15 @@ from peer_jobs import Job, ModelSize, Order
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-PAUSE_SECONDS = 0.02  # threads of the contender before spin for a while after their work
-RESERVE = 1.2  # of the memory that is expected to be needed
+PAUSE_SECONDS = 0.02  # the previous contender's threads spin for a while after their work
+RESERVE = 1.2  # times the expected need of memory
 INSTALL_TORCHJD = 'torchjd is not installed: pip install -e ".[bench]"'
 LOOKS = ("look", "allocated", "resident")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``size`` is that of the random model."""
+    """What to measure. ``size`` is that of the random model."""
 
     model: str | None
     sequences: int
@@ -48,7 +48,7 @@ class Settings:
     size: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
-        """ValueError where something does not fit together."""
+        """Raise ``ValueError`` where something does not fit together."""
         if self.sequences % self.microbatches:
             raise ValueError(
                 f"microbatches: found {self.microbatches}, accepted: a divisor of {self.sequences} sequences"
@@ -75,7 +75,7 @@ class Worker:
         """What the process says next.
 
         Raises:
-            RuntimeError: it ended without an answer; why stands on standard error.
+            RuntimeError: it ended without an answer; standard error says why.
         """
         try:
             return self._connection.recv()
@@ -84,7 +84,7 @@ class Worker:
             raise RuntimeError(f"{self.name}: process ended with {self._process.exitcode}") from error
 
     def ask(self, request: str) -> Any:
-        """The answer to a request."""
+        """Send a request and return the answer."""
         try:
             self._connection.send(request)
         except BrokenPipeError as error:
@@ -93,7 +93,7 @@ class Worker:
         return self.answer()
 
     def end(self) -> None:
-        """Until the process and its memory are gone."""
+        """Wait until the process and its memory are gone; kill it if it stays."""
         self._connection.close()
         self._process.join(timeout=30)
         self._process.kill()
@@ -106,7 +106,7 @@ def server() -> Iterator[None]:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         "PYTHONPATH": os.pathsep.join(paths),  # `preload` does not look along our sys.path
-        "KINETO_LOG_LEVEL": "99",  # torch's profiler would tell on standard error when it starts and stops
+        "KINETO_LOG_LEVEL": "99",  # torch's profiler would report on standard error when it starts and stops
     }
     with patch.dict(os.environ, environment):
         multiprocessing.get_context("forkserver").set_forkserver_preload(["peer_worker"])
@@ -115,7 +115,7 @@ def server() -> Iterator[None]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Everything, as it goes into the JSON file.
+    """Measure everything, as it goes into the JSON file.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -143,7 +143,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def prepare(settings: Settings, folder: str) -> dict[str, Any]:
-    """Model and batch; see ``peer_worker.prepare``."""
+    """Have a process write model and batch; return the answer of ``peer_worker.prepare``."""
     order = Order(
         folder=folder,
         model=settings.model,
@@ -201,7 +201,7 @@ class Measurement:
         return [entry for entry in self.entrants if "failed" not in self.records[entry.name]]
 
     def _settle(self, entry: Entry, task: str) -> None:
-        """What a peer that refuses said goes where its figures would be."""
+        """Where a peer refused the task, keep its words in place of its figures."""
         record = self.records[entry.name]
         if "failed" in record[task]:
             record["failed"] = record.pop(task)["failed"]
@@ -231,7 +231,7 @@ class Measurement:
         return found
 
     def _look(self) -> None:
-        """Before anything is measured: all work on the same gradients.
+        """Check, before anything is measured, that all work on the same gradients.
 
         Raises:
             RuntimeError: the step by hand, autojac or ours do not.
@@ -249,7 +249,7 @@ class Measurement:
             record |= peer_figures.agreement(entry, seen, reference, tied)
 
     def _time(self) -> None:
-        """Entrants take turns; their processes stay where all of them fit into memory, else begin anew."""
+        """Entrants take turns; their processes stay if all fit into memory, else every turn starts one."""
         entrants = self._remaining()
         resident = [self.records[entry.name]["resident"] for entry in entrants]
         needed = sum(found["idle_bytes"] for found in resident)

@@ -8,14 +8,14 @@ from peer_jobs import Job, Order, Task
 
 
 def prepare(connection: Connection, order: Order) -> None:
-    """See ``peer_worker.prepare``."""
+    """Import ``peer_worker`` in this process, and prepare model and batch."""
     import peer_worker
 
     peer_worker.prepare(connection, order)
 
 
 def work(connection: Connection, job: Job, task: Task) -> None:
-    """See ``peer_worker.work``."""
+    """Import ``peer_worker`` in this process, and do ``task`` with the job's contender."""
     import peer_worker
 
     peer_worker.work(connection, job, task)

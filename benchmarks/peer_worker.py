@@ -53,7 +53,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 def load_lazy_imports() -> None:
-    """What contenders import when they need it, so that it is there before anything is measured."""
+    """Import what contenders would import late, before anything is measured."""
     aggregation.methods()
     if importlib.util.find_spec("torchjd") is not None:
         import torchjd.autogram
@@ -73,7 +73,7 @@ def build(job: Job) -> Contender:
 
 
 def load_batch(file: str, objectives: int) -> Experience:
-    """The batch with its first ``objectives``."""
+    """The batch with its first ``objectives`` objectives."""
     stored = {k: v for k, v in torch.load(file, weights_only=True).items() if v is not None}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Experience(
@@ -85,9 +85,9 @@ def load_batch(file: str, objectives: int) -> Experience:
 
 
 def work(connection: Connection, job: Job, task: Task) -> None:
-    """The process: sends one answer, for ``time`` one per "step" that it receives.
+    """What the process does: it sends one answer, for ``time`` one per "step" that it receives.
 
-    An answer ``{"failed": ...}`` comes from a peer that refuses; errors of others end the process.
+    A peer that refuses answers ``{"failed": ...}``; errors of others end the process.
     """
     torch.set_num_threads(job.threads)
     warnings.simplefilter("ignore")  # `look` keeps what they say
@@ -103,7 +103,7 @@ def work(connection: Connection, job: Job, task: Task) -> None:
 
 
 def do(connection: Connection, job: Job, task: Task) -> None:
-    """The task, and its answer."""
+    """Do the task and send its answer."""
     if task == "time":
         keep_time(connection, job)
     else:
@@ -111,12 +111,12 @@ def do(connection: Connection, job: Job, task: Task) -> None:
 
 
 def look(job: Job) -> dict[str, Any]:
-    """See ``Contender.look``."""
+    """What ``Contender.look`` gives for the job's scopes."""
     return build(job).look(list(job.scopes))
 
 
 def allocated(job: Job) -> dict[str, int]:
-    """Bytes by torch's allocator: what stands when all is built, and the most in the steps after."""
+    """Bytes by torch's allocator: those held when all is built, and the most in the steps after."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with measure_allocations(device) as building:
         contender = build(job)
@@ -126,8 +126,10 @@ def allocated(job: Job) -> dict[str, int]:
 
 
 def resident(job: Job) -> dict[str, int]:
-    """Bytes by the kernel's count, above those of the process when it began: what stands when all is built,
-    the most in the steps after, and what stands at their end."""
+    """Bytes by the kernel's count, above those of the process when it began.
+
+    Those held when all is built, the most in the steps after, and those held at their end.
+    """
     return_freed_memory()
     process = psutil.Process()
     start = process.memory_info().rss
@@ -143,13 +145,13 @@ def resident(job: Job) -> dict[str, int]:
 
 
 def take_steps(contender: Contender) -> None:
-    """The optimizer's state comes with the first."""
+    """Take the steps of a memory measurement; the first one creates the optimizer's state."""
     for _ in range(STEPS):
         contender.step()
 
 
 def return_freed_memory() -> None:
-    """Makes malloc hand freed blocks back, where that can be asked for: the count is then of what is used."""
+    """Make glibc's malloc return freed blocks, so that the kernel counts only memory in use."""
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
         for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
@@ -172,7 +174,7 @@ def keep_time(connection: Connection, job: Job) -> None:
 
 
 def prepare(connection: Connection, order: Order) -> None:
-    """Model and batch; answers with their places and what is known about them and the machine."""
+    """Write model and batch; answer with their places and with facts about them and the machine."""
     torch.set_num_threads(order.threads)
     folder = Path(order.folder)
     source = order.model

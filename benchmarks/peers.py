@@ -48,7 +48,7 @@ def parse_strategies(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def parse_size(text: str) -> dict[str, int]:
-    """Fields of ``peer_inputs.ModelSize`` from ``hidden=512,layers=8``.
+    """Fields of ``peer_jobs.ModelSize`` from ``hidden=512,layers=8``.
 
     Raises:
         ValueError: another field, or no positive number.

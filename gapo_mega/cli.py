@@ -1,7 +1,7 @@
 """The ``gapo-mega`` command: assembles the commands of ``gapo_mega/commands``.
 
-A new command is one new file there, and its import and its line here. The files import what is heavy inside
-their functions, so that ``--help`` is quick.
+A new command is one new file there, and its import and its line here. Command files import heavy modules
+inside their functions, so that ``--help`` is quick.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Optional accelerators, probed once without importing them.
 
 An installed package of the right name proves little: the bare ``transformer-engine`` meta package
-raises on import, and ``apex`` on PyPI is an unrelated project. What is looked for is the compiled
-part that Megatron-core uses.
+raises on import, and ``apex`` on PyPI is an unrelated project. The probes look for the compiled part
+that Megatron-core uses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def transformer_engine() -> Probe:
 
 
 def transformer_engine_layers() -> bool:
-    """Whether models are built of Transformer Engine's layers: where it is really installed and has a GPU."""
+    """Whether models use Transformer Engine's layers: it is usable, and there is a GPU."""
     return transformer_engine().usable and torch.cuda.is_available()
 
 

@@ -32,7 +32,7 @@ def find(where: str, known: Mapping[str, type[T]], base: type[T], name: str) -> 
     """``known[name]``, or the user's own subclass of ``base``, named by ``module:Class`` or by its file.
 
     ``where`` is the setting that the name comes from. Raises ``ValueError`` for a name that does not exist,
-    with the nearest one, and as ``user_code.load_class`` does.
+    naming the nearest one, and as ``user_code.load_class`` does.
     """
     if is_reference(name):
         return load_class(where, name, base)
@@ -44,10 +44,10 @@ def find(where: str, known: Mapping[str, type[T]], base: type[T], name: str) -> 
 def construct(
     section: str, known: Mapping[str, type[T]], base: type[T], name: str, options: Mapping[str, Any]
 ) -> T:
-    """What ``find`` gives for ``section.name``, built with ``options``.
+    """Build what ``find`` gives for ``section.name`` with ``options``.
 
     ``section`` is the part of the configuration that the names come from. Raises ``ValueError`` for an
-    unknown name or option, with the nearest one, and for an option that is missing.
+    unknown name or option, naming the nearest one, and for an option that is missing.
     """
     implementation = find(f"{section}.name", known, base, name)
     signature = inspect.signature(implementation)
@@ -63,7 +63,7 @@ def construct(
 
 
 def unknown(where: str, found: str, accepted: Sequence[str], forms: Sequence[str] = ()) -> str:
-    """The message for a name that does not exist; ``forms`` are accepted, too, but no names."""
+    """The message for a name that does not exist; ``forms`` are accepted too, but are no names."""
     nearest = difflib.get_close_matches(str(found), accepted, n=1, cutoff=0.0)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     return f"{where}: found {found!r}{hint}, accepted: {', '.join([*accepted, *forms])}"

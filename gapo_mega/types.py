@@ -22,7 +22,7 @@ Message = Mapping[str, str]  # role and content
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: what the user wrote and the token ids that the policy is given."""
+    """One prompt: what the user wrote, and the token ids that the policy reads."""
 
     index: int
     text: str  # the last message of the user
@@ -95,7 +95,7 @@ class TokenBatch:
         return self._each(lambda tensor, _: tensor.to(device))
 
     def _each(self: AnyBatch, change: Callable[[Tensor, int], Tensor]) -> AnyBatch:
-        """``change`` of every tensor that is there, given the tensor and the dimension of its rows."""
+        """Apply ``change`` to every tensor that is there, with the dimension of its rows."""
         changes: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -1,8 +1,8 @@
-"""Code of the user's own, named in a configuration: ``module:NAME`` or ``path/to/file.py:NAME``.
+"""The user's own code, named in a configuration: ``module:NAME`` or ``path/to/file.py:NAME``.
 
-``resolve`` runs where a configuration is read. It looks for files, and for modules that Python itself does
-not find, in the working directory and then in the configuration's folder, and gives their absolute path. What
-is loaded later is therefore the same in every process of a run, and with the configuration that it records.
+``resolve`` runs when a configuration is read. It looks for files, and for modules that Python itself does not
+find, in the working directory and then in the configuration's folder, and gives their absolute path. Every
+process of a run therefore loads the same code, and so does the configuration that the run records.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def is_reference(name: str) -> bool:
-    """Whether ``name`` is code of the user's own, rather than the name of something in the package."""
+    """Whether ``name`` names the user's own code, rather than something in the package."""
     return ":" in name
 
 
@@ -38,7 +38,7 @@ def resolve(reference: str, folders: Sequence[Path]) -> str:
     """``reference`` with the absolute path of its file, where that lies in one of ``folders``.
 
     The first folder that has it wins. Names without a colon, absolute paths and modules that Python finds
-    stay as they are, and so do modules that nobody finds: loading them tells what is wrong. Raises
+    stay as they are, and so do modules that nobody finds: loading them reports the error. Raises
     ``ValueError`` for a relative path in none of the folders, with what is accepted.
     """
     place, colon, name = reference.rpartition(":")
@@ -64,11 +64,11 @@ def resolve(reference: str, folders: Sequence[Path]) -> str:
 
 
 def load_class(where: str, reference: str, base: type[T]) -> type[T]:
-    """The class that ``reference`` names, which has to be a concrete subclass of ``base``.
+    """The class that ``reference`` names, which must be a concrete subclass of ``base``.
 
     ``where`` is what errors call the setting. Raises ``ValueError`` for a module, file or class that is not
-    there and for anything but such a class. Whatever the user's code raises while it is imported comes
-    through; a ``ValueError`` among it gets its file and line.
+    there and for anything but such a class. Errors that the user's code raises during its import pass
+    through; a ``ValueError`` gets its file and line.
     """
 
     def fits(member: object) -> bool:
@@ -99,7 +99,7 @@ def load_function(where: str, reference: str | None) -> Callable[..., object]:
 def _load(
     where: str, reference: str | None, accepted: str, fits: Callable[[object], bool]
 ) -> tuple[ModuleType, object]:
-    """The module of ``reference`` and what it names there; ``fits`` tells what may be offered instead."""
+    """The module of ``reference``, and what it names there; errors suggest a name whose value ``fits``."""
     place, _, name = (reference or "").rpartition(":")
     is_file = place.endswith(".py")
     if not name.isidentifier() or not (is_file or _MODULE.fullmatch(place)):
@@ -113,7 +113,7 @@ def _load(
 
 
 def _nearest(module: ModuleType, name: str, fits: Callable[[object], bool]) -> str:
-    """The hint at what ``module`` has that fits, its own first."""
+    """A hint at the nearest name in ``module`` whose value fits; what it defines itself comes first."""
     members = vars(module)
     public = [key for key, value in members.items() if fits(value) and not key.startswith("_")]
     own = [key for key in public if getattr(members[key], "__module__", "") == module.__name__]
@@ -174,7 +174,7 @@ def _is_found_as(name: str, path: Path) -> bool:
 
 
 def _under_a_name_of_its_own(path: Path) -> ModuleType:
-    # The same in every process, so that what one of them pickles the others can read.
+    # The name is the same in every process, so that the others can read what one pickles.
     name = f"user_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -191,9 +191,10 @@ def _under_a_name_of_its_own(path: Path) -> ModuleType:
 
 
 def _python_finds(top: str) -> bool:
-    """Whether the module or package ``top`` is there without the working directory's being on the path.
+    """Whether Python finds ``top`` elsewhere than through the working directory on its path.
 
-    ``python -m`` and torchrun put it first, the console script does not: both resolve a name alike.
+    ``python -m`` and torchrun put that directory first, the console script does not: this way a name
+    resolves alike in both.
     """
     if top == __name__.partition(".")[0]:
         return True
@@ -212,7 +213,7 @@ def _python_finds(top: str) -> bool:
 
 @contextmanager
 def _with_file_and_line(where: str) -> Iterator[None]:
-    """A ``ValueError`` of the user's code names its place: the command shows such an error as one line."""
+    """Add file and line to a ``ValueError`` of the user's code: the command shows it as one line."""
     try:
         yield
     except ValueError as error:

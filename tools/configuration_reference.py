@@ -115,7 +115,7 @@ def table(kind: type[Section], before: str) -> str:
         shown = "*required*" if field.is_required() else code(field.get_default(call_default_factory=True))
         accepted = ", ".join(limits(field.metadata))
         kind_of_value = type_name(field.annotation)
-        if (kind, name) == (GradientConfig, "store"):  # a text, answered by what is declared
+        if (kind, name) == (GradientConfig, "store"):  # a text, whose values the strategies declare
             kind_of_value = ", ".join(map(code, strategies.stores()))
         rows.append([f"`{before}{name}`", kind_of_value, shown, accepted, field.description])
     return grid(["key", "type", "default", "accepted", "meaning"], rows)
@@ -128,7 +128,7 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A field's type as somebody who writes YAML calls it."""
+    """A field's type, in the words of somebody who writes YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return " ".join([type_name(arguments[0]), *(f"({text})" for text in limits(arguments[1:]))])

@@ -9,17 +9,17 @@ from gapo_mega.types import Experience
 
 
 class AdvantageEstimator(ABC):
-    """From token rewards to advantages, per objective.
+    """Turns token rewards into advantages, per objective.
 
     Options are the fields of the (data)class that implements it.
     """
 
     name: ClassVar[str]
-    # True: ``Experience.values_MBT`` has to be there, so a critic is trained.
+    # True: the estimator reads ``Experience.values_MBT``, so the run trains a critic.
     needs_values: ClassVar[bool] = False
-    least_samples: ClassVar[int] = 1  # of a prompt, that is ``rollout.samples_per_prompt``
+    least_samples: ClassVar[int] = 1  # fewest samples of a prompt (``rollout.samples_per_prompt``)
     least_samples_because: ClassVar[str] = "every prompt needs a sample"  # why not fewer
 
     @abstractmethod
     def __call__(self, experience: Experience) -> Experience:
-        """The experience with ``advantages_MBT`` and ``returns_MBT`` [M, B, T], 0 off the response."""
+        """Return the experience with ``advantages_MBT`` and ``returns_MBT`` [M, B, T], 0 off the response."""

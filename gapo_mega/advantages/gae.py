@@ -19,7 +19,7 @@ def gae(
 
     ``values_MBT[:, :, t]`` is the value before token t is drawn; the value after the last response
     token is 0. ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, return
-    ``A_t + V_t``, where t + 1 is the *next response token*: a gap in the mask is stepped over.
+    ``A_t + V_t``, where t + 1 is the *next response token*: the recursion skips gaps in the mask.
     """
     advantages_MBT = torch.zeros_like(token_rewards_MBT)
     next_value_MB = torch.zeros_like(token_rewards_MBT[:, :, 0])

@@ -22,7 +22,7 @@ _EQUAL = 1e-6
 
 
 def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, normalize: bool) -> Tensor:
-    """Advantages [M, B] of sequence returns [M, B]; rows with one number in ``group_B`` are a group.
+    """Advantages [M, B] of sequence returns [M, B]; rows with equal ``group_B`` form a group.
 
     Raises ``ValueError`` for a group of a single sample: nothing is left to compare it with.
     """

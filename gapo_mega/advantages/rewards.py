@@ -30,9 +30,9 @@ def token_rewards(
 def whiten(advantages_MBT: Tensor, mask_BT: Tensor, sum_over_data: Callable[[Tensor], Tensor]) -> Tensor:
     """Advantages with mean 0 and variance 1 per objective over the response tokens of *all* ranks.
 
-    ``sum_over_data`` adds a tensor up over the data-parallel ranks. Off the response the result is 0;
+    ``sum_over_data`` sums a tensor over the data-parallel ranks. Off the response the result is 0;
     an objective whose advantages are all equal becomes 0. Whitening rescales ``||g_i||``, which
-    GAPO reads: leave it out unless that is wanted.
+    GAPO reads: leave it out unless you want that.
     """
     x_MBT = torch.where(mask_BT, advantages_MBT, 0.0).double()
     tokens = sum_over_data(mask_BT.sum().double()).clamp(min=1)

@@ -1,4 +1,4 @@
-"""From the Gram matrix of the objective gradients to the weights of the update direction.
+"""Turns the Gram matrix of the objective gradients into the weights of the update direction.
 
 ``build("gapo", p=1)(gram)`` gives the weights; ``diagnose(gram, weights)`` says what they do. Every
 file of this folder that defines an ``Aggregator`` is a method; see docs/extending.md.

@@ -1,9 +1,9 @@
 """What every aggregation method shares: its contract, its two common options, its checks.
 
 A method turns the Gram matrix ``G_ij = <g_i, g_j>`` of the M objective gradients into weights
-``w``, and the training engine then writes ``sum_i w_i g_i``. Nothing of the size of the model is
-seen here, so a method is a small function on the CPU. A method may remember earlier steps: it learns of
-those that the optimizer took by ``commit``, and asking it changes nothing.
+``w``, and the training engine then writes ``sum_i w_i g_i``. A method sees this small matrix alone, never
+anything of the model's size. It may remember earlier steps: ``commit`` tells it which ones the optimizer
+took. Asking for weights changes nothing.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ZeroGradientError(ValueError):
 class TensorSolution:
     """A formula's weights ``weights * exp(log_factor)``, on the Gram matrix's device.
 
-    The factor is apart because ``1 / ||g||^p`` leaves the range of double precision for large p,
-    while the ratios of the weights, all that two of the three scales need, do not.
+    The factor is kept apart because ``1 / ||g||^p`` leaves the range of double precision for large p.
+    The ratios of the weights do not, and two of the three scales need nothing else.
     """
 
     weights: Tensor  # [M] float64, 0 where an objective takes no part
@@ -64,7 +64,7 @@ class Aggregator(AggregationMethod):
     of ``weighted_sum`` that is not 0 belongs to a zero gradient.
 
     The call raises ``NonFiniteGramError`` or ``ZeroGradientError`` (both ``ValueError``), and
-    ``ValueError`` for a matrix that is not square, a negative diagonal, options of another number
+    ``ValueError`` for a matrix that is not square, a negative diagonal, options for another number
     of objectives, a matrix that the formula cannot solve, or weights outside double precision (only
     possible with ``scale: none``).
 
@@ -79,7 +79,7 @@ class Aggregator(AggregationMethod):
     ``||d||`` is then at most an ordinary gradient's length, and equal to it when all gradients point
     the same way, whatever p is.
 
-    Memory: asking only reads what a method remembers. ``commit`` writes it, from the Gram matrix and the
+    Memory: a call only reads what a method remembers. ``commit`` writes it, from the Gram matrix and the
     weights of a step that the optimizer took, so skipped minibatches and failures leave no trace.
     ``state_dict`` holds what was committed.
     """
@@ -91,7 +91,7 @@ class Aggregator(AggregationMethod):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):  # a user's own need not have one
+        if "name" not in vars(cls):  # a user's own class need not have one
             cls.name = cls.__name__
 
     def __post_init__(self) -> None:
@@ -100,19 +100,19 @@ class Aggregator(AggregationMethod):
 
     @abstractmethod
     def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
-        """What the formula gives for ``gram``, float64 [M, M], on its device; ``HostMethod`` and
-        ``DeviceMethod`` are the two ways. Reads what the method remembers, and changes nothing.
+        """Apply the method's formula to ``gram``, float64 [M, M], on its device.
 
-        ``active`` [M] is true where ``G_ii`` is positive. The matrix may hold anything, as nobody has looked:
-        what comes out where it is no Gram matrix is not used, but nothing may be raised.
+        ``HostMethod`` and ``DeviceMethod`` implement this; it reads what the method remembers, and changes
+        nothing. ``active`` [M] is true where ``G_ii`` is positive. Nobody has checked the values of ``gram``
+        yet: the caller discards the result for an invalid matrix, so this must not raise.
         """
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
-        """The options in use that hold one number per objective, by name; their lengths are checked."""
+        """Options in use with one number per objective, by name; ``weigh`` checks their lengths."""
         return {}
 
     def weigh(self, gram: Tensor) -> Aggregated:
-        """See ``AggregationMethod.weigh``. Waits for nothing that ``solution`` does not wait for."""
+        """Solve, scale and check, all on the device of ``gram``; only ``solution`` may wait for it."""
         self._check(gram)
         diagonal = gram.diagonal()
         active = diagonal > 0
@@ -131,7 +131,7 @@ class Aggregator(AggregationMethod):
         )
 
     def error(self, found: Aggregated) -> ValueError:
-        """The words of every status but OK; ``NonFiniteGramError`` and ``ZeroGradientError`` among them."""
+        """The error for a status other than OK: ``NonFiniteGramError``, ``ZeroGradientError`` or its base."""
         gram = found.gram.cpu()
         diagonal = gram.diagonal()
         status = Status(int(found.status))
@@ -157,10 +157,10 @@ class Aggregator(AggregationMethod):
         )
 
     def commit(self, found: Aggregated) -> None:
-        """See ``AggregationMethod.commit``. A method without memory has nothing to do."""
+        """Do nothing: a method without memory has nothing to keep."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, as it was last committed; empty for a method without memory."""
+        """What a checkpoint must hold: the memory as last committed, empty for a method without one."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,7 +169,7 @@ class Aggregator(AggregationMethod):
             raise ValueError(f"aggregation {self.name}: found state {sorted(state)}, accepted: none")
 
     def _check(self, gram: Tensor) -> None:
-        """What the host knows without reading the matrix."""
+        """Raise ``ValueError`` for what the host can tell without reading the matrix."""
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
             raise ValueError(f"gram: found shape {list(gram.shape)}, accepted: [M, M] with M >= 1")
         count = gram.shape[0]
@@ -179,9 +179,9 @@ class Aggregator(AggregationMethod):
                 raise ValueError(f"{option}: found {len(numbers)} numbers, accepted: {accepted}")
 
     def _fault(self, gram: Tensor) -> Tensor:
-        """What keeps ``gram`` [M, M] from having weights, a ``Status`` int32 [1] on its device."""
+        """Why ``gram`` [M, M] can have no weights, as a ``Status`` int32 [1] on its device; else OK."""
         diagonal = gram.diagonal()
-        # Of several the first one here is told.
+        # Where several hold, the first one here is reported.
         faults = [
             (~gram.isfinite().all(), Status.NOT_FINITE),
             ((diagonal < 0).any(), Status.NEGATIVE_DIAGONAL),
@@ -195,7 +195,7 @@ class Aggregator(AggregationMethod):
 
 
 def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Tensor, count: Tensor) -> Tensor:
-    """The option ``scale``, on any device; ``weights`` [K] not all 0, ``count`` of ``norms`` [K] not 0."""
+    """Apply ``scale``, on any device; ``weights`` [K] are not all 0, ``count`` of ``norms`` [K] are not 0."""
     if scale == "none":
         return weights * log_factor.exp()
     if scale == "sum_to_one":
@@ -243,7 +243,7 @@ def require_bool(option: str, value: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float; bool and text are not numbers here."""
+    """Whether ``value`` is a finite int or float; bool and text are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) != float("inf") and value == value

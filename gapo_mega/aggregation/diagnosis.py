@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapo_mega.aggregation.base import cosine_matrix, zero_objectives
 
-# (G w)_i is a sum of terms of either sign; what is below this share of their size is rounding.
+# (G w)_i is a sum of terms of either sign; a result below this share of their size is rounding.
 _ROUNDING = 1e-12
 
 

@@ -46,7 +46,7 @@ class Gapo(DeviceMethod):
         log_lengths = (1.0 - self.p) * norms.log()
         shortest = torch.where(active, log_lengths, math.inf).min()
         # Where lengths differ by more than 1e20 the long ones add less than 1e-20 to the constraint
-        # sum(a) = 1, so how long they are exactly changes no digit of the direction.
+        # sum(a) = 1, so their exact length changes no digit of the direction.
         lengths = (log_lengths - shortest).clamp(max=math.log(_LONGEST)).exp()
         simplex = torch.empty_like(norms)
         status = torch.empty(1, dtype=torch.int32, device=gram.device)

@@ -12,23 +12,23 @@ from gapo_mega.aggregation.base import Aggregator, TensorSolution
 
 
 class DeviceMethod(Aggregator):
-    """An ``Aggregator`` that gives its formula in tensor operations which never wait for the device.
+    """An ``Aggregator`` that gives its formula in tensor operations that never wait for the device.
 
-    It can be captured in a CUDA graph. A method with memory keeps it in tensors on the device of the Gram
-    matrices that ``commit`` brings.
+    A CUDA graph can capture it. A method with memory keeps it in tensors on the device of the Gram
+    matrices that ``commit`` receives.
     """
 
     @abstractmethod
     def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
-        """The method's formula, without reading a value on the host.
+        """Apply the method's formula without reading a value on the host.
 
         ``gram`` [M, M] float64 has a positive diagonal where ``active`` [M] is true and rows and columns of
         zeros elsewhere; ``numbers`` [M] is the method's option with one number per objective, None where
-        it is left out. ``gram`` may hold anything else, as nobody has looked; see ``Aggregator.solution``.
+        it is left out. Nobody has checked ``gram`` yet: the caller discards the result for an invalid
+        matrix, so this must not raise.
         """
 
     def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
-        """See ``Aggregator.solution``."""
         options = list(self.per_objective().values())
         assert len(options) <= 1, "a method with several such options needs names for them here"
         numbers = _constant(tuple(map(float, options[0])), gram.device) if options else None

@@ -1,4 +1,4 @@
-"""Methods that are plain arithmetic on the host: the Gram matrix visits it, whatever device it lies on."""
+"""Methods that are plain arithmetic on the host: the Gram matrix is copied there from any device."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Solution:
 
 
 class HostMethod(Aggregator):
-    """An ``Aggregator`` whose formula sees only what takes part, on the CPU."""
+    """An ``Aggregator`` whose formula sees only the objectives that take part, on the CPU."""
 
     @abstractmethod
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        """The method's formula. Reads what the method remembers, and changes nothing.
+        """Apply the method's formula. Reads what the method remembers, and changes nothing.
 
         ``gram`` is float64 [K, K], finite, with a positive diagonal, and belongs to the objectives
-        ``active`` (K ascending indices); methods with one number per objective pick theirs by it.
+        ``active`` (K ascending indices), by which methods with one number per objective pick theirs.
         """
 
     def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
-        """See ``Aggregator.solution``. The formula is asked where there is something to combine."""
+        """Call ``solve`` on the host where there is something to combine."""
         host = gram.cpu()
         taking_part = active.cpu().nonzero().flatten()
         weights = torch.zeros(len(host), dtype=torch.float64)

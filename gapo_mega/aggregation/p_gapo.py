@@ -12,7 +12,7 @@ from torch import Tensor
 from gapo_mega.aggregation.base import TensorSolution, is_number
 from gapo_mega.aggregation.on_device import DeviceMethod
 
-# Preferences are typed by people: 1/3 is written 0.3333.
+# People type preferences, and write 1/3 as 0.3333.
 _SUM_TOLERANCE = 1e-3
 
 
@@ -21,7 +21,7 @@ class PGapo(DeviceMethod):
     """``w_i = lambda_i / ||g_i||``; there is no minimisation.
 
     ``preference``: lambda, one number > 0 per objective with sum 1 (within 0.001, then normalised).
-    Left out, every objective has 1/M. When objectives are excluded, lambda is renormalised over the
+    If left out, every objective has 1/M. When objectives are excluded, lambda is renormalised over the
     others.
 
     Not a common ascent direction in general: of two objectives, i loses to first order exactly when

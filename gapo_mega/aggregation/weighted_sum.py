@@ -17,8 +17,8 @@ from gapo_mega.aggregation.on_device import DeviceMethod
 class WeightedSum(DeviceMethod):
     """``w = weights``, whatever the gradients are.
 
-    ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. Left
-    out, every objective has weight 1/M. The weights of excluded objectives are dropped, the others
+    ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. If left
+    out, every objective has weight 1/M. The weights of excluded objectives are dropped; the others
     stay as they are (``scale: sum_to_one`` renormalises them).
     """
 

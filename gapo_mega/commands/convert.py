@@ -1,4 +1,4 @@
-"""``gapo-mega convert``: reads off what the source is, and has it converted."""
+"""``gapo-mega convert``: finds out what the source is, and converts it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def convert(
 
 @dataclass(frozen=True)
 class Conversion:
-    """One conversion as it was asked for; the fields are the command's options."""
+    """One requested conversion; the fields are the command's options."""
 
     source: str
     target: Path
@@ -67,7 +67,7 @@ class Conversion:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raise ``ValueError`` for what can be told without reading any weights."""
+        """Raise ``ValueError`` for what can be refused without reading weights."""
         kind = self._source_kind()
         for option, found, accepted in (
             ("--dtype", self.dtype, tuple(_DTYPES)),
@@ -92,7 +92,7 @@ class Conversion:
             self._check_model(Path(self.source).expanduser())
 
     def _check_model(self, source: Path) -> None:
-        """The family and the layout, before any process is started."""
+        """Check the model's family and the layout before any process starts."""
         from gapo_mega.models import shape_of
         from gapo_mega.models.huggingface.config import read_config
 
@@ -178,7 +178,7 @@ class Conversion:
         return "hf"
 
     def _target_kind(self, source: Kind) -> str:
-        layout = self.tensor > 1 or self.pipeline > 1  # which a Hugging Face directory has not
+        layout = self.tensor > 1 or self.pipeline > 1  # which a Hugging Face directory does not have
         return self.target_kind or ("megatron" if source == "hf" or (source == "gguf" and layout) else "hf")
 
     def _made_parent(self) -> Path:

@@ -26,11 +26,11 @@ def refuse_under_torchrun(processes: int) -> None:
 def start(processes: int, arguments: Sequence[str]) -> NoReturn:
     """Become a torchrun of ``processes`` local workers that run ``gapo-mega`` with ``arguments``.
 
-    This process is replaced rather than made a parent, so that signals and the exit code are torchrun's own.
+    Torchrun replaces this process, so that signals and the exit code are torchrun's own.
     The rendezvous picks a free port.
     """
     assert processes >= 1
-    # Each worker would else use every core, and they would wait for one another.
+    # Otherwise each worker would use every core, and they would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     # After SIGTERM the workers write a checkpoint; torchrun would kill them after 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
@@ -57,12 +57,12 @@ def world_size() -> int:
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for its job."""
+    """Whether this process is rank 0, which reports for its job."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def quiet_other_ranks() -> None:
-    """One voice: progress from rank 0, errors from everyone."""
+    """Let rank 0 report progress, and every rank its errors."""
     main_rank = is_main_rank()
     logging.basicConfig(
         level=logging.WARNING if main_rank else logging.ERROR,

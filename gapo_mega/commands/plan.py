@@ -37,7 +37,10 @@ def plan(
 
 
 def make_plan(config: Config, world_size: int) -> RunPlan:
-    """``ValueError`` for what does not fit together. Reads the model's configuration, not its weights."""
+    """Plan the run on ``world_size`` processes from the model's configuration, without its weights.
+
+    Raises ``ValueError`` for settings that do not fit together.
+    """
     from gapo_mega.planning.memory import predict
     from gapo_mega.planning.run import RunPlan
     from gapo_mega.runs.preflight import resolve

@@ -36,7 +36,7 @@ class ChatMessage(BaseModel):
 
 
 class Sample(BaseModel):
-    """A response to be scored. Without ``messages`` the conversation is ``prompt`` and ``response``."""
+    """A response to score. Without ``messages`` the conversation is ``prompt`` and ``response``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +53,7 @@ class Sample(BaseModel):
         return self
 
     def as_prompt(self, index: int) -> Prompt:
-        """What the response answers."""
+        """The prompt that the response answers."""
         asked = [message.model_dump() for message in (self.messages or [])[:-1]]
         return Prompt(index, self.prompt, messages=tuple(asked))
 
@@ -67,7 +67,7 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """Its answer: one finite number a sample, in order."""
+    """Answer of ``POST /score``: one finite number per sample, in order."""
 
     scores: list[float]
 
@@ -82,9 +82,9 @@ class Health(BaseModel):
 def objective_config(
     config: Path | None, model: str | None, function: str | None, overrides: Sequence[str]
 ) -> ObjectiveConfig:
-    """The objective to serve: of a YAML file, a reward model's directory, or ``module:function``.
+    """The objective to serve: from a YAML file, a reward model's directory, or ``module:function``.
 
-    ``overrides`` are applied to it. Raises ``ValueError`` unless exactly one of the three is given.
+    ``overrides`` change its settings. Raises ``ValueError`` unless exactly one of the three is given.
     """
     given = [
         name for name, value in (("--config", config), ("--model", model), ("--function", function)) if value
@@ -105,7 +105,7 @@ def objective_config(
 def create_app(objective: Objective) -> FastAPI:
     """An ASGI application that scores with ``objective``, one request at a time.
 
-    ``POST /score`` answers 422 to what is no ``ScoreRequest``, and to what the objective refuses.
+    ``POST /score`` answers 422 to a body that is no ``ScoreRequest``, and to what the objective refuses.
     """
     from fastapi import FastAPI, HTTPException
     from fastapi.concurrency import run_in_threadpool
@@ -133,10 +133,10 @@ def create_app(objective: Objective) -> FastAPI:
 
 
 def serve(config: ObjectiveConfig, host: str, port: int) -> None:
-    """Serve the objective until interrupted; port 0 takes a free one. Where it listens is printed.
+    """Serve the objective until interrupted, and print the address; port 0 takes a free one.
 
-    The weights of a reward model are read first; requests that come meanwhile wait. Raises ``ValueError``
-    without the ``serve`` extra, where nothing can listen, and for what the objective itself refuses.
+    It reads a reward model's weights first; requests that come meanwhile wait. Raises ``ValueError`` without
+    the ``serve`` extra, for an address where it cannot listen, and for what the objective itself refuses.
     """
     probe = optional.serve()
     if not probe.usable:
@@ -163,7 +163,7 @@ def serve(config: ObjectiveConfig, host: str, port: int) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A listening socket. Before the weights are read: a port that is taken is found at once."""
+    """A listening socket, opened before the weights are read, so that a port in use fails at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

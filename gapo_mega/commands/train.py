@@ -55,7 +55,7 @@ def train(
 
 
 def _dry_run(config: Config, world_size: int) -> None:
-    """Print the run as it would be: YAML, with layout and memory as comments below it."""
+    """Print the resolved configuration as YAML, with layout and memory as comments below it."""
     from gapo_mega.commands.plan import make_plan
     from gapo_mega.config.loading import to_yaml
 

@@ -1,7 +1,7 @@
 """The configuration: its sections, their checks, and reading them from YAML.
 
-The sections of a training run are named here; ``loading`` reads files and overrides, ``supervised`` has the
-sections of reward models and fine-tuning.
+This file exports the sections of a training run; ``loading`` reads files and overrides; ``supervised`` has
+the sections of reward models and fine-tuning.
 """
 
 from gapo_mega.config.sections import (

@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
-# Where settings of a training run have moved; files and overrides may go on naming the old place.
+# Where settings of a training run have moved; files and overrides may still use the old name.
 MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
 
 
@@ -65,8 +65,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = 
     """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
 
     Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``). ``kind`` is the
-    class that the whole file describes. Code of the user's own is looked for in the working directory and in
-    the file's folder; the configuration has its absolute path.
+    class that the whole file describes. It looks for the user's own code in the working directory, then in
+    the file's folder, and puts the absolute path into the configuration.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
     return parse(_read(Path(path), kind), overrides, kind, path, Path(path).parent)
@@ -81,7 +81,7 @@ def parse(
 ) -> Kind:
     """``data`` with the overrides applied to it, as :func:`load` does; ``source`` is what errors call it.
 
-    ``folder``: where code of the user's own is looked for after the working directory.
+    ``folder``: where to look for the user's own code after the working directory.
     """
     moved = MOVED if issubclass(kind, Config) else {}
     told = _move(data, moved, source)
@@ -111,7 +111,7 @@ def dump(config: Section, path: str | Path) -> None:
 
 def to_yaml(config: Section) -> str:
     """The resolved configuration as YAML, in the order in which the fields are declared."""
-    # Not allow_unicode: PyYAML does not read back every character that it then writes as it is.
+    # With allow_unicode, PyYAML would write some characters that it cannot read back.
     text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     return text
 
@@ -129,9 +129,9 @@ def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
 
 
 def _move(data: dict[str, Any], moved: Mapping[str, str], source: str | Path | None = None) -> dict[str, str]:
-    """Bring what ``data`` has at an old place to its new one; the old and new keys of all that there was.
+    """Move settings of ``data`` from old places to new ones; return the old and new keys of those moved.
 
-    ``source``: ``ValueError`` where both are given in it. None: what stands at the old place is an override.
+    ``source``: raise ``ValueError`` where it gives both. None: the old place holds an override, which wins.
     """
     found = {}
     for old, new in moved.items():
@@ -144,7 +144,7 @@ def _move(data: dict[str, Any], moved: Mapping[str, str], source: str | Path | N
         found[old], value = new, node.pop(key)
         node = data
         for part in new_sections:
-            if isinstance(node, dict):  # anything else is an error, to be told when the whole is checked
+            if isinstance(node, dict):  # anything else is an error, which validation reports later
                 node[part] = {} if node.get(part) is None else node[part]
                 node = node[part]
         if source is not None and isinstance(node, dict) and new_key in node:
@@ -209,7 +209,7 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
 
 
 def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:
-    """One line about the most telling of pydantic's complaints, and where it is."""
+    """One line about pydantic's most telling complaint, and its location."""
     details = error.errors(include_url=False)
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
@@ -232,7 +232,7 @@ def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
     if detail["type"] == "value_error":
         message = str(detail["msg"]).removeprefix("Value error, ")
         outer = ".".join(map(str, location[:-1]))
-        # Validators of a section name their own keys; a section that sits deeper gets the way to it.
+        # Validators of a section name their own keys; a nested section gets its path in front.
         return f"in {path}: {message}" if outer else message
     accepted = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
     return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {accepted}"

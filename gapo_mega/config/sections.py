@@ -1,8 +1,8 @@
 """The configuration of a run: frozen, validated, every field documented where it is declared.
 
-Field types, ranges and the checks that need no model live here, those of a gradient strategy in the file of
-``strategies/`` that declares it; ``loading.py`` reads YAML and dotted overrides; checks that need the model's
-shape (does tensor parallelism divide the heads?) are in ``planning/layout.py``.
+This file has field types, ranges and the checks that need no model. The checks of a gradient strategy are in
+the file of ``strategies/`` that declares it, and those that need the model's shape (does tensor parallelism
+divide the heads?) in ``planning/layout.py``. ``loading.py`` reads YAML and dotted overrides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _resolved(reference: str, info: ValidationInfo) -> str:
         raise PydanticCustomError("user_code", "{accepted}", {"accepted": str(error)}) from None
 
 
-# A name of the package's, or code of the user's own: module:NAME, path/to/file.py:NAME. ``loading`` puts the
+# A name in the package, or the user's own code: module:NAME, path/to/file.py:NAME. ``loading`` puts the
 # absolute path of the user's file in.
 Code = Annotated[str, AfterValidator(_resolved)]
 
@@ -219,7 +219,7 @@ LayerRange = Annotated[list[int], Field(min_length=2, max_length=2)]  # [first, 
 
 
 def _declared(value: object) -> object:
-    """Answers as a ``Literal`` of the declared strategies' values would."""
+    """Validate like a ``Literal`` of the declared strategies' values."""
     accepted = strategies.stores()
     if value not in accepted:
         *others, last = map(repr, accepted)
@@ -271,7 +271,7 @@ class GradientConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Resumable state in megatron's torch_dist format."""
+    """Resumable state in Megatron's torch_dist format."""
 
     every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
     keep: int = Field(2, ge=1, description="complete checkpoints kept")

@@ -1,6 +1,6 @@
 """The configuration of supervised runs: reward models and supervised fine-tuning.
 
-Read by ``config.loading.load(path, overrides, kind=RewardModelConfig)``; the sections that a GAPO run has
+``config.loading.load(path, overrides, kind=RewardModelConfig)`` reads it. The sections that a GAPO run has
 too are those of ``gapo_mega.config``.
 """
 
@@ -74,7 +74,7 @@ class PreferenceData(SupervisedData):
 
 
 class ChatData(SupervisedData):
-    """Conversations whose assistant is imitated."""
+    """Conversations whose assistant the model imitates."""
 
     format: Literal["auto", "messages", "columns", "hh"] = Field(
         "auto",
@@ -89,7 +89,7 @@ class ChatData(SupervisedData):
 
 
 class ScoreModelConfig(ModelConfig):
-    """The model that is trained, and how it is given a conversation."""
+    """The model to train, and how it reads a conversation."""
 
     max_tokens: int = Field(
         512, ge=2, description="longer conversations are left out, and counted in the log"
@@ -152,7 +152,7 @@ class SftConfig(SupervisedConfig):
 
 
 def check_batches(config: SupervisedConfig, data_ranks: int) -> None:
-    """``ValueError`` unless a step comes out even: ``data_ranks`` ranks with whole microbatches each."""
+    """Raise ``ValueError`` unless a step splits into whole microbatches on each of ``data_ranks`` ranks."""
     size, micro = config.batch_size, config.micro_batch_size
     if size % data_ranks:
         raise ValueError(

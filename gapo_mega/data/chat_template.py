@@ -1,4 +1,4 @@
-"""Chat templates: where one comes from (Jinja text, a ``.jinja`` file, the tokenizer), and its rendering."""
+"""Chat templates: finding one (Jinja text, a ``.jinja`` file, the tokenizer), and rendering it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIX = ".jinja"
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, given: str | None, parameter: str) -> str:
-    """The Jinja text of ``given``: the text itself, or a file's; the tokenizer's own where nothing is given.
+    """The Jinja text of ``given``: the text itself, or a file's; for None, the tokenizer's own.
 
     Raises ``ValueError``, beginning with ``parameter``, for a file that is not there and for a tokenizer
     that has no template.
@@ -49,9 +49,9 @@ class ChatTemplate:
         self._text = text
 
     def render(self, messages: Sequence[Message], *, asked: bool = False) -> str:
-        """``asked``: with what the template writes to make the assistant answer.
+        """The conversation as text; ``asked`` appends what makes the assistant answer.
 
-        Raises ``jinja2.TemplateError`` where the template refuses the messages, or is none.
+        Raises ``jinja2.TemplateError`` where the template refuses the messages, or is not valid.
         """
         rendered = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],

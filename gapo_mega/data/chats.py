@@ -69,7 +69,7 @@ def _chat(messages: Messages) -> Chat:
 
 
 def _parser(data: ChatData, table: Dataset, source: str) -> Callable[[Row], Messages]:
-    """What turns a row of ``table`` into messages, its columns checked."""
+    """Check the columns of ``table``; return the function from a row to messages."""
     kind = _detected(data, table, source) if data.format == "auto" else data.format
     for name in FORMATS[kind]:
         check_column(f"data.{name}", getattr(data, name), table, source)

@@ -1,4 +1,4 @@
-"""Conversations in rows of data: transcripts and cells read, turns checked, rows held out by prompt."""
+"""Conversations in rows of data: reads transcripts and cells, checks turns, holds rows out by prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Unusable(Exception):
 
 
 def parse_transcript(cell: Any) -> Messages:
-    """``transcripts.parse_transcript``; raises :class:`Unusable` where the cell is none."""
+    """Like ``transcripts.parse_transcript``, but raises :class:`Unusable` where the cell is none."""
     messages = transcripts.parse_transcript(cell)
     if messages is None:
         raise Unusable("malformed")
@@ -53,7 +53,7 @@ def check_turns(messages: Messages, last: str) -> None:
 
 
 def usable(rows: Iterable[Any], parse: Callable[[Any], Item], what: str, where: str) -> list[Item]:
-    """``parse`` of every row that it does not refuse; the others are counted by reason in the log.
+    """Parse every row; leave out those that ``parse`` refuses, and count them by reason in the log.
 
     ``what`` names the items and ``where`` the source, parameter first. Raises ``ValueError`` if none is left.
     """

@@ -37,8 +37,8 @@ def encode_pairs(
 ) -> tuple[list[PairIds], list[Pair]]:
     """Both conversations of every pair that is short enough, and these pairs, in the order of ``pairs``.
 
-    The chat template writes the special tokens, so the tokenizer adds none. Pairs of which either
-    conversation has more than ``max_tokens`` tokens are left out, and counted in the log.
+    The chat template writes the special tokens, so the tokenizer adds none. A pair with a conversation of
+    more than ``max_tokens`` tokens is left out, and counted in the log.
 
     Raises ``ValueError`` if none is left, and if the template refuses a conversation.
     """
@@ -115,8 +115,8 @@ def pair_batch(
 ) -> TokenBatch:
     """Pairs of token ids as ``[2P, T]``, chosen and rejected in turn, right padded with ``pad_id``.
 
-    The mask is true once a row, where its score is taken: at its last token that is not ``pad_id``.
-    transformers' classifiers take it there, also where a text itself ends in the pad token.
+    The mask is true once per row, where the score is read: at the last token that is not ``pad_id``.
+    transformers' classifiers read it there too, even where a text itself ends in the pad token.
     """
     rows = [torch.as_tensor(ids, dtype=torch.int64) for pair in pairs for ids in pair]
     tokens_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id)
@@ -138,7 +138,7 @@ def chat_batch(
 
 
 class _Renderer:
-    """Conversations as the model's text; what the template refuses is an error of ``model.chat_template``."""
+    """Renders conversations; where the template refuses one, ``model.chat_template`` is at fault."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self._template = ChatTemplate(tokenizer, template_text(tokenizer, chat_template, TEMPLATE_PARAMETER))

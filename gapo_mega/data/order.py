@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Wording:
     """What errors say about the items of one kind of run."""
 
-    parameter: str  # that sets the batch size
+    parameter: str  # the one that sets the batch size
     accepted: str  # batch sizes; ``{count}`` stands for the number of items
 
 
@@ -26,8 +26,8 @@ class Order:
 
     The items are shuffled every epoch; a step takes the next ``batch_size`` of them, all different, and the
     ranks get consecutive equal parts of these, so their union does not depend on the number of ranks. The
-    last ``count % batch_size`` items of an epoch's order are not used in it. Steps may be asked for in any
-    order and without end, so a run resumes by its step number alone.
+    last ``count % batch_size`` items of an epoch's order are not used in it. Callers may ask for any step,
+    in any order, so a run resumes by its step number alone.
 
     Args:
         count: the number of items.

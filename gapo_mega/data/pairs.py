@@ -52,7 +52,7 @@ def load_pairs(data: PreferenceData, seed: int) -> tuple[list[Pair], list[Pair]]
     """Training and held-out pairs, in the order of their sources; no prompt is on both sides.
 
     Rows are left out, and counted by reason in the log, if they are malformed (a cell of the wrong type, a
-    judgement that is no number of a response), if a message is empty, if both responses are identical, if the
+    judgement that is not a response's number), if a message is empty, if both responses are identical, if the
     two conversations have different prompts, and if their turns are out of order.
 
     Raises ``ValueError`` for a missing file, split or column, rows in none of the formats, and when nothing
@@ -68,7 +68,7 @@ def load_pairs(data: PreferenceData, seed: int) -> tuple[list[Pair], list[Pair]]
 
 
 def _parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[Row], Pair]:
-    """What turns a row of ``table`` into a pair, its columns checked."""
+    """Check the columns of ``table``; return the function from a row to a pair."""
     kind = _detected(data, table, source) if data.format == "auto" else data.format
     if kind == "pku":
         return _pku_parser(data, table, source)

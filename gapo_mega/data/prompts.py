@@ -36,8 +36,8 @@ def load_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and at most ``data.heldout_prompts`` held-out ones, in an order fixed by ``seed``.
 
-    Files with a ``split`` column hold several splits, told apart by that column; files without it are one
-    split. Held-out prompts come from ``data.heldout_source``; without it from the rows marked ``heldout``
+    Files with a ``split`` column hold several splits, and that column names each row's; files without it are
+    one split. Held-out prompts come from ``data.heldout_source``; without it from the rows marked ``heldout``
     (packaged files), else they are cut from the source. A training prompt that is also held out is left
     out, and so are prompts that are empty or longer than ``data.max_prompt_tokens``; all are counted in
     the log. ``Prompt.index`` is the row's number in its split.
@@ -106,7 +106,7 @@ class PromptPosition:
         return cls(step, order.batch_size, digest.hexdigest()[:16])
 
     def check_same_prompts(self, saved: PromptPosition) -> None:
-        """``ValueError`` if ``saved``, of a checkpoint, is a position in other prompts or other steps."""
+        """Raise ``ValueError`` if ``saved``, from a checkpoint, has other prompts or another step size."""
         for key, name in (("prompts_per_step", "rollout.prompts_per_step"), ("prompts", "data or seed")):
             theirs, mine = getattr(saved, key), getattr(self, key)
             if theirs != mine:
@@ -150,12 +150,12 @@ class _Encoder:
         return Prompt(index, text, ids, () if messages == [_of_user(text)] else tuple(messages))
 
     def _messages_of(self, cell: str) -> list[Message]:
-        """Of a transcript what comes before its last answer; any other text is one message of the user."""
+        """What comes before a transcript's last answer; any other text is one message of the user."""
         found = parse_transcript(cell) if self._data.chat_template else None
         if not found:
             return [_of_user(cell)]
         asked = found[:-1] if found[-1]["role"] == "assistant" else found
-        # What cannot be asked is left out as an empty prompt: an answer after an answer, a turn of nothing.
+        # Nobody can answer an answer or an empty turn: the prompt becomes empty, and is left out.
         usable = in_turn(asked) and all(m["content"] for m in asked)
         return list(asked) if usable else [_of_user("")]
 

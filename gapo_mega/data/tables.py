@@ -21,7 +21,7 @@ SPLIT_COLUMN = "split"
 def read_rows(source_key: str, source: str, split_key: str, split: str) -> Dataset:
     """One split of ``source``: ``package:NAME``, a file of ``FILE_TYPES``, a hub name or a directory.
 
-    A file with a ``split`` column holds several splits, told apart by that column; a file without it is one.
+    A file with a ``split`` column holds several splits, and that column names each row's; others are one.
 
     Raises ``ValueError`` for a source that is missing or not readable and for a split that it does not have.
     """

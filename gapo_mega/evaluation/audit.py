@@ -1,4 +1,4 @@
-"""What every aggregation method would have done in a run: read from its log, nothing is trained."""
+"""What every aggregation method would have done in a run: reads the run's log, trains nothing."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Audit:
 def run_audit(
     run_dir: Path, only: Sequence[str] = (), out: Path | None = None, console: Console | None = None
 ) -> None:
-    """Audit the run in ``run_dir``: ``audit.csv`` and ``audit.png`` into ``out``, a table to ``console``.
+    """Audit the run in ``run_dir``: write ``audit.csv`` and ``audit.png`` to ``out``, print a table.
 
     ``out`` is ``run_dir/audit`` if left out; ``only`` names the methods to show, all if empty. Raises
-    ``ValueError`` for what cannot be read, asked or written.
+    ``ValueError`` for a log that it cannot read, unknown methods, and an ``out`` that it cannot write to.
     """
     console = console or Console()
     audit = audit_run(run_dir, only)
@@ -62,7 +62,7 @@ def run_audit(
             f"--out: cannot write to {directory} ({error.strerror}), accepted: a directory to write to"
         ) from None
     print_audit(audit, run_dir.resolve().name, console)
-    # A path must stay in one piece to be copied.
+    # Readers copy the path, so it must stay in one piece.
     for file in ("audit.csv", "audit.png"):
         console.print(f"wrote {directory / file}", soft_wrap=True, markup=False, highlight=False)
 
@@ -116,7 +116,7 @@ def write_csv(audit: Audit, path: Path) -> None:
 
 
 def print_audit(audit: Audit, title: str, console: Console) -> None:
-    """The table, what its columns mean, and what was found on the way."""
+    """Print the table, what its columns mean, where the numbers come from, and the warning."""
     console.print(audit_table(audit, title))
     for line in (_LEGEND, *_origin(audit)):
         console.print(line, style="dim", markup=False, highlight=False)
@@ -142,7 +142,7 @@ def _origin(audit: Audit) -> list[str]:
 
 
 def audit_table(audit: Audit, title: str) -> Table:
-    """One row a method, with a line for every objective in it."""
+    """One row per method, with a line for every objective in it."""
     names = audit.recording.names
     table = Table(
         title=f"{escape(title)}: every method, asked at each step ({len(audit.recording.steps)})",

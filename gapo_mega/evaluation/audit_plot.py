@@ -19,7 +19,7 @@ from gapo_mega.evaluation.series import Array, Series
 _SAME = 1e-6
 # A cosine below this is rounding.
 _ZERO = 1e-9
-# Of many objectives a bar names those that are hurt most often.
+# A bar names at most this many objectives, those hurt most often.
 _NAMED = 4
 
 
@@ -34,7 +34,7 @@ class Curve:
 
 
 def write_picture(path: Path, names: Sequence[str], steps: Array, curves: Sequence[Curve]) -> None:
-    """A PNG: a bar a method, which is the legend too, above one panel an objective over the steps."""
+    """Write a PNG: one bar per method, also the legend, above one panel per objective over the steps."""
     heights = [0.45 * len(curves)] + [2.0] * len(names)
     lines = same_lines(curves)
     with style.context(STYLE):
@@ -61,7 +61,7 @@ def write_picture(path: Path, names: Sequence[str], steps: Array, curves: Sequen
 
 
 def same_lines(curves: Sequence[Curve]) -> list[int]:
-    """For every curve the first one that it coincides with: its own index, or a smaller one."""
+    """For every curve, the index of the first curve that it coincides with: its own, or a smaller one."""
     found: list[int] = []
     for index, curve in enumerate(curves):
         same = (
@@ -83,7 +83,7 @@ def _draw_cosines(axes: Axes, series: Series, shown: Sequence[int]) -> None:
     marker = "o" if len(series.steps) == 1 else ""  # a line through one point is invisible
     for place, index in enumerate(shown):
         values = series[labels[index]]
-        # Later lines are thinner, so that lines which coincide for a while all stay visible.
+        # Later lines are thinner, so that lines that coincide for a while all stay visible.
         width = 1.5 + 0.5 * (len(shown) - 1 - place)
         smooth = np.where(np.isfinite(values), series.smooth(labels[index]), np.nan)
         axes.plot(series.steps, smooth, color=colour(index), linewidth=width, marker=marker)
@@ -106,7 +106,7 @@ def _mark_hurt(panels: Sequence[Axes]) -> None:
 
 
 def _draw_conflicts(axes: Axes, names: Sequence[str], curves: Sequence[Curve], lines: Sequence[int]) -> None:
-    """One bar a method from the top, on a track of all steps; above it the name and who is hurt."""
+    """Draw one bar per method on a track of all steps, below the name and the objectives hurt."""
     places = np.arange(len(curves))
     shades = [colour(index) for index in lines]
     axes.barh(places, np.ones(len(curves)), height=0.26, color=FAINT)

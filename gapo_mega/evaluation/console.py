@@ -37,7 +37,7 @@ def summary_table(summary: Summary) -> Table:
 
 
 def _ratio(ratio: float | None) -> str:
-    """Coloured from two standard errors on: below that a change may be chance."""
+    """Green or red beyond two standard errors; a smaller change may be chance."""
     if ratio is None:
         return "-"
     colour = "green" if ratio > 2 else "red" if ratio < -2 else "yellow"
@@ -49,5 +49,5 @@ def print_summary(summary: Summary, report: Path | None, console: Console | None
     console = console or Console()
     console.print(summary_table(summary))
     if report is not None:
-        # A path must stay in one piece to be copied.
+        # Readers copy the path, so it must stay in one piece.
         console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

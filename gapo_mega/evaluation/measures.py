@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) -> dict[str, float]:
-    """How well scores of (chosen, rejected) tell the preferences.
+    """How well scores of (chosen, rejected) predict the preferences.
 
     ``accuracy`` counts ties as half; ``standard_error`` is that of a share, sqrt(p (1 - p) / n).
     ``length_baseline`` is the better of "the longer response wins" and "the shorter one wins" on the same

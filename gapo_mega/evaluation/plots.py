@@ -151,7 +151,7 @@ def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summ
 
 
 def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
-    """One panel an objective under a shared step axis: their scales have nothing in common."""
+    """One panel per objective over a shared step axis, because their scales differ."""
     _title(figure, "Reward while training", f"dots: steps · line: mean of {series.window}")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
@@ -176,11 +176,11 @@ def draw_norms(figure: FigureBase, series: Series, names: Sequence[str]) -> None
 
 
 def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, str]]) -> None:
-    """Cosines between gradients, a line a pair of objectives."""
+    """Cosines between gradients, one line per pair of objectives."""
     _title(figure, "Do the objectives conflict?", "cosine of their gradients")
     axes = figure.subplots()
     for index, (a, b) in enumerate(pairs):
-        # One pair has both objectives' colours to itself; it takes a neutral one.
+        # A single pair would take the first objective's colour, so it gets a neutral one.
         shade = INK if len(pairs) == 1 else colour(index)
         _dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
     _mark_below_zero(axes, "conflict")
@@ -244,7 +244,7 @@ def draw_kl(figure: FigureBase, series: Series) -> None:
 
 
 def draw_before_after(figure: FigureBase, summary: Summary) -> None:
-    """Two bars an objective, each objective on its own scale."""
+    """Two bars per objective, each objective on its own scale."""
     objectives = summary["objectives"]
     prompts = next(iter(objectives.values()))["samples"]
     _title(figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors")
@@ -290,12 +290,12 @@ def _dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str 
 
 
 def _marker(series: Series) -> str:
-    """A line through one point is invisible."""
+    """A dot for a single step, where a line would be invisible; else none."""
     return "o" if len(series.steps) == 1 else ""
 
 
 def _nested_width(index: int, count: int) -> float:
-    """Later lines are thinner: lines that coincide (two unit gradients, say) all stay visible."""
+    """Thinner for later lines, so that lines that coincide (two unit gradients, say) stay visible."""
     return 1.6 + 1.2 * (count - 1 - index)
 
 

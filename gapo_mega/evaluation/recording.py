@@ -1,4 +1,4 @@
-"""What a run's log holds of its gradients: each step's norms and cosines give its Gram matrix back."""
+"""Gram matrices rebuilt from a run's log, by each step's gradient norms and cosines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
     """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
     path = run_dir / METRICS_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # The last line of a run that is writing it right now is not complete.
+    # A run that is still writing may leave an incomplete last line.
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
     for row in rows:
@@ -66,7 +66,7 @@ def _row(line: str, place: str) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Norms and cosines are there and what they can be, or null; weights are numbers, or null."""
+    """Raise ``ValueError`` unless norms, cosines and weights are there, each null or in its range."""
     most = 1 + 1e-6  # a logged cosine is rounded
     limits = {
         **{f"grad_norm/{name}": (0.0, math.inf) for name in names},

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` as one array per key, ready to be plotted."""
+"""``metrics.jsonl`` as one array per key, ready to plot."""
 
 from __future__ import annotations
 

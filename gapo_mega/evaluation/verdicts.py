@@ -1,7 +1,8 @@
 """What each aggregation method would have done at the steps of a recording.
 
-Methods differ in the length of their direction, so what is compared is the change that a step of *unit*
-length promises an objective relative to its steepest one: the cosine of the direction with its gradient.
+Methods differ in the length of their direction, so the comparison takes steps of *unit* length. The change
+that such a step promises an objective, relative to its steepest one, is the cosine of the direction with its
+gradient.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from gapo_mega.evaluation.series import Array
 MANY_STEPS = 1000
 # Options that methods are shown with besides the run's own; {} are the defaults.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"gapo": ({"p": 1.0}, {"p": 2.0})}
-# Left out, this option of a method has the same number for every objective.
+# If left out, this option of a method gives every objective the same number.
 EQUAL_WHEN_LEFT_OUT = {"p_gapo": "preference", "weighted_sum": "weights"}
-# Of a sum of terms of either sign: what is below this share of their size is rounding.
+# A sum of terms of either sign is rounding where it is below this share of their size.
 _ROUNDING = 1e-12
 # The log's norms and cosines hold the Gram matrix up to a few units in the last place.
 _AGREEMENT = 1e-9
@@ -85,7 +86,7 @@ def candidates(config: Config) -> list[Candidate]:
 
 
 def _same_direction(a: Aggregator, b: Aggregator) -> bool:
-    """Alike but for the length of the direction and what happens to zero gradients."""
+    """Whether they differ at most in the direction's length and in what they do with zero gradients."""
     if type(a) is not type(b):
         return False
     plain: dict[str, Any] = {"scale": "none", "zero_gradient": "exclude"}
@@ -109,7 +110,7 @@ def _note(name: str, options: dict[str, Any], *notes: str) -> str:
 
 
 def judge(asked: Sequence[Candidate], recording: Recording) -> list[Verdict]:
-    """Every candidate at every step, in the order of the steps: a method may remember earlier ones."""
+    """Ask every candidate at every step, in the order of the steps: a method may remember earlier ones."""
     weights: list[list[Tensor]] = [[] for _ in asked]
     found: list[list[Diagnosis]] = [[] for _ in asked]
     steps = tqdm(recording.grams, desc="audit", unit="step", disable=len(recording.steps) < MANY_STEPS)
@@ -150,10 +151,10 @@ def _cosines(diagnosis: Diagnosis, weights: Tensor) -> Tensor:
 
 
 def disagreement(own: Verdict, recording: Recording) -> str | None:
-    """A warning where the run's own method gives other weights than the log has.
+    """A warning where the run's own method gives other weights than the log; else None.
 
-    Compared is what the difference changes, ``G (w - w')`` in units of the gradients: of gradients that
-    are nearly parallel the weights may differ by far more than rounding while the direction does not.
+    The test compares what the difference changes, ``G (w - w')`` in units of the gradients: where gradients
+    are nearly parallel, the weights may differ by far more than rounding while the direction does not.
     """
     difference = torch.from_numpy(own.weights - recording.weights)
     norms = recording.grams.diagonal(dim1=1, dim2=2).sqrt()

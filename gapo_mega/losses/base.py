@@ -11,7 +11,7 @@ from gapo_mega.types import Experience
 
 
 class PolicyLoss(ABC):
-    """From the policy's log-probabilities to the loss of one objective.
+    """Turns the policy's log-probabilities into the loss of one objective.
 
     Options are the fields of the (data)class that implements it; ``__post_init__`` checks them.
     """
@@ -22,8 +22,8 @@ class PolicyLoss(ABC):
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         """The *sum* over the response tokens of ``batch``: a scalar with a graph to ``logprobs_BT`` [B, T].
 
-        The engine adds it up over microbatches and ranks and divides by the number of response tokens, so
-        that nothing may depend on how rows were put together. It reads ``objective``'s advantages only.
+        The engine sums it over microbatches and ranks and divides by the number of response tokens, so the
+        loss must not depend on which rows share a batch. It reads only the advantages of ``objective``.
         Positions off the response add exactly 0 to the loss and to the gradient, whatever they hold, NaN
         included.
         """

@@ -12,16 +12,16 @@ from torch import Tensor
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.types import Experience
 
-# exp(80) is the last power of ten or so that float32 holds with room for an advantage beside it. An
+# exp(80) is about the largest ratio that float32 holds with room to multiply it by an advantage. An
 # infinite ratio would turn the gradient of a *clipped* token into 0 * inf = NaN.
 _LARGEST_LOG_RATIO = 80.0
 
 
 @dataclass(frozen=True)
 class PolicyStatistics:
-    """Sums over response tokens, to be added up over microbatches and ranks before dividing."""
+    """Sums over response tokens, to add up over microbatches and ranks before dividing."""
 
-    clipped: Tensor  # tokens on which the clip is what counts, so that they give no gradient
+    clipped: Tensor  # tokens where the clipped term is the smaller one, so that they give no gradient
     kl: Tensor  # estimate of KL(old || new), nats
     tokens: Tensor
 

@@ -7,11 +7,11 @@
 On a GPU the counts are those of PyTorch's caching allocator: tensors, rounded up to its 512-byte blocks,
 without what it keeps in reserve. Other use of ``torch.cuda.reset_peak_memory_stats`` inside the block spoils
 them. On the CPU PyTorch's profiler records every allocation of PyTorch's allocator, the temporary ones inside
-operations included. What it does not see: memory of other libraries (gloo's buffers, Python objects), the
-release of what was allocated before the block, and releases by other threads (gloo's threads do so with
-tensors of a communication that has just ended) until the place is used again. There the counts are too high.
-The profiler runs once at a time: blocks do not nest. It costs about 20 microseconds per operation inside the
-block, some hundreds at its end, and writes two lines to standard error.
+operations included. It does not see memory of other libraries (gloo's buffers, Python objects), nor the
+release of what was allocated before the block. It sees a release by another thread (gloo's threads release
+tensors of a communication that has just ended) only once the address is used again; until then the counts are
+too high. Only one profiler can run at a time, so blocks do not nest. It costs about 20 microseconds per
+operation inside the block, some hundreds at its end, and writes two lines to standard error.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MEMORY_EVENT = "[memory]"  # what the profiler calls an allocation or a release
 
 @dataclass
 class Allocations:
-    """Bytes above what stood when the block began; both are filled in at its end.
+    """Bytes above those held when the block began; both numbers are set at its end.
 
-    ``peak_bytes``: the most at once. ``net_bytes``: what is left, on a GPU less what the block freed of
-    earlier memory.
+    ``peak_bytes``: the most at once. ``net_bytes``: what is left at the end; on a GPU, minus the earlier
+    memory that the block freed.
     """
 
     peak_bytes: int = 0
@@ -68,7 +68,7 @@ def _on_cpu(found: Allocations) -> Iterator[None]:
     held: dict[int, int] = {}  # bytes by address
     standing = 0
     for _, address, size in sorted(_changes(profiler.kineto_results.experimental_event_tree())):
-        # Given out again, an address had been freed unseen; never given out, its size is an older block's.
+        # An address that is allocated again was freed unseen; a freed one not held is older than the block.
         standing -= held.pop(address, 0)
         if size > 0:
             held[address] = size

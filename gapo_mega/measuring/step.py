@@ -1,7 +1,7 @@
 """What every gradient strategy costs, as a ratio to the single-objective step of the same trainer.
 
 All strategies work on one model, one optimizer and one batch of full-length sequences, and take turns over
-the rounds, so that a machine whose speed drifts drifts for all of them. A step is the train phase: policy
+the rounds, so that drift of the machine's speed meets all of them alike. A step is the train phase: policy
 forward and backward, Gram matrix, weights, combination, optimizer; no rollout, scoring or critic.
 """
 
@@ -30,14 +30,14 @@ from gapo_mega.types import Experience
 
 BASELINE = "one objective"
 _NO_LEARNING = 1e-20  # a learning rate below the rounding of any parameter
-# On a CPU gloo's threads may release too late to be seen (allocation.py): of several peaks the least counts.
+# On a CPU gloo's threads may release too late to be seen (allocation.py): the least of several peaks counts.
 MEMORY_STEPS = 2
 PHASES = ("passes", "aggregate", "optimizer")
 
 
 @dataclass
 class Contender:
-    """A strategy with its configuration, and what was measured of it on this rank."""
+    """A strategy with its configuration, and its measurements on this rank."""
 
     name: str
     objectives: int
@@ -51,8 +51,10 @@ class Contender:
 def contenders(
     config: Config, shape: ModelShape, data_parallel: int, objectives: Sequence[int]
 ) -> list[Contender]:
-    """The baseline, and every variant of every declared strategy that is possible, for each number of
-    objectives: those that the layout or the batch does not allow are left out."""
+    """The baseline, and every variant of every declared strategy for each number of objectives.
+
+    Variants that the layout or the batch does not allow are left out.
+    """
     found = [Contender(BASELINE, 1, _variant(config, 1, {"forward": "separate"}))]
     for count in objectives:
         for declared in variants():
@@ -63,7 +65,7 @@ def contenders(
 
 
 def refusal(config: Config, shape: ModelShape, data_parallel: int) -> str | None:
-    """Why the settings cannot be used together, if so."""
+    """Why the settings do not fit together; None if they do."""
     try:
         Config.model_validate(config.model_dump())
         check_gradients(config, shape, data_parallel)
@@ -150,7 +152,7 @@ class StepBenchmark:
 
     def _measure_memory(self, contender: Contender) -> None:
         self._prepare(contender)
-        self._step(contender)  # what is allocated once, such as the optimizer's state
+        self._step(contender)  # allocates what then stays, such as the optimizer's state
         peaks = []
         for _ in range(MEMORY_STEPS):
             with measure_allocations(self.engine.device) as found:
@@ -175,7 +177,7 @@ class StepBenchmark:
             torch.cuda.synchronize()
         self.engine.barrier()
         assert not report.skipped and not report.excluded, report  # a zero gradient saves work
-        # Every turn builds the strategy anew, and its first step alone compares norms with Megatron's.
+        # Every turn builds the strategy anew, and only its first step compares norms with Megatron's.
         return time.perf_counter() - started - report.seconds.pop("check", 0.0), report
 
     def result(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def circumstances(config: Config, world: int, rounds: int) -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine, versions and settings that the figures belong to."""
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU with {torch.get_num_threads()} threads a process"
     return {
@@ -36,7 +36,7 @@ def circumstances(config: Config, world: int, rounds: int) -> dict[str, Any]:
 
 
 def check_target(path: Path) -> None:
-    """Raise ``ValueError`` unless ``path`` can be written, as far as can be told before it is."""
+    """Raise ``ValueError`` unless ``path`` can be written, as far as one can tell beforehand."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out: found {path}, accepted: a file in a folder that can be written to")
@@ -52,8 +52,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """One row a strategy: time as a ratio to the baseline, phases, and memory beside the baseline's."""
-    console = console or Console(width=max(Console().width, 116))  # lines of a file are not cut
+    """One row per strategy: time as a ratio to the baseline, phases, and memory beside the baseline's."""
+    console = console or Console(width=max(Console().width, 116))  # output to a file is not cut
     baseline = result["strategies"][0]
     table = Table(title=f"train phase of one update on {result['world_size']} x {result['device']}")
     columns = ("m", "strategy", "s/step", "ratio", "range", *PHASES, "rows", "extra peak")

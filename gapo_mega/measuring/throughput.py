@@ -54,7 +54,7 @@ def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
 
 
 def measure(resolved: ResolvedRun) -> dict[str, Any]:
-    """Medians over the timed steps of the run that ``resolved`` was. Rank 0 only."""
+    """Medians over the timed steps of the finished run ``resolved``, from its log. Rank 0 only."""
     config, world = resolved.config, resolved.world
     lines = (Path(config.output_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     per_step = resolved.updates_per_step

@@ -1,6 +1,6 @@
-"""Hugging Face models: what Megatron has to know of them, and their weights in and out.
+"""Hugging Face models: what Megatron needs to know about them, and their weights in and out.
 
-Every file of this folder that defines a ``Family`` is a model family; see docs/extending.md. Nothing
+Every file of ``families/`` that defines a ``Family`` is a model family; see docs/extending.md. Nothing
 here imports Megatron.
 """
 

@@ -36,7 +36,7 @@ LLAMA_TABLE: Table = {
     OUTPUT_LAYER: Rule("vocab", ("lm_head.weight",)),
 }
 
-# Megatron-core 0.16.1 scales rotary frequencies as Llama 3.1 does, by any factor but with these.
+# Megatron-core 0.16.1 scales rotary frequencies as Llama 3.1 does: by any factor, but with these constants.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -68,7 +68,7 @@ class Family(ABC):
 
 
 def require(field: str, found: object, *accepted: object) -> None:
-    """Refuse a configuration field that has none of the accepted values."""
+    """Raise ``ValueError`` unless a configuration field has one of the accepted values."""
     if found not in accepted:
         raise ValueError(f"config.json {field}: found {found!r}, accepted: {', '.join(map(repr, accepted))}")
 

@@ -1,8 +1,8 @@
 """Hugging Face tensors <-> one tensor-parallel rank's Megatron parameters: pure tensor code.
 
 Megatron names are those of a whole model (layer numbers count from its first layer, from 0), in
-Megatron-core's local layer spec. Transformer Engine fuses the norms into the layers behind them and
-so only names them differently, which ``local_spec_name`` undoes.
+Megatron-core's local layer spec. Transformer Engine fuses the norms into the layers behind them, which
+only changes their names; ``local_spec_name`` undoes that.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class WeightMap:
         self.tensor = tensor
         self.padded_vocab = shape.padded_vocab(tensor) if padded_vocab is None else padded_vocab
         self._table = {name: rule for name, rule in table.items() if _has_parameter(shape, name)}
-        # Tensors that a tied model's files may hold although they are others again: copy -> original.
+        # Tensors that a tied model's files may hold although they repeat others: copy -> original.
         self.copies: dict[str, str] = {}
         if shape.tied:
             original = self._table[EMBEDDING].sources
@@ -135,7 +135,7 @@ class WeightMap:
         return self._find(name)[1]
 
     def is_copy(self, name: str) -> bool:
-        """True for a tied output layer: on the last of several pipeline stages it is a parameter."""
+        """Whether it is a tied output layer, a parameter only on the last of several pipeline stages."""
         return self.shape.tied and name == OUTPUT_LAYER
 
     def to_megatron(self, name: str, read: Callable[[str], Tensor], rank: int) -> Tensor:
@@ -196,7 +196,7 @@ class WeightMap:
         return queries, keys, keys
 
     def _check_shapes(self, name: str, rule: Rule, sources: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Sizes as the configuration promises them, of every dimension."""
+        """Raise ``ValueError`` unless every dimension has the size that the configuration promises."""
         shape = self.shape
         width = shape.heads * shape.head_dim if "self_attention" in name else shape.ffn
         one: dict[str, tuple[int, ...]] = {

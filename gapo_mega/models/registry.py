@@ -1,4 +1,4 @@
-"""Finds the families of this folder: one file, one family, nothing to register."""
+"""Finds the families in ``families/``: one file, one family, nothing to register."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gapo_mega.registry import implementations
 
 
 def families() -> dict[str, Family]:
-    """Every ``Family`` that a file of this folder defines, by its ``model_type``."""
+    """Every ``Family`` that a file of ``families/`` defines, by its ``model_type``."""
     return {family.model_type: family() for family in implementations(package, Family)}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a Hugging Face configuration. ``ValueError`` when there is none."""
+    """The family of a Hugging Face configuration. Raises ``ValueError`` when there is none."""
     known = families()
     for family in known.values():
         if family.matches(config):
@@ -27,5 +27,5 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """The facts of a model from its Hugging Face configuration, or ``ValueError``: see ``Family.shape``."""
+    """The facts of a model from its Hugging Face configuration. Raises ``ValueError`` as ``Family.shape``."""
     return family_of(config).shape(config)

@@ -13,7 +13,7 @@ from gapo_mega.models.registry import families
 from gapo_mega.models.shape import ModelShape
 
 OUTPUT_BIAS = "output_layer.bias"
-KEPT = "hf."  # keys of a checkpoint's tensors that are kept for the way back, but are none of Megatron's
+KEPT = "hf."  # prefix of tensors that a checkpoint keeps for the way back, although Megatron has none such
 _CLASSIFIER = "ForSequenceClassification"
 _SAFE_RLHF = ("ForScore", "ModelForScore")
 _NORMALIZER = "normalizer."
@@ -45,7 +45,7 @@ class ScoreHead:
 def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead | None:
     """The score head that a directory's configuration and tensor names describe, ``None`` for others.
 
-    Known are transformers' ``*ForSequenceClassification`` with one label, and the score models of
+    It knows transformers' ``*ForSequenceClassification`` with one label, and the score models of
     safe-rlhf (https://github.com/PKU-Alignment/safe-rlhf), such as the beaver reward and cost models.
 
     Raises:

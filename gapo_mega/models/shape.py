@@ -1,4 +1,4 @@
-"""What Megatron has to know of a model to build it, read off a Hugging Face configuration."""
+"""What Megatron needs to know to build a model, read from a Hugging Face configuration."""
 
 from __future__ import annotations
 

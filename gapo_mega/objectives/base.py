@@ -22,7 +22,7 @@ class Objective(Protocol):
     wanted_model: ScoreModelRequest | None
 
     def attach(self, scorer: TokenScorer) -> None:
-        """Take the score model that was asked for with ``wanted_model``."""
+        """Take the score model that ``wanted_model`` asks for."""
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -32,7 +32,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class ScoreModelRequest:
-    """The score model that an objective wants of the engine, and how it is to be run."""
+    """The score model that an objective asks the engine for, and how to run it."""
 
     path: str  # Hugging Face directory or hub name, or a checkpoint
     dtype: Literal["fp32", "bf16"]
@@ -48,8 +48,8 @@ class ObjectiveKind(ABC):
     """Base of every kind of objective. A kind says how to ``evaluate``; the checks are here."""
 
     kind: ClassVar[str]  # what ``objectives[].kind`` in the configuration calls it
-    # The engine's score model that ``evaluate`` runs, on all ranks of a replica; None: it runs on the first
-    # rank alone, and needs nothing of the engine.
+    # The score model that ``evaluate`` needs of the engine, which runs it on all ranks of a replica. None:
+    # ``evaluate`` runs on the first rank alone, and needs nothing of the engine.
     wanted_model: ScoreModelRequest | None = None
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -57,7 +57,7 @@ class ObjectiveKind(ABC):
         self.name: str = config.name
 
     def attach(self, scorer: TokenScorer) -> None:
-        """Take the score model that was asked for with ``wanted_model``."""
+        """Take the score model that ``wanted_model`` asks for."""
         raise AssertionError(f"objective {self.name!r} asks for no score model")
 
     @abstractmethod

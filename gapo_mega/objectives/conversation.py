@@ -1,7 +1,7 @@
 """Conversations as a reward model reads them: its own tokenizer and its own chat template.
 
-Responses arrive as text. Token ids of the policy mean other things to another tokenizer, so none are ever
-taken over, not even where both models are of the same family.
+Responses arrive as text. The policy's token ids mean other things to another tokenizer, so they are never
+reused, not even where both models are of the same family.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class ConversationTokenizer:
 
     The template writes every special token; the tokenizer adds none. A conversation of more than
     ``max_tokens`` tokens loses its *beginning*, so that the response and what closes it stay; a first token
-    that is the tokenizer's ``bos`` or ``cls`` token is kept in front, since models rely on it. How many
-    conversations were cut is logged as a warning.
+    that is the tokenizer's ``bos`` or ``cls`` token is kept in front, since models rely on it. A warning in
+    the log counts the conversations that were cut.
 
     Args:
         tokenizer: directory (or hub name) of the reward model.
         chat_template: Jinja text, or the path of a ``.jinja`` file; none: the tokenizer's own.
         max_tokens: the longest conversation, in tokens; none: ``model_max_length`` of the tokenizer, which
             for many tokenizers is no limit at all.
-        positions: how many positions the model has; ``max_tokens`` must not be larger, and is not.
+        positions: how many positions the model has; ``max_tokens`` must not exceed it.
 
     Raises:
         ValueError: there is no tokenizer or no template, the template is broken or leaves the response out,
@@ -64,14 +64,14 @@ class ConversationTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """An id to pad with, of the vocabulary: ``pad``, else ``eos``, else 0. Mask what it fills."""
+        """An id of the vocabulary to pad with: ``pad``, else ``eos``, else 0. Callers mask the padding."""
         for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
             if isinstance(token_id, int):
                 return token_id
         return 0
 
     def texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[str]:
-        """What the reward model is given, as text with its special tokens written out.
+        """What the reward model reads, as text with its special tokens written out.
 
         Raises ``ValueError`` where the template refuses a conversation, naming the prompt's index.
         """
@@ -80,13 +80,13 @@ class ConversationTokenizer:
     def token_ids(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
         """Ids of the conversations, in the order given, each at most ``max_tokens`` long and not padded.
 
-        Where nothing is left to tokenize (an empty response, in a template of nothing else) it is
+        A conversation without tokens (an empty response, in a template of nothing else) becomes one
         ``pad_id``.
         """
         if not prompts:
             return []
         texts = self.texts(prompts, responses)
-        # verbose=False: lengths beyond model_max_length are dealt with below.
+        # verbose=False: ``_cut`` deals with lengths beyond model_max_length.
         rows: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         too_long = sum(len(row) > self.max_tokens for row in rows)
         if too_long:
@@ -131,7 +131,7 @@ class ConversationTokenizer:
 
 
 def location(model: str | Path) -> str:
-    """What transformers is given: a directory with ``~`` replaced, or the hub name as it is."""
+    """The name to give transformers: a directory with ``~`` replaced, or the hub name as it is."""
     directory = Path(model).expanduser()
     return str(directory) if directory.is_dir() else str(model)
 
@@ -140,7 +140,7 @@ def _load(tokenizer: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location(tokenizer), trust_remote_code=False
         )

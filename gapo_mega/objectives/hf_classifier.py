@@ -50,8 +50,8 @@ class HfClassifierOptions(Section):
 class HfClassifier(ObjectiveKind):
     """The logit of ``options.model`` for the conversation, times ``options.sign``.
 
-    Building reads the model's configuration and tokenizer only; the weights are loaded when the first
-    responses are scored. Code that comes with a model is never run.
+    Building reads only the model's configuration and tokenizer; the first responses load the weights. Code
+    that comes with a model never runs.
     """
 
     kind: ClassVar[str] = "hf_classifier"
@@ -98,10 +98,10 @@ class HfClassifier(ObjectiveKind):
         return self._model
 
     def _scores(self, model: PreTrainedModel, rows: list[list[int]], device: torch.device) -> list[float]:
-        """One score a row, in the order of ``rows``."""
+        """One score per row, in the order of ``rows``."""
         pad_id = self._pad_id(model, rows)
         scores = [0.0] * len(rows)
-        # Neighbours of similar length need little padding; the longest first, so that memory runs out soon.
+        # Similar lengths together need little padding; the longest come first, so that memory runs out early.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
         for start in range(0, len(order), self._options.batch_size):
             batch = order[start : start + self._options.batch_size]
@@ -112,11 +112,10 @@ class HfClassifier(ObjectiveKind):
         return scores
 
     def _pad_id(self, model: PreTrainedModel, rows: list[list[int]]) -> int:
-        """The id to pad with, which is also set in the model's configuration.
+        """The id to pad with; where the model names none, it is also set in the model's configuration.
 
-        A decoder's logit is read at the last token that is not ``pad_token_id``. Where the model names no
-        such token that is the last one, so the id must not be one that a conversation ends with (as it
-        would be with the common choice of ``eos``).
+        A decoder's logit is read at the last token that is not ``pad_token_id``, so a chosen id must not be
+        one that a conversation ends with (as the common choice ``eos`` is).
         """
         if self._named_pad_id is not None:
             return self._named_pad_id

@@ -1,4 +1,4 @@
-"""An objective that is a service: it is sent conversations as JSON and answers scores (docs/rewards.md)."""
+"""An objective that is a service: it receives conversations as JSON and answers scores (docs/rewards.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gapo_mega.types import Prompt
 
 Sample = dict[str, Any]
 
-# Too many requests, and whatever may pass at the server; no connection, no answer, or half of one.
+# Failures that may pass: too many requests, errors of the server; no connection, no answer, or half of one.
 _PASSING_STATUS = frozenset({429, *range(500, 600)})
 _PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError)
 _LONGEST_WAIT = 120.0  # seconds before a retry, also where the service asks for more
@@ -108,7 +108,7 @@ class Http(ObjectiveKind):
     def _post(self, samples: list[Sample]) -> list[Any]:
         """The scores of one request. ``ValueError`` when the last attempt fails or answers something else."""
         attempts = Retrying(
-            retry=retry_if_exception_type(_Passing),  # scoring changes nothing, so it can be asked for twice
+            retry=retry_if_exception_type(_Passing),  # scoring changes nothing, so asking twice is safe
             stop=stop_after_attempt(self._options.retries + 1),
             wait=self._seconds_to_wait,
             reraise=True,
@@ -166,7 +166,7 @@ class Http(ObjectiveKind):
 
 
 class _Passing(Exception):
-    """What may be better at the next attempt: what was found, and how long the service asks to wait."""
+    """A failure that may pass: what was found, and how many seconds the service asks to wait."""
 
     def __init__(self, found: str, seconds: float = 0.0) -> None:
         super().__init__(found)
@@ -183,7 +183,7 @@ def _cause(error: requests.RequestException) -> str:
 
 
 def _retry_after(answer: requests.Response) -> float:
-    """Seconds, 0 where the service does not say."""
+    """Seconds that the service asks to wait, 0 where it does not say."""
     try:
         return float(Retry().parse_retry_after(answer.headers["Retry-After"]))
     except (KeyError, InvalidAnswerHeader):

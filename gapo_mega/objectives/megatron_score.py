@@ -35,9 +35,9 @@ class MegatronScoreOptions(Section):
 
 
 class MegatronScore(ObjectiveKind):
-    """The score of ``options.model``, run by the engine in the policy's layout on all ranks of a replica.
+    """The score of ``options.model``, which the engine runs in the policy's layout on all ranks of a replica.
 
-    Building reads the model's configuration and tokenizer only.
+    Building reads only the model's configuration and tokenizer.
     """
 
     kind: ClassVar[str] = "megatron_score"
@@ -61,11 +61,10 @@ class MegatronScore(ObjectiveKind):
             raise self._error(f"options: {error}") from error
 
     def attach(self, scorer: TokenScorer) -> None:
-        """See ``ObjectiveKind.attach``."""
         self._scorer = scorer
 
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """See ``ObjectiveKind.evaluate``; every rank of a replica calls it with the same responses."""
+        """Collective: every rank of a replica calls it with the same responses."""
         assert self._scorer is not None, "attach() comes first"
         scores = self._scorer(self._conversations.token_ids(prompts, responses))
         return [self._sign * score for score in scores]

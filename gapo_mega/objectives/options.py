@@ -15,7 +15,7 @@ Options = TypeVar("Options", bound=Section)
 def read_options(config: ObjectiveConfig, kind: type[Options]) -> Options:
     """``config.options`` as a ``kind``, for kinds that call no Python function.
 
-    Raises ``ValueError`` naming the objective and the option, as strict as a configuration file is read.
+    Checks as strictly as for a configuration file. Raises ``ValueError`` naming the objective and the option.
     """
     if config.function is not None:
         raise ValueError(

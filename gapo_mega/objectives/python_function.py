@@ -15,8 +15,7 @@ from gapo_mega.user_code import load_function
 class PythonFunction(ObjectiveKind):
     """``config.function`` names the function by module or file, ``config.options`` are its keyword arguments.
 
-    Everything that can be wrong with the name or the arguments is a ``ValueError`` when the objective
-    is built, not in the first step.
+    A wrong name or wrong arguments raise ``ValueError`` when the objective is built, not in the first step.
     """
 
     kind: ClassVar[str] = "python"

@@ -1,6 +1,6 @@
 """Activations of a training pass at their peak, by going through Megatron's layers with a counter.
 
-What autograd keeps of one layer of Megatron's local specification, in bytes per rank and microbatch. Read B
+What autograd keeps of one layer of Megatron's local specification, in bytes per rank and microbatch, with B
 sequences of T tokens, d hidden, h heads and k groups of size c, f feed-forward, t tensor-parallel size, e
 bytes of the compute type (2 for bf16, 4 for fp32):
 
@@ -25,8 +25,8 @@ columns of the padded vocabulary on each of t ranks and N = B x response tokens,
     e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
     4 N V / t                                an fp32 copy of the logits, in bf16 or where V is padded,
 
-the first of which goes before the backward. To these come what an operation needs while it runs: 16 B T^2 h /
-t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
+the first of which is freed before the backward. On top comes what an operation needs while it runs: 16 B T^2
+h / t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
 logits, the gradient of one weight (in bf16 also as fp32). The peak may be at the end of the forward (much
 vocabulary), in the last layer's backward or, with recomputation, in any layer's; with one graph for all
 objectives it is wherever an operation needs most, because nothing is freed on the way, while the softmax and
@@ -34,10 +34,10 @@ the logits' gradient, (4 + e) N V / t, stay: the blocks below say what every par
 also keeps a buffer of e B T^2 h / t for the products of queries and keys once and for all.
 
 Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of random
-models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. The
-worst are those with full recomputation. Below that, what is not counted shows: states of the random number
-generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Nor are buffers of the
-communication library. GPU kernels need less at some points: the norm's backward is one fused kernel,
+models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. Full
+recomputation has the largest errors. Below that size, uncounted memory shows: states of the random number
+generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Buffers of the communication
+library are not counted either. GPU kernels need less at some points: the norm's backward is one fused kernel,
 mixed-type additions make no copy, and attention kernels of Transformer Engine keep no scores. There the
 prediction is an upper bound.
 """
@@ -98,8 +98,8 @@ class Sizes:
 class Block:
     """A part of the model, in bytes.
 
-    ``saved``: what it leaves for the backward. ``forward`` and ``backward``: what it needs at its peak above
-    all that is held when it begins, its own ``saved`` part of the first and not of the second.
+    ``saved``: what it leaves for the backward. ``forward`` and ``backward``: what each needs at its peak
+    above all that is held when it begins; ``forward`` includes the block's own ``saved``, ``backward`` not.
     """
 
     saved: int
@@ -162,7 +162,7 @@ def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches:
 
 
 def sizes_of(config: Config, shape: ModelShape) -> Sizes:
-    """Of the configuration's longest sequences."""
+    """Sizes for the configuration's longest sequences."""
     tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
     length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     length += -length % tensor if split else 0
@@ -251,15 +251,15 @@ class _Pass:
 
 
 def _weight_gradient(z: Sizes, weight: int) -> int:
-    """As autograd makes it, and in bf16 as fp32 while it is added to the buffer."""
+    """Bytes of a weight's gradient and, in bf16, of its fp32 copy while it is added to the buffer."""
     return (z.item + (FP32 if z.bf16 else 0)) * weight
 
 
 def _linear(z: Sizes, saved: int, out: int, into: int, weight: int, beside: int) -> list[Block]:
-    """A linear layer, elements: ``saved`` input, gradients of its output and input, ``weight``.
+    """A linear layer, by elements of its ``saved`` input, its output and input gradients, its ``weight``.
 
-    ``beside``: bytes of other gradients that wait. Weights are added to the gradient buffer when the input
-    is gone.
+    ``beside``: bytes of other gradients that wait. The weight's gradient is added to the gradient buffer when
+    the input is gone.
     """
     # With sequence parallelism the whole sequence's gradient is summed into one of this rank's part.
     scattered = z.residual if z.split and into == z.hidden else 0
@@ -271,7 +271,7 @@ def _linear(z: Sizes, saved: int, out: int, into: int, weight: int, beside: int)
 
 
 def _norm(z: Sizes, beside: int) -> list[Block]:
-    waiting = beside if z.bf16 else 0  # in fp32 the other gradient is added to at once
+    waiting = beside if z.bf16 else 0  # in fp32 the result is added to the other gradient at once
     normed = z.item * z.residual
     return [
         Block(FP32 * z.residual, 2 * FP32 * z.residual, 5 * FP32 * z.residual + waiting),
@@ -319,7 +319,7 @@ def _core(z: Sizes, selective: bool) -> list[Block]:
     e, s = z.item, z.scores
     query, beside = e * z.query, e * (z.residual + z.query)
     repeated = query if z.grouped else 0
-    # Variables of the forward keep the projection alive, which without groups the values are a view of.
+    # Variables of the forward keep the projection alive; without groups the values are a view of it.
     already = _projection_for_norms(z, selective)
     frame = 0 if selective else e * (z.mixed + (z.query + z.key if z.grouped else 0)) - already
     values = repeated if z.grouped or selective else e * z.mixed - already

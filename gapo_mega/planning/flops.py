@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, and the share of the hardware's peak that they reach.
 
-A multiplication with an addition counts as 2. Counted are the matrix products of a Llama-like decoder
-(gated feed-forward, grouped-query attention) on real tokens; padding, norms, softmax, rotary embedding, the
-embedding look-up, the optimizer, the Gram matrix (m (m + 1) N) and the combination (2 m N) are not.
+A multiplication with an addition counts as 2. The count has the matrix products of a Llama-like decoder
+(gated feed-forward, grouped-query attention) on real tokens. It leaves out padding, norms, softmax, rotary
+embedding, the embedding look-up, the optimizer, the Gram matrix (m (m + 1) N) and the combination (2 m N).
 
 Forward of one sequence of T tokens, with d hidden, f feed-forward, h heads, k key-value groups of size c, L
 layers and V outputs (vocabulary, or value heads of a critic):
@@ -45,7 +45,7 @@ class TransformerShape:
 
     @property
     def matmul_parameters(self) -> int:
-        """All of them, the output layer included and the embedding look-up not."""
+        """Those of all layers and of the output layer; the embedding look-up is no matrix product."""
         return self.layers * self.layer_matmul_parameters + self.hidden * self.outputs
 
 
@@ -92,7 +92,7 @@ class StepFlops:
 
     @property
     def hardware(self) -> int:
-        """With the forward passes repeated to save memory: the numerator of hardware utilisation (HFU)."""
+        """What the hardware does, recomputation included: the numerator of hardware utilisation (HFU)."""
         return self.model + self.recompute
 
 

@@ -14,7 +14,7 @@ from gapo_mega.planning.strategy import microbatches, refusal_of_shared
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Number of model replicas on ``world_size`` processes; ``ValueError`` if they do not come out even."""
+    """Number of model replicas on ``world_size`` processes. Raises ``ValueError`` if it is not whole."""
     return _data_parallel_size(config.parallel, world_size)
 
 
@@ -36,7 +36,7 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
-    """Raise a one-line ``ValueError`` for the first thing that does not fit; else nothing."""
+    """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     _check_model_split(config.parallel, shape)
     data_parallel = data_parallel_size(config, world_size)
     _check_batches(config, data_parallel)

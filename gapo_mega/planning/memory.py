@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes of one rank of a pipeline stage: of the fullest, if its tensor and data ranks differ."""
+    """Bytes of one rank of a pipeline stage: the fullest one, if its tensor and data ranks differ."""
 
     stage: int
     policy_parameters: int  # elements
@@ -38,7 +38,7 @@ class StagePlan:
     reference: int  # 0 if it is in host memory between uses; so are score models
     score_models: int
     critic: int
-    visiting: int  # the largest model that comes from host memory when it is used
+    visiting: int  # the largest model that is on the device only while it is used
     kv_cache: int
     activations: int
 
@@ -160,7 +160,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
     strategy, objectives = resolved.strategy, len(config.objectives)
-    # A graph that serves one backward only is let go of within it.
+    # A graph that serves only one backward is freed within it.
     kept = resolved.shared and strategy.reuses_graph(objectives)
     shard = count // data if config.optimizer.distributed else count
     offloaded = config.model.offload_reference
@@ -190,7 +190,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
 
 
 def _critic(resolved: ResolvedRun, stage: int) -> int:
-    """Parameters, gradients and optimizer state of all value models; they take turns with activations."""
+    """Parameters, gradients and optimizer state of all value models; they train in turn with the policy."""
     if resolved.critic is None:
         return 0
     config, shape = resolved.config, resolved.critic.shape

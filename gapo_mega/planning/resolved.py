@@ -1,4 +1,4 @@
-"""A configuration that was checked on a number of processes, with all that was found out on the way.
+"""A configuration checked for a number of processes, with everything that the check found out.
 
 ``runs.preflight.resolve`` makes it. Trainer, plan, engine and benchmarks take it, so that nobody asks twice.
 """
@@ -29,13 +29,13 @@ class ModelSource:
     shape: ModelShape
 
     def directory(self) -> Path:
-        """Where it is on this machine, after a download if need be. Raises ``ValueError``."""
+        """Its local directory, downloaded if need be. Raises ``ValueError`` where it cannot be had."""
         return location.resolve(self.path)
 
 
 @dataclass(frozen=True)
 class ScoreModelSource:
-    """A score model that an objective wants of the engine."""
+    """A score model that an objective asks the engine for."""
 
     request: ScoreModelRequest
     shape: ModelShape
@@ -57,7 +57,7 @@ class ResolvedRun:
 
     @property
     def shape(self) -> ModelShape:
-        """Of the policy."""
+        """The policy's shape."""
         return self.policy.shape
 
     @property
@@ -67,7 +67,7 @@ class ResolvedRun:
 
     @property
     def strategy(self) -> StrategyDeclaration:
-        """How the gradients of objectives are measured and held."""
+        """How the engine measures and holds the gradients of objectives."""
         return strategies.chosen(self.config.gradients)
 
     @property
@@ -77,7 +77,7 @@ class ResolvedRun:
 
     @property
     def shared(self) -> bool:
-        """One forward a microbatch serves the backwards of all objectives."""
+        """Whether one forward per microbatch serves the backwards of all objectives."""
         return forward_kind(self.config, self.data) == "shared"
 
     @property

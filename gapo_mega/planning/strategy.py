@@ -1,6 +1,6 @@
-"""What ``gradients.forward: auto`` comes to, and what cannot be combined in a given layout.
+"""Resolves ``gradients.forward: auto``, and says what cannot be combined in a layout.
 
-What differs from strategy to strategy is in ``config/strategies/``; this is common to all.
+``config/strategies/`` has what differs between strategies; this file has what they share.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def microbatches(config: Config, data_parallel: int) -> int:
 
 
 def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separate"]:
-    """The passes that the run takes.
+    """The kind of passes that the run takes.
 
     Shared passes save m - 1 of m forwards. They reduce every objective's gradient once per microbatch
-    instead of once per minibatch, which may cost more than it saves: where that would be so, ``auto``
-    takes separate passes.
+    instead of once per minibatch, which may cost more than it saves: in that case ``auto`` takes separate
+    passes.
     """
     asked = config.gradients.forward
     if asked != "auto":
@@ -34,7 +34,7 @@ def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separ
 
 
 def refusal_of_shared(config: Config, count: int) -> str | None:
-    """Why shared passes over ``count`` microbatches do not work with the other settings, if so."""
+    """Why shared passes over ``count`` microbatches do not work with the other settings; None if they do."""
     strategy = strategies.chosen(config.gradients)
     if transformer_engine_layers() and strategy.reuses_graph(len(config.objectives)):
         return "Transformer Engine's layers (they drop what a second backward would need)"

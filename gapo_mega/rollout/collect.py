@@ -1,4 +1,4 @@
-"""From prompts to decoded responses."""
+"""Turns prompts into decoded responses."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ class ExperienceMaker:
         self._timer = timer
 
     def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
-        """The experience with advantages, and what is logged of it. Collective.
+        """The experience with advantages, and the facts that the log takes. Collective.
 
-        ``prompts`` are this rank's; ``seed`` is the step's, and every data rank draws from one of its own.
+        ``prompts`` are this rank's; ``seed`` is the step's, from which every data rank derives its own.
         """
         layout = self._engine.layout
         with self._timer("rollout"):

@@ -1,4 +1,4 @@
-"""What is logged of a step's batch, over all data-parallel ranks."""
+"""What the log says about a step's batch, over all data-parallel ranks."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class HeldOut:
         return len(self._prompts)
 
     def answer(self) -> Answers:
-        """Collective; the same on every rank. Empty without held-out prompts."""
+        """Answer and score the held-out prompts. Collective; the same on every rank, empty without any."""
         layout = self._engine.layout
         numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
         part: list[tuple[int, str, str, list[float]]] = []

@@ -1,4 +1,4 @@
-"""From responses to rewards: objectives, log-probabilities, values."""
+"""Turns responses into rewards: objectives, log-probabilities, values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scored(Protocol):
 
     @property
     def wanted_model(self) -> object | None:
-        """``None``: scores on one rank. Else on all ranks of a replica, alike on all."""
+        """``None``: it scores on one rank. Else on all ranks of a replica, with the same result."""
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -65,7 +65,7 @@ class Scorer:
     def _on_first_rank(
         self, objectives: Sequence[Scored], prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> dict[str, list[float]]:
-        """Scores by objective on every rank, computed on the replica's first."""
+        """Scores by objective on every rank; the replica's first rank computes them."""
         first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0
         outcome: dict[str, list[float]] | Exception = {}
         if first:

@@ -35,8 +35,8 @@ _DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")
 class CheckpointFolder:
     """Names, finds, completes and removes the checkpoints below one directory.
 
-    ``save`` is collective; of all ranks only the main one changes directories. The file system
-    must be shared by all ranks.
+    ``save`` is collective; only the main rank changes directories. All ranks must share the file
+    system.
     """
 
     def __init__(self, directory: Path, keep: int, layout: Layout, barrier: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ def _complete_step(path: Path) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    # The marker first: killed halfway, the rest is recognised as incomplete.
+    # The marker goes first: if the process is killed halfway, the rest counts as incomplete.
     (path / MARKER).unlink()
     shutil.rmtree(path)
 
@@ -166,14 +166,14 @@ class Ranks(Protocol):
 
 
 def is_due(settings: CheckpointConfig, step: int, total: int) -> bool:
-    """Whether a checkpoint is written after ``step``; with ``every_steps`` always after the last."""
+    """Whether to write a checkpoint after ``step``; with ``every_steps`` always after the last."""
     if step == total:
         return bool(settings.every_steps or settings.save_final)
     return bool(settings.every_steps) and step % settings.every_steps == 0
 
 
 def any_replica(ranks: Ranks, requested: bool) -> bool:
-    """The same on every rank: True when the first rank of any replica was asked to stop."""
+    """Whether the first rank of any replica was asked to stop; the same on every rank."""
     first = ranks.broadcast_in_replica(requested)
     return bool(ranks.sum_over_data(torch.tensor(int(first))))
 
@@ -201,8 +201,8 @@ def checkpoint_to_resume(folder: CheckpointFolder, settings: CheckpointConfig, r
 class StopOnSignal:
     """Inside the context SIGTERM, and SIGINT the first time, only set ``requested``.
 
-    The training loop looks at it between steps, writes a checkpoint and ends. A second SIGINT does
-    what it did before. Enter it in the main thread: Python handles signals there alone.
+    The training loop looks at it between steps, writes a checkpoint and ends. A second SIGINT acts as
+    outside the context. Enter it in the main thread: Python handles signals there alone.
     """
 
     def __init__(self) -> None:

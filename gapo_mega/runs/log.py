@@ -1,7 +1,7 @@
-"""What a run writes down at every optimizer step: ``metrics.jsonl``, TensorBoard, wandb, progress bar.
+"""What a run writes at every optimizer step: ``metrics.jsonl``, TensorBoard, wandb, progress bar.
 
-``metrics.jsonl`` is the record that the report is drawn from and that resumption is checked against;
-the others are views of the same dictionary. Only rank 0 writes: on other ranks a ``RunLog`` has no
+``metrics.jsonl`` is the record: the report reads it, and tests of resuming compare it. The others are
+views of the same dictionary. Only rank 0 writes: on other ranks a ``RunLog`` has no
 sinks and does nothing.
 """
 
@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, on disk before ``write`` returns; values that are not finite become null."""
+    """One JSON object per line, on disk before ``write`` returns; values that are not finite become null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

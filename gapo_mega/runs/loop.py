@@ -1,7 +1,7 @@
 """The one loop of every run: training on objectives, fine-tuning, reward models.
 
 The loop decides when: steps, checkpoints, resuming, signals, the end. A ``Work`` decides what: what a step
-does, what a checkpoint must hold of it, what is written at the end.
+does, what a checkpoint must hold of it, what to write at the end.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RunLoop:
     def __init__(
         self, work: Work, engine: Persistent, directory: Path, settings: CheckpointConfig, log: RunLog
     ) -> None:
-        """``directory``: of the run. ``log``: closed by the loop before the work's ``finish``."""
+        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``."""
         self._work = work
         self._engine = engine
         self._settings = settings
@@ -100,7 +100,7 @@ class RunLoop:
         self.step = 0  # steps done
 
     def run(self) -> bool:
-        """Whether the run is finished; False after SIGTERM or SIGINT, when a checkpoint was written.
+        """Do the work. True if it is finished; False after SIGTERM or SIGINT, with a checkpoint written.
 
         A signal during the last step does not count: nothing is left to stop.
         """
@@ -126,12 +126,12 @@ class RunLoop:
         return True
 
     def _save(self) -> None:
-        """A complete checkpoint of the current step; all ranks call it."""
+        """Write a complete checkpoint of the current step; all ranks call it."""
         extra = {"step": self.step, **self._work.state_dict()}
         self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra))
 
     def _resume(self) -> None:
-        """Continue from the newest complete checkpoint, when there is one and the run asks for it."""
+        """Continue from the newest complete checkpoint, if there is one."""
         latest = checkpoint_to_resume(self._checkpoints, self._settings, self._engine)
         if latest is None:
             return

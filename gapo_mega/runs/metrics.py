@@ -22,16 +22,16 @@ def step_metrics(
     seconds: Mapping[str, float],
     extra: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """One flat dictionary of everything a step measured.
+    """Everything that an update measured, by the log's names.
 
     ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
     which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
     G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
-    first-order gain of objective i for a plain gradient step of unit length factor along the combined
+    first-order gain of objective i for a plain gradient step of learning rate 1 along the combined
     direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
-    where it was measured, is the gain by the change that the optimizer really made. ``corner`` is 1 where
+    where it was measured, is the gain from the change that the optimizer really made. ``corner`` is 1 where
     an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
     """
     count = len(names)

@@ -1,4 +1,4 @@
-"""Everything that can be refused before a model is built or a process started."""
+"""Refuses everything that can be refused before a model is built or a process started."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from gapo_mega.planning.layout import check_layout, check_model_split
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
 
-# In what a value model's backbone may differ from the policy: its head replaces the output layer, and
-# families of one shape store the same tensors. Of the lengths only those that occur count.
+# Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
+# families of one shape store the same tensors. Only the lengths that occur must fit.
 _FREE_IN_A_CRITIC = ("family", "tied", "max_positions", "sliding_window")
 
 
@@ -37,7 +37,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
     aggregator = aggregation.build(config.aggregation.name, **config.aggregation.options)
-    # Any Gram matrix will do to find options of another number of objectives.
+    # Any Gram matrix exposes options for another number of objectives.
     aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
     built = [objectives.build(objective) for objective in config.objectives]
     return ResolvedRun(
@@ -103,5 +103,5 @@ def _score_shape(config: Config, objective: str, path: str, world_size: int) -> 
 
 
 def _shape(path: str, parameter: str = "model.path") -> ModelShape:
-    """Of a Hugging Face directory or hub name, from its configuration only."""
+    """The shape of the model in a Hugging Face directory or hub name, from its configuration only."""
     return shape_of(read_config(companions_of(Path(path).expanduser()), parameter))

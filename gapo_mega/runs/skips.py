@@ -1,4 +1,4 @@
-"""Gradients that are not finite or zero: told, counted, and in the end an error."""
+"""Warns of gradients that are zero or not finite, counts skipped updates, and at a limit stops the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a running training: check, read, build, train."""
+"""Starts a training from its configuration: check, read, build, train."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gapo_mega.runs.trainer import Trainer
 def train(config: Config) -> None:
     """Run a whole training on this process's share of the world (torchrun's environment, or alone).
 
-    Everything that can be refused is refused before a model is built. Raises ``ValueError``.
+    Raises ``ValueError`` for whatever can be refused, before a model is built.
     """
     run_training(resolve(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
@@ -51,7 +51,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:
 
 
 def end_of_sequence_ids(source: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a response: the model's generation settings where it has them, else the tokenizer."""
+    """Ids that end a response, from the model's generation settings if they name any, else its tokenizer."""
     ids: Any = None
     if (source / "generation_config.json").is_file():
         ids = GenerationConfig.from_pretrained(source).eos_token_id

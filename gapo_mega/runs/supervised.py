@@ -58,7 +58,7 @@ class _Start:
 
     @property
     def pad_id(self) -> int:
-        """What rows are padded with; a score is taken at the last token that is another."""
+        """The id that pads rows; a score is read at the last token with another id."""
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         found = pad if pad is not None else end
         if found is None:
@@ -67,7 +67,7 @@ class _Start:
 
 
 def check(config: SupervisedConfig, world_size: int) -> _Start:
-    """Everything that can be refused before data are read or a model is built. Raises ``ValueError``."""
+    """Raise ``ValueError`` for what can be refused before data are read or a model is built."""
     source = model_location.resolve(config.model.path)
     hf_config = read_config(model_location.companions_of(source))
     shape = shape_of(hf_config)
@@ -116,13 +116,13 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         self.measured: dict[str, float] = {}
 
     def run(self) -> dict[str, float]:
-        """Train to the end, or to a signal; what was measured on the held-out data at the end."""
+        """Train to the end, or to a signal; return what the end measured on the held-out data."""
         self.loop.run()
         return self.measured
 
     # -- the work ------------------------------------------------------------------------------------
     def begin(self) -> None:
-        """Nothing: held-out data are measured by ``evaluate_every`` and at the end."""
+        """Do nothing: ``evaluate_every`` and the end of the run measure the held-out data."""
 
     def train_step(self, step: int) -> None:
         """One optimizer step on the items of ``step``."""
@@ -164,11 +164,11 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         self.engine.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the number of steps is a position in."""
+        """The numbers that give a step its items: those of a resumed run must be the same."""
         return {"items": self.order.count, "batch_size": self.order.batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raises ``ValueError`` for another number of items, or of items a step."""
+        """Raise ``ValueError`` for another number of items, or of items per step."""
         mine = self.state_dict()
         for key, name in (("items", "data"), ("batch_size", "batch_size")):
             if state[key] != mine[key]:
@@ -180,15 +180,15 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
     # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Read and encode the data; the number of training items."""
+        """Read and encode the data; return the number of training items."""
 
     @abstractmethod
     def _build(self) -> SupervisedEngine:
-        """The engine with the model."""
+        """Build the engine with the model."""
 
     @abstractmethod
     def _batch(self, items: Sequence[int]) -> TokenBatch:
-        """These training items, padded; of like length together, since microbatches are cut to their own."""
+        """These training items, padded and sorted by length, since each microbatch is cut to its own."""
 
     @abstractmethod
     def _named(self, right: float) -> dict[str, float]:
@@ -208,7 +208,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
             if layer_types is not None:
                 config["layer_types"] = layer_types[:kept]
         template = self.config.model.chat_template
-        if template is not None:  # it goes with the model: it is how the model wants to be asked
+        if template is not None:  # it goes with the model, which expects it from now on
             template = template_text(self.start.tokenizer, template, batches.TEMPLATE_PARAMETER)
         return SupervisedSetup(
             shape=self.start.shape,
@@ -224,7 +224,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         )
 
     def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
-        """This data rank's share of held-out items, of like length together, in forward passes."""
+        """This data rank's share of held-out items, sorted by length and cut into forward passes."""
         layout, size = self.engine.layout, self.config.micro_batch_size
         own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
         return [own[i : i + size] for i in range(0, len(own), size)]
@@ -238,7 +238,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
 
 
 class RewardRun(SupervisedRun[RewardModelConfig]):
-    """A reward model from preference pairs, by the likelihood of Bradley and Terry."""
+    """Trains a reward model on preference pairs, by the Bradley-Terry likelihood."""
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
         model = self.config.model
@@ -279,7 +279,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
         return {"accuracy": right}
 
     def evaluate(self) -> dict[str, float]:
-        """See ``SupervisedRun.evaluate`` and ``measures.of_pairs``."""
+        """``measures.of_pairs`` of the held-out pairs."""
         if not self._heldout:
             return {}
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
@@ -293,7 +293,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
 
 
 class SftRun(SupervisedRun[SftConfig]):
-    """A language model from conversations, by the likelihood of the assistant's tokens."""
+    """Trains a language model on conversations, by the likelihood of the tokens to learn."""
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
         model = self.config.model
@@ -324,7 +324,7 @@ class SftRun(SupervisedRun[SftConfig]):
         return {}
 
     def evaluate(self) -> dict[str, float]:
-        """See ``SupervisedRun.evaluate`` and ``measures.of_chats``."""
+        """``measures.of_chats`` of the held-out chats."""
         if not self._heldout:
             return {}
         own: dict[int, float] = {}

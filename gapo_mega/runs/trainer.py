@@ -164,7 +164,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Inverse of ``state_dict``; ``ValueError`` where prompts or aggregator are others."""
+        """Inverse of ``state_dict``. Raises ``ValueError`` for other prompts or another aggregator."""
         self._position().check_same_prompts(PromptPosition(**state["schedule"]))
         self.aggregator.load_state_dict(state["aggregator"])
         self.skips.in_a_row = int(state["skipped_in_a_row"])
@@ -196,7 +196,7 @@ class Trainer:
         )
 
     def _update_critic(self, minibatch: Experience) -> list[float]:
-        """The loss of every value model; none where the estimator needs no values."""
+        """Update the critic; the loss of every value model, none where the estimator needs no values."""
         if not self.resolved.estimator.needs_values:
             return []
         with self.phases("critic"):
@@ -211,7 +211,7 @@ class Trainer:
             self.names,
             rewards=facts.rewards,
             kl=facts.kl,
-            # The rollout's tokens are shared out over its updates, the first of which holds its time.
+            # Every update gets an equal share of the rollout's tokens; the first one holds its time.
             tokens_per_second=facts.tokens / self.updates_per_step / seconds,
             peak_memory_bytes=self.engine.peak_memory(),
             seconds={**self.phases.seconds, "step": seconds},

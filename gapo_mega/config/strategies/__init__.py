@@ -1,8 +1,8 @@
-"""Gradient strategies as they declare themselves: one file a strategy.
+"""Declarations of the gradient strategies, one file per strategy.
 
-``chosen(gradients)`` is the strategy of a section ``gradients``. Every file of this folder that defines a
-``StrategyDeclaration`` declares one; ``engine/megatron/gradients/`` implements it. The folder lies in this
-room because a configuration is checked against it when it is read, and imports point down
+``chosen(gradients)`` is the strategy that a section ``gradients`` asks for. Every file of this folder that
+defines a ``StrategyDeclaration`` declares one; ``engine/megatron/gradients/`` implements it. The folder lies
+in this room because reading a configuration checks it against the declarations, and imports point down
 (docs/adr/0007-strategies-declared-once.md).
 """
 

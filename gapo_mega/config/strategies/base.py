@@ -1,4 +1,4 @@
-"""What a gradient strategy says of itself before anything is built: arithmetic, no device."""
+"""What a gradient strategy declares before anything is built: arithmetic, no device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FP32 = 4  # bytes of an element
 
 
 class GradientSettings(Protocol):
-    """What declarations read of the section ``gradients``, ``config.sections.GradientConfig``."""
+    """The part of the section ``gradients`` (``config.sections.GradientConfig``) that declarations read."""
 
     @property
     def store(self) -> str: ...
@@ -75,7 +75,7 @@ class StrategyDeclaration(ABC):
 
     @classmethod
     def chosen_by(cls, gradients: GradientSettings) -> bool:
-        """Whether these settings ask for the strategy; of every section exactly one strategy says so."""
+        """Whether these settings ask for this strategy; every section asks for exactly one."""
         return gradients.store == cls.store
 
     @abstractmethod
@@ -90,33 +90,33 @@ class StrategyDeclaration(ABC):
 
     @abstractmethod
     def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
-        """Why one forward per microbatch cannot serve all backwards, if so: the words after "shared with".
+        """Why one forward per microbatch cannot serve all backwards, as words after "shared with"; else None.
 
         ``microbatches``: of a data-parallel rank's minibatch. ``recompute``: ``model.recompute``.
         """
 
     def reuses_graph(self, objectives: int) -> bool:
-        """Whether the graph of a shared forward serves more than one backward, and so is kept in one."""
+        """Whether the graph of a shared forward serves more than one backward, so that one must keep it."""
         return objectives > 1
 
     @property
     def measures_change(self) -> bool:
-        """What ``gradients.actual_change`` comes to."""
+        """Whether to measure the optimizer's actual change, as ``gradients.actual_change`` decides."""
         return False
 
     @abstractmethod
     def passes(self, objectives: int, shared: bool) -> PassCount:
-        """What one update runs; partial backwards (of a scope) are not counted. ``shared``: one forward."""
+        """Passes of one update, without a scope's partial backwards. ``shared``: one forward serves all."""
 
     @abstractmethod
     def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
         """Bytes of rows on a rank beside Megatron's gradient buffer, which holds one gradient.
 
-        See ``rows_are_even`` for the ranks that it holds of.
+        ``rows_are_even`` tells whether every rank of a stage holds as many.
         """
 
     def refuse_bf16_rows(self) -> None:
-        """For strategies whose rows are not whole gradients that are kept."""
+        """Refuse bf16 rows, for strategies that do not keep whole gradients as rows."""
         if self.gradients.store_dtype == "bf16":
             raise ValueError(
                 "gradients.store_dtype: found bf16, accepted: fp32 (bf16 is for the rows of store shards "
@@ -124,7 +124,7 @@ class StrategyDeclaration(ABC):
             )
 
     def refuse_actual_change(self) -> None:
-        """For strategies that do not have every gradient when the optimizer has stepped."""
+        """Refuse ``actual_change``, for strategies that lack some gradient when the optimizer has stepped."""
         if self.gradients.actual_change:
             raise ValueError(
                 "gradients.actual_change: found true, accepted: false (it needs every gradient: store shards "

@@ -1,4 +1,4 @@
-"""``store: shards`` with ``scope: full``: every objective's gradient is kept until the weights are known."""
+"""``store: shards`` with ``scope: full``: keeps every objective's gradient until the weights are known."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ class KeptRows(StrategyDeclaration):
 
     @classmethod
     def chosen_by(cls, gradients: GradientSettings) -> bool:
-        """See ``StrategyDeclaration.chosen_by``."""
         return gradients.store == cls.store and gradients.scope == "full"
 
     def check(self) -> None:
-        """Every setting goes with it."""
+        """Accept every setting."""
 
     def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
-        """See ``StrategyDeclaration.refusal_of_shared``."""
         if microbatches > 1 and self.gradients.store_dtype == "bf16":
             rounded = "store_dtype bf16 (the sum over microbatches would be rounded every time)"
             return f"{microbatches} microbatches and {rounded}"
@@ -43,16 +41,15 @@ class KeptRows(StrategyDeclaration):
 
     @property
     def measures_change(self) -> bool:
-        """As asked; on by itself with the adam metric."""
+        """Follows the setting; where that is none, true with the adam metric only."""
         asked = self.gradients.actual_change
         return self.gradients.metric == "adam" if asked is None else asked
 
     def passes(self, objectives: int, shared: bool) -> PassCount:
-        """See ``StrategyDeclaration.passes``."""
         return PassCount(1 if shared else objectives, objectives)
 
     def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
-        """With the copy of the parameters from which the optimizer's change is measured."""
+        """Bytes of the rows, and of the copy of the parameters that measures the optimizer's change."""
         item = 2 if self.gradients.store_dtype == "bf16" else FP32
         copy = sizes.shard * FP32 if self.measures_change else 0
         return (objectives - 1) * sizes.shard * item + copy

@@ -18,7 +18,6 @@ class NoRows(StrategyDeclaration):
     )
 
     def check(self) -> None:
-        """See ``StrategyDeclaration.check``."""
         if self.gradients.scope != "full":
             raise ValueError(
                 f"gradients.scope: found {self.gradients.scope} with store single, accepted: full (single "
@@ -28,14 +27,13 @@ class NoRows(StrategyDeclaration):
         self.refuse_actual_change()
 
     def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
-        """See ``StrategyDeclaration.refusal_of_shared``."""
         return None if microbatches == 1 else f"{microbatches} microbatches and store single"
 
     def passes(self, objectives: int, shared: bool) -> PassCount:
-        """At most: the engine leaves the last pass out where the pair measured last is the direction."""
+        """An upper bound: the engine skips the last pass where the last pair measured is the direction."""
         backwards = objectives * (objectives + 1) // 2 + (1 if objectives > 1 else 0)
         return PassCount(1 if shared else backwards, backwards)
 
     def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
-        """None."""
+        """Always 0: the strategy keeps no rows."""
         return 0

@@ -14,7 +14,7 @@ def declarations() -> tuple[type[StrategyDeclaration], ...]:
     return _declared_in(tuple(package.__path__))
 
 
-@cache  # a configuration is asked often, and a folder is searched by reading it
+@cache  # callers ask often, and every search of a folder reads it
 def _declared_in(folders: tuple[str, ...]) -> tuple[type[StrategyDeclaration], ...]:
     return tuple(implementations(package, StrategyDeclaration))
 
@@ -25,14 +25,14 @@ def stores() -> list[str]:
 
 
 def variants() -> list[Variant]:
-    """What the benchmarks measure, of all strategies."""
+    """The variants of all strategies, which the benchmarks measure."""
     return [variant for kind in declarations() for variant in kind.variants]
 
 
 def chosen(gradients: GradientSettings) -> StrategyDeclaration:
     """The strategy of these settings.
 
-    Raises ``RuntimeError`` where none or several declare that they are asked for.
+    Raises ``RuntimeError`` unless exactly one strategy declares that these settings ask for it.
     """
     found = [kind for kind in declarations() if kind.chosen_by(gradients)]
     if len(found) != 1:

@@ -38,11 +38,10 @@ class ScopedRows(StrategyDeclaration):
         Variant("last_layer", {"scope": "last_layer"}, against_peers=True),
         Variant("last_block", {"scope": "last_block"}),
     )
-    rows_are_even: ClassVar[bool] = False  # the layers in scope may all be one data rank's
+    rows_are_even: ClassVar[bool] = False  # one data rank may own all layers in scope
 
     @classmethod
     def chosen_by(cls, gradients: GradientSettings) -> bool:
-        """See ``StrategyDeclaration.chosen_by``."""
         return gradients.store == cls.store and gradients.scope != "full"
 
     @property
@@ -51,7 +50,6 @@ class ScopedRows(StrategyDeclaration):
         return self.gradients.scope != "last_layer"
 
     def check(self) -> None:
-        """See ``StrategyDeclaration.check``."""
         scope = self.gradients.scope
         self.refuse_bf16_rows()
         if self.gradients.metric == "adam" and has_output_layer(scope):
@@ -64,7 +62,6 @@ class ScopedRows(StrategyDeclaration):
             _check_ranges(scope)
 
     def check_model(self, num_layers: int) -> None:
-        """See ``StrategyDeclaration.check_model``."""
         scope = self.gradients.scope
         if not isinstance(scope, str) and scope[-1][1] > num_layers:
             raise ValueError(
@@ -72,25 +69,23 @@ class ScopedRows(StrategyDeclaration):
             )
 
     def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
-        """See ``StrategyDeclaration.refusal_of_shared``."""
         if self.has_layers and recompute != "none":
             return f"model.recompute {recompute} (recomputed layers have no partial backward)"
         return None if microbatches == 1 else f"{microbatches} microbatches and scope {self.gradients.scope}"
 
     def reuses_graph(self, objectives: int) -> bool:
-        """Layers in scope have a backward of their own before that of the sum, also for one objective.
+        """Layers in scope have their own backward before that of the weighted sum, even for one objective.
 
-        The output layer's rows come from the logits.
+        The output layer needs none: its rows come from the logits.
         """
         return self.has_layers
 
     def passes(self, objectives: int, shared: bool) -> PassCount:
-        """See ``StrategyDeclaration.passes``."""
         measuring = has_output_layer(self.gradients.scope) + self.has_layers * objectives
         return PassCount(1 if shared else 1 + measuring, 1)
 
     def row_bytes(self, objectives: int, sizes: RankSizes) -> int:
-        """Of the rank that owns as much as can be of the layers in scope; m rows of the output layer."""
+        """Bytes of the rank that owns the most of the layers in scope; the output layer has m rows."""
         ranges = layers_in(self.gradients.scope, sizes.num_layers)
         layers = sum(first <= layer < end for layer in sizes.layers for first, end in ranges)
         rows = (objectives - 1) * FP32 * min(sizes.shard, layers * sizes.layer)

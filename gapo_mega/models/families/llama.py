@@ -9,14 +9,13 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Llama(Family):
-    """``LlamaForCausalLM``"""
+    """The family of transformers' ``LlamaForCausalLM``."""
 
     model_type = "llama"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, LlamaConfig)
-        # With it the output projection has a bias too, which Megatron ties to that of the MLP.
+        # With attention_bias the output projection has a bias too, which Megatron ties to that of the MLP.
         require("attention_bias", config.attention_bias, False)
         require("mlp_bias", config.mlp_bias, False)
         return llama_like(config)

@@ -9,11 +9,11 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Mistral(Family):
-    """``MistralForCausalLM``"""
+    """The family of transformers' ``MistralForCausalLM``."""
 
     model_type = "mistral"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``. The window is passed on: whoever runs the model keeps to it."""
+        """Passes the sliding window on: whoever runs the model must keep to it."""
         assert isinstance(config, MistralConfig)
         return llama_like(config, sliding_window=config.sliding_window)

@@ -9,12 +9,11 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Qwen2(Family):
-    """``Qwen2ForCausalLM``"""
+    """The family of transformers' ``Qwen2ForCausalLM``."""
 
     model_type = "qwen2"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, Qwen2Config)
         require_full_attention(config)
         return llama_like(config, qkv_bias=True)

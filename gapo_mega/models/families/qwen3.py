@@ -9,14 +9,13 @@ from gapo_mega.models.shape import ModelShape
 
 
 class Qwen3(Family):
-    """``Qwen3ForCausalLM``"""
+    """The family of transformers' ``Qwen3ForCausalLM``."""
 
     model_type = "qwen3"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """See ``Family.shape``."""
         assert isinstance(config, Qwen3Config)
-        # With it the output projection has a bias too, which Megatron ties to that of the MLP.
+        # With attention_bias the output projection has a bias too, which Megatron ties to that of the MLP.
         require("attention_bias", config.attention_bias, False)
         require_full_attention(config)
         return llama_like(config, qk_norm=True)

@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] =
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
-# Below "ARCHITECTURE.": read by name further down, or of no consequence for what is computed.
+# Keys below "ARCHITECTURE." that the functions below read by name.
 _READ = {
     "attention.head_count",
     "attention.head_count_kv",
@@ -52,14 +52,14 @@ _READ = {
     "rope.freq_base",
     "vocab_size",
 }
-# "finetuned" and the original length describe a scaling that is absent.
+# Keys that do not change what is computed; "finetuned" and the original length describe an absent scaling.
 _IDLE = {
     "attention.layer_norm_epsilon",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "tensor_data_layout",
 }
-# Keys with a value that changes nothing: these are what plain models have.
+# Keys accepted with these values only, which change nothing: plain models have them.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (None, True),
     "attention.sliding_window": (None, 0),

@@ -121,10 +121,10 @@ class GGUFFile:
             raise self.error(key, shortened(value), list(accepted))
 
     def error(self, key: str, found: object, accepted: object) -> ValueError:
-        """The error for a value that is not taken; ``found`` is shown as Python writes it."""
+        """The error for a value that is not accepted; it shows ``found`` as Python writes it."""
         return ValueError(f"GGUF file {self.path}: {key} is {found!r}, accepted: {accepted}")
 
 
 def shortened(value: object) -> object:
-    """Lists can be vocabularies: their beginning tells enough."""
+    """Cut a long list, which can be a vocabulary: its beginning tells enough."""
     return [*value[:3], "..."] if isinstance(value, list) and len(value) > 3 else value

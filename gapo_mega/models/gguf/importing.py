@@ -1,8 +1,8 @@
 """GGUF files -> Hugging Face directories.
 
-The ``gguf`` package reads and dequantises the tensors. What is undone here is the order in which llama.cpp
-stores the rows of Q and K of its ``llama`` architecture, for a rotary embedding of neighbouring pairs; it
-leaves those of the Qwen architectures as they are.
+The ``gguf`` package reads and dequantises the tensors. This file undoes one reordering: llama.cpp stores the
+rows of Q and K of its ``llama`` architecture for a rotary embedding of neighbouring pairs. It leaves those of
+the Qwen architectures as they are.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a Hugging Face tensor comes from; ``heads``: of rows that have llama.cpp's rotary order."""
+    """Where a Hugging Face tensor comes from; ``heads``: their number if rows have llama.cpp's order."""
 
     name: str
     stored: gguf.ReaderTensor
@@ -98,7 +98,7 @@ def _check_shape(file: GGUFFile, stored: str, promised: list[int]) -> None:
 
 
 def _check_quantisations(file: GGUFFile, plan: Iterable[_Source]) -> None:
-    """One row of a tensor of each kind tells whether the ``gguf`` package can dequantise that kind."""
+    """Dequantise one row of each kind, to find out whether the ``gguf`` package supports that kind."""
     for kind, stored in {source.stored.tensor_type: source.stored for source in plan}.items():
         try:
             gguf.dequantize(stored.data[:1], kind)

@@ -1,7 +1,7 @@
 """Tokenizers of GGUF files, rebuilt from the vocabulary that the file lists.
 
 Two kinds: SentencePiece's BPE ("llama" in the file), whose merges follow from the scores of the pieces, and
-byte-level BPE ("gpt2") with its merges listed and the splitting of text into words known by a name only.
+byte-level BPE ("gpt2"), whose merges are listed but whose rule for splitting text into words is only named.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gapo_mega.models.gguf.file import GGUFFile
 _KEY = "tokenizer.ggml."
 _SPACE = "▁"  # SentencePiece's
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-# Llama 3 and Qwen2 split text by one rule but for the digits that a word may have.
+# Llama 3 and Qwen2 split text by the same rule, except for how many digits a word may have.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,7 +91,7 @@ class _Vocabulary:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in kinds]
 
     def added(self) -> list[AddedToken]:
-        """Tokens that are found in the text before it is split; those of control are special."""
+        """Tokens that are looked up in the text before it is split; all but user-defined ones are special."""
         kinds = zip(self.tokens, self.types, strict=True)
         return [
             AddedToken(token, normalized=False, special=kind != TokenType.USER_DEFINED)
@@ -106,7 +106,7 @@ class _Vocabulary:
 
 
 def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> Tokenizer:
-    """SentencePiece BPE, with a space before the text and after each special token, as llama.cpp has it."""
+    """SentencePiece BPE, with a space before the text and after each special token, as in llama.cpp."""
     file.require(_KEY + "pre", None, "default")
     file.require(_KEY + "remove_extra_whitespaces", None, False)
     file.require(_KEY + "precompiled_charsmap", None)
@@ -139,11 +139,11 @@ def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(file: GGUFFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, the best score first; ties in the order that transformers has.
+    """All pairs of pieces that make a piece, the best score first; ties in transformers' order.
 
-    SentencePiece joins the two neighbours that make the best piece, wherever it was learned to be cut. Of
-    equal scores it takes the leftmost, which no order of pairs expresses but for runs of one character
-    (Mistral has such, of spaces): there the longest left half first is the same.
+    SentencePiece joins the two neighbours that make the best piece, wherever training had cut that piece.
+    Among equal scores it takes the leftmost pair. No order of pairs expresses that, except for runs of one
+    character (Mistral has runs of spaces): there, taking the longest left half first is the same.
     """
     all_scores = file.numbers(_KEY + "scores", len(file.strings(_KEY + "tokens")))
     scores = dict(zip(vocabulary.tokens, all_scores, strict=False))
@@ -155,7 +155,7 @@ def _merges_by_score(file: GGUFFile, vocabulary: _Vocabulary) -> list[tuple[str,
                 raise file.error(_KEY + "tokens", piece, "pieces of characters that are tokens themselves")
             merges += _halves(piece, pieces)
         elif kind == TokenType.UNUSED and _halves(piece, pieces):
-            # SentencePiece joins to an unused piece and parts it again, which merges cannot.
+            # SentencePiece joins into an unused piece and splits it again, which merges cannot express.
             raise file.error(
                 _KEY + "token_type", f"{kind} (unused) for {piece!r}", "1 for what texts lead to"
             )
@@ -221,7 +221,7 @@ def _split(digits: str) -> pre_tokenizers.PreTokenizer:
 
 # How text becomes words, by llama.cpp's name of the rule.
 _WORD_RULES: dict[str, pre_tokenizers.PreTokenizer] = {
-    # Digits are split off *before* the byte-level rule sees the text; without it the
+    # Digits are split off *before* the byte-level rule sees the text; otherwise the
     # spaces before a number merge differently from what the model was trained on.
     "smollm": pre_tokenizers.Sequence(
         [
@@ -239,7 +239,7 @@ _BUILDERS: dict[str, Callable[[GGUFFile, _Vocabulary], Tokenizer]] = {
 
 
 def _ends(file: GGUFFile, bos: str | None, eos: str | None) -> dict[str, bool]:
-    """Whether a text gets a first and a last token; what a file leaves open is llama.cpp's default."""
+    """Whether texts get a bos and an eos token; llama.cpp's default where the file does not say."""
     bos_default = file.get(_KEY + "model") == "llama" or file.get(_KEY + "pre") == "llama-bpe"
     added = {
         "bos": file.flag(_KEY + "add_bos_token", bos_default),

@@ -22,7 +22,7 @@ def read_config(place: str | Path, parameter: str = "model.path") -> PreTrainedC
             "checkpoint written by gapo_mega"
         )
     try:
-        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
     except _ERRORS as error:
         reason = (str(error).strip().splitlines() or [""])[0]

@@ -48,7 +48,7 @@ class HFDirectory:
 
     Args:
         path: a local directory with ``config.json`` and weights: safetensors, single or sharded, else
-            ``pytorch_model.bin`` likewise, of which nothing but tensors is unpickled.
+            ``pytorch_model.bin`` likewise, from which only tensors are unpickled.
 
     Raises:
         ValueError: the directory lacks one of these, or its index names a missing file.
@@ -99,8 +99,8 @@ class HFDirectory:
         Args:
             expected: names of the tensors that are used.
             beside: names of others that may be there.
-            copies: of others that may be there where they equal the tensor named, bit by bit.
-            layers: tensors of later layers are left out.
+            copies: others that may be there if they equal the tensor named, bit by bit.
+            layers: ignore tensors of layers from this number on; none: of no layer.
         """
         missing = sorted(expected - self.names)
         if missing:
@@ -116,7 +116,7 @@ class HFDirectory:
             raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
 
     def _require_equal(self, name: str, original: str) -> None:
-        """A copy that differs would be lost silently."""
+        """Raise ``ValueError`` for a copy that differs, which would be lost silently."""
         if not torch.equal(self.read(name), self.read(original)):
             raise ValueError(
                 f"{self.path}: {name} differs from {original}, but config.json ties them "
@@ -199,6 +199,6 @@ def _unpickled(file: Path, _written: int) -> dict[str, Tensor]:
 
 
 def _loaded(file: Path) -> Any:
-    """Mapped into memory, but for files in the format of PyTorch before 1.6, which cannot be."""
+    """The file's content, mapped into memory unless it has the format of PyTorch before 1.6."""
     mapped = zipfile.is_zipfile(file)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# What a hub repository is asked for; pickled weights only where it has no others.
+# Files to download from a hub repository; pickled weights only where it has no others.
 _SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
 _PICKLED_PATTERNS = [*_SAFE_PATTERNS[:-1], "pytorch_model*.bin"]
 _IGNORED_PATTERNS = ["consolidated*"]  # the same weights once more, in the form of Mistral's own code

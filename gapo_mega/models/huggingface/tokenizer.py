@@ -13,7 +13,7 @@ def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrain
     Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read.
     """
     try:
-        # Explicitly: left open, transformers asks on the terminal whether to run code of the repository.
+        # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(place), trust_remote_code=False
         )

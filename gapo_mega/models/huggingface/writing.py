@@ -40,7 +40,7 @@ def write_hf(
             ``dtype`` in ``config.json`` follows the tensors where it says otherwise.
         promised: name, shape and type of every tensor in the order in which they come (meta tensors do).
         tensors: the tensors, consumed one at a time.
-        config: entries of ``config.json`` that are to differ from the companions'.
+        config: entries of ``config.json`` that differ from the companions'.
         overwrite: replace ``directory`` where it exists already.
         shard_bytes: size at which a new safetensors file is begun.
 
@@ -55,7 +55,7 @@ def write_hf(
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything of a model directory but its weights; ``target`` is made if need be."""
+    """Copy everything of a model directory but its weights; make ``target`` if need be."""
     target.mkdir(parents=True, exist_ok=True)
     for file in companions_in(source):
         (target / file).parent.mkdir(exist_ok=True)
@@ -66,8 +66,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends without an error.
 
-    Raises ``ValueError`` when ``target`` exists and is not to be replaced, its parent cannot be written to or
-    has less than ``needed_bytes`` free, and for errors of the disk inside the block.
+    Raises ``ValueError`` when ``target`` exists without ``overwrite``, when its parent cannot be written to
+    or has less than ``needed_bytes`` free, and for errors of the disk inside the block.
     """
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; name a directory that does not, or ask to overwrite it")
@@ -93,7 +93,7 @@ def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> 
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Give ``partial`` the name ``target``; what has it now goes once the new one is there, never before."""
+    """Rename ``partial`` to ``target``; remove what had that name only once the new one is there."""
     if not target.exists():
         partial.rename(target)
         return
@@ -145,13 +145,13 @@ def _partition(promised: Mapping[str, Tensor], shard_bytes: int) -> list[dict[st
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The type of all tensors but single numbers (a normaliser's statistics); none where it is not one."""
+    """The type of all tensors but single numbers (a normaliser's statistics); None where types differ."""
     found = {tensor.dtype for tensor in tensors if tensor.numel() > 1}
     return found.pop() if len(found) == 1 else None
 
 
 def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype | None) -> None:
-    """Set ``changes`` and, where the file names a type, that of the tensors; it stays as it is else."""
+    """Set ``changes`` and, where the file names a type, that of the tensors; write only what changed."""
     config = json.loads(file.read_text())
     before = dict(config)
     config.update(changes)
