@@ -47,7 +47,7 @@ def construct(
     """Build what ``find`` gives for ``section.name`` with ``options``.
 
     ``section`` is the part of the configuration that the names come from. Raises ``ValueError`` for an
-    unknown name or option, naming the nearest one, and for an option that is missing.
+    unknown name or option, naming the nearest one, for an option that is missing, and for a wrong value.
     """
     implementation = find(f"{section}.name", known, base, name)
     signature = inspect.signature(implementation)
@@ -59,7 +59,10 @@ def construct(
             if option not in accepted:
                 raise ValueError(unknown(f"{section}.options ({name})", option, accepted)) from None
         raise ValueError(f"{section}.options ({name}): {error}") from None
-    return implementation(**options)
+    try:
+        return implementation(**options)
+    except ValueError as error:
+        raise ValueError(f"{section}.options ({name}): {error}") from error
 
 
 def unknown(where: str, found: str, accepted: Sequence[str], forms: Sequence[str] = ()) -> str:

@@ -319,6 +319,15 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: prompt and response."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    def sequences(self, data_ranks: int = 1) -> int:
+        """Responses of one step, on each of ``data_ranks`` ranks."""
+        return self.rollout.prompts_per_step // data_ranks * self.rollout.samples_per_prompt
+
     @model_validator(mode="after")
     def _objective_names_differ(self) -> Config:
         names = [o.name for o in self.objectives]

@@ -65,7 +65,8 @@ class GradientReport:
     gradient_norm: float  # Megatron's norm of the combined gradient, before clipping
     clip_factor: float  # 1 if nothing was clipped
     learning_rate: float
-    skipped: bool = False  # True: a gradient was not finite, parameters untouched
+    skipped: bool = False  # True: there was no step to take, parameters untouched
+    reason: str | None = None  # why it was skipped, in the aggregator's words, if that found no weights
     nonfinite: list[int] = field(default_factory=list)  # objectives with a non-finite gradient
     excluded: list[int] = field(default_factory=list)  # objectives with a zero gradient
     # <parameters before - after, g_k>: each objective's first-order gain from the change that the optimizer
@@ -121,7 +122,7 @@ class Ranks(Protocol):
         ...
 
 
-class Trainable(Ranks, Protocol):
+class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ class Trainable(Ranks, Protocol):
         ...
 
 
-class Engine(Trainable, Protocol):
+class Engine(RunEngine, Protocol):
     """Policy, reference and critic on this world of ranks."""
 
     @property
@@ -240,7 +241,7 @@ class SupervisedUpdate:
     skipped: bool  # True: the gradient was not finite, parameters untouched
 
 
-class SupervisedEngine(Trainable, Protocol):
+class SupervisedEngine(RunEngine, Protocol):
     """Supervised training of one model.
 
     A batch has tokens and a mask. For pairs, chosen and rejected rows alternate, and the mask marks the token

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gapo_mega.aggregation import methods
+from gapo_mega.aggregation import build, methods
 from gapo_mega.config import GradientConfig
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.audit_plot import Curve, write_picture
@@ -69,12 +69,13 @@ def run_audit(
 
 def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
-    for name in only:
-        if name not in methods():
-            raise ValueError(unknown("--method", name, sorted(methods())))
     if not run_dir.is_dir():
         raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
     config = load(run_dir / CONFIG_FILE)
+    known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
+    for name in only:
+        if name not in known:
+            raise ValueError(unknown("--method", name, sorted(known)))
     recording = read_recording(run_dir, [objective.name for objective in config.objectives])
     own, *others = candidates(config)
     wanted = [c for c in others if not only or c.aggregator.name in only]

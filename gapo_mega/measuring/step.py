@@ -103,7 +103,9 @@ def synthetic_batch(
         ref_logprobs_BT=torch.zeros(size),
         scores_MB=advantages_MB,
         token_rewards_MBT=torch.zeros(objectives, *size),
+        values_MBT=torch.zeros(objectives, *size),
         advantages_MBT=advantages_MB[:, :, None] * mask_BT,
+        returns_MBT=advantages_MB[:, :, None] * mask_BT,
     )
 
 

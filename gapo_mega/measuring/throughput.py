@@ -62,9 +62,8 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
     steps = [_sum_times(records[i : i + per_step]) for i in range(0, len(records), per_step)]
     phases = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in steps[0]}
     seconds = phases.pop("step")
-    facts = records[0]
     tokens = [r["response_length"] + r["prompt_length"] for r in records]
-    sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    sequences = config.sequences()
     tokens_per_second = sequences * statistics.mean(tokens) / seconds
     flops = _flops(resolved, records, sequences)
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
@@ -73,8 +72,8 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
         "device": _device_name(),
         "world_size": world,
         "sequences_per_step": sequences,
-        "prompt_tokens_mean": facts["prompt_length"],
-        "response_tokens_mean": facts["response_length"],
+        "prompt_tokens_mean": statistics.mean(r["prompt_length"] for r in records),
+        "response_tokens_mean": statistics.mean(r["response_length"] for r in records),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_per_device": tokens_per_second / world,
@@ -126,17 +125,15 @@ def _flops(resolved: ResolvedRun, records: Sequence[dict[str, Any]], sequences: 
     # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
-    critics = len(config.objectives) if config.critic.heads == "separate" else 1
-    heads = len(config.objectives) // critics
     count = step_flops(
         transformer_shape(shape, shape.vocab),
         [(prompt, response)] * sequences,
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
-        critic=transformer_shape(shape, heads) if resolved.critic is not None else None,
+        critic=transformer_shape(shape, resolved.value_heads) if resolved.critic is not None else None,
     )
-    count = dataclasses.replace(count, critic=count.critic * critics)
+    count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
     if config.algorithm.old_logprobs == "generator":
         count = dataclasses.replace(count, old_logprobs=0)
     return count

@@ -47,6 +47,11 @@ class ModelShape:
     qk_norm: bool = False
     rope_scaling_factor: float | None = None
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence that full attention computes as the model means it."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
     def padded_vocab(self, multiple: int) -> int:
         """``vocab`` rounded up to a multiple, so that tensor-parallel ranks hold equal parts."""
         return -(-self.vocab // multiple) * multiple

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from gapo_mega.data.chat_template import ChatTemplate, template_text
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class ConversationTokenizer:
         if max_tokens is not None and not 1 <= max_tokens <= (positions or max_tokens):
             upper = "" if positions is None else f" to {positions}, the positions of the model"
             raise ValueError(f"max_tokens: found {max_tokens}, accepted: from 1{upper}")
-        self._tokenizer = _load(tokenizer)
+        self._tokenizer = read_tokenizer(location(tokenizer), "model")
         text = template_text(self._tokenizer, chat_template, "chat_template")
         self._template = ChatTemplate(self._tokenizer, text)
         self.max_tokens: int = max_tokens or min(
@@ -134,22 +135,6 @@ def location(model: str | Path) -> str:
     """The name to give transformers: a directory with ``~`` replaced, or the hub name as it is."""
     directory = Path(model).expanduser()
     return str(directory) if directory.is_dir() else str(model)
-
-
-def _load(tokenizer: str | Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            location(tokenizer), trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model: found {str(tokenizer)!r}, accepted: a directory or hub name with a tokenizer "
-            f"({_one_line(error)})"
-        ) from error
-    return loaded
 
 
 def _one_line(error: Exception) -> str:

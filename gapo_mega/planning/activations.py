@@ -164,7 +164,7 @@ def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches:
 def sizes_of(config: Config, shape: ModelShape) -> Sizes:
     """Sizes for the configuration's longest sequences."""
     tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
-    length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    length = config.longest
     length += -length % tensor if split else 0
     tokens = config.micro_batch_size * length
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))

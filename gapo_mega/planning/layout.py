@@ -75,7 +75,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             "data-parallel "
             f"ranks: a multiple of {data_parallel}"
         )
-    sequences = rollout.prompts_per_step // data_parallel * rollout.samples_per_prompt
+    sequences = config.sequences(data_parallel)
     if sequences % algorithm.minibatches:
         raise ValueError(
             f"algorithm.minibatches: found {algorithm.minibatches}, accepted for the {sequences} sequences "

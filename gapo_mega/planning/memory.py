@@ -194,11 +194,11 @@ def _critic(resolved: ResolvedRun, stage: int) -> int:
     if resolved.critic is None:
         return 0
     config, shape = resolved.config, resolved.critic.shape
-    objectives = len(config.objectives)
-    models, heads = (1, objectives) if config.critic.heads == "shared" else (objectives, 1)
-    count = critic_parameters(shape, config.parallel.tensor, config.parallel.pipeline, stage, heads)
+    count = critic_parameters(
+        shape, config.parallel.tensor, config.parallel.pipeline, stage, resolved.value_heads
+    )
     state = _optimizer_bytes(config, config.critic.optimizer, count, resolved.data)
-    return models * (count * (_item_size(config) + FP32) + state)
+    return resolved.value_models * (count * (_item_size(config) + FP32) + state)
 
 
 def _item_size(config: Config) -> int:
@@ -213,12 +213,7 @@ def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int, dat
 
 
 def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:
-    rollout = config.rollout
-    sequences = min(rollout.batch_size, rollout.prompts_per_step // data * rollout.samples_per_prompt)
+    sequences = min(config.rollout.batch_size, config.sequences(data))
     layers = shape.num_layers // config.parallel.pipeline
     width = shape.kv_groups // config.parallel.tensor * shape.head_dim
-    return 2 * layers * sequences * _longest(config) * width * _item_size(config)
-
-
-def _longest(config: Config) -> int:
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return 2 * layers * sequences * config.longest * width * _item_size(config)

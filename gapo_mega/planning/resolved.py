@@ -27,10 +27,11 @@ class ModelSource:
 
     path: str  # Hugging Face directory or hub name, or a checkpoint
     shape: ModelShape
+    parameter: str = "model.path"  # that names it
 
     def directory(self) -> Path:
         """Its local directory, downloaded if need be. Raises ``ValueError`` where it cannot be had."""
-        return location.resolve(self.path)
+        return location.resolve(self.path, self.parameter)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class ResolvedRun:
     def strategy(self) -> StrategyDeclaration:
         """How the engine measures and holds the gradients of objectives."""
         return strategies.chosen(self.config.gradients)
+
+    @property
+    def value_models(self) -> int:
+        """Value models; 0 where the estimator needs no values."""
+        if self.critic is None:
+            return 0
+        return 1 if self.config.critic.heads == "shared" else len(self.config.objectives)
+
+    @property
+    def value_heads(self) -> int:
+        """Outputs of a value model: one for each objective that it values."""
+        return len(self.config.objectives) // max(1, self.value_models)
 
     @property
     def microbatches(self) -> int:

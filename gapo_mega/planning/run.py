@@ -20,7 +20,7 @@ class RunPlan:
         """Layout, sizes of a step, and memory per rank."""
         config, data = self.resolved.config, self.resolved.data
         parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
-        sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+        sequences = config.sequences()
         minibatch = sequences // data // algorithm.minibatches
         return [
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "

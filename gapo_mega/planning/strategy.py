@@ -13,9 +13,7 @@ from gapo_mega.optional import transformer_engine_layers
 
 def microbatches(config: Config, data_parallel: int) -> int:
     """Forward passes of a data-parallel rank over one minibatch."""
-    rollout = config.rollout
-    sequences = rollout.prompts_per_step // data_parallel * rollout.samples_per_prompt
-    return sequences // config.algorithm.minibatches // config.micro_batch_size
+    return config.sequences(data_parallel) // config.algorithm.minibatches // config.micro_batch_size
 
 
 def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separate"]:

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
+from gapo_mega.objectives.base import Objective
 from gapo_mega.types import Experience, Prompt, Rollout
 
 # (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
 TokenRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 Timer = Callable[[str], AbstractContextManager[None]]
-
-
-class Scored(Protocol):
-    """What the scorer needs of an objective; see ``gapo_mega.objectives``."""
-
-    name: str
-
-    @property
-    def wanted_model(self) -> object | None:
-        """``None``: it scores on one rank. Else on all ranks of a replica, with the same result."""
-        ...
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One finite number per response, higher is better."""
-        ...
 
 
 class Scorer:
@@ -39,7 +24,7 @@ class Scorer:
     def __init__(
         self,
         engine: Engine,
-        objectives: Sequence[Scored],
+        objectives: Sequence[Objective],
         algorithm: AlgorithmConfig,
         token_rewards: TokenRewards,
         with_values: bool,
@@ -63,7 +48,7 @@ class Scorer:
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(responses))
 
     def _on_first_rank(
-        self, objectives: Sequence[Scored], prompts: Sequence[Prompt], responses: Sequence[str]
+        self, objectives: Sequence[Objective], prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> dict[str, list[float]]:
         """Scores by objective on every rank; the replica's first rank computes them."""
         first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0

@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gapo_mega.config import CheckpointConfig
-from gapo_mega.engine.base import Layout
+from gapo_mega.engine.base import Layout, Ranks
 
 MARKER = "complete.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -153,16 +152,6 @@ def _disk_errors(directory: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"checkpoints in {directory} cannot be {what}: {error}") from error
-
-
-class Ranks(Protocol):
-    """What an engine's ranks tell one another; see ``Engine``."""
-
-    def sum_over_data(self, tensor: Tensor) -> Tensor: ...
-
-    def gather_over_data(self, value: Any) -> list[Any]: ...
-
-    def broadcast_in_replica(self, value: Any) -> Any: ...
 
 
 def is_due(settings: CheckpointConfig, step: int, total: int) -> bool:

@@ -34,7 +34,8 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None:
+        """``failed``: the run ends with an error."""
 
 
 class JsonLines:
@@ -66,7 +67,7 @@ class JsonLines:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -89,7 +90,7 @@ class TensorBoard:
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -124,9 +125,9 @@ class Wandb:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
             self._run = None
 
 
@@ -147,7 +148,7 @@ class Progress:
         self._bar.set_postfix_str(progress_text(metrics, self._names), refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -230,9 +231,10 @@ class RunLog:
             sink.write(step, metrics)
         self._last_step = step
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Close every sink; ``failed``: the run ends with an error."""
         for sink in self._sinks:
-            sink.close()
+            sink.close(failed)
 
     def __enter__(self) -> RunLog:
         return self
@@ -240,4 +242,4 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gapo_mega.config import CheckpointConfig
-from gapo_mega.engine.base import Layout
+from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
     CheckpointFolder,
     StopOnSignal,
@@ -64,30 +64,11 @@ class Work(Protocol):
         ...
 
 
-class Persistent(Protocol):
-    """What the loop needs of an engine; see ``Engine`` and ``SupervisedEngine``."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def broadcast_in_replica(self, value: Any) -> Any: ...
-
-    def sum_over_data(self, tensor: Any) -> Any: ...
-
-    def gather_over_data(self, value: Any) -> list[Any]: ...
-
-    def barrier(self) -> None: ...
-
-    def save(self, directory: Path, extra: dict[str, Any]) -> None: ...
-
-    def load(self, directory: Path) -> dict[str, Any]: ...
-
-
 class RunLoop:
     """Runs a ``Work`` to its end, or to a signal; then the same command goes on from there."""
 
     def __init__(
-        self, work: Work, engine: Persistent, directory: Path, settings: CheckpointConfig, log: RunLog
+        self, work: Work, engine: RunEngine, directory: Path, settings: CheckpointConfig, log: RunLog
     ) -> None:
         """``directory``: the run's. The loop closes ``log`` before the work's ``finish``."""
         self._work = work

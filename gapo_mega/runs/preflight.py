@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
+from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
 from gapo_mega.models.huggingface.location import companions_of
@@ -21,6 +25,7 @@ from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_model_split
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
+from gapo_mega.types import Experience
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
 # families of one shape store the same tensors. Only the lengths that occur must fit.
@@ -36,9 +41,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
-    aggregator = aggregation.build(config.aggregation.name, **config.aggregation.options)
-    # Any Gram matrix exposes options for another number of objectives.
-    aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
+    aggregator = _aggregator(config)
     built = [objectives.build(objective) for objective in config.objectives]
     return ResolvedRun(
         config=config,
@@ -49,7 +52,50 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
         score_models=_score_models(config, built, world_size),
         aggregator=aggregator,
         estimator=estimator,
-        loss=losses.build(config.loss.name, **config.loss.options),
+        loss=_loss(config),
+    )
+
+
+def _aggregator(config: Config) -> Aggregator:
+    """The method, asked once: any Gram matrix exposes options for another number of objectives."""
+    name = config.aggregation.name
+    aggregator = aggregation.build(name, **config.aggregation.options)
+    with _errors_of(f"aggregation.options ({name})"):
+        aggregator(torch.eye(len(config.objectives), dtype=torch.float64))
+    return aggregator
+
+
+def _loss(config: Config) -> PolicyLoss:
+    """The loss, called once on a made-up batch: one of the user's own may give anything."""
+    loss = losses.build(config.loss.name, **config.loss.options)
+    logprobs_BT = torch.full((2, 4), -1.0, requires_grad=True)
+    found: object = loss(logprobs_BT, _made_up_batch(len(config.objectives)), 0)
+    if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad:
+        return loss
+    shown = type(found).__name__
+    if isinstance(found, Tensor):
+        shown = f"shape {list(found.shape)}{'' if found.requires_grad else ' without a graph'}"
+    raise ValueError(
+        f"loss.name: found {config.loss.name}, which gives {shown}, accepted: a loss that gives a scalar "
+        "with a graph to the log-probabilities"
+    )
+
+
+def _made_up_batch(objectives: int) -> Experience:
+    """Two responses of three tokens, one better than the other."""
+    mask_BT = torch.tensor([[False, True, True, True]] * 2)
+    signs_MBT = torch.tensor([1.0, -1.0]).view(1, 2, 1).expand(objectives, 2, 4) * mask_BT
+    return Experience(
+        tokens_BT=torch.ones(2, 4, dtype=torch.int64),
+        response_mask_BT=mask_BT,
+        group_B=torch.zeros(2, dtype=torch.int64),
+        old_logprobs_BT=torch.full((2, 4), -1.0) * mask_BT,
+        ref_logprobs_BT=torch.full((2, 4), -1.0) * mask_BT,
+        scores_MB=signs_MBT[:, :, 1],
+        token_rewards_MBT=signs_MBT,
+        values_MBT=torch.zeros(objectives, 2, 4),
+        advantages_MBT=signs_MBT,
+        returns_MBT=signs_MBT,
     )
 
 
@@ -60,22 +106,26 @@ def _critic(config: Config, policy: ModelShape, estimator: AdvantageEstimator) -
     path = config.critic.path
     if path is None:
         return ModelSource(config.model.path, policy)
-    found = _shape(path, "critic.path")
+    with _errors_of("critic.path"):
+        found = _shape(path)
+        _check_weights(path)
+        _check_backbone(path, found, policy)
+    if config.longest > found.longest:
+        raise ValueError(
+            f"critic.path: found {path} for sequences of at most {found.longest} tokens, accepted: one for "
+            f"the {config.longest} of data.max_prompt_tokens + rollout.max_new_tokens"
+        )
+    return ModelSource(path, policy, "critic.path")
+
+
+def _check_backbone(path: str, found: ModelShape, policy: ModelShape) -> None:
     for field in dataclasses.fields(ModelShape):
         mine, wanted = getattr(found, field.name), getattr(policy, field.name)
         if mine != wanted and field.name not in _FREE_IN_A_CRITIC:
             raise ValueError(
-                f"critic.path: found {path} with {field.name} {mine}, accepted: a backbone of the policy's "
-                f"shape, with {field.name} {wanted}"
+                f"found {path} with {field.name} {mine}, accepted: a backbone of the policy's shape, with "
+                f"{field.name} {wanted}"
             )
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    most = min(found.max_positions, found.sliding_window or found.max_positions)
-    if longest > most:
-        raise ValueError(
-            f"critic.path: found {path} for sequences of at most {most} tokens, accepted: one for the "
-            f"{longest} of data.max_prompt_tokens + rollout.max_new_tokens"
-        )
-    return ModelSource(path, policy)
 
 
 def _score_models(config: Config, built: Sequence[Objective], world_size: int) -> list[ScoreModelSource]:
@@ -90,18 +140,33 @@ def _score_models(config: Config, built: Sequence[Objective], world_size: int) -
 
 
 def _score_shape(config: Config, objective: str, path: str, world_size: int) -> ModelShape:
-    try:
+    with _errors_of(f"objective {objective!r}: its score model {path}"):
         shape = _shape(path)
         check_model_split(config.parallel, shape, world_size)
-        if (Path(path) / "config.json").is_file():  # a checkpoint says so when it is loaded
-            directory = HFDirectory(path)
-            if score_head_of(directory.config, directory.names) is None:
-                raise ValueError("found a language model, accepted: a model with one score a text")
-    except ValueError as error:
-        raise ValueError(f"objective {objective!r}: its score model {path}: {error}") from error
+        directory = _check_weights(path)
+        if directory is not None and score_head_of(directory.config, directory.names) is None:
+            raise ValueError("found a language model, accepted: a model with one score a text")
     return shape
 
 
-def _shape(path: str, parameter: str = "model.path") -> ModelShape:
+def _check_weights(path: str) -> HFDirectory | None:
+    """The local Hugging Face directory at ``path``, which must have weights; None for all else.
+
+    A checkpoint says what it lacks when it is loaded, and a hub repository when it is downloaded.
+    """
+    local = Path(path).expanduser()
+    return HFDirectory(local) if (local / "config.json").is_file() else None
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Let errors in the block begin with ``what``; those who read models know no name but ``model.path``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}") from error
+
+
+def _shape(path: str) -> ModelShape:
     """The shape of the model in a Hugging Face directory or hub name, from its configuration only."""
-    return shape_of(read_config(companions_of(Path(path).expanduser()), parameter))
+    return shape_of(read_config(companions_of(Path(path).expanduser())))

@@ -31,9 +31,10 @@ class Skips:
             return
         self.in_a_row += 1
         at_fault = ", ".join(self._names[i] for i in report.nonfinite) or "the combination"
-        logger.warning("update %d skipped: the gradient of %s is not finite", update, at_fault)
+        reason = report.reason or f"the gradient of {at_fault} is not finite"
+        logger.warning("update %d skipped: %s", update, reason)
         if self.in_a_row >= self._limit:
+            last = report.reason or f"the gradient of {at_fault} was not finite"
             raise RuntimeError(
-                f"stopped: the gradient of {at_fault} was not finite in {self._limit} updates in a row "
-                "(gradients.max_nonfinite_steps)"
+                f"stopped: {last} in {self._limit} updates in a row (gradients.max_nonfinite_steps)"
             )

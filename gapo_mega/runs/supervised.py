@@ -155,7 +155,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
             summary = {
-                "steps": self.total_steps,
+                "steps": self.loop.step,
                 "training_items": self.order.count,
                 "heldout": self.measured,
             }

@@ -28,7 +28,7 @@ from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
-from gapo_mega.planning.resolved import ModelSource, ResolvedRun
+from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, TokenBatch
 
 
@@ -52,14 +52,14 @@ class MegatronEngine(groups.Collective):
         self._config = config = resolved.config
         self.shape = shape = resolved.shape
         self._source = resolved.policy.directory()
+        # Both before a model is built: a download may fail.
+        critic = None if resolved.critic is None else resolved.critic.directory()
         super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
         groups.seed(config.seed)
         with megatron_device():
             self.policy = make_trainable(self._language_model(), config.optimizer, resolved.total_updates)
             self.reference = FrozenModel(self._language_model(), config.model.offload_reference)
-            self.critics = (
-                None if resolved.critic is None else self._critics(resolved.critic, resolved.total_updates)
-            )
+            self.critics = None if critic is None else self._critics(resolved, critic)
             self.gradients = strategies.build(resolved, self.policy, self.groups)
         self.generator = MegatronGenerator(
             self.policy.model,
@@ -76,15 +76,13 @@ class MegatronEngine(groups.Collective):
         weights.load(model, self.shape, self._source)
         return model
 
-    def _critics(self, source: ModelSource, updates: int) -> Critics:
-        config, critic = self._config, self._config.critic
-        objectives = len(config.objectives)
-        count, heads = (1, objectives) if critic.heads == "shared" else (objectives, 1)
+    def _critics(self, resolved: ResolvedRun, source: Path) -> Critics:
+        config, heads = self._config, resolved.value_heads
         models: list[Trainable] = []
-        for _ in range(count):
-            model = build_gpt(source.shape, config.model, config.parallel, value_heads=heads)
-            weights.load(model, source.shape, source.directory())
-            models.append(make_trainable(model, critic.optimizer, updates))
+        for _ in range(resolved.value_models):
+            model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
+            weights.load(model, self.shape, source)
+            models.append(make_trainable(model, config.critic.optimizer, resolved.total_updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
 
     # -- forward -----------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ def companions_of(path: Path) -> Path:
     return path / COMPANIONS if (path / COMPANIONS / "config.json").is_file() else path
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
     """The local directory of a model: ``name_or_path`` itself, or a download of that hub repository.
 
     Raises:
-        ValueError: it is neither a directory nor a repository that can be reached.
+        ValueError: it is neither a directory nor a repository that can be reached; ``parameter`` named it.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -40,6 +40,6 @@ def resolve(name_or_path: str | Path) -> Path:
         return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.path: found {str(name_or_path)!r}, which is neither a local directory (looked at "
+            f"{parameter}: found {str(name_or_path)!r}, which is neither a local directory (looked at "
             f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {error}"
         ) from error

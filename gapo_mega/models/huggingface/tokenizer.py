@@ -18,9 +18,9 @@ def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrain
             str(place), trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{parameter}: found {str(place)!r}, accepted: a model with a tokenizer that transformers reads "
-            f"without code of its own ({type(error).__name__}: {reason})"
+            f"{parameter}: found {str(place)!r}, accepted: a directory or hub name with a tokenizer "
+            f"({reason})"
         ) from error
     return tokenizer

@@ -174,3 +174,35 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         log.write(3, simple(1.0))
     assert (tmp_path / "wandb_id").read_text() == first
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*{first}"))) == 2
+
+
+class Remembers:
+    """A sink that keeps how it was closed."""
+
+    def __init__(self) -> None:
+        self.closed: list[bool] = []
+
+    def restart(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, metrics: object) -> None:
+        pass
+
+    def close(self, failed: bool = False) -> None:
+        self.closed.append(failed)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_sinks_hear_whether_the_run_failed(tmp_path: Path, failed: bool) -> None:
+    """A service that shows runs would else show a crash as a finished run."""
+    sink = Remembers()
+    log = RunLog(tmp_path, ["a"], LoggingConfig(tensorboard=False, progress=False), 1)
+    log._sinks = [sink]
+    try:
+        with log:
+            log.truncate_after(0)
+            if failed:
+                raise RuntimeError("out of memory")
+    except RuntimeError:
+        assert failed
+    assert sink.closed == [failed]

@@ -22,6 +22,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "words", vocab=300)
     tiny_llama(folder / "short", max_position_embeddings=16)
     tiny_mistral(folder / "small")
+    tiny_llama(folder / "weightless")
+    (folder / "weightless" / "model.safetensors").unlink()
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     safe_rlhf_model(folder / "cost")
     byte_tokenizer(folder / "cost")
     return folder
@@ -76,6 +80,8 @@ def test_a_critic_of_the_policys_shape(models: Path, path: str | None) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("weightless", r"^critic\.path: .*weightless has neither model\.safetensors nor"),
+        ("other", r"^critic\.path: found model_type 'gpt2', accepted: .*llama"),
         ("nowhere", r"^critic\.path: found '.*nowhere', accepted: a Hugging Face directory"),
         ("small", r"^critic\.path: found .*small with num_layers 2, accepted: .* with num_layers 4"),
         ("words", r"^critic\.path: found .*words with vocab 300, accepted: .* with vocab 200"),
@@ -98,3 +104,58 @@ def test_a_critic_that_does_not_fit(models: Path, path: str, message: str) -> No
 
 def test_a_critic_that_nobody_needs_is_not_looked_at(models: Path) -> None:
     assert resolve(configuration(models, critic={"path": "/nowhere"}), 1).critic is None
+
+
+LOSSES = """
+import torch
+from gapo_mega.losses.base import PolicyLoss
+
+class Detached(PolicyLoss):
+    def __call__(self, logprobs_BT, batch, objective):
+        return logprobs_BT.detach().sum()
+
+class PerToken(PolicyLoss):
+    def __call__(self, logprobs_BT, batch, objective):
+        return logprobs_BT * batch.returns_MBT[objective]
+
+class Nothing(PolicyLoss):
+    def __call__(self, logprobs_BT, batch, objective):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Detached", r"shape \[\] without a graph"),
+        ("PerToken", r"shape \[2, 4\]"),
+        ("Nothing", "NoneType"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on(models: Path, tmp_path: Path, name: str, found: str) -> None:
+    (tmp_path / "losses.py").write_text(LOSSES)
+    config = configuration(models, loss={"name": f"{tmp_path / 'losses.py'}:{name}"})
+    with pytest.raises(
+        ValueError, match=rf"^loss\.name: found .*:{name}, which gives {found}, accepted: a loss"
+    ):
+        resolve(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"loss": {"options": {"clip_epsilon": -1.0}}}, r"^loss\.options \(ppo\): clip_epsilon: found -1\.0"),
+        ({"aggregation": {"options": {"p": -1.0}}}, r"^aggregation\.options \(gapo\): p: found -1\.0"),
+        (
+            {"advantages": {"options": {"baseline": "x"}}},
+            r"^advantages\.options \(group\): baseline: found 'x'",
+        ),
+        (
+            {"aggregation": {"name": "p_gapo", "options": {"preference": [0.5, 0.5]}}},
+            r"^aggregation\.options \(p_gapo\): preference: found 2 numbers, accepted: one for each of the 1",
+        ),
+    ],
+)
+def test_a_wrong_option_is_told_with_its_section(models: Path, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(configuration(models, **section), 1)

@@ -137,6 +137,13 @@ def test_gradients_that_are_not_finite_end_the_run(tmp_path: Path, caplog: pytes
     assert "update 2 skipped: the gradient of short is not finite" in caplog.text
 
 
+def test_a_method_without_weights_is_told_in_its_own_words(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.next_report = {"skipped": True, "reason": "gram: no minimum was found"}
+    with pytest.raises(RuntimeError, match=r"^stopped: gram: no minimum was found in 2 updates in a row"):
+        trainer(tmp_path, engine, gradients={"max_nonfinite_steps": 2}).run()
+
+
 def test_skips_are_counted_over_a_resume(tmp_path: Path) -> None:
     engine = FakeEngine(at={("update_policy", 1): terminate})
     engine.next_report = {"skipped": True, "nonfinite": [0]}

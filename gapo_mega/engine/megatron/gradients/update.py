@@ -107,7 +107,9 @@ class GradientStrategy(ABC):
         nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
         if nonfinite or found.status in (ops.Status.NOT_FINITE, ops.Status.NOT_CONVERGED):
             self.trainable.zero_grad()
-            return self._skipped(losses, found.gram, clock, nonfinite)
+            gave_up = not nonfinite and found.status == ops.Status.NOT_CONVERGED
+            reason = str(method.error(found.aggregated)) if gave_up else None
+            return self._skipped(losses, found.gram, clock, nonfinite, reason)
         if found.status != ops.Status.OK:
             self.trainable.zero_grad()
             raise method.error(found.aggregated)
@@ -216,7 +218,13 @@ class GradientStrategy(ABC):
         return scale > 0
 
     @staticmethod
-    def _skipped(losses: list[float], gram: Tensor, clock: Clock, nonfinite: Sequence[int]) -> GradientReport:
+    def _skipped(
+        losses: list[float],
+        gram: Tensor,
+        clock: Clock,
+        nonfinite: Sequence[int],
+        reason: str | None = None,
+    ) -> GradientReport:
         return GradientReport(
             losses=losses,
             gram=gram,
@@ -225,6 +233,7 @@ class GradientStrategy(ABC):
             clip_factor=1.0,
             learning_rate=0.0,
             skipped=True,
+            reason=reason,
             nonfinite=list(nonfinite),
             excluded=zero_objectives(gram),
             seconds=clock.seconds,

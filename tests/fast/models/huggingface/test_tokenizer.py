@@ -27,7 +27,7 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text(json.dumps(settings))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
     with pytest.raises(
-        ValueError, match=r"^model\.path: found .*model.*, accepted: a model with a tokenizer"
+        ValueError, match=r"^model\.path: found .*model.*, accepted: a directory or hub name with a tokenizer"
     ):
         read_tokenizer(directory)
     assert not ran.exists()
