@@ -82,6 +82,10 @@ def test_a_reward_model_learns_is_resumed_and_scores_as_an_objective(folder: Pat
     again = load_file(directory / "hf" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in exported.items())
 
+    # Fewer steps than it has done: the summary says what the model has had.
+    reward_run(folder, "reward", **options, max_steps=8)
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 12
+
     # transformers loads it whole, and it prefers what it was taught to prefer.
     _, report = AutoModelForSequenceClassification.from_pretrained(directory / "hf", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

@@ -281,6 +281,18 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     assert audit_run(run).recording.steps[-1] == 8
 
 
+def test_the_runs_own_method_of_the_users_may_be_asked_for(tmp_path: Path) -> None:
+    """Its name is accepted like those of shipped methods; a name that nobody has is not."""
+    (tmp_path / "mine.py").write_text(
+        "from gapo_mega.aggregation.mgda import Mgda\nclass Mine(Mgda):\n    name = 'mine'\n"
+    )
+    method = {"name": f"{tmp_path / 'mine.py'}:Mine", "options": {}}
+    run = write_run(tmp_path / "run", random_grams(2), method)
+    assert [v.candidate.aggregator.name for v in audit_run(run, ["mine"]).verdicts] == ["mine"]
+    with pytest.raises(ValueError, match=r"--method: found 'yours'.*accepted: .*mine"):
+        audit_run(run, ["yours"])
+
+
 def test_a_step_that_was_skipped_with_finite_gradients_is_left_out(tmp_path: Path) -> None:
     """The solver did not converge: no weights were used that could be compared with."""
     run = write_run(tmp_path, opposing())

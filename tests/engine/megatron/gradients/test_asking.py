@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapo_mega import aggregation
-from gapo_mega.aggregation import ZeroGradientError
+from gapo_mega import aggregation, ops
+from gapo_mega.aggregation import HostMethod, Solution, ZeroGradientError
 from gapo_mega.engine.base import GradientReport
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
@@ -153,3 +153,20 @@ def test_any_function_of_the_gram_matrix_will_do(model: Path) -> None:
     assert skipped.skipped and not report.skipped
     assert report.weights.tolist() == [0.5] * check_engine.OBJECTIVES
     assert len(seen) == 1 and torch.equal(seen[0], report.gram)
+
+
+class GivesUp(HostMethod):
+    """A method whose search does not end."""
+
+    def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
+        return Solution(gram.new_zeros(len(active)), status=ops.Status.NOT_CONVERGED)
+
+
+def test_a_method_that_gives_up_skips_the_step_and_says_why(model: Path) -> None:
+    recorded = Recorded(GivesUp())
+    with engine_of(model, {"forward": "separate"}, PARTS, SGD) as engine:
+        report = engine.update_policy(batch_of(engine), check_engine.loss, recorded)
+    assert report.skipped and report.nonfinite == []
+    assert len(recorded.answers) == 1 and recorded.committed == []
+    assert report.reason == str(recorded.error(recorded.answers[0]))
+    assert "not finite" not in report.reason
