@@ -8,7 +8,6 @@ Prints a table and writes JSON. The first step is a warm-up and not counted. Wor
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -38,13 +37,14 @@ def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
     from gapo_mega.config.loading import load
     from gapo_mega.measuring.throughput import benchmark_config, measure, print_table
     from gapo_mega.runs.preflight import resolve
+    from gapo_mega.runs.processes import is_main_rank, world_size
     from gapo_mega.runs.start import run_training
 
     with tempfile.TemporaryDirectory() as folder:
         settings = benchmark_config(load(config, overrides), steps, Path(folder))
-        resolved = resolve(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        resolved = resolve(settings, world_size())
         run_training(resolved, with_report=False)
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not is_main_rank():
             return
         result = measure(resolved)
     out.parent.mkdir(parents=True, exist_ok=True)

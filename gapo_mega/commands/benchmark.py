@@ -9,6 +9,7 @@ import typer
 
 from gapo_mega.commands import launch
 from gapo_mega.commands.options import Overrides, Processes
+from gapo_mega.runs.processes import world_size
 
 app = typer.Typer(help="Measure what parts of a training cost on this machine.", no_args_is_help=True)
 
@@ -39,7 +40,7 @@ def step(
         options = [f"--objectives={count}" for count in counts]
         arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]
         launch.start(nproc, ["benchmark", "step", *arguments, *(overrides or [])])
-    world = launch.world_size()
+    world = world_size()
     resolved = resolve(settings, world)
     launch.quiet_other_ranks()
     from gapo_mega.measuring.step import StepBenchmark

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from gapo_mega.commands import launch
+from gapo_mega.runs.processes import is_main_rank, world_size
 
 Kind = Literal["hf", "megatron", "gguf"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of torch
@@ -50,7 +51,7 @@ def convert(
         launch.start(nproc, ["convert", *conversion.arguments()])
     launch.quiet_other_ranks()
     conversion.run()
-    if launch.is_main_rank():
+    if is_main_rank():
         print(f"wrote {target}")
 
 
@@ -127,7 +128,7 @@ class Conversion:
 
         kind = self._source_kind()
         target = self._target_kind(kind)
-        self.check_processes(launch.world_size())
+        self.check_processes(world_size())
         if kind == "gguf" and target == "hf":
             import_gguf(self.source, self.target, overwrite=self.overwrite)
             return

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gapo_mega.runs.processes import is_main_rank
+
 
 def under_torchrun() -> bool:
     """Whether this process is one of a torchrun job already."""
@@ -49,16 +51,6 @@ def available_cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def world_size() -> int:
-    """Processes of this job, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_rank() -> bool:
-    """Whether this process is rank 0, which reports for its job."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def quiet_other_ranks() -> None:

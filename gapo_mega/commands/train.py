@@ -8,6 +8,7 @@ import typer
 
 from gapo_mega.commands import launch
 from gapo_mega.commands.options import ConfigFile, Processes
+from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
     from gapo_mega.config import Config
@@ -41,7 +42,7 @@ def train(
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
     if dry_run:
-        _dry_run(settings, world or nproc or launch.world_size())
+        _dry_run(settings, world or nproc or world_size())
     elif nproc is not None:
         from gapo_mega.runs.preflight import resolve
 
@@ -60,7 +61,7 @@ def _dry_run(config: Config, world_size: int) -> None:
     from gapo_mega.config.loading import to_yaml
 
     run = make_plan(config, world_size)
-    if not launch.is_main_rank():
+    if not is_main_rank():
         return
     print(to_yaml(config))
     for line in run.lines():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs.preflight import resolve
+from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.trainer import Trainer
 
 
@@ -26,7 +26,7 @@ def train(config: Config) -> None:
 
     Raises ``ValueError`` for whatever can be refused, before a model is built.
     """
-    run_training(resolve(config, int(os.environ.get("WORLD_SIZE", "1"))))
+    run_training(resolve(config, world_size()))
 
 
 def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from gapo_mega.planning.layout import check_model_split
 from gapo_mega.runs.finish import EXPORT_FOLDER
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
+from gapo_mega.runs.processes import world_size
 from gapo_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
                 "directory"
             )
         shape = dataclasses.replace(shape, num_layers=layers)
-    if config.model.max_tokens > min(shape.max_positions, shape.sliding_window or shape.max_positions):
+    if config.model.max_tokens > shape.longest:
         raise ValueError(
             f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
             f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
@@ -100,7 +100,7 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         """Read the data and build the model. Raises ``ValueError`` for what does not fit."""
         self.config = config
         self.directory = Path(config.output_dir)
-        self.start = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        self.start = check(config, world_size())
         count = self._load(self.start.tokenizer)
         # Refuses more items a step than there are, before the engine knows this process's place.
         order = Order(count, config.batch_size, 0, 1, config.seed)

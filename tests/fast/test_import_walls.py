@@ -1,13 +1,9 @@
 """The architecture, kept by a test: who may import whom, what lies where, and how long a file may be.
 
-    cli -> commands -> runs -> measuring -> {rollout, evaluation, engine} -> engine.base -> planning
-        -> {aggregation, objectives, losses, advantages} -> {models, data} -> ops
-        -> {types, config, registry, optional, user_code}
-
-Imports point down and siblings do not import each other. Megatron is imported below engine/megatron only,
-the compiled extension below ops only. Outside the engine's folder only engine/base.py is imported, which
-makes engines inside its functions. Imports inside functions and under ``if TYPE_CHECKING`` count like all
-others.
+``LAYERS`` has the order, which docs/architecture.md draws. Imports point down, and siblings do not import
+each other, but for those on the lowest level. Megatron is imported below engine/megatron only, the compiled
+extension below ops only. Outside the engine's folder only engine/base.py is imported, which makes engines
+inside its functions. Imports inside functions and under ``if TYPE_CHECKING`` count like all others.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import ValueLoss
-from gapo_mega.engine.megatron.model.build import Trainable
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
+from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Experience, TokenBatch
 

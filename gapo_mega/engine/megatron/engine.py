@@ -18,10 +18,11 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
-from gapo_mega.engine.megatron.model.build import Trainable, build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_only
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
 from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel

@@ -17,9 +17,10 @@ from torch import Tensor
 from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
-from gapo_mega.engine.megatron.model.build import build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
 from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.losses.preference import bradley_terry_sum

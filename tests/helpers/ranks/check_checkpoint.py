@@ -21,10 +21,11 @@ from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
-from gapo_mega.engine.megatron.model.build import Trainable, build_gpt, make_trainable
+from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_backward
 from gapo_mega.engine.megatron.model.logprobs import response_logprobs
 from gapo_mega.engine.megatron.model.modules import RMSNorm
+from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models.shape import ModelShape

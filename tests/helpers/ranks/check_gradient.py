@@ -18,6 +18,7 @@ from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -84,7 +85,7 @@ def _write_gradient(
         model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
         weights.load_hf(model, shape, directory)
         optimizer = OptimizerConfig(name="sgd", distributed=False)
-        trainable = build.make_trainable(model, optimizer, total_steps=1)
+        trainable = make_trainable(model, optimizer, total_steps=1)
         setting = Setting(
             trainable, world, len(WEIGHTS), shape.vocab, shape.num_layers, MICRO_BATCH, shared, adam=False
         )

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model.optimizer import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
 _MAIN = "param"  # the fp32 main copy of a bf16 parameter
@@ -162,31 +162,6 @@ class OptimizerState:
             else:
                 dist.recv(target, src=dist.get_global_rank(group, source), group=group)
         return whole
-
-
-def steps_taken(inner: torch.optim.Optimizer) -> int:
-    """Steps that Adam has taken; 0 for SGD, which does not count them."""
-    holders = [*inner.state.values(), *inner.param_groups]
-    steps = {int(holder["step"]) for holder in holders if "step" in holder}
-    assert len(steps) <= 1, "parameters were stepped unequally often"
-    return max(steps, default=0)
-
-
-def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """(model parameter, the tensor that the inner optimizer steps, its range in the flat parameter)."""
-    if isinstance(optimizer, DistributedOptimizer):
-        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
-            held = optimizer._get_model_param_range_map(parameter)["param"]
-            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], held.start, held.end
-    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
-        for parameters, mains in pairs:
-            for parameter, main in zip(parameters, mains, strict=True):
-                yield parameter, main, 0, parameter.numel()
-    else:
-        assert isinstance(optimizer, FP32Optimizer)
-        for parameter in optimizer.get_parameters():
-            yield parameter, parameter, 0, parameter.numel()
 
 
 def _by_parameter(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:

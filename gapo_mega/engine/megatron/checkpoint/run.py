@@ -42,7 +42,7 @@ from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
-from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters
 from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
 from gapo_mega.engine.megatron.gradients.shard import exchange
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
+from gapo_mega.engine.megatron.model.optimizer import main_parameters
 from gapo_mega.engine.megatron.runtime.clock import Clock
 
 _MOST_ROWS = 16  # per call of the Gram kernel

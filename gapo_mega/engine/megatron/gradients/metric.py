@@ -10,8 +10,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from gapo_mega import ops
-from gapo_mega.engine.megatron.checkpoint.optimizer_state import main_parameters, steps_taken
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, Placement
+from gapo_mega.engine.megatron.model.optimizer import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.cpu import device
 
 Row = Sequence[Tensor]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLossSum
-from gapo_mega.engine.megatron.model.build import Trainable, reduce_gradients
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.engine.megatron.model.optimizer import Trainable, reduce_gradients
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
 

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange, owned
-from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.model.optimizer import Trainable
 
 
 class RowBuffer:

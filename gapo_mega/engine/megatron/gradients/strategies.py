@@ -8,7 +8,7 @@ from __future__ import annotations
 import gapo_mega.engine.megatron.gradients as package
 from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
-from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.planning.memory import rank_sizes
 from gapo_mega.planning.resolved import ResolvedRun

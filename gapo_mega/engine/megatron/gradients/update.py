@@ -24,7 +24,7 @@ from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
-from gapo_mega.engine.megatron.model.build import Trainable
+from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Experience

@@ -1,0 +1,163 @@
+"""Megatron's optimizer around a model: wrapping, reduction of gradients, the optimizer's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from gapo_mega.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model in DistributedDataParallel with its optimizer and learning-rate schedule."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        """Zero the gradient buffer and clear ``param.grad``.
+
+        Megatron's fp32 optimizer leaves ``param.grad`` an alias of the buffer. The next backward would
+        accumulate into it, and its hook would add it to the buffer again: one microbatch would count twice.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def grad_norm(self) -> float:
+        """Megatron's norm of the gradient in the buffer; ``step`` may follow."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of parameters, gradients and optimizer state on this rank, by the tensors."""
+        (inner,) = self.optimizer.chained_optimizers
+        parameters = list(self.model.parameters())
+        own = {p.data_ptr() for p in parameters}
+        mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
+        state = [t for held in inner.optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
+        # Without bf16 the optimizer steps the parameters themselves, or views of them.
+        copies = [p for p in mains if self.model.config.bf16 and p.data_ptr() not in own]
+        return {
+            "parameters": _bytes(parameters),
+            "gradients": _bytes([buffer.grad_data for buffer in self.model.buffers]),
+            "optimizer": _bytes(state) + _bytes(copies),
+        }
+
+    def step(self) -> float:
+        """One optimizer and scheduler step on a finite gradient. Returns the norm before clipping."""
+        updated, norm, _ = self.optimizer.step()
+        assert updated, "the gradient was found finite"
+        self.scheduler.step(1)
+        return float(norm)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def reduce_gradients(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any
+) -> None:
+    """Megatron's gradient reduction over data ranks, tensor ranks and stages, without its division by tokens.
+
+    Every loss is already divided by the tokens of its minibatch over all ranks and microbatches, so this
+    ignores the schedule's count.
+    """
+    finalize_model_grads(model, None, **options)
+
+
+def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int) -> Trainable:
+    """Wrap ``model`` for training. Load its weights *before*: with bf16 the optimizer copies them to fp32."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    wrapped.broadcast_params()
+    model.config.finalize_model_grads_func = reduce_gradients
+    if optimizer.overlap_grad_reduce:
+        model.config.no_sync_func = wrapped.no_sync
+    bf16 = model.config.bf16
+    megatron_optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer=optimizer.name,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            sgd_momentum=optimizer.momentum,
+            clip_grad=optimizer.clip_grad,
+            use_distributed_optimizer=optimizer.distributed,
+            bf16=bf16,
+            params_dtype=model.config.params_dtype,
+        ),
+        [wrapped],
+    )
+    return Trainable(wrapped, megatron_optimizer, _scheduler(megatron_optimizer, optimizer, total_steps))
+
+
+def _scheduler(
+    megatron_optimizer: MegatronOptimizer, optimizer: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    # Leaves at least one step of decay, because Megatron refuses none.
+    warmup = min(int(optimizer.warmup_fraction * total_steps), total_steps - 1)
+    scheduler = OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=optimizer.lr / (warmup + 1),
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=total_steps,
+        lr_decay_style=optimizer.schedule,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
+    return scheduler
+
+
+def steps_taken(inner: torch.optim.Optimizer) -> int:
+    """Steps that Adam has taken; 0 for SGD, which does not count them."""
+    holders = [*inner.state.values(), *inner.param_groups]
+    steps = {int(holder["step"]) for holder in holders if "step" in holder}
+    assert len(steps) <= 1, "parameters were stepped unequally often"
+    return max(steps, default=0)
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+    """(model parameter, the tensor that the inner optimizer steps, its range in the flat parameter)."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], held.start, held.end
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameters, mains in pairs:
+            for parameter, main in zip(parameters, mains, strict=True):
+                yield parameter, main, 0, parameter.numel()
+    else:
+        assert isinstance(optimizer, FP32Optimizer)
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter, 0, parameter.numel()
