@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gapo_mega.evaluation.summary import Summary, change_in_standard_errors
+from gapo_mega.evaluation.summary import Summary
 
 
 def summary_table(summary: Summary) -> Table:
@@ -21,17 +21,15 @@ def summary_table(summary: Summary) -> Table:
     table.add_column("objective", style="bold", overflow="fold")
     for column in ("before", "after", "change", "std. err.", "change / s.e.", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, facts in summary["objectives"].items():
-        error = facts["standard_error"]
-        ratio = change_in_standard_errors(facts)
+    for name, found in summary.items():
         table.add_row(
             escape(name),
-            f"{facts['before']:.4g}",
-            f"{facts['after']:.4g}",
-            f"{facts['after'] - facts['before']:+.4g}",
-            "-" if error is None or math.isnan(error) else f"{error:.3g}",
-            _ratio(ratio),
-            str(facts["samples"]),
+            f"{found.before:.4g}",
+            f"{found.after:.4g}",
+            f"{found.difference:+.4g}",
+            "-" if math.isnan(found.standard_error) else f"{found.standard_error:.3g}",
+            _ratio(found.in_standard_errors),
+            str(found.samples),
         )
     return table
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.evaluation.series import Array, Series
-from gapo_mega.evaluation.summary import Summary, change_in_standard_errors
+from gapo_mega.evaluation.summary import Change, Summary
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"
@@ -62,9 +62,7 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def write_pictures(
-    directory: Path, series: Series, names: Sequence[str], summary: Summary | None
-) -> list[Picture]:
+def write_pictures(directory: Path, series: Series, names: Sequence[str], summary: Summary) -> list[Picture]:
     """Every PNG of a run into ``directory``; the overview comes first."""
     pairs = list(combinations(names, 2))
     height = 1.2 + 1.5 * len(names)
@@ -117,7 +115,7 @@ def write_pictures(
             lambda f: draw_cosines(f, series, pairs),
         )
         plans.insert(3, cosines)
-    if summary is not None:
+    if summary:
         before_after = (
             "before_after.png",
             "Mean reward on held-out prompts before and after training; whiskers span two standard errors of "
@@ -134,11 +132,11 @@ def write_pictures(
     return [Picture(file, caption) for file, caption, _, _ in plans]
 
 
-def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summary: Summary | None) -> None:
+def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summary: Summary) -> None:
     """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines."""
     panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
     draw_rewards(panels[0, 0], series, names)
-    if summary is not None:
+    if summary:
         draw_before_after(panels[0, 1], summary)
     else:
         draw_kl(panels[0, 1], series)
@@ -245,24 +243,22 @@ def draw_kl(figure: FigureBase, series: Series) -> None:
 
 def draw_before_after(figure: FigureBase, summary: Summary) -> None:
     """Two bars per objective, each objective on its own scale."""
-    objectives = summary["objectives"]
-    prompts = next(iter(objectives.values()))["samples"]
+    prompts = next(iter(summary.values())).samples
     _title(figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors")
-    panels = figure.subplots(1, len(objectives), squeeze=False)[0]
-    for index, ((name, facts), axes) in enumerate(zip(objectives.items(), panels, strict=True)):
-        _bars(axes, facts, colour(index))
-        ratio = change_in_standard_errors(facts)
-        change = f"{facts['after'] - facts['before']:+.3g}"
+    panels = figure.subplots(1, len(summary), squeeze=False)[0]
+    for index, ((name, found), axes) in enumerate(zip(summary.items(), panels, strict=True)):
+        _bars(axes, found, colour(index))
+        ratio = found.in_standard_errors
+        change = f"{found.difference:+.3g}"
         note = (change if ratio is None else f"{change}  ({ratio:+.1f} s.e.)").replace("-", "\N{MINUS SIGN}")
         axes.set_title(f"{name}\n", color=colour(index), fontweight="bold", fontsize=10)
         axes.text(0.5, 1.03, note, transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
 
 
-def _bars(axes: Axes, facts: dict[str, Any], shade: str) -> None:
-    error = facts["standard_error"]
-    values = (facts["before"], facts["after"])
+def _bars(axes: Axes, found: Change, shade: str) -> None:
+    values = (found.before, found.after)
     axes.bar([0, 1], values, width=0.62, color=["#c5ccd3", shade])
-    whisker = 0.0 if error is None or not np.isfinite(error) else 2 * error
+    whisker = 2 * found.standard_error if np.isfinite(found.standard_error) else 0.0
     if whisker:
         axes.errorbar(1, values[1], yerr=whisker, color=INK, capsize=5, linewidth=1.4)
     axes.axhline(0, color="#9aa5b1", linewidth=0.8)

@@ -7,9 +7,9 @@ from a cluster's file system.
 from __future__ import annotations
 
 import base64
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from gapo_mega.config import Config
 from gapo_mega.evaluation.plots import PALETTE, Picture, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
-from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, change_in_standard_errors
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
 
 CONFIG_FILE = "config.yaml"
 
@@ -46,7 +46,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     config_text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     config = Config.model_validate(yaml.safe_load(config_text))
     names = [objective.name for objective in config.objectives]
-    summary = _read_summary(run_dir / SUMMARY_FILE)
+    path = run_dir / SUMMARY_FILE
+    summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
     directory = run_dir / "report"
     directory.mkdir(exist_ok=True)
     pictures = write_pictures(directory, series, names, summary)
@@ -59,8 +60,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         title=run_dir.resolve().name,
-        objectives=_objective_rows(names, summary),
-        facts=_facts(config, series, summary),
+        objectives=_objective_rows(summary),
+        facts=_facts(config, series, seconds if summary else None),
         phases=_phases(series),
         pictures=[_embedded(directory, picture) for picture in pictures],
         samples=samples,
@@ -73,27 +74,18 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     return path
 
 
-def _read_summary(path: Path) -> Summary | None:
-    if not path.exists():
-        return None
-    summary: Summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary["objectives"] else None
-
-
-def _objective_rows(names: Sequence[str], summary: Summary | None) -> list[dict[str, Any]]:
-    if summary is None:
-        return []
+def _objective_rows(summary: Summary) -> list[dict[str, Any]]:
     rows = []
-    for name in names:
-        facts = summary["objectives"][name]
-        ratio = change_in_standard_errors(facts)
+    for name, found in summary.items():
+        ratio = found.in_standard_errors
         verdict = "unclear" if ratio is None or abs(ratio) <= 2 else "better" if ratio > 0 else "worse"
-        change = facts["after"] - facts["before"]
-        rows.append({"name": name, **facts, "change": change, "ratio": ratio, "verdict": verdict})
+        error = found.standard_error if math.isfinite(found.standard_error) else None
+        facts = asdict(found) | {"standard_error": error, "change": found.difference}
+        rows.append({"name": name, **facts, "ratio": ratio, "verdict": verdict})
     return rows
 
 
-def _facts(config: Config, series: Series, summary: Summary | None) -> list[tuple[str, str]]:
+def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[str, str]]:
     """Label and text of what a reader wants to know about the run at a glance."""
     rollout, parallel = config.rollout, config.parallel
     options = ", ".join(f"{key}={value}" for key, value in config.aggregation.options.items())
@@ -114,8 +106,8 @@ def _facts(config: Config, series: Series, summary: Summary | None) -> list[tupl
     skipped = int(np.nansum(series["skipped"]))
     if skipped:
         facts.append(("Skipped steps", f"{skipped} (a gradient was not finite)"))
-    if summary is not None:
-        facts.append(("Wall-clock time", _duration(summary["seconds"])))
+    if seconds is not None:
+        facts.append(("Wall-clock time", _duration(seconds)))
     return facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +15,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Scores: TypeAlias = Tensor | NDArray[np.floating[Any]]
-Summary: TypeAlias = dict[str, Any]
 
 SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Change:
+    """An objective's mean held-out score before and after training."""
+
+    before: float
+    after: float
+    standard_error: float  # of the paired difference; NaN if one prompt tells none
+    samples: int  # prompts
+
+    @property
+    def difference(self) -> float:
+        """What training gave."""
+        return self.after - self.before
+
+    @property
+    def in_standard_errors(self) -> float | None:
+        """``difference / standard_error``; None if there is no standard error, or it is zero."""
+        if not math.isfinite(self.standard_error) or self.standard_error == 0:
+            return None
+        return self.difference / self.standard_error
+
+
+Summary: TypeAlias = dict[str, Change]  # by objective; empty without held-out prompts
 
 
 def paired_summary(
@@ -40,13 +65,8 @@ def paired_summary(
     objectives = {}
     for name, old_P, new_P in zip(names, before_MP, after_MP, strict=True):
         error = float(np.std(new_P - old_P, ddof=1)) / math.sqrt(prompts) if prompts > 1 else math.nan
-        objectives[name] = {
-            "before": float(old_P.mean()),
-            "after": float(new_P.mean()),
-            "standard_error": error,
-            "samples": prompts,
-        }
-    return {"objectives": objectives}
+        objectives[name] = Change(float(old_P.mean()), float(new_P.mean()), error, prompts)
+    return objectives
 
 
 def _prompt_means(
@@ -67,16 +87,18 @@ def _prompt_means(
 def write_summary(path: Path, summary: Summary, seconds: float) -> None:
     """``summary`` and the run's wall-clock ``seconds`` as JSON; a missing standard error is null."""
     objectives = {
-        name: {key: value if math.isfinite(value) else None for key, value in facts.items()}
-        for name, facts in summary["objectives"].items()
+        name: {key: value if math.isfinite(value) else None for key, value in asdict(change).items()}
+        for name, change in summary.items()
     }
-    document = {**summary, "objectives": objectives, "seconds": seconds}
+    document = {"objectives": objectives, "seconds": seconds}
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def change_in_standard_errors(facts: dict[str, Any]) -> float | None:
-    """(after - before) / standard_error; None where there is no standard error or it is zero."""
-    error = facts["standard_error"]
-    if error is None or not math.isfinite(error) or error == 0:
-        return None
-    return float((facts["after"] - facts["before"]) / error)
+def read_summary(path: Path) -> tuple[Summary, float]:
+    """Inverse of ``write_summary``: the summary and the seconds."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    summary: Summary = {}
+    for name, facts in document["objectives"].items():
+        error = facts["standard_error"]
+        summary[name] = Change(**{**facts, "standard_error": math.nan if error is None else error})
+    return summary, float(document["seconds"])

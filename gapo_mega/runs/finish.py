@@ -31,7 +31,7 @@ def finish(
         engine.export_hf(directory / EXPORT_FOLDER)
     after = heldout.answer()
     if engine.layout.is_main:
-        summary: Summary = {"objectives": {}}
+        summary: Summary = {}
         if after.prompts:
             summary = paired_summary(
                 torch.tensor(before.scores), torch.tensor(after.scores), names, heldout.samples

@@ -19,7 +19,7 @@ from gapo_mega.config import Config
 from gapo_mega.evaluation.plots import draw_before_after, draw_weights
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.series import Series, read_series
-from gapo_mega.evaluation.summary import paired_summary, write_summary
+from gapo_mega.evaluation.summary import Change, paired_summary, write_summary
 
 
 def run_directory(path: Path, names: list[str], steps: int) -> Path:
@@ -109,8 +109,7 @@ def test_null_becomes_nan_and_late_keys_are_kept(tmp_path: Path) -> None:
 
 def test_whiskers_span_two_standard_errors() -> None:
     figure = Figure()
-    facts = {"before": 1.0, "after": 3.0, "standard_error": 0.25, "samples": 5}
-    draw_before_after(figure, {"objectives": {"a": facts}})
+    draw_before_after(figure, {"a": Change(before=1.0, after=3.0, standard_error=0.25, samples=5)})
     (bars,) = (c for c in figure.axes[0].containers if isinstance(c, BarContainer))
     assert [bar.get_height() for bar in bars.patches] == [1.0, 3.0]
     (whisker,) = (c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer))

@@ -15,8 +15,8 @@ from scipy import stats
 
 from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.summary import (
-    change_in_standard_errors,
     paired_summary,
+    read_summary,
     write_summary,
 )
 
@@ -33,22 +33,22 @@ def test_standard_error_is_that_of_the_paired_difference() -> None:
     before, after = scores(64)
     summary = paired_summary(before, torch.from_numpy(after), NAMES)
     for i, name in enumerate(NAMES):
-        facts = summary["objectives"][name]
-        assert facts["before"] == pytest.approx(before[i].mean(), rel=1e-12)
-        assert facts["after"] == pytest.approx(after[i].mean(), rel=1e-12)
-        assert facts["standard_error"] == pytest.approx(stats.sem(after[i] - before[i]), rel=1e-12)
-        assert facts["samples"] == 64
+        facts = summary[name]
+        assert facts.before == pytest.approx(before[i].mean(), rel=1e-12)
+        assert facts.after == pytest.approx(after[i].mean(), rel=1e-12)
+        assert facts.standard_error == pytest.approx(stats.sem(after[i] - before[i]), rel=1e-12)
+        assert facts.samples == 64
         # The change in standard errors is the paired t statistic.
         expected = stats.ttest_rel(after[i], before[i]).statistic
-        assert change_in_standard_errors(facts) == pytest.approx(expected, rel=1e-9)
+        assert facts.in_standard_errors == pytest.approx(expected, rel=1e-9)
 
 
 def test_samples_of_a_prompt_are_averaged_first() -> None:
     before, after = scores(24)
-    facts = paired_summary(before, after, NAMES, samples_per_prompt=3)["objectives"]["helpful"]
+    facts = paired_summary(before, after, NAMES, samples_per_prompt=3)["helpful"]
     difference = np.array([(after[0] - before[0])[i : i + 3].mean() for i in range(0, 24, 3)])
-    assert facts["samples"] == 8
-    assert facts["standard_error"] == pytest.approx(stats.sem(difference), rel=1e-12)
+    assert facts.samples == 8
+    assert facts.standard_error == pytest.approx(stats.sem(difference), rel=1e-12)
 
 
 def test_bad_shapes_are_named() -> None:
@@ -68,13 +68,16 @@ def test_summary_file(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert set(document) == {"objectives", "seconds"} and document["seconds"] == 12.5
     assert set(document["objectives"]["brevity"]) == {"before", "after", "standard_error", "samples"}
+    assert read_summary(path) == (paired_summary(before, after, NAMES), 12.5)
 
 
 def test_one_prompt_has_no_standard_error(tmp_path: Path) -> None:
     summary = paired_summary([[1.0]], np.array([[2.0]]), ["only"])  # type: ignore[arg-type]
-    assert math.isnan(summary["objectives"]["only"]["standard_error"])
+    assert math.isnan(summary["only"].standard_error)
     write_summary(tmp_path / "s.json", summary, 1.0)
     assert json.loads((tmp_path / "s.json").read_text())["objectives"]["only"]["standard_error"] is None
+    (found,) = read_summary(tmp_path / "s.json")[0].values()
+    assert math.isnan(found.standard_error) and found.in_standard_errors is None
 
 
 def test_console_table_shows_every_number_in_eighty_columns() -> None:
@@ -83,7 +86,7 @@ def test_console_table_shows_every_number_in_eighty_columns() -> None:
     stream = io.StringIO()
     print_summary(summary, Path("/runs/" + "x" * 90), Console(file=stream, width=80))
     text = stream.getvalue()
-    facts = summary["objectives"]["helpful"]
-    assert f"{facts['before']:.4g}" in text and f"{facts['after']:.4g}" in text
-    assert f"{change_in_standard_errors(facts):+.1f}" in text and "64" in text
+    facts = summary["helpful"]
+    assert f"{facts.before:.4g}" in text and f"{facts.after:.4g}" in text
+    assert f"{facts.in_standard_errors:+.1f}" in text and "64" in text
     assert "/runs/" + "x" * 90 in text
