@@ -19,6 +19,7 @@ from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import run_model
 from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
@@ -225,7 +226,7 @@ def test_the_model_is_as_before(tmp_path: Path, world: groups.Groups, training: 
 def test_a_wrapped_model_shares_its_weights(tmp_path: Path, world: groups.Groups) -> None:
     tiny_llama(tmp_path, vocab=VOCABULARY)
     with megatron_device():
-        trainable = build.make_trainable(load(tmp_path), OptimizerConfig(), total_steps=1)
+        trainable = make_trainable(load(tmp_path), OptimizerConfig(), total_steps=1)
     generate = generator(trainable.model, world)
     before = generate.generate(random_prompts(), GREEDY, seed=0)
     with torch.no_grad():
