@@ -41,7 +41,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
-    aggregator = _aggregator(config)
+    aggregator, loss = _aggregator(config), _loss(config)
     built = [objectives.build(objective) for objective in config.objectives]
     return ResolvedRun(
         config=config,
@@ -52,7 +52,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
         score_models=_score_models(config, built, world_size),
         aggregator=aggregator,
         estimator=estimator,
-        loss=_loss(config),
+        loss=loss,
     )
 
 
