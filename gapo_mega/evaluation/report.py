@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from gapo_mega.config import Config
-from gapo_mega.evaluation.plots import PALETTE, Picture, write_pictures
+from gapo_mega.evaluation.plots import Picture, colour, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
 
@@ -66,7 +66,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         pictures=[_embedded(directory, picture) for picture in pictures],
         samples=samples,
         names=names,
-        colours={name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
+        colours={name: colour(i) for i, name in enumerate(names)},
         config_text=config_text,
     )
     path = directory / "index.html"

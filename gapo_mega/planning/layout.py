@@ -13,18 +13,14 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.strategy import microbatches, refusal_of_shared
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Number of model replicas on ``world_size`` processes. Raises ``ValueError`` if it is not whole."""
-    return _data_parallel_size(config.parallel, world_size)
-
-
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
-    return _data_parallel_size(parallel, world_size)
+    return data_parallel_size(parallel, world_size)
 
 
-def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Number of model replicas on ``world_size`` processes. Raises ``ValueError`` if it is not whole."""
     tensor, pipeline = parallel.tensor, parallel.pipeline
     if world_size % (tensor * pipeline):
         raise ValueError(
@@ -37,8 +33,7 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
-    _check_model_split(config.parallel, shape)
-    data_parallel = data_parallel_size(config, world_size)
+    data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
     check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)

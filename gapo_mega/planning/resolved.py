@@ -64,7 +64,7 @@ class ResolvedRun:
     @property
     def data(self) -> int:
         """Data-parallel size."""
-        return data_parallel_size(self.config, self.world)
+        return data_parallel_size(self.config.parallel, self.world)
 
     @property
     def strategy(self) -> StrategyDeclaration:

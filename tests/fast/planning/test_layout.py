@@ -112,4 +112,4 @@ def test_gae_needs_no_second_sample() -> None:
 
 
 def test_data_parallel_size_is_the_rest_of_the_world() -> None:
-    assert data_parallel_size(config(parallel={"tensor": 2, "pipeline": 3}), 24) == 4
+    assert data_parallel_size(config(parallel={"tensor": 2, "pipeline": 3}).parallel, 24) == 4
