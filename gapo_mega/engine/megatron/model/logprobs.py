@@ -92,18 +92,17 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         dist.all_reduce(target_N1, group=group)
         probabilities_NV /= total_N1
         ctx.save_for_backward(probabilities_NV, local_N1, mine_N1)
-        ctx.edits, ctx.factors_P = edits, factors_P
+        ctx.temperature, ctx.penalized, ctx.factors_P = edits.temperature, edits.penalized, factors_P
         return ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities_NV, local_N1, mine_N1 = ctx.saved_tensors
-        grad_N1 = grads[0].unsqueeze(-1) / ctx.edits.temperature
+        grad_N1 = grads[0].unsqueeze(-1) / ctx.temperature
         grad_NV = probabilities_NV * -grad_N1
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
         if ctx.factors_P is not None:
-            where = ctx.edits.penalized
-            grad_NV.index_put_(where, grad_NV[where] * ctx.factors_P)
+            grad_NV.index_put_(ctx.penalized, grad_NV[ctx.penalized] * ctx.factors_P)
         return grad_NV, None, None, None, None
 
 
