@@ -11,7 +11,7 @@ tokens before it; it is 0 outside the response.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import torch
@@ -38,14 +38,40 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class KeptTokens:
+    """The tokens that top-k and top-p left to draw from, at every position of a batch: a ragged array."""
+
+    counts_BT: Tensor  # int64; 0 off the response
+    tokens_K: Tensor  # int32, of all positions, row after row
+
+    def select(self, index_B: Tensor) -> KeptTokens:
+        """The rows ``index_B`` (int64)."""
+        rows = torch.split(self.tokens_K, self.counts_BT.sum(dim=1).tolist())
+        chosen = [rows[i] for i in index_B.tolist()]
+        return KeptTokens(
+            self.counts_BT.index_select(0, index_B),
+            torch.cat(chosen) if chosen else self.tokens_K[:0],
+        )
+
+    def to(self, device: torch.device) -> KeptTokens:
+        """The same on ``device``."""
+        return KeptTokens(self.counts_BT.to(device), self.tokens_K.to(device))
+
+
+@dataclass(frozen=True)
 class Generation:
-    """What a generator returns for a list of token-id prompts (same order, CPU tensors)."""
+    """What a generator returns for a list of token-id prompts (same order, CPU tensors).
+
+    ``logprobs_BT`` is of the distribution that the token was drawn from: after repetition penalty,
+    temperature, top-k and top-p. Greedy responses (temperature 0) have those of temperature 1.
+    """
 
     tokens_BT: Tensor  # int64, right padded with the pad id
     prompt_lengths_B: Tensor  # int64
     response_mask_BT: Tensor  # bool, True on response tokens (end-of-sequence included)
-    logprobs_BT: Tensor  # float32, raw softmax (temperature 1, no penalty), 0 off the response
+    logprobs_BT: Tensor  # float32, 0 off the response
     finished_B: Tensor  # bool, True where an end-of-sequence token was produced
+    kept: KeptTokens | None = None  # with top-k or top-p
 
 
 @dataclass(frozen=True)
@@ -60,10 +86,16 @@ class Rollout:
     response_mask_BT: Tensor
     logprobs_BT: Tensor
     finished_B: Tensor
+    kept: KeptTokens | None = None
 
     @property
     def batch_size(self) -> int:
         return int(self.tokens_BT.shape[0])
+
+    @property
+    def batch(self) -> TokenBatch:
+        """What a forward pass needs of it."""
+        return TokenBatch(self.tokens_BT, self.response_mask_BT, kept=self.kept)
 
 
 @dataclass(frozen=True)
@@ -71,11 +103,12 @@ class TokenBatch:
     """Tokens, and which of them count: all that a forward pass reads. One row per sequence.
 
     The mask is true on the tokens of the response or, in supervised work, on those that are learned or at
-    which a score is taken.
+    which a score is taken. With ``kept`` the log-probability of a token is that among the kept ones.
     """
 
     tokens_BT: Tensor  # int64, right padded
     response_mask_BT: Tensor  # bool
+    kept: KeptTokens | None = field(default=None, kw_only=True)
 
     @property
     def batch_size(self) -> int:
@@ -83,7 +116,8 @@ class TokenBatch:
 
     def select(self: AnyBatch, index_B: Tensor) -> AnyBatch:
         """The rows ``index_B`` (int64)."""
-        return self._each(lambda tensor, dim: tensor.index_select(dim, index_B))
+        kept = None if self.kept is None else self.kept.select(index_B)
+        return self._each(lambda tensor, dim: tensor.index_select(dim, index_B), kept)
 
     def split(self: AnyBatch, size: int) -> list[AnyBatch]:
         """Consecutive pieces of at most ``size`` rows."""
@@ -92,16 +126,17 @@ class TokenBatch:
 
     def to(self: AnyBatch, device: torch.device) -> AnyBatch:
         """The batch on ``device``."""
-        return self._each(lambda tensor, _: tensor.to(device))
+        kept = None if self.kept is None else self.kept.to(device)
+        return self._each(lambda tensor, _: tensor.to(device), kept)
 
-    def _each(self: AnyBatch, change: Callable[[Tensor, int], Tensor]) -> AnyBatch:
-        """Apply ``change`` to every tensor that is there, with the dimension of its rows."""
+    def _each(self: AnyBatch, change: Callable[[Tensor, int], Tensor], kept: KeptTokens | None) -> AnyBatch:
+        """Apply ``change`` to every tensor that is there, with the dimension of its rows; take ``kept``."""
         changes: dict[str, Tensor] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                changes[field.name] = change(value, 1 if "_MB" in field.name else 0)
-        return replace(self, **changes)
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if isinstance(value, Tensor):
+                changes[own.name] = change(value, 1 if "_MB" in own.name else 0)
+        return replace(self, **changes, kept=kept)
 
 
 AnyBatch = TypeVar("AnyBatch", bound=TokenBatch)

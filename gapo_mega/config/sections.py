@@ -117,8 +117,13 @@ class RolloutConfig(Section):
     prompts_per_step: int = Field(8, ge=1, description="prompts of one step over all data-parallel ranks")
     samples_per_prompt: int = Field(4, ge=1, description="responses to every prompt of a step")
     max_new_tokens: int = Field(64, ge=1, description="longest response, in tokens")
-    temperature: float = Field(1.0, ge=0, description="0 is greedy")
-    top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="divides the logits, here and in every log-probability; above 0: a greedy response has "
+        "one outcome and no gradient",
+    )
+    top_k: int = Field(0, ge=0, description="most likely tokens to sample from; 0 keeps all, 1 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="probability mass to sample from; 1 keeps all")
     repetition_penalty: float = Field(
         1.0,
@@ -126,6 +131,15 @@ class RolloutConfig(Section):
         description="divides positive logits of tokens that occurred, multiplies negative ones; 1: off",
     )
     batch_size: int = Field(64, ge=1, description="sequences generated at once on a data-parallel rank")
+
+    @model_validator(mode="after")
+    def _is_random(self) -> RolloutConfig:
+        why = "(a greedy response has one outcome, whose probability no gradient changes)"
+        if self.temperature == 0:
+            raise ValueError(f"rollout.temperature: found {self.temperature}, accepted: above 0 {why}")
+        if self.top_k == 1:
+            raise ValueError(f"rollout.top_k: found 1, accepted: 0 (all tokens), or at least 2 {why}")
+        return self
 
 
 class ObjectiveConfig(Section):

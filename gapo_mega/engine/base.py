@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
@@ -85,6 +85,22 @@ class SamplingParameters:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> SamplingParameters:
+        """Those of a configuration's section."""
+        return cls(
+            rollout.max_new_tokens,
+            rollout.temperature,
+            rollout.top_k,
+            rollout.top_p,
+            rollout.repetition_penalty,
+        )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens cannot be drawn, so that a generation says which can."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
+
 
 class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
@@ -150,13 +166,15 @@ class Engine(RunEngine, Protocol):
         """The rollout back end that samples from the current policy."""
         ...
 
-    def logprobs(
-        self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
-    ) -> Tensor:
-        """Log-probabilities of the response tokens [B, T] float32, CPU, no graph; 0 elsewhere."""
+    def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
+        """Log-probabilities of the response tokens [B, T] float32, CPU, no graph; 0 elsewhere.
+
+        They are of the distribution that the generator draws from with the run's sampling settings:
+        repetition penalty and temperature applied and, with ``batch.kept``, the kept tokens alone.
+        """
         ...
 
-    def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    def values(self, batch: TokenBatch) -> Tensor:
         """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is sampled."""
         ...
 

@@ -127,7 +127,7 @@ class StepBenchmark:
         self.contenders = contenders(config, shape, layout.data, objectives)
         sequences = resolved.microbatches * config.micro_batch_size
         batch = synthetic_batch(config, shape, sequences, max(objectives), layout.data_rank)
-        old_BT = self.engine.logprobs(batch.tokens_BT, batch.response_mask_BT, "policy")
+        old_BT = self.engine.logprobs(batch, "policy")
         self.batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)
         self.aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
         self.loss = resolved.loss

@@ -23,7 +23,10 @@ microbatches at once, with the tensors that it received and sent. On the last st
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
 
     e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
-    4 N V / t                                an fp32 copy of the logits, in bf16 or where V is padded,
+    4 N V / t                                an fp32 copy of the logits, in bf16, where V is padded, and with
+                                             what follows,
+    N V / t                                  with top-k or top-p: which tokens were left,
+    20 H / t                                 with a repetition penalty: the H tokens before each of the N,
 
 the first of which is freed before the backward. On top comes what an operation needs while it runs: 16 B T^2
 h / t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
@@ -52,6 +55,7 @@ from gapo_mega.models.shape import ModelShape
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
 FP32 = 4
+_PENALTY = 20  # bytes for every token that a repetition penalty looks at: row, column, factor
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Sizes:
     output_weight: int
     grouped: bool  # fewer groups than heads
     padded: bool  # the vocabulary
+    cut: bool  # top-k or top-p
+    penalized: int  # tokens that the repetition penalty looks at
     split: bool  # over the sequence, between the linear layers
     qk_norm: bool  # of queries and keys
 
@@ -187,8 +193,20 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
         output_weight=columns * shape.hidden,
         grouped=shape.heads != shape.kv_groups,
         padded=columns * tensor > shape.vocab,
+        cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
+        penalized=_penalized(config) // tensor,
         split=split,
         qk_norm=shape.qk_norm,
+    )
+
+
+def _penalized(config: Config) -> int:
+    """Tokens before a response token, itself not included, over all response tokens of a microbatch."""
+    if config.rollout.repetition_penalty == 1.0:
+        return 0
+    response = config.rollout.max_new_tokens
+    return config.micro_batch_size * (
+        response * config.data.max_prompt_tokens + response * (response - 1) // 2
     )
 
 
@@ -365,12 +383,14 @@ def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
     counter.forward(norm)
     counter.hold(e * z.residual)  # the output layer's input
     counter.touch(2 * e * z.logits)  # also as [T, B, V / t]
-    copy = FP32 * z.chosen if z.bf16 or z.padded else 0
-    counter.touch(e * z.logits + (e + FP32) * z.chosen + copy)
+    copy = FP32 * z.chosen if z.bf16 or z.padded or z.cut or z.penalized else 0
+    counter.hold(_PENALTY * z.penalized)
+    counter.touch(e * z.logits + (e + FP32) * z.chosen + copy + (z.chosen if z.cut else 0))
     if shared:
         counter.hold((FP32 + e) * z.chosen)
     else:
         counter.touch((2 * FP32 + (e if z.bf16 else 0)) * z.chosen)
+    counter.hold(0 if shared else -_PENALTY * z.penalized)
     accumulate, linear = _linear(z, 0, z.logits, z.hidden, z.output_weight, 0)
     counter.touch(e * z.logits + linear.backward)
     counter.hold(0 if shared else -e * z.residual)

@@ -36,4 +36,5 @@ class Collector:
             response_mask_BT=generation.response_mask_BT,
             logprobs_BT=generation.logprobs_BT,
             finished_B=generation.finished_B,
+            kept=generation.kept,
         )

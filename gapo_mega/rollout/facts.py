@@ -48,6 +48,7 @@ def batch_facts(
         "prompt_length": prompt_tokens / rows,
         "response_length": tokens / rows,
         "finished": finished / rows,
+        **_gap(engine, rollout, experience, tokens),
     }
     return BatchFacts(
         rewards=[score / rows for score in scores],
@@ -55,6 +56,24 @@ def batch_facts(
         tokens=tokens + prompt_tokens,
         extra=extra | (_correlations(engine, names, experience) if several else {}),
     )
+
+
+def _gap(engine: Engine, rollout: Rollout, experience: Experience, tokens: float) -> dict[str, float]:
+    """Mean and largest difference of the trainer's and the generator's log-probabilities of a token.
+
+    Empty where the trainer takes the generator's own.
+    """
+    if experience.old_logprobs_BT is rollout.logprobs_BT:
+        return {}
+    gap_BT = (experience.old_logprobs_BT - rollout.logprobs_BT).abs() * experience.response_mask_BT
+    parts = engine.gather_over_data(
+        (float(gap_BT.double().sum()), float(gap_BT.max()) if len(gap_BT) else 0.0)
+    )
+    sums, largest = zip(*parts, strict=True)
+    return {
+        "logprob_difference/mean": sum(sums) / max(tokens, 1.0),
+        "logprob_difference/max": max(largest),
+    }
 
 
 def _correlations(engine: Engine, names: Sequence[str], experience: Experience) -> dict[str, float]:

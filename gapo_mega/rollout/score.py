@@ -65,22 +65,23 @@ class Scorer:
 
     def score(self, rollout: Rollout) -> Experience:
         """Rewards per objective, old and reference log-probabilities, and values with a critic."""
-        tokens_BT, mask_BT = rollout.tokens_BT, rollout.response_mask_BT
+        batch, mask_BT = rollout.batch, rollout.response_mask_BT
         with self._timer("score"):
             scores_MB = self.scores(rollout.prompts, rollout.responses)
         old_BT = rollout.logprobs_BT
         if self._algorithm.old_logprobs == "recompute":
             with self._timer("old_logprobs"):
-                old_BT = self._engine.logprobs(tokens_BT, mask_BT, "policy")
+                old_BT = self._engine.logprobs(batch, "policy")
         with self._timer("reference"):
-            ref_BT = self._engine.logprobs(tokens_BT, mask_BT, "reference")
+            ref_BT = self._engine.logprobs(batch, "reference")
         values_MBT = None
         if self._with_values:
             with self._timer("values"):
-                values_MBT = self._engine.values(tokens_BT, mask_BT)
+                values_MBT = self._engine.values(batch)
         return Experience(
-            tokens_BT=tokens_BT,
+            tokens_BT=rollout.tokens_BT,
             response_mask_BT=mask_BT,
+            kept=rollout.kept,
             group_B=rollout.group_B,
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,

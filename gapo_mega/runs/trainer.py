@@ -79,14 +79,7 @@ class Trainer:
         for objective in self.resolved.objectives:
             if objective.wanted_model is not None:
                 objective.attach(engine.score_model(objective.wanted_model))
-        sampling = SamplingParameters(
-            rollout.max_new_tokens,
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            rollout.repetition_penalty,
-        )
-        collector = Collector(engine.generator, tokenizer, sampling)
+        collector = Collector(engine.generator, tokenizer, SamplingParameters.of(rollout))
         scorer = Scorer(
             engine,
             self.resolved.objectives,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gapo_mega.types import Experience, TokenBatch
+from gapo_mega.types import Experience, KeptTokens, TokenBatch
 
 ROWS = 5
 
@@ -13,6 +13,13 @@ ROWS = 5
 def tokens() -> torch.Tensor:
     """Row ``b`` holds ``b`` at every position."""
     return torch.arange(ROWS)[:, None].expand(ROWS, 3).contiguous()
+
+
+def kept() -> KeptTokens:
+    """Row ``b`` keeps ``b`` tokens at position 1, of number ``b``, and one at position 2."""
+    rows_B = torch.arange(ROWS)
+    counts_BT = torch.stack([torch.zeros_like(rows_B), rows_B, torch.ones_like(rows_B)], dim=1)
+    return KeptTokens(counts_BT, rows_B.int().repeat_interleave(counts_BT.sum(dim=1)))
 
 
 def experience() -> Experience:
@@ -26,6 +33,7 @@ def experience() -> Experience:
         ref_logprobs_BT=number_BT,
         scores_MB=torch.arange(ROWS).expand(2, ROWS).float(),
         token_rewards_MBT=number_BT.expand(2, ROWS, 3),
+        kept=kept(),
     )
 
 
@@ -40,6 +48,9 @@ def rows_of(batch: TokenBatch) -> list[int]:
         assert batch.scores_MB.tolist() == [rows, rows]
         assert batch.token_rewards_MBT.tolist() == [wide, wide]
         assert batch.values_MBT is batch.advantages_MBT is batch.returns_MBT is None
+        assert batch.kept is not None
+        assert batch.kept.counts_BT.tolist() == [[0, row, 1] for row in rows]
+        assert batch.kept.tokens_K.tolist() == [row for row in rows for _ in range(row + 1)]
     return rows
 
 
@@ -52,11 +63,14 @@ def test_rows_stay_together(batch: TokenBatch) -> None:
     assert [rows_of(piece) for piece in pieces] == [[0, 1], [2, 3], [4]]
     assert {type(piece) for piece in pieces} == {type(batch)}
     assert rows_of(batch) == [*range(ROWS)]
+    assert batch.select(torch.zeros(0, dtype=torch.int64)).batch_size == 0
 
 
 def test_moving_takes_every_tensor_along() -> None:
     moved = experience().to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values() if value is not None} == {"meta"}
+    assert moved.kept is not None
+    tensors = [*vars(moved).values(), *vars(moved.kept).values()]
+    assert {value.device.type for value in tensors if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.returns_MBT is None and moved.tokens_BT.shape == (ROWS, 3)
 
 

@@ -26,7 +26,7 @@ from gapo_mega.engine.base import (
     ValueLoss,
 )
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
-from gapo_mega.types import Experience, Generation
+from gapo_mega.types import Experience, Generation, TokenBatch
 
 WORDS = ["<pad>", "<end>", *(f"w{i}" for i in range(40))]
 END = 1
@@ -105,16 +105,14 @@ class FakeEngine:
         return Generation(tokens_BT, prompt_B, mask_BT, -0.125 * mask_BT, finished_B)
 
     # -- forward passes and updates ----------------------------------------------------------------------
-    def logprobs(
-        self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
-    ) -> Tensor:
+    def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         self._called(f"logprobs {model}")
         scale = self.policy if model == "policy" else 1
-        return -0.001 * scale * tokens_BT * response_mask_BT
+        return -0.001 * scale * batch.tokens_BT * batch.response_mask_BT
 
-    def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    def values(self, batch: TokenBatch) -> Tensor:
         self._called("values")
-        return torch.zeros(2, *tokens_BT.shape)
+        return torch.zeros(2, *batch.tokens_BT.shape)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
         self._called("score_model")

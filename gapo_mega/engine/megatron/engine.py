@@ -12,7 +12,13 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum, ValueLoss
+from gapo_mega.engine.base import (
+    Aggregator,
+    GradientReport,
+    PolicyLossSum,
+    SamplingParameters,
+    ValueLoss,
+)
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
@@ -21,7 +27,7 @@ from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_only
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
-from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
@@ -87,21 +93,16 @@ class MegatronEngine(groups.Collective):
         return Critics(models, heads, self.groups, config.micro_batch_size)
 
     # -- forward -----------------------------------------------------------------------------------
-    def logprobs(
-        self, tokens_BT: Tensor, response_mask_BT: Tensor, model: Literal["policy", "reference"]
-    ) -> Tensor:
-        batch = TokenBatch(tokens_BT, response_mask_BT)
+    def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
+        distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
 
         def output_of(logits_BTV: Tensor, part: TokenBatch) -> Tensor:
-            logprobs_BT = response_logprobs(
-                logits_BTV, part.tokens_BT, part.response_mask_BT, self.shape.vocab
-            )
-            return logprobs_BT.cpu()
+            return response_logprobs(logits_BTV, part, distribution).cpu()
 
         policy: AbstractContextManager[nn.Module] = nullcontext(self.policy.model)
         with megatron_device(), policy if model == "policy" else self.reference.on_device() as stage:
             parts = forward_only(stage, batch.split(self._config.micro_batch_size), output_of)
-        local = torch.cat(parts) if parts else torch.zeros(tokens_BT.shape)
+        local = torch.cat(parts) if parts else torch.zeros(batch.tokens_BT.shape)
         return self.groups.from_last_stage(local)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
@@ -116,10 +117,10 @@ class MegatronEngine(groups.Collective):
                 request.offload,
             )
 
-    def values(self, tokens_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    def values(self, batch: TokenBatch) -> Tensor:
         assert self.critics is not None
         with megatron_device():
-            return self.critics.values(TokenBatch(tokens_BT, response_mask_BT))
+            return self.critics.values(batch)
 
     # -- updates -----------------------------------------------------------------------------------
     def update_policy(

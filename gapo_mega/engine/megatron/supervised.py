@@ -19,7 +19,7 @@ from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
-from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -220,7 +220,4 @@ class ChatEngine(SupervisedModel):
         return total, torch.zeros((), device=total.device)
 
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
-        logprobs_BT = response_logprobs(
-            output, batch.tokens_BT, batch.response_mask_BT, self._setup.shape.vocab
-        )
-        return logprobs_BT.sum(dim=1)
+        return response_logprobs(output, batch, Distribution(self._setup.shape.vocab)).sum(dim=1)

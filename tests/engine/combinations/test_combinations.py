@@ -44,7 +44,12 @@ def shape(models: Path) -> ModelShape:
 class TestSettings:
     def test_refused_in_the_project_s_own_words(self, shape: ModelShape) -> None:
         """The part without sequence parallelism, tied, in fp32: counted from the rules as documented."""
-        where = parse_where(["sequence_parallel=false", "tied=true", "dtype=fp32", "recompute=none"])
+        where = parse_where(
+            [
+                *("sequence_parallel=false", "tied=true", "dtype=fp32", "recompute=none"),
+                *("temperature=0.7", "sampling=plain"),
+            ]
+        )
         found = combinations(shape, where)
         assert (
             found.total == 7 * 2 * 2 * 2 * 2 * 2 * 2 * 5 * 2 == len(found.valid) + sum(found.refused.values())
@@ -75,7 +80,7 @@ class TestSettings:
 
 def seen_by(models: Path, **changes: str) -> tuple[Setting, Observed, Reference]:
     setting = Setting(**{**PLAIN, **changes})
-    reference = reference_of(models, setting.tied)
+    reference = reference_of(models, setting.tied, setting.temperature, setting.sampling)
     seen = check_combination.observe(setting, models / f"tied-{setting.tied}", reference)
     assert seen is not None
     return setting, seen, reference
@@ -107,6 +112,15 @@ class TestComparison:
     ) -> None:
         setting, seen, reference = adam
         assert checks <= failing(dataclasses.replace(setting, **wrong), seen, reference)
+
+    @pytest.mark.parametrize(("temperature", "sampling"), [("0.7", "plain"), ("1.0", "edited")])
+    def test_drawn_from_another_distribution(
+        self, models: Path, adam: tuple[Setting, Observed, Reference], temperature: str, sampling: str
+    ) -> None:
+        setting, seen, _ = adam
+        other = reference_of(models, setting.tied, temperature, sampling)
+        # Not the first loss: every reference starts from ratios to its own log-probabilities.
+        assert {"gram 1", "direction 1", "gram 2", "loss 2"} <= failing(setting, seen, other)
 
     @pytest.mark.parametrize(
         ("part", "checks"),

@@ -23,6 +23,7 @@ from gapo_mega.planning.memory import StagePlan, predict
 from gapo_mega.types import Experience
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.resolved import resolved_run
+from tests.helpers.sampled import random_kept
 
 TOLERANCE = 0.05
 MIB = 1 << 20
@@ -45,9 +46,12 @@ def longest_batch(config: Config, vocabulary: int) -> Experience:
     zeros_BT = torch.zeros(rows, prompt + response)
     mask_BT = torch.arange(prompt + response).expand(rows, -1) >= prompt
     advantages_MBT = torch.randn(OBJECTIVES, rows, prompt + response, generator=generator) * mask_BT
+    tokens_BT = torch.randint(3, vocabulary, zeros_BT.shape, generator=generator)
+    cut = config.rollout.top_p < 1
     return Experience(
-        tokens_BT=torch.randint(3, vocabulary, zeros_BT.shape, generator=generator),
+        tokens_BT=tokens_BT,
         response_mask_BT=mask_BT,
+        kept=random_kept(tokens_BT, mask_BT, vocabulary, 0.01)[0] if cut else None,
         group_B=torch.arange(rows),
         old_logprobs_BT=zeros_BT,
         ref_logprobs_BT=zeros_BT,
@@ -160,8 +164,19 @@ NARROW = {
         (NARROW, False, 400, {"model": {"recompute": "full"}, "gradients": {"store": "single"}}),
         # Norms of queries and keys.
         ({**WIDE, "head_dim": 32}, True, 160, {"optimizer": {"distributed": False}}),
+        # Edited logits; without padding, which alone would make the copy.
+        (
+            {**WIDE, "vocab_size": 4096},
+            True,
+            200,
+            {
+                "gradients": {"forward": "separate"},
+                "optimizer": {"distributed": False},
+                "rollout": {"repetition_penalty": 1.05, "top_p": 0.9},
+            },
+        ),
     ],
-    ids=["shared-fp32", "separate-bf16", "recompute-fp32", "qwen3"],
+    ids=["shared-fp32", "separate-bf16", "recompute-fp32", "qwen3", "penalty-and-cut"],
 )
 def test_a_step_takes_what_was_predicted(
     tmp_path: Path, sizes: dict[str, int], tied: bool, response: int, sections: dict[str, Any]
@@ -169,8 +184,13 @@ def test_a_step_takes_what_was_predicted(
     sections = {
         "micro_batch_size": 2,
         "data": {"source": "unused", "max_prompt_tokens": 48},
-        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 1, "max_new_tokens": response},
         **sections,
+        "rollout": {
+            "prompts_per_step": 2,
+            "samples_per_prompt": 1,
+            "max_new_tokens": response,
+            **sections.get("rollout", {}),
+        },
     }
     kind = Qwen3Config if "head_dim" in sizes else LlamaConfig
     hf_config = kind(**sizes, max_position_embeddings=1024, tie_word_embeddings=tied, eos_token_id=2)

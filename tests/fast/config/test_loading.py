@@ -87,6 +87,8 @@ def test_unknown_key_is_reported_before_what_it_made_missing(file: Path) -> None
     ("override", "parts"),
     [
         ("rollout.temperature=-1", ["rollout.temperature: found -1, accepted: greater than or equal to 0"]),
+        ("rollout.temperature=0", ["rollout.temperature: found 0.0, accepted: above 0 (a greedy response"]),
+        ("rollout.top_k=1", ["rollout.top_k: found 1, accepted: 0 (all tokens), or at least 2 (a greedy"]),
         ("steps=ten", ["steps: found 'ten', accepted: a valid integer"]),
         ("steps=true", ["steps: found True, accepted: a valid integer"]),
         ("model.dtype=fp16", ["model.dtype: found 'fp16', accepted: 'fp32' or 'bf16'"]),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gapo_mega.engine.base import GradientReport
 from tests.helpers.combinations.reference import Gradients, Named, Reference
-from tests.helpers.combinations.settings import BETA1, BETA2, CLIP, EPS, SCOPES, Setting
+from tests.helpers.combinations.settings import BETA1, BETA2, CLIP, EPS, PENALTY, SCOPES, Setting
 
 CHECKS = (
     "gram 1",
@@ -51,9 +51,12 @@ def tolerances(setting: Setting) -> dict[str, float]:
     near 2 that are good to 1e-6: 1e-5 leaves a digit. The second step is compared at the parameters and the
     second moments that the first one led to, so that errors do not add up. bf16 rows are rounded by up to
     2^-9 an element, both factors of a product: 2^-8. With bf16 activations every element has 8 bits, which
-    comes to a per cent of a gradient's length over four layers: 2e-2.
+    comes to a per cent of a gradient's length over four layers: 2e-2. That is the error of a logit, which the
+    temperature divides and the penalty multiplies before it is a probability's.
     """
     size = {"fp32": 1e-5, "bf16": 2e-2}[setting.dtype]
+    if setting.dtype == "bf16":
+        size *= (PENALTY if setting.sampling == "edited" else 1.0) / float(setting.temperature)
     if setting.dtype == "fp32" and setting.store_dtype == "bf16":
         size = 2.0**-8
     result = dict.fromkeys(CHECKS, size)

@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gapo_mega.types import Experience
-from tests.helpers.combinations.settings import OBJECTIVES
+from tests.helpers.combinations.settings import OBJECTIVES, PENALTY, TOP_K
 from tests.helpers.ranks.check_engine import global_batch
+from tests.helpers.sampled import processors, random_kept, sampled_logprobs
 from tests.helpers.tiny import tiny_llama
 
 VOCABULARY, LAYERS = 200, 4
-# Of the ratio of probabilities: its logarithm is clipped to [-0.51, 0.34], and starts from one of these.
-CLIP_EPSILON = 0.4
-LOG_RATIOS = (-1.2, -0.01, 0.01, 0.7)
+# Of the ratio of probabilities: its logarithm is clipped to [-0.69, 0.41], and starts from one of these.
+CLIP_EPSILON = 0.5
+LOG_RATIOS = (-1.3, -0.15, -0.13, 0.95)
 
 Named = Mapping[str, Tensor]
 
@@ -86,12 +87,23 @@ def in_scope(name: str, scope: Any) -> bool:
 
 
 class Reference:
-    """One of the models and its batch; gradients at its weights, and at others."""
+    """One of the models and its batch; gradients at its weights, and at others.
 
-    def __init__(self, directory: Path) -> None:
+    ``temperature``, ``edited``: of the distribution that the batch was drawn from.
+    """
+
+    def __init__(self, directory: Path, temperature: float, edited: bool) -> None:
         self._model = LlamaForCausalLM.from_pretrained(directory).double()
         self.start = tensors_of(directory)
-        self._tokens_BT = global_batch(VOCABULARY).tokens_BT
+        whole = global_batch(VOCABULARY)
+        self._tokens_BT = whole.tokens_BT
+        self._chain = processors(temperature, PENALTY if edited else 1.0)
+        self._kept, self._dropped_BTV = None, None
+        if edited:
+            share = TOP_K / VOCABULARY
+            self._kept, self._dropped_BTV = random_kept(
+                whole.tokens_BT, whole.response_mask_BT, VOCABULARY, share
+            )
         self.batch = self._batch()
         self.first = self.at(self.start)
 
@@ -133,8 +145,7 @@ class Reference:
 
     def _logprobs(self, logits_BTV: Tensor) -> Tensor:
         """Log-probability of every token given those before it [B, T]; 0 for the first."""
-        chosen = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, self._tokens_BT[:, 1:, None]).squeeze(-1)
-        return torch.nn.functional.pad(chosen, (1, 0))
+        return sampled_logprobs(logits_BTV, self._tokens_BT, self._chain, self._dropped_BTV)
 
     @torch.no_grad()
     def _batch(self) -> Experience:
@@ -151,6 +162,7 @@ class Reference:
         assert whole.advantages_MBT is not None
         return dataclasses.replace(
             whole,
+            kept=self._kept,
             old_logprobs_BT=(own_BT + noise_BT) * whole.response_mask_BT,
             scores_MB=whole.scores_MB[:OBJECTIVES],
             token_rewards_MBT=whole.token_rewards_MBT[:OBJECTIVES],
@@ -159,6 +171,6 @@ class Reference:
 
 
 @functools.cache
-def reference_of(folder: Path, tied: str) -> Reference:
-    """The reference of one of ``write_models``' models, one for the process."""
-    return Reference(folder / f"tied-{tied}")
+def reference_of(folder: Path, tied: str, temperature: str, sampling: str) -> Reference:
+    """The reference of one of ``write_models``' models and a way of sampling, one for the process."""
+    return Reference(folder / f"tied-{tied}", float(temperature), sampling == "edited")

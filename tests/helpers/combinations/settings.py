@@ -34,6 +34,8 @@ BETA1, BETA2, EPS = 0.9, 0.9, 1e-4
 # Below the norm of every combined gradient here: Gram matrices must be those before clipping.
 CLIP = 0.5
 RATE = 5e-5
+# A penalty that shows, and so many tokens that the reference's kept ones look like a cut of them.
+TOP_K, PENALTY = 100, 1.3
 
 
 class Layout(NamedTuple):
@@ -86,6 +88,8 @@ class Setting:
     forward: str
     scope: str
     metric: str
+    temperature: str
+    sampling: str
 
     @property
     def values(self) -> dict[str, str]:
@@ -107,6 +111,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "forward": ("separate", "shared"),
     "scope": tuple(SCOPES),
     "metric": ("euclidean", "adam"),
+    "temperature": ("1.0", "0.7"),
+    "sampling": ("plain", "edited"),  # with a repetition penalty and kept tokens
 }
 assert tuple(AXES) == tuple(field.name for field in fields(Setting))
 
@@ -182,7 +188,7 @@ def config_of(setting: Setting, model: str) -> Config:
         model=_model(model, setting.dtype, setting.recompute),
         parallel=_parallel(layout.tensor, layout.pipeline, setting.sequence_parallel),
         data=DataConfig(source="unused", max_prompt_tokens=8),
-        rollout=RolloutConfig(prompts_per_step=ROWS // 2, samples_per_prompt=2, max_new_tokens=16),
+        rollout=_rollout(setting.temperature, setting.sampling),
         objectives=_objectives(),
         optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce),
         gradients=_gradients(
@@ -211,6 +217,18 @@ def _once(build: Callable[..., _T]) -> Callable[..., _T]:
         return found
 
     return section
+
+
+@_once
+def _rollout(temperature: str, sampling: str) -> RolloutConfig:
+    edits: dict[str, Any] = {"top_k": TOP_K, "repetition_penalty": PENALTY} if sampling == "edited" else {}
+    return RolloutConfig(
+        prompts_per_step=ROWS // 2,
+        samples_per_prompt=2,
+        max_new_tokens=16,
+        temperature=float(temperature),
+        **edits,
+    )
 
 
 @_once

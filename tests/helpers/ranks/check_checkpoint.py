@@ -23,7 +23,7 @@ from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.model.build import build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_backward
-from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -83,7 +83,7 @@ class Run:
         count = float(mask_BT.sum())
 
         def policy_loss(logits_BTV: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-            logprobs_BT = response_logprobs(logits_BTV, batch.tokens_BT, batch.response_mask_BT, self.vocab)
+            logprobs_BT = response_logprobs(logits_BTV, batch, Distribution(self.vocab))
             mean = -logprobs_BT.sum() / count
             return mean, mean
 

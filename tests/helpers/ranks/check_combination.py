@@ -26,7 +26,7 @@ loss = Ppo(clip_epsilon=CLIP_EPSILON)
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: setting, and models, the folder of ``write_models``; rank 0 gives the verdict."""
     setting, models = Setting(**arguments["setting"]), Path(arguments["models"])
-    reference = reference_of(models, setting.tied)
+    reference = reference_of(models, setting.tied, setting.temperature, setting.sampling)
     seen = observe(setting, models / f"tied-{setting.tied}", reference)
     if seen is None:
         return {}

@@ -87,7 +87,7 @@ def local_part(batch: Experience, engine: MegatronEngine) -> Experience:
     import dataclasses
 
     part = batch.select(torch.arange(ROWS).chunk(engine.layout.data)[engine.layout.data_rank])
-    own_BT = engine.logprobs(part.tokens_BT, part.response_mask_BT, "policy")
+    own_BT = engine.logprobs(part, "policy")
     return dataclasses.replace(part, old_logprobs_BT=(own_BT + part.old_logprobs_BT) * part.response_mask_BT)
 
 
@@ -97,7 +97,7 @@ def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(config, with_critic=True)
     batch = local_part(global_batch(200), engine)
     losses = [engine.update_critic(batch, value_loss) for _ in range(4)]
-    values_MBT = engine.values(batch.tokens_BT, batch.response_mask_BT) * batch.response_mask_BT
+    values_MBT = engine.values(batch) * batch.response_mask_BT
     sums = engine.sum_over_data(
         torch.stack([values_MBT.sum((1, 2)), values_MBT.square().sum((1, 2))]).double()
     )

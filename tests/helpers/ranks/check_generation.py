@@ -15,7 +15,7 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import forward_only
-from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
@@ -33,16 +33,22 @@ def prompts_of(vocabulary: int) -> list[list[int]]:
     return prompts
 
 
+def tensors_of(generation: Generation) -> list[torch.Tensor]:
+    """All of them, the kept tokens' last."""
+    *plain, kept = dataclasses.astuple(generation)
+    return [*plain, *(kept or ())]
+
+
 def training_logprobs(
-    model: torch.nn.Module, generation: Generation, vocabulary: int, world: groups.Groups
+    model: torch.nn.Module, generation: Generation, distribution: Distribution, world: groups.Groups
 ) -> Any:
     """What the training forward says of the sampled tokens: [B, T] on every rank."""
 
     def output_of(logits_BTV: torch.Tensor, part: TokenBatch) -> torch.Tensor:
         logits_BTV = logits_BTV[:, : part.tokens_BT.shape[1]]  # sequence parallelism pads
-        return response_logprobs(logits_BTV, part.tokens_BT, part.response_mask_BT, vocabulary).cpu()
+        return response_logprobs(logits_BTV, part, distribution).cpu()
 
-    batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT)
+    batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT, kept=generation.kept)
     with megatron_device():
         parts = forward_only(model, [batch], output_of)
     return world.from_last_stage(parts[0] if parts else torch.zeros(generation.tokens_BT.shape))
@@ -71,15 +77,16 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     )
     results: list[dict[str, Any]] = []
     for parameters in arguments["runs"]:
-        generation = generator.generate(prompts_of(shape.vocab), SamplingParameters(**parameters), seed=4)
+        sampling = SamplingParameters(**parameters)
+        generation = generator.generate(prompts_of(shape.vocab), sampling, seed=4)
         assert model.training
-        expected_BT = training_logprobs(model, generation, shape.vocab, world)
+        expected_BT = training_logprobs(model, generation, Distribution.of(shape.vocab, sampling), world)
         everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, dataclasses.astuple(generation))
+        dist.all_gather_object(everywhere, tensors_of(generation))
         same = all(
             torch.equal(mine, theirs)
             for other in everywhere
-            for mine, theirs in zip(dataclasses.astuple(generation), other, strict=True)
+            for mine, theirs in zip(tensors_of(generation), other, strict=True)
         )
         results.append(
             {

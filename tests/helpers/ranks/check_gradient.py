@@ -18,6 +18,7 @@ from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.model import build
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.clock import Clock
@@ -25,9 +26,12 @@ from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience
 from tests.helpers.ranks import worlds
+from tests.helpers.sampled import processors, random_kept, sampled_logprobs
 
 ROWS, COLUMNS, MICRO_BATCH = 8, 21, 2  # an odd length: sequence parallelism has to pad
 WEIGHTS = [0.25, 0.75]
+# Responses are drawn as in the paper, from a part of the vocabulary; a penalty that shows.
+TEMPERATURE, PENALTY, SHARE = 0.7, 1.3, 0.3
 
 
 def global_batch(vocabulary: int) -> Experience:
@@ -36,9 +40,11 @@ def global_batch(vocabulary: int) -> Experience:
     mask_BT = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
     mask_BT[:, :4] = False
     empty_BT = torch.zeros(ROWS, COLUMNS)
+    tokens_BT = torch.randint(0, vocabulary, (ROWS, COLUMNS), generator=generator)
     return Experience(
-        tokens_BT=torch.randint(0, vocabulary, (ROWS, COLUMNS), generator=generator),
+        tokens_BT=tokens_BT,
         response_mask_BT=mask_BT,
+        kept=random_kept(tokens_BT, mask_BT, vocabulary, SHARE)[0],
         group_B=torch.zeros(ROWS, dtype=torch.int64),
         old_logprobs_BT=empty_BT,
         ref_logprobs_BT=empty_BT,
@@ -86,11 +92,12 @@ def _write_gradient(
         weights.load_hf(model, shape, directory)
         optimizer = OptimizerConfig(name="sgd", distributed=False)
         trainable = make_trainable(model, optimizer, total_steps=1)
+        drawn = Distribution(shape.vocab, TEMPERATURE, PENALTY)
         setting = Setting(
-            trainable, world, len(WEIGHTS), shape.vocab, shape.num_layers, MICRO_BATCH, shared, adam=False
+            trainable, world, len(WEIGHTS), drawn, shape.num_layers, MICRO_BATCH, shared, adam=False
         )
         tokens = float(batch.response_mask_BT.sum())
-        task = Task(part.split(MICRO_BATCH), loss, tokens, shape.vocab, len(WEIGHTS))
+        task = Task(part.split(MICRO_BATCH), loss, tokens, drawn, len(WEIGHTS))
         aggregator = aggregation.build("weighted_sum", weights=WEIGHTS)
         direction = Shards(setting, KeptRows(GradientConfig())).direction(task, aggregator, Clock())
         with torch.no_grad():  # without the distributed optimizer every rank has all of its gradient
@@ -103,9 +110,10 @@ def _write_gradient(
 def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
     batch = global_batch(model.config.vocab_size)
-    logits_BTV = model(batch.tokens_BT).logits[:, :-1]
-    chosen_BT1 = logits_BTV.log_softmax(-1).gather(-1, batch.tokens_BT[:, 1:, None])
-    logprobs_BT = torch.nn.functional.pad(chosen_BT1[..., 0], (1, 0))
+    tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
+    _, dropped_BTV = random_kept(tokens_BT, mask_BT, model.config.vocab_size, SHARE)
+    chain = processors(TEMPERATURE, PENALTY)
+    logprobs_BT = sampled_logprobs(model(tokens_BT).logits, tokens_BT, chain, dropped_BTV)
     parameters = dict(model.named_parameters())
     rows: list[dict[str, Tensor]] = []
     for objective in range(len(WEIGHTS)):

@@ -11,9 +11,22 @@ from tests.helpers.combinations.settings import AXES, Setting
 FIRST = {axis: values[0] for axis, values in AXES.items()}
 # Every value that means something on two ranks at least once, in pairs that test_layouts.py does not have.
 CHANGES = [
-    {"layout": "TP2", "sequence_parallel": "true", "forward": "shared", "microbatches": "several"},
+    {
+        "layout": "TP2",
+        "sequence_parallel": "true",
+        "forward": "shared",
+        "microbatches": "several",
+        "sampling": "edited",
+    },
     {"layout": "TP2", "distributed": "true", "metric": "adam", "store": "single", "recompute": "full"},
-    {"layout": "PP2", "tied": "true", "distributed": "true", "metric": "adam", "scope": "layers_0,2"},
+    {
+        "layout": "PP2",
+        "tied": "true",
+        "distributed": "true",
+        "metric": "adam",
+        "scope": "layers_0,2",
+        "temperature": "0.7",
+    },
     {"layout": "DP2", "overlap_grad_reduce": "true", "scope": "last_block", "recompute": "selective"},
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
 ]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.generation import sampling as sampler
+from gapo_mega.engine.megatron.generation.results import Results
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation
@@ -38,16 +39,6 @@ from gapo_mega.types import Generation
 _REPACK_FROM = 0.25
 # Megatron's switches for sequence parallelism on the modules that communicate.
 _SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
-
-
-@dataclass
-class _Results:
-    """The responses that all lanes write; one right-padded row per request."""
-
-    tokens_BS: Tensor  # int64 [requests, max_new_tokens]
-    logprobs_BS: Tensor  # float32
-    lengths_B: Tensor  # int64, response tokens so far
-    finished_B: Tensor  # bool
 
 
 @dataclass
@@ -61,6 +52,7 @@ class _Lane:
     prompt_columns: int
     context: StaticInferenceContext
     step: int = 0  # tokens sampled so far
+    kept_BV: Tensor | None = None  # sampling rank: what the tokens being broadcast were drawn from
     packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities being broadcast
     sending: tuple[Tensor, dist.Work] | None = None  # hidden states being sent to the next stage
     publishing: dist.Work | None = None
@@ -122,7 +114,7 @@ class MegatronGenerator:
         self._pad_id = pad_id
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
         self._batch_size = batch_size
-        self._samples_here = self._model.post_process and groups.layout.tensor_rank == 0
+        self._samples_here = bool(self._model.post_process) and groups.layout.tensor_rank == 0
         # Only Megatron's own attention takes a padding mask on top of the causal one in prefill and decode.
         self._may_pad = any(isinstance(m, DotProductAttention) for m in self._model.modules())
 
@@ -143,19 +135,14 @@ class MegatronGenerator:
         """
         self._check(prompts, sampling)
         count, steps = len(prompts), sampling.max_new_tokens
-        results = _Results(
-            tokens_BS=torch.full((count, steps), self._pad_id, dtype=torch.int64),
-            logprobs_BS=torch.zeros(count, steps),
-            lengths_B=torch.zeros(count, dtype=torch.int64),
-            finished_B=torch.zeros(count, dtype=torch.bool),
-        )
+        results = Results(count, sampling, self._pad_id, self._samples_here)
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
         # Not inference_mode: Megatron caches rotary tables, which training uses, too.
         with torch.no_grad(), megatron_device(), _inference_state(self._model):
             for chunk in self._chunks(prompts):
                 lanes = self._lanes(prompts, chunk, steps)
                 self._run(lanes, results, uniform_BS, sampling)
-        return self._assemble(prompts, results)
+        return results.assemble(prompts, self._broadcast)
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters) -> None:
         sampler.check(sampling)
@@ -209,7 +196,7 @@ class MegatronGenerator:
 
     # -- the loop ----------------------------------------------------------------------------------
     def _run(
-        self, lanes: list[_Lane], results: _Results, uniform_BS: Tensor, sampling: SamplingParameters
+        self, lanes: list[_Lane], results: Results, uniform_BS: Tensor, sampling: SamplingParameters
     ) -> None:
         """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
@@ -221,15 +208,15 @@ class MegatronGenerator:
                     if logits_BV is not None:
                         uniform_B = uniform_BS[lane.rows_B, step].to(logits_BV.device)
                         history_BT = lane.history_BT[:, : lane.columns]
-                        tokens_B, logprobs_B = sampler.choose(logits_BV, history_BT, uniform_B, sampling)
-                        self._publish(lane, tokens_B, logprobs_B)
+                        self._publish(lane, sampler.choose(logits_BV, history_BT, uniform_B, sampling))
 
-    def _publish(self, lane: _Lane, tokens_B: Tensor, logprobs_B: Tensor) -> None:
+    def _publish(self, lane: _Lane, choice: sampler.Choice) -> None:
         """Start the broadcast without waiting, so that this stage goes on with the next lane."""
         # float64 holds token ids and float32 exactly, so one message is enough.
-        lane.packet_2B = torch.stack((tokens_B.double(), logprobs_B.double())).cpu()
+        lane.packet_2B = torch.stack((choice.tokens_B.double(), choice.logprobs_B.double())).cpu()
+        lane.kept_BV = choice.kept_BV
         if self._groups.replica.size() > 1:
-            lane.publishing = self._broadcast(lane.packet_2B, wait=False)
+            lane.publishing = self._broadcast(lane.packet_2B, later=True)
 
     def _receive_packet(self, lane: _Lane) -> Tensor:
         if lane.sending is not None:
@@ -237,32 +224,32 @@ class MegatronGenerator:
             lane.sending = None
         if not self._samples_here:
             received_2B = torch.empty(2, len(lane.rows_B), dtype=torch.float64)
-            self._broadcast(received_2B, wait=True)
+            self._broadcast(received_2B)
             return received_2B
         if lane.publishing is not None:
             lane.publishing.wait()
         assert lane.packet_2B is not None
         return lane.packet_2B
 
-    def _broadcast(self, packet_2B: Tensor, wait: bool) -> dist.Work | None:
+    def _broadcast(self, tensor: Tensor, later: bool = False) -> dist.Work | None:
+        """From the rank that samples to its replica; ``later`` returns at once, with what to wait for."""
         layout = self._groups.layout
         work: dist.Work | None = dist.broadcast(
-            packet_2B,
+            tensor,
             group=self._groups.replica,
             group_src=(layout.pipeline - 1) * layout.tensor,
-            async_op=not wait,
+            async_op=later,
         )
         return work
 
-    def _accept(self, lane: _Lane, packet_2B: Tensor, results: _Results) -> None:
+    def _accept(self, lane: _Lane, packet_2B: Tensor, results: Results) -> None:
         """Store one sampled token per row, and repack the lane if enough rows have finished."""
-        tokens_B, logprobs_B = packet_2B[0].long(), packet_2B[1].float()
+        tokens_B = packet_2B[0].long()
         lane.history_BT[:, lane.columns] = tokens_B.to(lane.history_BT.device)
         running_B = ~results.finished_B[lane.rows_B]
         rows_B = lane.rows_B[running_B]
-        results.tokens_BS[rows_B, lane.step] = tokens_B[running_B]
-        results.logprobs_BS[rows_B, lane.step] = logprobs_B[running_B]
-        results.lengths_B[rows_B] += 1
+        kept_BV = None if lane.kept_BV is None else lane.kept_BV[running_B.to(lane.kept_BV.device)]
+        results.accept(rows_B, lane.step, packet_2B[:, running_B], kept_BV)
         results.finished_B[rows_B] = torch.isin(tokens_B[running_B], self._eos_ids)
         lane.step += 1
         left_B = (~results.finished_B[lane.rows_B]).nonzero().squeeze(-1)
@@ -321,22 +308,6 @@ class MegatronGenerator:
         work = dist.isend(hidden, group=group, group_dst=group.rank() + 1, tag=lane.number)
         assert work is not None
         lane.sending = (hidden, work)  # the tensor must live until the send is complete
-
-    # -- results -----------------------------------------------------------------------------------
-    def _assemble(self, prompts: Sequence[Sequence[int]], results: _Results) -> Generation:
-        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        ends_B = prompt_lengths_B + results.lengths_B
-        shape = (len(prompts), int(ends_B.max()))
-        tokens_BT = torch.full(shape, self._pad_id, dtype=torch.int64)
-        logprobs_BT = torch.zeros(shape)
-        for row, prompt in enumerate(prompts):
-            start, end, new = len(prompt), int(ends_B[row]), int(results.lengths_B[row])
-            tokens_BT[row, :start] = torch.tensor(list(prompt))
-            tokens_BT[row, start:end] = results.tokens_BS[row, :new]
-            logprobs_BT[row, start:end] = results.logprobs_BS[row, :new]
-        column_T = torch.arange(shape[1])
-        mask_BT = (column_T >= prompt_lengths_B[:, None]) & (column_T < ends_B[:, None])
-        return Generation(tokens_BT, prompt_lengths_B, mask_BT, logprobs_BT, results.finished_B)
 
 
 def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:

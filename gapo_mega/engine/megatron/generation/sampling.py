@@ -9,6 +9,7 @@ rows of the batch or on the layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from torch import Tensor
 from gapo_mega.engine.base import SamplingParameters
 
 _SEED_MASK = 2**64 - 1
+
+
+class Choice(NamedTuple):
+    """The next token of every row."""
+
+    tokens_B: Tensor  # int64
+    logprobs_B: Tensor  # float32
+    kept_BV: Tensor | None  # bool, the tokens that top-k and top-p left; None if neither is used
 
 
 def check(sampling: SamplingParameters) -> None:
@@ -80,9 +89,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return tokens_B1.squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
 
 
-def choose(
-    logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: SamplingParameters
-) -> tuple[Tensor, Tensor]:
+def choose(logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: SamplingParameters) -> Choice:
     """Sample the next token of every row, and give its log-probability.
 
     Args:
@@ -91,12 +98,13 @@ def choose(
         uniform_B: float64 in [0, 1); unused if greedy.
         sampling: ``temperature`` 0 takes the largest logit, whatever ``top_k`` and ``top_p`` are.
 
-    Returns int64 ``[B]`` and float32 ``[B]``. The log-probability is that of the unchanged logits
-    (temperature 1, no penalty, no cut); NaN logits give NaN.
+    The log-probability is that of the distribution that the token is drawn from; greedy choices have one
+    outcome, and get the log-probability at temperature 1. NaN logits give NaN.
     """
     scores_BV = logits_BV
     if sampling.repetition_penalty != 1.0:
         scores_BV = penalize_repetition(scores_BV, history_BT, sampling.repetition_penalty)
+    kept_BV = None
     if sampling.temperature == 0:
         tokens_B = scores_BV.argmax(dim=-1)
     else:
@@ -106,6 +114,8 @@ def choose(
             scores_BV = keep_top_k(scores_BV, sampling.top_k)
         if sampling.top_p < 1.0:
             scores_BV = keep_top_p(scores_BV, sampling.top_p)
+        if sampling.cuts:
+            kept_BV = scores_BV != -torch.inf
         tokens_B = draw(scores_BV, uniform_B)
-    logprobs_B = logits_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - logits_BV.logsumexp(dim=-1)
-    return tokens_B, logprobs_B
+    logprobs_B = scores_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - scores_BV.logsumexp(dim=-1)
+    return Choice(tokens_B, logprobs_B, kept_BV)

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Distribution, before_response, logprobs_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable, reduce_gradients
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -37,7 +37,7 @@ class Task:
     microbatches: list[Experience]
     loss: PolicyLossSum
     tokens: float  # response tokens of the minibatch over all data ranks
-    vocabulary: int
+    distribution: Distribution
     objectives: int
 
     def losses(
@@ -47,7 +47,7 @@ class Task:
 
         ``logits_NV``: the logits that ``before_response`` selects.
         """
-        logprobs_BT = logprobs_of(logits_NV, batch.tokens_BT, batch.response_mask_BT, self.vocabulary)
+        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution)
         return [
             self.loss(logprobs_BT, batch, k) / self.tokens
             if wanted is None or k in wanted

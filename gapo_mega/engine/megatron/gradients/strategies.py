@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gapo_mega.engine.megatron.gradients as package
 from gapo_mega.config.strategies import StrategyDeclaration
+from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.planning.memory import rank_sizes
@@ -22,7 +24,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
         trainable,
         groups,
         objectives=len(config.objectives),
-        vocabulary=shape.vocab,
+        distribution=Distribution.of(shape.vocab, SamplingParameters.of(config.rollout)),
         layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
         shared=resolved.shared,

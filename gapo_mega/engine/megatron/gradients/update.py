@@ -24,6 +24,7 @@ from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -57,7 +58,7 @@ class Setting:
     trainable: Trainable
     groups: Groups
     objectives: int
-    vocabulary: int  # true size, without padding
+    distribution: Distribution  # that responses are drawn from
     layers: int  # of the whole model
     micro_batch: int  # sequences per microbatch
     shared: bool  # all objectives' backwards share one forward's graph per microbatch
@@ -195,7 +196,7 @@ class GradientStrategy(ABC):
         # Divides by the global count, so that every token weighs the same on all ranks and microbatches.
         tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
         microbatches = minibatch.split(self._setting.micro_batch)
-        return Task(microbatches, loss, tokens, self._setting.vocabulary, self.objectives)
+        return Task(microbatches, loss, tokens, self._setting.distribution, self.objectives)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

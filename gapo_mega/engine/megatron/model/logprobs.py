@@ -1,5 +1,10 @@
 """Log-probabilities of given tokens from vocabulary-parallel logits.
 
+They are those of the distribution that the tokens were drawn from, with the steps of transformers'
+``generate`` in its order: repetition penalty, temperature, and the tokens that top-k and top-p kept. The kept
+tokens are those of the rollout, a constant: which tokens a policy keeps does not change in a neighbourhood of
+its parameters (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, calls it "keep sampling mask").
+
 Megatron's ``vocab_parallel_cross_entropy`` overwrites the logits and allows one backward only. The function
 here keeps them, leaves out the vocabulary's padding, and computes only the positions that predict a response
 token.
@@ -7,6 +12,7 @@ token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +20,69 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.types import KeptTokens, TokenBatch
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How logits become probabilities; the defaults are the plain softmax."""
+
+    vocabulary: int  # true size: further columns are padding, without probability
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, vocabulary: int, sampling: SamplingParameters) -> Distribution:
+        """The one that ``sampling`` draws from, but for the tokens it keeps, which batches carry.
+
+        Greedy responses have one outcome; what is measured of them is at temperature 1.
+        """
+        return cls(vocabulary, sampling.temperature or 1.0, sampling.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """What is done to this rank's logits ``[N, V/tensor]`` before the softmax."""
+
+    temperature: float
+    penalty: float
+    penalized: tuple[Tensor, Tensor] | None  # rows and columns of tokens that occurred; may repeat
+    dropped_NV: Tensor | None  # bool, or one row [1, V]: without probability
+
+    def apply(self, logits_NV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The edited logits in float32, not yet divided by the temperature, and the penalties' factors.
+
+        Makes at most one copy, and never writes into ``logits_NV``.
+        """
+        edited_NV, factors_P = logits_NV.float(), None
+        if self.penalized is not None:
+            before_P = edited_NV[self.penalized]
+            factors_P = torch.where(before_P < 0, self.penalty, 1 / self.penalty)
+            edited_NV = edited_NV.index_put(self.penalized, before_P * factors_P)
+        if self.dropped_NV is not None:
+            if edited_NV is logits_NV:
+                edited_NV = edited_NV.masked_fill(self.dropped_NV, float("-inf"))
+            else:
+                edited_NV.masked_fill_(self.dropped_NV, float("-inf"))
+        return edited_NV, factors_P
+
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32.
 
-    Columns from ``valid`` on are vocabulary padding: probability 0, gradient 0. The forward takes three
-    all-reduces of one number per position over the tensor ranks, the backward none.
+    Dropped columns have probability 0 and gradient 0. The forward takes three all-reduces of one number per
+    position over the tensor ranks, the backward none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, valid: int, group: dist.ProcessGroup
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, edits: _Edits, group: dist.ProcessGroup
     ) -> Tensor:
-        logits_NV = logits_NV.float()
-        if valid < logits_NV.shape[-1]:
-            padding_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= valid
-            logits_NV = logits_NV.masked_fill(padding_V, float("-inf"))
+        logits_NV, factors_P = edits.apply(logits_NV)
         maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)
-        probabilities_NV = (logits_NV - maximum_N1).exp_()
+        probabilities_NV = (logits_NV - maximum_N1).div_(edits.temperature).exp_()
         total_N1 = probabilities_NV.sum(dim=-1, keepdim=True)
         dist.all_reduce(total_N1, group=group)
         local_N1 = (targets_N - start).unsqueeze(-1)
@@ -42,29 +92,31 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         dist.all_reduce(target_N1, group=group)
         probabilities_NV /= total_N1
         ctx.save_for_backward(probabilities_NV, local_N1, mine_N1)
-        return (target_N1 - maximum_N1 - total_N1.log()).squeeze(-1)
+        ctx.temperature, ctx.penalized, ctx.factors_P = edits.temperature, edits.penalized, factors_P
+        return ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities_NV, local_N1, mine_N1 = ctx.saved_tensors
-        grad_N1 = grads[0].unsqueeze(-1)
+        grad_N1 = grads[0].unsqueeze(-1) / ctx.temperature
         grad_NV = probabilities_NV * -grad_N1
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
+        if ctx.factors_P is not None:
+            grad_NV.index_put_(ctx.penalized, grad_NV[ctx.penalized] * ctx.factors_P)
         return grad_NV, None, None, None, None
 
 
-def response_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
+def response_logprobs(logits_BTV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
     """Log-probability of every response token given the tokens before it; 0 elsewhere.
 
     Args:
         logits_BTV: this tensor rank's columns, ``logits_BTV[:, t]`` predicting token ``t + 1``.
-        tokens_BT: int64.
-        mask_BT: bool, True on response tokens; column 0 must be False.
-        vocabulary: true vocabulary size; columns beyond it are padding and do not count.
+        batch: column 0 of the mask must be False.
+        distribution: what the tokens were drawn from.
 
     Returns float32 ``[B, T]`` with a graph that can be backpropagated more than once.
     """
-    return logprobs_of(before_response(logits_BTV, mask_BT), tokens_BT, mask_BT, vocabulary)
+    return logprobs_of(before_response(logits_BTV, batch.response_mask_BT), batch, distribution)
 
 
 def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
@@ -78,17 +130,51 @@ def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
     return values_BTX.reshape(-1, values_BTX.shape[-1]).index_select(0, index_N)
 
 
-def logprobs_of(logits_NV: Tensor, tokens_BT: Tensor, mask_BT: Tensor, vocabulary: int) -> Tensor:
+def logprobs_of(logits_NV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
     """``response_logprobs`` from the logits that ``before_response`` selects."""
+    tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
     columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
-    valid = max(0, min(columns, vocabulary - start))  # 0: this rank's columns are all padding
     values_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
         logits_NV,
         tokens_BT[:, 1:][mask_BT[:, 1:]],
         start,
-        valid,
+        _edits(batch, distribution, start, columns),
         parallel_state.get_tensor_model_parallel_group(),
     )
     zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
     return zeros_BT.masked_scatter(mask_BT, values_N)
+
+
+def _edits(batch: TokenBatch, distribution: Distribution, start: int, columns: int) -> _Edits:
+    """``distribution`` for the columns ``[start, start + columns)`` of this rank."""
+    valid = max(0, min(columns, distribution.vocabulary - start))  # 0: all of them are padding
+    dropped_NV = None
+    if batch.kept is not None:
+        dropped_NV = _dropped(batch.kept, batch.response_mask_BT, start, columns)
+    elif valid < columns:
+        dropped_NV = (torch.arange(columns, device=batch.tokens_BT.device) >= valid)[None]
+    penalty = distribution.repetition_penalty
+    penalized = None if penalty == 1.0 else _before(batch, start, columns)
+    return _Edits(distribution.temperature, penalty, penalized, dropped_NV)
+
+
+def _before(batch: TokenBatch, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """For the n-th response token every token before it, prompt included, as pairs (n, local column)."""
+    row_N, last_N = batch.response_mask_BT[:, 1:].nonzero(as_tuple=True)
+    local_NT = batch.tokens_BT[row_N] - start
+    position_T = torch.arange(local_NT.shape[1], device=local_NT.device)
+    here_NT = (position_T <= last_N[:, None]) & (local_NT >= 0) & (local_NT < columns)
+    position_P = here_NT.nonzero(as_tuple=True)
+    return position_P[0], local_NT[position_P]
+
+
+def _dropped(kept: KeptTokens, mask_BT: Tensor, start: int, columns: int) -> Tensor:
+    """bool ``[N, columns]``, True where a token of this rank was not kept."""
+    counts_N = kept.counts_BT[mask_BT]
+    number_K = torch.arange(len(counts_N), device=counts_N.device).repeat_interleave(counts_N)
+    local_K = kept.tokens_K.long() - start
+    here_K = (local_K >= 0) & (local_K < columns)
+    dropped_NV = torch.ones(len(counts_N), columns, dtype=torch.bool, device=counts_N.device)
+    dropped_NV[number_K[here_K], local_K[here_K]] = False
+    return dropped_NV

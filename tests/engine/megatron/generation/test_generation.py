@@ -18,12 +18,12 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import run_model
-from gapo_mega.engine.megatron.model.logprobs import response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
-from gapo_mega.types import Generation
+from gapo_mega.types import Generation, TokenBatch
 from tests.helpers.ranks import worlds
 from tests.helpers.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
@@ -100,10 +100,13 @@ def transformers_row(
     return found
 
 
-def training_logprobs(model: GPTModel, generation: Generation, vocabulary: int = VOCABULARY) -> Tensor:
+def training_logprobs(
+    model: GPTModel, generation: Generation, sampling: SamplingParameters, vocabulary: int = VOCABULARY
+) -> Tensor:
+    batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT, kept=generation.kept)
     with megatron_device(), torch.no_grad():
         logits_BTV = run_model(model, generation.tokens_BT, 1)
-        return response_logprobs(logits_BTV, generation.tokens_BT, generation.response_mask_BT, vocabulary)
+        return response_logprobs(logits_BTV, batch, Distribution.of(vocabulary, sampling))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -140,7 +143,11 @@ def test_responses_end_where_those_of_transformers_end(pair: Pair, world: groups
 
 @pytest.mark.parametrize(
     "sampling",
-    [SAMPLED, SamplingParameters(12, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2)],
+    [
+        SAMPLED,
+        SamplingParameters(12, temperature=0.7, repetition_penalty=1.05),
+        SamplingParameters(12, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2),
+    ],
 )
 def test_log_probabilities_equal_the_training_forward(
     pair: Pair, world: groups.Groups, sampling: SamplingParameters
@@ -148,9 +155,8 @@ def test_log_probabilities_equal_the_training_forward(
     _, model = pair
     generation = generator(model, world, eos_ids=[7, 8, 9, 10]).generate(random_prompts(), sampling, seed=5)
     # fp32 with and without cache, left against right padding: measured at 4e-6.
-    torch.testing.assert_close(
-        generation.logprobs_BT, training_logprobs(model, generation), rtol=0, atol=1e-4
-    )
+    expected_BT = training_logprobs(model, generation, sampling)
+    torch.testing.assert_close(generation.logprobs_BT, expected_BT, rtol=0, atol=1e-4)
 
 
 def test_sampling_depends_on_seed_and_row_only(model: GPTModel, world: groups.Groups) -> None:
@@ -176,7 +182,7 @@ def test_rows_with_the_same_prompt_after_padding_stay_apart(model: GPTModel, wor
     for index, prompt in enumerate(prompts):
         alone = generator(model, world).generate([prompt], GREEDY, seed=0)
         assert row(together, index) == row(alone, 0)
-    expected_BT = training_logprobs(model, together)
+    expected_BT = training_logprobs(model, together, GREEDY)
     torch.testing.assert_close(together.logprobs_BT, expected_BT, rtol=0, atol=1e-4)
 
 
@@ -235,7 +241,7 @@ def test_a_wrapped_model_shares_its_weights(tmp_path: Path, world: groups.Groups
     generate.update_weights()
     after = generate.generate(random_prompts(), GREEDY, seed=0)
     assert not torch.equal(before.tokens_BT, after.tokens_BT)
-    expected_BT = training_logprobs(trainable.model.module, after)
+    expected_BT = training_logprobs(trainable.model.module, after, GREEDY)
     torch.testing.assert_close(after.logprobs_BT, expected_BT, rtol=0, atol=1e-4)
     assert trainable.model.training
 

@@ -76,20 +76,24 @@ def test_all_steps_happen_in_the_order_of_transformers() -> None:
     points = 2000
     counts_BV = torch.zeros(ROWS, VOCABULARY)
     for uniform in (torch.arange(points, dtype=torch.float64) + 0.5) / points:
-        tokens_B, _ = sampling.choose(logits_BV, history_BT, uniform.expand(ROWS), parameters)
-        counts_BV[torch.arange(ROWS), tokens_B] += 1
+        choice = sampling.choose(logits_BV, history_BT, uniform.expand(ROWS), parameters)
+        counts_BV[torch.arange(ROWS), choice.tokens_B] += 1
     # A grid of n points meets an interval of length q in n q points, give or take one.
     assert (counts_BV - points * expected_BV).abs().max() <= 1.01
     assert torch.equal(counts_BV > 0, expected_BV > 0)
+    assert choice.kept_BV is not None and torch.equal(choice.kept_BV, expected_BV > 0)
 
 
 def test_greedy_takes_the_largest_penalised_logit() -> None:
     logits_BV = random_logits()
     history_BT = logits_BV.argmax(dim=-1, keepdim=True).expand(-1, HISTORY)
     greedy = SamplingParameters(1, temperature=0.0, top_k=3, top_p=0.5, repetition_penalty=50.0)
-    tokens_B, _ = sampling.choose(logits_BV, history_BT, torch.zeros(ROWS), greedy)
-    expected_B = RepetitionPenaltyLogitsProcessor(50.0)(history_BT, logits_BV).argmax(dim=-1)
-    assert torch.equal(tokens_B, expected_B)
+    tokens_B, logprobs_B, kept_BV = sampling.choose(logits_BV, history_BT, torch.zeros(ROWS), greedy)
+    penalized_BV = RepetitionPenaltyLogitsProcessor(50.0)(history_BT, logits_BV)
+    assert torch.equal(tokens_B, penalized_BV.argmax(dim=-1))
+    assert kept_BV is None
+    # One rounding of logits up to 10.
+    torch.testing.assert_close(logprobs_B, penalized_BV.log_softmax(-1).amax(-1), rtol=1e-6, atol=1e-5)
     assert not torch.equal(tokens_B, logits_BV.argmax(dim=-1))
 
 
@@ -97,9 +101,9 @@ def test_draws_follow_the_softmax() -> None:
     draws = 20_000
     logits_V = torch.randn(50, generator=torch.Generator().manual_seed(3))
     uniform_B = sampling.uniform_numbers(seed=5, rows=draws, steps=1)[:, 0]
-    tokens_B, _ = sampling.choose(
+    tokens_B = sampling.choose(
         logits_V.expand(draws, -1), torch.zeros(draws, 1, dtype=torch.int64), uniform_B, PLAIN
-    )
+    ).tokens_B
     counts_V = np.bincount(tokens_B.numpy(), minlength=50)
     expected_V = logits_V.double().softmax(dim=-1).numpy() * draws
     # At the 1 % level for this fixed seed; cells this small are still in chi-square's range.
@@ -120,13 +124,21 @@ def test_the_last_token_can_be_drawn_and_nothing_beyond_it() -> None:
     assert tokens == [49_151, 0]
 
 
-def test_log_probabilities_are_of_the_unchanged_logits() -> None:
+def test_log_probabilities_are_of_what_was_sampled() -> None:
     logits_BV, history_BT = random_logits(), random_history()
     uniform_B = sampling.uniform_numbers(seed=1, rows=ROWS, steps=1)[:, 0]
     parameters = SamplingParameters(1, temperature=0.5, top_k=5, top_p=0.9, repetition_penalty=1.2)
     before_BV = logits_BV.clone()
-    tokens_B, logprobs_B = sampling.choose(logits_BV, history_BT, uniform_B, parameters)
-    expected_B = before_BV.log_softmax(dim=-1)[torch.arange(ROWS), tokens_B]
+    tokens_B, logprobs_B, _ = sampling.choose(logits_BV, history_BT, uniform_B, parameters)
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.2),
+            TemperatureLogitsWarper(0.5),
+            TopKLogitsWarper(5),
+            TopPLogitsWarper(0.9),
+        ]
+    )
+    expected_B = chain(history_BT, before_BV).log_softmax(dim=-1)[torch.arange(ROWS), tokens_B]
     # log_softmax subtracts the maximum first; both lose a few last bits of values up to 10.
     torch.testing.assert_close(logprobs_B, expected_B, rtol=1e-6, atol=1e-5)
     assert torch.equal(logits_BV, before_BV)
@@ -135,11 +147,11 @@ def test_log_probabilities_are_of_the_unchanged_logits() -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     logits_BV, history_BT = random_logits(), random_history()
     uniform_B = sampling.uniform_numbers(seed=7, rows=ROWS, steps=1)[:, 0]
-    together_B, _ = sampling.choose(logits_BV, history_BT, uniform_B, PLAIN)
+    together_B = sampling.choose(logits_BV, history_BT, uniform_B, PLAIN).tokens_B
     for row in range(ROWS):
         own = slice(row, row + 1)
-        alone_B, _ = sampling.choose(logits_BV[own], history_BT[own], uniform_B[own], PLAIN)
-        assert alone_B.item() == together_B[row].item()
+        alone = sampling.choose(logits_BV[own], history_BT[own], uniform_B[own], PLAIN)
+        assert alone.tokens_B.item() == together_B[row].item()
 
 
 def test_uniform_numbers_are_keyed_by_seed_and_row() -> None:
