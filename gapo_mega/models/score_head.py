@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gapo_mega.models.config_fields import SAFE_RLHF
 from gapo_mega.models.mapping import OUTPUT_LAYER, Rule, WeightMap
 from gapo_mega.models.registry import families
 from gapo_mega.models.shape import ModelShape
@@ -15,7 +16,6 @@ from gapo_mega.models.shape import ModelShape
 OUTPUT_BIAS = "output_layer.bias"
 KEPT = "hf."  # prefix of tensors that a checkpoint keeps for the way back, although Megatron has none such
 _CLASSIFIER = "ForSequenceClassification"
-_SAFE_RLHF = ("ForScore", "ModelForScore")
 _NORMALIZER = "normalizer."
 
 
@@ -56,7 +56,7 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
     if architecture.endswith(_CLASSIFIER):
         _require_one("num_labels", config.num_labels)
         return ScoreHead("score.weight", skip_padding_id=config.pad_token_id)
-    if not architecture.endswith(_SAFE_RLHF):
+    if not architecture.endswith(SAFE_RLHF):
         return None
     _require_one("score_dim", settings.get("score_dim", 1))
     is_cost = settings.get("score_type", "reward") == "cost"
