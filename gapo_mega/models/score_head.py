@@ -49,13 +49,13 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
     safe-rlhf (https://github.com/PKU-Alignment/safe-rlhf), such as the beaver reward and cost models.
 
     Raises:
-        ValueError: more than one label or score dimension.
+        ValueError: more than one label or score dimension, or a padding id outside the vocabulary.
     """
     settings: dict[str, Any] = config.to_dict()
     architecture = str((config.architectures or ["none"])[0])
     if architecture.endswith(_CLASSIFIER):
         _require_one("num_labels", config.num_labels)
-        return ScoreHead("score.weight", skip_padding_id=config.pad_token_id)
+        return ScoreHead("score.weight", skip_padding_id=_padding_id(config))
     if not architecture.endswith(SAFE_RLHF):
         return None
     _require_one("score_dim", settings.get("score_dim", 1))
@@ -68,6 +68,13 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
         normalize=normalize,
         is_cost=is_cost,
     )
+
+
+def require_language_model(config: PreTrainedConfig, parameter: str = "model.path") -> None:
+    """Raise ``ValueError``, beginning with ``parameter``, for the configuration of a score model."""
+    name = str((config.architectures or ["none"])[0])
+    if name.endswith((_CLASSIFIER, *SAFE_RLHF)):
+        raise ValueError(f"{parameter}: found the score model {name}, accepted: a language model")
 
 
 def weight_map_of(
@@ -84,6 +91,19 @@ def weight_map_of(
     if head.bias is not None:
         table[OUTPUT_BIAS] = Rule("replicated", (head.bias,))
     return WeightMap(replace(shape, tied=False), table, tensor, padded_vocab)
+
+
+def _padding_id(config: PreTrainedConfig) -> int | None:
+    """The id that transformers skips at the end of a row. Old Llama checkpoints say -1, which means none."""
+    found = config.pad_token_id
+    if found is None or found == -1:
+        return None
+    if not 0 <= found < config.vocab_size:
+        raise ValueError(
+            f"config.json pad_token_id: found {found}, accepted: null, or 0 to {config.vocab_size - 1} "
+            f"(vocab_size {config.vocab_size})"
+        )
+    return int(found)
 
 
 def _require_one(field: str, found: object) -> None:

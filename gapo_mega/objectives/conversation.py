@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from gapo_mega.data.chat_template import ChatTemplate, template_text
+from gapo_mega.models.huggingface.token_ids import check_vocabulary
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
 
@@ -62,6 +63,10 @@ class ConversationTokenizer:
             self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
         )
         self._check_template()
+
+    def check_vocabulary(self, vocab: int) -> None:
+        """Raise ``ValueError`` for a token without a row of the model's embedding of ``vocab`` rows."""
+        check_vocabulary(self._tokenizer, vocab, "model")
 
     @property
     def pad_id(self) -> int:

@@ -87,7 +87,7 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
 
 
 def _checked(source: HFDirectory, names: Sequence[str], value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value``, made of the tensors ``names``, in the model's type; NaN, infinite and too large is refused."""
+    """``value``, made of the tensors ``names``, in the model's type. No NaN and nothing infinite."""
     if is_finite(value):
         return cast(value, dtype, f"model.dtype: {source.path}: {', '.join(names)}")
     broken = [name for name in names if not is_finite(source.read(name))]
