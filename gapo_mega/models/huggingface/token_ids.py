@@ -1,4 +1,4 @@
-"""Token ids and the model's vocabulary: which ids end a response, and that the embedding has a row for all."""
+"""Token ids and the model's vocabulary: which ids end a response, and that each has its embedding."""
 
 from __future__ import annotations
 
@@ -50,6 +50,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, parameter: 
             f"{index}{others}, accepted: 0 to {vocab - 1} (the model's vocab_size is {vocab}; resize its "
             "embedding, or remove the token)"
         )
+    # What a tokenizer puts around a text has ids of its own.
+    framed: list[int] = tokenizer("a")["input_ids"]
+    if any(not 0 <= index < vocab for index in framed):
+        raise ValueError(
+            f"{parameter}: the tokenizer of {tokenizer.name_or_path} gives 'a' the ids {framed}, accepted: 0 "
+            f"to {vocab - 1} (the model's vocab_size is {vocab})"
+        )
 
 
 def check_named_ids(companions: Path, vocab: int, parameter: str = "model.path") -> None:
@@ -80,8 +87,8 @@ def end_of_sequence_ids(
     end = tokenizer.eos_token_id
     if not ids and end is None:
         raise ValueError(
-            f"{parameter}: {companions} names no end-of-sequence token; accepted: a model whose tokenizer has "
-            "one"
+            f"{parameter}: {companions} names no end-of-sequence token; accepted: a model with a tokenizer "
+            "that has one"
         )
     if ids and end is not None and end not in ids:
         logger.warning(
