@@ -68,6 +68,7 @@ class HFDirectory:
         for index, single in ((INDEX, SINGLE), (_PICKLED_INDEX, _PICKLED_SINGLE)):
             if (self.path / single).is_file():
                 if (self.path / index).is_file():
+                    _listed(self.path / index)  # a broken one is refused all the same
                     logger.warning(
                         "%s: reads %s, as transformers does; %s is not used", self.path, single, index
                     )
@@ -81,11 +82,8 @@ class HFDirectory:
 
     def _read_index(self, index: Path) -> dict[str, Path]:
         """What the files hold that the index names: transformers reads all of these, listed or not."""
-        try:
-            listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            files = sorted({str(file) for file in listed.values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
+        listed = _listed(index)
+        files = sorted(set(listed.values()))
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
@@ -179,6 +177,14 @@ class HFDirectory:
             if part.get_dtype() not in DTYPES:
                 raise self._quantised(name, part.get_dtype())
             return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index has it."""
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
 
 
 def _names(file: Path) -> list[str]:
