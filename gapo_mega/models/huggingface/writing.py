@@ -61,6 +61,14 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(source / file, target / file)
 
 
+def refuse_inside(source: Path, target: Path, parameter: str = "--to") -> None:
+    """Raise ``ValueError`` where writing ``target`` would replace ``source``, which is read meanwhile."""
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(
+            f"{parameter}: found {target}, which holds {source}, accepted: a directory beside it"
+        )
+
+
 @contextmanager
 def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends without an error.

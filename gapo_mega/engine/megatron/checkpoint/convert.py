@@ -35,7 +35,13 @@ from gapo_mega.models import HFDirectory, shape_of, write_hf
 from gapo_mega.models.casting import cast, dtype_name, is_finite
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import COMPANIONS
-from gapo_mega.models.huggingface.writing import common_dtype, complete_or_absent, copy_companions, set_config
+from gapo_mega.models.huggingface.writing import (
+    common_dtype,
+    complete_or_absent,
+    copy_companions,
+    refuse_inside,
+    set_config,
+)
 from gapo_mega.models.mapping import OUTPUT_LAYER, checkpoint_key
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
@@ -77,6 +83,7 @@ def to_checkpoint(
             tensors are missing, left over, quantised or out of the range of ``dtype``, or writing ``target``
             fails.
     """
+    refuse_inside(source, target)
     directory = HFDirectory(source)
     plan = _Plan(directory, tensor, pipeline, dtype)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -108,6 +115,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
         ValueError: ``source`` is not a complete checkpoint or lacks tensors, a number is out of the range of
             ``dtype``, or writing ``target`` fails.
     """
+    refuse_inside(source, target)
     reader = DistReader(source)
     about = read_common(source).get("about", {})
     companions = source / COMPANIONS
