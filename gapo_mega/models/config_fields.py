@@ -122,6 +122,7 @@ IDLE = frozenset(
     {
         "_attn_implementation_autoset",
         "_name_or_path",
+        "bias",  # safe-rlhf's head has one if there is a tensor
         "bos_token_id",
         "chunk_size_feed_forward",  # the same numbers with less memory
         "dtype",
@@ -133,6 +134,8 @@ IDLE = frozenset(
         "label2id",
         "max_window_layers",  # of a sliding window, which is off
         "model_max_length",
+        "momentum",  # of safe-rlhf's normaliser in training
+        "normalizer_type",
         "output_attentions",
         "output_hidden_states",
         "pretraining_tp",  # transformers 5 does not slice

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from gapo_mega.models.config_fields import SAFE_RLHF
+from gapo_mega.models.config_fields import SAFE_RLHF, require
 from gapo_mega.models.mapping import OUTPUT_LAYER, Rule, WeightMap
 from gapo_mega.models.registry import families
 from gapo_mega.models.shape import ModelShape
@@ -49,7 +49,8 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
     safe-rlhf (https://github.com/PKU-Alignment/safe-rlhf), such as the beaver reward and cost models.
 
     Raises:
-        ValueError: more than one label or score dimension, or a padding id outside the vocabulary.
+        ValueError: more than one label or score dimension, another kind of score, or a padding id outside the
+            vocabulary.
     """
     settings: dict[str, Any] = config.to_dict()
     architecture = str((config.architectures or ["none"])[0])
@@ -59,7 +60,9 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
     if not architecture.endswith(SAFE_RLHF):
         return None
     _require_one("score_dim", settings.get("score_dim", 1))
-    is_cost = settings.get("score_type", "reward") == "cost"
+    require("score_type", settings.get("score_type", "reward"), "reward", "cost")
+    require("do_normalize", settings.get("do_normalize", False), True, False)
+    is_cost = settings.get("score_type") == "cost"
     normalize = ("scale" if is_cost else "affine") if settings.get("do_normalize", False) else None
     return ScoreHead(
         "score_head.weight",
