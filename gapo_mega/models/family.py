@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -43,6 +44,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
 _OF_LLAMA3 = {"factor", *LLAMA3_ROPE}
 
 
@@ -81,11 +92,12 @@ def llama_like(
     """The facts of a model whose configuration has Llama's fields; the keywords are ``ModelShape``'s.
 
     Raises:
-        ValueError: another activation than SiLU, rotary embeddings that ``rotary`` refuses, a window below 1,
-            or ``layer_types`` of another attention.
+        ValueError: another activation than SiLU, rotary embeddings that ``rotary`` refuses, sizes that no
+            model has, a window below 1, or ``layer_types`` of another attention.
     """
     fields: dict[str, Any] = config.to_dict()
     require("hidden_act", fields["hidden_act"], "silu", "swish")
+    _check_sizes(fields)
     _check_attention(fields, sliding_window)
     theta, factor = rotary(fields["rope_parameters"])
     heads = fields["num_attention_heads"]
@@ -97,7 +109,7 @@ def llama_like(
         heads=heads,
         kv_groups=fields["num_key_value_heads"] or heads,
         # Where a configuration class has no such field, transformers takes it from config.json all the same.
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        head_dim=fields["hidden_size"] // heads if fields.get("head_dim") is None else fields["head_dim"],
         vocab=fields["vocab_size"],
         tied=fields["tie_word_embeddings"],
         rope_theta=theta,
@@ -108,6 +120,16 @@ def llama_like(
         qk_norm=qk_norm,
         rope_scaling_factor=factor,
     )
+
+
+def _check_sizes(fields: dict[str, Any]) -> None:
+    for field in _SIZES:
+        found = fields.get(field)
+        if found is not None and found < 1:
+            raise ValueError(f"config.json {field}: found {found!r}, accepted: 1 or more")
+    if not 0 < fields["rms_norm_eps"] < 1:
+        found = fields["rms_norm_eps"]
+        raise ValueError(f"config.json rms_norm_eps: found {found!r}, accepted: a number above 0 and below 1")
 
 
 def _check_attention(fields: dict[str, Any], window: int | None) -> None:
@@ -148,7 +170,7 @@ def rotary(rope_parameters: object) -> tuple[float, float | None]:
 
 def _positive(field: str, rope_parameters: dict[str, Any]) -> float:
     found = rope_parameters.get(field)
-    if not isinstance(found, int | float) or not found > 0:
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
         raise ValueError(f"config.json rope_parameters.{field}: found {found!r}, accepted: a number above 0")
     return float(found)
 
