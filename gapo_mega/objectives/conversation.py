@@ -19,7 +19,7 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,14 @@ class ConversationTokenizer:
         )
         self._check_template()
 
-    def check_vocabulary(self, vocab: int) -> None:
-        """Raise ``ValueError`` for a token without a row of the model's embedding of ``vocab`` rows."""
-        check_vocabulary(self._tokenizer, vocab, "model")
+    def check_vocabulary(self, config: PreTrainedConfig) -> None:
+        """Raise ``ValueError`` for a token without a row of the model's embedding.
+
+        Models without a vocabulary (of bytes or characters) have no ``vocab_size``.
+        """
+        vocab = config.get_text_config().to_dict().get("vocab_size")
+        if vocab is not None:
+            check_vocabulary(self._tokenizer, vocab, "model")
 
     @property
     def pad_id(self) -> int:

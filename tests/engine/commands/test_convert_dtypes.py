@@ -220,3 +220,27 @@ def test_layers_that_config_json_does_not_count_are_not_left_out_in_silence(
             model = build.build_gpt(some, ModelConfig(path=str(source)), ParallelConfig())
             with pytest.raises(ValueError, match=rf"does not have: {extra}"):
                 weights.load(model, some, source)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_mixed_types_load_alike_from_both_forms(dtype: Any, tmp_path: Path, one_process: None) -> None:
+    """Every parameter is the source's numbers in the model's type, rounded once."""
+    source = language_model(tmp_path / "hf")
+    tensors = rewrite(source, in_turn)
+    convert.to_checkpoint(source, tmp_path / "ckpt", tensor=2)
+    shape = shape_of(HFDirectory(source).config)
+    found = []
+    for form in ("hf", "ckpt"):
+        with megatron_device():
+            model = build.build_gpt(shape, ModelConfig(path=str(source), dtype=dtype), ParallelConfig())
+            if dtype == "bf16":
+                model.bfloat16()
+            weights.load(model, shape, tmp_path / form)
+        found.append(dict(model.named_parameters()))
+    kind = {"fp32": WIDE, "bf16": BRAIN}[dtype]
+    for layer in range(4):
+        names = [f"model.layers.{layer}.mlp.{half}_proj.weight" for half in ("gate", "up")]
+        expected = torch.cat([tensors[name].double() for name in names]).to(kind)
+        for parameters in found:
+            assert torch.equal(parameters[f"decoder.layers.{layer}.mlp.linear_fc1.weight"], expected)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
