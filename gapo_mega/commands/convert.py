@@ -43,6 +43,7 @@ def convert(
 
     Any layout can load a Megatron checkpoint, whatever --tp and --pp it was written with.
     """
+    source, target = source.expanduser(), target.expanduser()
     conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
     conversion.check()
     if nproc is not None:
@@ -69,6 +70,8 @@ class Conversion:
 
     def check(self) -> None:
         """Raise ``ValueError`` for what can be refused without reading weights."""
+        from gapo_mega.models.huggingface.writing import refuse_inside
+
         kind = self._source_kind()
         for option, found, accepted in (
             ("--dtype", self.dtype, tuple(_DTYPES)),
@@ -87,6 +90,7 @@ class Conversion:
                     )
         if kind == "gguf" and self.dtype is not None and target == "hf":
             raise ValueError(f"--dtype: found {self.dtype} for a .gguf file, which becomes fp32")
+        refuse_inside(Path(self.source).expanduser(), self.target)
         if self.target.exists() and not self.overwrite:
             raise ValueError(f"--to: {self.target} exists already; name another directory, or --overwrite")
         if kind == "hf" and Path(self.source).expanduser().is_dir():

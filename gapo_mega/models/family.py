@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from gapo_mega.models.config_fields import require
 from gapo_mega.models.mapping import EMBEDDING, OUTPUT_LAYER, Rule, Table, WeightMap
 from gapo_mega.models.shape import ModelShape
 
@@ -42,6 +44,17 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_OF_LLAMA3 = {"factor", *LLAMA3_ROPE}
 
 
 class Family(ABC):
@@ -49,6 +62,8 @@ class Family(ABC):
 
     model_type: ClassVar[str]  # as in config.json
     table: ClassVar[Table] = LLAMA_TABLE
+    # Fields of config.json that ``shape`` reads or refuses, beside those that ``llama_like`` reads.
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def shape(self, config: PreTrainedConfig) -> ModelShape:
@@ -67,12 +82,6 @@ class Family(ABC):
         return WeightMap(shape, self.table, tensor, padded_vocab)
 
 
-def require(field: str, found: object, *accepted: object) -> None:
-    """Raise ``ValueError`` unless a configuration field has one of the accepted values."""
-    if found not in accepted:
-        raise ValueError(f"config.json {field}: found {found!r}, accepted: {', '.join(map(repr, accepted))}")
-
-
 def llama_like(
     config: PreTrainedConfig,
     *,
@@ -83,10 +92,13 @@ def llama_like(
     """The facts of a model whose configuration has Llama's fields; the keywords are ``ModelShape``'s.
 
     Raises:
-        ValueError: another activation than SiLU, or rotary embeddings that ``rotary`` refuses.
+        ValueError: another activation than SiLU, rotary embeddings that ``rotary`` refuses, sizes that no
+            model has, a window below 1, or ``layer_types`` of another attention.
     """
     fields: dict[str, Any] = config.to_dict()
-    require("hidden_act", fields["hidden_act"], "silu")
+    require("hidden_act", fields["hidden_act"], "silu", "swish")
+    _check_sizes(fields)
+    _check_attention(fields, sliding_window)
     theta, factor = rotary(fields["rope_parameters"])
     heads = fields["num_attention_heads"]
     return ModelShape(
@@ -97,7 +109,7 @@ def llama_like(
         heads=heads,
         kv_groups=fields["num_key_value_heads"] or heads,
         # Where a configuration class has no such field, transformers takes it from config.json all the same.
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        head_dim=fields["hidden_size"] // heads if fields.get("head_dim") is None else fields["head_dim"],
         vocab=fields["vocab_size"],
         tied=fields["tie_word_embeddings"],
         rope_theta=theta,
@@ -108,6 +120,24 @@ def llama_like(
         qk_norm=qk_norm,
         rope_scaling_factor=factor,
     )
+
+
+def _check_sizes(fields: dict[str, Any]) -> None:
+    for field in _SIZES:
+        found = fields.get(field)
+        if found is not None and found < 1:
+            raise ValueError(f"config.json {field}: found {found!r}, accepted: 1 or more")
+    if not 0 < fields["rms_norm_eps"] < 1:
+        found = fields["rms_norm_eps"]
+        raise ValueError(f"config.json rms_norm_eps: found {found!r}, accepted: a number above 0 and below 1")
+
+
+def _check_attention(fields: dict[str, Any], window: int | None) -> None:
+    """Megatron has one window for all layers, or none; ``layer_types`` must say the same."""
+    if window is not None and window < 1:
+        raise ValueError(f"config.json sliding_window: found {window!r}, accepted: null, or a number above 0")
+    for kind in fields.get("layer_types") or ():
+        require("layer_types", kind, "full_attention" if window is None else "sliding_attention")
 
 
 def rotary(rope_parameters: object) -> tuple[float, float | None]:
@@ -125,8 +155,13 @@ def rotary(rope_parameters: object) -> tuple[float, float | None]:
     kind = rope_parameters.get("rope_type", "default")
     require("rope_parameters.rope_type", kind, "default", "llama3")
     require("rope_parameters.partial_rotary_factor", rope_parameters.get("partial_rotary_factor", 1.0), 1.0)
+    require("rope_parameters.attention_factor", rope_parameters.get("attention_factor"), None, 1.0)
     theta = _positive("rope_theta", rope_parameters)
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "attention_factor", *_OF_LLAMA3}
+    for field in sorted(rope_parameters.keys() - known):
+        require(f"rope_parameters.{field}", rope_parameters[field], None)
     if kind == "default":
+        require("rope_parameters.factor", rope_parameters.get("factor"), None, 1.0)
         return theta, None
     for field, constant in LLAMA3_ROPE.items():
         require(f"rope_parameters.{field}", rope_parameters.get(field), constant)
@@ -135,7 +170,7 @@ def rotary(rope_parameters: object) -> tuple[float, float | None]:
 
 def _positive(field: str, rope_parameters: dict[str, Any]) -> float:
     found = rope_parameters.get(field)
-    if not isinstance(found, int | float) or not found > 0:
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
         raise ValueError(f"config.json rope_parameters.{field}: found {found!r}, accepted: a number above 0")
     return float(found)
 
@@ -143,9 +178,7 @@ def _positive(field: str, rope_parameters: dict[str, Any]) -> float:
 def require_full_attention(config: PreTrainedConfig) -> None:
     """Refuse a Qwen-style configuration whose layers do not all attend to everything before.
 
-    Megatron has one window for a model's layers; these configurations give it to some.
+    Megatron has one window for a model's layers; these configurations give it to some. ``llama_like`` refuses
+    ``layer_types`` of another attention.
     """
-    fields: dict[str, Any] = config.to_dict()
-    require("use_sliding_window", fields["use_sliding_window"], False)
-    for kind in fields["layer_types"]:
-        require("layer_types", kind, "full_attention")
+    require("use_sliding_window", config.to_dict()["use_sliding_window"], False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 import gapo_mega.models.families as package
+from gapo_mega.models.config_fields import check_fields
 from gapo_mega.models.family import Family
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.registry import implementations
@@ -27,5 +28,11 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """The facts of a model from its Hugging Face configuration. Raises ``ValueError`` as ``Family.shape``."""
-    return family_of(config).shape(config)
+    """The facts of a model from its Hugging Face configuration.
+
+    Raises:
+        ValueError: what ``check_fields`` or the family's ``shape`` refuses.
+    """
+    family = family_of(config)
+    check_fields(config, family.reads)
+    return family.shape(config)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gapo_mega.models.config_fields import SAFE_RLHF, require
 from gapo_mega.models.mapping import OUTPUT_LAYER, Rule, WeightMap
 from gapo_mega.models.registry import families
 from gapo_mega.models.shape import ModelShape
@@ -15,7 +16,6 @@ from gapo_mega.models.shape import ModelShape
 OUTPUT_BIAS = "output_layer.bias"
 KEPT = "hf."  # prefix of tensors that a checkpoint keeps for the way back, although Megatron has none such
 _CLASSIFIER = "ForSequenceClassification"
-_SAFE_RLHF = ("ForScore", "ModelForScore")
 _NORMALIZER = "normalizer."
 
 
@@ -49,17 +49,20 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
     safe-rlhf (https://github.com/PKU-Alignment/safe-rlhf), such as the beaver reward and cost models.
 
     Raises:
-        ValueError: more than one label or score dimension.
+        ValueError: more than one label or score dimension, another kind of score, or a padding id outside the
+            vocabulary.
     """
     settings: dict[str, Any] = config.to_dict()
     architecture = str((config.architectures or ["none"])[0])
     if architecture.endswith(_CLASSIFIER):
         _require_one("num_labels", config.num_labels)
-        return ScoreHead("score.weight", skip_padding_id=config.pad_token_id)
-    if not architecture.endswith(_SAFE_RLHF):
+        return ScoreHead("score.weight", skip_padding_id=_padding_id(config))
+    if not architecture.endswith(SAFE_RLHF):
         return None
     _require_one("score_dim", settings.get("score_dim", 1))
-    is_cost = settings.get("score_type", "reward") == "cost"
+    require("score_type", settings.get("score_type", "reward"), "reward", "cost")
+    require("do_normalize", settings.get("do_normalize", False), True, False)
+    is_cost = settings.get("score_type") == "cost"
     normalize = ("scale" if is_cost else "affine") if settings.get("do_normalize", False) else None
     return ScoreHead(
         "score_head.weight",
@@ -68,6 +71,13 @@ def score_head_of(config: PreTrainedConfig, names: Collection[str]) -> ScoreHead
         normalize=normalize,
         is_cost=is_cost,
     )
+
+
+def require_language_model(config: PreTrainedConfig, parameter: str = "model.path") -> None:
+    """Raise ``ValueError``, beginning with ``parameter``, for the configuration of a score model."""
+    name = str((config.architectures or ["none"])[0])
+    if name.endswith((_CLASSIFIER, *SAFE_RLHF)):
+        raise ValueError(f"{parameter}: found the score model {name}, accepted: a language model")
 
 
 def weight_map_of(
@@ -84,6 +94,19 @@ def weight_map_of(
     if head.bias is not None:
         table[OUTPUT_BIAS] = Rule("replicated", (head.bias,))
     return WeightMap(replace(shape, tied=False), table, tensor, padded_vocab)
+
+
+def _padding_id(config: PreTrainedConfig) -> int | None:
+    """The id that transformers skips at the end of a row. Old Llama checkpoints say -1, which means none."""
+    found = config.pad_token_id
+    if found is None or found == -1:
+        return None
+    if not 0 <= found < config.vocab_size:
+        raise ValueError(
+            f"config.json pad_token_id: found {found}, accepted: null, or 0 to {config.vocab_size - 1} "
+            f"(vocab_size {config.vocab_size})"
+        )
+    return int(found)
 
 
 def _require_one(field: str, found: object) -> None:

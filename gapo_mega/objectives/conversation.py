@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from gapo_mega.data.chat_template import ChatTemplate, template_text
+from gapo_mega.models.huggingface.token_ids import check_vocabulary
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,15 @@ class ConversationTokenizer:
             self._tokenizer.model_max_length, positions or self._tokenizer.model_max_length
         )
         self._check_template()
+
+    def check_vocabulary(self, config: PreTrainedConfig) -> None:
+        """Raise ``ValueError`` for a token without a row of the model's embedding.
+
+        Models without a vocabulary (of bytes or characters) have no ``vocab_size``.
+        """
+        vocab = config.get_text_config().to_dict().get("vocab_size")
+        if vocab is not None:
+            check_vocabulary(self._tokenizer, vocab, "model")
 
     @property
     def pad_id(self) -> int:

@@ -68,9 +68,10 @@ class HfClassifier(ObjectiveKind):
                 self._options.max_tokens,
                 hf_config.get_text_config().to_dict().get("max_position_embeddings"),
             )
+            self._conversations.check_vocabulary(hf_config)
+            self._named_pad_id = _named_pad_id(hf_config)
         except ValueError as error:
             raise self._error(f"options: {error}") from error
-        self._named_pad_id = _named_pad_id(hf_config)
         self._model: PreTrainedModel | None = None
 
     @torch.no_grad()
@@ -169,7 +170,10 @@ def _classifier_config(model: str) -> PreTrainedConfig:
 
 def _named_pad_id(config: PreTrainedConfig) -> int | None:
     """The padding id that the model itself names. Old Llama checkpoints say -1, which means none."""
-    named = config.get_text_config().pad_token_id
+    text_config = config.get_text_config()
+    named, vocab = text_config.pad_token_id, text_config.to_dict().get("vocab_size")
+    if isinstance(named, int) and vocab is not None and named >= vocab:
+        raise ValueError(f"model: found pad_token_id {named}, accepted: less than the vocab_size {vocab}")
     return named if isinstance(named, int) and named >= 0 else None
 
 

@@ -57,6 +57,7 @@ class MegatronScore(ObjectiveKind):
             self._conversations = ConversationTokenizer(
                 companions, options.chat_template, options.max_tokens, hf_config.max_position_embeddings
             )
+            self._conversations.check_vocabulary(hf_config)
         except ValueError as error:
             raise self._error(f"options: {error}") from error
 

@@ -18,8 +18,10 @@ from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
 from gapo_mega.models.huggingface.location import companions_of
+from gapo_mega.models.huggingface.token_ids import check_tokens, has_tokenizer
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.registry import shape_of
-from gapo_mega.models.score_head import score_head_of
+from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_model_split
@@ -37,7 +39,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
 
     Raises ``ValueError`` for the first thing that does not fit together.
     """
-    shape = _shape(config.model.path)
+    shape = _policy_shape(config.model.path)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
@@ -165,6 +167,20 @@ def _errors_of(what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}") from error
+
+
+def _policy_shape(path: str) -> ModelShape:
+    """The shape of the policy: a language model whose tokenizer has no token beyond its vocabulary.
+
+    A hub repository's tokenizer is checked once it is downloaded.
+    """
+    companions = companions_of(Path(path).expanduser())
+    config = read_config(companions)
+    require_language_model(config)
+    shape = shape_of(config)
+    if has_tokenizer(companions):
+        check_tokens(companions, read_tokenizer(companions), shape.vocab)
+    return shape
 
 
 def _shape(path: str) -> ModelShape:

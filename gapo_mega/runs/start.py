@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
@@ -14,6 +11,7 @@ from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.models.huggingface import location
+from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs.preflight import resolve
@@ -37,6 +35,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:
     config = resolved.config
     companions = location.companions_of(resolved.policy.directory())
     tokenizer = read_tokenizer(companions)
+    check_tokens(companions, tokenizer, resolved.shape.vocab)
     train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
     # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
     Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
@@ -48,16 +47,3 @@ def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:
     Trainer(resolved, engine, tokenizer, train_prompts, heldout_prompts, with_report=with_report).run()
     # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
     engine.close()
-
-
-def end_of_sequence_ids(source: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response, from the model's generation settings if they name any, else its tokenizer."""
-    ids: Any = None
-    if (source / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(source).eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        raise ValueError(
-            f"model.path: {source} names no end-of-sequence token; accepted: a model whose tokenizer has one"
-        )
-    return list(ids) if isinstance(ids, list) else [int(ids)]

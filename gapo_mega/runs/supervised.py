@@ -34,7 +34,9 @@ from gapo_mega.evaluation.summary import SUMMARY_FILE
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.token_ids import check_tokens
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
+from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
 from gapo_mega.runs.finish import EXPORT_FOLDER
@@ -71,6 +73,8 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
     source = model_location.resolve(config.model.path)
     hf_config = read_config(model_location.companions_of(source))
     shape = shape_of(hf_config)
+    if isinstance(config, SftConfig):
+        require_language_model(hf_config)
     layers = config.model.keep_layers
     if layers is not None:
         if layers > shape.num_layers or source != model_location.companions_of(source):
@@ -86,7 +90,9 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
         )
     check_batches(config, check_model_split(config.parallel, shape, world_size))
     check_logging(config.logging)
-    tokenizer = read_tokenizer(model_location.companions_of(source))
+    companions = model_location.companions_of(source)
+    tokenizer = read_tokenizer(companions)
+    check_tokens(companions, tokenizer, shape.vocab)
     template_text(tokenizer, config.model.chat_template, batches.TEMPLATE_PARAMETER)
     return _Start(shape, source, hf_config, tokenizer)
 

@@ -18,7 +18,7 @@ from transformers import SeedOssConfig, SeedOssForCausalLM
 from gapo_mega import advantages, aggregation, losses, objectives, ops
 from gapo_mega.config import AggregationConfig, LossConfig, ObjectiveConfig
 from gapo_mega.config.loading import load
-from gapo_mega.models.registry import family_of
+from gapo_mega.models.registry import family_of, shape_of
 from gapo_mega.types import Experience, Prompt
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -193,7 +193,8 @@ def test_model_family(add_file: AddFile) -> None:
         if name.endswith("bias"):  # transformers starts them at zero
             torch.nn.init.normal_(weight)
     family = family_of(config)
-    weight_map = family.weight_map(family.shape(config), tensor=2)
+    assert config.attention_bias and shape_of(config).qkv_bias  # a field that other families refuse
+    weight_map = family.weight_map(shape_of(config), tensor=2)
     assert weight_map.hf_names() == set(weights)
     back: dict[str, torch.Tensor] = {}
     for name in weight_map.names():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from gapo_mega.models.family import Family, llama_like, require
+from gapo_mega.models.family import Family, llama_like
 from gapo_mega.models.shape import ModelShape
 
 
 class Llama(Family):
-    """The family of transformers' ``LlamaForCausalLM``."""
+    """The family of transformers' ``LlamaForCausalLM``.
+
+    With ``attention_bias`` the output projection has a bias, too, which Megatron ties to that of the MLP.
+    """
 
     model_type = "llama"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         assert isinstance(config, LlamaConfig)
-        # With attention_bias the output projection has a bias too, which Megatron ties to that of the MLP.
-        require("attention_bias", config.attention_bias, False)
-        require("mlp_bias", config.mlp_bias, False)
         return llama_like(config)

@@ -12,6 +12,7 @@ class Mistral(Family):
     """The family of transformers' ``MistralForCausalLM``."""
 
     model_type = "mistral"
+    reads = frozenset({"sliding_window"})
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         """Passes the sliding window on: whoever runs the model must keep to it."""

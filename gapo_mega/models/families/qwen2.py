@@ -12,6 +12,8 @@ class Qwen2(Family):
     """The family of transformers' ``Qwen2ForCausalLM``."""
 
     model_type = "qwen2"
+    # transformers does not ask for attention_bias here: Q, K and V have biases, whatever it says.
+    reads = frozenset({"attention_bias", "use_sliding_window", "sliding_window"})
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         assert isinstance(config, Qwen2Config)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen3Config
 
-from gapo_mega.models.family import Family, llama_like, require, require_full_attention
+from gapo_mega.models.family import Family, llama_like, require_full_attention
 from gapo_mega.models.shape import ModelShape
 
 
 class Qwen3(Family):
-    """The family of transformers' ``Qwen3ForCausalLM``."""
+    """The family of transformers' ``Qwen3ForCausalLM``.
+
+    With ``attention_bias`` the output projection has a bias, too, which Megatron ties to that of the MLP.
+    """
 
     model_type = "qwen3"
+    reads = frozenset({"use_sliding_window", "sliding_window"})
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         assert isinstance(config, Qwen3Config)
-        # With attention_bias the output projection has a bias too, which Megatron ties to that of the MLP.
-        require("attention_bias", config.attention_bias, False)
         require_full_attention(config)
         return llama_like(config, qk_norm=True)

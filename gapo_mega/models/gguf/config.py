@@ -71,7 +71,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope.scaling.factor": (None, 0.0, 1.0),
     "rope.scaling.type": (None, "none"),
 }
-_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"}
 
 # Divisors come through fp32 powers and, for middle frequencies, a difference that loses up to
 # the factor (32) times their rounding; constants of another model differ by percents.
@@ -116,10 +116,17 @@ def hf_config(file: GGUFFile) -> PreTrainedConfig:
     return config
 
 
-def generation_config(config: PreTrainedConfig) -> GenerationConfig:
-    """Generation settings with the special tokens of ``config``."""
+def generation_config(file: GGUFFile, config: PreTrainedConfig) -> GenerationConfig:
+    """Generation settings with the special tokens of ``config``, and all that end a response in llama.cpp.
+
+    Those are the ends of the text (eos), of a turn (eot) and of a message (eom).
+    """
+    ends = [token_id(file, token, config.vocab_size) for token in ("eos", "eot", "eom")]
+    several = list(dict.fromkeys(end for end in ends if end is not None))
     return GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        bos_token_id=config.bos_token_id,
+        eos_token_id=several if len(several) > 1 else next(iter(several), None),
+        pad_token_id=config.pad_token_id,
     )
 
 
@@ -129,7 +136,7 @@ def architecture(file: GGUFFile) -> str:
 
 
 def token_id(file: GGUFFile, token: str, vocab: int) -> int | None:
-    """The id in ``[0, vocab)`` of the token ``bos``, ``eos``, ``pad`` or ``unk``, ``None`` without one."""
+    """The id in ``[0, vocab)`` of a token of ``_TOKENS``, ``None`` without one."""
     key = f"tokenizer.ggml.{_TOKENS[token]}_token_id"
     value = file.optional_integer(key)
     if value is not None and not 0 <= value < vocab:

@@ -27,7 +27,7 @@ from gapo_mega.models.gguf.config import (
 )
 from gapo_mega.models.gguf.file import GGUFFile, shortened
 from gapo_mega.models.gguf.tokenizer import save_tokenizer
-from gapo_mega.models.huggingface.writing import write_hf
+from gapo_mega.models.huggingface.writing import refuse_inside, write_hf
 
 
 def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -43,6 +43,7 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
         ValueError: anything in the file that would not come out as the same model; nothing is written then.
     """
     file = GGUFFile(Path(path))
+    refuse_inside(Path(path), Path(directory))
     config = hf_config(file)
     with torch.device("meta"):
         parameters = ARCHITECTURES[architecture(file)][1](config).named_parameters()
@@ -50,7 +51,7 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
     plan = _plan(file, config, promised)
     with tempfile.TemporaryDirectory() as companions:
         config.save_pretrained(companions)
-        generation_config(config).save_pretrained(companions)
+        generation_config(file, config).save_pretrained(companions)
         save_tokenizer(file, config, companions)
         write_hf(directory, companions, promised, _tensors(plan), overwrite=overwrite)
 

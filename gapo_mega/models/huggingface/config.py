@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 # What transformers raises for a config.json that is missing, broken, incomplete or absurd.
+_ADAPTER = "adapter_config.json"  # of PEFT; transformers puts such weights on top of the model's own
 _ERRORS = (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError)
 
 
@@ -20,6 +21,11 @@ def read_config(place: str | Path, parameter: str = "model.path") -> PreTrainedC
         raise ValueError(
             f"{parameter}: {place} has no config.json; accepted: a Hugging Face directory, or a Megatron "
             "checkpoint written by gapo_mega"
+        )
+    if (Path(place) / _ADAPTER).is_file():
+        raise ValueError(
+            f"{parameter}: {place} has an {_ADAPTER}, which is not read; accepted: a directory without it, "
+            "its adapter merged into the weights"
         )
     try:
         # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import logging
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gapo_mega.models.casting import WEIGHT_DTYPES, dtype_name
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.safetensors_stream import DTYPES
+
+logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,7 +29,6 @@ _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _PICKLED = ".bin"
 # Frequencies that old checkpoints stored; they follow from the configuration.
 _DERIVED_TENSOR = ".rotary_emb.inv_freq"
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _WEIGHT_SUFFIXES = (
     (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".distcp")
 )  # fmt: skip
@@ -51,7 +53,8 @@ class HFDirectory:
             ``pytorch_model.bin`` likewise, from which only tensors are unpickled.
 
     Raises:
-        ValueError: the directory lacks one of these, or its index names a missing file.
+        ValueError: the directory lacks one of these, has an adapter beside them, or its index and its files
+            do not agree.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,26 +64,42 @@ class HFDirectory:
         self._likes: dict[str, Tensor] = {}
 
     def _locate(self) -> dict[str, Path]:
+        """The file of every tensor. The order of the files is that of transformers' ``from_pretrained``."""
         for index, single in ((INDEX, SINGLE), (_PICKLED_INDEX, _PICKLED_SINGLE)):
+            if (self.path / single).is_file():
+                if (self.path / index).is_file():
+                    _listed(self.path / index)  # a broken one is refused all the same
+                    logger.warning(
+                        "%s: reads %s, as transformers does; %s is not used", self.path, single, index
+                    )
+                return dict.fromkeys(_names(self.path / single), self.path / single)
             if (self.path / index).is_file():
                 return self._read_index(self.path / index)
-            if (self.path / single).is_file():
-                return dict.fromkeys(_names(self.path / single), self.path / single)
         raise ValueError(
             f"model.path: {self.path} has neither {SINGLE} nor {INDEX} (nor {_PICKLED_SINGLE}); accepted: "
             "a directory with weights"
         )
 
     def _read_index(self, index: Path) -> dict[str, Path]:
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
-        files = {name: self.path / file for name, file in weight_map.items()}
-        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        """What the files hold that the index names: transformers reads all of these, listed or not."""
+        listed = _listed(index)
+        files = sorted(set(listed.values()))
+        missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
-        return files
+        held: dict[str, Path] = {}
+        for file in files:
+            for name in _names(self.path / file):
+                if name in held:
+                    raise ValueError(
+                        f"model.path: {name} is in {held[name].name} and in {file} of {self.path}; accepted: "
+                        "every tensor once"
+                    )
+                held[name] = self.path / file
+        lacking = sorted(listed.keys() - held.keys())
+        if lacking:
+            raise ValueError(f"model.path: {index} names {_some(lacking)}, which none of its files holds")
+        return held
 
     @property
     def names(self) -> frozenset[str]:
@@ -92,21 +111,20 @@ class HFDirectory:
         expected: frozenset[str],
         beside: Collection[str] = (),
         copies: Mapping[str, str] | None = None,
-        layers: int | None = None,
+        left_out: Collection[str] = (),
     ) -> None:
-        """Raise ``ValueError`` unless every expected tensor is there and every tensor is expected.
+        """Raise ``ValueError`` unless every expected tensor is there, unquantised, and all others expected.
 
         Args:
             expected: names of the tensors that are used.
             beside: names of others that may be there.
             copies: others that may be there if they equal the tensor named, bit by bit.
-            layers: ignore tensors of layers from this number on; none: of no layer.
+            left_out: names of tensors of the model that are not wanted.
         """
         missing = sorted(expected - self.names)
         if missing:
             raise ValueError(f"{self.path}: tensors missing: {_some(missing)}")
-        left_out = {name for name in self.names if layers is not None and _layer_of(name) >= layers}
-        unused = sorted(self.names - expected - left_out - set(beside))
+        unused = sorted(self.names - expected - set(left_out) - set(beside))
         unused = [name for name in unused if not name.endswith(_DERIVED_TENSOR)]
         for name, original in (copies or {}).items():
             if name in unused:
@@ -114,10 +132,21 @@ class HFDirectory:
                 unused.remove(name)
         if unused:
             raise ValueError(f"{self.path}: tensors that this model does not have: {_some(unused)}")
+        for name in sorted(expected):
+            if self.like(name).dtype not in WEIGHT_DTYPES:
+                raise self._quantised(name, dtype_name(self.like(name).dtype))
+
+    def _quantised(self, name: str, stored: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: {name} is stored as {stored}, accepted: "
+            f"{', '.join(map(dtype_name, WEIGHT_DTYPES))} (weights that are not quantised)"
+        )
 
     def _require_equal(self, name: str, original: str) -> None:
         """Raise ``ValueError`` for a copy that differs, which would be lost silently."""
-        if not torch.equal(self.read(name), self.read(original)):
+        copy, kept = self.read(name), self.read(original)
+        common = torch.promote_types(copy.dtype, kept.dtype)
+        if not torch.equal(copy.to(common), kept.to(common)):
             raise ValueError(
                 f"{self.path}: {name} differs from {original}, but config.json ties them "
                 "(tie_word_embeddings true); accepted: equal tensors, or tie_word_embeddings false"
@@ -145,7 +174,17 @@ class HFDirectory:
             return _tensors_in(file)[name].to("meta")
         with _opened(file) as opened:
             part = opened.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise self._quantised(name, part.get_dtype())
             return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index has it."""
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.path: {index} is no index of weights ({error!r})") from error
 
 
 def _names(file: Path) -> list[str]:
@@ -165,12 +204,6 @@ def _opened(file: Path) -> Iterator[Any]:
             f"model.path: {file} cannot be read ({error}); accepted: a whole safetensors file, no pointer of "
             "Git LFS to one"
         ) from error
-
-
-def _layer_of(name: str) -> int:
-    """Number of the decoder layer that a tensor belongs to, -1 for others."""
-    number = _LAYER.search(name)
-    return int(number.group(1)) if number else -1
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub repository. Code that comes with it is never run.
 
-    Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read.
+    Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read, or
+    its vocabulary is missing.
     """
     try:
         # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
@@ -23,4 +24,14 @@ def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrain
             f"{parameter}: found {str(place)!r}, accepted: a directory or hub name with a tokenizer "
             f"({reason})"
         ) from error
+    if (
+        not tokenizer.get_vocab().keys()
+        - tokenizer.get_added_vocab().keys()
+        - set(tokenizer.all_special_tokens)
+    ):
+        # transformers builds one of the special tokens alone, to which every text is empty.
+        raise ValueError(
+            f"{parameter}: found {str(place)!r}, whose tokenizer has no tokens but special ones, accepted: a "
+            "directory or hub name with the tokenizer's vocabulary (tokenizer.json, tokenizer.model)"
+        )
     return tokenizer

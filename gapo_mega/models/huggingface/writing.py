@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gapo_mega.models.casting import dtype_name
 from gapo_mega.models.huggingface.directory import INDEX, SINGLE, companions_in
 from gapo_mega.models.huggingface.safetensors_stream import num_bytes, write_safetensors
 
 logger = logging.getLogger(__name__)
-
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def write_hf(
@@ -60,6 +59,14 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in companions_in(source):
         (target / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, target / file)
+
+
+def refuse_inside(source: Path, target: Path, parameter: str = "--to") -> None:
+    """Raise ``ValueError`` where writing ``target`` would replace ``source``, which is read meanwhile."""
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(
+            f"{parameter}: found {target}, which holds {source}, accepted: a directory beside it"
+        )
 
 
 @contextmanager
@@ -157,6 +164,6 @@ def set_config(file: Path, changes: Mapping[str, object], dtype: torch.dtype | N
     config.update(changes)
     for key in ("dtype", "torch_dtype"):  # the second is the name before transformers 5
         if key in config and dtype is not None:
-            config[key] = _DTYPE_NAMES[dtype]
+            config[key] = dtype_name(dtype)
     if config != before:
         file.write_text(json.dumps(config, indent=2) + "\n")

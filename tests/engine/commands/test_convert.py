@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import score_head_of
 from tests.helpers.hf_directories import assert_same_model, classifier, files_of, language_model
-from tests.helpers.ranks import worlds
 from tests.helpers.tiny import safe_rlhf_model, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 
@@ -103,13 +101,6 @@ def test_more_than_one_label_is_refused(tmp_path: Path) -> None:
     LlamaForSequenceClassification(config).float().save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"num_labels: found 3, accepted: 1"):
         convert.to_checkpoint(tmp_path / "hf", tmp_path / "ckpt")
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    worlds.enter(1, 1)
-    yield
-    worlds.leave()
 
 
 def sharded(model: Any) -> dict[str, Any]:

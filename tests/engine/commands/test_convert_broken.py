@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,46 @@ def test_a_checkpoint_that_lost_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ckpt" / "common.pt").unlink()
     with pytest.raises(ValueError, match=r"its common\.pt cannot be read"):
         convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"does not have: .*model\.layers\.3\."),
+        ({"num_hidden_layers": 5}, r"tensors missing: .*model\.layers\.4\."),
+        (
+            {"vocab_size": 100},
+            r"embed_tokens\.weight: found the shape \[101, 72\], config\.json promises \[100, ",
+        ),
+        (
+            {"vocab_size": 104},
+            r"embed_tokens\.weight: found the shape \[101, 72\], config\.json promises \[104, ",
+        ),
+        (
+            {"num_key_value_heads": 4},
+            r"k_proj\.weight: found the shape \[32, 72\], config\.json promises \[64, ",
+        ),
+        ({"head_dim": 8}, r"q_proj\.weight: found the shape"),
+        ({"tie_word_embeddings": True}, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    source = language_model(tmp_path / "hf")
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        convert.to_checkpoint(source, tmp_path / "ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("form", ["hf", "ckpt"])
+def test_a_target_that_holds_the_source_is_refused(tmp_path: Path, form: str) -> None:
+    language_model(tmp_path / "in" / "hf")
+    convert.to_checkpoint(tmp_path / "in" / "hf", tmp_path / "in" / "ckpt")
+    write = {"hf": convert.to_checkpoint, "ckpt": convert.to_hf}[form]
+    for target in (tmp_path / "in" / form, tmp_path / "in"):
+        with pytest.raises(ValueError, match=r"^--to: found .*, which holds "):
+            write(tmp_path / "in" / form, target, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["ckpt", "hf"]

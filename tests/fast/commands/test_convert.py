@@ -27,3 +27,15 @@ def test_bad_options_are_told_at_once(tmp_path: Path, options: dict[str, Any], m
     source = tiny_mistral(tmp_path / "hf").config.name_or_path or str(tmp_path / "hf")
     with pytest.raises(ValueError, match=message):
         Conversion(**{"source": source, "target": tmp_path / "out", **options}).check()
+
+
+@pytest.mark.parametrize("target", [".", "..", "../hf/../hf"])
+def test_a_target_that_holds_the_source_is_refused(tmp_path: Path, target: str) -> None:
+    """--overwrite would delete what is converted, and its neighbours."""
+    source = tmp_path / "hf"
+    tiny_mistral(source)
+    with pytest.raises(
+        ValueError, match=r"^--to: found .*, which holds .*hf, accepted: a directory beside it"
+    ):
+        Conversion(source=str(source), target=source / target, overwrite=True).check()
+    Conversion(source=str(source), target=tmp_path / "hf2", overwrite=True).check()

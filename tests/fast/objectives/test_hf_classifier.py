@@ -230,3 +230,22 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], messag
 def test_a_function_belongs_to_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"objective 'helpful': function: found 'a:b' with kind hf_class"):
         build(ObjectiveConfig(name="helpful", kind="hf_classifier", function="a:b"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": len(WORDS) - 1}, r"model: .* the token 'w25' with the id 31, accepted: 0 to 30"),
+        (
+            {"pad_token_id": 40, "vocab_size": 41},
+            r"model: found pad_token_id 41, accepted: less than the vocab",
+        ),
+    ],
+)
+def test_ids_without_a_row_are_refused(tmp_path: Path, fields: dict[str, int], message: str) -> None:
+    classifier(tmp_path, llama(**fields))
+    if "pad_token_id" in fields:  # transformers would not have written it
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": 41}))
+    with pytest.raises(ValueError, match=f"objective 'helpful': options: {message}"):
+        objective(tmp_path)

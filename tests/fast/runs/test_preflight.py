@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     safe_rlhf_model(folder / "cost")
     byte_tokenizer(folder / "cost")
+    for name, vocab in (("exact", 101), ("roomy", 128), ("tight", 100)):
+        tiny_llama(folder / name, vocab=vocab)
+        byte_tokenizer(folder / name)
     return folder
 
 
@@ -65,6 +69,34 @@ def test_score_models_come_with_their_shapes(models: Path) -> None:
     cost["options"] |= {"chat_template": "{{ messages[-1].content }}"}
     (found,) = resolve(configuration(models, objectives=[cost]), 1).score_models
     assert found.request.path == str(models / "cost") and found.shape.vocab == 101
+
+
+def test_a_policy_without_a_row_for_every_token(models: Path) -> None:
+    for fitting in ("exact", "roomy"):
+        resolve(configuration(models, model={"path": str(models / fitting)}), 1)
+    with pytest.raises(
+        ValueError, match=r"^model\.path: .*tight has the token .* with the id 100, accepted: "
+    ):
+        resolve(configuration(models, model={"path": str(models / "tight")}), 1)
+
+
+def test_a_score_model_without_a_row_for_every_token(models: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(models / "cost", tmp_path / "cost")
+    options = {"model": str(directory), "chat_template": "{{ messages[-1].content }}"}
+    objectives = [{"name": "cost", "kind": "megatron_score", "options": options}]
+    resolve(configuration(models, objectives=objectives), 1)
+    (directory / "added_tokens.json").write_text('{"<new>": 101}')
+    with pytest.raises(
+        ValueError, match=r"'cost': options: model: .*'<new>' with the id 101, accepted: 0 to"
+    ):
+        resolve(configuration(models, objectives=objectives), 1)
+
+
+def test_a_score_model_is_no_policy(models: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^model\.path: found the score model LlamaModelForScore, accepted: a la"
+    ):
+        resolve(configuration(models, model={"path": str(models / "cost")}), 1)
 
 
 @pytest.mark.parametrize("path", [None, "policy", "tied"])

@@ -7,6 +7,7 @@ folder ``hf/`` holds the configuration and the tokenizer that came with the mode
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -31,13 +32,23 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import (
 from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.model.build import padded_vocabulary
 from gapo_mega.models import HFDirectory, shape_of, write_hf
+from gapo_mega.models.casting import cast, dtype_name, is_finite
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import COMPANIONS
-from gapo_mega.models.huggingface.safetensors_stream import num_bytes
-from gapo_mega.models.huggingface.writing import common_dtype, complete_or_absent, copy_companions, set_config
-from gapo_mega.models.mapping import checkpoint_key
+from gapo_mega.models.huggingface.writing import (
+    common_dtype,
+    complete_or_absent,
+    copy_companions,
+    refuse_inside,
+    set_config,
+)
+from gapo_mega.models.mapping import OUTPUT_LAYER, checkpoint_key
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
+logger = logging.getLogger(__name__)
+
+# Where a checkpoint says which tensors it holds in a wider dtype than they had: name -> dtype.
+_ORIGINAL_DTYPES = "original_dtypes"
 # Megatron's linear layers load one object each, which is empty without FP8.
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
@@ -63,13 +74,16 @@ def to_checkpoint(
         target: the directory to create; it appears under its name only once it is complete.
         tensor, pipeline: the layout whose shards are stored as one piece each. Any other layout loads the
             result, too, with more reads. The processes share the writing by shards.
-        dtype: the stored dtype; ``None`` keeps that of every tensor.
+        dtype: the stored dtype; ``None`` keeps that of every tensor. Where tensors that are one in the
+            checkpoint have several, it is one that holds them all exactly, and ``to_hf`` gives theirs back.
         overwrite: replace ``target`` if it exists.
 
     Raises:
         ValueError: Megatron cannot compute the model exactly, ``tensor`` or ``pipeline`` does not divide it,
-            tensors are missing or left over, or writing ``target`` fails.
+            tensors are missing, left over, quantised or out of the range of ``dtype``, or writing ``target``
+            fails.
     """
+    refuse_inside(source, target)
     directory = HFDirectory(source)
     plan = _Plan(directory, tensor, pipeline, dtype)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -93,12 +107,15 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
     Args:
         source: the checkpoint's directory.
         target: the directory to create; it appears under its name only once it is complete.
-        dtype: the written dtype; ``None`` keeps that of every stored tensor.
+        dtype: the written dtype; ``None`` keeps that of every stored tensor, or gives those of the directory
+            back that the checkpoint was converted from.
         overwrite: replace ``target`` if it exists.
 
     Raises:
-        ValueError: ``source`` is not a complete checkpoint or lacks tensors, or writing ``target`` fails.
+        ValueError: ``source`` is not a complete checkpoint or lacks tensors, a number is out of the range of
+            ``dtype``, or writing ``target`` fails.
     """
+    refuse_inside(source, target)
     reader = DistReader(source)
     about = read_common(source).get("about", {})
     companions = source / COMPANIONS
@@ -110,8 +127,15 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
     head = head_if_any(source)
     weights = weight_map_of(shape_of(config), head)
     prefix = trained_model_prefix(about)
+    originals: dict[str, str] = about.get(_ORIGINAL_DTYPES, {})
+
+    def typed(name: str, value: Tensor) -> Tensor:
+        original = originals.get(name)
+        wanted = dtype or (value.dtype if original is None else getattr(torch, original))
+        return cast(value, wanted, f"{source}: {name}")
+
     promised = {
-        hf_name: like.to(dtype or like.dtype)
+        hf_name: typed(hf_name, like)
         for name in weights.names()
         for hf_name, like in weights.to_hf(name, [_stored_like(reader, prefix, name)]).items()
     }
@@ -125,7 +149,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
         for name in weights.names():
             key, layer = checkpoint_key(name)
             for hf_name, value in weights.to_hf(name, [reader.read(prefix + key, layer)]).items():
-                yield hf_name, value.to(dtype or value.dtype)
+                yield hf_name, typed(hf_name, value)
         for name, key in kept.items():
             yield name, reader.read(key)
 
@@ -158,15 +182,25 @@ class _Plan:
             )
         beside = self._head.statistics if self._head else ()
         source.check_names(self._weights.hf_names(), beside, self._weights.copies)
+        self._stored = self._stored_dtypes()
 
     def about(self) -> dict[str, Any]:
-        """The checkpoint's description of itself: format, family of the weights, score head."""
+        """The checkpoint's description of itself: format, family of the weights, score head, lost dtypes."""
         head = asdict(self._head) if self._head is not None else None
-        return {"format": FORMAT, "weights": self._shape.family, "score_head": head}
+        return {
+            "format": FORMAT,
+            "weights": self._shape.family,
+            "score_head": head,
+            _ORIGINAL_DTYPES: self._original_dtypes(),
+        }
 
     def num_bytes(self) -> int:
         """Approximate size of the result."""
-        return sum(num_bytes(self._typed(self._source.like(name))) for name in self._source.names)
+        return sum(
+            self._source.like(source).numel() * self._stored[checkpoint_key(name)[0]].itemsize
+            for name in self._weights.names()
+            for source in self._weights.sources(name)
+        )
 
     def dtype(self) -> torch.dtype | None:
         """The one dtype of the result's tensors; ``None`` if they have several."""
@@ -195,7 +229,8 @@ class _Plan:
         """Tensor rank ``part``'s shard of a parameter: one chunk, or two for gate and up projection."""
         key, layer = checkpoint_key(name)
         kind = self._weights.kind(name)
-        like = self._typed(self._weights.to_megatron(name, self._source.like, part))
+        stored = self._stored[key]
+        like = self._weights.to_megatron(name, self._source.like, part).to(stored)
         halves = like.chunk(2) if kind == "gated" else (like,)
         dim = 1 if kind == "columns" else 0
         pieces = 1 if kind == "replicated" else self._tensor
@@ -205,7 +240,11 @@ class _Plan:
             whole[dim] *= pieces * len(halves)
 
             def make(half: int = half) -> Tensor:
-                value = self._typed(self._weights.to_megatron(name, self._source.read, part))
+                value = self._weights.to_megatron(name, self._source.read, part)
+                sources = f"{self._source.path}: {', '.join(self._weights.sources(name))}"
+                if not is_finite(value):
+                    logger.warning("%s: NaN or infinite numbers, kept as they are", sources)
+                value = cast(value, stored, sources)
                 value = value.chunk(2)[half] if kind == "gated" else value
                 done()
                 return value if layer is None else value[None]
@@ -222,7 +261,7 @@ class _Plan:
             offset = (0,) * like.dim()
             yield Chunk(KEPT + name, tuple(like.shape), offset, like, partial(self._source.read, name))
         if head.bias is None:  # Megatron's head always has a bias
-            like = self._typed(self._source.like(head.weight)).new_empty(1)
+            like = torch.empty(1, dtype=self._stored[OUTPUT_LAYER], device="meta")
             yield Chunk(OUTPUT_BIAS, (1,), (0,), like, lambda: torch.zeros(1, dtype=like.dtype))
 
     def _stage(self, name: str) -> int:
@@ -231,8 +270,26 @@ class _Plan:
             return layer * self._pipeline // self._shape.num_layers
         return 0 if key.startswith("embedding.") else self._pipeline - 1
 
-    def _typed(self, tensor: Tensor) -> Tensor:
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+    def _stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every tensor of the checkpoint: without a wish, the least that loses nothing."""
+        stored: dict[str, torch.dtype] = {}
+        for name in self._weights.names():
+            key, _ = checkpoint_key(name)
+            for source in self._weights.sources(name):
+                found = self._dtype or self._source.like(source).dtype
+                stored[key] = torch.promote_types(stored.get(key, found), found)
+        return stored
+
+    def _original_dtypes(self) -> dict[str, str]:
+        """Dtypes of the source's tensors that are stored in a wider one, by their names."""
+        if self._dtype is not None:
+            return {}
+        return {
+            source: dtype_name(self._source.like(source).dtype)
+            for name in self._weights.names()
+            for source in self._weights.sources(name)
+            if self._source.like(source).dtype != self._stored[checkpoint_key(name)[0]]
+        }
 
 
 @contextmanager
@@ -256,6 +313,8 @@ def _shared(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
             yield outcome
         except CheckpointException as error:  # holds one cause per failed rank
             rank, (cause, _) = next(iter(error.failures.items()))
+            if isinstance(cause, ValueError):
+                raise cause from error
             raise ValueError(f"{target} cannot be written (rank {rank}): {cause}") from error
     if distributed:
         dist.barrier()  # after it the directory has its final name on all ranks

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,10 +22,13 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read
 from gapo_mega.engine.megatron.model.modules import ValueModel
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
+from gapo_mega.models.casting import cast, is_finite
 from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _BACKBONE = "model."
+# What other models may have in the place of a critic's head; it is not read.
+_HEADS = ("lm_head.", "score.", "score_head.", "normalizer.", "v_head.", "value_head.")
 
 
 def head_if_any(source: Path) -> ScoreHead | None:
@@ -65,8 +68,8 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
     source = HFDirectory(directory)
     weights = _weight_map(model, shape, head)
     headless = isinstance(model, ValueModel) and head is None
-    fewer_layers = shape.num_layers < source.config.num_hidden_layers
-    _check_names(source, weights, head, headless, shape.num_layers if fewer_layers else None)
+    whole = replace(shape, num_layers=max(shape.num_layers, source.config.num_hidden_layers))
+    _check_names(source, weights, head, headless, _weight_map(model, whole, head).hf_names())
     rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, parameter in _parameters(model).items():
@@ -80,7 +83,17 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
                     f"{source.path}: {', '.join(weights.sources(name))} give {name} the shape "
                     f"{list(value.shape)}, config.json promises {list(parameter.shape)}"
                 )
-            parameter.copy_(value)
+            parameter.copy_(_checked(source, weights.sources(name), value, parameter.dtype))
+
+
+def _checked(source: HFDirectory, names: Sequence[str], value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value``, made of the tensors ``names``, in the model's type. No NaN and nothing infinite."""
+    if is_finite(value):
+        return cast(value, dtype, f"model.dtype: {source.path}: {', '.join(names)}")
+    broken = [name for name in names if not is_finite(source.read(name))]
+    raise ValueError(
+        f"{source.path}: {', '.join(broken)} holds NaN or infinite numbers; accepted: finite weights"
+    )
 
 
 def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
@@ -98,6 +111,12 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
     except (CheckpointingException, CheckpointException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error
+    for name in state:
+        if isinstance(found := loaded[name], Tensor) and not is_finite(found):
+            raise ValueError(
+                f"checkpoint {directory}: {prefix}{name} holds NaN or infinite numbers, as stored or in the "
+                "range of model.dtype; accepted: finite weights"
+            )
     # Megatron also returns entries that ``state`` does not ask for, such as "about".
     model_state.restore(model, {name: loaded[name] for name in state}, left)
 
@@ -163,15 +182,22 @@ def _parameters(model: GPTModel) -> dict[str, Tensor]:
 
 
 def _check_names(
-    source: HFDirectory, weights: WeightMap, head: ScoreHead | None, headless: bool, layers: int | None
+    source: HFDirectory,
+    weights: WeightMap,
+    head: ScoreHead | None,
+    headless: bool,
+    whole: frozenset[str],
 ) -> None:
-    """Check that every tensor exists and is used; all ranks, whatever their part, come to the same answer."""
+    """Check that every tensor exists and is used; all ranks, whatever their part, come to the same answer.
+
+    ``whole``: tensors of the source's model, which may have more layers than ours.
+    """
     expected = weights.hf_names()
     beside = set(head.statistics) if head is not None else set()
     if headless:
         expected = frozenset(name for name in expected if name.startswith(_BACKBONE))
-        beside = {name for name in source.names if not name.startswith(_BACKBONE)}
-    source.check_names(expected, beside, weights.copies, layers)
+        beside = {name for name in source.names if name.startswith(_HEADS)}
+    source.check_names(expected, beside, weights.copies, whole)
 
 
 @dataclass(frozen=True)

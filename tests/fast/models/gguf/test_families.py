@@ -263,6 +263,18 @@ def test_unknown_quantisations_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_all_that_ends_a_response_in_llama_cpp_ends_one(tmp_path: Path) -> None:
+    original = llama(tmp_path / "hf")
+    ends: dict[str, object] = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 2}
+    imported(tmp_path, metadata_of(original) | ends, tensors_of(original))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [2, 7] and model.config.eos_token_id == 2
+    with pytest.raises(ValueError, match=r"eot_token_id is 9999, accepted: 0 to 263"):
+        imported(
+            tmp_path, metadata_of(original) | {"tokenizer.ggml.eot_token_id": 9999}, tensors_of(original)
+        )
+
+
 def test_types_of_tokens_are_read(tmp_path: Path) -> None:
     original = llama(tmp_path / "hf")
     metadata = metadata_of(original)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
@@ -37,3 +38,19 @@ def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.path: found .*nothing") as caught:
         read_tokenizer(tmp_path / "nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_whose_vocabulary_is_missing_is_refused(tmp_path: Path, kind: str) -> None:
+    """transformers makes one of the special tokens alone, which turns every text into nothing."""
+    directory = tmp_path / "model"
+    tiny_llama(directory)
+    byte_tokenizer(directory)
+    (directory / "tokenizer.json").unlink()
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("backend", None)
+    path.write_text(json.dumps({**settings, "tokenizer_class": kind}))
+    assert AutoTokenizer.from_pretrained(directory)("hello world")["input_ids"] == []
+    with pytest.raises(ValueError, match=r"^model\.path: .* has no tokens but special ones, accepted: "):
+        read_tokenizer(directory)
