@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
@@ -154,8 +154,8 @@ def _check_weights(path: str) -> HFDirectory | None:
 
     A checkpoint says what it lacks when it is loaded, and a hub repository when it is downloaded.
     """
-    local = Path(path).expanduser()
-    return HFDirectory(local) if (local / "config.json").is_file() else None
+    directory = local(path)
+    return HFDirectory(directory) if (directory / "config.json").is_file() else None
 
 
 @contextmanager
@@ -169,4 +169,4 @@ def _errors_of(what: str) -> Iterator[None]:
 
 def _shape(path: str) -> ModelShape:
     """The shape of the model in a Hugging Face directory or hub name, from its configuration only."""
-    return shape_of(read_config(companions_of(Path(path).expanduser())))
+    return shape_of(read_config(companions_of(local(path))))
