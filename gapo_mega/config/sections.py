@@ -100,24 +100,35 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts. A source is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
+    """Prompts. A source is a hub name, a directory of a data set, a .jsonl[.gz]/.json[.gz]/.parquet file, or
+    ``package:NAME``."""
 
     source: LocalPath | Annotated[list[LocalPath], Field(min_length=1)] = Field(
         description="where prompts come from; several are read one after another"
     )
     split: str = Field("train", description="part of the data set that is trained on")
+    subset: str | None = Field(
+        None, description="configuration of the data set (name, in datasets), or a folder of a local one"
+    )
     prompt_column: str = Field(
         "prompt",
-        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, asked "
-        "again for its last answer",
+        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF; where a "
+        "conversation ends in an answer, that one is left out and asked for again",
     )
     heldout_source: LocalPath | None = Field(
         None, description="where held-out prompts come from; none: cut from source"
     )
     heldout_split: str = Field("test", description="part of heldout_source")
+    heldout_subset: str | None = Field(None, description="of heldout_source; none: the only one that it has")
     heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
-    system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
-    chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
+    system_prompt: str | None = Field(
+        None, description="system message of prompts without one; none: the chat template's own"
+    )
+    chat_template: bool = Field(
+        True,
+        description="false: the raw prompt text is the model's input, after what the tokenizer puts before "
+        "a text",
+    )
     max_prompt_tokens: int = Field(
         256, ge=1, description="longer prompts are left out, and counted in the log"
     )

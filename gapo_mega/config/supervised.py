@@ -32,10 +32,14 @@ class SupervisedData(Section):
 
     source: LocalPath = Field(description="where rows come from")
     split: str = Field("train", description="part of the data set that is trained on")
+    subset: str | None = Field(
+        None, description="configuration of the data set (name, in datasets), or a folder of a local one"
+    )
     heldout_source: LocalPath | None = Field(
         None, description="where held-out rows come from; none: cut from source"
     )
     heldout_split: str = Field("test", description="of heldout_source")
+    heldout_subset: str | None = Field(None, description="of heldout_source; none: the only one that it has")
     heldout_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of the distinct prompts held out where heldout_source is none"
     )

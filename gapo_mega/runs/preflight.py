@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.data.preview import preview_prompts
 from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
 from gapo_mega.models.huggingface.location import companions_of
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.score_head import score_head_of
 from gapo_mega.models.shape import ModelShape
@@ -54,6 +59,16 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
         estimator=estimator,
         loss=loss,
     )
+
+
+def preview(config: Config) -> list[str]:
+    """Read the first rows of the run's data; one line about each source. Errors as ``preview_prompts``."""
+
+    @cache
+    def tokenizer() -> PreTrainedTokenizerBase:
+        return read_tokenizer(companions_of(location.resolve(config.model.path)))
+
+    return preview_prompts(config.data, tokenizer)
 
 
 def _aggregator(config: Config) -> Aggregator:
