@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -16,9 +17,12 @@ from typing import Any
 
 from gapo_mega.files import local
 
+logger = logging.getLogger(__name__)
+
 _ENDINGS = ".jsonl, .json, .parquet, .jsonl.gz, .json.gz"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATTERN = re.compile(r"[*?\[]")  # what datasets would read as one, in the name of a directory
+_ODD = re.compile(r"[^\w./ -]")  # what datasets, or fsspec below it, may read as more than a name
+_VARIABLE = re.compile(r"[$~%]")  # in a file's name, the part of this that matters
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,16 @@ def _one_line_errors(wanted: NamedSplit, place: _Place) -> Iterator[None]:
     except ConnectionError as error:
         raise ValueError(
             f"{key}: {found}, but the Hugging Face hub cannot be reached ({_first(error)}); accepted "
-            f"offline: a file ending in {_ENDINGS}, a directory, package:NAME, or what is already in the cache"
+            f"offline: a file ending in {_ENDINGS}, a directory, package:NAME, or what is cached"
         ) from None
     except (DatasetsError, OSError) as error:
         reason = _first(error.__cause__ or error)
+        folders = _folders(local(wanted.name))
+        if isinstance(error, DatasetsError) and folders and wanted.subset is None:
+            raise ValueError(
+                f"{wanted.subset_parameter}: found nothing for {wanted.name!r}, whose files do not fit "
+                f"together ({reason}); accepted: {', '.join(folders)}"
+            ) from None
         raise ValueError(f"{key}: {found}, accepted: {_accepted()} ({reason})") from None
     except ValueError as error:  # what datasets raises for an unknown split or subset
         problem = _subset_problem(place)
@@ -123,17 +133,24 @@ def _one_line_errors(wanted: NamedSplit, place: _Place) -> Iterator[None]:
 
 
 def _plain(directory: Path, copy: Path, subset: str | None) -> tuple[str, str | None]:
-    """The directory to read under a name without pattern, and the subset that is no folder of it."""
+    """The directory, or links to it under plain names, and the subset that is no folder of it."""
     if subset is not None and (directory / subset).is_dir() and subset not in _subsets(str(directory)):
         directory, subset = directory / subset, None
+    if subset is None and len(folders := _folders(directory)) > 1 and len(_subsets(str(directory))) <= 1:
+        logger.info("%s: the folders %s are read together; a subset is one", directory, ", ".join(folders))
     directory = directory.resolve()  # as datasets does
-    if not _PATTERN.search(str(directory)):
+    tree = list(os.walk(directory))
+    odd = _ODD.search(str(directory)) is not None
+    if not odd and not any(_VARIABLE.search(name) for _, dirs, files in tree for name in (*dirs, *files)):
         return str(directory), subset
-    for root, folders, files in os.walk(directory):
-        into = copy / Path(root).relative_to(directory)
-        into.mkdir()
-        for name in [*files, *(folder for folder in folders if (Path(root) / folder).is_symlink())]:
-            (into / name).symlink_to(Path(root) / name)
+    for root, dirs, files in tree:
+        into = copy / _VARIABLE.sub("_", str(Path(root).relative_to(directory)))
+        into.mkdir(exist_ok=True)
+        links = [name for name in dirs if (Path(root) / name).is_symlink()]
+        for number, name in enumerate([*files, *links]):
+            plain = _VARIABLE.sub("_", name)
+            plain = plain if not (into / plain).exists() else f"{number}-{plain}"
+            (into / plain).symlink_to(Path(root) / name)
     return str(copy), subset
 
 
@@ -144,7 +161,8 @@ def _subset_problem(place: _Place) -> str | None:
     try:
         load_dataset_builder(place.path, name=place.subset, cache_dir=place.cache)
     except ValueError as error:
-        return ", ".join(_subsets(place.path)) or _first(error)
+        names = [name for name in _subsets(place.path) if name != "default"]
+        return ", ".join(names or _folders(local(place.path))) or _first(error)
     return None
 
 
@@ -157,6 +175,13 @@ def _subsets(place: str) -> list[str]:
         return sorted(get_dataset_config_names(place))
     except (DatasetsError, OSError, ValueError):
         return []
+
+
+def _folders(directory: Path) -> list[str]:
+    """The names of the folders in a local directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(f.name for f in directory.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
 
 
 def _accepted() -> str:
