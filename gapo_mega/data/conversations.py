@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gapo_mega.config.supervised import SupervisedData
@@ -40,7 +40,7 @@ def usable(table: Table, parse: Callable[[Row], Item], what: str) -> list[Item]:
     ``what`` names the items. Raises ``ValueError`` if none is left, and for a row that would lose something.
     """
     items, reasons = read_usable(table, parse)
-    listed = ", ".join(f"{len(rows)} {reason}" for reason, rows in sorted(reasons.items())) or "none"
+    listed = counted(reasons)
     where = str(table.source)
     logger.info("%s: %d %s of %d rows, left out: %s", where, len(items), what, len(table), listed)
     for reason, rows in sorted(reasons.items()):
@@ -51,6 +51,11 @@ def usable(table: Table, parse: Callable[[Row], Item], what: str) -> list[Item]:
             "source, data.format or column"
         )
     return items
+
+
+def counted(reasons: Mapping[str, Sequence[int]]) -> str:
+    """How many rows are left out for each reason."""
+    return ", ".join(f"{len(rows)} {reason}" for reason, rows in sorted(reasons.items())) or "none"
 
 
 def read_usable(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], dict[str, list[int]]]:

@@ -14,11 +14,11 @@ from gapo_mega.config.supervised import (
     SftConfig,
     SupervisedConfig,
 )
-from gapo_mega.data.chats import Chat, chat_parser
-from gapo_mega.data.conversations import read_usable, sources
+from gapo_mega.data.chats import chat_parser
+from gapo_mega.data.conversations import counted, read_usable, sources
 from gapo_mega.data.encoding import encode_chats, encode_pairs
 from gapo_mega.data.json_rows import Row
-from gapo_mega.data.pairs import Pair, pair_parser
+from gapo_mega.data.pairs import pair_parser
 from gapo_mega.data.prompt_encoding import PromptEncoder
 from gapo_mega.data.prompts import prompt_sources
 from gapo_mega.data.tables import Source, Table, read_rows
@@ -39,8 +39,9 @@ def preview_prompts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     a cell of another shape, and a conversation that the template refuses.
     """
 
-    def check(table: Table) -> int:
-        return len(PromptEncoder(data, tokenizer()).all_of(table))
+    def check(table: Table) -> tuple[int, str]:
+        encoder = PromptEncoder(data, tokenizer())
+        return len(encoder.all_of(table)), encoder.left_out()
 
     training, heldout = prompt_sources(data)
     return [_checked(source, check) for source in [*training, *([heldout] if heldout else [])]]
@@ -56,36 +57,41 @@ def preview_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> list[s
 
 def _chats(config: SftConfig, data: ChatData, tokenizer: Tokenizer) -> list[str]:
 
-    def check(table: Table) -> int:
-        chats: list[Chat] = _parsed(table, chat_parser(data, table))
+    def check(table: Table) -> tuple[int, str]:
+        chats, left_out = _parsed(table, chat_parser(data, table))
         template = config.model.chat_template
         encode_chats(chats, tokenizer(), template, sys.maxsize, assistant_only=config.assistant_only)
-        return len(chats)
+        return len(chats), left_out
 
     return [_checked(source, check) for source in sources(data) if source is not None]
 
 
 def _pairs(config: RewardModelConfig, data: PreferenceData, tokenizer: Tokenizer) -> list[str]:
-    def check(table: Table) -> int:
-        pairs: list[Pair] = _parsed(table, pair_parser(data, table))
+    def check(table: Table) -> tuple[int, str]:
+        pairs, left_out = _parsed(table, pair_parser(data, table))
         encode_pairs(pairs, tokenizer(), config.model.chat_template, sys.maxsize)
-        return len(pairs)
+        return len(pairs), left_out
 
     return [_checked(source, check) for source in sources(data) if source is not None]
 
 
-def _parsed(table: Table, parse: Callable[[Row], Item]) -> list[Item]:
-    return read_usable(table, parse)[0]
+def _parsed(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], str]:
+    items, reasons = read_usable(table, parse)
+    return items, counted(reasons)
 
 
-def _checked(source: Source, check: Callable[[Table], int]) -> str:
+def _checked(source: Source, check: Callable[[Table], tuple[int, str]]) -> str:
+    """``check`` gives the number of usable rows, and how many are left out by reason."""
     if source.is_on_the_hub:
         return f"{source}: not checked, since it is no local file or directory and the hub was not asked"
     table = read_rows(source, ROWS)
-    usable = check(table)
+    usable, left_out = check(table)
     if not usable and len(table) == ROWS:  # the first rows may all be unusable, but not all rows
         table = read_rows(source)
-        usable = check(table)
+        usable, left_out = check(table)
     if not usable:
-        raise ValueError(f"{source}: found no usable row in {len(table)}, accepted: another source or column")
+        raise ValueError(
+            f"{source}: found no usable row in {len(table)} (left out: {left_out}), accepted: another source, "
+            "column or length"
+        )
     return f"{source}: checked {usable} usable rows of the first {len(table)}"

@@ -50,7 +50,9 @@ def test_rows_are_read_until_one_can_be_used(tmp_path: Path) -> None:
     assert preview_prompts(DataConfig(source=late), tokenizer)[0].endswith(
         "checked 1 usable rows of the first 41"
     )
-    with pytest.raises(ValueError, match=r"^data.source '.*: found no usable row in 40, accepted"):
+    with pytest.raises(
+        ValueError, match=r"^data.source '.*: found no usable row in 40 \(left out: .*40 empty"
+    ):
         preview_prompts(DataConfig(source=write(tmp_path / "b.jsonl", [{"prompt": ""}] * 40)), tokenizer)
 
 
