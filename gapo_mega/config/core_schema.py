@@ -17,6 +17,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+_MOST = 100_000
 # The order matters: an integer also looks like a float.
 _SCALARS: dict[str, re.Pattern[str]] = {
     "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
@@ -81,10 +82,22 @@ def _parsed(text: str, loader: type[_Loader]) -> Any:
 
 
 def _unshared(data: Any) -> Any:
-    """A copy in which no list or mapping occurs twice: to change one would change the other."""
-    if isinstance(data, dict):
-        return {key: _unshared(value) for key, value in data.items()}
-    return [_unshared(item) for item in data] if isinstance(data, list) else data
+    """A copy in which no list or mapping occurs twice: to change one would change the other.
+
+    Raises ``ValueError`` where anchors within anchors would make more than ``_MOST`` values of a short text.
+    """
+    count = 0
+
+    def copied(value: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > _MOST:
+            raise ValueError(f"found anchors that stand for more than {_MOST} values")
+        if isinstance(value, dict):
+            return {key: copied(item) for key, item in value.items()}
+        return [copied(item) for item in value] if isinstance(value, list) else value
+
+    return copied(data)
 
 
 def _check_keys(node: MappingNode) -> None:

@@ -91,7 +91,7 @@ def _checked(source: Source, check: Callable[[Table], tuple[int, str]]) -> str:
         usable, left_out = check(table)
     if not usable:
         raise ValueError(
-            f"{source}: found no usable row in {len(table)} (left out: {left_out}), accepted: another source, "
-            "column or length"
+            f"{source}: found no usable row in {len(table)} (left out: {left_out}), accepted: another "
+            "source, column or length"
         )
     return f"{source}: checked {usable} usable rows of the first {len(table)}"

@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 from gapo_mega.files import expanded, local, read_text
+from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.directory import HFDirectory
+from gapo_mega.models.huggingface.location import companions_of, resolve
+from gapo_mega.models.huggingface.tokenizer import read_tokenizer
+from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
 PACKAGE = Path(__file__).resolve().parents[2] / "gapo_mega"
 
@@ -39,6 +44,16 @@ def test_nothing_else_in_the_package_expands_names() -> None:
         )
     }
     assert found == {("files.py", "expanduser")}
+
+
+def test_a_model_directory_is_the_one_that_is_named(tmp_path: Path) -> None:
+    for number, name in enumerate(("m1", "m[1]*?", "m")):
+        tiny_llama(tmp_path / name, vocab=104 + number)
+        byte_tokenizer(tmp_path / name, chat_template=name)
+    place = tmp_path / "m[1]*?"
+    assert read_config(companions_of(resolve(str(place)))).vocab_size == 105
+    assert HFDirectory(place).config.vocab_size == 105
+    assert read_tokenizer(place).chat_template == "m[1]*?"
 
 
 def test_a_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:

@@ -117,6 +117,10 @@ def test_nothing_of_an_override_is_cut_off(text: str) -> None:
         ("a: &x [[*x]]", r"line 1: found \*x within &x itself"),
         ("a: " + "9" * 5000, "line 1: found an integer of 5000 digits"),
         ("a: " + "[" * 5000, "found lists or mappings too deep"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)),
+            "found anchors that stand for more than",
+        ),
         ("a:\n  <<: [1]", "line 2: expected a mapping for merging"),
     ],
 )
