@@ -58,6 +58,7 @@ docs/pipeline
 :hidden:
 :caption: Use
 docs/commands
+docs/data
 docs/rewards
 docs/conversion
 docs/audit

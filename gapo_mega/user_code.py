@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from gapo_mega.files import local
+
 T = TypeVar("T")
 
 CLASS_FORMS = ("module:Class", "path/to/file.py:Class")
@@ -46,7 +48,7 @@ def resolve(reference: str, folders: Sequence[Path]) -> str:
         return reference
     is_file = place.endswith(".py")
     if is_file:
-        files = [Path(place).expanduser()]
+        files = [local(place)]
     elif _MODULE.fullmatch(place) and not _python_finds(place.partition(".")[0]):
         inner = Path(*place.split("."))
         files = [inner.with_suffix(".py"), inner / "__init__.py"]
@@ -144,7 +146,7 @@ def _of_file(where: str, file: Path) -> ModuleType:
     Its folder, or that of its outermost package, goes to the end of ``sys.path`` and stays there: the file
     may import its neighbours, at once or when it is called, and shadows nothing.
     """
-    path = Path(os.path.abspath(file.expanduser()))
+    path = Path(os.path.abspath(local(file)))
     if not path.is_file():
         raise ValueError(f"{where}: file {file} not found, accepted: a Python file")
     root, name = path.parent, path.stem

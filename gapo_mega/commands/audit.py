@@ -7,15 +7,24 @@ from typing import Annotated
 
 import typer
 
+from gapo_mega.files import local
+
 
 def audit(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, finished or running.")],
+    run_dir: Annotated[
+        Path, typer.Argument(parser=local, metavar="RUN_DIR", help="Directory of a run, finished or running.")
+    ],
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Show only this method; may be repeated.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write audit.csv and audit.png, if not RUN_DIR/audit."),
+        typer.Option(
+            "--out",
+            parser=local,
+            metavar="PATH",
+            help="Where to write audit.csv and audit.png, if not RUN_DIR/audit.",
+        ),
     ] = None,
 ) -> None:
     """Tell, without training, what every aggregation method would have done at each step of a run."""

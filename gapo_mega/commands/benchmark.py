@@ -9,6 +9,7 @@ import typer
 
 from gapo_mega.commands import launch
 from gapo_mega.commands.options import Overrides, Processes
+from gapo_mega.files import local
 from gapo_mega.runs.processes import world_size
 
 app = typer.Typer(help="Measure what parts of a training cost on this machine.", no_args_is_help=True)
@@ -17,14 +18,19 @@ app = typer.Typer(help="Measure what parts of a training cost on this machine.",
 @app.command()
 def step(
     config: Annotated[
-        Path, typer.Option("--config", "-c", help="YAML file of a run: model, layout, lengths.")
+        Path,
+        typer.Option(
+            "--config", "-c", parser=local, metavar="PATH", help="YAML file of a run: model, layout, lengths."
+        ),
     ],
     overrides: Overrides = None,
     objectives: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Numbers of objectives; may be repeated. [2 4]")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every strategy.")] = 5,
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("step-benchmark.json"),
+    out: Annotated[Path, typer.Option(parser=local, metavar="PATH", help="JSON file to write.")] = Path(
+        "step-benchmark.json"
+    ),
     nproc: Processes = None,
 ) -> None:
     """Time and memory of every gradient strategy, as a ratio to the step with one objective."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from gapo_mega.commands import launch
+from gapo_mega.files import local
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 Kind = Literal["hf", "megatron", "gguf"]
@@ -22,10 +23,15 @@ def convert(
     source: Annotated[
         Path,
         typer.Option(
-            "--from", help="Hugging Face directory or hub name, Megatron checkpoint, or .gguf file."
+            "--from",
+            parser=local,
+            metavar="PATH",
+            help="Hugging Face directory or hub name, Megatron checkpoint, or .gguf file.",
         ),
     ],
-    target: Annotated[Path, typer.Option("--to", help="The directory to write.")],
+    target: Annotated[
+        Path, typer.Option("--to", parser=local, metavar="PATH", help="The directory to write.")
+    ],
     tp: Annotated[
         int, typer.Option("--tp", min=1, help="Tensor-parallel size whose parts are stored apart.")
     ] = 1,
@@ -43,7 +49,6 @@ def convert(
 
     Any layout can load a Megatron checkpoint, whatever --tp and --pp it was written with.
     """
-    source, target = source.expanduser(), target.expanduser()
     conversion = Conversion(str(source), target, tp, pp, dtype, to, overwrite)
     conversion.check()
     if nproc is not None:
@@ -90,11 +95,11 @@ class Conversion:
                     )
         if kind == "gguf" and self.dtype is not None and target == "hf":
             raise ValueError(f"--dtype: found {self.dtype} for a .gguf file, which becomes fp32")
-        refuse_inside(Path(self.source).expanduser(), self.target)
+        refuse_inside(local(self.source), self.target)
         if self.target.exists() and not self.overwrite:
             raise ValueError(f"--to: {self.target} exists already; name another directory, or --overwrite")
-        if kind == "hf" and Path(self.source).expanduser().is_dir():
-            self._check_model(Path(self.source).expanduser())
+        if kind == "hf" and local(self.source).is_dir():
+            self._check_model(local(self.source))
 
     def _check_model(self, source: Path) -> None:
         """Check the model's family and the layout before any process starts."""
@@ -139,7 +144,7 @@ class Conversion:
         converter = checkpoint_converter()
         dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, _DTYPES[self.dtype])
         if target == "hf":
-            converter.to_hf(Path(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
+            converter.to_hf(local(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
             return
         if "RANK" in os.environ:
             dist.init_process_group("gloo")
@@ -167,7 +172,7 @@ class Conversion:
         return options + (["--overwrite"] if self.overwrite else [])
 
     def _source_kind(self) -> Kind:
-        path = Path(self.source).expanduser()
+        path = local(self.source)
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise ValueError(f"--from: file {path} not found")

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.")]
+from gapo_mega.files import local
+
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", parser=local, metavar="PATH", help="YAML file of the run.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
 ]

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gapo_mega.files import local
+
 
 def serve_reward(
     overrides: Annotated[
@@ -15,7 +17,10 @@ def serve_reward(
         typer.Argument(metavar="KEY=VALUE", help="Settings of the objective, such as options.dtype=bf16."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of one objective, of any kind.")
+        Path | None,
+        typer.Option(
+            "--config", "-c", parser=local, metavar="PATH", help="YAML file of one objective, of any kind."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Instead: directory or hub name of a classifier (kind hf_classifier).")

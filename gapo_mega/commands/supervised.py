@@ -22,10 +22,12 @@ def run_supervised(
 ) -> None:
     """Run ``kind`` with ``settings``; given ``nproc``, become that many processes with ``arguments``."""
     if nproc is not None:
+        from gapo_mega.data.preview import preview_supervised
         from gapo_mega.runs.supervised import check
 
         launch.refuse_under_torchrun(nproc)
-        check(settings, nproc)  # here, because torchrun buries the error of a worker
+        tokenizer = check(settings, nproc).tokenizer  # here, because torchrun buries the error of a worker
+        preview_supervised(settings, lambda: tokenizer)
         launch.start(nproc, arguments)
     launch.quiet_other_ranks()
     run = kind(settings)

@@ -22,7 +22,10 @@ def train(
     ] = None,
     nproc: Processes = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print configuration, layout and predicted memory; stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the data's first rows; print configuration, layout and memory; stop."
+        ),
     ] = False,
     world: Annotated[
         int | None, typer.Option(min=1, help="With --dry-run: number of processes to plan for.")
@@ -44,9 +47,10 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or world_size())
     elif nproc is not None:
-        from gapo_mega.runs.preflight import resolve
+        from gapo_mega.runs.preflight import preview, resolve
 
         resolve(settings, nproc)  # here, because torchrun buries the error of a worker
+        preview(settings)
         launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
     else:
         launch.quiet_other_ranks()
@@ -56,13 +60,15 @@ def train(
 
 
 def _dry_run(config: Config, world_size: int) -> None:
-    """Print the resolved configuration as YAML, with layout and memory as comments below it."""
+    """Print the resolved configuration as YAML, with layout, memory and data as comments below it."""
     from gapo_mega.commands.plan import make_plan
     from gapo_mega.config.loading import to_yaml
+    from gapo_mega.runs.preflight import preview
 
     run = make_plan(config, world_size)
     if not is_main_rank():
         return
+    data = preview(config)
     print(to_yaml(config))
-    for line in run.lines():
+    for line in [*run.lines(), *data]:
         print(f"# {line}")

@@ -14,6 +14,7 @@ from gapo_mega.config.sections import (
     DataConfig,
     EvaluationConfig,
     GradientConfig,
+    LocalPath,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -22,6 +23,7 @@ from gapo_mega.config.sections import (
     ParallelConfig,
     RolloutConfig,
     Section,
+    TemplatePath,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "GradientConfig",
+    "LocalPath",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",
@@ -42,4 +45,5 @@ __all__ = [
     "ParallelConfig",
     "RolloutConfig",
     "Section",
+    "TemplatePath",
 ]

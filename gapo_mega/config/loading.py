@@ -8,49 +8,27 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, overload
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gapo_mega.config import Config, Section
+from gapo_mega.config.core_schema import parse_document, parse_value, written
+from gapo_mega.files import local, read_text
 
 Location = tuple[int | str, ...]
 Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 # Where settings of a training run have moved; files and overrides may still use the old name.
 MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-6`` as a number and refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes texts that ``_Loader`` would read as numbers."""
-
-
-# YAML 1.1, which PyYAML follows, wants a dot in a float; learning rates are rarely written that way.
-_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 @overload
@@ -64,12 +42,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, kind: type[Kind]) -
 def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = Config) -> Section:
     """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
 
-    Values of overrides are YAML; list items are reached by index (``objectives.0.name=x``). ``kind`` is the
-    class that the whole file describes. It looks for the user's own code in the working directory, then in
+    The file is YAML by ``core_schema.parse_document``, an override's value what ``core_schema.parse_value``
+    makes of it; list items are reached by index (``objectives.0.name=x``). ``kind`` is the class that the
+    whole file describes. It looks for the user's own code in the working directory, then in
     the file's folder, and puts the absolute path into the configuration.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
-    return parse(_read(Path(path), kind), overrides, kind, path, Path(path).parent)
+    file = local(path)
+    return parse(_read(file, kind), overrides, kind, file, file.parent)
 
 
 def parse(
@@ -93,6 +73,7 @@ def parse(
     _refuse_both(overrides, told)
     for old, new in told.items():
         logger.warning("%s is now %s", old, new)
+    _refuse_infinite(data, applied, source)
     here = Path.cwd()
     folders = [here] if folder is None or here == here / folder else [here, here / folder]
     try:
@@ -111,18 +92,16 @@ def dump(config: Section, path: str | Path) -> None:
 
 def to_yaml(config: Section) -> str:
     """The resolved configuration as YAML, in the order in which the fields are declared."""
-    # With allow_unicode, PyYAML would write some characters that it cannot read back.
-    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-    return text
+    return written(config.model_dump(mode="json"))
 
 
 def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config: file {path} not found; accepted: a YAML file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        data = parse_document(read_text(path))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: found {_shown(data)}, accepted: a mapping with the keys {_listed(kind)}")
     return data
@@ -176,10 +155,11 @@ def _apply(data: dict[str, Any], override: str) -> Location:
             f"override {override!r}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
         )
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = parse_value(text)
+    except ValueError as error:
         raise ValueError(
-            f"override {override!r}: value not readable as YAML: {' '.join(str(error).split())}"
+            f"override {override!r}: value not readable as YAML: {error}; accepted: one value and "
+            "nothing after it (a text that begins with [ { \" ' or ! needs quotes)"
         ) from None
     node: Any = data
     location: list[int | str] = []
@@ -199,13 +179,32 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
     if isinstance(node, dict):
         return part
     if isinstance(node, list):
-        if part.isdigit() and int(part) < len(node):
+        if _INDEX.fullmatch(part) and int(part) < len(node):
             return int(part)
+        accepted = f"an index from 0 to {len(node) - 1}" if node else "none"
         raise ValueError(
-            f"{where}.{part}: {where} has {len(node)} items, accepted: an index from 0 to {len(node) - 1} "
-            f"(from override {override!r})"
+            f"{where}.{part}: {where} has {len(node)} items, accepted: {accepted}; a longer one "
+            f"is given as a whole (from override {override!r})"
         )
     raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
+
+
+def _refuse_infinite(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
+    """``ValueError`` for the first number of ``data``, at any depth, that is not finite."""
+    for location, value in _leaves(data, ()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{'.'.join(map(str, location))}: found {value}, accepted: a finite number "
+                f"({_origin(location, applied, source)})"
+            )
+
+
+def _leaves(data: Any, location: Location) -> Iterator[tuple[Location, Any]]:
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _leaves(value, (*location, key))
+    else:
+        yield location, data
 
 
 def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:
@@ -234,6 +233,10 @@ def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
         outer = ".".join(map(str, location[:-1]))
         # Validators of a section name their own keys; a nested section gets its path in front.
         return f"in {path}: {message}" if outer else message
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: a mapping with the keys " + (
+            _listed(_section(location, kind))
+        )
     accepted = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
     return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {accepted}"
 

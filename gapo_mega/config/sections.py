@@ -21,13 +21,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from gapo_mega.config import strategies
+from gapo_mega.files import expanded
 from gapo_mega.user_code import resolve
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, unknown keys refused."""
+    """Base of every section: immutable, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _resolved(reference: str, info: ValidationInfo) -> str:
@@ -44,10 +45,22 @@ def _resolved(reference: str, info: ValidationInfo) -> str:
 Code = Annotated[str, AfterValidator(_resolved)]
 
 
+# A file or directory; for models and data it may also be a hub name, which never begins with ~.
+LocalPath = Annotated[str, AfterValidator(expanded)]
+
+
+def _template(text: str) -> str:
+    return expanded(text) if text.endswith(".jinja") else text
+
+
+# Jinja text, or the path of a file that ends in .jinja.
+TemplatePath = Annotated[str, AfterValidator(_template)]
+
+
 class ModelConfig(Section):
     """The policy; the reference is its frozen copy."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         description="Hugging Face directory or hub name, or a checkpoint of gapo-mega convert or train"
     )
     dtype: Literal["fp32", "bf16"] = Field(
@@ -87,24 +100,35 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts. A source is a hub name, a .jsonl[.gz]/.json[.gz]/.parquet file, or ``package:NAME``."""
+    """Prompts. A source is a hub name, a directory of a data set, a .jsonl[.gz]/.json[.gz]/.parquet file, or
+    ``package:NAME``."""
 
-    source: str | Annotated[list[str], Field(min_length=1)] = Field(
+    source: LocalPath | Annotated[list[LocalPath], Field(min_length=1)] = Field(
         description="where prompts come from; several are read one after another"
     )
     split: str = Field("train", description="part of the data set that is trained on")
+    subset: str | None = Field(
+        None, description="configuration of the data set (name, in datasets), or a folder of a local one"
+    )
     prompt_column: str = Field(
         "prompt",
-        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF, asked "
-        "again for its last answer",
+        description="a string, a list of {role, content} messages, or a transcript of HH-RLHF; where a "
+        "conversation ends in an answer, that one is left out and asked for again",
     )
-    heldout_source: str | None = Field(
+    heldout_source: LocalPath | None = Field(
         None, description="where held-out prompts come from; none: cut from source"
     )
     heldout_split: str = Field("test", description="part of heldout_source")
+    heldout_subset: str | None = Field(None, description="of heldout_source; none: the only one that it has")
     heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
-    system_prompt: str | None = Field(None, description="system message; none: the chat template's own")
-    chat_template: bool = Field(True, description="false: the raw prompt text is the model's input")
+    system_prompt: str | None = Field(
+        None, description="system message of prompts without one; none: the chat template's own"
+    )
+    chat_template: bool = Field(
+        True,
+        description="false: the raw prompt text is the model's input, after what the tokenizer puts before "
+        "a text",
+    )
     max_prompt_tokens: int = Field(
         256, ge=1, description="longer prompts are left out, and counted in the log"
     )
@@ -224,7 +248,9 @@ class OptimizerConfig(Section):
 class CriticConfig(Section):
     """Value models, used when the advantage estimator needs them."""
 
-    path: str | None = Field(None, description="Hugging Face directory of the backbone; none: the policy's")
+    path: LocalPath | None = Field(
+        None, description="Hugging Face directory of the backbone; none: the policy's"
+    )
     heads: Literal["shared", "separate"] = Field("shared", description="one model with M heads, or M models")
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
 
@@ -313,7 +339,7 @@ class LoggingConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    output_dir: str = Field(description="directory of the run; the same one resumes it")
+    output_dir: LocalPath = Field(description="directory of the run; the same one resumes it")
     seed: int = Field(1, description="of prompts, sampling and minibatches")
     steps: int = Field(100, ge=1, description="rollout steps")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")

@@ -12,11 +12,13 @@ from pydantic import Field, model_validator
 
 from gapo_mega.config import (
     CheckpointConfig,
+    LocalPath,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Section,
+    TemplatePath,
 )
 
 
@@ -28,12 +30,16 @@ class SupervisedData(Section):
     the first of the assistant) go to the same side.
     """
 
-    source: str = Field(description="where rows come from")
+    source: LocalPath = Field(description="where rows come from")
     split: str = Field("train", description="part of the data set that is trained on")
-    heldout_source: str | None = Field(
+    subset: str | None = Field(
+        None, description="configuration of the data set (name, in datasets), or a folder of a local one"
+    )
+    heldout_source: LocalPath | None = Field(
         None, description="where held-out rows come from; none: cut from source"
     )
     heldout_split: str = Field("test", description="of heldout_source")
+    heldout_subset: str | None = Field(None, description="of heldout_source; none: the only one that it has")
     heldout_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of the distinct prompts held out where heldout_source is none"
     )
@@ -94,7 +100,7 @@ class ScoreModelConfig(ModelConfig):
     max_tokens: int = Field(
         512, ge=2, description="longer conversations are left out, and counted in the log"
     )
-    chat_template: str | None = Field(
+    chat_template: TemplatePath | None = Field(
         None, description="Jinja text, or a file ending in .jinja; none: the tokenizer's own"
     )
     keep_layers: int | None = Field(
@@ -111,7 +117,7 @@ class SupervisedOptimizer(OptimizerConfig):
 class SupervisedConfig(Section):
     """What supervised runs have in common."""
 
-    output_dir: str = Field(description="directory of the run; the same one resumes it")
+    output_dir: LocalPath = Field(description="directory of the run; the same one resumes it")
     seed: int = Field(1, description="of the order of rows, and of a new score head")
     epochs: int = Field(1, ge=1, description="passes over the data, each without its incomplete last batch")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; none: never")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gapo_mega.files import local, read_text
 from gapo_mega.types import Message
 
 if TYPE_CHECKING:
@@ -29,10 +29,13 @@ def template_text(tokenizer: PreTrainedTokenizerBase, given: str | None, paramet
             raise ValueError(
                 f"{parameter}: not given, and the tokenizer of {name!r} has none; {accepted}"
             ) from None
-    path = Path(given).expanduser()
+    path = local(given)
     if not path.is_file():
         raise ValueError(f"{parameter}: file {path} not found; {accepted}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return read_text(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{parameter}: file {path} not readable: {error}") from None
 
 
 class ChatTemplate:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gapo_mega.config.supervised import ChatData
-from gapo_mega.data.conversations import (
-    Messages,
-    Unusable,
-    check_turns,
-    hold_out,
-    messages_of,
-    parse_transcript,
-    usable,
-)
-from gapo_mega.data.tables import check_column, read_rows
+from gapo_mega.data import transcripts
+from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
+from gapo_mega.data.json_rows import Row
+from gapo_mega.data.messages import Messages, conversation
+from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
 from gapo_mega.types import Message
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
 # The parameters that name the columns of each format.
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages_column",),
@@ -50,63 +41,57 @@ def load_chats(data: ChatData, seed: int) -> tuple[list[Chat], list[Chat]]:
     Raises ``ValueError`` for a missing file, split or column, and when nothing is left.
     """
 
-    def read(source_key: str, source: str, split_key: str, split: str) -> list[Chat]:
-        table = read_rows(source_key, source, split_key, split)
-        parse = _parser(data, table, source)
-        return usable(
-            table,
-            lambda row: _chat(parse(row)),
-            "chats",
-            f"{source_key} {source!r} ({split_key} {split!r})",
-        )
+    def read(source: Source) -> list[Chat]:
+        table = read_rows(source)
+        return usable(table, chat_parser(data, table), "chats")
 
     return hold_out(data, seed, read, lambda chat: chat.messages, "chats")
 
 
-def _chat(messages: Messages) -> Chat:
-    check_turns(messages, last="assistant")
-    return Chat(messages)
+def chat_parser(data: ChatData, table: Table) -> Callable[[Row], Chat]:
+    """Check the columns of ``table``; return the function from a row to a chat.
+
+    It raises ``Unusable``, ``Malformed`` or ``Lossy`` for a row that is none.
+    """
+    kind = _detected(data, table) if data.format == "auto" else data.format
+    names = [getattr(data, name) for name in FORMATS[kind]]
+    for key, name in zip(FORMATS[kind], names, strict=True):
+        check_column(f"data.{key}", name, table)
+    tell_unread(table, names)
+
+    def parse(row: Row) -> Chat:
+        if kind == "columns":
+            messages = _answered(prompt_of(row.get(names[0]), names[0]), row.get(names[1]))
+        else:
+            messages = _spoken(row.get(names[0]), names[0])
+        check_turns(messages, last="assistant")
+        return Chat(messages)
+
+    return parse
 
 
-def _parser(data: ChatData, table: Dataset, source: str) -> Callable[[Row], Messages]:
-    """Check the columns of ``table``; return the function from a row to messages."""
-    kind = _detected(data, table, source) if data.format == "auto" else data.format
-    for name in FORMATS[kind]:
-        check_column(f"data.{name}", getattr(data, name), table, source)
-    if kind == "messages":
-        return lambda row: _listed(row[data.messages_column])
-    if kind == "hh":
-        return lambda row: _spoken(row[data.transcript_column])
-    return lambda row: _answered(row[data.prompt_column], row[data.response_column])
-
-
-def _detected(data: ChatData, table: Dataset, source: str) -> str:
+def _detected(data: ChatData, table: Table) -> str:
     for kind, names in FORMATS.items():
-        if {getattr(data, name) for name in names} <= {*table.column_names}:
-            logger.info("data.format: %s is read as %s", source, kind)
+        if {getattr(data, name) for name in names} <= {*table.columns}:
+            logger.info("data.format: %s is read as %s", table.source.name, kind)
             return kind
     raise ValueError(
-        f"data.format: found auto for {source!r} with the columns {', '.join(sorted(table.column_names))}, "
+        f"data.format: found auto for {table.source.name!r} with the columns "
+        f"{', '.join(sorted(table.columns))}, "
         f"accepted: {data.messages_column} (data.messages_column), {data.prompt_column} and "
         f"{data.response_column} (data.prompt_column, data.response_column), or {data.transcript_column} "
         "(data.transcript_column)"
     )
 
 
-def _listed(cell: Any) -> Messages:
-    if isinstance(cell, str):
-        raise Unusable("malformed")
-    return messages_of(cell)
-
-
-def _spoken(cell: Any) -> Messages:
-    """A transcript, or the list of messages that other preference files have in its place."""
-    if isinstance(cell, list):
-        return messages_of(cell)
-    return parse_transcript(cell)
-
-
-def _answered(prompt: Any, response: Any) -> Messages:
+def _answered(prompt: Messages, response: Any) -> Messages:
     if not isinstance(response, str):
         raise Unusable("malformed")
-    return (*messages_of(prompt), {"role": "assistant", "content": response})
+    return (*prompt, {"role": "assistant", "content": response})
+
+
+def _spoken(cell: Any, column: str) -> Messages:
+    """A list of messages or a transcript: a text that is none has no answer to learn."""
+    if isinstance(cell, str) and not transcripts.is_transcript(cell):
+        raise Unusable("malformed")
+    return conversation(cell, column)

@@ -1,99 +1,119 @@
-"""Conversations in rows of data: reads transcripts and cells, checks turns, holds rows out by prompt."""
+"""Conversations in rows of data: what can be used, and what is held out by prompt."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gapo_mega.config.supervised import SupervisedData
-from gapo_mega.data import transcripts
-from gapo_mega.data.tables import is_conversation
-from gapo_mega.types import Message
+from gapo_mega.data.json_rows import Row
+from gapo_mega.data.messages import Lossy, Malformed, Messages, asked, conversation, turns_fault
+from gapo_mega.data.tables import Source, Table
 
 logger = logging.getLogger(__name__)
 
-Messages = tuple[Message, ...]
 Item = TypeVar("Item")
+_SHOWN = 5  # rows that the log names of those left out for one reason
 
 
 class Unusable(Exception):
     """A row that cannot be trained on; its text is the reason that the log counts it under."""
 
 
-def parse_transcript(cell: Any) -> Messages:
-    """Like ``transcripts.parse_transcript``, but raises :class:`Unusable` where the cell is none."""
-    messages = transcripts.parse_transcript(cell)
-    if messages is None:
-        raise Unusable("malformed")
-    return messages
-
-
-def messages_of(cell: Any) -> Messages:
-    """The messages of a cell: a list of ``{role, content}``, or a text, which is one message of the user."""
-    if isinstance(cell, str):
-        return ({"role": "user", "content": cell},)
-    if not is_conversation(cell) or not all(isinstance(m["role"], str) for m in cell):
-        raise Unusable("malformed")
-    return tuple({"role": m["role"], "content": m["content"]} for m in cell)
-
-
 def check_turns(messages: Messages, last: str) -> None:
-    """Raise :class:`Unusable` unless user and assistant alternate, the user first, up to role ``last``.
-
-    A message of the system may come before them; no message may be empty.
-    """
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if not turns or not transcripts.in_turn(turns) or turns[-1]["role"] != last:
-        raise Unusable("turns out of order")
-    if not all(m["content"].strip() for m in messages):
-        raise Unusable("empty")
+    """Raise :class:`Unusable` where ``turns_fault`` finds one."""
+    fault = turns_fault(messages, last)
+    if fault is not None:
+        raise Unusable(fault)
 
 
-def usable(rows: Iterable[Any], parse: Callable[[Any], Item], what: str, where: str) -> list[Item]:
+def prompt_of(cell: Any, column: str) -> Messages:
+    """The conversation in a cell of a column of prompts, without an answer that it ends in."""
+    return asked(conversation(cell, column))
+
+
+def usable(table: Table, parse: Callable[[Row], Item], what: str) -> list[Item]:
     """Parse every row; leave out those that ``parse`` refuses, and count them by reason in the log.
 
-    ``what`` names the items and ``where`` the source, parameter first. Raises ``ValueError`` if none is left.
+    ``what`` names the items. Raises ``ValueError`` if none is left, and for a row that would lose something.
     """
-    items: list[Item] = []
-    reasons: Counter[str] = Counter()
-    total = 0
-    for row in rows:
-        total += 1
-        try:
-            items.append(parse(row))
-        except Unusable as refused:
-            reasons[str(refused)] += 1
-    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-    logger.info("%s: %d %s of %d rows, left out: %s", where, len(items), what, total, listed)
+    items, reasons = read_usable(table, parse)
+    listed = counted(reasons)
+    where = str(table.source)
+    logger.info("%s: %d %s of %d rows, left out: %s", where, len(items), what, len(table), listed)
+    for reason, rows in sorted(reasons.items()):
+        logger.info("%s: %s: rows %s", where, reason, ", ".join(map(str, rows[:_SHOWN])))
     if not items:
         raise ValueError(
-            f"{where}: found no usable {what} in {total} rows (left out: {listed}), accepted: another "
+            f"{where}: found no usable {what} in {len(table)} rows (left out: {listed}), accepted: another "
             "source, data.format or column"
         )
     return items
 
 
+def counted(reasons: Mapping[str, Sequence[int]]) -> str:
+    """How many rows are left out for each reason."""
+    return ", ".join(f"{len(rows)} {reason}" for reason, rows in sorted(reasons.items())) or "none"
+
+
+def read_usable(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], dict[str, list[int]]]:
+    """What ``parse`` makes of the rows, and the numbers of those that it refuses, by reason.
+
+    Raises ``ValueError`` for a row that would lose something.
+    """
+    items: list[Item] = []
+    reasons: dict[str, list[int]] = {}
+    for number, row in table:
+        try:
+            items.append(parse(row))
+        except Unusable as refused:
+            reasons.setdefault(str(refused), []).append(number)
+        except Malformed:
+            reasons.setdefault("malformed", []).append(number)
+        except Lossy as error:
+            raise ValueError(f"{table.place(number)}: {error}") from None
+    return items, reasons
+
+
+def sources(data: SupervisedData) -> tuple[Source, Source | None]:
+    """Where training rows come from, and held-out ones, if not from there too."""
+    heldout = None
+    if data.heldout_source is not None:
+        heldout = heldout_source(data.heldout_source, data.heldout_split, data.heldout_subset)
+    return training_source(data.source, data.split, data.subset), heldout
+
+
+def heldout_source(name: str, split: str, subset: str | None) -> Source:
+    """The source of held-out rows, with the names of its settings."""
+    return Source("data.heldout_source", name, "data.heldout_split", split, "data.heldout_subset", subset)
+
+
+def training_source(name: str, split: str, subset: str | None) -> Source:
+    """A source of training rows, with the names of its settings."""
+    return Source("data.source", name, "data.split", split, "data.subset", subset)
+
+
 def hold_out(
     data: SupervisedData,
     seed: int,
-    read: Callable[[str, str, str, str], list[Item]],
+    read: Callable[[Source], list[Item]],
     prompt_of: Callable[[Item], Messages],
     what: str,
 ) -> tuple[list[Item], list[Item]]:
     """Training and held-out items in the order of their sources; no opening (see ``opening``) is in both.
 
-    ``read`` is called with the name and the value of a source and of a split. Without a held-out source,
+    ``read`` is called with each source. Without a held-out source,
     ``data.heldout_fraction`` of the distinct openings is drawn: those with the smallest hash with ``seed``,
     so the choice does not depend on the order of the rows.
     """
-    items = read("data.source", data.source, "data.split", data.split)
+    source, from_elsewhere = sources(data)
+    items = read(source)
     openings = [opening(prompt_of(item)) for item in items]
     heldout: list[Item]
-    if data.heldout_source is not None:
-        heldout = read("data.heldout_source", data.heldout_source, "data.heldout_split", data.heldout_split)
+    if from_elsewhere is not None:
+        heldout = read(from_elsewhere)
         taken = {opening(prompt_of(item)) for item in heldout}
     else:
         taken = _drawn(set(openings), data.heldout_fraction, seed)

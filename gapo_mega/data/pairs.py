@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gapo_mega.config.supervised import PreferenceData
 from gapo_mega.data import transcripts
-from gapo_mega.data.conversations import (
-    Messages,
-    Unusable,
-    check_turns,
-    hold_out,
-    messages_of,
-    parse_transcript,
-    usable,
-)
-from gapo_mega.data.tables import check_column, read_rows
+from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
+from gapo_mega.data.json_rows import Row
+from gapo_mega.data.messages import Messages, conversation
+from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
 from gapo_mega.types import Message
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
 Lengths = tuple[int, int]  # of the chosen and of the rejected response, in tokens
 PKU_RESPONSES = ("response_0", "response_1")
 PKU_JUDGEMENTS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
@@ -59,37 +49,42 @@ def load_pairs(data: PreferenceData, seed: int) -> tuple[list[Pair], list[Pair]]
     is left.
     """
 
-    def read(source_key: str, source: str, split_key: str, split: str) -> list[Pair]:
-        table = read_rows(source_key, source, split_key, split)
-        parse = _parser(data, table, source)
-        return usable(table, parse, "pairs", f"{source_key} {source!r} ({split_key} {split!r})")
+    def read(source: Source) -> list[Pair]:
+        table = read_rows(source)
+        return usable(table, pair_parser(data, table), "pairs")
 
     return hold_out(data, seed, read, lambda pair: pair.prompt, "pairs")
 
 
-def _parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[Row], Pair]:
-    """Check the columns of ``table``; return the function from a row to a pair."""
-    kind = _detected(data, table, source) if data.format == "auto" else data.format
+def pair_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
+    """Check the columns of ``table``; return the function from a row to a pair.
+
+    It raises ``Unusable``, ``Malformed`` or ``Lossy`` for a row that is none.
+    """
+    kind = _detected(data, table) if data.format == "auto" else data.format
     if kind == "pku":
-        return _pku_parser(data, table, source)
-    check_column("data.chosen_column", data.chosen_column, table, source)
-    check_column("data.rejected_column", data.rejected_column, table, source)
+        return _pku_parser(data, table)
+    check_column("data.chosen_column", data.chosen_column, table)
+    check_column("data.rejected_column", data.rejected_column, table)
+    read = [data.chosen_column, data.rejected_column]
     if kind == "hh":
-        return lambda row: _hh_pair(row[data.chosen_column], row[data.rejected_column])
-    if isinstance(_first(table, data.chosen_column), str):
-        check_column("data.prompt_column", data.prompt_column, table, source)
-    return lambda row: _columns_pair(
-        row.get(data.prompt_column), row[data.chosen_column], row[data.rejected_column]
-    )
+        tell_unread(table, read)
+        return lambda row: _hh_pair(data, row)
+    first = _first(table, data.chosen_column)
+    if isinstance(first, str) and not transcripts.is_transcript(first):
+        check_column("data.prompt_column", data.prompt_column, table)
+    tell_unread(table, [*read, data.prompt_column])
+    return lambda row: _columns_pair(data, row)
 
 
-def _detected(data: PreferenceData, table: Dataset, source: str) -> str:
-    if {*PKU_RESPONSES} <= {*table.column_names}:
+def _detected(data: PreferenceData, table: Table) -> str:
+    source = table.source.name
+    if {*PKU_RESPONSES} <= {*table.columns}:
         found = "pku"
-    elif not {data.chosen_column, data.rejected_column} <= {*table.column_names}:
+    elif not {data.chosen_column, data.rejected_column} <= {*table.columns}:
         raise ValueError(
             f"data.format: found auto for {source!r} with the columns "
-            f"{', '.join(sorted(table.column_names))}, accepted: columns {data.chosen_column} and "
+            f"{', '.join(sorted(table.columns))}, accepted: columns {data.chosen_column} and "
             f"{data.rejected_column} (data.chosen_column, data.rejected_column), or {PKU_RESPONSES[0]} and "
             f"{PKU_RESPONSES[1]}"
         )
@@ -104,17 +99,19 @@ def _detected(data: PreferenceData, table: Dataset, source: str) -> str:
     return found
 
 
-def _first(table: Dataset, column: str) -> Any:
-    return next((cell for cell in table[column] if cell is not None), None)
+def _first(table: Table, column: str) -> Any:
+    return next((row[column] for _, row in table if row.get(column) is not None), None)
 
 
-def _pku_parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[Row], Pair]:
+def _pku_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
+    source = table.source.name
     if data.objective is None:
         raise ValueError(
             f"data.objective: found nothing, accepted for {source!r}, whose format is pku: helpful, harmless"
         )
     judgement = PKU_JUDGEMENTS[data.objective]
-    missing = {"prompt", *PKU_RESPONSES, judgement} - {*table.column_names}
+    read = {"prompt", *PKU_RESPONSES, judgement}
+    missing = read - {*table.columns}
     if missing:
         raise ValueError(
             f"data.format: found pku for {source!r}, which has no column {', '.join(sorted(missing))}; "
@@ -122,26 +119,43 @@ def _pku_parser(data: PreferenceData, table: Dataset, source: str) -> Callable[[
             f"and {judgement}"
         )
 
+    tell_unread(table, sorted(read))
+
     def parse(row: Row) -> Pair:
-        if row[judgement] not in (0, 1):
+        if row.get(judgement) not in (0, 1):
             raise Unusable("malformed")
-        better = int(row[judgement])
-        return _pair(messages_of(row["prompt"]), row[PKU_RESPONSES[better]], row[PKU_RESPONSES[1 - better]])
+        chosen, rejected = PKU_RESPONSES if row[judgement] == 0 else PKU_RESPONSES[::-1]
+        return _pair(prompt_of(row.get("prompt"), "prompt"), row.get(chosen), row.get(rejected))
 
     return parse
 
 
-def _hh_pair(chosen: Any, rejected: Any) -> Pair:
-    return _pair_of_conversations(parse_transcript(chosen), parse_transcript(rejected))
+def _hh_pair(data: PreferenceData, row: Row) -> Pair:
+    if not all(transcripts.is_transcript(row.get(c)) for c in (data.chosen_column, data.rejected_column)):
+        raise Unusable("malformed")
+    return _pair_of_conversations(*_both(data, row))
 
 
-def _columns_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        return _pair(messages_of(prompt), chosen, rejected)
-    both = messages_of(chosen), messages_of(rejected)
+def _both(data: PreferenceData, row: Row) -> tuple[Messages, Messages]:
+    chosen, rejected = data.chosen_column, data.rejected_column
+    return conversation(row.get(chosen), chosen), conversation(row.get(rejected), rejected)
+
+
+def _columns_pair(data: PreferenceData, row: Row) -> Pair:
+    prompt, column = row.get(data.prompt_column), data.prompt_column
+    chosen, rejected = row.get(data.chosen_column), row.get(data.rejected_column)
+    if _is_response(chosen) or _is_response(rejected):
+        return _pair(prompt_of(prompt, column), chosen, rejected)
+    both = _both(data, row)
     if all(len(messages) == 1 for messages in both) and prompt is not None:
-        both = (messages_of(prompt) + both[0], messages_of(prompt) + both[1])
+        opening = prompt_of(prompt, column)
+        both = (opening + both[0], opening + both[1])
     return _pair_of_conversations(*both)
+
+
+def _is_response(cell: Any) -> bool:
+    """Whether a cell is the text of an answer, and no conversation."""
+    return isinstance(cell, str) and not transcripts.is_transcript(cell)
 
 
 def _pair_of_conversations(chosen: Messages, rejected: Messages) -> Pair:

@@ -1,117 +1,182 @@
-"""Rows of data: read from anywhere ``datasets`` reads, split by name, columns checked.
-
-Arguments that end in ``_key`` are the names that errors call a parameter by, such as ``data.source``.
-"""
+"""Rows of data: read from anywhere, split by name, columns checked."""
 
 from __future__ import annotations
 
+import logging
 import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from gapo_mega.data.json_rows import Row, json_rows
+from gapo_mega.data.named import NamedSplit, is_hub_name, read_named
+from gapo_mega.files import local
+
+logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 SPLIT_COLUMN = "split"
+_AT_ONCE = 1000  # rows of a parquet file that are turned into Python objects together
+
+__all__ = [
+    "PACKAGE_PREFIX",
+    "SPLIT_COLUMN",
+    "Row",
+    "Source",
+    "Table",
+    "check_column",
+    "read_named",
+    "read_rows",
+]
 
 
-def read_rows(source_key: str, source: str, split_key: str, split: str) -> Dataset:
-    """One split of ``source``: ``package:NAME``, a file of ``FILE_TYPES``, a hub name or a directory.
+@dataclass(frozen=True)
+class Source(NamedSplit):
+    """One split of ``package:NAME``, a file of ``FILE_TYPES``, a hub name or a directory."""
+
+    @property
+    def is_on_the_hub(self) -> bool:
+        """Whether only the hub, or its cache, can have it."""
+        return self.file is None and is_hub_name(self.name)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it names by the end of its name; none: a directory, a hub name or the package's."""
+        return local(self.name) if self.name.endswith(FILE_TYPES) else None
+
+    def __str__(self) -> str:
+        subset = f", {self.subset_parameter} {self.subset!r}" if self.subset is not None else ""
+        return f"{self.parameter} {self.name!r} ({self.split_parameter} {self.split!r}{subset})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split with their numbers, from 1: a JSON file's lines, else rows of the file or split."""
+
+    source: Source
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        """Numbers and rows."""
+        return zip(self.numbers, self.rows, strict=True)
+
+    def place(self, number: int) -> str:
+        """What errors call a row."""
+        return f"{self.source.parameter} {self.source.name!r}, row {number}"
+
+
+def read_rows(source: Source, limit: int | None = None) -> Table:
+    """The rows of ``source``, or the first ``limit`` of them.
 
     A file with a ``split`` column holds several splits, and that column names each row's; others are one.
 
-    Raises ``ValueError`` for a source that is missing or not readable and for a split that it does not have.
+    Raises ``ValueError`` for a source that is missing or not readable and for a split or subset that it does
+    not have.
     """
-    if source.startswith(PACKAGE_PREFIX):
-        table = read_file(source_key, packaged(source_key, source))
-    elif source.endswith(FILE_TYPES):
-        table = read_file(source_key, Path(source))
-    else:
-        return read_named(source_key, source, split_key, split)
-    if SPLIT_COLUMN not in table.column_names:
-        return table
-    marks = table[SPLIT_COLUMN]
-    rows = [i for i, mark in enumerate(marks) if mark == split]
-    if not rows:
+    path = packaged(source.parameter, source.name) if source.name.startswith(PACKAGE_PREFIX) else source.file
+    if path is None:
+        columns, found = read_named(source, limit)
+        return Table(source, columns, found, range(1, len(found) + 1))
+    if source.subset is not None:
         raise ValueError(
-            f"{split_key}: found {split!r}, accepted for {source!r}: "
-            f"{', '.join(sorted(map(str, set(marks))))}"
+            f"{source.subset_parameter}: found {source.subset!r} with the file {source.name!r}, accepted: "
+            "null (a file has no subsets; its split column makes splits)"
         )
-    return table.select(rows)
+    return _file_rows(source, path, limit)
 
 
-def packaged(source_key: str, source: str) -> Path:
+def packaged(parameter: str, name: str) -> Path:
     """The file behind ``package:NAME``; ``ValueError`` with the known names for another name."""
     folder = Path(str(resources.files("gapo_mega"))) / "demo"
-    path = folder / f"{source.removeprefix(PACKAGE_PREFIX)}.jsonl"
-    if not path.is_file():
-        names = sorted(PACKAGE_PREFIX + found.stem for found in folder.glob("*.jsonl"))
-        raise ValueError(f"{source_key}: found {source!r}, accepted: {', '.join(names)}")
-    return path
+    known = {PACKAGE_PREFIX + found.stem: found for found in folder.iterdir() if found.suffix == ".jsonl"}
+    if name not in known:
+        raise ValueError(f"{parameter}: found {name!r}, accepted: {', '.join(sorted(known))}")
+    return known[name]
 
 
-def read_file(source_key: str, path: Path) -> Dataset:
-    """All rows of a file of ``FILE_TYPES``; ``ValueError`` if it is missing, empty or broken."""
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
-
-    if not path.is_file():
-        raise ValueError(f"{source_key}: file {str(path)!r} not found")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{source_key}: file {str(path)!r} is empty")
-    read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json
-    try:
-        return read(str(path))
-    except (DatasetsError, OSError, EOFError, zlib.error) as error:  # all but the first: a damaged .gz
-        kind = next(end for end in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(end))
-        reason = error.__cause__ or error
-        raise ValueError(f"{source_key}: file {str(path)!r} not readable as {kind}: {reason}") from None
-
-
-def read_named(source_key: str, source: str, split_key: str, split: str) -> Dataset:
-    """A data set of the hub, or a local directory of one; ``ValueError`` in one line if there is none."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(source, split=split)
-    except ConnectionError as error:
-        raise ValueError(
-            f"{source_key}: found {source!r}, but the Hugging Face hub cannot be reached ({error}); "
-            f"accepted offline: a file ending in {', '.join(FILE_TYPES)}, {PACKAGE_PREFIX}NAME, or a data "
-            "set that is already in the cache"
-        ) from None
-    except (DatasetsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{source_key}: found {source!r}, accepted: a hub name, a file ending in "
-            f"{', '.join(FILE_TYPES)} or {PACKAGE_PREFIX}NAME ({reason})"
-        ) from None
-    except (
-        ValueError
-    ) as error:  # what datasets raises for an unknown split or subset; it lists the known ones
-        raise ValueError(
-            f"{split_key}: found {split!r} of {source!r}: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def check_column(column_key: str, column: str, table: Dataset, source: str) -> None:
+def check_column(column_key: str, column: str, table: Table) -> None:
     """``ValueError`` with the columns that there are, unless ``table`` has ``column``."""
-    if column not in table.column_names:
+    if column not in table.columns:
         raise ValueError(
-            f"{column_key}: found {column!r}, accepted for {source!r}: "
-            f"{', '.join(sorted(table.column_names))}"
+            f"{column_key}: found {column!r}, accepted for {table.source.name!r}: "
+            f"{', '.join(sorted(table.columns))}"
         )
 
 
-def is_conversation(cell: Any) -> bool:
-    """Whether a cell is a list, not empty, of ``{role, content}`` messages whose contents are texts."""
-    return (
-        isinstance(cell, list)
-        and bool(cell)
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in cell)
-        and all(isinstance(m["content"], str) for m in cell)
-    )
+def tell_unread(table: Table, read: Sequence[str]) -> None:
+    """Say in the log which columns a command does not read."""
+    unread = sorted({*table.columns} - {*read, SPLIT_COLUMN})
+    if unread:
+        logger.info("%s: columns that are not read: %s", table.source, ", ".join(unread))
+
+
+def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
+    """Rows of a file of ``FILE_TYPES``; ``ValueError`` if it is missing, empty or broken."""
+    shown = f"{source.parameter}: file {str(path)!r}"
+    if path.is_dir():
+        raise ValueError(f"{shown} is a directory, accepted: a file of that name")
+    if not path.is_file():
+        raise ValueError(f"{shown} not found")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{shown} is empty")
+    numbered = _parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+    try:
+        table = _split(source, numbered, limit)
+    except _NoSuchSplit as error:
+        raise ValueError(str(error)) from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        kind = next(end for end in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(end))
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shown} not readable as {kind}: {reason}") from None
+    if not table.rows:
+        raise ValueError(f"{shown} has no rows")
+    return table
+
+
+class _NoSuchSplit(Exception):
+    """The file's marks do not have the split that was asked for."""
+
+
+def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | None) -> Table:
+    columns: dict[str, None] = {}
+    rows: list[Row] = []
+    numbers: list[int] = []
+    marks: set[str] = set()
+    for number, row in numbered:
+        if SPLIT_COLUMN in row and SPLIT_COLUMN not in columns:  # the rows before it have no mark
+            rows.clear()
+            numbers.clear()
+        columns |= dict.fromkeys(row)
+        marks.add(str(row.get(SPLIT_COLUMN)))
+        if SPLIT_COLUMN not in columns or row.get(SPLIT_COLUMN) == source.split:
+            rows.append(row)
+            numbers.append(number)
+        if limit is not None and len(rows) >= limit:
+            break
+    if marks and not rows:
+        raise _NoSuchSplit(
+            f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: "
+            f"{', '.join(sorted(marks))}"
+        )
+    return Table(source, list(columns), rows, numbers)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet as parquet
+
+    # Opened here: given a name, pyarrow may take it for an address.
+    with path.open("rb") as stream, parquet.ParquetFile(stream) as file:
+        names: list[str] = file.schema_arrow.names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the column {twice[0]!r} is there twice")
+        batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_AT_ONCE))
+        yield from enumerate(chain.from_iterable(batches), start=1)

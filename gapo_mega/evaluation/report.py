@@ -15,9 +15,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 
 from gapo_mega.config import Config
+from gapo_mega.config.core_schema import parse_document
 from gapo_mega.evaluation.plots import Picture, colour, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
@@ -44,7 +44,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     """
     series = read_series(run_dir)
     config_text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
-    config = Config.model_validate(yaml.safe_load(config_text))
+    config = Config.model_validate(parse_document(config_text))
     names = [objective.name for objective in config.objectives]
     path = run_dir / SUMMARY_FILE
     summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from gapo_mega.data.chat_template import ChatTemplate, template_text
+from gapo_mega.files import local
 from gapo_mega.models.huggingface.token_ids import check_vocabulary
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
@@ -143,7 +144,7 @@ class ConversationTokenizer:
 
 def location(model: str | Path) -> str:
     """The name to give transformers: a directory with ``~`` replaced, or the hub name as it is."""
-    directory = Path(model).expanduser()
+    directory = local(model)
     return str(directory) if directory.is_dir() else str(model)
 
 

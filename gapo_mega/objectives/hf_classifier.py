@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gapo_mega.config import ObjectiveConfig, Section
+from gapo_mega.config import LocalPath, ObjectiveConfig, Section, TemplatePath
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.objectives.conversation import ConversationTokenizer, location
@@ -31,7 +31,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class HfClassifierOptions(Section):
     """``options`` of kind ``hf_classifier``."""
 
-    model: str = Field(
+    model: LocalPath = Field(
         description=f"directory or hub name of a model that AutoModel{_SUFFIX} loads, with one label"
     )
     batch_size: int = Field(16, ge=1, description="conversations of one forward pass")
@@ -40,7 +40,7 @@ class HfClassifierOptions(Section):
     max_tokens: int | None = Field(
         None, ge=1, description="longer conversations lose their beginning; none: what the model can take"
     )
-    chat_template: str | None = Field(
+    chat_template: TemplatePath | None = Field(
         None, description="Jinja text or .jinja file; none: the tokenizer's own"
     )
     offload: bool = Field(False, description="on a GPU: keep the model in CPU memory between uses")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from gapo_mega.config import ObjectiveConfig, Section
+from gapo_mega.config import LocalPath, ObjectiveConfig, Section, TemplatePath
+from gapo_mega.files import local
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import companions_of
 from gapo_mega.objectives.base import ObjectiveKind, ScoreModelRequest, TokenScorer
@@ -20,11 +20,13 @@ from gapo_mega.types import Prompt
 class MegatronScoreOptions(Section):
     """``options`` of kind ``megatron_score``."""
 
-    model: str = Field(
+    model: LocalPath = Field(
         description="score model of a known family: Hugging Face directory or hub name, or a checkpoint; a "
         "classifier with one label, or a safe-rlhf score model, whose costs are turned into rewards"
     )
-    chat_template: str | None = Field(None, description="Jinja text or .jinja file; none: the model's own")
+    chat_template: TemplatePath | None = Field(
+        None, description="Jinja text or .jinja file; none: the model's own"
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="longer conversations lose their beginning; none: what the model can take"
     )
@@ -50,7 +52,7 @@ class MegatronScore(ObjectiveKind):
         self.wanted_model = ScoreModelRequest(
             options.model, options.dtype, options.micro_batch_size, options.offload
         )
-        path = Path(options.model).expanduser()
+        path = local(options.model)
         companions = companions_of(path) if path.is_dir() else options.model
         try:
             hf_config = read_config(companions, "model")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.data.preview import preview_prompts
+from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
 from gapo_mega.models.huggingface.location import companions_of
@@ -56,6 +60,16 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
         estimator=estimator,
         loss=loss,
     )
+
+
+def preview(config: Config) -> list[str]:
+    """Read the first rows of the run's data; one line about each source. Errors as ``preview_prompts``."""
+
+    @cache
+    def tokenizer() -> PreTrainedTokenizerBase:
+        return read_tokenizer(companions_of(location.resolve(config.model.path)))
+
+    return preview_prompts(config.data, tokenizer)
 
 
 def _aggregator(config: Config) -> Aggregator:
@@ -156,8 +170,8 @@ def _check_weights(path: str) -> HFDirectory | None:
 
     A checkpoint says what it lacks when it is loaded, and a hub repository when it is downloaded.
     """
-    local = Path(path).expanduser()
-    return HFDirectory(local) if (local / "config.json").is_file() else None
+    directory = local(path)
+    return HFDirectory(directory) if (directory / "config.json").is_file() else None
 
 
 @contextmanager
@@ -174,7 +188,7 @@ def _policy_shape(path: str) -> ModelShape:
 
     A hub repository's tokenizer is checked once it is downloaded.
     """
-    companions = companions_of(Path(path).expanduser())
+    companions = companions_of(local(path))
     config = read_config(companions)
     require_language_model(config)
     shape = shape_of(config)
@@ -185,4 +199,4 @@ def _policy_shape(path: str) -> ModelShape:
 
 def _shape(path: str) -> ModelShape:
     """The shape of the model in a Hugging Face directory or hub name, from its configuration only."""
-    return shape_of(read_config(companions_of(Path(path).expanduser())))
+    return shape_of(read_config(companions_of(local(path))))

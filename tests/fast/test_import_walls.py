@@ -34,11 +34,20 @@ LAYERS: list[set[str]] = [
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},
-    {"types", "config", "registry", "optional", "user_code", "demo"},
+    {"types", "config", "registry", "optional", "files", "user_code", "demo"},
 ]
 # Those at the bottom may import each other but nothing above.
 BOTTOM = len(LAYERS) - 1
-ROOT_FILES = {"__init__.py", "cli.py", "types.py", "registry.py", "optional.py", "user_code.py", "py.typed"}
+ROOT_FILES = {
+    "__init__.py",
+    "cli.py",
+    "types.py",
+    "registry.py",
+    "optional.py",
+    "files.py",
+    "user_code.py",
+    "py.typed",
+}
 
 # Folders of tests/{fast,engine,process} that mirror something else than gapo_mega/FOLDER.
 MIRRORED = {

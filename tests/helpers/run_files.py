@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
 CONFIG = """
 output_dir: {output}
@@ -20,6 +20,7 @@ objectives:
 def write_run_file(directory: Path) -> Path:
     """``run.yaml`` in ``directory``, and the model that it names."""
     tiny_llama(directory / "model")
+    byte_tokenizer(directory / "model", CHAT_TEMPLATE)
     path = directory / "run.yaml"
     path.write_text(CONFIG.format(output=directory / "run", model=directory / "model"))
     return path

@@ -21,6 +21,11 @@ from transformers import (
     Qwen3Config,
 )
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
 # Of Llama 3.1: of heads 16 wide, four of eight frequencies are scaled.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -119,15 +124,19 @@ def safe_rlhf_model(directory: Path, score_type: str = "cost") -> Path:
     return directory
 
 
-def byte_tokenizer(directory: Path) -> None:
-    """A tokenizer of 101 tokens that no other model here has: most characters, a few merges, no template."""
+def byte_tokenizer(directory: Path, chat_template: str | None = None) -> None:
+    """A tokenizer of 101 tokens that no other model here has: most characters, a few merges."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=101, special_tokens=special, limit_alphabet=80)
     tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=chat_template,
     ).save_pretrained(directory)
 
 

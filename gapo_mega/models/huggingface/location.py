@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gapo_mega.files import local
+
 # Files to download from a hub repository; pickled weights only where it has no others.
 _SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
 _PICKLED_PATTERNS = [*_SAFE_PATTERNS[:-1], "pytorch_model*.bin"]
@@ -22,7 +24,7 @@ def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
     Raises:
         ValueError: it is neither a directory nor a repository that can be reached; ``parameter`` named it.
     """
-    path = Path(name_or_path).expanduser()
+    path = local(name_or_path)
     if path.is_dir():
         return path
     # Imported here: only models named by repository need the network client.

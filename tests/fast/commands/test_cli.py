@@ -11,6 +11,7 @@ import yaml
 from gapo_mega import commands
 from gapo_mega.cli import app, main
 from gapo_mega.config import Config
+from gapo_mega.config.core_schema import parse_document
 from tests.helpers.run_files import write_run_file
 
 
@@ -61,6 +62,63 @@ def test_dry_run_prints_a_configuration_layout_and_memory(file: Path, here: Here
     assert "# step: 8 prompts x 4 samples = 32 sequences, 16 on a data-parallel rank" in out
     assert "stage 0     stage 1" in out
     assert not Path(config.output_dir).exists()
+
+
+def test_dry_run_reads_the_first_rows_of_every_source(file: Path, here: Here, tmp_path: Path) -> None:
+    rows = tmp_path / "rows[1].jsonl"
+    rows.write_text('{"text": "Hi"}\n')
+    read = (f"data.source={rows}", "data.prompt_column=text")
+    code, out, _ = here("train", "-c", str(file), "--dry-run", *read, "data.heldout_source=some-org/prompts")
+    assert code == 0 and f"# data.source '{rows}' (data.split 'train'): checked 1 usable rows" in out
+    assert "# data.heldout_source 'some-org/prompts' (data.heldout_split 'test'): not checked" in out
+    assert parse_document(out)["data"]["prompt_column"] == "text"
+    for wrong, message in (
+        (f"data.source={tmp_path}/absent.jsonl", "data.source: file"),
+        (f"data.heldout_source={tmp_path}/absent.jsonl", "data.heldout_source: file"),
+        ("data.prompt_column=prompt", "data.prompt_column: found 'prompt', accepted for"),
+        ("data.source=/no/where", "data.source: found '/no/where', accepted"),
+    ):
+        for how in (("--dry-run",), ("--nproc", "2")):  # the latter before a process is started
+            assert message in here.refused("train", "-c", str(file), *how, *read, wrong)
+
+
+@pytest.mark.parametrize("command", ["sft", "train-reward"])
+def test_supervised_runs_read_first_rows_before_they_start_processes(
+    file: Path, here: Here, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "Hi"}\n')
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"output_dir: {tmp_path}/run\nmodel: {{path: {file.parent}/model, max_tokens: 64}}\n"
+        f"data: {{source: {tmp_path}/rows.jsonl, format: columns}}\n"
+    )
+    column = "prompt" if command == "sft" else "chosen"
+    found = here.refused(command, "-c", str(run), "--nproc", "2")
+    assert found == f"data.{column}_column: found '{column}', accepted for '{tmp_path}/rows.jsonl': text"
+    found = here.refused(
+        command, "-c", str(run), "--nproc", "2", "data.heldout_source=x.jsonl", "data.source=x.json"
+    )
+    assert found == "data.source: file 'x.json' not found"
+
+
+def test_a_tilde_in_an_option_is_the_home_directory(
+    file: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(file.parent))
+    code, out, _ = here(
+        "train", f"--config=~/{file.name}", "--dry-run", "output_dir=~/here", "model.path=~/model"
+    )
+    assert (code, parse_document(out)["output_dir"]) == (0, f"{file.parent}/here")
+    code, _, _ = here("plan", f"--config=~/{file.name}")
+    assert code == 0
+    assert f"{file.parent}/absent.gguf not found" in here.refused(
+        "convert", "--from=~/absent.gguf", "--to=~/new"
+    )
+    (file.parent / "there").mkdir()
+    assert f"{file.parent}/there exists already" in here.refused("convert", "--from=~/model", "--to=~/there")
+    assert f"{file.parent}/none" in here.refused("audit", "~/none")
+    assert f"{file.parent}/none.yaml not found" in here.refused("serve-reward", "--config=~/none.yaml")
+    assert f"{file.parent}/none.yaml not found" in here.refused("benchmark", "step", "--config=~/none.yaml")
 
 
 @pytest.mark.parametrize(

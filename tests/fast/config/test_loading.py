@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, OptimizerConfig
 from gapo_mega.config.loading import dump, load, to_yaml
 
 MINIMAL = """
@@ -127,6 +127,110 @@ def test_missing_value_says_what_it_means(file: Path) -> None:
 def test_check_over_several_keys_names_both_origins(file: Path) -> None:
     message = failure(file, "objectives.0.name=kind")
     assert message == f"objectives: names must differ, found ['kind', 'kind'] (from {file} and its overrides)"
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("optimizer.lr=.inf", "optimizer.lr: found inf"),
+        ("optimizer.lr=1e999", "optimizer.lr: found inf"),
+        ("optimizer={lr: .nan}", "optimizer.lr: found nan"),
+        ("aggregation.options.p=.inf", "aggregation.options.p: found inf"),
+        ("aggregation.options={a: {b: [1, -.inf]}}", "aggregation.options.a.b.1: found -inf"),
+        ("objectives.1.options.threshold=-.INF", "objectives.1.options.threshold: found -inf"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named(file: Path, override: str, found: str) -> None:
+    assert failure(file, override) == f"{found}, accepted: a finite number (from override {override!r})"
+    key, _, value = override.partition("=")
+    if key.startswith("optimizer"):
+        file.write_text(MINIMAL + ("optimizer: " + (value if key == "optimizer" else f"{{lr: {value}}}")))
+        assert failure(file) == f"{found}, accepted: a finite number (from {file})"
+
+
+def test_a_configuration_made_in_python_has_finite_numbers_too() -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        OptimizerConfig(lr=float("inf"))
+
+
+def test_the_text_of_an_override_is_not_cut_and_empty_is_nothing(file: Path) -> None:
+    overrides = ["output_dir=runs/a #1", "data.system_prompt = #3 ", "data.prompt_column=a=b", "seed=010"]
+    config = load(file, overrides)
+    assert (config.output_dir, config.data.system_prompt) == ("runs/a #1", "#3")
+    assert (config.data.prompt_column, config.seed) == ("a=b", 10)
+    assert load(file, ["data.system_prompt=x", "data.system_prompt="]).data.system_prompt is None
+    assert load(file, ["data.system_prompt=''"]).data.system_prompt == ""
+    for override, found in (
+        ("steps=1:30", "'1:30'"),
+        ("steps=1_000", "'1_000'"),
+        ("data.shuffle=no", "'no'"),
+    ):
+        assert f"found {found}, accepted: a valid" in failure(file, override)
+
+
+@pytest.mark.parametrize("index", ["-1", "2", "00", "²", "+1", "9" * 5000])
+def test_an_override_reaches_the_items_that_a_list_has(file: Path, index: str) -> None:
+    assert (
+        "objectives has 2 items, accepted: an index from 0 to 1; a longer one is given as a whole"
+        in failure(file, f"objectives.{index}={{name: x}}")
+    )
+    file.write_text(MINIMAL.replace("source: prompts.jsonl", "source: []"))
+    assert "data.source has 0 items, accepted: none" in failure(file, "data.source.0=x")
+
+
+def test_an_override_of_a_shared_section_changes_one_place(file: Path) -> None:
+    file.write_text(MINIMAL + "optimizer: &o {lr: 1e-6, eps: 1e-7}\ncritic: {optimizer: *o}\n")
+    config = load(file, ["critic.optimizer.lr=2e-6"])
+    assert (config.optimizer.lr, config.critic.optimizer.lr) == (1e-6, 2e-6)
+    file.write_text(
+        MINIMAL + "optimizer: &o {lr: 1e-6, eps: 1e-7}\ncritic: {optimizer: {<<: *o, lr: 3e-6}}\n"
+    )
+    config = load(file)
+    assert (config.critic.optimizer.lr, config.critic.optimizer.eps) == (3e-6, 1e-7)
+
+
+def test_nothing_in_place_of_a_section_lists_its_keys(file: Path) -> None:
+    file.write_text(MINIMAL + "logging:\n")
+    assert failure(file).startswith(
+        "logging: found nothing, accepted: a mapping with the keys tensorboard, wandb, wandb_project"
+    )
+
+
+def test_a_tilde_is_expanded_in_every_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(file.parent))
+    config = load(
+        f"~/{file.name}",
+        [
+            "output_dir=~/out",
+            "model.path=~/m",
+            "critic.path=~/c",
+            "data.source=[~/a.jsonl, b.jsonl]",
+            "data.heldout_source=~/h.jsonl",
+            "objectives.0.function=~/f.py:g",
+        ],
+    )
+    home = str(file.parent)
+    assert (config.output_dir, config.model.path, config.critic.path) == (
+        f"{home}/out",
+        f"{home}/m",
+        f"{home}/c",
+    )
+    assert config.data.source == [f"{home}/a.jsonl", "b.jsonl"]
+    assert config.data.heldout_source == f"{home}/h.jsonl"
+    assert config.objectives[0].function == f"{home}/f.py:g"
+    assert load(file, ["data.source=~/a[1].jsonl"]).data.source == f"{home}/a[1].jsonl"
+
+
+def test_files_that_are_no_text(file: Path) -> None:
+    file.write_bytes(MINIMAL.encode() + b"# caf\xe9\n")
+    assert failure(file) == f"{file}: not readable as YAML: line 8: found the byte 0xe9, accepted: UTF-8"
+    file.write_bytes(MINIMAL.encode("utf-16"))
+    assert f"{file}: not readable as YAML: line 1: found the byte 0xff" in failure(file)
+    file.write_bytes(MINIMAL.encode("utf-8-sig"))
+    assert load(file).output_dir == "runs/x"
+    file.write_text("")
+    assert f"{file}: found nothing, accepted: a mapping with the keys output_dir" in failure(file)
+    assert "not found" in failure(file.parent)
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "--steps=3"])

@@ -98,3 +98,14 @@ def test_batches_must_come_out_even(file: Path) -> None:
         check_batches(config, 5)
     with pytest.raises(ValueError, match=r"^micro_batch_size: found 4, accepted .* 3 on .*: 1, 3$"):
         check_batches(config, 8)
+
+
+def test_a_tilde_is_expanded_in_every_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    given = ["output_dir=~/o", "model.path=~/m", "data.source=~/s", "data.heldout_source=~/h"]
+    config = load(file, [*given, "model.chat_template=~/t.jinja"], kind=SftConfig)
+    assert (config.output_dir, config.model.path) == ("/homes/me/o", "/homes/me/m")
+    assert (config.data.source, config.data.heldout_source) == ("/homes/me/s", "/homes/me/h")
+    assert config.model.chat_template == "/homes/me/t.jinja"
+    text = "~{{ messages[0].content }}"
+    assert load(file, [f"model.chat_template={text}"], kind=SftConfig).model.chat_template == text

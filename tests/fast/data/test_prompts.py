@@ -20,8 +20,8 @@ from gapo_mega.data.prompts import PromptPosition, load_prompts
 from gapo_mega.types import Prompt
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('role ' + m.role) }}{% endif %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' and m.content == 'w199' %}"
+    "{{ raise_exception('no w199') }}{% endif %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 WORDS = ["[UNK]", "<bos>", "<end>", "<system>", "<user>", "<assistant>", "be", "brief"]
@@ -185,6 +185,7 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
         tmp_path / "role.jsonl",
         [{"prompt": [{"role": "user", "content": "w1"}, {"role": "tool", "content": "x"}]}],
     )
+    refused = write(tmp_path / "refused.jsonl", [{"prompt": "w199"}])
     cases: list[tuple[DataConfig, str]] = [
         (data(str(tmp_path / "absent.jsonl")), "data.source: file .*absent.jsonl' not found"),
         (data(good, heldout_source="x.json", heldout_prompts=1), "data.heldout_source: file"),
@@ -195,9 +196,10 @@ def test_errors_name_what_was_found(tmp_path: Path, tokenizer: PreTrainedTokeniz
         (data(str(tmp_path / "damaged.jsonl.gz")), "damaged.jsonl.gz' not readable as .jsonl.gz: "),
         (data(good, prompt_column="text"), "data.prompt_column: found 'text', accepted for .*: prompt"),
         (data("package:nothing"), "data.source: found 'package:nothing', accepted: "),
-        (data(odd), "row 0: found .* accepted: a string or a list"),
-        (data(role), "row 0: the chat template of model.path refuses it: role tool"),
-        (data(role, chat_template=False), "row 0: found a list of messages, which needs data.chat_template"),
+        (data(odd), "row 1: found .* accepted: a string or a list"),
+        (data(role), "row 1: found the role 'tool' in message 2 of 'prompt', accepted: system, user"),
+        (data(refused), "row 1: the chat template of model.path refuses it: no w199"),
+        (data(role, chat_template=False), "row 1: found a list of messages, which needs data.chat_template"),
         (data(good, chat_template=False, system_prompt="x"), "data.system_prompt: found a text"),
         (data(str(tmp_path / "nowhere")), r"nowhere', accepted: a hub name, a file ending in .*\.jsonl\.gz"),
     ]  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 
 def test_unreachable_hub_is_said_in_one_line(tmp_path: Path) -> None:
     script = (
-        "from gapo_mega.data.tables import read_named\n"
-        "try: read_named('data.source', 'some/thing', 'data.split', 'train')\n"
+        "from gapo_mega.data.tables import Source, read_rows\n"
+        "try: read_rows(Source('data.source', 'some/thing', 'data.split', 'train'))\n"
         "except ValueError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
