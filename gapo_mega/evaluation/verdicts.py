@@ -24,6 +24,7 @@ from gapo_mega.config import Config
 from gapo_mega.evaluation.recording import Recording
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.evaluation.series import Array
+from gapo_mega.evaluation.terms import cosines_with_direction
 
 # Steps from which on the wait is worth a progress bar.
 MANY_STEPS = 1000
@@ -31,8 +32,6 @@ MANY_STEPS = 1000
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"gapo": ({"p": 1.0}, {"p": 2.0})}
 # If left out, this option of a method gives every objective the same number.
 EQUAL_WHEN_LEFT_OUT = {"p_gapo": "preference", "weighted_sum": "weights"}
-# A sum of terms of either sign is rounding where it is below this share of their size.
-_ROUNDING = 1e-12
 # The log's norms and cosines hold the Gram matrix up to a few units in the last place.
 _AGREEMENT = 1e-9
 
@@ -65,7 +64,7 @@ class Verdict:
 
     @property
     def shares(self) -> Array:
-        """Weights whose absolute values sum to 1; 0 where all are 0."""
+        """Weights over the sum of their absolute values; 0 where all are 0."""
         total = np.abs(self.weights).sum(axis=1, keepdims=True)
         shares: Array = self.weights / np.where(total == 0, 1.0, total)
         return shares
@@ -128,26 +127,18 @@ def judge(asked: Sequence[Candidate], recording: Recording) -> list[Verdict]:
 
 def _verdict(candidate: Candidate, weights: Sequence[Tensor], found: Sequence[Diagnosis]) -> Verdict:
     count = len(weights[0])
+    weights_SM = torch.stack(list(weights)).numpy()
+    predicted_SM = torch.stack([d.predicted_change for d in found]).numpy()
+    norms_SM = torch.stack([d.norms for d in found]).numpy()
     return Verdict(
         candidate=candidate,
-        weights=torch.stack(list(weights)).numpy(),
-        predicted_change=torch.stack([d.predicted_change for d in found]).numpy(),
-        cosines=torch.stack([_cosines(d, w) for d, w in zip(found, weights, strict=True)]).numpy(),
+        weights=weights_SM,
+        predicted_change=predicted_SM,
+        cosines=cosines_with_direction(norms_SM, weights_SM, predicted_SM),
         direction_norms=np.array([d.direction_norm for d in found]),
         hurt=np.array([[i in d.hurt for i in range(count)] for d in found]),
         corner=np.array([d.corner for d in found]),
     )
-
-
-def _cosines(diagnosis: Diagnosis, weights: Tensor) -> Tensor:
-    """``(G w)_i / (||d|| ||g_i||)``, the cosine between the direction and every gradient."""
-    norms = diagnosis.norms
-    slopes = torch.where(norms > 0, diagnosis.predicted_change / norms, 0.0)
-    # sqrt(w'Gw) has half the digits where gradients cancel; ||d|| >= |<d, g_i>| / ||g_i|| has them all.
-    length = max(diagnosis.direction_norm, float(slopes.abs().max()))
-    if length <= _ROUNDING * float((norms * weights.abs()).sum()):
-        return torch.zeros_like(norms)
-    return slopes / length
 
 
 def disagreement(own: Verdict, recording: Recording) -> str | None:
