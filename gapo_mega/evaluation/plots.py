@@ -162,7 +162,8 @@ def draw_overview(
 
 def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
     """One panel per objective over a shared step axis, because their scales differ."""
-    _title(figure, "Reward while training", f"dots: steps · line: mean of {series.window}")
+    line = "steps" if series.window == 1 else f"mean of {series.window}"
+    _title(figure, "Reward while training", f"dots: steps · line: {line}")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
         _dots_and_line(axes, series, f"reward/{name}", colour(index))

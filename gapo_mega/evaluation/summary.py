@@ -30,8 +30,8 @@ CONFIDENCE = 0.95
 # nearly normal, and the standard error itself is known to a quarter at best.
 LEAST_PROMPTS = 10
 ONE_RUN = (
-    f"Intervals: {CONFIDENCE:.0%}, Student's t over the held-out prompts. They hold for this run and its seed; "
-    "how much another seed changes, one run cannot tell."
+    f"Intervals: {CONFIDENCE:.0%}, Student's t over the held-out prompts. They hold for this run and its "
+    "seed; how much another seed changes, one run cannot tell."
 )
 # Units in the last place by which a score may differ without meaning anything: it is a sum of rounded terms.
 _UNITS = 4

@@ -30,7 +30,7 @@ def in_metric(gradients: GradientConfig) -> str:
 
 
 def cosines_with_direction(norms_SM: Array, weights_SM: Array, predicted_SM: Array) -> Array:
-    """Cosine between every gradient and the direction at S steps, [S, M], in the inner product of ``(G w)_i``.
+    """Cosine between every gradient and the direction at S steps, [S, M], in G's inner product.
 
     ``norms_SM`` are ``||g_i||``, ``predicted_SM`` ``(G w)_i``. 0 where the gradient or the direction is zero,
     NaN where a number is.
