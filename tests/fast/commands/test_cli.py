@@ -13,6 +13,8 @@ from gapo_mega.cli import app, main
 from gapo_mega.config import Config
 from tests.helpers.run_files import write_run_file
 
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,7 +48,7 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
+    for name in (*LAUNCHERS, "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     return Here(monkeypatch, capsys)
 
@@ -84,6 +86,39 @@ def test_options_that_do_not_go_together(file: Path, here: Here, monkeypatch: py
     assert "rollout.prompts_per_step: found 8" in here.refused(*run, "--nproc", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert "--nproc: found 2 inside torchrun" in here.refused(*run, "--nproc", "2")
+
+
+@pytest.mark.parametrize("command", ["train", "dry-run", "sft", "train-reward", "benchmark", "convert"])
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"RANK": "3"}, "RANK: found '3' without WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: found ''"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "MASTER_ADDR: found None with WORLD_SIZE 4"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK: found '1' without RANK"),
+    ],
+)
+def test_what_a_launcher_left_behind_is_told_at_once(
+    file: Path, here: Here, monkeypatch: pytest.MonkeyPatch, command: str, left: dict[str, str], message: str
+) -> None:
+    """In every command that starts processes or joins them; none of them waits, and none writes."""
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    model, out = file.parent / "model", file.parent / "out"
+    supervised = file.parent / "supervised.yaml"
+    supervised.write_text(
+        f"output_dir: {out}\nmodel: {{path: {model}}}\ndata: {{source: {file.parent / 'absent.jsonl'}}}\n"
+    )
+    lines = {
+        "train": ("train", "-c", str(file)),
+        "dry-run": ("train", "-c", str(file), "--dry-run"),
+        "sft": ("sft", "-c", str(supervised)),
+        "train-reward": ("train-reward", "-c", str(supervised)),
+        "benchmark": ("benchmark", "step", "-c", str(file), "--out", str(out / "x.json")),
+        "convert": ("convert", "--from", str(model), "--to", str(out)),
+    }
+    assert message in here.refused(*lines[command])
+    assert not out.exists()
 
 
 def test_errors_show_where_they_were_raised_on_demand(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
