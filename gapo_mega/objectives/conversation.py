@@ -9,16 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.types import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from gapo_mega import commands
+from gapo_mega import commands, optional
 from gapo_mega.cli import app, main
 from gapo_mega.config import Config
 from tests.helpers.run_files import write_run_file
@@ -137,6 +139,41 @@ def test_convert_refuses_what_it_cannot_read(tmp_path: Path, here: Here) -> None
     ):
         line = here.refused("convert", "--from", str(tmp_path / source), "--to", str(tmp_path / "out"))
         assert found in line
+
+
+def test_a_plan_is_said_to_be_a_prediction(file: Path, here: Here) -> None:
+    code, out, _ = here("plan", "-c", str(file), "--device-gib", "80")
+    *_, fullest, caveat = out.strip().splitlines()
+    assert code == 0
+    assert fullest.startswith("fullest rank: ") and "MiB, fits into 80 GiB" in fullest
+    assert not fullest.startswith("fullest rank: 0.00")  # a tiny model is shown in a unit that it has
+    assert caveat.startswith("Predicted, not measured. Not counted: the device's context")
+    for wrong in ("nan", "inf"):
+        line = here.refused("plan", "-c", str(file), "--device-gib", wrong)
+        assert line == f"--device-gib: found {wrong}, accepted: a finite number of GiB, 0 or more"
+
+
+def test_info_tells_what_is_usable_not_what_is_used(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"transformer-engine-torch": "2.11", "wandb": "0.20"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    probes = (optional.transformer_engine, optional.wandb)
+    for probe in probes:
+        probe.cache_clear()
+    monkeypatch.setattr(optional, "version", version)
+    try:
+        _, out, _ = here("info")
+    finally:
+        for probe in probes:
+            probe.cache_clear()
+    # Transformer Engine's layers need a GPU; whether wandb is used, a run's configuration says.
+    on_gpus = "usable" if torch.cuda.is_available() else "usable on GPUs only, and there is none"
+    assert f"transformer-engine {on_gpus}: transformer-engine-torch 2.11" in out
+    assert "wandb              usable: wandb 0.20" in out and " used:" not in out
 
 
 def test_every_file_of_a_command_is_registered() -> None:

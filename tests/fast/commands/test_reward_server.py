@@ -119,7 +119,7 @@ def samples(**wrong: str) -> bytes:
         (
             samples(response=r'"x\ud800y"'),
             422,
-            r"samples.1.response: found 'x\ud800y', accepted: a valid string",
+            r"samples.1.response: found 'x\ud800y', accepted: text without lone surrogates (there is one",
         ),
         (samples(prompt=r'"\udfff"'), 422, r"samples.1.prompt: found '\udfff', accepted: text"),
         (
