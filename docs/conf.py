@@ -61,6 +61,7 @@ docs/commands
 docs/rewards
 docs/conversion
 docs/audit
+docs/glossary
 docs/memory
 docs/extending
 docs/reference/configuration
