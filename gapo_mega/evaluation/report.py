@@ -109,7 +109,7 @@ def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[
         ("KL weight", f"{config.algorithm.kl_beta:g}"),
         ("Parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {config.model.dtype}"),
         ("Seed", f"{config.seed}"),
-        ("Throughput", _known(series["tokens_per_second"], np.median, "{:,.0f} tokens/s (median)")),
+        ("Throughput", _throughput(series)),
         (
             "Peak memory",
             _known(series["memory/peak_bytes"] / 2**30, np.max, "{:.2f} GiB on the rank with the most"),
@@ -124,6 +124,15 @@ def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[
     if seconds is not None:
         facts.append(("Wall-clock time", _duration(seconds)))
     return facts
+
+
+def _throughput(series: Series) -> str:
+    """Tokens over seconds of all steps: only the first update of a rollout holds the rollout's time."""
+    rates = series["tokens_per_second"]
+    seconds = series.values.get("time/step", np.ones(len(rates)))
+    known = np.isfinite(rates) & np.isfinite(seconds)
+    total = seconds[known].sum()
+    return f"{(rates * seconds)[known].sum() / total:,.0f} tokens/s" if total > 0 else "not known"
 
 
 def _known(values: Array, of: Callable[[Array], Any], text: str) -> str:

@@ -58,7 +58,8 @@ class HttpOptions(Section):
         description="the k-th retry waits backoff * 2^(k-1) seconds, or what Retry-After says; 120 at most",
     )
     headers: dict[str, str] = Field(
-        default_factory=dict, description="sent along; 'env:NAME' is the value of an environment variable"
+        default_factory=dict,
+        description="sent along; 'env:NAME' is the value of an environment variable, as credentials must be",
     )
 
     @field_validator("url")

@@ -222,6 +222,17 @@ def test_a_phase_that_few_steps_have_counts_over_all_of_them(tmp_path: Path) -> 
     assert "<span>0.75 s</span>" in write_report(run, []).read_text()
 
 
+def test_throughput_is_tokens_over_seconds(tmp_path: Path) -> None:
+    """Four updates of a rollout share 800 tokens; the first one takes 10 seconds, the others 2."""
+    run = run_directory(tmp_path / "run", ["a"], 4)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, seconds in zip(rows, (10.0, 2.0, 2.0, 2.0), strict=True):
+        row |= {"tokens_per_second": 200 / seconds, "time/step": seconds}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<dd>50 tokens/s</dd>" in write_report(run, []).read_text()  # not the median's 100
+
+
 def lines_of(values: dict[str, list[float]], names: list[str]) -> np.ndarray:
     figure = Figure()
     series = Series(np.arange(1.0, 1 + len(values["skipped"])), {k: np.array(v) for k, v in values.items()})
