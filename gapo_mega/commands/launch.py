@@ -9,8 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gapo_mega.planning.world import other_launcher
-from gapo_mega.runs.processes import is_main_rank
+from gapo_mega.planning.world import other_launcher, read_world
 
 
 def under_torchrun() -> bool:
@@ -61,7 +60,7 @@ def quiet_other_ranks() -> None:
     Raises ``ValueError`` for a launcher's variables that do not fit together. Ranks that torchrun did not
     start also say what they wait for.
     """
-    main_rank = is_main_rank()
+    main_rank = read_world(to_meet=True).rank == 0
     logging.basicConfig(
         level=logging.WARNING if main_rank or not under_torchrun() else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

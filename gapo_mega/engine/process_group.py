@@ -21,7 +21,7 @@ def start_process_group(backend: str) -> None:
     Raises ``ValueError`` for variables that do not fit together (``read_world``), and where the others do not
     come within ``TIMEOUT``.
     """
-    world = read_world()
+    world = read_world(to_meet=True)
     if world.address is None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)

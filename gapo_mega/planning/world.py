@@ -25,7 +25,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine: the number of its GPU
-    address: str | None = None  # HOST:PORT where the processes meet; None: there is nobody to meet
+    address: str | None = None  # HOST:PORT where the processes meet; None: nobody to meet, or not asked for
 
     @property
     def others(self) -> str:
@@ -35,8 +35,8 @@ class World:
         return "rank 1" if self.size == 2 else f"ranks 1 to {self.size - 1}"
 
 
-def read_world(environment: Mapping[str, str] | None = None) -> World:
-    """The world of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+def read_world(environment: Mapping[str, str] | None = None, *, to_meet: bool = False) -> World:
+    """The world of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; ``to_meet``: and MASTER_ADDR, MASTER_PORT.
 
     Torchrun sets them all; without the first four the process is alone. Reads ``os.environ`` unless another
     ``environment`` is given. Raises ``ValueError`` for variables that do not fit together: it names the
@@ -63,7 +63,8 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
     _check_range("LOCAL_RANK", local_rank, 0, local_size - 1, f" with {local_size} processes here", way_out)
     if size == 1:
         return World(local_rank=local_rank)
-    return World(numbers["RANK"], size, local_rank, _address(environment, size, way_out))
+    address = _address(environment, size, way_out) if to_meet else None
+    return World(numbers["RANK"], size, local_rank, address)
 
 
 def other_launcher(environment: Mapping[str, str] | None = None) -> str | None:

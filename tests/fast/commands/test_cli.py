@@ -119,7 +119,10 @@ def test_what_a_launcher_left_behind_is_told_at_once(
         "benchmark": ("benchmark", "step", "-c", str(file), "--out", str(out / "x.json")),
         "convert": ("convert", "--from", str(model), "--to", str(out)),
     }
-    assert message in here.refused(*lines[command])
+    if command == "dry-run" and message.startswith("MASTER_ADDR"):  # which meets nobody
+        assert here(*lines[command])[0] == 0
+    else:
+        assert message in here.refused(*lines[command])
     assert not out.exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gapo_mega.planning.world import World, other_launcher, read_world
@@ -26,7 +28,13 @@ MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
     ],
 )
 def test_what_fits_together(environment: dict[str, str], world: World) -> None:
-    assert read_world(environment) == world
+    assert read_world(environment, to_meet=True) == world
+    assert read_world(environment) == replace(world, address=None)
+
+
+def test_where_to_meet_is_asked_of_those_who_meet() -> None:
+    """A dry run under a launcher's variables needs no address."""
+    assert read_world({"RANK": "1", "WORLD_SIZE": "4"}) == World(1, 4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_what_fits_together(environment: dict[str, str], world: World) -> None:
 )
 def test_what_does_not_is_one_line_with_the_way_out(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        read_world(environment)
+        read_world(environment, to_meet=True)
     text = str(raised.value)
     assert "\n" not in text and "accepted: " in text and "torchrun" in text and "`unset " in text
 
@@ -83,7 +91,7 @@ def test_the_environment_is_read_where_no_other_is_given(monkeypatch: pytest.Mon
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert read_world() == World(1, 2, 0, "here:1")
+    assert read_world(to_meet=True) == World(1, 2, 0, "here:1")
 
 
 def test_tasks_that_do_not_know_of_each_other_are_told() -> None:
