@@ -62,6 +62,7 @@ docs/data
 docs/rewards
 docs/conversion
 docs/audit
+docs/glossary
 docs/memory
 docs/extending
 docs/reference/configuration

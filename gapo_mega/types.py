@@ -20,6 +20,20 @@ from torch import Tensor
 Message = Mapping[str, str]  # role and content
 
 
+def well_formed(text: str) -> str:
+    """``text`` with U+FFFD for every lone surrogate: those have no UTF-8, so that no file can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def lone_surrogate(text: str) -> int | None:
+    """The place of the first character that has no UTF-8, from 0; None where there is none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: what the user wrote, and the token ids that the policy reads."""

@@ -85,6 +85,11 @@ class Aggregator(AggregationMethod):
     """
 
     name: ClassVar[str]
+    # How the audit shows the method: the options to ask it with beside a run's own (none: the defaults),
+    # those that its label always names, and the one that, left out, gives every objective the same number.
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    always_shown: ClassVar[tuple[str, ...]] = ()
+    equal_when_left_out: ClassVar[str | None] = None
 
     zero_gradient: ZeroGradient = "exclude"
     scale: Scale = "none"

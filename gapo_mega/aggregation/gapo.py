@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Gapo(DeviceMethod):
     """
 
     name: ClassVar[str] = "gapo"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"p": 1.0}, {"p": 2.0})  # the paper's
+    always_shown: ClassVar[tuple[str, ...]] = ("p",)  # what it does hinges on it
 
     p: float = 1.0
     eq17_literal: bool = False

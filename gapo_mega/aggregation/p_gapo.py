@@ -29,6 +29,7 @@ class PGapo(DeviceMethod):
     """
 
     name: ClassVar[str] = "p_gapo"
+    equal_when_left_out: ClassVar[str | None] = "preference"
 
     preference: Sequence[float] | None = None
 

@@ -23,6 +23,7 @@ class WeightedSum(DeviceMethod):
     """
 
     name: ClassVar[str] = "weighted_sum"
+    equal_when_left_out: ClassVar[str | None] = "weights"
 
     weights: Sequence[float] | None = None
 

@@ -46,9 +46,9 @@ def step(
         options = [f"--objectives={count}" for count in counts]
         arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]
         launch.start(nproc, ["benchmark", "step", *arguments, *(overrides or [])])
+    launch.quiet_other_ranks()
     world = world_size()
     resolved = resolve(settings, world)
-    launch.quiet_other_ranks()
     from gapo_mega.measuring.step import StepBenchmark
 
     run = StepBenchmark(resolved, counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ class Conversion:
         import torch
         import torch.distributed as dist
 
-        from gapo_mega.engine.base import checkpoint_converter
+        from gapo_mega.engine.base import checkpoint_converter, start_process_group
         from gapo_mega.models.gguf.importing import import_gguf
         from gapo_mega.models.huggingface.location import resolve
 
@@ -146,8 +145,8 @@ class Conversion:
         if target == "hf":
             converter.to_hf(local(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
             return
-        if "RANK" in os.environ:
-            dist.init_process_group("gloo")
+        if world_size() > 1:
+            start_process_group("gloo")
         with tempfile.TemporaryDirectory(dir=self._made_parent()) as scratch:
             source = resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
             if kind == "gguf":

@@ -26,7 +26,12 @@ def info() -> None:
         "serve": optional.serve(),
     }
     for name, probe in probes.items():
-        print(f"{name:<18} {'used' if probe.usable else 'not used'}: {probe.found}")
+        # Found is not used: a run decides, and Transformer Engine's layers need a GPU.
+        idle = name == "transformer-engine" and probe.usable and not optional.transformer_engine_layers()
+        state = (
+            "usable on GPUs only, and there is none" if idle else "usable" if probe.usable else "not usable"
+        )
+        print(f"{name:<18} {state}: {probe.found}")
         if probe.lost:
             print(f"{'':<18} without it: {probe.lost}")
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gapo_mega.runs.processes import is_main_rank
+from gapo_mega.planning.world import other_launcher, read_world
 
 
 def under_torchrun() -> bool:
@@ -21,7 +21,8 @@ def refuse_under_torchrun(processes: int) -> None:
     """Raise ``ValueError`` where ``--nproc`` was given to a process of a torchrun job."""
     if under_torchrun():
         raise ValueError(
-            f"--nproc: found {processes} inside torchrun, which has started the processes already"
+            f"--nproc: found {processes} inside torchrun, which has started the processes already (it sets "
+            "TORCHELASTIC_RUN_ID)"
         )
 
 
@@ -54,16 +55,23 @@ def available_cores() -> int:
 
 
 def quiet_other_ranks() -> None:
-    """Let rank 0 report progress, and every rank its errors."""
-    main_rank = is_main_rank()
+    """Let rank 0 report progress, and every rank its errors.
+
+    Raises ``ValueError`` for a launcher's variables that do not fit together. Ranks that torchrun did not
+    start also say what they wait for.
+    """
+    main_rank = read_world(to_meet=True).rank == 0
     logging.basicConfig(
-        level=logging.WARNING if main_rank else logging.ERROR,
+        level=logging.WARNING if main_rank or not under_torchrun() else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     if main_rank:
         logging.getLogger("gapo_mega").setLevel(logging.INFO)
         # Megatron says at every import which accelerators are missing; `gapo-mega info` says it once.
         warnings.filterwarnings("ignore", module=r"megatron\.")
+        notice = other_launcher()
+        if notice is not None:
+            logging.getLogger(__name__).warning("%s", notice)
     else:
         warnings.simplefilter("ignore")
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

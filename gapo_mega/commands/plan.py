@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,12 @@ from gapo_mega.commands.options import ConfigFile
 if TYPE_CHECKING:
     from gapo_mega.config import Config
     from gapo_mega.planning.run import RunPlan
+
+
+NOT_COUNTED = (
+    "Predicted, not measured. Not counted: the device's context, what its allocator keeps in reserve, "
+    "buffers of the communication library, and reward models of kind hf_classifier."
+)
 
 
 def plan(
@@ -29,11 +36,13 @@ def plan(
     """Predict the memory of every rank in a layout, without the model's weights or any device."""
     from gapo_mega.config.loading import load
 
+    if device_gib is not None and not math.isfinite(device_gib):
+        raise ValueError(f"--device-gib: found {device_gib}, accepted: a finite number of GiB, 0 or more")
     run = make_plan(load(config, overrides or []), world)
     if as_json:
         print(json.dumps(run.as_dict(device_gib), indent=2))
     else:
-        print("\n".join([*run.lines(), run.fullest(device_gib)]))
+        print("\n".join([*run.lines(), run.fullest(device_gib), NOT_COUNTED]))
 
 
 def make_plan(config: Config, world_size: int) -> RunPlan:

@@ -7,23 +7,36 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gapo_mega import objectives, optional
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.config.loading import load, parse
 from gapo_mega.objectives import Objective
 from gapo_mega.objectives.hf_classifier import HfClassifier
-from gapo_mega.types import Prompt
+from gapo_mega.types import Prompt, lone_surrogate, well_formed
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
+LARGEST_BODY = 64 << 20  # bytes of a request
 _NAME = "reward"  # of objectives that are given as --model or --function
+_SHOWN = 60  # characters of a value that a refusal repeats
+
+
+def _utf8(text: str) -> str:
+    """JSON's escapes can spell half a character, which no tokenizer and no file takes."""
+    place = lone_surrogate(text)
+    if place is not None:
+        raise ValueError(f"text without lone surrogates (there is one at character {place})")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
 
 
 class ChatMessage(BaseModel):
@@ -31,8 +44,8 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: str
-    content: str
+    role: Text
+    content: Text
 
 
 class Sample(BaseModel):
@@ -40,8 +53,8 @@ class Sample(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
-    response: str
+    prompt: Text
+    response: Text
     messages: list[ChatMessage] | None = None
 
     @model_validator(mode="after")
@@ -49,7 +62,7 @@ class Sample(BaseModel):
         if self.messages is not None:
             last = self.messages[-1] if self.messages else None
             if last is None or (last.role, last.content) != ("assistant", self.response):
-                raise ValueError("messages: accepted: a list that ends with the response, said by assistant")
+                raise ValueError("messages that end with the response, said by assistant")
         return self
 
     def as_prompt(self, index: int) -> Prompt:
@@ -105,13 +118,24 @@ def objective_config(
 def create_app(objective: Objective) -> FastAPI:
     """An ASGI application that scores with ``objective``, one request at a time.
 
-    ``POST /score`` answers 422 to a body that is no ``ScoreRequest``, and to what the objective refuses.
+    ``POST /score`` answers 422 to a body that is no ``ScoreRequest``, and to what the objective refuses; 413
+    to one of more than ``LARGEST_BODY`` bytes. The answer's ``detail`` is one line.
     """
-    from fastapi import FastAPI, HTTPException
+    from fastapi import FastAPI, HTTPException, Request
     from fastapi.concurrency import run_in_threadpool
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
 
     app = FastAPI(title=f"gapo-mega reward {objective.name}")
+    app.add_middleware(BodyLimit, most=LARGEST_BODY)
     one_at_a_time = asyncio.Lock()
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Not FastAPI's own answer: it repeats the input, which JSON may not be able to hold.
+        line = what_is_wrong(error.errors())
+        logger.warning("refused: %s", line)
+        return JSONResponse({"detail": line}, status_code=422)
 
     @app.get("/health")
     async def health() -> Health:
@@ -126,10 +150,53 @@ def create_app(objective: Objective) -> FastAPI:
                 # In a thread, so that /health answers meanwhile.
                 return ScoreResponse(scores=await run_in_threadpool(objective.score, prompts, responses))
             except ValueError as error:
-                logger.warning("refused: %s", error)
-                raise HTTPException(422, str(error)) from error
+                line = well_formed(" ".join(str(error).split()))
+                logger.warning("refused: %s", line)
+                raise HTTPException(422, line) from error
 
     return app
+
+
+class BodyLimit:
+    """ASGI middleware that stops reading a request's body after ``most`` bytes: status 413."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from fastapi import HTTPException
+
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"")
+        size = int(declared) if declared.isdigit() else 0
+        read = 0
+
+        async def limited() -> Any:
+            nonlocal read
+            message = await receive() if size <= self._most else {}
+            read += len(message.get("body", b""))
+            if max(read, size) > self._most:
+                raise HTTPException(
+                    413, f"body: found more than {self._most} bytes, accepted: fewer samples in a request"
+                )
+            return message
+
+        await self._app(scope, limited, send)
+
+
+def what_is_wrong(errors: Sequence[Any]) -> str:
+    """One line for what FastAPI found wrong with a request: key and row, what was found, what is accepted."""
+    first = errors[0]
+    found, more = ascii(first["input"])[:_SHOWN], len(errors) - 1
+    key = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    accepted = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "json_invalid":
+        key, accepted = "body", "JSON"
+        found = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+    elif isinstance(first["input"], bytes):
+        accepted = "JSON, with the header Content-Type: application/json"
+    rest = f" (and {more} more)" if more else ""
+    return f"{key}: found {found}, accepted: {' '.join(accepted.split())}{rest}"
 
 
 def serve(config: ObjectiveConfig, host: str, port: int) -> None:

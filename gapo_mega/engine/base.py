@@ -346,6 +346,13 @@ class CheckpointConverter(Protocol):
         ...
 
 
+def start_process_group(backend: str) -> None:
+    """Meet the other processes of the job; see ``gapo_mega/engine/process_group.py``."""
+    from gapo_mega.engine import process_group
+
+    process_group.start_process_group(backend)
+
+
 def checkpoint_converter() -> CheckpointConverter:
     """The engine's converter, imported only here because Megatron takes seconds to load."""
     from gapo_mega.engine.megatron.checkpoint import convert

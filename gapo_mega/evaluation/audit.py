@@ -25,10 +25,11 @@ from gapo_mega.evaluation.verdicts import Verdict, candidates, disagreement, jud
 from gapo_mega.registry import unknown
 
 _LEGEND = (
-    "share: w over the sum of |w|. cosine: of the direction with the objective's gradient, the change that a "
-    "step of unit length promises; over the steps. hurt: steps where it is negative. conflict: steps that "
-    "hurt an objective, and which one most often. corner: steps with weight 0 for an objective that has a "
-    "gradient. All of it is to first order and along this run: another method would have led elsewhere."
+    "share: w over the sum of |w|, mean over the steps. cosine: of the direction with the objective's "
+    "gradient, the predicted change of a step of unit length over the gradient's norm. hurt: steps "
+    "where it is negative. conflict: steps that hurt an objective, and which one most often. corner: steps "
+    "with weight 0 for an objective that has a gradient. All of it is to first order and along this run: "
+    "another method would have led elsewhere."
 )
 
 

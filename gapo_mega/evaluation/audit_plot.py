@@ -29,8 +29,8 @@ class Curve:
 
     label: str
     cosines: Array  # [S, M], NaN where a step was left out
-    hurt: Array  # [M] share of the steps that hurt this objective
-    conflict: float  # share of the steps that hurt any
+    hurt: Array  # [M] fraction of the steps that hurt this objective
+    conflict: float  # fraction of the steps that hurt any
 
 
 def write_picture(path: Path, names: Sequence[str], steps: Array, curves: Sequence[Curve]) -> None:
@@ -122,11 +122,12 @@ def _draw_conflicts(axes: Axes, names: Sequence[str], curves: Sequence[Curve], l
     axes.set_xlim(0, 1)
     axes.set_ylim(len(curves) - 0.75, -0.65)
     axes.set_axis_off()
-    _title(axes, "Share of the steps that hurt an objective", "")
+    asked = int(np.isfinite(curves[0].cosines).any(axis=1).sum())
+    _title(axes, "Steps in conflict: those that hurt an objective", f"of {asked}")
 
 
 def _who(curve: Curve, names: Sequence[str]) -> str:
-    """The share of the steps in conflict, and the objectives hurt, most often first."""
+    """The fraction of steps in conflict, and the objectives hurt, most often first."""
     order = [i for i in np.argsort(-curve.hurt, kind="stable") if curve.hurt[i] > 0]
     parts = [f"{names[i]} {curve.hurt[i]:.1%}" for i in order[:_NAMED]]
     parts += ["..."] if len(order) > _NAMED else []

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gapo_mega.evaluation.summary import Summary
+from gapo_mega.evaluation.summary import ONE_RUN, Change, Summary
+
+_COLOURS = {"better": "green", "worse": "red"}
 
 
 def summary_table(summary: Summary) -> Table:
@@ -28,24 +30,29 @@ def summary_table(summary: Summary) -> Table:
             f"{found.after:.4g}",
             f"{found.difference:+.4g}",
             "-" if math.isnan(found.standard_error) else f"{found.standard_error:.3g}",
-            _ratio(found.in_standard_errors),
+            _ratio(found),
             str(found.samples),
         )
     return table
 
 
-def _ratio(ratio: float | None) -> str:
-    """Green or red beyond two standard errors; a smaller change may be chance."""
+def _ratio(found: Change) -> str:
+    """In green or red where the finding says so, never because the number is large."""
+    ratio = found.in_standard_errors
     if ratio is None:
         return "-"
-    colour = "green" if ratio > 2 else "red" if ratio < -2 else "yellow"
+    colour = _COLOURS.get(found.finding, "yellow")
     return f"[{colour}]{ratio:+.1f}[/{colour}]"
 
 
 def print_summary(summary: Summary, report: Path | None, console: Console | None = None) -> None:
-    """Print the table and where the report lies."""
+    """Print the table, what it allows to say of every objective, and where the report lies."""
     console = console or Console()
     console.print(summary_table(summary))
+    for name, found in summary.items():
+        console.print(f"{name}: {found.sentence()}", markup=False, highlight=False)
+    if any(found.half_width is not None for found in summary.values()):
+        console.print(ONE_RUN, style="dim", markup=False, highlight=False)
     if report is not None:
         # Readers copy the path, so it must stay in one piece.
         console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,11 +15,14 @@ from gapo_mega.data.pairs import Lengths
 
 Item = TypeVar("Item")
 
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
 
 def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) -> dict[str, float]:
     """How well scores of (chosen, rejected) predict the preferences.
 
-    ``accuracy`` counts ties as half; ``standard_error`` is that of a share, sqrt(p (1 - p) / n).
+    ``accuracy`` counts ties as half; ``standard_error`` is that of a share, sqrt(p (1 - p) / n), and left out
+    where p is 0 or 1: what never varied says nothing about its spread.
     ``length_baseline`` is the better of "the longer response wins" and "the shorter one wins" on the same
     pairs, ``matched_accuracy`` the accuracy on pairs whose lengths differ by at most a tenth, where length
     tells nothing. ``loss`` is the Bradley-Terry loss, ``margin`` the mean difference of the scores.
@@ -34,7 +38,7 @@ def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) 
     result = {
         "pairs": float(count),
         "accuracy": accuracy,
-        "standard_error": _standard_error(accuracy, count),
+        **_standard_error("standard_error", accuracy, count),
         "loss": sum(math.log1p(math.exp(-abs(m))) + max(-m, 0.0) for m in margins) / count,
         "margin": sum(margins) / count,
     }
@@ -47,7 +51,7 @@ def of_pairs(scores: Sequence[tuple[float, float]], lengths: Sequence[Lengths]) 
         result |= {
             "matched_pairs": float(len(matched)),
             "matched_accuracy": share,
-            "matched_standard_error": _standard_error(share, len(matched)),
+            **_standard_error("matched_standard_error", share, len(matched)),
         }
     return result
 
@@ -71,10 +75,14 @@ def length_matched(items: Sequence[Item], lengths: Sequence[Lengths], tolerance:
 
 
 def of_chats(logprobs: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
-    """Mean negative log-likelihood of the learned tokens in nats, and its exponential."""
+    """Mean negative log-likelihood of the learned tokens in nats, and its exponential.
+
+    ``perplexity`` is left out where it is beyond double precision.
+    """
     count = sum(tokens)
     loss = -sum(logprobs) / count
-    return {"chats": float(len(tokens)), "tokens": float(count), "loss": loss, "perplexity": math.exp(loss)}
+    found = {"chats": float(len(tokens)), "tokens": float(count), "loss": loss}
+    return found | ({"perplexity": math.exp(loss)} if loss < _LARGEST_EXPONENT else {})
 
 
 def print_table(measured: Mapping[str, float], directory: Path) -> None:
@@ -94,5 +102,5 @@ def _share_right(margins: Sequence[float]) -> float:
     return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
 
 
-def _standard_error(share: float, count: int) -> float:
-    return math.sqrt(share * (1 - share) / count)
+def _standard_error(name: str, share: float, count: int) -> dict[str, float]:
+    return {name: math.sqrt(share * (1 - share) / count)} if 0 < share < 1 else {}

@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
+from gapo_mega.config import GradientConfig
 from gapo_mega.evaluation.series import Array, Series
 from gapo_mega.evaluation.summary import Change, Summary
+from gapo_mega.evaluation.terms import cosines_with_direction, in_metric, parameters_measured
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"
@@ -62,16 +64,22 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def write_pictures(directory: Path, series: Series, names: Sequence[str], summary: Summary) -> list[Picture]:
-    """Every PNG of a run into ``directory``; the overview comes first."""
+def write_pictures(
+    directory: Path, series: Series, names: Sequence[str], summary: Summary, gradients: GradientConfig
+) -> list[Picture]:
+    """Every PNG of a run into ``directory``; the overview comes first.
+
+    ``gradients`` says over which parameters, and in which metric, norms and cosines were measured.
+    """
     pairs = list(combinations(names, 2))
+    over = f"over {parameters_measured(gradients)}{in_metric(gradients)}"
     height = 1.2 + 1.5 * len(names)
     plans: list[tuple[str, str, tuple[float, float], Callable[[FigureBase], None]]] = [
         (
             "overview.png",
             "The run in one picture.",
             (12.0, 8.4),
-            lambda f: draw_overview(f, series, names, summary),
+            lambda f: draw_overview(f, series, names, summary, gradients),
         ),
         (
             "rewards.png",
@@ -82,27 +90,28 @@ def write_pictures(directory: Path, series: Series, names: Sequence[str], summar
         ),
         (
             "gradient_norms.png",
-            "Length of each objective's full-parameter gradient, on a logarithmic scale.",
+            f"Norm of each objective's gradient {over}, on a logarithmic scale.",
             (6.6, 3.8),
-            lambda f: draw_norms(f, series, names),
+            lambda f: draw_norms(f, series, names, gradients),
         ),
         (
             "progress.png",
-            "Cosine between the combined direction and each objective's gradient: above zero, the step "
-            "improves the objective to first order.",
+            f"Cosine between the direction and each objective's gradient {over}: below zero, a step along "
+            "the direction hurts the objective to first order.",
             (6.6, 3.8),
             lambda f: draw_progress(f, series, names),
         ),
         (
             "weights.png",
-            "Left: how much of the combined direction each objective contributes, w_i ‖g_i‖ over their "
-            "sum. Right: the weights themselves.",
+            "Left: each objective's contribution to the direction, |w_i| ‖g_i‖ over the sum of all. Right: "
+            "the weights w_i.",
             (6.6, 3.8),
             lambda f: draw_weights(f, series, names),
         ),
         (
             "kl.png",
-            "Mean divergence of the policy from the reference on the sampled tokens.",
+            "Mean of log pi - log pi_ref over the sampled tokens, an estimate of the divergence from the "
+            "reference that may fall below zero.",
             (6.6, 3.8),
             lambda f: draw_kl(f, series),
         ),
@@ -110,7 +119,7 @@ def write_pictures(directory: Path, series: Series, names: Sequence[str], summar
     if pairs:
         cosines = (
             "cosines.png",
-            "Cosine between the objectives' gradients: below zero they are in conflict.",
+            f"Cosine between the objectives' gradients {over}: below zero they are opposed.",
             (6.6, 3.8),
             lambda f: draw_cosines(f, series, pairs),
         )
@@ -118,8 +127,9 @@ def write_pictures(directory: Path, series: Series, names: Sequence[str], summar
     if summary:
         before_after = (
             "before_after.png",
-            "Mean reward on held-out prompts before and after training; whiskers span two standard errors of "
-            "the paired difference either way.",
+            "Mean reward on held-out prompts before and after training, the change, in brackets in standard "
+            "errors (s.e.), and the finding; whiskers span two standard errors of the paired difference "
+            "either way.",
             (max(6.6, 2.2 * len(names)), 3.8),
             lambda f: draw_before_after(f, summary),
         )
@@ -132,7 +142,9 @@ def write_pictures(directory: Path, series: Series, names: Sequence[str], summar
     return [Picture(file, caption) for file, caption, _, _ in plans]
 
 
-def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summary: Summary) -> None:
+def draw_overview(
+    figure: FigureBase, series: Series, names: Sequence[str], summary: Summary, gradients: GradientConfig
+) -> None:
     """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines."""
     panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
     draw_rewards(panels[0, 0], series, names)
@@ -140,7 +152,7 @@ def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summ
         draw_before_after(panels[0, 1], summary)
     else:
         draw_kl(panels[0, 1], series)
-    draw_norms(panels[1, 0], series, names)
+    draw_norms(panels[1, 0], series, names, gradients)
     pairs = list(combinations(names, 2))
     if pairs:
         draw_cosines(panels[1, 1], series, pairs)
@@ -150,7 +162,8 @@ def draw_overview(figure: FigureBase, series: Series, names: Sequence[str], summ
 
 def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
     """One panel per objective over a shared step axis, because their scales differ."""
-    _title(figure, "Reward while training", f"dots: steps · line: mean of {series.window}")
+    line = "steps" if series.window == 1 else f"mean of {series.window}"
+    _title(figure, "Reward while training", f"dots: steps · line: {line}")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
         _dots_and_line(axes, series, f"reward/{name}", colour(index))
@@ -160,9 +173,9 @@ def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> No
     _step_axis(panels[-1], series)
 
 
-def draw_norms(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+def draw_norms(figure: FigureBase, series: Series, names: Sequence[str], gradients: GradientConfig) -> None:
     """sqrt(G_ii) of every objective; logarithmic, because they may differ by orders of magnitude."""
-    _title(figure, "Gradient norm per objective", "all parameters · log scale")
+    _title(figure, "Gradient norm per objective", f"{parameters_measured(gradients)} · log scale")
     axes = figure.subplots()
     for index, name in enumerate(names):
         _dots_and_line(axes, series, f"grad_norm/{name}", colour(index), label=name)
@@ -175,30 +188,37 @@ def draw_norms(figure: FigureBase, series: Series, names: Sequence[str]) -> None
 
 def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, str]]) -> None:
     """Cosines between gradients, one line per pair of objectives."""
-    _title(figure, "Do the objectives conflict?", "cosine of their gradients")
+    _title(figure, "Are the objectives opposed?", "cosine of their gradients")
     axes = figure.subplots()
     for index, (a, b) in enumerate(pairs):
         # A single pair would take the first objective's colour, so it gets a neutral one.
         shade = INK if len(pairs) == 1 else colour(index)
         _dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
-    _mark_below_zero(axes, "conflict")
+    _mark_below_zero(axes, "opposed")
     axes.set_ylabel("cosine")
     _step_axis(axes, series)
     _legend(axes)
 
 
 def draw_progress(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
-    """cos(direction, g_i) = (G w)_i / (||g_i|| ||direction||)."""
-    _title(figure, "Does the step help every objective?", "cosine: direction, gradient")
+    """cos(direction, g_i) = (G w)_i / (||g_i|| ||direction||), all in the inner product of G."""
+    _title(figure, "Does the direction hurt an objective?", "cosine: direction, gradient")
     axes = figure.subplots()
+    parts = ("grad_norm", "weight", "predicted_change")
+    norms, weights, predicted = (
+        np.stack([series[f"{part}/{name}"] for name in names], axis=1) for part in parts
+    )
+    cosines = cosines_with_direction(norms, weights, predicted)
     for index, name in enumerate(names):
-        lengths = series[f"grad_norm/{name}"] * series["gradient_norm"]
-        alignment = _ratio(series[f"predicted_change/{name}"], lengths)
-        width = _nested_width(index, len(names))
         axes.plot(
-            series.steps, alignment, color=colour(index), label=name, linewidth=width, marker=_marker(series)
+            series.steps,
+            _taken(series, cosines[:, index]),
+            color=colour(index),
+            label=name,
+            linewidth=_nested_width(index, len(names)),
+            marker=_marker(series),
         )
-    _mark_below_zero(axes, "this objective is hurt")
+    _mark_below_zero(axes, "hurt")
     axes.set_ylabel("cosine")
     _step_axis(axes, series)
     _legend(axes)
@@ -207,7 +227,8 @@ def draw_progress(figure: FigureBase, series: Series, names: Sequence[str]) -> N
 def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
     """Two panels: |w_i| ||g_i|| / sum_j |w_j| ||g_j||, and w_i itself."""
     left, right = figure.subplots(1, 2)
-    lengths = np.abs([series[f"weight/{name}"] * series[f"grad_norm/{name}"] for name in names])
+    used = {name: _taken(series, series[f"weight/{name}"]) for name in names}
+    lengths = np.abs([used[name] * series[f"grad_norm/{name}"] for name in names])
     shares = _ratio(lengths, lengths.sum(axis=0, keepdims=True))
     # Each step owns the interval around it, so that a single step is visible and a skipped one leaves a gap.
     edges = np.concatenate([series.steps - 0.5, series.steps[-1:] + 0.5])
@@ -217,11 +238,10 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
         left.stairs(top, edges, baseline=floor, fill=True, color=colour(index), label=name)
         floor = top
         width = _nested_width(index, len(names))
-        weight = series[f"weight/{name}"]
-        right.plot(series.steps, weight, color=colour(index), linewidth=width, marker=_marker(series))
+        right.plot(series.steps, used[name], color=colour(index), linewidth=width, marker=_marker(series))
     left.set_ylim(0, 1)
-    left.set_title("Share of the direction", loc="left", fontweight="bold", fontsize=11)
-    weights = np.concatenate([series[f"weight/{name}"] for name in names])
+    left.set_title("Contribution to the direction", loc="left", fontweight="bold", fontsize=11)
+    weights = np.concatenate(list(used.values()))
     positive = weights[np.isfinite(weights) & (weights > 0)]
     # A weight of zero (an objective left out) has no place on a logarithmic axis.
     if len(positive) == np.isfinite(weights).sum() > 0 and positive.max() > 10 * positive.min():
@@ -233,8 +253,8 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
 
 
 def draw_kl(figure: FigureBase, series: Series) -> None:
-    """KL to the reference over steps."""
-    _title(figure, "Distance from the reference policy", "KL per token")
+    """The KL estimate over steps."""
+    _title(figure, "Divergence from the reference policy", "estimate per sampled token")
     axes = figure.subplots()
     _dots_and_line(axes, series, "kl", INK)
     axes.set_ylabel("KL (nats)")
@@ -251,7 +271,8 @@ def draw_before_after(figure: FigureBase, summary: Summary) -> None:
         ratio = found.in_standard_errors
         change = f"{found.difference:+.3g}"
         note = (change if ratio is None else f"{change}  ({ratio:+.1f} s.e.)").replace("-", "\N{MINUS SIGN}")
-        axes.set_title(f"{name}\n", color=colour(index), fontweight="bold", fontsize=10)
+        note = f"{note}\n{found.finding}"
+        axes.set_title(f"{name}\n\n", color=colour(index), fontweight="bold", fontsize=10)
         axes.text(0.5, 1.03, note, transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
 
 
@@ -283,6 +304,12 @@ def _bars(axes: Axes, found: Change, shade: str) -> None:
 def _dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:
     axes.plot(series.steps, series[key], "o", color=shade, alpha=0.3, markersize=3.5, markeredgewidth=0)
     axes.plot(series.steps, series.smooth(key), color=shade, label=label, marker=_marker(series))
+
+
+def _taken(series: Series, values: Array) -> Array:
+    """NaN in place of the values at steps that were skipped: no weight was used there."""
+    skipped = series.values.get("skipped")
+    return values if skipped is None else np.where(skipped > 0, np.nan, values)
 
 
 def _marker(series: Series) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.evaluation.report import CONFIG_FILE
-from gapo_mega.evaluation.series import METRICS_FILE, Array
+from gapo_mega.evaluation.series import METRICS_FILE, Array, is_number, read_rows
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,7 @@ class Recording:
 def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
     """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
     path = run_dir / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # A run that is still writing may leave an incomplete last line.
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+    rows = read_rows(path)
     for row in rows:
         _check(row, names, path)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
@@ -54,17 +50,6 @@ def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
     )
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
-    """A step's metrics. Raises ``ValueError`` for anything else."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not _is_number(row.get("step")):
-        raise ValueError(f"{place}: found {line.strip()[:60]!r}, accepted: a JSON object with a step")
-    return row
-
-
 def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
     """Raise ``ValueError`` unless norms, cosines and weights are there, each null or in its range."""
     most = 1 + 1e-6  # a logged cosine is rounded
@@ -80,15 +65,11 @@ def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
                 f"in {CONFIG_FILE} ({', '.join(names)})"
             )
         value = row[key]
-        if value is not None and not (_is_number(value) and least <= value <= greatest):
+        if value is not None and not (is_number(value) and least <= value <= greatest):
             raise ValueError(
                 f"{path}: step {row['step']}: found {key} {value!r}, accepted: a number"
                 + (f" from {least:.0f} to {greatest:.0f}" if math.isfinite(least) else "")
             )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _gram(row: dict[str, Any], names: Sequence[str]) -> Tensor | None:

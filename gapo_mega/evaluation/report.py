@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
 from gapo_mega.evaluation.plots import Picture, colour, write_pictures
-from gapo_mega.evaluation.series import Series, read_series
-from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
+from gapo_mega.evaluation.series import Array, Series, read_series
+from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_summary
+from gapo_mega.evaluation.terms import in_metric, parameters_measured
+from gapo_mega.types import well_formed
 
 CONFIG_FILE = "config.yaml"
 
@@ -50,7 +52,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
     directory = run_dir / "report"
     directory.mkdir(exist_ok=True)
-    pictures = write_pictures(directory, series, names, summary)
+    gradients = config.gradients
+    pictures = write_pictures(directory, series, names, summary, gradients)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gapo_mega.evaluation", package_path=""),
         autoescape=True,
@@ -60,6 +63,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         title=run_dir.resolve().name,
+        measured_over=parameters_measured(gradients) + in_metric(gradients),
+        one_run=ONE_RUN,
         objectives=_objective_rows(summary),
         facts=_facts(config, series, seconds if summary else None),
         phases=_phases(series),
@@ -70,19 +75,23 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         config_text=config_text,
     )
     path = directory / "index.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(well_formed(page), encoding="utf-8")
     return path
 
 
 def _objective_rows(summary: Summary) -> list[dict[str, Any]]:
-    rows = []
-    for name, found in summary.items():
-        ratio = found.in_standard_errors
-        verdict = "unclear" if ratio is None or abs(ratio) <= 2 else "better" if ratio > 0 else "worse"
-        error = found.standard_error if math.isfinite(found.standard_error) else None
-        facts = asdict(found) | {"standard_error": error, "change": found.difference}
-        rows.append({"name": name, **facts, "ratio": ratio, "verdict": verdict})
-    return rows
+    return [
+        {
+            "name": name,
+            **asdict(found),
+            "standard_error": found.standard_error if math.isfinite(found.standard_error) else None,
+            "change": found.difference,
+            "ratio": found.in_standard_errors,
+            "finding": found.finding,
+            "sentence": found.sentence(),
+        }
+        for name, found in summary.items()
+    ]
 
 
 def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[str, str]]:
@@ -93,22 +102,43 @@ def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[
         ("Policy", config.model.path),
         ("Method", f"{config.aggregation.name}({options})"),
         ("Optimizer steps", f"{len(series.steps)}"),
-        ("Samples per step", f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt}"),
+        ("Samples per rollout", f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt}"),
         ("Response length", f"at most {rollout.max_new_tokens} tokens"),
         ("Advantages", config.advantages.name),
         ("Learning rate", f"{config.optimizer.lr:g} ({config.optimizer.name}, {config.optimizer.schedule})"),
         ("KL weight", f"{config.algorithm.kl_beta:g}"),
         ("Parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {config.model.dtype}"),
         ("Seed", f"{config.seed}"),
-        ("Throughput", f"{np.nanmedian(series['tokens_per_second']):,.0f} tokens/s (median)"),
-        ("Peak memory", f"{np.nanmax(series['memory/peak_bytes']) / 2**30:.2f} GiB per rank"),
+        ("Throughput", _throughput(series)),
+        (
+            "Peak memory",
+            _known(series["memory/peak_bytes"] / 2**30, np.max, "{:.2f} GiB on the rank with the most"),
+        ),
     ]
-    skipped = int(np.nansum(series["skipped"]))
-    if skipped:
-        facts.append(("Skipped steps", f"{skipped} (a gradient was not finite)"))
+    skipped = series["skipped"] > 0
+    if skipped.any():
+        # The log of the run has the reasons; the metrics say no more than whose gradient was not finite.
+        flags = [values > 0 for key, values in series.values.items() if key.startswith("nonfinite/")]
+        nonfinite = int((skipped & np.any(flags, axis=0)).sum()) if flags else 0
+        facts.append(("Skipped steps", f"{int(skipped.sum())} (in {nonfinite} a gradient was not finite)"))
     if seconds is not None:
         facts.append(("Wall-clock time", _duration(seconds)))
     return facts
+
+
+def _throughput(series: Series) -> str:
+    """Tokens over seconds of all steps: only the first update of a rollout holds the rollout's time."""
+    rates = series["tokens_per_second"]
+    seconds = series.values.get("time/step", np.ones(len(rates)))
+    known = np.isfinite(rates) & np.isfinite(seconds)
+    total = seconds[known].sum()
+    return f"{(rates * seconds)[known].sum() / total:,.0f} tokens/s" if total > 0 else "not known"
+
+
+def _known(values: Array, of: Callable[[Array], Any], text: str) -> str:
+    """``text`` with a statistic of the finite values, or that there are none."""
+    finite = values[np.isfinite(values)]
+    return text.format(of(finite)) if len(finite) else "not known"
 
 
 def _duration(seconds: float) -> str:
@@ -118,15 +148,18 @@ def _duration(seconds: float) -> str:
 
 
 def _phases(series: Series) -> list[dict[str, Any]]:
-    """Mean seconds of every phase of a step, longest first, with its share of the longest."""
+    """Seconds of every phase, over all optimizer steps, and how long its bar is; longest first.
+
+    A phase that only some steps have, as the first minibatch of a rollout, counts 0 in the others.
+    """
     means = {
-        key.removeprefix("time/"): float(np.nanmean(values))
+        key.removeprefix("time/"): float(np.nansum(values)) / len(values)
         for key, values in series.values.items()
         if key.startswith("time/") and np.isfinite(values).any()
     }
     longest = max(means.values(), default=0.0)
     return [
-        {"name": name.replace("_", " "), "seconds": mean, "share": mean / longest if longest else 0.0}
+        {"name": name.replace("_", " "), "seconds": mean, "bar": mean / longest if longest else 0.0}
         for name, mean in sorted(means.items(), key=lambda item: -item[1])
     ]
 

@@ -8,7 +8,7 @@ gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,20 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gapo_mega.aggregation import Aggregator, Diagnosis, build, diagnose, methods
-from gapo_mega.aggregation.gapo import Gapo
 from gapo_mega.config import Config
 from gapo_mega.evaluation.recording import Recording
 from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.evaluation.series import Array
+from gapo_mega.evaluation.terms import cosines_with_direction
 
 # Steps from which on the wait is worth a progress bar.
 MANY_STEPS = 1000
-# Options that methods are shown with besides the run's own; {} are the defaults.
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"gapo": ({"p": 1.0}, {"p": 2.0})}
-# If left out, this option of a method gives every objective the same number.
-EQUAL_WHEN_LEFT_OUT = {"p_gapo": "preference", "weighted_sum": "weights"}
-# A sum of terms of either sign is rounding where it is below this share of their size.
-_ROUNDING = 1e-12
 # The log's norms and cosines hold the Gram matrix up to a few units in the last place.
 _AGREEMENT = 1e-9
 
@@ -65,7 +59,7 @@ class Verdict:
 
     @property
     def shares(self) -> Array:
-        """Weights whose absolute values sum to 1; 0 where all are 0."""
+        """Weights over the sum of their absolute values; 0 where all are 0."""
         total = np.abs(self.weights).sum(axis=1, keepdims=True)
         shares: Array = self.weights / np.where(total == 0, 1.0, total)
         return shares
@@ -75,13 +69,12 @@ def candidates(config: Config) -> list[Candidate]:
     """The run's own method with its options, then all others with their defaults."""
     given = config.aggregation
     own = build(given.name, **given.options)
-    found = [Candidate(_label(own, given.options), own, _note(given.name, given.options, "this run"))]
-    for name in sorted(methods()):
-        variants = VARIANTS.get(name, () if name == given.name else ({},))
-        for options in variants:
+    found = [Candidate(_label(own, given.options), own, _note(own, given.options, "this run"))]
+    for name, method in sorted(methods().items()):
+        for options in method.variants or (() if name == given.name else ({},)):
             aggregator = build(name, **options)
             if not _same_direction(aggregator, own):
-                found.append(Candidate(_label(aggregator, options), aggregator, _note(name, options)))
+                found.append(Candidate(_label(aggregator, options), aggregator, _note(aggregator, options)))
     return found
 
 
@@ -93,17 +86,16 @@ def _same_direction(a: Aggregator, b: Aggregator) -> bool:
     return replace(a, **plain) == replace(b, **plain)
 
 
-def _label(aggregator: Aggregator, options: dict[str, Any]) -> str:
-    if isinstance(aggregator, Gapo):
-        options = {"p": aggregator.p, **options}  # what gapo does hinges on it
+def _label(aggregator: Aggregator, options: Mapping[str, Any]) -> str:
+    options = {name: getattr(aggregator, name) for name in aggregator.always_shown} | dict(options)
     shown = [
         f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items()
     ]
     return " ".join([aggregator.name, *shown])
 
 
-def _note(name: str, options: dict[str, Any], *notes: str) -> str:
-    option = EQUAL_WHEN_LEFT_OUT.get(name)
+def _note(aggregator: Aggregator, options: Mapping[str, Any], *notes: str) -> str:
+    option = aggregator.equal_when_left_out
     if option is not None and options.get(option) is None:
         notes = (*notes, f"equal {option}")
     return ", ".join(notes)
@@ -128,26 +120,18 @@ def judge(asked: Sequence[Candidate], recording: Recording) -> list[Verdict]:
 
 def _verdict(candidate: Candidate, weights: Sequence[Tensor], found: Sequence[Diagnosis]) -> Verdict:
     count = len(weights[0])
+    weights_SM = torch.stack(list(weights)).numpy()
+    predicted_SM = torch.stack([d.predicted_change for d in found]).numpy()
+    norms_SM = torch.stack([d.norms for d in found]).numpy()
     return Verdict(
         candidate=candidate,
-        weights=torch.stack(list(weights)).numpy(),
-        predicted_change=torch.stack([d.predicted_change for d in found]).numpy(),
-        cosines=torch.stack([_cosines(d, w) for d, w in zip(found, weights, strict=True)]).numpy(),
+        weights=weights_SM,
+        predicted_change=predicted_SM,
+        cosines=cosines_with_direction(norms_SM, weights_SM, predicted_SM),
         direction_norms=np.array([d.direction_norm for d in found]),
         hurt=np.array([[i in d.hurt for i in range(count)] for d in found]),
         corner=np.array([d.corner for d in found]),
     )
-
-
-def _cosines(diagnosis: Diagnosis, weights: Tensor) -> Tensor:
-    """``(G w)_i / (||d|| ||g_i||)``, the cosine between the direction and every gradient."""
-    norms = diagnosis.norms
-    slopes = torch.where(norms > 0, diagnosis.predicted_change / norms, 0.0)
-    # sqrt(w'Gw) has half the digits where gradients cancel; ||d|| >= |<d, g_i>| / ||g_i|| has them all.
-    length = max(diagnosis.direction_norm, float(slopes.abs().max()))
-    if length <= _ROUNDING * float((norms * weights.abs()).sum()):
-        return torch.zeros_like(norms)
-    return slopes / length
 
 
 def disagreement(own: Verdict, recording: Recording) -> str | None:

@@ -67,7 +67,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             row["name"],
             f"{row['seconds']:.3f}",
             f"{row['ratio']:.2f}",
-            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
+            # One round has no range.
+            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}" if result["rounds"] > 1 else "-",
             *phases,
             _mib(row["row_bytes"]),
             _mib(extra),

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
-from gapo_mega.types import Prompt
+from gapo_mega.types import Prompt, lone_surrogate
 
 
 class Objective(Protocol):
@@ -68,13 +68,27 @@ class ObjectiveKind(ABC):
         """Checked scores, clipped to ``[-clip, clip]`` where the configuration says so.
 
         Raises ``ValueError`` naming the objective (and the index and value at fault) unless there is
-        exactly one finite number per pair.
+        exactly one finite number per pair, and for text that UTF-8 cannot hold.
         """
         if not responses:
             return []
+        self._check_texts(prompts, responses)
         scores = self._numbers(self.evaluate(prompts, responses), len(responses))
         clip = self.config.clip
         return scores if clip is None else [max(-clip, min(clip, score)) for score in scores]
+
+    def _check_texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
+        """Raise ``ValueError`` for lone surrogates: no request, tokenizer or file can hold them."""
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            asked = [text for message in prompt.messages for text in message.values()]
+            texts = [("response", response), *(("prompt of response", t) for t in (prompt.text, *asked))]
+            for what, text in texts:
+                place = lone_surrogate(text)
+                if place is not None:
+                    raise self._error(
+                        f"found {text[place]!r} at character {place} of the {what} {index}, accepted: text "
+                        "without lone surrogates"
+                    )
 
     def _numbers(self, result: object, count: int) -> list[float]:
         values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result

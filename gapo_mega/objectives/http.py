@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import requests
 from pydantic import Field, field_validator
-from requests.exceptions import ChunkedEncodingError, InvalidHeader
-from requests.utils import check_header_validity
+from requests.exceptions import ChunkedEncodingError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader as InvalidAnswerHeader
@@ -20,6 +20,12 @@ from urllib3.util import parse_url
 
 from gapo_mega.config import ObjectiveConfig, Section
 from gapo_mega.objectives.base import ObjectiveKind
+from gapo_mega.objectives.credentials import (
+    ConfiguredOnly,
+    Credentials,
+    credential_in_query,
+    without_password,
+)
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
 
@@ -29,7 +35,6 @@ Sample = dict[str, Any]
 _PASSING_STATUS = frozenset({429, *range(500, 600)})
 _PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError)
 _LONGEST_WAIT = 120.0  # seconds before a retry, also where the service asks for more
-_FROM_ENVIRONMENT = "env:"
 _EXCERPT = 200  # characters of an answer that an error shows
 
 
@@ -53,16 +58,24 @@ class HttpOptions(Section):
         description="the k-th retry waits backoff * 2^(k-1) seconds, or what Retry-After says; 120 at most",
     )
     headers: dict[str, str] = Field(
-        default_factory=dict, description="sent along; 'env:NAME' is the value of an environment variable"
+        default_factory=dict,
+        description="sent along; 'env:NAME' is the value of an environment variable, as credentials must be",
     )
 
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
         if re.fullmatch(r"https?://[^\s/]+\S*", url) is None:
-            raise ValueError(f"url: found {url!r}, accepted: http://HOST[:PORT]/PATH or https://...")
+            found = without_password(url)
+            raise ValueError(f"url: found {found!r}, accepted: http://HOST[:PORT]/PATH or https://...")
         if parse_url(url).auth is not None:  # the configuration is written to the run's folder
             raise ValueError("url: found a password in it, accepted: none (use headers with env:NAME)")
+        parameter = credential_in_query(url)
+        if parameter is not None:
+            raise ValueError(
+                f"url: found the parameter {parameter!r}, accepted: none that is a credential (use headers "
+                "with env:NAME)"
+            )
         return url
 
 
@@ -74,7 +87,7 @@ class Http(ObjectiveKind):
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
         self._options = read_options(config, HttpOptions)
-        self._headers = {name: self._header(name, value) for name, value in self._options.headers.items()}
+        self._credentials = Credentials(self._options.headers, self._error)
 
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
         samples = [_sample(*pair) for pair in zip(prompts, responses, strict=True)]
@@ -82,28 +95,16 @@ class Http(ObjectiveKind):
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         # map keeps the order; its first error cancels the requests that have not begun.
         with ThreadPoolExecutor(self._options.concurrency) as threads:
-            return [score for scores in threads.map(self._post, batches) for score in scores]
+            answered = [score for scores in threads.map(self._post, batches) for score in scores]
+        return [self._json_number(index, score) for index, score in enumerate(answered)]
 
-    def _header(self, name: str, value: str) -> str:
-        if value.startswith(_FROM_ENVIRONMENT):
-            value = self._from_environment(name, value)
-        try:
-            check_header_validity((name, value))
-        except InvalidHeader:  # whose message shows the value, which may be secret
-            raise self._error(
-                f"options: headers.{name}: found a name or value that HTTP does not allow, accepted: one "
-                "line without spaces around it"
-            ) from None
-        return value
-
-    def _from_environment(self, name: str, value: str) -> str:
-        variable = value.removeprefix(_FROM_ENVIRONMENT)
-        if variable not in os.environ:
-            raise self._error(
-                f"options: headers.{name}: found {value!r}, but the environment variable {variable!r} is not "
-                "set; accepted: one that is"
-            )
-        return os.environ[variable]
+    def _json_number(self, index: int, score: Any) -> Any:
+        """``score``, unless Python would take for a number what JSON does not, or double precision cannot."""
+        too_large = isinstance(score, int) and abs(score) > sys.float_info.max
+        if isinstance(score, bool) or too_large:
+            shown = json.dumps(score)[:_EXCERPT]
+            raise self._error(f"found the score {shown} for response {index}, accepted: a finite number")
+        return score
 
     def _post(self, samples: list[Sample]) -> list[Any]:
         """The scores of one request. ``ValueError`` when the last attempt fails or answers something else."""
@@ -116,11 +117,12 @@ class Http(ObjectiveKind):
         try:
             answer = attempts(self._ask, samples)
         except (_Passing, requests.RequestException) as error:
-            found = error.found if isinstance(error, _Passing) else _cause(error)
+            found = error.found if isinstance(error, _Passing) else self._cause(error)
             raise self._failure(len(samples), attempts.statistics["attempt_number"], found) from error
         count = attempts.statistics["attempt_number"]
         if answer.status_code != 200:
-            raise self._failure(len(samples), count, f"status {answer.status_code} and {_excerpt(answer)}")
+            found = f"status {answer.status_code} and {self._excerpt(answer)}"
+            raise self._failure(len(samples), count, found)
         return self._scores(answer, len(samples), count)
 
     def _ask(self, samples: list[Sample]) -> requests.Response:
@@ -129,14 +131,16 @@ class Http(ObjectiveKind):
             answer = requests.post(
                 self._options.url,
                 json={"samples": samples},
-                headers=self._headers,
+                headers=self._credentials.headers,
+                auth=ConfiguredOnly(),
                 timeout=self._options.timeout,
-                allow_redirects=False,  # a redirected POST would become a GET
+                # A redirected POST would become a GET, and the headers are meant for this host alone.
+                allow_redirects=False,
             )
         except _PASSING_ERRORS as error:
-            raise _Passing(_cause(error)) from error
+            raise _Passing(self._cause(error)) from error
         if answer.status_code in _PASSING_STATUS:
-            raise _Passing(f"status {answer.status_code} and {_excerpt(answer)}", _retry_after(answer))
+            raise _Passing(f"status {answer.status_code} and {self._excerpt(answer)}", _retry_after(answer))
         return answer
 
     def _seconds_to_wait(self, state: RetryCallState) -> float:
@@ -148,13 +152,13 @@ class Http(ObjectiveKind):
     def _scores(self, answer: requests.Response, count: int, attempts: int) -> list[Any]:
         try:
             content = answer.json()
-        except ValueError:
-            raise self._failure(count, attempts, f"what is not JSON: {_excerpt(answer)}") from None
+        except (ValueError, RecursionError):
+            raise self._failure(count, attempts, f"what is not JSON: {self._excerpt(answer)}") from None
         scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
-            raise self._failure(count, attempts, f"no list of scores in {_excerpt(answer)}")
+            raise self._failure(count, attempts, f"no list of scores in {self._excerpt(answer)}")
         if len(scores) != count:
-            raise self._failure(count, attempts, f"{len(scores)} scores in {_excerpt(answer)}")
+            raise self._failure(count, attempts, f"{len(scores)} scores in {self._excerpt(answer)}")
         return scores
 
     def _failure(self, count: int, attempts: int, found: str) -> ValueError:
@@ -164,6 +168,22 @@ class Http(ObjectiveKind):
             f'{{"scores": [...]}}, {count} numbers'
         )
 
+    def _cause(self, error: requests.RequestException) -> str:
+        """What kept an answer from coming, without the layers that the libraries put around it."""
+        reason: object = error.args[0] if error.args else error
+        if isinstance(reason, MaxRetryError):
+            reason = reason.reason or reason
+        return f"{type(reason).__name__} ({self._beginning(str(reason))})"
+
+    def _excerpt(self, answer: requests.Response) -> str:
+        """The beginning of an answer's body, on one line."""
+        return repr(self._beginning(answer.text))
+
+    def _beginning(self, text: str) -> str:
+        # Hidden first: a cut in the middle of a credential would leave half of it.
+        text = self._credentials.hidden(" ".join(text.split()))
+        return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."
+
 
 class _Passing(Exception):
     """A failure that may pass: what was found, and how many seconds the service asks to wait."""
@@ -172,14 +192,6 @@ class _Passing(Exception):
         super().__init__(found)
         self.found = found
         self.seconds = seconds
-
-
-def _cause(error: requests.RequestException) -> str:
-    """What kept an answer from coming, without the layers that the libraries put around it."""
-    reason: object = error.args[0] if error.args else error
-    if isinstance(reason, MaxRetryError):
-        reason = reason.reason or reason
-    return f"{type(reason).__name__} ({' '.join(str(reason).split())[:_EXCERPT]})"
 
 
 def _retry_after(answer: requests.Response) -> float:
@@ -193,9 +205,3 @@ def _retry_after(answer: requests.Response) -> float:
 def _sample(prompt: Prompt, response: str) -> Sample:
     messages = [dict(message) for message in prompt.answered(response)]
     return {"messages": messages, "prompt": prompt.text, "response": response}
-
-
-def _excerpt(answer: requests.Response) -> str:
-    """The beginning of an answer's body, on one line."""
-    text = " ".join(answer.text.split())
-    return repr(text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "...")

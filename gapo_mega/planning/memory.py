@@ -72,6 +72,11 @@ class MemoryPlan:
         """Bytes of the fullest rank."""
         return max(stage.peak for stage in self.stages)
 
+    @property
+    def unit(self) -> tuple[str, int]:
+        """The unit to show this in and its bytes: GiB, or MiB for small models."""
+        return ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes by kind of every stage, and of the fullest rank."""
         stages = [asdict(s) | {"resident": s.resident, "peak": s.peak} for s in self.stages]
@@ -92,7 +97,7 @@ class MemoryPlan:
             "activations (training)": [s.activations for s in self.stages],
             "peak": [s.peak for s in self.stages],
         }
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+        unit, size = self.unit
         lines = [f"{f'{unit} per rank':<26}" + "".join(f"{f'stage {s.stage}':>12}" for s in self.stages)]
         lines += [f"{kind:<26}" + "".join(f"{n / size:>12.2f}" for n in row) for kind, row in kinds.items()]
         return "\n".join(lines)

@@ -35,11 +35,12 @@ class RunPlan:
 
     def fullest(self, device_gib: float | None) -> str:
         """The fullest rank's memory, and whether it fits into ``device_gib``, if that is given."""
-        peak = self.memory.peak / GIB
-        line = f"fullest rank: {peak:.2f} GiB"
+        unit, size = self.memory.unit
+        line = f"fullest rank: {self.memory.peak / size:.2f} {unit}"
         if device_gib is None:
             return line
-        return f"{line}, {'fits' if peak <= device_gib else 'does not fit'} into {device_gib:g} GiB"
+        fits = self.memory.peak <= device_gib * GIB
+        return f"{line}, {'fits' if fits else 'does not fit'} into {device_gib:g} GiB"
 
     def as_dict(self, device_gib: float | None) -> dict[str, Any]:
         """For JSON: layout, bytes by kind and stage, and whether they fit (null: not asked)."""

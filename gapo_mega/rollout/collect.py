@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.engine.base import Generator, SamplingParameters
-from gapo_mega.types import Prompt, Rollout
+from gapo_mega.types import Prompt, Rollout, well_formed
 
 
 class Collector:
@@ -24,7 +24,7 @@ class Collector:
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         generation = self._generator.generate([p.token_ids for p in repeated], self._sampling, seed)
         responses = [
-            str(self._tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True))
+            well_formed(str(self._tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True)))
             for tokens_T, mask_T in zip(generation.tokens_BT, generation.response_mask_BT, strict=True)
         ]
         return Rollout(

@@ -34,7 +34,11 @@ def finish(
         summary: Summary = {}
         if after.prompts:
             summary = paired_summary(
-                torch.tensor(before.scores), torch.tensor(after.scores), names, heldout.samples
+                torch.tensor(before.scores),
+                torch.tensor(after.scores),
+                names,
+                heldout.samples,
+                [old == new for old, new in zip(before.responses, after.responses, strict=True)],
             )
         write_summary(directory / SUMMARY_FILE, summary, elapsed())
         pairs = sample_pairs(before, after, names, config.evaluation.shown, heldout.samples)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from gapo_mega.planning.world import read_world
 
 
 def world_size() -> int:
-    """Processes of this job, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this job, as torchrun says; 1 without it. Raises ``ValueError`` as ``read_world`` does."""
+    return read_world().size
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for its job."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for its job. Raises ``ValueError`` as ``read_world`` does."""
+    return read_world().rank == 0

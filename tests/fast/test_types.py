@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gapo_mega.types import Experience, KeptTokens, TokenBatch
+from gapo_mega.types import Experience, KeptTokens, TokenBatch, lone_surrogate, well_formed
 
 ROWS = 5
 
@@ -80,3 +80,29 @@ def test_minibatches_cover_every_row_once() -> None:
     assert sorted(row for part in parts for row in part) == [0, 1, 2, 3] and {len(p) for p in parts} == {2}
     with pytest.raises(ValueError, match=r"^algorithm.minibatches: found 3, which does not divide the 4 seq"):
         next(whole.minibatches(3, torch.Generator()))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", "na\u00efve \u6771\u4eac \U0001f327", "\x00", "\ufeffa", "\u2028"]
+)
+def test_text_that_has_utf_8_stays_as_it_is(text: str) -> None:
+    assert well_formed(text) == text and lone_surrogate(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "expected"),
+    [
+        ("a\ud800", 1, "a\ufffd"),
+        ("\udc80b", 0, "\ufffdb"),
+        ("\ud800\ud800x", 0, "\ufffd\ufffdx"),
+        ("xy\udfff\ud800", 2, "xy\ufffd\ufffd"),
+    ],
+)
+def test_half_characters_are_replaced(text: str, place: int, expected: str) -> None:
+    assert lone_surrogate(text) == place
+    assert well_formed(text) == expected
+    well_formed(text).encode("utf-8")
+
+
+def test_two_halves_are_the_character() -> None:
+    assert well_formed("\ud83c\udf27") == "\U0001f327"

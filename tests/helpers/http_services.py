@@ -29,6 +29,7 @@ class Service:
     answer: Callable[[int, dict[str, Any]], Answer]  # number of the request from 0, its JSON
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)  # whole addresses where it is asked as a proxy
     times: list[float] = field(default_factory=list)
     url: str = ""
     after_body: Callable[[int], object] = lambda number: None  # before the connection is let go of
@@ -50,6 +51,7 @@ def services() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], S
                     number = len(state.requests)
                     state.requests.append(content)
                     state.headers.append(dict(self.headers))
+                    state.paths.append(self.path)
                     state.times.append(time.monotonic())
                 status, body, headers = state.answer(number, content)
                 self.send_response(status)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from gapo_mega import commands
+from gapo_mega import commands, optional
 from gapo_mega.cli import app, main
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
 from tests.helpers.run_files import write_run_file
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
+    for name in (*LAUNCHERS, "TORCHELASTIC_RUN_ID", "GAPO_MEGA_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     return Here(monkeypatch, capsys)
 
@@ -144,6 +148,42 @@ def test_options_that_do_not_go_together(file: Path, here: Here, monkeypatch: py
     assert "--nproc: found 2 inside torchrun" in here.refused(*run, "--nproc", "2")
 
 
+@pytest.mark.parametrize("command", ["train", "dry-run", "sft", "train-reward", "benchmark", "convert"])
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"RANK": "3"}, "RANK: found '3' without WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: found ''"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "MASTER_ADDR: found None with WORLD_SIZE 4"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK: found '1' without RANK"),
+    ],
+)
+def test_what_a_launcher_left_behind_is_told_at_once(
+    file: Path, here: Here, monkeypatch: pytest.MonkeyPatch, command: str, left: dict[str, str], message: str
+) -> None:
+    """In every command that starts processes or joins them; none of them waits, and none writes."""
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    model, out = file.parent / "model", file.parent / "out"
+    supervised = file.parent / "supervised.yaml"
+    supervised.write_text(
+        f"output_dir: {out}\nmodel: {{path: {model}}}\ndata: {{source: {file.parent / 'absent.jsonl'}}}\n"
+    )
+    lines = {
+        "train": ("train", "-c", str(file)),
+        "dry-run": ("train", "-c", str(file), "--dry-run"),
+        "sft": ("sft", "-c", str(supervised)),
+        "train-reward": ("train-reward", "-c", str(supervised)),
+        "benchmark": ("benchmark", "step", "-c", str(file), "--out", str(out / "x.json")),
+        "convert": ("convert", "--from", str(model), "--to", str(out)),
+    }
+    if command == "dry-run" and message.startswith("MASTER_ADDR"):  # which meets nobody
+        assert here(*lines[command])[0] == 0
+    else:
+        assert message in here.refused(*lines[command])
+    assert not out.exists()
+
+
 def test_errors_show_where_they_were_raised_on_demand(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAPO_MEGA_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["gapo-mega", "train", "--config", str(file), "sed=1"])
@@ -160,6 +200,40 @@ def test_convert_refuses_what_it_cannot_read(tmp_path: Path, here: Here) -> None
     ):
         line = here.refused("convert", "--from", str(tmp_path / source), "--to", str(tmp_path / "out"))
         assert found in line
+
+
+def test_a_plan_is_said_to_be_a_prediction(file: Path, here: Here) -> None:
+    code, out, _ = here("plan", "-c", str(file), "--device-gib", "80")
+    *_, fullest, caveat = out.strip().splitlines()
+    assert code == 0
+    assert fullest.startswith("fullest rank: ") and "MiB, fits into 80 GiB" in fullest
+    assert not fullest.startswith("fullest rank: 0.00")  # a tiny model is shown in a unit that it has
+    assert caveat.startswith("Predicted, not measured. Not counted: the device's context")
+    line = here.refused("plan", "-c", str(file), "--device-gib", "inf")
+    assert line == "--device-gib: found inf, accepted: a finite number of GiB, 0 or more"
+
+
+def test_info_tells_what_is_usable_not_what_is_used(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"transformer-engine-torch": "2.11", "wandb": "0.20"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    probes = (optional.transformer_engine, optional.apex, optional.wandb, optional.serve)
+    for probe in probes:
+        probe.cache_clear()
+    monkeypatch.setattr(optional, "version", version)
+    try:
+        _, out, _ = here("info")
+    finally:
+        for probe in probes:
+            probe.cache_clear()
+    # Transformer Engine's layers need a GPU; whether wandb is used, a run's configuration says.
+    on_gpus = "usable" if torch.cuda.is_available() else "usable on GPUs only, and there is none"
+    assert f"transformer-engine {on_gpus}: transformer-engine-torch 2.11" in out
+    assert "wandb              usable: wandb 0.20" in out and " used:" not in out
 
 
 def test_every_file_of_a_command_is_registered() -> None:

@@ -66,3 +66,15 @@ def test_what_lengths_give_away() -> None:
     assert measures.length_matched(range(500), as_pairs) == np.flatnonzero(close).tolist()
     unequal = drawn[drawn[:, 0] != drawn[:, 1]]
     assert measures.longer_wins(as_pairs) == (unequal.argmax(1) == 0).mean()
+
+
+@pytest.mark.parametrize("scores", [[(1.0, 0.0)], [(1.0, 0.0)] * 3, [(0.0, 1.0)] * 50])
+def test_a_share_that_never_varied_has_no_standard_error(scores: list[tuple[float, float]]) -> None:
+    found = measures.of_pairs(scores, [(5, 5)] * len(scores))
+    assert found["accuracy"] in (0.0, 1.0) and found["matched_accuracy"] == found["accuracy"]
+    assert "standard_error" not in found and "matched_standard_error" not in found
+
+
+def test_a_perplexity_beyond_double_precision_is_left_out() -> None:
+    found = measures.of_chats([-2000.0], [2])
+    assert found["loss"] == 1000.0 and "perplexity" not in found

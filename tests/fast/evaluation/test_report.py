@@ -15,11 +15,12 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from gapo_mega.config import Config
-from gapo_mega.evaluation.plots import draw_before_after, draw_weights
+from gapo_mega.config import Config, GradientConfig
+from gapo_mega.evaluation.plots import draw_before_after, draw_progress, draw_weights
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.series import Series, read_series
 from gapo_mega.evaluation.summary import Change, paired_summary, write_summary
+from gapo_mega.evaluation.terms import cosines_with_direction, parameters_measured
 
 
 def run_directory(path: Path, names: list[str], steps: int) -> Path:
@@ -117,7 +118,7 @@ def test_whiskers_span_two_standard_errors() -> None:
     np.testing.assert_allclose(segment, [[1, 2.5], [1, 3.5]])
 
 
-def test_shares_are_contributions_to_the_direction() -> None:
+def test_contributions_to_the_direction() -> None:
     """Weights 1 and 0.1 on norms 1 and 10 contribute equally."""
     names = ["a", "b"]
     one = np.ones(2)
@@ -126,3 +127,152 @@ def test_shares_are_contributions_to_the_direction() -> None:
     draw_weights(figure, Series(np.array([1.0, 2.0]), values), names)
     tops = [patch.get_data().values for patch in figure.axes[0].patches]
     np.testing.assert_allclose(tops, [[0.5, 0.5], [1.0, 1.0]], rtol=1e-12)
+
+
+def test_a_last_line_that_was_not_finished_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "a": 1.5}\n{"step": 2, "a": 2.5}\n'
+    for rest in ('{"step": 3, "a', "{", '{"step": 3, "a": "\xe9', '{"step": 3}\n'[:-2]):
+        path.write_bytes((whole + rest).encode("latin-1"))
+        assert read_series(tmp_path).steps.tolist() == [1, 2], rest
+    path.write_text(whole + '{"step": 3, "a": 3.5}')  # an editor may leave the line break out
+    assert read_series(tmp_path)["a"].tolist() == [1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1, "a\n{"step": 2}\n', r"metrics\.jsonl: line 1: found '{\"step\": 1, \"a', accepted"),
+        ('{"step": 1}\n{"step"\n', r"line 2: found '{\"step\"', accepted: a JSON object with a step"),
+        ('{"step": 1}\n\n{"step": 2}\n', r"line 2: found '', accepted"),
+        ('{"step": 1}\n[2]\n', r"line 2: found '\[2\]', accepted"),
+        ('{"step": 1, "a": "x"}\n', r"step 1: found a 'x', accepted: a number or null"),
+        ('{"step": 1, "a": true}\n', r"step 1: found a True, accepted: a number or null"),
+        ('{"st', r"found no steps in .*metrics\.jsonl"),
+    ],
+)
+def test_any_other_broken_line_is_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "words"),
+    [
+        ({}, "all parameters"),
+        ({"scope": "last_layer"}, "the output layer"),
+        ({"scope": "last_block"}, "the output layer and the last transformer layer"),
+        ({"scope": [[0, 2], [5, 6]]}, "transformer layers 0 to 1, 5"),
+    ],
+)
+def test_the_report_says_over_which_parameters_gradients_were_measured(
+    tmp_path: Path, gradients: dict[str, object], words: str
+) -> None:
+    assert parameters_measured(GradientConfig.model_validate(gradients)) == words
+    run = run_directory(tmp_path / "run", ["a", "b"], 3)
+    document = yaml.safe_load((run / "config.yaml").read_text()) | {"gradients": gradients}
+    (run / "config.yaml").write_text(yaml.safe_dump(document))
+    text = write_report(run, []).read_text()
+    assert f"inner products of their gradients over {words}," in text
+    assert f"gradient over {words}" in text  # in captions
+    assert "full-parameter" not in text
+
+
+def test_the_page_says_what_a_change_allows_to_say(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a", "b"], 3)
+    write_summary(run / "summary.json", {"a": Change(0.0, 1.0, 1e-9, 2), "b": Change(0.0, 1.0, 0.1, 50)}, 1)
+    text = write_report(run, []).read_text()
+    assert '<td class="muted">too few prompts</td>' in text and '<td class="better">better</td>' in text
+    assert "a: too few prompts to tell a change from chance (2 of at least 10)" in text
+    assert "one run cannot tell" in text and "unlikely" not in text
+
+
+def test_skipped_steps_are_counted_by_what_is_known_of_them(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a", "b"], 6)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["nonfinite/a"] = 1.0
+    rows[4]["skipped"] = 1.0  # for another reason
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "2 (in 1 a gradient was not finite)" in write_report(run, []).read_text()
+
+
+def test_a_run_whose_numbers_are_not_known_says_so(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a"], 2)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({k: None if k in UNKNOWN else v for k, v in row.items()}) + "\n" for row in rows)
+    )
+    text = write_report(run, []).read_text()
+    assert text.count("<dd>not known</dd>") == 2 and ">nan" not in text
+
+
+UNKNOWN = ("tokens_per_second", "memory/peak_bytes")
+
+
+def test_a_phase_that_few_steps_have_counts_over_all_of_them(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a"], 4)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[1:]:
+        del row["time/rollout"]  # one rollout of 3 seconds for four updates
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<span>0.75 s</span>" in write_report(run, []).read_text()
+
+
+def test_throughput_is_tokens_over_seconds(tmp_path: Path) -> None:
+    """Four updates of a rollout share 800 tokens; the first one takes 10 seconds, the others 2."""
+    run = run_directory(tmp_path / "run", ["a"], 4)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, seconds in zip(rows, (10.0, 2.0, 2.0, 2.0), strict=True):
+        row |= {"tokens_per_second": 200 / seconds, "time/step": seconds}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<dd>50 tokens/s</dd>" in write_report(run, []).read_text()  # not the median's 100
+
+
+def lines_of(values: dict[str, list[float]], names: list[str]) -> np.ndarray:
+    figure = Figure()
+    series = Series(np.arange(1.0, 1 + len(values["skipped"])), {k: np.array(v) for k, v in values.items()})
+    draw_progress(figure, series, names)
+    curves = [line.get_ydata() for line in figure.axes[0].lines if line.get_label() in names]
+    return np.stack([np.asarray(curve, dtype=float) for curve in curves], axis=1)
+
+
+def test_cosines_with_the_direction_are_those_of_the_vectors() -> None:
+    """Whatever the norm of the whole update is, which a scope makes another one; none at skipped steps."""
+    rows = np.random.default_rng(5).normal(size=(2, 7))
+    weights = np.array([0.3, 0.7])
+    direction = weights @ rows
+    expected = rows @ direction / np.linalg.norm(rows, axis=1) / np.linalg.norm(direction)
+    change = rows @ direction
+    values = {"skipped": [0.0, 1.0], "gradient_norm": [123.0, 123.0]}
+    for i, name in enumerate("ab"):
+        values |= {f"grad_norm/{name}": [float(np.linalg.norm(rows[i]))] * 2}
+        values |= {f"weight/{name}": [weights[i], 0.0], f"predicted_change/{name}": [change[i], 0.0]}
+    found = lines_of(values, ["a", "b"])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+    assert np.isnan(found[1]).all()
+
+
+def test_a_direction_that_cancels_has_no_cosines() -> None:
+    norms = np.array([[2.0, 2.0]])
+    found = cosines_with_direction(norms, np.array([[0.5, 0.5]]), np.array([[1e-16, -1e-16]]))
+    np.testing.assert_array_equal(found, [[0.0, 0.0]])
+
+
+def test_weights_of_skipped_steps_are_not_drawn() -> None:
+    values = {"weight/a": [0.5, 0.0], "grad_norm/a": [1.0, 1.0], "skipped": [0.0, 1.0]}
+    figure = Figure()
+    draw_weights(figure, Series(np.array([1.0, 2.0]), {k: np.array(v) for k, v in values.items()}), ["a"])
+    (line,) = figure.axes[1].lines
+    np.testing.assert_array_equal(np.asarray(line.get_ydata(), dtype=float), [0.5, math.nan])
+
+
+def test_lone_surrogates_do_not_keep_a_report_from_being_written(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a"], 2)
+    pair = SamplePair("why \udc80?", "\ud83d\ude00", "b\x00", {"a": 1.0}, {"a": 1.0})
+    text = write_report(run, [pair]).read_text(encoding="utf-8")
+    assert "why \ufffd?" in text and "\U0001f600" in text

@@ -15,6 +15,8 @@ from scipy import stats
 
 from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.summary import (
+    LEAST_PROMPTS,
+    Change,
     paired_summary,
     read_summary,
     write_summary,
@@ -90,3 +92,129 @@ def test_console_table_shows_every_number_in_eighty_columns() -> None:
     assert f"{facts.before:.4g}" in text and f"{facts.after:.4g}" in text
     assert f"{facts.in_standard_errors:+.1f}" in text and "64" in text
     assert "/runs/" + "x" * 90 in text
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 10, 64, 500])
+def test_the_interval_is_students_t_over_the_prompts(prompts: int) -> None:
+    before, after = scores(prompts)
+    for i, change in enumerate(paired_summary(before, after, NAMES).values()):
+        expected = stats.ttest_rel(after[i], before[i]).confidence_interval(0.95)
+        assert change.half_width is not None
+        found = (change.difference - change.half_width, change.difference + change.half_width)
+        assert found == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_claim_is_a_paired_t_test_at_five_percent(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    before = rng.normal(size=(1, 30))
+    after = before + rng.normal(0.3, 1.0, size=(1, 30))
+    test = stats.ttest_rel(after[0], before[0])
+    expected = "unclear" if test.pvalue >= 0.05 else "better" if test.statistic > 0 else "worse"
+    assert paired_summary(before, after, ["a"])["a"].finding == expected
+
+
+def test_samples_of_a_prompt_are_one_observation() -> None:
+    """Forty samples of two prompts are two observations, however alike the samples of a prompt are."""
+    before = np.zeros((1, 80))
+    rng = np.random.default_rng(0)
+    after = np.repeat([[1.0, 1.5]], 40, axis=1) + rng.normal(0, 1e-3, (1, 80))
+    change = paired_summary(before, after, ["a"], samples_per_prompt=40)["a"]
+    assert (change.samples, change.finding) == (2, "too few prompts")
+    means = after.reshape(2, 40).mean(axis=1)
+    assert change.standard_error == pytest.approx(stats.sem(means), rel=1e-12)
+
+
+def float32(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e6, 1e30])
+def test_a_spread_made_of_rounding_is_none(scale: float) -> None:
+    """The same 0.1 everywhere: float32 makes differences of it that spread by a unit in the last place."""
+    before = float32(np.random.default_rng(1).random((1, 64)))
+    change = paired_summary(before * scale, (before + 0.1) * scale, ["a"])["a"]
+    assert change.standard_error == 0 and change.in_standard_errors is None and change.half_width is None
+    assert change.difference == pytest.approx(0.1 * scale, rel=1e-5)  # the rounding of the scores
+    assert change.finding == "same on every prompt"
+
+
+def test_the_two_prompts_that_were_thirteen_million_standard_errors_apart() -> None:
+    before, after = float32([[0.1, 0.3]]), float32([[0.2, 0.4]])
+    for one, other in ((before, after), (before.double(), after.double()), (before.numpy(), after.numpy())):
+        change = paired_summary(one, other, ["a"])["a"]
+        assert change.in_standard_errors is None and change.finding == "too few prompts"
+
+
+@pytest.mark.parametrize("offset", [0.1, 1.0, -1e6])
+def test_a_difference_made_of_rounding_is_no_change(offset: float) -> None:
+    before = float32(np.random.default_rng(2).random((1, 32)) + offset)
+    change = paired_summary(before, torch.nextafter(before, torch.full_like(before, math.inf)), ["a"])["a"]
+    assert change.difference == 0 and change.standard_error == 0
+    assert change.finding == "no change" and change.sentence() == "no change measured"
+
+
+def test_a_difference_well_above_rounding_is_kept() -> None:
+    rng = np.random.default_rng(3)
+    before = float32(rng.random((1, 64)))
+    after = before + float32(rng.normal(1e-5, 1e-6, (1, 64)))
+    change = paired_summary(before, after, ["a"])["a"]
+    assert change.finding == "better"
+    # Differences of 1e-5 between float32 scores near 1 are themselves known to half a percent.
+    assert change.difference == pytest.approx(1e-5, rel=0.05)
+
+
+def test_scores_of_a_coarse_type_have_its_rounding() -> None:
+    before = torch.rand(1, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    after = (before.float() + 0.1).bfloat16()
+    assert paired_summary(before, after, ["a"])["a"].finding == "same on every prompt"
+    assert paired_summary(before, before.float(), ["a"])["a"].finding == "no change"
+
+
+def test_a_response_that_stayed_the_same_has_not_changed() -> None:
+    """An objective that scores it differently the second time measures its own noise."""
+    before, after = scores(40)
+    same = np.arange(40) % 4 == 0
+    found = paired_summary(before, after, NAMES, same_response=same.tolist())["helpful"]
+    expected = np.where(same, 0.0, after[0] - before[0])
+    assert found.difference == pytest.approx(expected.mean(), rel=1e-12)
+    assert found.standard_error == pytest.approx(stats.sem(expected), rel=1e-12)
+    unchanged = paired_summary(before, after, NAMES, same_response=[True] * 40)
+    assert {change.finding for change in unchanged.values()} == {"no change"}
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (Change(1.0, 1.0, math.nan, 1), "no change"),
+        (Change(1.0, 2.0, math.nan, 1), "too few prompts"),
+        (Change(1.0, 2.0, 1e-9, LEAST_PROMPTS - 1), "too few prompts"),
+        (Change(1.0, 2.0, 0.0, 100), "same on every prompt"),
+        (Change(math.nan, 2.0, 0.1, 100), "not known"),
+        (Change(0.0, 0.2, 0.1, 10), "unclear"),  # t = 2.0, and 2.26 is needed with 9 degrees of freedom
+        (Change(0.0, 0.2, 0.1, 100), "better"),  # 1.98 with 99
+        (Change(0.0, -0.2, 0.1, 100), "worse"),
+        (Change(1.0, 1.0, 0.1, 100), "unclear"),
+    ],
+)
+def test_findings(change: Change, finding: str, tmp_path: Path) -> None:
+    assert change.finding == finding
+    stream = io.StringIO()
+    print_summary(
+        {"a": change}, None, Console(file=stream, width=80, color_system="standard", force_terminal=True)
+    )
+    coloured = {"better": "\x1b[32m", "worse": "\x1b[31m"}
+    for name, code in coloured.items():
+        assert (code in stream.getvalue()) == (finding == name)
+    write_summary(tmp_path / "s.json", {"a": change}, 1.0)
+    assert read_summary(tmp_path / "s.json")[0]["a"].finding == finding
+
+
+def test_few_prompts_are_said_to_be_few_and_one_run_to_be_one() -> None:
+    stream = io.StringIO()
+    print_summary({"a": Change(1.0, 2.0, 0.1, 2)}, None, Console(file=stream, width=300))
+    text = stream.getvalue()
+    assert "too few prompts to tell a change from chance (2 of at least 10)" in text
+    # 12.7 standard errors either way: with two prompts the interval is that wide.
+    assert "interval of the change -0.271 to +2.27" in text
+    assert "how much another seed changes, one run cannot tell" in text

@@ -114,6 +114,70 @@ def test_scores_that_are_no_numbers_are_refused_by_index(service: Any, score: by
         objective(state.url).score(PROMPTS[:2], RESPONSES[:2])
 
 
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (b"true", "true"),
+        (b"false", "false"),
+        (b"1" + b"0" * 400, "1000"),
+        (b"1e999", "inf"),
+        (b"-Infinity", "-inf"),
+    ],
+)
+def test_scores_that_python_would_take_for_numbers_are_refused(
+    service: Any, score: bytes, shown: str
+) -> None:
+    """By their place among all responses, not in their request."""
+    answers = {"1": b"1.0", "3": score}
+
+    def answer(number: int, content: dict[str, Any]) -> Answer:
+        scores = b", ".join(answers.get(sample["response"], b"0") for sample in content["samples"])
+        return 200, b'{"scores": [%s]}' % scores, {}
+
+    state = service(answer)
+    message = rf"^objective 'helpful': found the score {shown}.* for response 3, accepted: a finite number$"
+    with pytest.raises(ValueError, match=message) as raised:
+        objective(state.url, batch_size=2, concurrency=1).score(PROMPTS[:5], RESPONSES[:5])
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"scores": [1, 2]', b"\xff\xfe", b"[" * 100_000, b'{"scores": [%s]}' % (b"1" * 5000)]
+)
+def test_answers_that_are_no_json_are_one_line(service: Any, body: bytes) -> None:
+    state = service(lambda number, content: (200, body, {}))
+    with pytest.raises(ValueError, match=r"after 1 attempt, what is not JSON: ") as raised:
+        objective(state.url).score(PROMPTS[:2], RESPONSES[:2])
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        (
+            Prompt(0, "a"),
+            "x\udc80y",
+            r"found '\\udc80' at character 1 of the response 1, accepted: text without",
+        ),
+        (Prompt(0, "\ud800"), "x", r"found '\\ud800' at character 0 of the prompt of response 1"),
+        (
+            Prompt(
+                0, "a", messages=({"role": "user", "content": "ab\udfff"}, {"role": "user", "content": "a"})
+            ),
+            "x",
+            r"found '\\udfff' at character 2 of the prompt of response 1",
+        ),
+    ],
+)
+def test_lone_surrogates_are_refused_before_anything_is_sent(
+    service: Any, prompt: Prompt, response: str, message: str
+) -> None:
+    state = service(lambda number, content: right(content))
+    with pytest.raises(ValueError, match=rf"^objective 'helpful': {message}"):
+        objective(state.url).score([PROMPTS[0], prompt], [RESPONSES[0], response])
+    assert state.requests == []
+
+
 def test_a_slow_answer_is_a_failed_attempt(service: Any) -> None:
     stop = threading.Event()
 

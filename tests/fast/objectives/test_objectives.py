@@ -193,3 +193,11 @@ def test_a_kind_scores_or_refuses_an_empty_configuration(name: str) -> None:
 def test_every_kind_of_the_folder_refuses_an_empty_configuration_with_a_clear_error(kind: str) -> None:
     with pytest.raises(ValueError, match="brevity"):
         build(ObjectiveConfig(name="brevity", kind=kind))
+
+
+def test_text_without_utf_8_is_refused_by_every_kind_before_it_is_scored() -> None:
+    scored = objective("trial_rewards:length")
+    with pytest.raises(
+        ValueError, match=r"found '\\udc80' at character 2 of the response 1, accepted: text without"
+    ):
+        scored.score([Prompt(0, "a"), Prompt(1, "b")], ["x", "ab\udc80"])

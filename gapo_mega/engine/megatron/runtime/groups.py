@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
-
-_TIMEOUT = timedelta(minutes=30)
+from gapo_mega.engine.process_group import TIMEOUT, start_process_group
+from gapo_mega.planning.world import read_world
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,15 @@ class Collective:
 def initialize(tensor: int, pipeline: int) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the world is one rank.
-    Raises ``ValueError`` if ``tensor * pipeline`` does not divide the world size.
+    The launcher's variables say which rank of how many this is (``read_world``).
+    Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
+    ``tensor * pipeline`` does not divide the world size.
     """
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_device(read_world().local_rank, torch.cuda.device_count()))
     if not dist.is_initialized():
-        _start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     world = dist.get_world_size()
     if world % (tensor * pipeline):
         raise ValueError(
@@ -96,7 +95,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
-            distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
     layout = Layout(
         world=world,
@@ -131,12 +130,14 @@ def shutdown(world_too: bool = True) -> None:
             dist.destroy_process_group(group)
 
 
-def _start_process_group(backend: str) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+def _own_device(local_rank: int, devices: int) -> int:
+    """The number of this rank's GPU. Raises ``ValueError`` where this machine has fewer."""
+    if local_rank >= devices:
+        raise ValueError(
+            f"LOCAL_RANK: found {local_rank}, but torch sees {devices} CUDA devices; accepted: 0 to "
+            f"{devices - 1}"
+        )
+    return local_rank
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
@@ -157,7 +158,7 @@ def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
     mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
     own: dist.ProcessGroup | None = None
     for key, ranks in members.items():  # new_group is collective: every rank makes every group, in this order
-        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
         if key == mine:
             own = group
     assert own is not None

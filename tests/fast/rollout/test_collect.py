@@ -1,0 +1,25 @@
+"""Responses as text: what the tokenizer decodes can always be written to a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.rollout.collect import Collector
+from gapo_mega.types import Prompt
+from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
+
+
+class HalfCharacters(FakeTokenizer):
+    """Decodes broken UTF-8 as ``errors="surrogateescape"`` does."""
+
+    def decode(self, *arguments: Any, **options: Any) -> str:
+        return b"ok \xe6\x9d".decode("utf-8", "surrogateescape")
+
+
+def test_half_characters_never_leave_the_tokenizer() -> None:
+    tokenizer: Any = HalfCharacters()
+    engine: Any = FakeEngine()
+    collector = Collector(engine.generator, tokenizer, SamplingParameters(max_new_tokens=4))
+    rollout = collector.collect([Prompt(0, "w0", (2,))], 3, seed=1)
+    assert rollout.responses == ["ok \ufffd\ufffd"] * 3
