@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from gapo_mega.advantages.rewards import kl_rewards
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.objectives.base import Objective
@@ -89,4 +90,5 @@ class Scorer:
                 scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta
             ),
             values_MBT=values_MBT,
+            kl_rewards_BT=kl_rewards(old_BT, ref_BT, mask_BT, self._algorithm.kl_beta),
         )
