@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -34,7 +33,7 @@ class Status(IntEnum):
     NEGATIVE_DIAGONAL = 2
     NOT_CONVERGED = 3  # not positive semidefinite, or rounding stopped the search among more than 8 rows
     ZERO_GRADIENT = 4  # a gradient is zero, and the aggregator's options refuse that
-    OUT_OF_RANGE = 5  # the weights overflow double precision
+    OUT_OF_RANGE = 5  # fp32, in which combine_ works, does not hold the weights or their combination
 
 
 def gramian(
@@ -200,14 +199,14 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
             exactly one of the rows.
         rows: as for :func:`gramian`.
         weights: M factors: numbers, or a tensor on the host or on the rows' device. The kernel reads a tensor
-            on the rows' CUDA device there, without synchronisation and unchecked.
+            on the rows' CUDA device there, without synchronisation and unchecked; it rounds them to fp32.
 
     Returns:
         ``out``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, or
-            weights on the host that are not finite.
+            weights on the host that are not finite or outside fp32's normal range.
     """
     parsed = parse_rows("rows", rows)
     target = parse_out(out, parsed)
@@ -225,8 +224,13 @@ def _host_weights(weights: Tensor | Sequence[float], count: int) -> list[float]:
     values: list[float] = weights.tolist() if isinstance(weights, Tensor) else [float(w) for w in weights]
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"weights: found {values}, accepted: {count} numbers, one a row")
-    if not all(math.isfinite(w) for w in values):
-        raise ValueError(f"weights: found {values}, accepted: finite numbers")
+    limits = torch.finfo(torch.float32)
+    # Fails for NaN, too. What is below would be rounded to few digits, or to 0.
+    if not all(w == 0 or limits.tiny <= abs(w) <= limits.max for w in values):
+        raise ValueError(
+            f"weights: found {values}, accepted: 0 or finite numbers in the range of float32, "
+            f"{limits.tiny:.2g} to {limits.max:.2g} without the sign"
+        )
     return values
 
 

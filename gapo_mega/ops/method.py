@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gapo_mega.ops.api import Status
 
+# What combine_ multiplies the rows by.
+_LIMITS = torch.finfo(torch.float32)
+
 # gram [M, M] float64 on the CPU -> weights [M] float64; raises if it finds none.
 HostAggregator = Callable[[Tensor], Tensor]
 
@@ -26,7 +29,12 @@ class Aggregated:
 
     @classmethod
     def of(cls, gram: Tensor, proposed: Tensor, status: Tensor) -> Aggregated:
-        """Take ``proposed`` as weights if ``status`` is OK, else zeros, without waiting for the device."""
+        """Take ``proposed`` as weights if ``status`` is OK, else zeros, without waiting for the device.
+
+        An OK status becomes OUT_OF_RANGE if the combination in fp32 would not be that of the weights.
+        """
+        beyond = (status == Status.OK) & ~_fit(gram, proposed)
+        status = status.masked_fill(beyond, int(Status.OUT_OF_RANGE))
         weights = torch.where(status == Status.OK, proposed, torch.zeros_like(proposed))
         return cls(gram, weights, status, proposed)
 
@@ -38,6 +46,30 @@ class Aggregated:
         """The same on ``device``."""
         parts = (self.gram, self.weights, self.status, self.proposed)
         return Aggregated(*(part.to(device) for part in parts))
+
+
+def _fit(gram: Tensor, weights: Tensor) -> Tensor:
+    """Whether fp32 holds the weights, and the size of their combination; on the device.
+
+    Every weight but 0 must round to a normal number, and so must ``sum_i |w_i| ||g_i||``, which bounds every
+    element of the combination and its norm.
+    """
+    size = weights.abs()
+    rounded = size.to(torch.float32)
+    each = (size == 0) | ((rounded >= _LIMITS.tiny) & (rounded <= _LIMITS.max))
+    total = (size * gram.diagonal().sqrt()).sum()
+    return each.all() & ((total == 0) | ((total >= _LIMITS.tiny) & (total <= _LIMITS.max)))
+
+
+def beyond_range(found: Aggregated) -> str:
+    """What a method found whose status is OUT_OF_RANGE, in words."""
+    gram, weights = found.gram.cpu(), found.proposed.cpu()
+    active = gram.diagonal() > 0
+    norms = gram.diagonal()[active].sqrt().tolist()
+    return (
+        f"the weights {weights[active].tolist()} for gradients of norm {norms}, outside the range of float32 "
+        f"({_LIMITS.tiny:.2g} to {_LIMITS.max:.2g}), in which gradients are weighted and summed"
+    )
 
 
 class AggregationMethod(ABC):
@@ -96,7 +128,9 @@ class HostFunction(AggregationMethod):
         return Aggregated.of(host, weights.to("cpu", torch.float64), told).to(gram.device)
 
     def error(self, found: Aggregated) -> ValueError:
-        """A function's only status besides OK is NOT_FINITE."""
+        """A function's statuses besides OK are NOT_FINITE and OUT_OF_RANGE."""
+        if int(found.status) == Status.OUT_OF_RANGE:
+            return ValueError(f"aggregator: found {beyond_range(found)}")
         return ValueError(f"gram: found {found.gram.tolist()}, accepted: finite numbers")
 
     def commit(self, found: Aggregated) -> None:
