@@ -18,11 +18,14 @@ from gapo_mega.ops.arguments import (
     Row,
     Segments,
     check_matrix,
+    operands,
     parse_out,
     parse_rows,
     parse_segments,
     parse_weight,
+    pieces_of,
 )
+from gapo_mega.ops.in_place import require_apart, require_writable, written
 
 
 class Status(IntEnum):
@@ -81,6 +84,9 @@ def gramian(
         out = torch.zeros(parsed.count, parsed.count, dtype=torch.float64, device=parsed.device)
     elif check_matrix("out", out, parsed.device) != parsed.count:
         raise ValueError(f"out: found shape {tuple(out.shape)}, accepted: [{parsed.count}, {parsed.count}]")
+    else:
+        require_writable("out", out)
+        require_apart("out", out, operands(parsed, factors))
     if parsed.device.type == "cpu":
         cpu.gramian(parsed, ranges, factors, out)
     elif parsed.device.type == "cuda" and not _native.has_cuda:
@@ -88,6 +94,7 @@ def gramian(
         portable.gramian(parsed, ranges, factors, out)
     else:
         cuda.gramian(parsed, ranges, factors, out)
+    written([out])
     return out
 
 
@@ -157,10 +164,16 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
                 f"{name}: found {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, accepted: "
                 f"{dtype} of shape ({length},) on {gram.device}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: found strides {tensor.stride()}, accepted: a contiguous tensor")
+        require_writable(name, tensor)
+        require_apart(name, tensor, [("gram", gram)])
+    require_apart("status", status, [("weights", weights)])
     if gram.device.type == "cpu":
         status[0] = _native.min_norm(gram.data_ptr(), m, exclude_zero, weights.data_ptr())
     else:
         cuda.min_norm(gram, weights, status, exclude_zero)
+    written([weights, status])
 
 
 def duality_gap(gram: Tensor, weights: Tensor) -> float:
@@ -191,7 +204,8 @@ def _check_gram(gram: Tensor) -> int:
 def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[float]) -> Row:
     """Write ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
 
-    Does not read rows of weight zero.
+    Does not read rows of weight zero. Like torch's own operations in place it counts as a change of ``out``,
+    so a backward that needs the old values fails.
 
     Args:
         out: shaped like a row, in the same pieces without None and in the rows' memory order, such as the
@@ -205,7 +219,8 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
         ``out``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, or
+        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, ``out``
+            or a row that requires grad while gradients are recorded (``torch.no_grad()`` ends that), or
             weights on the host that are not finite or outside fp32's normal range.
     """
     parsed = parse_rows("rows", rows)
@@ -217,6 +232,7 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
         portable.combine(target, parsed, _device_weights(weights, parsed))
     else:
         cuda.combine(target, parsed, _device_weights(weights, parsed))
+    written(pieces_of("out", out))
     return out
 
 
