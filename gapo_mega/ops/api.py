@@ -34,7 +34,7 @@ class Status(IntEnum):
     OK = 0
     NOT_FINITE = 1  # a NaN or Inf in the Gram matrix
     NEGATIVE_DIAGONAL = 2
-    NOT_CONVERGED = 3  # not positive semidefinite, or rounding stopped the search among more than 8 rows
+    NOT_CONVERGED = 3  # not positive semidefinite, or a method of another kind found no weights
     ZERO_GRADIENT = 4  # a gradient is zero, and the aggregator's options refuse that
     OUT_OF_RANGE = 5  # fp32, in which combine_ works, does not hold the weights or their combination
 
@@ -102,9 +102,9 @@ def min_norm(gram: Tensor) -> Tensor:
     """``argmin over the simplex of w' gram w``: the point of the rows' convex hull that is nearest to zero.
 
     Exact to rounding for rows of any norms: every violation of the optimality conditions is below 1e-9 of its
-    summands. A zero row takes all the weight. Among several minimisers, up to rounding, this returns the one
-    with the fewest rows, then with the lowest rows, if at most 8 rows could take part. With more it returns
-    the one that Wolfe's algorithm reaches, which is always the same.
+    summands. Where there are several minimisers, up to rounding, they form a polytope, and this returns the
+    mean of its corners, which are the minimisers whose rows need each other. So the order of the rows does
+    not matter, and duplicated rows, and rows of zeros, share alike.
 
     Args:
         gram: ``[M, M]``, symmetric, 1 <= M <= 16, on any device (the solver runs on the host).
@@ -140,15 +140,15 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
     """``min_norm`` into tensors, with a status instead of errors; it does not wait for a CUDA device.
 
     For up to 8 rows the device tries all support sets at once, with the host's arithmetic and the same
-    choice. For more rows one of its threads runs Wolfe's algorithm, without the host's last resort of trying
-    all sets. So ``NOT_CONVERGED`` is possible if rounding makes the matrix indefinite.
+    choice. For more rows one of its threads does what the host does, which can take a second where most of 16
+    rows are tied.
 
     Args:
         weights: float64 ``[M]``, receives the minimiser, or zeros if ``status`` is not OK.
         status: int32 ``[1]``, receives a :class:`Status`.
         gram: float64 ``[M, M]``, 1 <= M <= 16, assumed symmetric; all three on one device.
-        exclude_zero: give weight zero to rows of norm zero, instead of all weight to the first one. If all
-            rows have norm zero, every weight is zero.
+        exclude_zero: give weight zero to rows of norm zero, instead of all weight to them. If all rows have
+            norm zero, every weight is zero.
 
     Raises:
         RuntimeError: the device is a CUDA device and the extension was built without CUDA.
