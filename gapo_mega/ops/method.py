@@ -13,6 +13,8 @@ from gapo_mega.ops.api import Status
 
 # What combine_ multiplies the rows by.
 _LIMITS = torch.finfo(torch.float32)
+# Norms that rows of fp32 can have, up to 2^40 elements of them.
+_SHORTEST, _LONGEST = 2.0**-149, 2.0**148
 
 # gram [M, M] float64 on the CPU -> weights [M] float64; raises if it finds none.
 HostAggregator = Callable[[Tensor], Tensor]
@@ -52,13 +54,16 @@ def _fit(gram: Tensor, weights: Tensor) -> Tensor:
     """Whether fp32 holds the weights, and the size of their combination; on the device.
 
     Every weight but 0 must round to a normal number, and so must ``sum_i |w_i| ||g_i||``, which bounds every
-    element of the combination and its norm.
+    element of the combination and its norm. Vectors that cannot be rows are not asked for the latter.
     """
     size = weights.abs()
     rounded = size.to(torch.float32)
     each = (size == 0) | ((rounded >= _LIMITS.tiny) & (rounded <= _LIMITS.max))
-    total = (size * gram.diagonal().sqrt()).sum()
-    return each.all() & ((total == 0) | ((total >= _LIMITS.tiny) & (total <= _LIMITS.max)))
+    norms = gram.diagonal().sqrt()
+    total = (size * norms).sum()
+    combined = (total == 0) | ((total >= _LIMITS.tiny) & (total <= _LIMITS.max))
+    of_rows = (norms.max() >= _SHORTEST) & (norms.max() <= _LONGEST)
+    return each.all() & (combined | ~of_rows)
 
 
 def beyond_range(found: Aggregated) -> str:

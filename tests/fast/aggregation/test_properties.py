@@ -177,3 +177,33 @@ def test_torchjd_finds_no_shorter_combination(m: int, family: str) -> None:
         value, reached = float(ours @ gram @ ours), float(theirs @ gram @ theirs)
         assert value <= reached + 1e-12
         assert value == pytest.approx(reached, abs=2e-3)  # it converges with 1 / steps
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-200, 1e200, 1e290])
+@pytest.mark.parametrize("name", ["gapo", "mgda", "p_gapo", "weighted_sum"])
+def test_a_factor_near_the_ends_of_double_precision_changes_no_weight(name: str, factor: float) -> None:
+    gram = gram_of(DEGENERATE["parallel and another"])
+    for scale in ("sum_to_one", "mean_norm"):
+        found = build(name, scale=scale).weigh(gram * factor)
+        assert found.ok()
+        torch.testing.assert_close(found.weights, build(name, scale=scale)(gram), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1e308, 1e308, 1e308], [5e-324, 5e-324, 5e-324], [1e-200, 1e-200, 1e-200]]
+)
+@pytest.mark.parametrize("scale", ["sum_to_one", "mean_norm"])
+def test_only_the_ratios_of_weights_count_where_the_length_is_set(weights: list[float], scale: str) -> None:
+    gram = gram_of(DEGENERATE["duplicates"])
+    expected = build("weighted_sum", scale=scale)(gram)
+    found = build("weighted_sum", weights=weights, scale=scale)(gram)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("gapo", "p"), ("p_gapo", "preference"), ("weighted_sum", "weights")]
+)
+def test_an_integer_that_no_float_holds_is_refused(name: str, option: str) -> None:
+    value: Any = 10**400 if option == "p" else [10**400, 1]
+    with pytest.raises(ValueError, match=f"{option}: found"):
+        build(name, **{option: value})
