@@ -221,7 +221,7 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
     Raises:
         ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, ``out``
             or a row that requires grad while gradients are recorded (``torch.no_grad()`` ends that), or
-            weights on the host that are not finite or outside fp32's normal range.
+            weights on the host that are not finite, or whose largest is outside fp32's normal range.
     """
     parsed = parse_rows("rows", rows)
     target = parse_out(out, parsed)
@@ -241,10 +241,11 @@ def _host_weights(weights: Tensor | Sequence[float], count: int) -> list[float]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"weights: found {values}, accepted: {count} numbers, one a row")
     limits = torch.finfo(torch.float32)
-    # Fails for NaN, too. What is below would be rounded to few digits, or to 0.
-    if not all(w == 0 or limits.tiny <= abs(w) <= limits.max for w in values):
+    largest = max(map(abs, values))
+    # The first fails for NaN, too. Weights that are all too small would be rounded to few digits, or to 0.
+    if not all(abs(w) <= limits.max for w in values) or 0 < largest < limits.tiny:
         raise ValueError(
-            f"weights: found {values}, accepted: 0 or finite numbers in the range of float32, "
+            f"weights: found {values}, accepted: finite numbers of float32, the largest one from "
             f"{limits.tiny:.2g} to {limits.max:.2g} without the sign"
         )
     return values

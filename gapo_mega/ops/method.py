@@ -53,17 +53,20 @@ class Aggregated:
 def _fit(gram: Tensor, weights: Tensor) -> Tensor:
     """Whether fp32 holds the weights, and the size of their combination; on the device.
 
-    Every weight but 0 must round to a normal number, and so must ``sum_i |w_i| ||g_i||``, which bounds every
-    element of the combination and its norm. Vectors that cannot be rows are not asked for the latter.
+    Every weight must round to a normal number, unless its summand vanishes beside the others in fp32 anyway,
+    and so must ``sum_i |w_i| ||g_i||``, which bounds every element of the combination and its norm. Vectors
+    whose norms no rows of fp32 have are combined by nobody: their weights need only be finite.
     """
     size = weights.abs()
     rounded = size.to(torch.float32)
-    each = (size == 0) | ((rounded >= _LIMITS.tiny) & (rounded <= _LIMITS.max))
     norms = gram.diagonal().sqrt()
-    total = (size * norms).sum()
+    summands = size * norms
+    total = summands.sum()
+    vanishing = summands <= _LIMITS.eps / 2 * total
+    each = (rounded <= _LIMITS.max) & ((rounded >= _LIMITS.tiny) | vanishing)
     combined = (total == 0) | ((total >= _LIMITS.tiny) & (total <= _LIMITS.max))
-    of_rows = (norms.max() >= _SHORTEST) & (norms.max() <= _LONGEST)
-    return each.all() & (combined | ~of_rows)
+    of_rows = ((norms == 0) | ((norms >= _SHORTEST) & (norms <= _LONGEST))).all()
+    return size.isfinite().all() & ((each.all() & combined) | ~of_rows)
 
 
 def beyond_range(found: Aggregated) -> str:

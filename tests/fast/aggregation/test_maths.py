@@ -106,9 +106,8 @@ def test_gapo_has_all_its_digits_for_any_p_and_ratio_of_norms(p: float, spread: 
     rows = random_rows(seed, 3, spread)
     if spread > 2:
         rows *= torch.tensor([[1e-8], [1.0], [1e-4]], dtype=torch.float64)
-    ours = (
-        build("gapo", p=p).weigh(rows @ rows.T).proposed
-    )  # some are outside fp32, in which rows are combined
+    # Some are outside fp32, in which rows are combined.
+    ours = build("gapo", p=p).weigh(rows @ rows.T).proposed
     exact = torch.tensor(gapo_by_enumeration(rows.tolist(), p), dtype=torch.float64)
     contribution = rows.norm(dim=1)
     # What counts is w_i ||g_i||. The Gram matrix itself is rounded to 1e-16, and the cosines of random
@@ -122,7 +121,7 @@ def test_gapo_has_all_its_digits_for_any_p_and_ratio_of_norms(p: float, spread: 
 @pytest.mark.parametrize("scale", ["sum_to_one", "mean_norm"])
 def test_gapo_overflows_for_no_p(p: float, norms: tuple[float, float], scale: str) -> None:
     cosine = -0.5
-    weights = build("gapo", p=p, scale=scale).weigh(pair(*norms, cosine)).proposed
+    weights = build("gapo", p=p, scale=scale)(pair(*norms, cosine))
     with mpmath.workdps(50):  # mpmath's exponents have no limit
         n_1, n_2 = (mpmath.mpf(norm) for norm in norms)
         s_1, s_2 = n_1 ** (1 - p), n_2 ** (1 - p)
