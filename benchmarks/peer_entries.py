@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,6 +68,11 @@ TORCHJD_ENTRIES = (
     Entry("autogram", "hf", "autogram", {"by_sequence": False}),
     Entry("autogram, by sequence", "hf", "autogram", {"by_sequence": True}),
 )
+
+
+def has_torchjd() -> bool:
+    """Whether TorchJD is installed with the solver that its UPGrad needs."""
+    return all(importlib.util.find_spec(package) for package in ("torchjd", "qpsolvers", "quadprog"))
 
 
 def entries(strategies: dict[str, dict[str, Any]], leave_out: Sequence[str], torchjd: bool) -> list[Entry]:

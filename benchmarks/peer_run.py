@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import tempfile
@@ -19,7 +18,7 @@ from unittest.mock import patch
 import peer_figures
 import peer_start
 import psutil
-from peer_entries import STACKED, Entry, entries, known_strategies
+from peer_entries import STACKED, Entry, entries, has_torchjd, known_strategies
 from peer_figures import Record
 from peer_jobs import Job, ModelSize, Order
 from tqdm import tqdm
@@ -122,7 +121,7 @@ def run(settings: Settings) -> dict[str, Any]:
         RuntimeError: gradients that do not agree, or a process that failed.
     """
     settings.check()
-    torchjd = importlib.util.find_spec("torchjd") is not None
+    torchjd = has_torchjd()
     entrants = entries(settings.strategies, settings.leave_out, torchjd)
     shown = {**asdict(settings), "model": None if settings.model is None else Path(settings.model).name}
     result: dict[str, Any] = {"settings": shown, "torchjd": torchjd, "records": []}

@@ -80,7 +80,7 @@ std::vector<Run> selected_runs(const std::vector<int64_t>& lengths, const Select
                                int64_t begin, int64_t end);
 
 // How min_norm ended. All weights are zero unless it is kOk. kNotConverged: the matrix is not
-// positive semidefinite, or rounding stopped the device's search among more than 8 rows.
+// positive semidefinite.
 enum class Status : int { kOk = 0, kNotFinite = 1, kNegativeDiagonal = 2, kNotConverged = 3 };
 
 namespace cpu {

@@ -10,8 +10,11 @@
 // candidate; its residual is the violation of the optimality conditions
 //     (Gw)_i = w'Gw on S,  (Gw)_i >= w'Gw elsewhere
 // relative to the size of the summands of (Gw)_i - w'Gw, row by row. The least residual wins, and
-// residuals up to kGood are rounding and count as 0. Among equals the fewest rows win, then the
-// lowest. So a rule resolves ties and duplicated rows, not rounding.
+// residuals up to kGood are rounding and count as 0.
+//
+// Where several support sets have the least residual, there are several minimisers. They form a
+// polytope, whose corners are the sets that contain no smaller one. The answer is the mean of the
+// corners' weights: it does not depend on the order of the rows, and duplicated rows share alike.
 #pragma once
 
 #include <cmath>
@@ -29,6 +32,11 @@ constexpr double kGood = 1e-12;    // residuals of exact solutions stay a hundre
 // be 0. With this floor it stays below kGood for a row that is orthogonal to them and has no
 // summands of its own.
 constexpr double kNoise = 1e-3;
+// Inner products beyond Cauchy and Schwarz, and squares below 0, by this share of their summands
+// are no rounding, not even that of fp32: there are no such vectors. Denormal products have no
+// digits to tell it by.
+constexpr double kIndefinite = 1e-5;
+constexpr double kDenormal = 1e-290;
 constexpr double kTied = 1e-9;  // a row this close to the level may be part of another set
 
 // An unevaluated sum high + low: dot products with twice the precision (Dekker, Knuth).
@@ -49,10 +57,11 @@ struct Twofold {
 
 template <int Max>
 struct Scaled {
-  int m;              // rows that take part
-  int row[Max];       // their indices in the given matrix
-  int zero_row;       // first row of norm zero that takes part, or -1
-  int exponent[Max];  // d_i = 2^exponent
+  int m;               // rows that take part
+  int row[Max];        // their indices in the given matrix
+  bool exact;          // no product is denormal
+  uint32_t zero_rows;  // rows of norm zero that take part, by their indices in the given matrix
+  int exponent[Max];   // d_i = 2^exponent
   double c[Max][Max];
 };
 
@@ -71,11 +80,12 @@ GAPO_HD inline int exponent_of_root(double square) {
   return half >= 0 ? half / 2 : -((1 - half) / 2);  // floor(half / 2)
 }
 
-// With `exclude_zero` rows of norm zero take no part; else the first of them is the minimum.
+// With `exclude_zero` rows of norm zero take no part; else each of them is the minimum.
 template <int Max>
 GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& s) {
   s.m = 0;
-  s.zero_row = -1;
+  s.zero_rows = 0;
+  s.exact = true;
   for (int i = 0; i < m * m; ++i) {
     if (!(fabs(gram[i]) <= 1.7976931348623157e308)) return Status::kNotFinite;
   }
@@ -83,9 +93,10 @@ GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& 
     const double diagonal = gram[i * m + i];
     if (diagonal < 0.0) return Status::kNegativeDiagonal;
     if (diagonal == 0.0) {
-      if (!exclude_zero && s.zero_row < 0) s.zero_row = i;
+      if (!exclude_zero) s.zero_rows |= 1u << i;
       continue;
     }
+    if (diagonal < kDenormal) s.exact = false;
     s.row[s.m] = i;
     s.exponent[s.m++] = exponent_of_root(diagonal);
   }
@@ -96,6 +107,16 @@ GAPO_HD Status scale(const double* gram, int m, bool exclude_zero, Scaled<Max>& 
       const double back = gram[s.row[j] * m + s.row[i]];
       s.c[i][j] = 0.5 * (scalbn(there, shift) + scalbn(back, shift));
       if (!(fabs(s.c[i][j]) <= 1e300)) return Status::kNotFinite;  // far beyond Cauchy and Schwarz
+    }
+  }
+  for (int i = 0; i < s.m && s.exact; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const double most = sqrt(s.c[i][i] * s.c[j][j]);
+      const double size = fabs(s.c[i][j]);
+      if (size > (1.0 + kIndefinite) * most) return Status::kNotConverged;
+      // Parallel rows that rounding took further would be two minima, and which is found a matter
+      // of order.
+      if (size > (1.0 + 1e-15) * most) s.c[i][j] = s.c[j][i] = s.c[i][j] > 0.0 ? most : -most;
     }
   }
   return Status::kOk;
@@ -276,6 +297,7 @@ GAPO_HD double residual(const Scaled<Max>& s, uint32_t support, const Candidate<
     summands += c.v[j] * size[c.member[j]];
     total += c.v[j] * power_of_two(c.reference - s.exponent[c.member[j]]);
   }
+  if (s.exact && quadratic < -kIndefinite * summands) return kRejected;
   const double level = quadratic / total;
   const double noise = kNoise * summands / total;
   double worst = 0.0;
@@ -335,14 +357,6 @@ GAPO_HD inline int bit_count(uint32_t bits) {
   int count = 0;
   for (; bits != 0; bits &= bits - 1) ++count;
   return count;
-}
-
-// Total order on (residual, support set).
-GAPO_HD inline bool better(double residual_a, uint32_t a, double residual_b, uint32_t b) {
-  if (residual_a != residual_b) return residual_a < residual_b;
-  const int count_a = bit_count(a);
-  const int count_b = bit_count(b);
-  return count_a != count_b ? count_a < count_b : a < b;
 }
 
 }  // namespace minnorm

@@ -168,6 +168,8 @@ class Experience(TokenBatch):
     values_MBT: Tensor | None = None  # critic before the update; None when critic-free
     advantages_MBT: Tensor | None = None
     returns_MBT: Tensor | None = None
+    # The KL part of the token rewards; None: what these have beyond the scores.
+    kl_rewards_BT: Tensor | None = None
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Experience]:
         """``count`` random disjoint minibatches of equal size that together cover every row."""

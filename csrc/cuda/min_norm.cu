@@ -1,7 +1,8 @@
 // The minimum-norm point in one small block. For up to 8 rows it has one thread per support set;
-// for more rows one thread runs Wolfe's algorithm.
+// for more rows one thread runs Wolfe's algorithm, and where up to 8 rows are tied, tries their
+// sets.
 #include "cuda/device.cuh"
-#include "min_norm_search.h"
+#include "min_norm_corners.h"
 
 namespace gapo {
 namespace cuda {
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int kEnumerated = 8;
 constexpr int kThreads = 1 << kEnumerated;
-// The largest residual that the search may return; it aims at minnorm::kGood.
-constexpr double kAccepted = 1e-9;
 
 // Common start of both kernels, on one thread. Returns whether there is something left to solve.
 template <int Max>
@@ -20,8 +19,28 @@ __device__ bool prepare(const double* gram, int m, bool exclude_zero, minnorm::S
   const Status found = minnorm::scale<Max>(gram, m, exclude_zero, problem);
   *status = static_cast<int32_t>(found);
   if (found != Status::kOk) return false;
-  if (problem.zero_row >= 0) weights[problem.zero_row] = 1.0;
-  return problem.zero_row < 0 && problem.m > 0;
+  if (problem.zero_rows != 0) minnorm::write_zero_rows<Max>(problem, m, weights);
+  return problem.zero_rows == 0 && problem.m > 0;
+}
+
+// Writes the mean over the corners, added up in the host's order: smaller sets first.
+__device__ void write_corners(const minnorm::Scaled<kEnumerated>& problem,
+                              const bool (&corner)[kThreads], const double (&residuals)[kThreads],
+                              const double (&shares)[kThreads][kEnumerated],
+                              minnorm::Candidate<kEnumerated>& scratch, double* weights) {
+  double sum[kEnumerated] = {};
+  uint32_t first = 0;
+  int count = 0;
+  for (int size = 1; size <= problem.m; ++size) {
+    for (uint32_t set = 1; set < 1u << problem.m; ++set) {
+      if (minnorm::bit_count(set) != size) continue;
+      if (residuals[set] < residuals[first]) first = set;
+      if (!corner[set]) continue;
+      for (int i = 0; i < problem.m; ++i) sum[i] += shares[set][i];
+      ++count;
+    }
+  }
+  minnorm::write_mean<kEnumerated>(problem, sum, count, shares[first], scratch, weights);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -29,7 +48,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                      int32_t* status) {
   __shared__ minnorm::Scaled<kEnumerated> problem;
   __shared__ double residuals[kThreads];
-  __shared__ uint32_t supports[kThreads];
+  __shared__ double least[kThreads];
+  __shared__ double shares[kThreads][kEnumerated];
+  __shared__ bool corner[kThreads];
   __shared__ bool open;
   const uint32_t mine = threadIdx.x;
   if (mine == 0) open = prepare<kEnumerated>(gram, m, exclude_zero, problem, weights, status);
@@ -38,37 +59,35 @@ __global__ void __launch_bounds__(kThreads, 1)
   minnorm::Workspace<kEnumerated> work;
   minnorm::Candidate<kEnumerated> candidate;
   residuals[mine] = minnorm::kRejected;
-  supports[mine] = mine;
   if (mine != 0 && mine < 1u << problem.m)
     residuals[mine] = minnorm::try_support<kEnumerated>(problem, mine, work, candidate);
+  least[mine] = residuals[mine];
   for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (mine >= half) continue;
-    const uint32_t other = mine + half;
-    if (!minnorm::better(residuals[other], supports[other], residuals[mine], supports[mine]))
-      continue;
-    residuals[mine] = residuals[other];
-    supports[mine] = supports[other];
+    if (mine < half) least[mine] = fmin(least[mine], least[mine + half]);
   }
   __syncthreads();
-  if (mine != supports[0]) return;
-  if (residuals[0] < minnorm::kRejected)
-    minnorm::write_weights<kEnumerated>(problem, candidate, weights);
-  else
-    *status = static_cast<int32_t>(Status::kNotConverged);  // not positive semidefinite
+  if (least[0] >= minnorm::kRejected) {
+    if (mine == 0) *status = static_cast<int32_t>(Status::kNotConverged);  // not semidefinite
+    return;
+  }
+  const double accepted = minnorm::as_good_as(least[0]);
+  corner[mine] = residuals[mine] <= accepted;
+  for (uint32_t part = (mine - 1) & mine; part != 0 && corner[mine]; part = (part - 1) & mine)
+    corner[mine] = !(residuals[part] <= accepted);
+  if (residuals[mine] < minnorm::kRejected)
+    minnorm::to_simplex<kEnumerated>(problem, candidate, shares[mine]);
+  __syncthreads();
+  if (mine == 0) write_corners(problem, corner, residuals, shares, candidate, weights);
 }
 
 __global__ void search_kernel(const double* gram, int m, bool exclude_zero, double* weights,
                               int32_t* status) {
   __shared__ minnorm::Scaled<kMaxRows> problem;
-  __shared__ minnorm::SearchSpace<kMaxRows> space;
-  __shared__ minnorm::Found<kMaxRows> best;
+  __shared__ minnorm::Solver<kMaxRows> solver;
   if (!prepare<kMaxRows>(gram, m, exclude_zero, problem, weights, status)) return;
-  minnorm::search<kMaxRows>(problem, space, best);
-  if (best.residual <= kAccepted)
-    minnorm::write_weights<kMaxRows>(problem, best.solution, weights);
-  else
-    *status = static_cast<int32_t>(Status::kNotConverged);
+  if (!minnorm::solve_in_turn<kMaxRows>(problem, solver, weights))
+    *status = static_cast<int32_t>(Status::kNotConverged);  // not positive semidefinite
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ deviation, is GRPO (Shao et al. 2024).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -13,19 +14,49 @@ import torch
 from torch import Tensor
 
 from gapo_mega.advantages.base import AdvantageEstimator
+from gapo_mega.advantages.rewards import finite_advantages, kl_returns, score_returns
 from gapo_mega.types import Experience
 
 Baseline = Literal["leave_one_out", "mean"]
 
-# Returns of a group that differ by less than this share of their size are equal up to float32 rounding.
-_EQUAL = 1e-6
+# Scores of a group within this share of their size are equal up to rounding: four steps of float32.
+_EQUAL = 4 * torch.finfo(torch.float32).eps
 
 
-def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, normalize: bool) -> Tensor:
-    """Advantages [M, B] of sequence returns [M, B]; rows with equal ``group_B`` form a group.
+def group_deviations(x_MB: Tensor, group_B: Tensor, baseline: Baseline) -> Tensor:
+    """``x`` [M, B] minus the group's baseline, in float64; rows with equal ``group_B`` form a group.
 
     Raises ``ValueError`` for a group of a single sample: nothing is left to compare it with.
     """
+    member_B, counts_G = _groups(group_B)
+    deviation_MB = _centred(x_MB.double(), member_B, counts_G)
+    if baseline == "mean":
+        return deviation_MB
+    # R_i - mean of the others = (R_i - mean of all) n / (n - 1)
+    factor_G = counts_G / (counts_G - 1).double()
+    return deviation_MB * factor_G[member_B]
+
+
+def group_spreads(x_MB: Tensor, group_B: Tensor) -> Tensor:
+    """Standard deviation [M, B] of each row's group in float64, n - 1 in the denominator.
+
+    It is 0 where the group's values are equal up to the rounding of float32, whatever is left of them then.
+    """
+    member_B, counts_G = _groups(group_B)
+    x_MB = x_MB.double()
+    squares_MG = _sums(_centred(x_MB, member_B, counts_G).square(), member_B, counts_G)
+    spread_MB = (squares_MG / (counts_G - 1)).sqrt()[:, member_B]
+    at_MB = member_B.expand_as(x_MB)
+    empty_MG = x_MB.new_zeros(x_MB.shape[0], len(counts_G))
+    highest_MG = empty_MG.scatter_reduce(1, at_MB, x_MB, "amax", include_self=False)
+    lowest_MG = empty_MG.scatter_reduce(1, at_MB, x_MB, "amin", include_self=False)
+    size_MG = torch.maximum(highest_MG.abs(), lowest_MG.abs())
+    equal_MG = highest_MG - lowest_MG <= _EQUAL * size_MG
+    return torch.where(equal_MG[:, member_B], 0.0, spread_MB)
+
+
+def _groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's group as a number from 0, and the groups' sizes, at least 2."""
     _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
     if bool((counts_G < 2).any()):
         alone = int((counts_G < 2).sum())
@@ -33,36 +64,29 @@ def group_advantages(returns_MB: Tensor, group_B: Tensor, baseline: Baseline, no
             f"rollout.samples_per_prompt: {alone} of {counts_G.numel()} prompts have a single sample, "
             "accepted: at least 2 for advantages.name group"
         )
-    count_B: Tensor = counts_G[member_B].to(returns_MB.dtype)
-    groups = counts_G.numel()
-    deviation_MB = returns_MB - _group_sum(returns_MB, member_B, groups) / count_B
-    advantages_MB = deviation_MB
-    if baseline == "leave_one_out":
-        # R_i - mean of the others = (R_i - mean of all) n / (n - 1)
-        advantages_MB = deviation_MB * count_B / (count_B - 1)
-    if normalize:
-        variance_MB = _group_sum(deviation_MB.square(), member_B, groups) / (count_B - 1)
-        size_MB = (_group_sum(returns_MB.square(), member_B, groups) / count_B).sqrt()
-        spread_MB = variance_MB.sqrt()
-        equal_MB = spread_MB <= _EQUAL * size_MB
-        advantages_MB = torch.where(equal_MB, 0.0, advantages_MB / torch.where(equal_MB, 1.0, spread_MB))
-    return advantages_MB
+    return member_B, counts_G
 
 
-def _group_sum(x_MB: Tensor, member_B: Tensor, groups: int) -> Tensor:
-    """The sum over each row's group, in every row of the group."""
-    sums_MG = x_MB.new_zeros(x_MB.shape[0], groups).index_add(1, member_B, x_MB)
-    return sums_MG.index_select(1, member_B)
+def _centred(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
+    return x_MB - (_sums(x_MB, member_B, counts_G) / counts_G)[:, member_B]
+
+
+def _sums(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
+    """The sum over each group, [M, G]."""
+    return x_MB.new_zeros(x_MB.shape[0], len(counts_G)).index_add(1, member_B, x_MB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group(AdvantageEstimator):
     """Advantage = return of the sequence minus the group's baseline, the same for all its tokens.
 
-    The return is the undiscounted sum of the token rewards (KL reward included). ``baseline``:
+    The return is the undiscounted sum of the token rewards: score and KL reward. ``baseline``:
     ``leave_one_out``, the mean of the other samples (unbiased), or ``mean``, of all samples.
-    ``normalize`` divides by the group's standard deviation (n - 1 in the denominator), per objective;
-    groups whose returns are all equal get 0. ``returns_MBT`` holds the sequence's return.
+    ``normalize`` divides the score's part by the standard deviation of the group's scores (n - 1 in the
+    denominator) plus ``epsilon``, per objective. It leaves the KL reward's part as it is: ``kl_beta`` then
+    weighs divergence against scores of spread 1, and a group whose scores are all equal has the KL reward's
+    part alone. ``epsilon``: a number >= 0; TRL has 1e-4, verl 1e-6. ``returns_MBT`` holds the sequence's
+    return.
     """
 
     name: ClassVar[str] = "group"
@@ -72,6 +96,7 @@ class Group(AdvantageEstimator):
 
     baseline: Baseline = "leave_one_out"
     normalize: bool = False
+    epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.baseline not in get_args(Baseline):
@@ -79,12 +104,22 @@ class Group(AdvantageEstimator):
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize: found {self.normalize!r}, accepted: true, false")
 
+        number = isinstance(self.epsilon, int | float) and not isinstance(self.epsilon, bool)
+        if not number or not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon: found {self.epsilon!r}, accepted: a finite number >= 0")
+
     def __call__(self, experience: Experience) -> Experience:
-        mask_BT = experience.response_mask_BT
-        returns_MB = torch.where(mask_BT, experience.token_rewards_MBT, 0.0).sum(dim=2)
-        advantages_MB = group_advantages(returns_MB, experience.group_B, self.baseline, self.normalize)
+        mask_BT, group_B = experience.response_mask_BT, experience.group_B
+        # Apart and in float64: beside a large score, float32 has no digit left for a small KL reward.
+        score_MB, kl_MB = score_returns(experience), kl_returns(experience)
+        advantages_MB = group_deviations(score_MB, group_B, self.baseline)
+        if self.normalize:
+            spread_MB = group_spreads(score_MB, group_B)
+            advantages_MB = torch.where(spread_MB == 0, 0.0, advantages_MB / (spread_MB + self.epsilon))
+        advantages_MB = advantages_MB + group_deviations(kl_MB, group_B, self.baseline)
+        dtype = experience.token_rewards_MBT.dtype
         return replace(
             experience,
-            advantages_MBT=advantages_MB[:, :, None] * mask_BT,
-            returns_MBT=returns_MB[:, :, None] * mask_BT,
+            advantages_MBT=finite_advantages(advantages_MB.to(dtype), experience)[:, :, None] * mask_BT,
+            returns_MBT=(score_MB + kl_MB).to(dtype)[:, :, None] * mask_BT,
         )

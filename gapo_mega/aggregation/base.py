@@ -8,6 +8,7 @@ took. Asking for weights changes nothing.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from gapo_mega.ops import Aggregated, AggregationMethod, Status
+from gapo_mega.ops import Aggregated, AggregationMethod, Status, beyond_range
 
 ZeroGradient = Literal["exclude", "stop"]
 Scale = Literal["none", "sum_to_one", "mean_norm"]
@@ -65,8 +66,8 @@ class Aggregator(AggregationMethod):
 
     The call raises ``NonFiniteGramError`` or ``ZeroGradientError`` (both ``ValueError``), and
     ``ValueError`` for a matrix that is not square, a negative diagonal, options for another number
-    of objectives, a matrix that the formula cannot solve, or weights outside double precision (only
-    possible with ``scale: none``).
+    of objectives, a matrix that the formula cannot solve, or weights outside float32, in which gradients
+    are combined.
 
     Options, common to all methods:
 
@@ -125,9 +126,10 @@ class Aggregator(AggregationMethod):
         proposed = scaled_weights(
             self.scale, solution.weights, solution.log_factor, diagonal.sqrt(), active.sum()
         )
+        # The formula's weights that scaling made infinite, NaN or 0 in float64; ``Aggregated.of`` asks fp32.
+        lost = ~proposed.isfinite() | ((proposed == 0) & (solution.weights != 0))
         nothing = ~solution.weights.any()
-        in_range = (proposed.isfinite().all() & proposed.any()) | nothing
-        status = solution.status.masked_fill(~in_range, int(Status.OUT_OF_RANGE))
+        status = solution.status.masked_fill(lost.any() & ~nothing, int(Status.OUT_OF_RANGE))
         fault = self._fault(gram)
         return Aggregated.of(
             gram,
@@ -152,13 +154,13 @@ class Aggregator(AggregationMethod):
                 "accepted: a positive semidefinite matrix"
             )
         assert status == Status.OUT_OF_RANGE
-        active = diagonal > 0
-        weights = found.proposed.cpu()[active].tolist()
-        norms = diagonal[active].sqrt().tolist()
-        hint = "scale: sum_to_one or mean_norm" if self.scale == "none" else "another scale"
+        hint = {
+            "none": "choose scale: sum_to_one or mean_norm",
+            "sum_to_one": "choose scale: mean_norm",
+            "mean_norm": "choose another method, or options that weigh such gradients more alike",
+        }[self.scale]
         return ValueError(
-            f"scale: found {self.scale!r}, with which {self.name} gives the weights {weights} "
-            f"for gradients of norm {norms}; choose {hint}"
+            f"scale: found {self.scale!r}, with which {self.name} gives {beyond_range(found)}; {hint}"
         )
 
     def commit(self, found: Aggregated) -> None:
@@ -203,6 +205,8 @@ def scaled_weights(scale: Scale, weights: Tensor, log_factor: Tensor, norms: Ten
     """Apply ``scale``, on any device; ``weights`` [K] are not all 0, ``count`` of ``norms`` [K] are not 0."""
     if scale == "none":
         return weights * log_factor.exp()
+    # Only the ratios count from here. A power of two keeps the sums in range and changes no digit.
+    weights = torch.ldexp(weights, -torch.frexp(weights.abs().max()).exponent)
     if scale == "sum_to_one":
         return weights / weights.sum()
     return weights * (norms.sum() / count / (weights.abs() * norms).sum())
@@ -251,4 +255,4 @@ def is_number(value: object) -> bool:
     """Whether ``value`` is a finite int or float; bool and text are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) != float("inf") and value == value
+    return abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float holds

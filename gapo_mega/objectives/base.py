@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -92,7 +92,8 @@ class ObjectiveKind(ABC):
 
     def _numbers(self, result: object, count: int) -> list[float]:
         values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result
-        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        # A set has no order, and a mapping would give its keys.
+        if isinstance(values, str | bytes | Set | Mapping) or not isinstance(values, Iterable):
             kind = type(result).__name__
             raise self._error(f"found a result of type {kind}, accepted: a list of scores")
         items = list(values)
@@ -103,7 +104,7 @@ class ObjectiveKind(ABC):
     def _number(self, index: int, item: Any) -> float:
         try:
             number = math.nan if isinstance(item, str | bytes) else float(item)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise self._error(f"found the score {item!r} for response {index}, accepted: a finite number")

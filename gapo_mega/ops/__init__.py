@@ -10,7 +10,7 @@ from __future__ import annotations
 from gapo_mega.ops.aggregate import aggregate_, solve, sum_gram_
 from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
 from gapo_mega.ops.arguments import InverseRoot
-from gapo_mega.ops.method import Aggregated, AggregationMethod, HostAggregator, method_of
+from gapo_mega.ops.method import Aggregated, AggregationMethod, HostAggregator, beyond_range, method_of
 
 __all__ = [
     "Aggregated",
@@ -19,6 +19,7 @@ __all__ = [
     "InverseRoot",
     "Status",
     "aggregate_",
+    "beyond_range",
     "combine_",
     "duality_gap",
     "gramian",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -19,11 +18,14 @@ from gapo_mega.ops.arguments import (
     Row,
     Segments,
     check_matrix,
+    operands,
     parse_out,
     parse_rows,
     parse_segments,
     parse_weight,
+    pieces_of,
 )
+from gapo_mega.ops.in_place import require_apart, require_writable, written
 
 
 class Status(IntEnum):
@@ -32,9 +34,9 @@ class Status(IntEnum):
     OK = 0
     NOT_FINITE = 1  # a NaN or Inf in the Gram matrix
     NEGATIVE_DIAGONAL = 2
-    NOT_CONVERGED = 3  # not positive semidefinite, or rounding stopped the search among more than 8 rows
+    NOT_CONVERGED = 3  # not positive semidefinite, or a method of another kind found no weights
     ZERO_GRADIENT = 4  # a gradient is zero, and the aggregator's options refuse that
-    OUT_OF_RANGE = 5  # the weights overflow double precision
+    OUT_OF_RANGE = 5  # fp32, in which combine_ works, does not hold the weights or their combination
 
 
 def gramian(
@@ -82,6 +84,9 @@ def gramian(
         out = torch.zeros(parsed.count, parsed.count, dtype=torch.float64, device=parsed.device)
     elif check_matrix("out", out, parsed.device) != parsed.count:
         raise ValueError(f"out: found shape {tuple(out.shape)}, accepted: [{parsed.count}, {parsed.count}]")
+    else:
+        require_writable("out", out)
+        require_apart("out", out, operands(parsed, factors))
     if parsed.device.type == "cpu":
         cpu.gramian(parsed, ranges, factors, out)
     elif parsed.device.type == "cuda" and not _native.has_cuda:
@@ -89,6 +94,7 @@ def gramian(
         portable.gramian(parsed, ranges, factors, out)
     else:
         cuda.gramian(parsed, ranges, factors, out)
+    written([out])
     return out
 
 
@@ -96,9 +102,9 @@ def min_norm(gram: Tensor) -> Tensor:
     """``argmin over the simplex of w' gram w``: the point of the rows' convex hull that is nearest to zero.
 
     Exact to rounding for rows of any norms: every violation of the optimality conditions is below 1e-9 of its
-    summands. A zero row takes all the weight. Among several minimisers, up to rounding, this returns the one
-    with the fewest rows, then with the lowest rows, if at most 8 rows could take part. With more it returns
-    the one that Wolfe's algorithm reaches, which is always the same.
+    summands. Where there are several minimisers, up to rounding, they form a polytope, and this returns the
+    mean of its corners, which are the minimisers whose rows need each other. So the order of the rows does
+    not matter, and duplicated rows, and rows of zeros, share alike.
 
     Args:
         gram: ``[M, M]``, symmetric, 1 <= M <= 16, on any device (the solver runs on the host).
@@ -134,15 +140,15 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
     """``min_norm`` into tensors, with a status instead of errors; it does not wait for a CUDA device.
 
     For up to 8 rows the device tries all support sets at once, with the host's arithmetic and the same
-    choice. For more rows one of its threads runs Wolfe's algorithm, without the host's last resort of trying
-    all sets. So ``NOT_CONVERGED`` is possible if rounding makes the matrix indefinite.
+    choice. For more rows one of its threads does what the host does, which can take a second where most of 16
+    rows are tied.
 
     Args:
         weights: float64 ``[M]``, receives the minimiser, or zeros if ``status`` is not OK.
         status: int32 ``[1]``, receives a :class:`Status`.
         gram: float64 ``[M, M]``, 1 <= M <= 16, assumed symmetric; all three on one device.
-        exclude_zero: give weight zero to rows of norm zero, instead of all weight to the first one. If all
-            rows have norm zero, every weight is zero.
+        exclude_zero: give weight zero to rows of norm zero, instead of all weight to them. If all rows have
+            norm zero, every weight is zero.
 
     Raises:
         RuntimeError: the device is a CUDA device and the extension was built without CUDA.
@@ -158,10 +164,16 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
                 f"{name}: found {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, accepted: "
                 f"{dtype} of shape ({length},) on {gram.device}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: found strides {tensor.stride()}, accepted: a contiguous tensor")
+        require_writable(name, tensor)
+        require_apart(name, tensor, [("gram", gram)])
+    require_apart("status", status, [("weights", weights)])
     if gram.device.type == "cpu":
         status[0] = _native.min_norm(gram.data_ptr(), m, exclude_zero, weights.data_ptr())
     else:
         cuda.min_norm(gram, weights, status, exclude_zero)
+    written([weights, status])
 
 
 def duality_gap(gram: Tensor, weights: Tensor) -> float:
@@ -192,7 +204,8 @@ def _check_gram(gram: Tensor) -> int:
 def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[float]) -> Row:
     """Write ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
 
-    Does not read rows of weight zero.
+    Does not read rows of weight zero. Like torch's own operations in place it counts as a change of ``out``,
+    so a backward that needs the old values fails.
 
     Args:
         out: shaped like a row, in the same pieces without None and in the rows' memory order, such as the
@@ -200,14 +213,15 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
             exactly one of the rows.
         rows: as for :func:`gramian`.
         weights: M factors: numbers, or a tensor on the host or on the rows' device. The kernel reads a tensor
-            on the rows' CUDA device there, without synchronisation and unchecked.
+            on the rows' CUDA device there, without synchronisation and unchecked; it rounds them to fp32.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, or
-            weights on the host that are not finite.
+        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, ``out``
+            or a row that requires grad while gradients are recorded (``torch.no_grad()`` ends that), or
+            weights on the host that are not finite, or whose largest is outside fp32's normal range.
     """
     parsed = parse_rows("rows", rows)
     target = parse_out(out, parsed)
@@ -218,6 +232,7 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
         portable.combine(target, parsed, _device_weights(weights, parsed))
     else:
         cuda.combine(target, parsed, _device_weights(weights, parsed))
+    written(pieces_of("out", out))
     return out
 
 
@@ -225,8 +240,14 @@ def _host_weights(weights: Tensor | Sequence[float], count: int) -> list[float]:
     values: list[float] = weights.tolist() if isinstance(weights, Tensor) else [float(w) for w in weights]
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"weights: found {values}, accepted: {count} numbers, one a row")
-    if not all(math.isfinite(w) for w in values):
-        raise ValueError(f"weights: found {values}, accepted: finite numbers")
+    limits = torch.finfo(torch.float32)
+    largest = max(map(abs, values))
+    # The first fails for NaN, too. Weights that are all too small would be rounded to few digits, or to 0.
+    if not all(abs(w) <= limits.max for w in values) or 0 < largest < limits.tiny:
+        raise ValueError(
+            f"weights: found {values}, accepted: finite numbers of float32, the largest one from "
+            f"{limits.tiny:.2g} to {limits.max:.2g} without the sign"
+        )
     return values
 
 

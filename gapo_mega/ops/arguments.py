@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.ops import _native
+from gapo_mega.ops.in_place import extent, require_constant, require_writable
 
 # One row: a tensor, or its pieces in order, of any shape.
 Row = Tensor | Sequence[Tensor]
@@ -114,6 +115,11 @@ def _split(name: str, row: Row) -> list[tuple[str, Tensor]]:
     return named
 
 
+def pieces_of(name: str, row: Row) -> list[Tensor]:
+    """The pieces of a row as they were given."""
+    return [piece for _, piece in _split(name, row)]
+
+
 def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]:
     """``_split`` for a row whose pieces may be None."""
     if isinstance(row, Tensor):
@@ -125,6 +131,11 @@ def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]
             raise ValueError(f"{where}: found {type(piece).__name__}, accepted: torch.Tensor")
         if piece is not None and piece.layout != torch.strided:
             raise ValueError(f"{where}: found the layout {piece.layout}, accepted: a dense tensor")
+        if piece is not None and piece.is_neg():
+            raise ValueError(
+                f"{where}: found a view that negates its memory, accepted: an ordinary tensor "
+                "(resolve_neg() makes one)"
+            )
     return named
 
 
@@ -309,6 +320,13 @@ def parse_weight(weight: Row | InverseRoot | None, rows: Pieces) -> Weight:
     return Weight(pieces, (1.0 / math.sqrt(weight.correction), weight.eps))
 
 
+def operands(rows: Pieces, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """What an inner product reads, with names for errors."""
+    for i, row in enumerate(rows.pieces):
+        yield from ((f"rows[{i}]", piece) for piece in row)
+    yield from (("weight", piece) for piece in weight.pieces)
+
+
 def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:
     """Check a contiguous float64 ``[m, m]`` matrix on ``device`` and return m."""
     square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous()
@@ -320,18 +338,20 @@ def check_matrix(name: str, matrix: Tensor, device: torch.device) -> int:
     return int(matrix.shape[0])
 
 
-def _extent(piece: Tensor) -> tuple[int, int]:
-    begin = piece.data_ptr()
-    return begin, begin + piece.numel() * piece.element_size()
-
-
 def parse_out(out: Row, rows: Pieces) -> Pieces:
     """Check the output: shaped like a row, any accepted dtype, memory of its own or exactly one of the rows.
 
     Raises:
-        ValueError: another shape or device, or memory that overlaps a row in part.
+        ValueError: another shape or device, memory that overlaps a row in part, or, while gradients are
+            recorded, an output or a row that requires grad.
     """
-    given = [piece for _, piece in _split("out", out)]
+    named = _split("out", out)
+    for name, piece in named:
+        require_writable(name, piece)
+    for i, row in enumerate(rows.pieces):
+        for piece in row:
+            require_constant(f"rows[{i}]", piece)
+    given = [piece for _, piece in named]
     lengths = [piece.numel() for piece in given]
     devices = {piece.device for piece in given}
     if lengths != rows.lengths or not devices <= {rows.device}:
@@ -341,7 +361,7 @@ def parse_out(out: Row, rows: Pieces) -> Pieces:
         )
     dtype = _dtype("out", [*given])
     parsed = replace(rows, pieces=[rows.flat("out", out)], dtypes=[dtype])
-    targets = sorted((*_extent(piece), p) for p, piece in enumerate(parsed.pieces[0]) if piece.numel())
+    targets = sorted((*extent(piece), p) for p, piece in enumerate(parsed.pieces[0]) if piece.numel())
     for (_, end, p), (begin, _, q) in pairwise(targets):
         if begin < end:
             raise ValueError(f"out: pieces {p} and {q} overlap, accepted: disjoint pieces")
@@ -358,7 +378,7 @@ def _refuse_overlap(
 
     ``targets``: begin, end and index of the output's pieces, sorted and disjoint.
     """
-    begin, end = _extent(piece)
+    begin, end = extent(piece)
     first = bisect_right(targets, begin, key=lambda target: target[1])
     if begin == end or first == len(targets) or targets[first][0] >= end:
         return

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from gapo_mega.ops.api import Status
 
+# What combine_ multiplies the rows by.
+_LIMITS = torch.finfo(torch.float32)
+# Norms that rows of fp32 can have, up to 2^40 elements of them.
+_SHORTEST, _LONGEST = 2.0**-149, 2.0**148
+
 # gram [M, M] float64 on the CPU -> weights [M] float64; raises if it finds none.
 HostAggregator = Callable[[Tensor], Tensor]
 
@@ -26,7 +31,12 @@ class Aggregated:
 
     @classmethod
     def of(cls, gram: Tensor, proposed: Tensor, status: Tensor) -> Aggregated:
-        """Take ``proposed`` as weights if ``status`` is OK, else zeros, without waiting for the device."""
+        """Take ``proposed`` as weights if ``status`` is OK, else zeros, without waiting for the device.
+
+        An OK status becomes OUT_OF_RANGE if the combination in fp32 would not be that of the weights.
+        """
+        beyond = (status == Status.OK) & ~_fit(gram, proposed)
+        status = status.masked_fill(beyond, int(Status.OUT_OF_RANGE))
         weights = torch.where(status == Status.OK, proposed, torch.zeros_like(proposed))
         return cls(gram, weights, status, proposed)
 
@@ -38,6 +48,36 @@ class Aggregated:
         """The same on ``device``."""
         parts = (self.gram, self.weights, self.status, self.proposed)
         return Aggregated(*(part.to(device) for part in parts))
+
+
+def _fit(gram: Tensor, weights: Tensor) -> Tensor:
+    """Whether fp32 holds the weights, and the size of their combination; on the device.
+
+    Every weight must round to a normal number, unless its summand vanishes beside the others in fp32 anyway,
+    and so must ``sum_i |w_i| ||g_i||``, which bounds every element of the combination and its norm. Vectors
+    whose norms no rows of fp32 have are combined by nobody: their weights need only be finite.
+    """
+    size = weights.abs()
+    rounded = size.to(torch.float32)
+    norms = gram.diagonal().sqrt()
+    summands = size * norms
+    total = summands.sum()
+    vanishing = summands <= _LIMITS.eps / 2 * total
+    each = (rounded <= _LIMITS.max) & ((rounded >= _LIMITS.tiny) | vanishing)
+    combined = (total == 0) | ((total >= _LIMITS.tiny) & (total <= _LIMITS.max))
+    of_rows = ((norms == 0) | ((norms >= _SHORTEST) & (norms <= _LONGEST))).all()
+    return size.isfinite().all() & ((each.all() & combined) | ~of_rows)
+
+
+def beyond_range(found: Aggregated) -> str:
+    """What a method found whose status is OUT_OF_RANGE, in words."""
+    gram, weights = found.gram.cpu(), found.proposed.cpu()
+    active = gram.diagonal() > 0
+    norms = gram.diagonal()[active].sqrt().tolist()
+    return (
+        f"the weights {weights[active].tolist()} for gradients of norm {norms}, outside the range of float32 "
+        f"({_LIMITS.tiny:.2g} to {_LIMITS.max:.2g}), in which gradients are weighted and summed"
+    )
 
 
 class AggregationMethod(ABC):
@@ -96,7 +136,9 @@ class HostFunction(AggregationMethod):
         return Aggregated.of(host, weights.to("cpu", torch.float64), told).to(gram.device)
 
     def error(self, found: Aggregated) -> ValueError:
-        """A function's only status besides OK is NOT_FINITE."""
+        """A function's statuses besides OK are NOT_FINITE and OUT_OF_RANGE."""
+        if int(found.status) == Status.OUT_OF_RANGE:
+            return ValueError(f"aggregator: found {beyond_range(found)}")
         return ValueError(f"gram: found {found.gram.tolist()}, accepted: finite numbers")
 
     def commit(self, found: Aggregated) -> None:

@@ -57,15 +57,19 @@ def combine_(out: Row, rows: Sequence[Row], weights: Tensor | Sequence[float]) -
 
 def min_norm(gram: Tensor) -> Tensor:
     """:func:`gapo_mega.ops.min_norm` for well-conditioned matrices, by trying every support set."""
+    gram = gram.double()
     m = gram.shape[0]
-    best_value, best = float("inf"), torch.zeros(m).double()
-    for size in range(1, m + 1):
-        for support in combinations(range(m), size):
-            weights = _affine_minimiser(gram.double(), list(support))
-            value = float(weights @ gram.double() @ weights)
-            if bool((weights >= 0).all()) and value < best_value:
-                best_value, best = value, weights
-    return best
+    supports = [set(support) for size in range(1, m + 1) for support in combinations(range(m), size)]
+    solved = [(support, _affine_minimiser(gram, sorted(support))) for support in supports]
+    solved = [(support, weights) for support, weights in solved if bool((weights[sorted(support)] > 0).all())]
+    least = min(float(weights @ gram @ weights) for _, weights in solved)
+    corners: list[tuple[set[int], Tensor]] = []
+    for support, weights in solved:  # smaller ones first
+        rounding = 1e-12 * float(weights @ gram.abs() @ weights)
+        best = float(weights @ gram @ weights) - least <= rounding
+        if best and not any(smaller <= support for smaller, _ in corners):
+            corners.append((support, weights))
+    return torch.stack([weights for _, weights in corners]).mean(dim=0)
 
 
 def _affine_minimiser(gram: Tensor, support: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from gapo_mega.advantages.rewards import kl_rewards
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.objectives.base import Objective
@@ -16,6 +17,23 @@ from gapo_mega.types import Experience, Prompt, Rollout
 # (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
 TokenRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 Timer = Callable[[str], AbstractContextManager[None]]
+
+
+def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> list[float]:
+    """The scores of one objective, one for each of ``prompts``, as numbers that are finite in float32."""
+    if len(scores) != len(prompts):
+        raise ValueError(
+            f"objective {name!r}: found {len(scores)} scores, accepted: {len(prompts)}, one for each response"
+        )
+    limit = torch.finfo(torch.float32).max
+    for i, score in enumerate(scores):
+        number = isinstance(score, int | float)
+        if not number or not abs(score) <= limit:  # a comparison, so that NaN is refused as well
+            raise ValueError(
+                f"objective {name!r}: found the score {score!r} for response {i}, an answer to prompt "
+                f"{prompts[i].index}, accepted: a finite number within {limit:.3g}, the range of float32"
+            )
+    return [float(score) for score in scores]
 
 
 class Scorer:
@@ -38,13 +56,17 @@ class Scorer:
         self._timer = timer
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """``[M, B]`` float32. Each response is scored once per replica, not once per rank."""
+        """``[M, B]`` float32. Each response is scored once per replica, not once per rank.
+
+        Raises ``ValueError``, on every rank of the replica, unless every objective gives one number per
+        response that is finite in float32.
+        """
         local = [objective for objective in self._objectives if objective.wanted_model is None]
         by_name = self._on_first_rank(local, prompts, responses)
         for objective in self._objectives:
             if objective.wanted_model is not None:  # a model over all ranks of the replica
                 by_name[objective.name] = objective.score(prompts, responses)
-        rows = [by_name[objective.name] for objective in self._objectives]
+        rows = [_checked(objective.name, by_name[objective.name], prompts) for objective in self._objectives]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(responses))
 
     def _on_first_rank(
@@ -90,4 +112,5 @@ class Scorer:
                 scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta
             ),
             values_MBT=values_MBT,
+            kl_rewards_BT=kl_rewards(old_BT, ref_BT, mask_BT, self._algorithm.kl_beta),
         )

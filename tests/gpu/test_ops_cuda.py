@@ -216,6 +216,7 @@ def test_min_norm_of_many_rows_meets_the_optimality_conditions(m, family):
 def test_min_norm_of_a_zero_row():
     gram = torch.diag(torch.tensor([4.0, 0.0, 1.0])).double()
     assert solve(gram)[0].tolist() == [0.0, 1.0, 0.0]
+    assert solve(torch.diag(torch.tensor([4.0, 0.0, 0.0])).double())[0].tolist() == [0.0, 0.5, 0.5]
     weights, status = solve(gram, exclude_zero=True)
     assert (weights.tolist(), status) == ([0.2, 0.0, 0.8], ops.Status.OK)
     weights, status = solve(torch.zeros(3, 3).double(), exclude_zero=True)

@@ -106,30 +106,23 @@ def test_group_equals_numpy(baseline: str, normalize: bool) -> None:
     case = experience(3, values=False)
     advantages, returns = filled(build("group", baseline=baseline, normalize=normalize)(case))
     total = case.token_rewards_MBT.numpy().sum(axis=2)
+    has_tokens = case.response_mask_BT.any(dim=1).numpy()
+    score = np.where(has_tokens, case.scores_MB.numpy(), 0.0)
     group = case.group_B.numpy()
     for m in range(M):
         for b in range(B):
-            mine = total[m, group == group[b]]
-            others = total[m, (group == group[b]) & (np.arange(B) != b)]
-            expected = total[m, b] - (others if baseline == "leave_one_out" else mine).mean()
+            together = group == group[b]
+            others = together & (np.arange(B) != b) if baseline == "leave_one_out" else together
+            of_score = score[m, b] - score[m, others].mean()
+            of_kl = (total - score)[m, b] - (total - score)[m, others].mean()
             if normalize:
-                expected /= mine.std(ddof=1)
+                of_score /= score[m, together].std(ddof=1) + 1e-4
             mask = case.response_mask_BT[b]
             # float64; the difference of two sums of size 1 keeps about 13 digits.
-            assert advantages[m, b, mask].tolist() == pytest.approx([expected] * int(mask.sum()), rel=1e-10)
+            expected = [of_score + of_kl] * int(mask.sum())
+            assert advantages[m, b, mask].tolist() == pytest.approx(expected, rel=1e-10)
             assert returns[m, b, mask].tolist() == pytest.approx([total[m, b]] * int(mask.sum()), rel=1e-12)
             assert not bool(advantages[m, b, ~mask].any())
-
-
-def test_group_of_equal_returns_has_no_advantage_rather_than_amplified_rounding() -> None:
-    case = experience(4, values=False)
-    equal = torch.full(
-        (M, B, T), 0.1, dtype=torch.float32
-    )  # 0.1 is not exact: the sums differ in the last bit
-    mask = mask_of([(b, b + 4) for b in range(B)])
-    case = Experience(**{**vars(case), "token_rewards_MBT": equal, "response_mask_BT": mask})
-    advantages, _ = filled(build("group", normalize=True)(case))
-    assert not bool(advantages.any())
 
 
 def test_group_of_one_sample_is_refused() -> None:
@@ -243,6 +236,10 @@ def test_build_names_the_nearest_name_and_option() -> None:
         ("gae", {"lam": True}, r"lam: found True"),
         ("group", {"baseline": "median"}, r"baseline: found 'median', accepted: leave_one_out, mean"),
         ("group", {"normalize": "yes"}, r"normalize: found 'yes'"),
+        ("group", {"epsilon": -1e-6}, r"epsilon: found -1e-06, accepted: a finite number >= 0"),
+        ("group", {"epsilon": math.inf}, r"epsilon: found inf"),
+        ("group", {"epsilon": True}, r"epsilon: found True"),
+        ("group", {"epsilon": "1e-4"}, r"epsilon: found '1e-4'"),
     ],
 )
 def test_option_values_are_checked(name: str, options: dict[str, object], message: str) -> None:

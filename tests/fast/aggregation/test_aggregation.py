@@ -305,7 +305,8 @@ def test_weights_beyond_double_precision_are_told_with_what_they_came_from(scale
     assert int(found.status) == ops.Status.OUT_OF_RANGE
     assert str(gapo.error(found)) == (
         "scale: found 'none', with which gapo gives the weights [inf, inf] for gradients of norm "
-        "[1e-20, 9.999999999999999e-19]; choose scale: sum_to_one or mean_norm"
+        "[1e-20, 9.999999999999999e-19], outside the range of float32 (1.2e-38 to 3.4e+38), in which "
+        "gradients are weighted and summed; choose scale: sum_to_one or mean_norm"
     )
 
 

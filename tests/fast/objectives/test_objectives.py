@@ -58,6 +58,27 @@ def nan(prompts, responses):
 def infinite(prompts, responses):
     return numpy.array([0.0, 0.0, -numpy.inf])
 
+def half(prompts, responses):
+    return torch.tensor([1.0, 2.0, 1e6]).half()
+
+def bf16(prompts, responses):
+    return torch.tensor([1.0, 2.0, 0.0]).bfloat16()
+
+def huge(prompts, responses):
+    return [0, 10 ** 400, 0]
+
+def no_score(prompts, responses):
+    return [None, 1.0, 2.0]
+
+def mapping(prompts, responses):
+    return {0.0: "a", 1.0: "b", 2.0: "c"}
+
+def unordered(prompts, responses):
+    return {1.0, 2.0, 3.0}
+
+def complex_number(prompts, responses):
+    return [1j, 0.0, 0.0]
+
 def matrix(prompts, responses):
     return numpy.zeros((3, 2))
 
@@ -84,7 +105,7 @@ def objective(function: str | None, **fields: Any) -> Objective:
     return build(ObjectiveConfig(name="brevity", function=function, **fields))
 
 
-@pytest.mark.parametrize("function", ["length", "of_numpy", "of_torch", "of_scalars"])
+@pytest.mark.parametrize("function", ["length", "of_numpy", "of_torch", "of_scalars", "bf16"])
 def test_scores_of_every_usual_result_type_become_floats(function: str) -> None:
     trial = objective(f"trial_rewards:{function}")
     scores = trial.score(PROMPTS, RESPONSES)
@@ -122,6 +143,12 @@ def test_the_function_cannot_change_the_callers_lists() -> None:
         ("nan", r"score nan for response 1, accepted: a finite number"),
         ("infinite", r"score -inf for response 2"),
         ("matrix", r"score \[0.0, 0.0\] for response 0"),
+        ("half", r"score inf for response 2"),
+        ("huge", r"score 10+ for response 1, accepted: a finite number"),
+        ("no_score", r"score None for response 0"),
+        ("mapping", r"result of type dict, accepted: a list"),
+        ("unordered", r"result of type set, accepted: a list"),
+        ("complex_number", r"score 1j for response 0"),
     ],
 )
 @pytest.mark.parametrize("clip", [None, 1.0])  # clipping must not hide an infinite score

@@ -135,32 +135,104 @@ def test_value_equals_scipy(m):
         torch.testing.assert_close(weights, reference.min_norm(gram), rtol=1e-9, atol=1e-12)
 
 
-def test_ties_are_resolved_the_same_way():
-    assert ops.min_norm(torch.ones(3, 3)).tolist() == [1.0, 0.0, 0.0]
-    assert ops.min_norm(torch.zeros(3, 3)).tolist() == [1.0, 0.0, 0.0]
-    assert ops.min_norm(torch.diag(torch.tensor([4.0, 0.0, 0.0]))).tolist() == [0.0, 1.0, 0.0]
+def test_rows_that_are_tied_share_alike():
+    assert ops.min_norm(torch.ones(3, 3)).tolist() == [1 / 3] * 3
+    assert ops.min_norm(torch.ones(16, 16)).tolist() == [1 / 16] * 16
+    assert ops.min_norm(torch.zeros(3, 3)).tolist() == [1 / 3] * 3
+    assert ops.min_norm(torch.diag(torch.tensor([4.0, 0.0, 0.0]))).tolist() == [0.0, 0.5, 0.5]
     assert ops.min_norm(torch.tensor([[7.0]])).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-def test_of_duplicated_rows_the_first_takes_the_weight(m):
-    """And of several minimisers the one with the fewest, then the lowest rows, to rounding."""
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
+def test_duplicated_rows_share_the_weight_of_one(m):
     rows = torch.randn(m // 2, m + 3, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
     single = rows @ rows.T
     single = (single + single.T) / 2
     index = torch.arange(m) % (m // 2)
     weights = ops.min_norm(single[index][:, index])
-    assert torch.equal(weights[: m // 2], ops.min_norm(single))
-    assert not bool(weights[m // 2 :].any())
+    # The mean of up to 2^8 corners, each exact to rounding.
+    torch.testing.assert_close(weights[: m // 2] * 2, ops.min_norm(single), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(weights[m // 2 :], weights[: m // 2], rtol=1e-13, atol=1e-15)
 
 
-def test_of_many_minimisers_the_smallest_support_is_taken():
-    # The origin is the middle of rows 1 and 3, and also inside the triangle 0, 2, 4.
+def test_of_many_minimisers_the_mean_of_the_corners_is_taken():
+    # The origin lies between rows 1 and 3, 1 and 6, 3 and 5, 5 and 6, and in triangles such as 0 2 4.
     rows = torch.tensor([[0, 1], [1, 0], [-1, -1], [-1, 0], [1, -1], [2, 0], [-2, 0]]).double()
-    assert ops.min_norm(rows @ rows.T).tolist() == [0, 0.5, 0, 0.5, 0, 0, 0]
-    rows[3] *= 1 + 1e-15  # rounding decides nothing
     weights = ops.min_norm(rows @ rows.T)
-    assert weights.nonzero().flatten().tolist() == [1, 3]
+    corners = []
+    for size in (2, 3):
+        for support in combinations(range(7), size):
+            system = [[*(Fraction(int(rows[i, k])) for i in support)] for k in range(2)]
+            found = positive_solution([*system, [Fraction(1)] * size])
+            if found and not any(set(smaller) <= set(support) for smaller, _ in corners):
+                corners.append((support, found))
+    expected = [
+        sum(dict(zip(*c, strict=True)).get(i, Fraction(0)) for c in corners) / len(corners) for i in range(7)
+    ]
+    assert weights.tolist() == pytest.approx([float(x) for x in expected], rel=1e-13)
+    rows[3] *= 1 + 1e-15  # rounding decides nothing
+    assert ops.min_norm(rows @ rows.T).tolist() == pytest.approx(weights.tolist(), rel=1e-12)
+
+
+def positive_solution(system: Matrix) -> list[Fraction] | None:
+    """Positive weights with ``rows' w = 0`` and sum 1, if they are unique."""
+    for left in combinations(range(3), len(system[0])):
+        found = solve([system[k] for k in left], [Fraction(int(k == 2)) for k in left])
+        if found is None or min(found) <= 0:
+            continue
+        products = [sum(a * w for a, w in zip(row, found, strict=True)) for row in system]
+        return found if products == [0, 0, 1] else None
+    return None
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 9, 12])
+@pytest.mark.parametrize("family", sorted({*families(2, 0)} - {"denormal gram"}))
+def test_the_order_of_the_rows_does_not_matter(family, m):
+    for seed in range(8 if m <= 8 else 2):
+        rows = families(m, seed)[family]
+        gram = rows @ rows.T
+        gram = (gram + gram.T) / 2
+        order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+        permuted = ops.min_norm(gram[order][:, order])
+        # Eliminated in another order; near opposing rows leave ten digits.
+        torch.testing.assert_close(permuted, ops.min_norm(gram)[order], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+@pytest.mark.parametrize("family", ["generic", "duplicated", "rank one", "zero row"])
+def test_the_reference_shares_ties_out_in_the_same_way(family, m):
+    for seed in range(4):
+        rows = families(m, seed)[family]
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)  # the reference is for ordinary ones
+        gram = rows @ rows.T
+        gram = (gram + gram.T) / 2
+        torch.testing.assert_close(ops.min_norm(gram), reference.min_norm(gram), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [
+        [[1.0, -0.9, -0.9], [-0.9, 1.0, -0.9], [-0.9, -0.9, 1.0]],
+        [[1.0, 1.5], [1.5, 1.0]],
+        [[4.0, -2.1], [-2.1, 1.0]],
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_an_indefinite_matrix_is_refused(gram, scale):
+    matrix = torch.tensor(gram, dtype=torch.float64) * scale
+    with pytest.raises(ValueError, match="accepted: a positive semidefinite matrix"):
+        ops.min_norm(matrix)
+    weights, status = torch.ones(len(gram), dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    ops.min_norm_(weights, status, matrix)
+    assert (weights.tolist(), int(status)) == ([0.0] * len(gram), ops.Status.NOT_CONVERGED)
+
+
+@pytest.mark.parametrize("off", [1e-16, 1e-12, 1e-8])
+def test_a_negative_eigenvalue_of_rounding_is_none(off):
+    opposing = torch.tensor([[1.0, -1.0 - off], [-1.0 - off, 1.0]], dtype=torch.float64)
+    assert ops.min_norm(opposing).tolist() == [0.5, 0.5]
+    parallel = torch.tensor([[1.0, 1.0 + off], [1.0 + off, 1.0]], dtype=torch.float64)
+    assert ops.min_norm(parallel).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("m", [2, 5, 8, 9, 13, 16])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -71,3 +74,65 @@ def test_an_error_on_the_first_rank_is_raised_on_all() -> None:
         return str(caught.value)
 
     assert team.run(error_of) == ["objective 'broken': no"] * 2
+
+
+class Fixed(Length):
+    """An objective of a user's own, without the checks of ``ObjectiveKind``."""
+
+    def __init__(self, scores: list[Any], model: object | None = None) -> None:
+        super().__init__("fixed", model)
+        self._scores = scores
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return self._scores
+
+
+@pytest.mark.parametrize("model", [None, object()])
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        (3.5e38, r"3\.5e\+38"),
+        (-1e300, r"-1e\+300"),
+        (10**60, "10+"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+        (None, "None"),
+        ("1.0", "'1.0'"),
+        ([1.0], r"\[1\.0\]"),
+    ],
+)
+def test_a_score_that_float32_does_not_hold_is_refused_with_objective_row_and_value(
+    bad: Any, shown: str, model: object | None
+) -> None:
+    prompts = [Prompt(7, "a"), Prompt(7, "a"), Prompt(9, "b"), Prompt(9, "b")]
+    objectives = [Length(), Fixed([0.0, 1.0, bad, 2.0], model)]
+    with pytest.raises(ValueError) as caught:
+        scorer(FakeEngine(), objectives).scores(prompts, ["", "x", "y", "z"])
+    where = "for response 2, an answer to prompt 9"
+    said = rf"objective 'fixed': found the score {shown} {where}, accepted: .*float32"
+    assert re.fullmatch(said, str(caught.value))
+
+
+@pytest.mark.parametrize("model", [None, object()])
+def test_a_wrong_number_of_scores_is_refused(model: object | None) -> None:
+    prompts = [Prompt(0, "a"), Prompt(0, "a")]
+    with pytest.raises(ValueError, match="objective 'fixed': found 3 scores, accepted: 2, one for each"):
+        scorer(FakeEngine(), [Length(), Fixed([1.0, 2.0, 3.0], model)]).scores(prompts, ["", ""])
+
+
+@pytest.mark.parametrize("value", [3.4028234663852886e38, -3e38, 2**100, True, 1e-50])
+def test_what_float32_holds_is_taken(value: float) -> None:
+    prompts = [Prompt(0, "a")]
+    found = scorer(FakeEngine(), [Fixed([value])]).scores(prompts, [""])
+    assert found.dtype == torch.float32 and found.shape == (1, 1)
+    assert found.item() == torch.tensor(float(value)).item()
+
+
+def test_the_kl_reward_lies_apart_for_estimators() -> None:
+    engine = FakeEngine()
+    engine.policy = 4
+    batch = rollout(engine)
+    experience = scorer(engine, [Length()]).score(batch)
+    assert experience.kl_rewards_BT is not None
+    expected = 0.5 * 0.003 * batch.tokens_BT * batch.response_mask_BT
+    torch.testing.assert_close(experience.kl_rewards_BT, expected)

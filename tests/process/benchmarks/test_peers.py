@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 entries = importlib.import_module("peer_entries")
 
-TORCHJD = importlib.util.find_spec("torchjd") is not None
+TORCHJD = entries.has_torchjd()
 
 
 @pytest.fixture(scope="module")

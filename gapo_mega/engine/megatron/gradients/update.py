@@ -32,6 +32,10 @@ from gapo_mega.types import Experience
 
 # The Gram matrix sums in fp64 what Megatron's norm sums in fp32.
 _NORM_TOLERANCE = 1e-4
+# Megatron sums squares in fp32. They are normal numbers where 2^32 elements have the least norm together,
+# and finite up to the largest.
+_LEAST_NORM = 2.0**-44
+_LARGEST_NORM = 2.0**64
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,22 @@ class Setting:
     micro_batch: int  # sequences per microbatch
     shared: bool  # all objectives' backwards share one forward's graph per microbatch
     adam: bool  # inner products in Adam's metric
+
+
+def summands(found: Direction) -> float:
+    """``sum_i |w_i| ||g_i||``: the size of what the combination adds up."""
+    return float((found.weights.abs() * found.gram.diagonal().sqrt()).sum())
+
+
+def why_unmeasured(size: float) -> str | None:
+    """Why Megatron finds no norm of weighted gradients of ``size`` in all; None if it is not their size."""
+    if _LEAST_NORM <= size <= _LARGEST_NORM:
+        return None
+    return (
+        f"the weighted gradients have a norm of {size:.3g} in all, accepted: {_LEAST_NORM:.2g} to "
+        f"{_LARGEST_NORM:.2g}, which Megatron can measure in float32 (aggregation.options.scale: mean_norm "
+        "gives them the length of an ordinary gradient)"
+    )
 
 
 class GradientStrategy(ABC):
@@ -115,11 +135,12 @@ class GradientStrategy(ABC):
             self.trainable.zero_grad()
             raise method.error(found.aggregated)
         measured = self.trainable.grad_norm()
-        if not math.isfinite(measured):
-            # Not in the Gram matrix: outside the scope, in a last pass, or from huge weights. Megatron would
-            # take the step.
+        size = summands(found)
+        if not math.isfinite(measured) or (measured == 0.0 and 0.0 < size < _LEAST_NORM):
+            # Not finite, and not in the Gram matrix: outside the scope, in a last pass, or from huge weights.
+            # Megatron would take the step.
             self.trainable.zero_grad()
-            return self._skipped(losses, found.gram, clock, nonfinite)
+            return self._skipped(losses, found.gram, clock, nonfinite, why_unmeasured(size))
         clock.lap("optimizer")
         if not self._norm_checked:
             self._norm_checked = self._check_norm(found, measured)
@@ -207,16 +228,19 @@ class GradientStrategy(ABC):
     def _check_norm(self, found: Direction, measured: float) -> bool:
         """Compare our norm of the combined gradient with Megatron's, before the first update.
 
-        Returns False if every weighted gradient is zero, which proves nothing.
+        Returns False if every weighted gradient is zero, or so small that Megatron's squares in fp32 are:
+        that proves nothing.
         """
         predicted, scale = self.predicted_norm(found)
+        if scale < _LEAST_NORM:
+            return False
         if not abs(measured - predicted) <= _NORM_TOLERANCE * scale:
             raise RuntimeError(
                 f"the Gram matrix predicts a combined gradient of norm {predicted:.9g} and Megatron "
                 f"measures {measured:.9g}: this version of megatron-core lays its gradient buffers out "
                 "in a way that gapo_mega does not know, training would be wrong"
             )
-        return scale > 0
+        return True
 
     @staticmethod
     def _skipped(

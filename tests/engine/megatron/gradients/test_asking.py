@@ -170,3 +170,31 @@ def test_a_method_that_gives_up_skips_the_step_and_says_why(model: Path) -> None
     assert len(recorded.answers) == 1 and recorded.committed == []
     assert report.reason == str(recorded.error(recorded.answers[0]))
     assert "not finite" not in report.reason
+
+
+@pytest.mark.parametrize(("gradients", "micro_batch"), STRATEGIES)
+@pytest.mark.parametrize("weight", [1e-50, 1e-40, 1e39])
+def test_weights_out_of_fp32s_range_are_told_in_words_before_anything_is_updated(
+    model: Path, gradients: dict[str, Any], micro_batch: int, weight: float
+) -> None:
+    recorded = Recorded(aggregation.build("weighted_sum", weights=[weight] * check_engine.OBJECTIVES))
+    with engine_of(model, gradients, micro_batch, SGD) as engine:
+        error = failing_step(engine, batch_of(engine), recorded)
+    assert str(error) == str(recorded.error(recorded.answers[0]))
+    assert "scale: found 'none'" in str(error) and "outside the range of float32" in str(error)
+
+
+@pytest.mark.parametrize(("gradients", "micro_batch"), STRATEGIES)
+@pytest.mark.parametrize("weight", [1e-30, 1e25])
+def test_weights_that_only_megatrons_norm_cannot_take_are_not_blamed_on_megatron(
+    model: Path, gradients: dict[str, Any], micro_batch: int, weight: float
+) -> None:
+    """fp32 holds the combination, and not the squares of its elements."""
+    recorded = Recorded(aggregation.build("weighted_sum", weights=[weight] * check_engine.OBJECTIVES))
+    with engine_of(model, gradients, micro_batch, SGD) as engine:
+        report = engine.update_policy(batch_of(engine), check_engine.loss, recorded)
+        assert report.skipped and recorded.answers[0].ok() and recorded.committed == []
+        assert report.reason is not None and "which Megatron can measure in float32" in report.reason
+        assert not engine.update_policy(
+            batch_of(engine), check_engine.loss, lambda g: g.new_ones(len(g))
+        ).skipped
