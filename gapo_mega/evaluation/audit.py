@@ -19,7 +19,7 @@ from gapo_mega.config import GradientConfig
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.audit_plot import Curve, write_picture
 from gapo_mega.evaluation.recording import Recording, read_recording
-from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.evaluation.files import config_file, replacing
 from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.verdicts import Verdict, candidates, disagreement, judge
 from gapo_mega.registry import unknown
@@ -71,7 +71,7 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
     if not run_dir.is_dir():
         raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
-    config = load(run_dir / CONFIG_FILE)
+    config = load(config_file(run_dir))
     known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
     for name in only:
         if name not in known:
@@ -104,7 +104,7 @@ def write_csv(audit: Audit, path: Path) -> None:
     """One line per step and method, every number in full precision."""
     names = audit.recording.names
     kinds = ("weight", "predicted_change", "cosine", "hurt")
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         columns = [f"{kind}/{name}" for kind in kinds for name in names]
         writer.writerow(["step", "method", "conflict", "corner", "direction_norm", *columns])

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
+from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.series import Array, Series
 from gapo_mega.evaluation.summary import Change, Summary
 
@@ -128,7 +129,8 @@ def write_pictures(directory: Path, series: Series, names: Sequence[str], summar
         for file, _, size, draw in plans:
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
-            figure.savefig(directory / file)
+            with replacing(directory / file) as partial:
+                figure.savefig(partial)
     return [Picture(file, caption) for file, caption, _, _ in plans]
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import yaml
 
 from gapo_mega.config import Config
+from gapo_mega.evaluation.files import config_file, write_text
 from gapo_mega.evaluation.plots import Picture, colour, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
 
-CONFIG_FILE = "config.yaml"
+REPORT_FOLDER = "report"
+REPORT_PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class SamplePair:
 def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     """Write ``report/`` (PNG pictures and ``index.html``) into a run directory; returns the page's path.
 
-    Reads ``config.yaml``, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
+    Reads the run's configuration, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
     Raises ``ValueError`` where nothing has been logged.
     """
     series = read_series(run_dir)
-    config_text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    config_text = config_file(run_dir).read_text(encoding="utf-8")
     config = Config.model_validate(yaml.safe_load(config_text))
     names = [objective.name for objective in config.objectives]
     path = run_dir / SUMMARY_FILE
     summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
-    directory = run_dir / "report"
+    directory = run_dir / REPORT_FOLDER
     directory.mkdir(exist_ok=True)
     pictures = write_pictures(directory, series, names, summary)
     environment = jinja2.Environment(
@@ -69,8 +71,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         colours={name: colour(i) for i, name in enumerate(names)},
         config_text=config_text,
     )
-    path = directory / "index.html"
-    path.write_text(page, encoding="utf-8")
+    path = directory / REPORT_PAGE
+    write_text(path, page)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gapo_mega.evaluation.files import write_text
 
 Scores: TypeAlias = Tensor | NDArray[np.floating[Any]]
 
@@ -84,14 +86,22 @@ def _prompt_means(
     return means
 
 
-def write_summary(path: Path, summary: Summary, seconds: float) -> None:
-    """``summary`` and the run's wall-clock ``seconds`` as JSON; a missing standard error is null."""
+def write_summary(
+    path: Path, summary: Summary, seconds: float, resumed: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """``summary`` and the run's wall-clock ``seconds`` as JSON; a missing standard error is null.
+
+    ``resumed``: by time, where the run went on with other settings: ``step``, the steps done by then, and
+    ``changed``, by setting its old and its new value.
+    """
     objectives = {
         name: {key: value if math.isfinite(value) else None for key, value in asdict(change).items()}
         for name, change in summary.items()
     }
-    document = {"objectives": objectives, "seconds": seconds}
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    document: dict[str, Any] = {"objectives": objectives, "seconds": seconds}
+    if resumed:
+        document["resumed"] = list(resumed)
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(path: Path) -> tuple[Summary, float]:
@@ -102,3 +112,9 @@ def read_summary(path: Path) -> tuple[Summary, float]:
         error = facts["standard_error"]
         summary[name] = Change(**{**facts, "standard_error": math.nan if error is None else error})
     return summary, float(document["seconds"])
+
+
+def read_resumed(path: Path) -> list[Mapping[str, Any]]:
+    """``resumed`` of ``write_summary``; empty where no setting changed while the run went on."""
+    found: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get("resumed", [])
+    return found

@@ -13,8 +13,7 @@ from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, paired_summary, write_summary
 from gapo_mega.rollout.heldout import Answers, HeldOut
-
-EXPORT_FOLDER = "hf"
+from gapo_mega.runs.directory import EXPORT_FOLDER
 
 
 def finish(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
+    CHECKPOINTS_FOLDER,
     CheckpointFolder,
     StopOnSignal,
     any_replica,
@@ -23,8 +24,6 @@ from gapo_mega.runs.checkpoints import (
 from gapo_mega.runs.log import RunLog
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class Work(Protocol):

@@ -1,8 +1,15 @@
-"""Where this process stands in its job, before any engine is there to ask."""
+"""Where this process stands in its job, before any engine is there to ask, and what its ranks agree on."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
+from typing import Any, Protocol
+
+_PATIENCE = timedelta(minutes=30)
 
 
 def world_size() -> int:
@@ -13,3 +20,63 @@ def world_size() -> int:
 def is_main_rank() -> bool:
     """Whether this process speaks for its job."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Peers(Protocol):
+    """All processes of the job, before they have process groups. Every rank makes the same calls."""
+
+    is_main: bool
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, which JSON can hold, in rank order."""
+        ...
+
+
+class Alone:
+    """The one process of its job."""
+
+    is_main = True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Job:
+    """The ranks of a torchrun job. They talk through its store, and start no process group."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        store, self._rank, self._world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        # The store outlives a restart of the workers.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"gapo-mega/{attempt}", store)
+        self._rounds = count()
+        self.is_main = self._rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        number = next(self._rounds)
+        self._store.set(f"{number}/{self._rank}", json.dumps(value))
+        return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
+
+
+def peers() -> Peers:
+    """The processes of this job."""
+    return Alone() if world_size() == 1 else Job()
+
+
+def agree(everyone: Peers, check: Callable[[], None]) -> None:
+    """Run ``check`` on every rank. Raises the first rank's ``ValueError`` on all of them, where there is one."""
+    error: str | None = None
+    try:
+        check()
+    except ValueError as found:
+        error = str(found)
+    first = next((found for found in everyone.gather(error) if found is not None), None)
+    if first is not None:
+        raise ValueError(first)

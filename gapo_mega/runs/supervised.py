@@ -37,7 +37,7 @@ from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
-from gapo_mega.runs.finish import EXPORT_FOLDER
+from gapo_mega.runs.directory import EXPORT_FOLDER
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.processes import world_size
