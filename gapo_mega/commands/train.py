@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import ConfigFile, Processes
+from gapo_mega.commands.options import OVERWRITE, ConfigFile, Overwrite, Processes
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as optimizer.lr=1e-6."),
     ] = None,
     nproc: Processes = None,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print configuration, layout and predicted memory; stop.")
     ] = False,
@@ -44,15 +46,24 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or world_size())
     elif nproc is not None:
-        from gapo_mega.runs.preflight import resolve
-
-        resolve(settings, nproc)  # here, because torchrun buries the error of a worker
-        launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
+        _check(settings, nproc, overwrite)
+        again = [OVERWRITE] if overwrite else []
+        launch.start(nproc, ["train", "--config", str(config), *again, *(overrides or [])])
     else:
         launch.quiet_other_ranks()
         from gapo_mega.runs.start import train as run
 
-        run(settings)
+        run(settings, overwrite)
+
+
+def _check(config: Config, processes: int, overwrite: bool) -> None:
+    """What can be refused here, before processes start: torchrun buries the error of a worker."""
+    from gapo_mega.runs.preflight import resolve
+    from gapo_mega.runs.session import check_before_processes
+    from gapo_mega.runs.start import wanted
+
+    check_before_processes(Path(config.output_dir), wanted(config), overwrite)
+    resolve(config, processes)
 
 
 def _dry_run(config: Config, world_size: int) -> None:

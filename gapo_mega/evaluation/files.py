@@ -1,4 +1,4 @@
-"""Files of a run directory: which configuration counts, and writing that leaves a whole file or the old one."""
+"""Files of a run directory: which configuration counts, and writing files whole or not at all."""
 
 from __future__ import annotations
 

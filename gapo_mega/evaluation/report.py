@@ -21,7 +21,7 @@ from gapo_mega.config import Config
 from gapo_mega.evaluation.files import config_file, write_text
 from gapo_mega.evaluation.plots import Picture, colour, write_pictures
 from gapo_mega.evaluation.series import Series, read_series
-from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_resumed, read_summary
 
 REPORT_FOLDER = "report"
 REPORT_PAGE = "index.html"
@@ -50,6 +50,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     names = [objective.name for objective in config.objectives]
     path = run_dir / SUMMARY_FILE
     summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
+    resumed = read_resumed(path) if path.exists() else []
     directory = run_dir / REPORT_FOLDER
     directory.mkdir(exist_ok=True)
     pictures = write_pictures(directory, series, names, summary)
@@ -63,7 +64,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     page = environment.get_template("report.html.jinja").render(
         title=run_dir.resolve().name,
         objectives=_objective_rows(summary),
-        facts=_facts(config, series, seconds if summary else None),
+        facts=[*_facts(config, series, seconds if summary else None), *_resumed_facts(resumed)],
         phases=_phases(series),
         pictures=[_embedded(directory, picture) for picture in pictures],
         samples=samples,
@@ -111,6 +112,17 @@ def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[
     if seconds is not None:
         facts.append(("Wall-clock time", _duration(seconds)))
     return facts
+
+
+def _resumed_facts(resumed: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Where the run went on with other settings than it had before."""
+    return [
+        (
+            f"Changed after step {each['step']}",
+            ", ".join(f"{name}: {old} → {new}" for name, (old, new) in each["changed"].items()),
+        )
+        for each in resumed
+    ]
 
 
 def _duration(seconds: float) -> str:

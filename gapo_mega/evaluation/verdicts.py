@@ -21,8 +21,8 @@ from tqdm import tqdm
 from gapo_mega.aggregation import Aggregator, Diagnosis, build, diagnose, methods
 from gapo_mega.aggregation.gapo import Gapo
 from gapo_mega.config import Config
-from gapo_mega.evaluation.recording import Recording
 from gapo_mega.evaluation.files import CONFIG_FILE
+from gapo_mega.evaluation.recording import Recording
 from gapo_mega.evaluation.series import Array
 
 # Steps from which on the wait is worth a progress bar.

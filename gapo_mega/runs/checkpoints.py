@@ -27,6 +27,7 @@ from gapo_mega.evaluation.files import flush, write_text
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
+UPDATES, RECORD = "updates", "run"  # keys of it: optimizer steps done, and what the checkpoint belongs to
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".incomplete-"
 _DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")
@@ -50,7 +51,7 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies or would lie."""
-        return self.directory / f"step_{step:08d}"
+        return checkpoint_path(self.directory, step)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -113,6 +114,11 @@ class CheckpointFolder:
 def complete_steps(directory: Path) -> list[int]:
     """The steps of all complete checkpoints in ``directory``, ascending; none where it is not there."""
     return sorted(step for path in parts_of(directory) if (step := _complete_step(path)) is not None)
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where in ``directory`` the checkpoint of ``step`` lies or would lie."""
+    return directory / f"step_{step:08d}"
 
 
 def parts_of(directory: Path) -> list[Path]:

@@ -59,7 +59,7 @@ def _lines(directory: Path) -> list[tuple[int, str]]:
             found.append((int(json.loads(line)["step"]), line))
         except (ValueError, TypeError, KeyError):
             raise ValueError(
-                f"output_dir: {path}, line {number}: found {line.strip()[:60]!r}, accepted: the log of a run, or "
-                "another output_dir"
+                f"output_dir: {path}, line {number}: found {line.strip()[:60]!r}, accepted: the log of a "
+                "run, or another output_dir"
             ) from None
     return found

@@ -21,14 +21,14 @@ from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
 from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, complete_steps, parts_of
 from gapo_mega.runs.cut_lines import CUT_LINES, check_lines
-from gapo_mega.runs.lock import LOCK_FILE, disk_errors
+from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.recorded_config import check_config_files, remove_config
 
 MANIFEST_FILE = ".gapo-mega.json"
 EXPORT_FOLDER = "hf"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = "wandb_id"
-AUDIT_FILES = ("audit/audit.csv", "audit/audit.png", f"audit/{LOCK_FILE}")
+AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
 _FILES = (METRICS_FILE, SUMMARY_FILE, WANDB_ID)
 _FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER)
@@ -155,8 +155,8 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
 
 def _foreign(path: Path) -> ValueError:
     return ValueError(
-        f"output_dir: found {path}, which no run has written and which the run would replace; accepted: another "
-        "output_dir, or move it"
+        f"output_dir: found {path}, which no run has written and which the run would replace; accepted: "
+        "another output_dir, or move it"
     )
 
 
@@ -165,7 +165,7 @@ def _looks_ours(path: Path) -> bool:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline()
         # One without its end: killed while writing, or only begun.
-        return not first.endswith("\n") or _METRICS_KEYS <= _keys(first)
+        return not first.endswith("\n") or _keys(first) >= _METRICS_KEYS
     if path.name == SUMMARY_FILE:
         found = _keys(path.read_text(encoding="utf-8", errors="replace"))
         return any(keys <= found for keys in _SUMMARY_KEYS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,8 +24,12 @@ def finish(
     before: Answers,
     heldout: HeldOut,
     elapsed: Callable[[], float],
+    resumed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Export the policy, answer the held-out prompts again, write summary and report, print the table."""
+    """Export the policy, answer the held-out prompts again, write summary and report, print the table.
+
+    ``resumed``: where the run went on with other settings, as ``write_summary`` takes it.
+    """
     directory = Path(config.output_dir)
     if config.checkpoint.export_hf:
         engine.export_hf(directory / EXPORT_FOLDER)
@@ -35,7 +40,7 @@ def finish(
             summary = paired_summary(
                 torch.tensor(before.scores), torch.tensor(after.scores), names, heldout.samples
             )
-        write_summary(directory / SUMMARY_FILE, summary, elapsed())
+        write_summary(directory / SUMMARY_FILE, summary, elapsed(), resumed)
         pairs = sample_pairs(before, after, names, config.evaluation.shown, heldout.samples)
         print_summary(summary, write_report(directory, pairs))
     engine.barrier()

@@ -79,9 +79,8 @@ class DirectoryLock:
             return
         self._released.set()
         (self.directory / OWNER_FILE).unlink(missing_ok=True)
-        if self._made and _names(self.directory) <= {LOCK_FILE}:
-            # While it is held: filelock sees that a file it waited for has gone, and opens the new one.
-            (self.directory / LOCK_FILE).unlink(missing_ok=True)
+        # While it is held: filelock sees that a file it waited for has gone, and makes a new one.
+        (self.directory / LOCK_FILE).unlink(missing_ok=True)
         self._lock.release()
         for made in reversed(self._made):
             if _names(made):
@@ -152,8 +151,8 @@ def disk_errors(directory: Path, parameter: str = "output_dir") -> Iterator[None
         reason = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(directory) else ""
         raise ValueError(
-            f"{parameter}: found {directory}, which cannot be written: {reason}{where}; accepted: a directory "
-            "to write to, with space on its disk"
+            f"{parameter}: found {directory}, which cannot be written: {reason}{where}; accepted: a "
+            "directory to write to, with space on its disk"
         ) from error
 
 

@@ -15,12 +15,16 @@ from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
+    RECORD,
+    UPDATES,
     CheckpointFolder,
     StopOnSignal,
     any_replica,
     checkpoint_to_resume,
     is_due,
+    marker_of,
 )
+from gapo_mega.runs.cut_lines import keep_cut_lines
 from gapo_mega.runs.log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -67,9 +71,20 @@ class RunLoop:
     """Runs a ``Work`` to its end, or to a signal; then the same command goes on from there."""
 
     def __init__(
-        self, work: Work, engine: RunEngine, directory: Path, settings: CheckpointConfig, log: RunLog
+        self,
+        work: Work,
+        engine: RunEngine,
+        directory: Path,
+        settings: CheckpointConfig,
+        log: RunLog,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``."""
+        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``.
+
+        ``record``: what checkpoints say that they belong to, in JSON.
+        """
+        self._directory = directory
+        self._record = record
         self._work = work
         self._engine = engine
         self._settings = settings
@@ -87,7 +102,10 @@ class RunLoop:
         total = self._work.total_steps
         self._resume()
         self._work.begin()
-        self._log.truncate_after(self.step * self._work.updates_per_step)
+        updates = self.step * self._work.updates_per_step
+        if self._engine.layout.is_main:
+            keep_cut_lines(self._directory, updates)
+        self._log.truncate_after(updates)
         with self._log, StopOnSignal() as stop:
             while self.step < total:
                 self._work.train_step(self.step)
@@ -108,14 +126,29 @@ class RunLoop:
     def _save(self) -> None:
         """Write a complete checkpoint of the current step; all ranks call it."""
         extra = {"step": self.step, **self._work.state_dict()}
-        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra))
+        about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
+        if self._record is not None:
+            about[RECORD] = self._record
+        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         latest = checkpoint_to_resume(self._checkpoints, self._settings, self._engine)
         if latest is None:
             return
+        self._check_updates(latest)
         extra = self._engine.load(latest)
         self._work.load_state_dict(extra, latest)
         self.step = int(extra["step"])
         logger.info("resumed from %s: %d of %d steps done", latest, self.step, self._work.total_steps)
+
+    def _check_updates(self, latest: Path) -> None:
+        """The log is cut where the checkpoint ends: both must count alike."""
+        marker = marker_of(latest)
+        mine = int(marker["step"]) * self._work.updates_per_step
+        if marker.get(UPDATES, mine) != mine:
+            raise ValueError(
+                f"output_dir: {latest} has done {marker[UPDATES]} optimizer steps in {marker['step']} steps, "
+                f"this run would have done {mine}; accepted: the configuration of the run that is resumed, "
+                "or another output_dir"
+            )

@@ -50,12 +50,13 @@ class Job:
     """The ranks of a torchrun job. They talk through its store, and start no process group."""
 
     def __init__(self) -> None:
-        import torch.distributed as dist
+        from torch.distributed import distributed_c10d
+        from torch.distributed.rendezvous import rendezvous
 
-        store, self._rank, self._world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store, self._rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
         # The store outlives a restart of the workers.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"gapo-mega/{attempt}", store)
+        self._store = distributed_c10d.PrefixStore(f"gapo-mega/{attempt}", store)
         self._rounds = count()
         self.is_main = self._rank == 0
 
@@ -71,7 +72,7 @@ def peers() -> Peers:
 
 
 def agree(everyone: Peers, check: Callable[[], None]) -> None:
-    """Run ``check`` on every rank. Raises the first rank's ``ValueError`` on all of them, where there is one."""
+    """Run ``check`` on every rank. Where some raise ``ValueError``, all raise that of the first."""
     error: str | None = None
     try:
         check()

@@ -36,17 +36,17 @@ def is_free(path: Path) -> bool:
 
 
 def check_config_files(directory: Path) -> None:
-    """Raise ``ValueError`` for a ``config.resolved.yaml`` of the user's, which would hide the run's from readers."""
+    """Raise ``ValueError`` for a ``config.resolved.yaml`` of the user's: readers prefer that name."""
     resolved = directory / RESOLVED_CONFIG_FILE
     if not is_free(resolved):
         raise ValueError(
-            f"output_dir: found {resolved}, which no run has written or somebody has edited; accepted: another "
-            "output_dir, or move that file"
+            f"output_dir: found {resolved}, which no run has written or somebody has edited; accepted: "
+            "another output_dir, or move that file"
         )
 
 
 def record_config(config: Section, directory: Path) -> Path:
-    """Write ``config`` with its defaults into ``directory``; a ``config.yaml`` of the user's stays as it is."""
+    """Write ``config`` with its defaults into ``directory``; the user's own ``config.yaml`` stays."""
     own, resolved = directory / CONFIG_FILE, directory / RESOLVED_CONFIG_FILE
     if is_free(own):
         write_text(own, signed(to_yaml(config)))
