@@ -71,14 +71,14 @@ def run_audit(
 
 
 def target_of(run_dir: Path, out: Path | None) -> Path:
-    """Where an audit of ``run_dir`` is written. Raises ``ValueError`` where that is no run's directory."""
-    if not run_dir.is_dir():
-        raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
+    """Where an audit of ``run_dir`` is written. Raises ``ValueError`` where ``run_dir`` is no directory."""
+    _check_run_dir(run_dir)
     return run_dir / "audit" if out is None else out
 
 
 def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
+    _check_run_dir(run_dir)
     config = load(config_file(run_dir))
     known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
     for name in only:
@@ -92,6 +92,11 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     if only and own.aggregator.name not in only:
         verdicts = verdicts[1:]
     return Audit(recording, config.gradients, verdicts, warning)
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
 
 
 def _check_target(directory: Path) -> None:

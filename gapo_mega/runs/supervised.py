@@ -289,7 +289,13 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
     command = "gapo-mega train-reward"
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        model = self.config.model
+        model, source = self.config.model, self.start.source
+        self._head = head = read_score_head(source)
+        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
+            raise ValueError(
+                f"model.path: {source} is a score model with a bias, a normaliser or a sign, "
+                "which training would not keep; accepted: a language model, or a transformers classifier"
+            )
         train, heldout = load_pairs(self.config.data, self.config.seed)
         self._train, _ = batches.encode_pairs(train, tokenizer, model.chat_template, model.max_tokens)
         self._heldout: list[batches.PairIds] = []
@@ -306,12 +312,6 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
 
     def _build(self) -> SupervisedEngine:
         start = self.start
-        head = read_score_head(start.source)
-        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
-            raise ValueError(
-                f"model.path: {start.source} is a score model with a bias, a normaliser or a sign, "
-                "which training would not keep; accepted: a language model, or a transformers classifier"
-            )
         family = start.hf_config.model_type
         config: dict[str, object] = {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]],
@@ -320,7 +320,9 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             "pad_token_id": start.pad_id,
         }
         setup = self._setup(2 * self.config.micro_batch_size, config)
-        return build_pair_engine(setup, head=head, center=self.config.center_rewards, pad_id=start.pad_id)
+        return build_pair_engine(
+            setup, head=self._head, center=self.config.center_rewards, pad_id=start.pad_id
+        )
 
     def _batch(self, items: Sequence[int]) -> TokenBatch:
         pairs = [self._train[i] for i in items]
