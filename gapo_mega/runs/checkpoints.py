@@ -142,6 +142,21 @@ def marker_of(checkpoint: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def check_updates(checkpoint: Path, updates_per_step: int) -> None:
+    """Raise ``ValueError`` unless ``checkpoint`` has done ``updates_per_step`` optimizer steps a step.
+
+    The log is cut where the checkpoint ends.
+    """
+    marker = marker_of(checkpoint)
+    mine = int(marker["step"]) * updates_per_step
+    if marker.get(UPDATES, mine) != mine:
+        raise ValueError(
+            f"output_dir: {checkpoint} has done {marker[UPDATES]} optimizer steps in {marker['step']} steps, "
+            f"this run would have done {mine}; accepted: the configuration of the run that is resumed, or "
+            "another output_dir"
+        )
+
+
 def _complete_step(path: Path) -> int | None:
     """The step of a complete checkpoint directory, None for everything else."""
     match = _NAME.fullmatch(path.name)

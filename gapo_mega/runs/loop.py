@@ -20,9 +20,9 @@ from gapo_mega.runs.checkpoints import (
     CheckpointFolder,
     StopOnSignal,
     any_replica,
+    check_updates,
     checkpoint_to_resume,
     is_due,
-    marker_of,
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
 from gapo_mega.runs.log import RunLog
@@ -136,19 +136,8 @@ class RunLoop:
         latest = checkpoint_to_resume(self._checkpoints, self._settings, self._engine)
         if latest is None:
             return
-        self._check_updates(latest)
+        check_updates(latest, self._work.updates_per_step)
         extra = self._engine.load(latest)
         self._work.load_state_dict(extra, latest)
         self.step = int(extra["step"])
         logger.info("resumed from %s: %d of %d steps done", latest, self.step, self._work.total_steps)
-
-    def _check_updates(self, latest: Path) -> None:
-        """The log is cut where the checkpoint ends: both must count alike."""
-        marker = marker_of(latest)
-        mine = int(marker["step"]) * self._work.updates_per_step
-        if marker.get(UPDATES, mine) != mine:
-            raise ValueError(
-                f"output_dir: {latest} has done {marker[UPDATES]} optimizer steps in {marker['step']} steps, "
-                f"this run would have done {mine}; accepted: the configuration of the run that is resumed, "
-                "or another output_dir"
-            )

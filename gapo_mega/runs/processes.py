@@ -63,7 +63,11 @@ class Job:
     def gather(self, value: Any) -> list[Any]:
         number = next(self._rounds)
         self._store.set(f"{number}/{self._rank}", json.dumps(value))
-        return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
+        values = [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
+        self._store.set(f"{number}/read/{self._rank}", "")
+        if self.is_main:  # whose process may hold the store, and may be about to end
+            self._store.wait([f"{number}/read/{rank}" for rank in range(self._world)], _PATIENCE)
+        return values
 
 
 def peers() -> Peers:

@@ -13,10 +13,10 @@ TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE = "training rows", "held-out rows", "chat 
 POLICY, CRITIC = "policy", "critic"
 _NAMED = {
     TRAINING_ROWS: ("data.source",),
-    HELDOUT_ROWS: ("data.heldout_source",),
+    HELDOUT_ROWS: ("data.heldout_source", "data.source"),
     TEMPLATE: ("model.chat_template", "data.chat_template"),
     POLICY: ("model.path",),
-    CRITIC: ("critic.path",),
+    CRITIC: ("critic.path", "model.path"),
 }
 _CONTENTS = {
     Rule.ROWS: (TRAINING_ROWS, HELDOUT_ROWS),
@@ -74,10 +74,11 @@ def compare_contents(
     saved: Mapping[str, Any],
     mine: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]],
+    settings: Mapping[str, Any],
     rules: Mapping[str, Rule],
     where: str,
 ) -> Comparison:
-    """Compare fingerprints; ``changed`` has the settings that differ, one of which may be the reason."""
+    """Compare fingerprints; ``changed`` has those of ``settings`` that differ, maybe the reason."""
     found = Comparison()
     for key, value in mine.items():
         if key not in saved:
@@ -88,8 +89,8 @@ def compare_contents(
                 for name, (old, new) in changed.items()
                 if key in _CONTENTS.get(rules.get(name, Rule.FREE), ())
             ]
-            parameter = reasons[0].split(" ")[0] if reasons else parameter_of(key, rules)
-            because = f" ({', '.join(reasons)})" if reasons else ", although no setting of theirs has changed"
+            parameter = parameter_of(key, settings)
+            because = f" ({', '.join(reasons)})" if reasons else ""
             found.refused.append(
                 f"{parameter}: found other {_called(key)} than {where} has been trained with{because}: "
                 f"{_facts(saved[key])} there, {_facts(value)} now; accepted: the same, another "
@@ -113,9 +114,10 @@ def changes_of_schedule(changed: Mapping[str, tuple[Any, Any]], mine: Identity, 
     ]
 
 
-def parameter_of(content: str, rules: Mapping[str, Rule]) -> str:
-    """The setting that errors name for a fingerprint."""
-    return next(name for name in _NAMED[content] if name in rules)
+def parameter_of(content: str, settings: Mapping[str, Any]) -> str:
+    """The setting that errors name for a fingerprint: the first that is given."""
+    names = [name for name in _NAMED[content] if name in settings]
+    return next((name for name in names if settings[name] is not None), names[0])
 
 
 def told(changed: Mapping[str, Sequence[Any]]) -> str:

@@ -16,6 +16,7 @@ from gapo_mega.config import Section
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
     RECORD,
+    check_updates,
     checkpoint_path,
     complete_steps,
     marker_of,
@@ -121,6 +122,7 @@ class Session:
         assert self._identity is not None, "check_settings comes first"
         self._identity.settings[TOTAL_UPDATES] = total_updates
         self._identity.contents.update(contents)
+        settings = self._identity.settings
         everyone = self._everyone.gather(dict(contents))
 
         def check() -> None:
@@ -128,10 +130,11 @@ class Session:
                 for key, value in other.items():
                     if value != everyone[0][key]:
                         raise ValueError(
-                            f"{parameter_of(key, rules_of(self.config))}: ranks read different {key} "
+                            f"{parameter_of(key, settings)}: ranks read different {key} "
                             f"({everyone[0][key]}, {value}); accepted: files that are the same on all nodes"
                         )
             self._compare_contents()
+            self._compare_counts(total_updates // steps)
 
         agree(self._everyone, check)
         self._tell_fewer(steps)
@@ -186,6 +189,7 @@ class Session:
             record.get("contents", {}),
             self._identity.contents,
             self._compared.changed,
+            self._identity.settings,
             rules_of(self.config),
             where,
         )
@@ -194,6 +198,12 @@ class Session:
         total, mine = record.get("settings", {}).get(TOTAL_UPDATES), self._identity.settings[TOTAL_UPDATES]
         if total not in (None, mine):
             self._compared.changed[TOTAL_UPDATES] = (total, mine)
+
+    def _compare_counts(self, updates_per_step: int) -> None:
+        if self._newest:
+            check_updates(
+                checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1]), updates_per_step
+            )
 
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:

@@ -89,7 +89,7 @@ def test_a_checkpoint_says_in_json_what_it_belongs_to(tmp_path: Path) -> None:
         ({"aggregation": {"name": "mgda"}}, "aggregation.name: found mgda"),
         ({"seed": 7}, "seed: found 7"),
         ({"found": contents(**{TRAINING_ROWS: "A"})}, "data.source: found other training rows"),
-        ({"found": contents(**{HELDOUT_ROWS: "B"})}, "data.heldout_source: found other held-out rows"),
+        ({"found": contents(**{HELDOUT_ROWS: "B"})}, "data.source: found other held-out rows"),
         ({"found": contents(**{POLICY: "C"})}, "model.path: found other weights of the policy"),
         ({"found": contents(**{TEMPLATE: "D"})}, "data.chat_template: found other chat template"),
         ({"found": contents(**{TRAINING_ROWS: "A"}), "data": {"source": "other.jsonl"}},
