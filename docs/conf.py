@@ -58,6 +58,7 @@ docs/pipeline
 :hidden:
 :caption: Use
 docs/commands
+docs/run_directories
 docs/rewards
 docs/conversion
 docs/audit

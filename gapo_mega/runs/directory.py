@@ -79,8 +79,10 @@ def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
     check_config_files(directory)
     manifest = read_manifest(directory)
     _check_foreign(directory, wanted, manifest)
+    if overwrite:
+        return
     check_lines(directory)
-    if overwrite or manifest is None:
+    if manifest is None:
         return
     if manifest.command not in (None, wanted.command):
         raise ValueError(
@@ -195,7 +197,7 @@ def _check_finished(directory: Path, manifest: Manifest) -> None:
     """Raise ``ValueError`` for a finished run that would be done again, in whole or in part."""
     steps = complete_steps(directory / CHECKPOINTS_FOLDER)
     results = [directory / name for name in (SUMMARY_FILE, EXPORT_FOLDER)]
-    there = [path for path in results if path.exists()]
+    there = [path for path in results if path.name in manifest.names and path.exists()]
     whole = len(there) == 2 or (len(there) == 1 and EXPORT_FOLDER not in manifest.files)
     if steps and (manifest.finished is None or steps[-1] >= manifest.finished or not whole):
         return

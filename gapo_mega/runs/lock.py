@@ -69,7 +69,7 @@ class DirectoryLock:
                 }
                 write_text(self.directory / OWNER_FILE, json.dumps(about) + "\n")
             except BaseException:
-                self._lock.release()
+                self._leave(and_lock_file=bool(self._made))  # another host's stays
                 raise
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -79,8 +79,12 @@ class DirectoryLock:
             return
         self._released.set()
         (self.directory / OWNER_FILE).unlink(missing_ok=True)
-        # While it is held: filelock sees that a file it waited for has gone, and makes a new one.
-        (self.directory / LOCK_FILE).unlink(missing_ok=True)
+        self._leave(and_lock_file=True)
+
+    def _leave(self, and_lock_file: bool) -> None:
+        if and_lock_file:
+            # While it is held: filelock sees that a file it waited for has gone, and makes a new one.
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)
         self._lock.release()
         for made in reversed(self._made):
             if _names(made):

@@ -49,6 +49,8 @@ class Alone:
 class Job:
     """The ranks of a torchrun job. They talk through its store, and start no process group."""
 
+    _made = count()  # in this process: every rank makes them in the same order
+
     def __init__(self) -> None:
         from torch.distributed import distributed_c10d
         from torch.distributed.rendezvous import rendezvous
@@ -56,7 +58,7 @@ class Job:
         store, self._rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
         # The store outlives a restart of the workers.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = distributed_c10d.PrefixStore(f"gapo-mega/{attempt}", store)
+        self._store = distributed_c10d.PrefixStore(f"gapo-mega/{attempt}/{next(self._made)}", store)
         self._rounds = count()
         self.is_main = self._rank == 0
 

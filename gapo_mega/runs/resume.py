@@ -115,9 +115,9 @@ def changes_of_schedule(changed: Mapping[str, tuple[Any, Any]], mine: Identity, 
 
 
 def parameter_of(content: str, settings: Mapping[str, Any]) -> str:
-    """The setting that errors name for a fingerprint: the first that is given."""
-    names = [name for name in _NAMED[content] if name in settings]
-    return next((name for name in names if settings[name] is not None), names[0])
+    """The setting that errors name for a fingerprint: the first that is given, or what it is called."""
+    names = [name for name in _NAMED.get(content, ()) if name in settings]
+    return next((name for name in names if settings[name] is not None), names[0] if names else content)
 
 
 def told(changed: Mapping[str, Sequence[Any]]) -> str:
@@ -147,7 +147,9 @@ def _refusal(key: str, new: Any, old: Any, where: str, more: str = "") -> str:
 
 
 def _called(key: str) -> str:
-    return key if key in (TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE) else f"weights of the {key}"
+    if key in (TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE):
+        return key
+    return f"weights of the {key}" if key in _NAMED else "weights"
 
 
 def _facts(fingerprint: Any) -> str:

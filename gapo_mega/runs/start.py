@@ -98,6 +98,17 @@ def contents_of(
     }
     if resolved.critic is not None:
         found[CRITIC] = fingerprints.of_weights(resolved.critic.directory())
+    return found | _score_models(resolved.config)
+
+
+def _score_models(config: Config) -> dict[str, fingerprints.Fingerprint]:
+    """Fingerprints of the models on this machine that options of objectives name."""
+    found = {}
+    for index, objective in enumerate(config.objectives):
+        for key, value in objective.options.items():
+            path = Path(value).expanduser() if isinstance(value, str) else None
+            if path is not None and (path / "config.json").is_file():
+                found[f"objectives.{index}.options.{key}"] = fingerprints.of_weights(path)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -315,4 +316,18 @@ def test_ranks_that_read_different_rows(tmp_path: Path) -> None:
 
     first, second = on_ranks(2, work)
     assert first == second and str(first).startswith("data.source: ranks read different training rows")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_space_is_one_line_before_anything_is_built(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(ValueError) as caught:
+            start(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    line, place = str(caught.value), tmp_path / "run"
+    assert line.startswith(f"output_dir: found {place}, which cannot be written: ") and "\n" not in line
     assert list(tmp_path.iterdir()) == []

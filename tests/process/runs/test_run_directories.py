@@ -32,7 +32,7 @@ def write_config(folder: Path, path: Path, **changes: Any) -> Path:
     config = {
         "output_dir": str(folder / path.stem),
         "steps": 2,
-        "micro_batch_size": 4,
+        "micro_batch_size": 2,
         "model": {"path": str(folder / "model")},
         "data": {"source": str(folder / "prompts.jsonl"), "heldout_prompts": 2, "max_prompt_tokens": 80},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 1, "max_new_tokens": 4},
