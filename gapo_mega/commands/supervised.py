@@ -25,15 +25,23 @@ def run_supervised(
 ) -> None:
     """Run ``kind`` with ``settings``; given ``nproc``, become that many processes with ``arguments``."""
     if nproc is not None:
-        from gapo_mega.runs.session import check_before_processes
-        from gapo_mega.runs.supervised import check
-
         launch.refuse_under_torchrun(nproc)
         # Here, because torchrun buries the error of a worker.
-        check_before_processes(Path(settings.output_dir), kind.wanted(settings), overwrite)
-        check(settings, nproc)
+        _check(kind, settings, nproc, overwrite)
         launch.start(nproc, [*arguments, OVERWRITE] if overwrite else arguments)
     launch.quiet_other_ranks()
     run = kind(settings, overwrite)
     run.run()
     run.engine.close()
+
+
+def _check(kind: type[SupervisedRun[AnyConfig]], config: AnyConfig, processes: int, overwrite: bool) -> None:
+    from gapo_mega.runs.identity import Identity, settings_of
+    from gapo_mega.runs.session import check_before_processes, compare_with_newest
+    from gapo_mega.runs.supervised import check
+
+    directory = Path(config.output_dir)
+    check_before_processes(directory, kind.wanted(config), overwrite)
+    if not overwrite:
+        compare_with_newest(config, Identity(kind.command, settings_of(config)), directory)
+    check(config, processes)

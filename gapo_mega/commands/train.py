@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,7 +45,9 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or world_size())
     elif nproc is not None:
-        _check(settings, nproc, overwrite)
+        from gapo_mega.runs.start import check_before
+
+        check_before(settings, nproc, overwrite)  # here, because torchrun buries the error of a worker
         again = [OVERWRITE] if overwrite else []
         launch.start(nproc, ["train", "--config", str(config), *again, *(overrides or [])])
     else:
@@ -54,16 +55,6 @@ def train(
         from gapo_mega.runs.start import train as run
 
         run(settings, overwrite)
-
-
-def _check(config: Config, processes: int, overwrite: bool) -> None:
-    """What can be refused here, before processes start: torchrun buries the error of a worker."""
-    from gapo_mega.runs.preflight import resolve
-    from gapo_mega.runs.session import check_before_processes
-    from gapo_mega.runs.start import wanted
-
-    check_before_processes(Path(config.output_dir), wanted(config), overwrite)
-    resolve(config, processes)
 
 
 def _dry_run(config: Config, world_size: int) -> None:

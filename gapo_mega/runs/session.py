@@ -46,6 +46,38 @@ def check_before_processes(directory: Path, wanted: Wanted, overwrite: bool) -> 
     check_free(directory)
 
 
+def compare_with_newest(
+    config: Section, identity: Identity, directory: Path
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Settings against the newest checkpoint in ``directory``, and where earlier processes changed them.
+
+    Raises ``ValueError`` for another command and for settings that may not change.
+    """
+    steps = complete_steps(directory / CHECKPOINTS_FOLDER)
+    if not steps:
+        return Comparison(), []
+    where = checkpoint_path(directory / CHECKPOINTS_FOLDER, steps[-1])
+    record = record_of(where)
+    command = record.get("command", identity.command)
+    if command != identity.command:
+        raise ValueError(
+            f"output_dir: found {where}, which {command} has written; accepted for {identity.command}: "
+            "another output_dir, or --overwrite"
+        )
+    settings = record.get("settings", {})
+    if not settings:
+        return Comparison(unchecked=list(identity.settings)), []
+    found = compare_settings(settings, identity.settings, rules_of(config), str(where))
+    found.raise_refused()
+    return found, list(record.get("history", []))
+
+
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    """What ``checkpoint`` says that it belongs to; empty for one of a version without a record."""
+    found = marker_of(checkpoint).get(RECORD)
+    return found if isinstance(found, dict) else {}
+
+
 class Session:
     """Holds the output directory of a run from ``open`` to ``close``. Every rank has one, and calls alike."""
 
@@ -153,45 +185,27 @@ class Session:
     def _newest(self) -> list[int]:
         return [] if self._overwrite else complete_steps(self.directory / CHECKPOINTS_FOLDER)
 
-    def _record(self) -> tuple[dict[str, Any], str]:
-        """What the newest checkpoint says that it belongs to, and its path."""
-        path = checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1])
-        found = marker_of(path).get(RECORD)
-        return (found if isinstance(found, dict) else {}), str(path)
+    @property
+    def _newest_path(self) -> Path:
+        return checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1])
 
     def _compare_settings(self) -> None:
         assert self._identity is not None
-        if not self._newest:
-            return
-        record, where = self._record()
-        command = record.get("command", self._identity.command)
-        if command != self._identity.command:
-            raise ValueError(
-                f"output_dir: found {where}, which {command} has written; accepted for "
-                f"{self._identity.command}: another output_dir, or --overwrite"
-            )
-        rules = rules_of(self.config)
-        settings = record.get("settings", {})
-        self._compared = (
-            compare_settings(settings, self._identity.settings, rules, where)
-            if settings
-            else (Comparison(unchecked=list(self._identity.settings)))
-        )
-        self._compared.raise_refused()
-        self.history = list(record.get("history", []))
+        if self._newest:
+            self._compared, self.history = compare_with_newest(self.config, self._identity, self.directory)
 
     def _compare_contents(self) -> None:
         assert self._identity is not None
         if not self._newest:
             return
-        record, where = self._record()
+        record = record_of(self._newest_path)
         found = compare_contents(
             record.get("contents", {}),
             self._identity.contents,
             self._compared.changed,
             self._identity.settings,
             rules_of(self.config),
-            where,
+            str(self._newest_path),
         )
         found.raise_refused()
         self._compared.unchecked += found.unchecked
@@ -201,9 +215,7 @@ class Session:
 
     def _compare_counts(self, updates_per_step: int) -> None:
         if self._newest:
-            check_updates(
-                checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1]), updates_per_step
-            )
+            check_updates(self._newest_path, updates_per_step)
 
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:

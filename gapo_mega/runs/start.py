@@ -21,7 +21,7 @@ from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CRITIC, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
-from gapo_mega.runs.session import Session
+from gapo_mega.runs.session import Session, check_before_processes, compare_with_newest
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
 
@@ -43,6 +43,21 @@ def wanted(config: Config) -> Wanted:
     return Wanted(COMMAND, config.checkpoint, config.logging, report=True)
 
 
+def identity_of(resolved: ResolvedRun) -> Identity:
+    """What the run is, as far as its configuration says."""
+    unused = None if resolved.critic else "critic"
+    return Identity(COMMAND, settings_of(resolved.config, unused))
+
+
+def check_before(config: Config, processes: int, overwrite: bool) -> None:
+    """What one process can refuse for ``processes`` others that it will start. Raises ``ValueError``."""
+    directory = Path(config.output_dir)
+    check_before_processes(directory, wanted(config), overwrite)
+    identity = identity_of(resolve(config, processes))
+    if not overwrite:
+        compare_with_newest(config, identity, directory)
+
+
 def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: bool = False) -> None:
     """Read data, build the engine, train.
 
@@ -50,8 +65,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
     """
     config = resolved.config
     with Session(config, Path(config.output_dir), wanted(config), overwrite) as session:
-        unused = None if resolved.critic else "critic"
-        session.check_settings(Identity(COMMAND, settings_of(config, unused)))
+        session.check_settings(identity_of(resolved))
         companions = location.companions_of(resolved.policy.directory())
         tokenizer = read_tokenizer(companions)
         train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)

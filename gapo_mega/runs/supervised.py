@@ -142,16 +142,11 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the run reads."""
-        text = template_text(
-            self.start.tokenizer, self.config.model.chat_template, batches.TEMPLATE_PARAMETER
-        )
-        train, heldout = self._rows()
-        return {
-            TEMPLATE: fingerprints.of_text(text),
-            POLICY: fingerprints.of_weights(self.start.source),
-            TRAINING_ROWS: fingerprints.of_rows(train),
-            HELDOUT_ROWS: fingerprints.of_rows(heldout),
-        }
+        given = self.config.model.chat_template
+        text = template_text(self.start.tokenizer, given, batches.TEMPLATE_PARAMETER)
+        found = {TEMPLATE: fingerprints.of_text(text), POLICY: fingerprints.of_weights(self.start.source)}
+        rows = dict(zip((TRAINING_ROWS, HELDOUT_ROWS), self._rows(), strict=True))
+        return found | {key: fingerprints.of_rows(items) for key, items in rows.items()}
 
     def run(self) -> dict[str, float]:
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
