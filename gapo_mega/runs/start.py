@@ -16,7 +16,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs import fingerprints
-from gapo_mega.runs.directory import Wanted, check_directory
+from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.processes import world_size
@@ -34,7 +34,6 @@ def train(config: Config, overwrite: bool = False) -> None:
     ``overwrite``: first remove what runs wrote in the output directory. Raises ``ValueError`` for whatever
     can be refused, before a model is built.
     """
-    check_directory(Path(config.output_dir), wanted(config), overwrite)
     run_training(resolve(config, world_size()), overwrite=overwrite)
 
 
@@ -52,8 +51,8 @@ def identity_of(resolved: ResolvedRun) -> Identity:
 def check_before(config: Config, processes: int, overwrite: bool) -> None:
     """What one process can refuse for ``processes`` others that it will start. Raises ``ValueError``."""
     directory = Path(config.output_dir)
-    check_before_processes(directory, wanted(config), overwrite)
     identity = identity_of(resolve(config, processes))
+    check_before_processes(directory, wanted(config), overwrite)
     if not overwrite:
         compare_with_newest(config, identity, directory)
 
