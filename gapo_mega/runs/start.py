@@ -111,10 +111,10 @@ def contents_of(
     }
     if resolved.critic is not None:
         found[CRITIC] = fingerprints.of_weights(resolved.critic.directory())
-    return found | _score_models(resolved.config)
+    return found | score_models_in(resolved.config)
 
 
-def _score_models(config: Config) -> dict[str, fingerprints.Fingerprint]:
+def score_models_in(config: Config) -> dict[str, fingerprints.Fingerprint]:
     """Fingerprints of the models on this machine that options of objectives name."""
     found = {}
     for index, objective in enumerate(config.objectives):
