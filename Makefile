@@ -56,7 +56,7 @@ help:
 
 demo: $(VENV)/.installed-run $(MODEL)/config.json
 	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH) \
-	  model.dtype=$(DTYPE)
+	  model.dtype=$(DTYPE) --overwrite
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
 	$(PYTEST) tests/process tests/engine tests/fast tests/gpu

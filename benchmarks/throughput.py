@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -33,21 +34,26 @@ def main(
 
 
 def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
-    """Train for a few steps in a temporary directory and report on rank 0."""
+    """Train for a few steps in a temporary directory beside ``out`` and report on rank 0."""
     from gapo_mega.config.loading import load
     from gapo_mega.measuring.throughput import benchmark_config, measure, print_table
     from gapo_mega.runs.preflight import resolve
-    from gapo_mega.runs.processes import is_main_rank, world_size
+    from gapo_mega.runs.processes import is_main_rank, peers, world_size
     from gapo_mega.runs.start import run_training
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings = benchmark_config(load(config, overrides), steps, Path(folder))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    everyone = peers()
+    with ExitStack() as stack:
+        own = None
+        if is_main_rank():  # all ranks of a run share its directory
+            made = tempfile.TemporaryDirectory(prefix=".throughput-", dir=out.parent.absolute())
+            own = stack.enter_context(made)
+        settings = benchmark_config(load(config, overrides), steps, Path(everyone.gather(own)[0]))
         resolved = resolve(settings, world_size())
         run_training(resolved, with_report=False)
         if not is_main_rank():
             return
         result = measure(resolved)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_table(result)
     typer.echo(f"written: {out}")

@@ -28,6 +28,10 @@ def audit(
     ] = None,
 ) -> None:
     """Tell, without training, what every aggregation method would have done at each step of a run."""
-    from gapo_mega.evaluation.audit import run_audit
+    from gapo_mega.evaluation.audit import run_audit, target_of
+    from gapo_mega.runs.lock import DirectoryLock
 
-    run_audit(run_dir, method or [], out)
+    target = target_of(run_dir, out)
+    # Its own directory, not the run's: a run that is still going can be audited.
+    with DirectoryLock(target, "gapo-mega audit", "--out"):
+        run_audit(run_dir, method or [], target)

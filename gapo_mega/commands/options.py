@@ -18,3 +18,8 @@ Overrides = Annotated[
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Start this many local processes. Not inside torchrun.")
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Remove what an earlier run wrote in output_dir, and begin anew."),
+]
+OVERWRITE = "--overwrite"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapo_mega.commands.options import ConfigFile, Overrides, Processes
+from gapo_mega.commands.options import ConfigFile, Overrides, Overwrite, Processes
 from gapo_mega.commands.supervised import run_supervised
 
 
@@ -10,6 +10,7 @@ def sft(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Processes = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a language model on conversations, as a warm start of a later training."""
     from gapo_mega.config.loading import load
@@ -17,4 +18,5 @@ def sft(
     from gapo_mega.runs.supervised import SftRun
 
     settings = load(config, overrides or [], kind=SftConfig)
-    run_supervised(settings, SftRun, nproc, ["sft", "--config", str(config), *(overrides or [])])
+    arguments = ["sft", "--config", str(config), *(overrides or [])]
+    run_supervised(settings, SftRun, nproc, arguments, overwrite)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from gapo_mega.commands import launch
+from gapo_mega.commands.options import OVERWRITE
 
 if TYPE_CHECKING:
     from gapo_mega.config.supervised import SupervisedConfig
@@ -16,20 +18,32 @@ AnyConfig = TypeVar("AnyConfig", bound="SupervisedConfig")
 
 def run_supervised(
     settings: AnyConfig,
-    kind: Callable[[AnyConfig], SupervisedRun[AnyConfig]],
+    kind: type[SupervisedRun[AnyConfig]],
     nproc: int | None,
     arguments: Sequence[str],
+    overwrite: bool,
 ) -> None:
     """Run ``kind`` with ``settings``; given ``nproc``, become that many processes with ``arguments``."""
     if nproc is not None:
-        from gapo_mega.data.preview import preview_supervised
-        from gapo_mega.runs.supervised import check
-
         launch.refuse_under_torchrun(nproc)
-        tokenizer = check(settings, nproc).tokenizer  # here, because torchrun buries the error of a worker
-        preview_supervised(settings, lambda: tokenizer)
-        launch.start(nproc, arguments)
+        # Here, because torchrun buries the error of a worker.
+        _check(kind, settings, nproc, overwrite)
+        launch.start(nproc, [*arguments, OVERWRITE] if overwrite else arguments)
     launch.quiet_other_ranks()
-    run = kind(settings)
+    run = kind(settings, overwrite)
     run.run()
     run.engine.close()
+
+
+def _check(kind: type[SupervisedRun[AnyConfig]], config: AnyConfig, processes: int, overwrite: bool) -> None:
+    from gapo_mega.data.preview import preview_supervised
+    from gapo_mega.runs.identity import Identity, settings_of
+    from gapo_mega.runs.session import check_before_processes, compare_with_newest
+    from gapo_mega.runs.supervised import check
+
+    directory = Path(config.output_dir)
+    check_before_processes(directory, kind.wanted(config), overwrite)
+    if not overwrite:
+        compare_with_newest(config, Identity(kind.command, settings_of(config)), directory)
+    tokenizer = check(config, processes).tokenizer
+    preview_supervised(config, lambda: tokenizer)

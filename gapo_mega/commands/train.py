@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import ConfigFile, Processes
+from gapo_mega.commands.options import OVERWRITE, ConfigFile, Overwrite, Processes
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, such as optimizer.lr=1e-6."),
     ] = None,
     nproc: Processes = None,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -47,16 +48,18 @@ def train(
     if dry_run:
         _dry_run(settings, world or nproc or world_size())
     elif nproc is not None:
-        from gapo_mega.runs.preflight import preview, resolve
+        from gapo_mega.runs.preflight import preview
+        from gapo_mega.runs.start import check_before
 
-        resolve(settings, nproc)  # here, because torchrun buries the error of a worker
+        check_before(settings, nproc, overwrite)  # here, because torchrun buries the error of a worker
         preview(settings)
-        launch.start(nproc, ["train", "--config", str(config), *(overrides or [])])
+        again = [OVERWRITE] if overwrite else []
+        launch.start(nproc, ["train", "--config", str(config), *again, *(overrides or [])])
     else:
         launch.quiet_other_ranks()
         from gapo_mega.runs.start import train as run
 
-        run(settings)
+        run(settings, overwrite)
 
 
 def _dry_run(config: Config, world_size: int) -> None:

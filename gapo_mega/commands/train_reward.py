@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapo_mega.commands.options import ConfigFile, Overrides, Processes
+from gapo_mega.commands.options import ConfigFile, Overrides, Overwrite, Processes
 from gapo_mega.commands.supervised import run_supervised
 
 
@@ -10,6 +10,7 @@ def train_reward(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Processes = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a reward model on preference pairs (Bradley-Terry), for the objectives of a later training."""
     from gapo_mega.config.loading import load
@@ -18,4 +19,4 @@ def train_reward(
 
     settings = load(config, overrides or [], kind=RewardModelConfig)
     arguments = ["train-reward", "--config", str(config), *(overrides or [])]
-    run_supervised(settings, RewardRun, nproc, arguments)
+    run_supervised(settings, RewardRun, nproc, arguments, overwrite)

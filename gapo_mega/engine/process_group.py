@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from gapo_mega.planning.world import World, read_world
+from gapo_mega.planning.world import did_not_meet, read_world, waiting_for
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +27,8 @@ def start_process_group(backend: str) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         return
     if not dist.is_torchelastic_launched():
-        logger.warning("%s", waiting_for(world))
+        logger.warning("%s", waiting_for(world, TIMEOUT))
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"MASTER_ADDR, MASTER_PORT: rank {world.rank} of {world.size} did not meet {world.others} at "
-            f"{world.address} ({reason}), accepted: all processes of the job, there within {_minutes()}"
-        ) from error
-
-
-def waiting_for(world: World) -> str:
-    """Whom a process waits for, where, how long, and what to do if nobody is meant."""
-    return (
-        f"rank {world.rank} of {world.size} waits for {world.others} at {world.address}, at most "
-        f"{_minutes()} (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say so; for one process, unset RANK "
-        "and WORLD_SIZE)"
-    )
-
-
-def _minutes() -> str:
-    return f"{TIMEOUT.total_seconds() / 60:g} minutes"
+        raise ValueError(did_not_meet(world, error, TIMEOUT)) from error

@@ -18,12 +18,14 @@ from gapo_mega.aggregation import build, methods
 from gapo_mega.config import GradientConfig
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.audit_plot import Curve, write_picture
+from gapo_mega.evaluation.files import config_file, replacing
 from gapo_mega.evaluation.recording import Recording, read_recording
-from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.verdicts import Verdict, candidates, disagreement, judge
 from gapo_mega.registry import unknown
 
+_TABLE, _PICTURE = "audit.csv", "audit.png"
+_FIRST_COLUMNS = ["step", "method", "conflict", "corner", "direction_norm"]
 _LEGEND = (
     "share: w over the sum of |w|, mean over the steps. cosine: of the direction with the objective's "
     "gradient, the predicted change of a step of unit length over the gradient's norm. hurt: steps "
@@ -53,26 +55,32 @@ def run_audit(
     """
     console = console or Console()
     audit = audit_run(run_dir, only)
-    directory = run_dir / "audit" if out is None else out
+    directory = target_of(run_dir, out)
+    _check_target(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_csv(audit, directory / "audit.csv")
-        write_picture(directory / "audit.png", *curves(audit))
+        write_csv(audit, directory / _TABLE)
+        write_picture(directory / _PICTURE, *curves(audit))
     except OSError as error:
         raise ValueError(
             f"--out: cannot write to {directory} ({error.strerror}), accepted: a directory to write to"
         ) from None
     print_audit(audit, run_dir.resolve().name, console)
     # Readers copy the path, so it must stay in one piece.
-    for file in ("audit.csv", "audit.png"):
+    for file in (_TABLE, _PICTURE):
         console.print(f"wrote {directory / file}", soft_wrap=True, markup=False, highlight=False)
+
+
+def target_of(run_dir: Path, out: Path | None) -> Path:
+    """Where an audit of ``run_dir`` is written. Raises ``ValueError`` where ``run_dir`` is no directory."""
+    _check_run_dir(run_dir)
+    return run_dir / "audit" if out is None else out
 
 
 def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
-    if not run_dir.is_dir():
-        raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
-    config = load(run_dir / CONFIG_FILE)
+    _check_run_dir(run_dir)
+    config = load(config_file(run_dir))
     known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
     for name in only:
         if name not in known:
@@ -85,6 +93,22 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     if only and own.aggregator.name not in only:
         verdicts = verdicts[1:]
     return Audit(recording, config.gradients, verdicts, warning)
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        raise ValueError(f"run directory: {run_dir} not found, accepted: a directory that a run has written")
+
+
+def _check_target(directory: Path) -> None:
+    """Raise ``ValueError`` for a file of something else under the name of one that an audit writes."""
+    table = directory / _TABLE
+    own = table.is_file() and table.read_bytes().startswith(",".join(_FIRST_COLUMNS).encode())
+    for path in (table, directory / _PICTURE):
+        if path.exists() and not own:
+            raise ValueError(
+                f"--out: found {path}, which no audit has written; accepted: another directory, or move it"
+            )
 
 
 def curves(audit: Audit) -> tuple[list[str], Array, list[Curve]]:
@@ -105,10 +129,10 @@ def write_csv(audit: Audit, path: Path) -> None:
     """One line per step and method, every number in full precision."""
     names = audit.recording.names
     kinds = ("weight", "predicted_change", "cosine", "hurt")
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         columns = [f"{kind}/{name}" for kind in kinds for name in names]
-        writer.writerow(["step", "method", "conflict", "corner", "direction_norm", *columns])
+        writer.writerow([*_FIRST_COLUMNS, *columns])
         for index, step in enumerate(audit.recording.steps):
             for v in audit.verdicts:
                 facts = [int(v.conflict[index]), int(v.corner[index]), float(v.direction_norms[index])]

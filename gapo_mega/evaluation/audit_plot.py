@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.plots import CONFLICT, FAINT, INK, MUTED, STYLE, colour
 from gapo_mega.evaluation.series import Array, Series
 
@@ -57,7 +58,8 @@ def write_picture(path: Path, names: Sequence[str], steps: Array, curves: Sequen
         _mark_hurt(panels)
         _step_axis(panels[-1], steps)
         figure.align_ylabels(panels)
-        figure.savefig(path)
+        with replacing(path) as partial:
+            figure.savefig(partial)
 
 
 def same_lines(curves: Sequence[Curve]) -> list[int]:

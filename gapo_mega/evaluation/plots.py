@@ -19,6 +19,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.config import GradientConfig
+from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.series import Array, Series
 from gapo_mega.evaluation.summary import Change, Summary
 from gapo_mega.evaluation.terms import cosines_with_direction, in_metric, parameters_measured
@@ -138,7 +139,8 @@ def write_pictures(
         for file, _, size, draw in plans:
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
-            figure.savefig(directory / file)
+            with replacing(directory / file) as partial:
+                figure.savefig(partial)
     return [Picture(file, caption) for file, caption, _, _ in plans]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.evaluation.files import config_file
 from gapo_mega.evaluation.series import METRICS_FILE, Array, is_number, read_rows
 
 
@@ -62,7 +62,7 @@ def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
         if key not in row:
             raise ValueError(
                 f"{path}: step {row['step']} has no {key!r}, accepted: the metrics of every objective "
-                f"in {CONFIG_FILE} ({', '.join(names)})"
+                f"in {config_file(path.parent).name} ({', '.join(names)})"
             )
         value = row[key]
         if value is not None and not (is_number(value) and least <= value <= greatest):

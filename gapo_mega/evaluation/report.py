@@ -18,13 +18,15 @@ import numpy as np
 
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
+from gapo_mega.evaluation.files import config_file, write_text
 from gapo_mega.evaluation.plots import Picture, colour, write_pictures
 from gapo_mega.evaluation.series import Array, Series, read_series
-from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_summary
+from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_resumed, read_summary
 from gapo_mega.evaluation.terms import in_metric, parameters_measured
 from gapo_mega.types import well_formed
 
-CONFIG_FILE = "config.yaml"
+REPORT_FOLDER = "report"
+REPORT_PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,17 @@ class SamplePair:
 def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     """Write ``report/`` (PNG pictures and ``index.html``) into a run directory; returns the page's path.
 
-    Reads ``config.yaml``, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
+    Reads the run's configuration, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
     Raises ``ValueError`` where nothing has been logged.
     """
     series = read_series(run_dir)
-    config_text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    config_text = config_file(run_dir).read_text(encoding="utf-8")
     config = Config.model_validate(parse_document(config_text))
     names = [objective.name for objective in config.objectives]
     path = run_dir / SUMMARY_FILE
     summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
-    directory = run_dir / "report"
+    resumed = read_resumed(path) if path.exists() else []
+    directory = run_dir / REPORT_FOLDER
     directory.mkdir(exist_ok=True)
     gradients = config.gradients
     pictures = write_pictures(directory, series, names, summary, gradients)
@@ -66,7 +69,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         measured_over=parameters_measured(gradients) + in_metric(gradients),
         one_run=ONE_RUN,
         objectives=_objective_rows(summary),
-        facts=_facts(config, series, seconds if summary else None),
+        facts=[*_facts(config, series, seconds if summary else None), *_resumed_facts(resumed)],
         phases=_phases(series),
         pictures=[_embedded(directory, picture) for picture in pictures],
         samples=samples,
@@ -74,8 +77,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         colours={name: colour(i) for i, name in enumerate(names)},
         config_text=config_text,
     )
-    path = directory / "index.html"
-    path.write_text(well_formed(page), encoding="utf-8")
+    path = directory / REPORT_PAGE
+    write_text(path, well_formed(page))
     return path
 
 
@@ -139,6 +142,17 @@ def _known(values: Array, of: Callable[[Array], Any], text: str) -> str:
     """``text`` with a statistic of the finite values, or that there are none."""
     finite = values[np.isfinite(values)]
     return text.format(of(finite)) if len(finite) else "not known"
+
+
+def _resumed_facts(resumed: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Where the run went on with other settings than it had before."""
+    return [
+        (
+            f"Changed after step {each['step']}",
+            ", ".join(f"{name}: {old} → {new}" for name, (old, new) in each["changed"].items()),
+        )
+        for each in resumed
+    ]
 
 
 def _duration(seconds: float) -> str:

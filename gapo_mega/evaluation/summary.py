@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 from torch import Tensor
+
+from gapo_mega.evaluation.files import write_text
 
 Scores: TypeAlias = Tensor | NDArray[np.floating[Any]]
 Finding: TypeAlias = Literal[
@@ -185,14 +187,22 @@ def _prompt_means(values_MN: NDArray[np.float64], samples_per_prompt: int) -> ND
     return means
 
 
-def write_summary(path: Path, summary: Summary, seconds: float) -> None:
-    """``summary`` and the run's wall-clock ``seconds`` as JSON; a number that is not known is null."""
+def write_summary(
+    path: Path, summary: Summary, seconds: float, resumed: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """``summary`` and the run's wall-clock ``seconds`` as JSON; a number that is not known is null.
+
+    ``resumed``: by time, where the run went on with other settings: ``step``, the steps done by then, and
+    ``changed``, by setting its old and its new value.
+    """
     objectives = {
         name: {key: value if math.isfinite(value) else None for key, value in asdict(change).items()}
         for name, change in summary.items()
     }
-    document = {"objectives": objectives, "seconds": seconds}
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    document: dict[str, Any] = {"objectives": objectives, "seconds": seconds}
+    if resumed:
+        document["resumed"] = list(resumed)
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(path: Path) -> tuple[Summary, float]:
@@ -203,3 +213,9 @@ def read_summary(path: Path) -> tuple[Summary, float]:
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in facts.items()}
         summary[name] = Change(**known)
     return summary, float(document["seconds"])
+
+
+def read_resumed(path: Path) -> list[Mapping[str, Any]]:
+    """``resumed`` of ``write_summary``; empty where no setting changed while the run went on."""
+    found: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get("resumed", [])
+    return found

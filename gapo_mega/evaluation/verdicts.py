@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from gapo_mega.aggregation import Aggregator, Diagnosis, build, diagnose, methods
 from gapo_mega.config import Config
+from gapo_mega.evaluation.files import CONFIG_FILE
 from gapo_mega.evaluation.recording import Recording
-from gapo_mega.evaluation.report import CONFIG_FILE
 from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.terms import cosines_with_direction
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 # In the order in which a message names them.
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -65,6 +66,28 @@ def read_world(environment: Mapping[str, str] | None = None, *, to_meet: bool = 
         return World(local_rank=local_rank)
     address = _address(environment, size, way_out) if to_meet else None
     return World(numbers["RANK"], size, local_rank, address)
+
+
+def waiting_for(world: World, patience: timedelta) -> str:
+    """Whom a process waits for, where, how long, and what to do if nobody is meant."""
+    return (
+        f"rank {world.rank} of {world.size} waits for {world.others} at {world.address}, at most "
+        f"{_minutes(patience)} (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say so; for one process, unset "
+        "RANK and WORLD_SIZE)"
+    )
+
+
+def did_not_meet(world: World, error: Exception, patience: timedelta) -> str:
+    """What to say where the others did not come, with the network's ``error``."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"MASTER_ADDR, MASTER_PORT: rank {world.rank} of {world.size} did not meet {world.others} at "
+        f"{world.address} ({reason}), accepted: all processes of the job, there within {_minutes(patience)}"
+    )
+
+
+def _minutes(patience: timedelta) -> str:
+    return f"{patience.total_seconds() / 60:g} minutes"
 
 
 def other_launcher(environment: Mapping[str, str] | None = None) -> str | None:

@@ -9,11 +9,10 @@ removes before it writes the next one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +23,11 @@ import torch
 
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
+from gapo_mega.evaluation.files import flush, write_text
 
+CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
+UPDATES, RECORD = "updates", "run"  # keys of it: optimizer steps done, and what the checkpoint belongs to
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".incomplete-"
 _DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")
@@ -49,28 +51,25 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies or would lie."""
-        return self.directory / f"step_{step:08d}"
+        return checkpoint_path(self.directory, step)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
         with _disk_errors(self.directory, "read"):
-            if not self.directory.exists():
-                return []
-            return sorted(
-                step for path in self.directory.iterdir() if (step := _complete_step(path)) is not None
-            )
+            return complete_steps(self.directory)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, None where there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Path:
         """Write the checkpoint of ``step``; a complete one of the same step is replaced.
 
         Args:
             write: called on every rank with an existing empty directory; returns when this rank's
                 part is written.
+            about: what ``complete.json`` holds of the run, as JSON.
 
         Raises OSError, naming the directory, when the disk refuses.
         """
@@ -84,21 +83,19 @@ class CheckpointFolder:
         self._barrier()
         if self._layout.is_main:
             with _disk_errors(self.directory, "written"):
-                self._complete(temporary, final, step)
+                self._complete(temporary, final, step, about or {})
                 for old in self.steps()[: -self._keep]:
                     _remove(self.path(old))
         self._barrier()
         return final
 
-    def _complete(self, temporary: Path, final: Path, step: int) -> None:
+    def _complete(self, temporary: Path, final: Path, step: int, more: Mapping[str, Any]) -> None:
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         sizes = {name: getattr(self._layout, name) for name in ("world", "tensor", "pipeline", "data")}
         about = {"step": step, "layout": sizes, "versions": {name: version(name) for name in _DISTRIBUTIONS}}
-        marker = temporary / MARKER
-        marker.write_text(json.dumps(about, indent=1) + "\n")
-        _flush(marker)
-        _flush(temporary)
+        write_text(temporary / MARKER, json.dumps({**about, **more}, indent=1) + "\n")
+        flush(temporary)
         if final.exists():
             replaced = self.directory / f"{_TEMPORARY}replaced"
             final.rename(replaced)
@@ -106,44 +103,73 @@ class CheckpointFolder:
             shutil.rmtree(replaced)
         else:
             temporary.rename(final)
-        _flush(self.directory)
+        flush(self.directory)
 
     def _remove_incomplete(self) -> None:
-        if not self.directory.exists():
-            return
-        for path in self.directory.iterdir():
-            ours = path.name.startswith(_TEMPORARY) or _NAME.fullmatch(path.name)
-            if ours and path.is_dir() and _complete_step(path) is None:
+        for path in parts_of(self.directory):
+            if _complete_step(path) is None:
                 shutil.rmtree(path)
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """The steps of all complete checkpoints in ``directory``, ascending; none where it is not there."""
+    return sorted(step for path in parts_of(directory) if (step := _complete_step(path)) is not None)
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where in ``directory`` the checkpoint of ``step`` lies or would lie."""
+    return directory / f"step_{step:08d}"
+
+
+def parts_of(directory: Path) -> list[Path]:
+    """The checkpoints in ``directory``, complete or not."""
+    if not directory.is_dir():
+        return []
+    return [
+        path
+        for path in directory.iterdir()
+        if path.is_dir() and (path.name.startswith(_TEMPORARY) or _NAME.fullmatch(path.name))
+    ]
+
+
+def marker_of(checkpoint: Path) -> dict[str, Any]:
+    """What ``complete.json`` of ``checkpoint`` holds; empty where it is missing or cut off."""
+    marker = checkpoint / MARKER
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_updates(checkpoint: Path, updates_per_step: int) -> None:
+    """Raise ``ValueError`` unless ``checkpoint`` has done ``updates_per_step`` optimizer steps a step.
+
+    The log is cut where the checkpoint ends.
+    """
+    marker = marker_of(checkpoint)
+    mine = int(marker["step"]) * updates_per_step
+    if marker.get(UPDATES, mine) != mine:
+        raise ValueError(
+            f"output_dir: {checkpoint} has done {marker[UPDATES]} optimizer steps in {marker['step']} steps, "
+            f"this run would have done {mine}; accepted: the configuration of the run that is resumed, or "
+            "another output_dir"
+        )
 
 
 def _complete_step(path: Path) -> int | None:
     """The step of a complete checkpoint directory, None for everything else."""
     match = _NAME.fullmatch(path.name)
-    marker = path / MARKER
-    if match is None or not marker.is_file():
-        return None
-    try:
-        about: dict[str, Any] = json.loads(marker.read_text())
-    except ValueError:  # cut off while it was written
+    if match is None:
         return None
     step = int(match.group(1))
-    return step if about.get("step") == step else None
+    return step if marker_of(path).get("step") == step else None
 
 
 def _remove(path: Path) -> None:
     # The marker goes first: if the process is killed halfway, the rest counts as incomplete.
     (path / MARKER).unlink()
     shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -182,7 +208,7 @@ def checkpoint_to_resume(folder: CheckpointFolder, settings: CheckpointConfig, r
     if latest is not None and not settings.resume:
         raise ValueError(
             f"checkpoint.resume: found false, but {latest} is there from an earlier run; "
-            "accepted: another output_dir, or remove the checkpoints"
+            "accepted: true, --overwrite, another output_dir"
         )
     return latest
 

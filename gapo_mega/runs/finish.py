@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +14,7 @@ from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, paired_summary, write_summary
 from gapo_mega.rollout.heldout import Answers, HeldOut
-
-EXPORT_FOLDER = "hf"
+from gapo_mega.runs.directory import EXPORT_FOLDER
 
 
 def finish(
@@ -24,8 +24,12 @@ def finish(
     before: Answers,
     heldout: HeldOut,
     elapsed: Callable[[], float],
+    resumed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Export the policy, answer the held-out prompts again, write summary and report, print the table."""
+    """Export the policy, answer the held-out prompts again, write summary and report, print the table.
+
+    ``resumed``: where the run went on with other settings, as ``write_summary`` takes it.
+    """
     directory = Path(config.output_dir)
     if config.checkpoint.export_hf:
         engine.export_hf(directory / EXPORT_FOLDER)
@@ -40,7 +44,7 @@ def finish(
                 heldout.samples,
                 [old == new for old, new in zip(before.responses, after.responses, strict=True)],
             )
-        write_summary(directory / SUMMARY_FILE, summary, elapsed())
+        write_summary(directory / SUMMARY_FILE, summary, elapsed(), resumed)
         pairs = sample_pairs(before, after, names, config.evaluation.shown, heldout.samples)
         print_summary(summary, write_report(directory, pairs))
     engine.barrier()

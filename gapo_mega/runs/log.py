@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from gapo_mega import optional
 from gapo_mega.config import LoggingConfig
+from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.series import METRICS_FILE
 
 
@@ -112,7 +113,7 @@ class Wandb:
         self._directory.mkdir(parents=True, exist_ok=True)
         id_file = self._directory / "wandb_id"
         if step == 0 or not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_text(id_file, uuid.uuid4().hex)
         self._run = importlib.import_module("wandb").init(
             project=self._project,
             name=self._directory.name,

@@ -14,17 +14,20 @@ from typing import Any, Protocol
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    RECORD,
+    UPDATES,
     CheckpointFolder,
     StopOnSignal,
     any_replica,
+    check_updates,
     checkpoint_to_resume,
     is_due,
 )
+from gapo_mega.runs.cut_lines import keep_cut_lines
 from gapo_mega.runs.log import RunLog
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class Work(Protocol):
@@ -68,9 +71,20 @@ class RunLoop:
     """Runs a ``Work`` to its end, or to a signal; then the same command goes on from there."""
 
     def __init__(
-        self, work: Work, engine: RunEngine, directory: Path, settings: CheckpointConfig, log: RunLog
+        self,
+        work: Work,
+        engine: RunEngine,
+        directory: Path,
+        settings: CheckpointConfig,
+        log: RunLog,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``."""
+        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``.
+
+        ``record``: what checkpoints say that they belong to, in JSON.
+        """
+        self._directory = directory
+        self._record = record
         self._work = work
         self._engine = engine
         self._settings = settings
@@ -88,7 +102,10 @@ class RunLoop:
         total = self._work.total_steps
         self._resume()
         self._work.begin()
-        self._log.truncate_after(self.step * self._work.updates_per_step)
+        updates = self.step * self._work.updates_per_step
+        if self._engine.layout.is_main:
+            keep_cut_lines(self._directory, updates)
+        self._log.truncate_after(updates)
         with self._log, StopOnSignal() as stop:
             while self.step < total:
                 self._work.train_step(self.step)
@@ -109,13 +126,17 @@ class RunLoop:
     def _save(self) -> None:
         """Write a complete checkpoint of the current step; all ranks call it."""
         extra = {"step": self.step, **self._work.state_dict()}
-        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra))
+        about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
+        if self._record is not None:
+            about[RECORD] = self._record
+        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         latest = checkpoint_to_resume(self._checkpoints, self._settings, self._engine)
         if latest is None:
             return
+        check_updates(latest, self._work.updates_per_step)
         extra = self._engine.load(latest)
         self._work.load_state_dict(extra, latest)
         self.step = int(extra["step"])

@@ -1,8 +1,20 @@
-"""Where this process stands in its job, before any engine is there to ask."""
+"""Where this process stands in its job, before any engine is there to ask, and what its ranks agree on."""
 
 from __future__ import annotations
 
-from gapo_mega.planning.world import read_world
+import json
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
+from typing import Any, Protocol
+
+from gapo_mega.planning.world import did_not_meet, read_world, waiting_for
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(minutes=30)
 
 
 def world_size() -> int:
@@ -13,3 +25,77 @@ def world_size() -> int:
 def is_main_rank() -> bool:
     """Whether this process speaks for its job. Raises ``ValueError`` as ``read_world`` does."""
     return read_world().rank == 0
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Peers(Protocol):
+    """All processes of the job, before they have process groups. Every rank makes the same calls."""
+
+    is_main: bool
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, which JSON can hold, in rank order."""
+        ...
+
+
+class Alone:
+    """The one process of its job."""
+
+    is_main = True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Job:
+    """The ranks of a torchrun job. They talk through its store, and start no process group."""
+
+    _made = count()  # in this process: every rank makes them in the same order
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d
+        from torch.distributed.rendezvous import rendezvous
+
+        world = read_world(to_meet=True)
+        if not dist.is_torchelastic_launched():
+            logger.warning("%s", waiting_for(world, _PATIENCE))
+        try:
+            store, self._rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise ValueError(did_not_meet(world, error, _PATIENCE)) from error
+        # The store outlives a restart of the workers.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = distributed_c10d.PrefixStore(f"gapo-mega/{attempt}/{next(self._made)}", store)
+        self._rounds = count()
+        self.is_main = self._rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        number = next(self._rounds)
+        self._store.set(f"{number}/{self._rank}", json.dumps(value))
+        values = [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
+        self._store.set(f"{number}/read/{self._rank}", "")
+        if self.is_main:  # whose process may hold the store, and may be about to end
+            self._store.wait([f"{number}/read/{rank}" for rank in range(self._world)], _PATIENCE)
+        return values
+
+
+def peers() -> Peers:
+    """The processes of this job."""
+    return Alone() if world_size() == 1 else Job()
+
+
+def agree(everyone: Peers, check: Callable[[], None]) -> None:
+    """Run ``check`` on every rank. Where some raise ``ValueError``, all raise that of the first."""
+    error: str | None = None
+    try:
+        check()
+    except ValueError as found:
+        error = str(found)
+    first = next((found for found in everyone.gather(error) if found is not None), None)
+    if first is not None:
+        raise ValueError(first)

@@ -2,48 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
-from gapo_mega.config.loading import dump
 from gapo_mega.data.order import PROMPTS, Order
 from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
-from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.files import local
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.runs import fingerprints
+from gapo_mega.runs.directory import Wanted
+from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.processes import world_size
+from gapo_mega.runs.resume import CRITIC, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
+from gapo_mega.runs.session import Session, check_before_processes, compare_with_newest
 from gapo_mega.runs.trainer import Trainer
+from gapo_mega.types import Prompt
+
+COMMAND = "gapo-mega train"
 
 
-def train(config: Config) -> None:
+def train(config: Config, overwrite: bool = False) -> None:
     """Run a whole training on this process's share of the world (torchrun's environment, or alone).
 
-    Raises ``ValueError`` for whatever can be refused, before a model is built.
+    ``overwrite``: first remove what runs wrote in the output directory. Raises ``ValueError`` for whatever
+    can be refused, before a model is built.
     """
-    run_training(resolve(config, world_size()))
+    run_training(resolve(config, world_size()), overwrite=overwrite)
 
 
-def run_training(resolved: ResolvedRun, with_report: bool = True) -> None:
+def wanted(config: Config) -> Wanted:
+    """What a training does in its output directory."""
+    return Wanted(COMMAND, config.checkpoint, config.logging, report=True)
+
+
+def identity_of(resolved: ResolvedRun) -> Identity:
+    """What the run is, as far as its configuration says."""
+    unused = None if resolved.critic else "critic"
+    return Identity(COMMAND, settings_of(resolved.config, unused))
+
+
+def check_before(config: Config, processes: int, overwrite: bool) -> None:
+    """What one process can refuse for ``processes`` others that it will start. Raises ``ValueError``."""
+    directory = Path(config.output_dir)
+    identity = identity_of(resolve(config, processes))
+    check_before_processes(directory, wanted(config), overwrite)
+    if not overwrite:
+        compare_with_newest(config, identity, directory)
+
+
+def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: bool = False) -> None:
     """Read data, build the engine, train.
 
     ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
     """
     config = resolved.config
-    companions = location.companions_of(resolved.policy.directory())
-    tokenizer = read_tokenizer(companions)
-    check_tokens(companions, tokenizer, resolved.shape.vocab)
-    train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
-    # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
-    Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
-    eos_ids = end_of_sequence_ids(companions, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
-    if engine.layout.is_main:
-        dump(config, Path(config.output_dir) / CONFIG_FILE)
-    Trainer(resolved, engine, tokenizer, train_prompts, heldout_prompts, with_report=with_report).run()
-    # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
-    engine.close()
+    with Session(config, Path(config.output_dir), wanted(config), overwrite) as session:
+        session.check_settings(identity_of(resolved))
+        companions = location.companions_of(resolved.policy.directory())
+        tokenizer = read_tokenizer(companions)
+        check_tokens(companions, tokenizer, resolved.shape.vocab)
+        train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
+        # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
+        Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
+        eos_ids = end_of_sequence_ids(companions, tokenizer)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+        contents = contents_of(resolved, tokenizer, train_prompts, heldout_prompts)
+        session.check_contents(contents, config.steps, resolved.total_updates)
+        session.begin()
+        engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
+        trainer = Trainer(
+            resolved,
+            engine,
+            tokenizer,
+            train_prompts,
+            heldout_prompts,
+            with_report=with_report,
+            session=session,
+        )
+        if trainer.run():
+            session.end(trainer.loop.step)
+        # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
+        engine.close()
+
+
+def contents_of(
+    resolved: ResolvedRun,
+    tokenizer: PreTrainedTokenizerBase,
+    train_prompts: Sequence[Prompt],
+    heldout_prompts: Sequence[Prompt],
+) -> dict[str, Any]:
+    """Fingerprints of what the run reads; a prompt's number in its file does not matter, its place does."""
+
+    def of_prompts(prompts: Sequence[Prompt]) -> fingerprints.Fingerprint:
+        return fingerprints.of_rows((p.token_ids, p.text, p.messages) for p in prompts)
+
+    template = tokenizer.chat_template if resolved.config.data.chat_template else None
+    found = {
+        TEMPLATE: fingerprints.of_text(None if template is None else str(template)),
+        POLICY: fingerprints.of_weights(resolved.policy.directory()),
+        TRAINING_ROWS: of_prompts(train_prompts),
+        HELDOUT_ROWS: of_prompts(heldout_prompts),
+    }
+    if resolved.critic is not None:
+        found[CRITIC] = fingerprints.of_weights(resolved.critic.directory())
+    return found | score_models_in(resolved.config)
+
+
+def score_models_in(config: Config) -> dict[str, fingerprints.Fingerprint]:
+    """Fingerprints of the models on this machine that options of objectives name."""
+    found = {}
+    for index, objective in enumerate(config.objectives):
+        for key, value in objective.options.items():
+            path = local(value) if isinstance(value, str) else None
+            if path is not None and (path / "config.json").is_file():
+                found[f"objectives.{index}.options.{key}"] = fingerprints.of_weights(path)
+    return found

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from gapo_mega.config.loading import dump
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig, SupervisedConfig, check_batches
 from gapo_mega.data import encoding as batches
 from gapo_mega.data.chat_template import template_text
@@ -29,7 +29,7 @@ from gapo_mega.engine.base import (
     read_score_head,
 )
 from gapo_mega.evaluation import measures
-from gapo_mega.evaluation.report import CONFIG_FILE
+from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.summary import SUMMARY_FILE
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface import location as model_location
@@ -39,10 +39,14 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_model_split
-from gapo_mega.runs.finish import EXPORT_FOLDER
+from gapo_mega.runs import fingerprints
+from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
+from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.processes import world_size
+from gapo_mega.runs.resume import HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
+from gapo_mega.runs.session import Session
 from gapo_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -101,29 +105,60 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
     """The work of a supervised run, for ``RunLoop``, on this process's share of the world."""
 
     updates_per_step = 1
+    command: ClassVar[str]
 
-    def __init__(self, config: AnyConfig) -> None:
-        """Read the data and build the model. Raises ``ValueError`` for what does not fit."""
+    def __init__(self, config: AnyConfig, overwrite: bool = False) -> None:
+        """Take the output directory, read the data and build the model; ``run`` gives the directory back.
+
+        ``overwrite``: first remove what runs wrote there. Raises ``ValueError`` for what does not fit.
+        """
         self.config = config
         self.directory = Path(config.output_dir)
+        self.measured: dict[str, float] = {}
+        self.session = Session(config, self.directory, self.wanted(config), overwrite)
+        self.session.open()
+        try:
+            self._prepare()
+        except BaseException:
+            self.session.close()
+            raise
+
+    @classmethod
+    def wanted(cls, config: SupervisedConfig) -> Wanted:
+        """What the run does in its output directory."""
+        return Wanted(cls.command, config.checkpoint, config.logging, report=False)
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.session.check_settings(Identity(self.command, settings_of(config)))
         self.start = check(config, world_size())
         count = self._load(self.start.tokenizer)
         # Refuses more items a step than there are, before the engine knows this process's place.
         order = Order(count, config.batch_size, 0, 1, config.seed)
         total = order.steps_per_epoch * config.epochs
         self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
+        self.session.check_contents(self._contents(), self.total_steps, self.total_steps)
+        self.session.begin()
         self.engine = self._build()
         layout = self.engine.layout
         self.order = Order(count, config.batch_size, layout.data_rank, layout.data, config.seed)
         self.log = RunLog(self.directory, [], config.logging, self.total_steps, layout.is_main)
-        self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log)
-        if layout.is_main:
-            dump(config, self.directory / CONFIG_FILE)
-        self.measured: dict[str, float] = {}
+        record = self.session.record()
+        self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log, record)
+
+    def _contents(self) -> dict[str, Any]:
+        """Fingerprints of what the run reads."""
+        given = self.config.model.chat_template
+        text = template_text(self.start.tokenizer, given, batches.TEMPLATE_PARAMETER)
+        found = {TEMPLATE: fingerprints.of_text(text), POLICY: fingerprints.of_weights(self.start.source)}
+        rows = dict(zip((TRAINING_ROWS, HELDOUT_ROWS), self._rows(), strict=True))
+        return found | {key: fingerprints.of_rows(items) for key, items in rows.items()}
 
     def run(self) -> dict[str, float]:
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
-        self.loop.run()
+        with contextlib.closing(self.session):
+            if self.loop.run():
+                self.session.end(self.loop.step)
         return self.measured
 
     # -- the work ------------------------------------------------------------------------------------
@@ -160,12 +195,14 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
-            summary = {
+            summary: dict[str, Any] = {
                 "steps": self.loop.step,
                 "training_items": self.order.count,
                 "heldout": self.measured,
             }
-            (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+            if self.session.history:
+                summary["resumed"] = self.session.history
+            write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             measures.print_table(self.measured, self.directory)
         self.engine.barrier()
 
@@ -187,6 +224,10 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
     @abstractmethod
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Read and encode the data; return the number of training items."""
+
+    @abstractmethod
+    def _rows(self) -> tuple[Iterable[object], Iterable[object]]:
+        """The encoded training and held-out items, as ``fingerprints.of_rows`` takes them."""
 
     @abstractmethod
     def _build(self) -> SupervisedEngine:
@@ -246,8 +287,16 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
 class RewardRun(SupervisedRun[RewardModelConfig]):
     """Trains a reward model on preference pairs, by the Bradley-Terry likelihood."""
 
+    command = "gapo-mega train-reward"
+
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        model = self.config.model
+        model, source = self.config.model, self.start.source
+        self._head = head = read_score_head(source)
+        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
+            raise ValueError(
+                f"model.path: {source} is a score model with a bias, a normaliser or a sign, "
+                "which training would not keep; accepted: a language model, or a transformers classifier"
+            )
         train, heldout = load_pairs(self.config.data, self.config.seed)
         self._train, _ = batches.encode_pairs(train, tokenizer, model.chat_template, model.max_tokens)
         self._heldout: list[batches.PairIds] = []
@@ -259,14 +308,11 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             self._lengths = batches.response_lengths(kept, tokenizer)
         return len(self._train)
 
+    def _rows(self) -> tuple[Iterable[object], Iterable[object]]:
+        return self._train, self._heldout
+
     def _build(self) -> SupervisedEngine:
         start = self.start
-        head = read_score_head(start.source)
-        if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
-            raise ValueError(
-                f"model.path: {start.source} is a score model with a bias, a normaliser or a sign, "
-                "which training would not keep; accepted: a language model, or a transformers classifier"
-            )
         family = start.hf_config.model_type
         config: dict[str, object] = {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]],
@@ -275,7 +321,9 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             "pad_token_id": start.pad_id,
         }
         setup = self._setup(2 * self.config.micro_batch_size, config)
-        return build_pair_engine(setup, head=head, center=self.config.center_rewards, pad_id=start.pad_id)
+        return build_pair_engine(
+            setup, head=self._head, center=self.config.center_rewards, pad_id=start.pad_id
+        )
 
     def _batch(self, items: Sequence[int]) -> TokenBatch:
         pairs = [self._train[i] for i in items]
@@ -301,6 +349,8 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
 class SftRun(SupervisedRun[SftConfig]):
     """Trains a language model on conversations, by the likelihood of the tokens to learn."""
 
+    command = "gapo-mega sft"
+
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> int:
         model = self.config.model
         train, heldout = load_chats(self.config.data, self.config.seed)
@@ -318,6 +368,9 @@ class SftRun(SupervisedRun[SftConfig]):
         ]
         self._train, self._heldout = encoded
         return len(self._train)
+
+    def _rows(self) -> tuple[Iterable[object], Iterable[object]]:
+        return self._train, self._heldout
 
     def _build(self) -> SupervisedEngine:
         return build_chat_engine(self._setup(self.config.micro_batch_size, {}))

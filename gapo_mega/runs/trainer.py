@@ -29,6 +29,7 @@ from gapo_mega.runs.log import RunLog
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.metrics import step_metrics
 from gapo_mega.runs.phases import Phases
+from gapo_mega.runs.session import Session
 from gapo_mega.runs.skips import Skips
 from gapo_mega.types import Experience, Prompt
 
@@ -45,8 +46,12 @@ class Trainer:
         heldout_prompts: Sequence[Prompt],
         *,
         with_report: bool = True,
+        session: Session | None = None,
     ) -> None:
-        """``with_report`` false leaves out what follows the last step: export, held-out answers, report."""
+        """``with_report`` false leaves out what follows the last step: export, held-out answers, report.
+
+        ``session``: the run's hold on its directory; checkpoints say what it tells them that they belong to.
+        """
         self.resolved = resolved
         self.config = config = resolved.config
         self.engine = engine
@@ -68,7 +73,9 @@ class Trainer:
         total = resolved.total_updates
         directory = Path(config.output_dir)
         self.log = RunLog(directory, self.names, config.logging, total, engine.layout.is_main)
-        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log)
+        record = None if session is None else session.record()
+        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record)
+        self._resumed = [] if session is None else session.history
         self.before: Answers | None = None
         self._with_report = with_report
         self._seconds_before_resume = 0.0
@@ -144,7 +151,9 @@ class Trainer:
         """Export the policy, answer the held-out prompts again, and write summary and report."""
         if self._with_report:
             assert self.before is not None
-            finish(self.config, self.engine, self.names, self.before, self.heldout, self._elapsed)
+            finish(
+                self.config, self.engine, self.names, self.before, self.heldout, self._elapsed, self._resumed
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Positions, memory of the aggregator, and the answers before training."""

@@ -12,6 +12,7 @@ from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
+from gapo_mega.runs.session import Session
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
@@ -71,6 +72,7 @@ def trainer(
     *,
     with_report: bool = False,
     held_out: list[Prompt] = HELD_OUT,
+    session: Session | None = None,
     **sections: Any,
 ) -> Trainer:
     """A trainer of four steps with two objectives; ``sections`` of the configuration differ."""
@@ -92,4 +94,12 @@ def trainer(
     if not (directory / "config.yaml").exists():  # the report reads it
         directory.mkdir(exist_ok=True)
         (directory / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    return Trainer(resolved, engine or FakeEngine(), tokenizer, PROMPTS, held_out, with_report=with_report)
+    return Trainer(
+        resolved,
+        engine or FakeEngine(),
+        tokenizer,
+        PROMPTS,
+        held_out,
+        with_report=with_report,
+        session=session,
+    )

@@ -1,0 +1,63 @@
+"""Fingerprints of what a run reads: rows that were kept, weights, a chat template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")
+_WHOLE = 1 << 30  # bytes of a file up to which it is read whole
+_PIECE, _PIECES = 1 << 20, 64  # bytes read at once, and how often in a larger file
+
+Fingerprint = dict[str, Any]  # JSON
+
+
+def of_rows(rows: Iterable[object]) -> Fingerprint:
+    """Number and digest of ``rows`` in their order: texts, numbers, tensors, and tuples of such."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(repr(_plain(row)).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()[:16]}
+
+
+def of_text(text: str | None) -> Fingerprint:
+    """Length and digest of a text; that of nothing is its own."""
+    data = b"" if text is None else text.encode("utf-8", "surrogatepass")
+    return {"characters": -1 if text is None else len(text), "sha256": hashlib.sha256(data).hexdigest()[:16]}
+
+
+def of_weights(directory: Path) -> Fingerprint:
+    """Number, bytes and digest of the files of weights in ``directory``.
+
+    Of files above a gigabyte it reads pieces from one end to the other: all of them would take minutes, and
+    training changes every piece.
+    """
+    digest, size = hashlib.sha256(), 0
+    files = sorted({file for pattern in _WEIGHTS for file in directory.glob(pattern)})
+    for path in files:
+        length = path.stat().st_size
+        digest.update(f"{path.name} {length}\n".encode())
+        size += length
+        with path.open("rb") as file:
+            if length <= _WHOLE:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+                continue
+            for number in range(_PIECES):
+                file.seek((length - _PIECE) * number // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return {"files": len(files), "bytes": size, "sha256": digest.hexdigest()[:16]}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

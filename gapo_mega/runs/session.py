@@ -1,0 +1,263 @@
+"""One run's hold on its output directory: takes it, says what it may go on from, writes down what it is.
+
+Everything that can be refused is refused before models load, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gapo_mega.config import Section
+from gapo_mega.runs.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    RECORD,
+    check_updates,
+    checkpoint_path,
+    complete_steps,
+    marker_of,
+)
+from gapo_mega.runs.directory import Wanted, begin, check_directory, end
+from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
+from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
+from gapo_mega.runs.processes import Peers, agree, is_restart, peers
+from gapo_mega.runs.recorded_config import record_config
+from gapo_mega.runs.resume import (
+    Comparison,
+    changes_of_schedule,
+    compare_contents,
+    compare_settings,
+    parameter_of,
+    told,
+)
+
+logger = logging.getLogger(__name__)
+
+VISIBLE_WITHIN = 10.0  # seconds until another host sees a new file
+
+
+def check_before_processes(directory: Path, wanted: Wanted, overwrite: bool) -> None:
+    """What one process can refuse for those that it will start. Raises ``ValueError``, changes nothing."""
+    check_directory(directory, wanted, overwrite)
+    check_free(directory)
+
+
+def compare_with_newest(
+    config: Section, identity: Identity, directory: Path
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Settings against the newest checkpoint in ``directory``, and where earlier processes changed them.
+
+    Raises ``ValueError`` for another command and for settings that may not change.
+    """
+    steps = complete_steps(directory / CHECKPOINTS_FOLDER)
+    if not steps:
+        return Comparison(), []
+    where = checkpoint_path(directory / CHECKPOINTS_FOLDER, steps[-1])
+    record = record_of(where)
+    command = record.get("command", identity.command)
+    if command != identity.command:
+        raise ValueError(
+            f"output_dir: found {where}, which {command} has written; accepted for {identity.command}: "
+            "another output_dir, or --overwrite"
+        )
+    settings = record.get("settings", {})
+    if not settings:
+        return Comparison(unchecked=list(identity.settings)), []
+    found = compare_settings(settings, identity.settings, rules_of(config), str(where))
+    found.raise_refused()
+    return found, list(record.get("history", []))
+
+
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    """What ``checkpoint`` says that it belongs to; empty for one of a version without a record."""
+    found = marker_of(checkpoint).get(RECORD)
+    return found if isinstance(found, dict) else {}
+
+
+class Session:
+    """Holds the output directory of a run from ``open`` to ``close``. Every rank has one, and calls alike."""
+
+    def __init__(
+        self, config: Section, directory: Path, wanted: Wanted, overwrite: bool, everyone: Peers | None = None
+    ) -> None:
+        self.config = config
+        self.directory = directory.absolute()
+        self.history: list[dict[str, Any]] = []  # where earlier processes, and this one, changed settings
+        self._wanted = wanted
+        # A worker that torchrun starts again goes on; it does not begin once more.
+        self._overwrite = overwrite and not is_restart()
+        self._everyone = peers() if everyone is None else everyone
+        self._lock = DirectoryLock(self.directory, wanted.command)
+        self._identity: Identity | None = None
+        self._compared = Comparison()
+
+    # -- the directory -------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Take the directory on every rank. Raises ``ValueError`` where it is not to be had."""
+        try:
+            agree(self._everyone, self._take)
+            agree(self._everyone, self._see_one_directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+    def __enter__(self) -> Session:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self) -> None:
+        check_directory(self.directory, self._wanted, self._overwrite)
+        if self._everyone.is_main:
+            self._lock.acquire()
+            check_directory(self.directory, self._wanted, self._overwrite)  # it may have changed meanwhile
+
+    def _see_one_directory(self) -> None:
+        where, token = self._everyone.gather([str(self.directory), self._lock.token])[0]
+        patience = time.monotonic() + VISIBLE_WITHIN
+        while (found := token_in(self.directory)) != token and time.monotonic() < patience:
+            time.sleep(0.1)
+        if found != token:
+            raise ValueError(
+                f"output_dir: rank 0 writes to {where}, which another rank does not see at {self.directory}; "
+                "accepted: a directory that all nodes share, by the same path or an absolute one"
+            )
+
+    # -- what it goes on from ------------------------------------------------------------------------
+    def check_settings(self, identity: Identity) -> None:
+        """Refuse settings that the newest checkpoint has otherwise. ``identity`` lacks its contents yet.
+
+        Raises ``ValueError`` naming setting and values.
+        """
+        self._identity = identity
+        agree(self._everyone, self._compare_settings)
+
+    def check_contents(self, contents: Mapping[str, Any], steps: int, total_updates: int) -> None:
+        """Refuse data and models that are not those of the newest checkpoint, or that ranks see otherwise.
+
+        Args:
+            contents: fingerprints, by what they are of.
+            steps, total_updates: of the whole run.
+        """
+        assert self._identity is not None, "check_settings comes first"
+        self._identity.settings[TOTAL_UPDATES] = total_updates
+        self._identity.contents.update(contents)
+        settings = self._identity.settings
+        everyone = self._everyone.gather(dict(contents))
+
+        def check() -> None:
+            for other in everyone:
+                for key, value in other.items():
+                    if value != everyone[0][key]:
+                        raise ValueError(
+                            f"{parameter_of(key, settings)}: ranks read different {key} "
+                            f"({everyone[0][key]}, {value}); accepted: files that are the same on all nodes"
+                        )
+            self._compare_contents()
+            self._compare_counts(total_updates // steps)
+
+        agree(self._everyone, check)
+        self._tell_fewer(steps)
+
+    def _tell_fewer(self, steps: int) -> None:
+        newest = self._newest
+        if self._everyone.is_main and newest and steps < newest[-1]:
+            logger.warning(
+                "the run has done %d steps and %d are asked for: nothing more is trained, and nothing of "
+                "what it has done is removed",
+                newest[-1],
+                steps,
+            )
+
+    @property
+    def _newest(self) -> list[int]:
+        return [] if self._overwrite else complete_steps(self.directory / CHECKPOINTS_FOLDER)
+
+    @property
+    def _newest_path(self) -> Path:
+        return checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1])
+
+    def _compare_settings(self) -> None:
+        assert self._identity is not None
+        if self._newest:
+            self._compared, self.history = compare_with_newest(self.config, self._identity, self.directory)
+
+    def _compare_contents(self) -> None:
+        assert self._identity is not None
+        if not self._newest:
+            return
+        record = record_of(self._newest_path)
+        found = compare_contents(
+            record.get("contents", {}),
+            self._identity.contents,
+            self._compared.changed,
+            self._identity.settings,
+            rules_of(self.config),
+            str(self._newest_path),
+        )
+        found.raise_refused()
+        self._compared.unchecked += found.unchecked
+        total, mine = record.get("settings", {}).get(TOTAL_UPDATES), self._identity.settings[TOTAL_UPDATES]
+        if total not in (None, mine):
+            self._compared.changed[TOTAL_UPDATES] = (total, mine)
+
+    def _compare_counts(self, updates_per_step: int) -> None:
+        if self._newest:
+            check_updates(self._newest_path, updates_per_step)
+
+    # -- what it writes ------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Write manifest and configuration, and log what the checkpoint has otherwise. Before models load."""
+        newest = self._newest
+
+        def write() -> None:
+            if not self._everyone.is_main:
+                return
+            with disk_errors(self.directory):
+                begin(self.directory, self._wanted, self._overwrite)
+                record_config(self.config, self.directory)
+
+        agree(self._everyone, write)
+        if newest:
+            self._note_changes(newest[-1])
+
+    def record(self) -> dict[str, Any]:
+        """What every checkpoint of this run says that it belongs to."""
+        assert self._identity is not None
+        return {**self._identity.as_dict(), "history": self.history}
+
+    def end(self, steps: int) -> None:
+        """Write down that the run has reached its end after ``steps``."""
+        if self._everyone.is_main:
+            end(self.directory, steps)
+
+    def _note_changes(self, step: int) -> None:
+        assert self._identity is not None
+        changed, unchecked = self._compared.changed, self._compared.unchecked
+        if changed:
+            pairs = {key: list(values) for key, values in changed.items()}
+            self.history.append({"step": step, "changed": pairs})
+        if not self._everyone.is_main:
+            return
+        if changed:
+            logger.warning("from step %d on with other settings: %s", step, told(changed))
+        for sentence in changes_of_schedule(changed, self._identity, TOTAL_UPDATES):
+            logger.warning("%s", sentence)
+        if unchecked:
+            logger.warning(
+                "the checkpoint of step %d, of another version, says nothing of these settings, which cannot "
+                "be checked: %s",
+                step, ", ".join(unchecked),
+            )  # fmt: skip
