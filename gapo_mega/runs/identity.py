@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from gapo_mega.config import (
@@ -43,6 +42,7 @@ from gapo_mega.config.supervised import (
     SupervisedConfig,
     SupervisedData,
 )
+from gapo_mega.files import local
 from gapo_mega.user_code import is_reference
 
 
@@ -86,9 +86,11 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     DataConfig: {
         "source": ROWS,
         "split": ROWS,
+        "subset": ROWS,
         "prompt_column": ROWS,
         "heldout_source": ROWS,
         "heldout_split": ROWS,
+        "heldout_subset": ROWS,
         "heldout_prompts": FIXED,
         "system_prompt": FIXED,
         "chat_template": FIXED,
@@ -180,8 +182,10 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     SupervisedData: {
         "source": ROWS,
         "split": ROWS,
+        "subset": ROWS,
         "heldout_source": ROWS,
         "heldout_split": ROWS,
+        "heldout_subset": ROWS,
         "heldout_fraction": ROWS,
     },
     PreferenceData: {
@@ -273,6 +277,6 @@ def _code(reference: str) -> str | dict[str, str]:
     place, _, name = reference.rpartition(":")
     if not (is_reference(reference) and place.endswith(".py")):
         return reference
-    path = Path(place).expanduser()
+    path = local(place)
     text = path.read_bytes() if path.is_file() else b""
     return {"file": str(path), "name": name, "sha256": hashlib.sha256(text).hexdigest()[:16]}

@@ -35,6 +35,7 @@ def case(seed: int = 0) -> tuple[Tensor, Experience]:
         ref_logprobs_BT=logprobs_BT + 0.2 * normal(B, T),
         scores_MB=normal(M, B),
         token_rewards_MBT=normal(M, B, T) * mask_BT,
+        kl_rewards_BT=normal(B, T) * mask_BT,
         values_MBT=normal(M, B, T) * mask_BT,
         advantages_MBT=normal(M, B, T) * mask_BT,
         returns_MBT=normal(M, B, T) * mask_BT,
