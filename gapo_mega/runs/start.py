@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def score_models_in(config: Config) -> dict[str, fingerprints.Fingerprint]:
     found = {}
     for index, objective in enumerate(config.objectives):
         for key, value in objective.options.items():
-            path = local(value) if isinstance(value, str) else None
-            if path is not None and (path / "config.json").is_file():
-                found[f"objectives.{index}.options.{key}"] = fingerprints.of_weights(path)
+            # os.path: an option may be a text of any length, and Path.is_file raises for what is no name.
+            if isinstance(value, str) and os.path.isfile(local(value) / "config.json"):
+                found[f"objectives.{index}.options.{key}"] = fingerprints.of_weights(local(value))
     return found
