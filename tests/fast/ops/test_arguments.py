@@ -99,7 +99,17 @@ def test_overlap_with_another_piece_or_as_another_type_is_refused():
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0], [1.0, 2.0, 3.0], torch.ones(3), torch.ones(()), [1.0, float("nan")], [float("inf"), 0.0]],
+    [
+        [1.0],
+        [1.0, 2.0, 3.0],
+        torch.ones(3),
+        torch.ones(()),
+        torch.ones(2, 1),
+        [1.0, float("nan")],
+        [float("inf"), 0.0],
+        [1.0, None],
+        torch.tensor([1j, 1j]),
+    ],
 )
 def test_weights_that_do_not_fit(weights):
     with pytest.raises(ValueError, match="weights: found"):
