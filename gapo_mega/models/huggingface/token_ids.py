@@ -76,8 +76,9 @@ def end_of_sequence_ids(
 ) -> list[int]:
     """Ids that end a response, those at which transformers' ``generate`` stops.
 
-    They are those of ``generation_config.json``, without such a file those of ``config.json``. Where that file
-    names none, ``generate`` would never stop; then those of ``config.json`` are taken, or the tokenizer's end.
+    They are those of ``generation_config.json``, without such a file those of ``config.json``. Where the
+    former names none, ``generate`` would never stop; then those of ``config.json`` are taken. The tokenizer's
+    end counts where neither names one.
 
     Raises ``ValueError`` where nobody names one.
     """
