@@ -164,3 +164,13 @@ def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("GAPO_ISA", "baseline")
     assert ops.info()["isa"] == "baseline"
     assert ops.gramian(TWO).tolist() == [[8.0, 8.0], [8.0, 8.0]]
+
+
+def test_zeros_without_memory_are_refused():
+    """Forward-mode differentiation makes such tensors; their address is 0."""
+    zeros = torch._efficientzerotensor((8,))
+    with pytest.raises(ValueError, match=r"rows\[0\]: found zeros without memory"):
+        ops.gramian([zeros, torch.ones(8)])
+    with pytest.raises(ValueError, match="out: found zeros without memory"):
+        ops.combine_(zeros, TWO, [1.0, 1.0])
+    assert ops.gramian([zeros.clone(), torch.ones(8)]).tolist() == [[0.0, 0.0], [0.0, 8.0]]
