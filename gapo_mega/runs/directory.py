@@ -74,7 +74,8 @@ def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
 
     Raises ``ValueError``.
     """
-    _check_place(directory)
+    with disk_errors(directory):
+        _check_place(directory)
     check_config_files(directory)
     manifest = read_manifest(directory)
     _check_foreign(directory, wanted, manifest)

@@ -95,8 +95,8 @@ def compare_contents(
             because = f" ({', '.join(reasons)})" if reasons else ""
             found.refused.append(
                 f"{parameter}: found other {_called(key)} than {where} has been trained with{because}: "
-                f"{_facts(saved[key], value)} there, {_facts(value, saved[key])} now; accepted: the same, another "
-                "output_dir, or --overwrite"
+                f"{_facts(saved[key], value)} there, {_facts(value, saved[key])} now; "
+                "accepted: the same, another output_dir, or --overwrite"
             )
     return found
 

@@ -237,7 +237,9 @@ def test_other_ends_of_a_response_are_refused(folder: Path) -> None:
     path = folder / "model" / "generation_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], 5]}))
-    with pytest.raises(ValueError, match=r"end_of_sequence \[\d+\] there, end_of_sequence \[\d+, 5?\d*\] now"):
+    with pytest.raises(
+        ValueError, match=r"end_of_sequence \[\d+\] there, end_of_sequence \[\d+, 5?\d*\] now"
+    ):
         train(training(folder, steps=3))
 
 
