@@ -191,7 +191,7 @@ class _Loader(yaml.SafeLoader):
         folded = stream.lower()
         spare = (chr(code) for code in _PRIVATE if chr(code) not in stream and f"{code:x}" not in folded)
         self.stand_ins = dict(zip(_NO_BREAKS, spare, strict=False))
-        super().__init__(stream.translate(str.maketrans(self.stand_ins)))
+        super().__init__(stream.translate({ord(end): stand_in for end, stand_in in self.stand_ins.items()}))
         self._open: set[str] = set()  # anchors of the mappings and lists that are being read
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
