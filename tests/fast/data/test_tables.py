@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -163,3 +166,42 @@ def test_folders_that_are_read_together_are_told(tmp_path: Path, caplog: pytest.
         assert sorted(texts(read_rows(source(tmp_path)))) == ["harmless", "helpful"]
     assert "the folders harmless, helpful are read together" in caplog.text
     assert texts(read_rows(source(tmp_path, subset="helpful"))) == ["helpful"]
+
+
+def test_rows_without_a_split_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "split": "train"}\n{"prompt": "b"}\n{"prompt": "c", "split": null}\n')
+    assert texts(read_rows(source(path))) == ["a"]
+    assert "left out 2 rows without a value of 'split', which others have: rows 2, 3" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train[:1]", "train+test", "train[50%:]"])
+def test_a_part_of_a_split_is_no_part_of_a_file(tmp_path: Path, split: str) -> None:
+    """All rows of the file would be read; of a directory, datasets takes the part."""
+    (tmp_path / "folder").mkdir()
+    for name in ("a.jsonl", "folder/train.jsonl", "folder/test.jsonl"):
+        (tmp_path / name).write_text(TWO % "a")
+    message = failure(source(tmp_path / "a.jsonl", split))
+    assert message.startswith(f"data.split: found {split!r}, accepted for the file")
+    expected = ["a", "b", "a", "b"] if "+" in split else ["a" if ":1" in split else "b"]
+    assert texts(read_rows(source(tmp_path / "folder", split))) == expected
+
+
+def test_a_cell_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    times = pa.array([0, 10**18], pa.timestamp("us"))
+    offsets, data = np.array([0, 1, 3], dtype=np.int32), b"ok\xfc"
+    texts_of_bytes = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    for column, found in (
+        (times, "a value that Python cannot hold"),
+        (texts_of_bytes, "the byte 0xfc, accepted: UTF-8"),
+    ):
+        pq.write_table(pa.table({"prompt": ["a", "b"], "x": column}), tmp_path / "a.parquet")
+        assert f"row 2: key 'x': found {found}" in failure(source(tmp_path / "a.parquet"))
+
+
+def test_a_directorys_row_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "\xfc"}\n')
+    with pytest.raises(
+        ValueError, match=r"^data.source '.*', row 3: found the byte 0xfc, accepted: UTF-8 text$"
+    ):
+        texts(read_rows(source(tmp_path)))
