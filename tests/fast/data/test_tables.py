@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from gapo_mega.data.tables import Source, Table, check_column, read_rows
 
@@ -205,3 +205,28 @@ def test_a_directorys_row_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
         ValueError, match=r"^data.source '.*', row 3: found the byte 0xfc, accepted: UTF-8 text$"
     ):
         texts(read_rows(source(tmp_path)))
+
+
+def test_what_save_to_disk_wrote_has_its_own_rows_alone(tmp_path: Path) -> None:
+    """``map`` leaves its results beside them, which ``load_dataset`` takes for rows."""
+    splits = {
+        "train": Dataset.from_dict({"prompt": ["a", "b"]}),
+        "test": Dataset.from_dict({"prompt": ["c"]}),
+    }
+    path = tmp_path / "saved[1]"
+    DatasetDict(splits).save_to_disk(str(path))
+    load_from_disk(str(path))["train"].map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert len(list((path / "train").glob("*.arrow"))) == 2
+    assert texts(read_rows(source(path))) == ["a", "b"] and texts(read_rows(source(path), limit=1)) == ["a"]
+    assert texts(read_rows(source(path, "test"))) == ["c"]
+    assert failure(source(path, "dev")).endswith(": test, train")
+    assert "data.subset" in failure(source(path, subset="train"))
+    assert texts(read_rows(source(path / "train"))) == ["a", "b"]
+    (path / "train" / "state.json").write_text("{")
+    assert failure(source(path / "train")).startswith(f"data.source: found {str(path / 'train')!r}")
+
+
+def test_a_data_set_without_splits_that_save_to_disk_wrote_is_one(tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": ["a"]}).save_to_disk(str(tmp_path / "one"))
+    for split in ("train", "test"):
+        assert texts(read_rows(source(tmp_path / "one", split))) == ["a"]
