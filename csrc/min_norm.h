@@ -206,8 +206,8 @@ GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Cand
     if (fabs(c.v[i]) > largest) largest = fabs(c.v[i]);
   }
   if (least < -1e-3 * largest) return true;
-  // A row that is orthogonal to all members has no summands of its own: beside it, the rounding of a
-  // level that should be 0 would decide. So that level is measured by the members' summands.
+  // A row that is orthogonal to all members has no summands of its own: beside it, the rounding of
+  // a level that should be 0 would decide. So that level is measured by the members' summands.
   double summands = 0.0;
   for (int j = 0; j < c.size; ++j) {
     for (int k = 0; k < c.size; ++k)
