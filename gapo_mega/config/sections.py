@@ -45,9 +45,9 @@ def _resolved(reference: str, info: ValidationInfo) -> str:
 Code = Annotated[str, AfterValidator(_resolved)]
 
 
-def _named(path: str) -> str:
-    # The empty name would be the working directory.
-    if not path.strip() or "\0" in path:
+def _named(path: str, info: ValidationInfo) -> str:
+    # The empty name would be the working directory. In a section built in Python it may say "none".
+    if info.context and (not path.strip() or "\0" in path):
         raise PydanticCustomError("path", "a name")
     return expanded(path)
 
