@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from gapo_mega.config import OptimizerConfig
+from gapo_mega.engine.megatron.runtime import releases
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    with releases.without_advice():
+        wrapped = DistributedDataParallel(model.config, ddp_config, model)
     wrapped.broadcast_params()
     model.config.finalize_model_grads_func = reduce_gradients
     if optimizer.overlap_grad_reduce:
