@@ -4,8 +4,9 @@
 
 - From 0.19 on ``dist_checkpointing.save`` makes one more sharded object of what is not sharded, which older
   releases do not know: before, it was in ``common.pt``, which all of them read.
-- From 0.17 on ``dist_checkpointing.save`` takes its own strategy in place of any that is not a subclass of it,
-  silently. 0.16 wants a ``SaveShardedStrategy``, a class that 0.19 has not. ``TorchDistSaveShardedStrategy`` is both.
+- From 0.17 on ``dist_checkpointing.save`` silently takes its own strategy in place of any that is not a
+  subclass of it. 0.16 wants a ``SaveShardedStrategy``, a class that 0.19 has not.
+  ``TorchDistSaveShardedStrategy`` is both.
 - From 0.19 on the reduction of gradients asks for ``torch.cuda.current_stream``; ``cpu.py`` answers it.
 - Later releases warn of what this package does on purpose: ``without_advice``.
 """
@@ -20,6 +21,8 @@ from typing import Any
 
 _COMMON = "common_state"  # the key of what is not sharded, where it is a sharded object
 _ADVISERS = (
+    # The model is a GPTModel.
+    "megatron.core.models.gpt.gpt_model",
     # The layout of the buffers is left to Megatron.
     "megatron.core.distributed.distributed_data_parallel",
     # Checkpoints have a common.pt.

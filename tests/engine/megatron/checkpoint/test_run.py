@@ -95,7 +95,12 @@ def test_files_are_the_same_with_every_release(tmp_path: Path, world: None) -> N
     alone = worlds.enter(1, 1)
     run = Run({}, alone, seed=1)
     checkpoint.save(tmp_path, run.trainables, {"a": 1}, alone)
-    assert {path.name for path in tmp_path.iterdir()} == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".metadata",
+        "metadata.json",
+        "common.pt",
+        "__0_0.distcp",
+    }
     assert set(torch.load(tmp_path / "common.pt", weights_only=True)) == {"about"}
     objects = DistReader(tmp_path).objects
     assert {name for name in objects if "_extra_state" not in name} == {"rng/shard_0_1", "extra/shard_0_1"}

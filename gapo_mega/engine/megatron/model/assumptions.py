@@ -1,0 +1,349 @@
+"""What the engine assumes of Megatron-core's buffers, groups and attributes, checked once at start.
+
+The engine reads and writes Megatron's own buffers. Where a release lays them out in another way, the start
+ends in one line that names the assumption, instead of a training on wrong gradients. The comparison of norms
+in ``gradients/update.py`` is the last guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    param_is_not_tensor_parallel_duplicate,
+)
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters
+from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
+from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks, without_overlap
+from gapo_mega.engine.megatron.runtime import releases
+
+Span = tuple[int, int]
+_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def check(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Check every assumption on a wrapped model and its optimizer. Collective: reduces one gradient of ones.
+
+    Leaves the gradient buffer zero. Raises ``RuntimeError`` that names the release and the first assumption
+    that does not hold.
+    """
+    try:
+        _buffers_hold_the_gradients(model)
+        _buckets_are_reduced_over_the_data_ranks(model)
+        _one_optimizer_with_its_group(model, optimizer)
+        _optimizer_steps_what_this_rank_owns(model, optimizer)
+        _marks_tell_who_counts(model, optimizer)
+        _reduction_sums_in_place(model)
+        _generation_finds_cache_and_switches(model)
+    except _UNREADABLE as error:
+        raise _wrong("what the engine reads of Megatron's objects has its name and form", error) from error
+
+
+def _wrong(assumption: str, found: object) -> RuntimeError:
+    return RuntimeError(
+        f"megatron-core {releases.version()}: the engine assumes that {assumption}; found: {found}; "
+        "accepted: a release that `gapo-mega info` lists as tested"
+    )
+
+
+def _require(holds: bool, assumption: str, found: object) -> None:
+    if not holds:
+        raise _wrong(assumption, found)
+
+
+# -- buffers -----------------------------------------------------------------------------------------
+def _buffers_hold_the_gradients(model: DistributedDataParallel) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _require(not model.expert_parallel_buffers, "no parameter is an expert's", "expert_parallel_buffers")
+    held = [parameter for buffer in model.buffers for parameter in buffer.param_index_map]
+    _require(
+        len(held) == len(names) and set(held) == set(names),
+        "every trainable parameter lies in exactly one of the model's buffers",
+        f"{len(held)} entries of param_index_map for {len(names)} parameters",
+    )
+    _require(
+        set(model.params_with_grad) == set(names),
+        "params_with_grad are the trainable parameters",
+        f"{len(model.params_with_grad)} for {len(names)}",
+    )
+    for buffer in model.buffers:
+        data = buffer.grad_data
+        _require(
+            data.dim() == 1 and data.is_contiguous() and data.dtype == torch.float32,
+            "buffer.grad_data is one flat fp32 tensor",
+            f"{data.dtype} of shape {list(data.shape)}",
+        )
+        for bucket in buffer.buckets:
+            _require(
+                _is_part(bucket.grad_data, data, bucket.offset),
+                "bucket.grad_data is the part of buffer.grad_data that begins at bucket.offset",
+                f"other memory at offset {bucket.offset}",
+            )
+        _parameters_lie_in_their_buckets(buffer, names)
+
+
+def _parameters_lie_in_their_buckets(buffer: object, names: dict[nn.Parameter, str]) -> None:
+    filled = 0
+    spans = sorted(buffer.param_index_map.items(), key=lambda item: item[1][:2])  # type: ignore[attr-defined]
+    for parameter, (first, last, number) in spans:
+        name = names[parameter]
+        bucket = buffer.buckets[number]  # type: ignore[attr-defined]
+        _require(
+            filled <= first and last - first == parameter.numel(),
+            "buffer.param_index_map has each parameter's own [start, end)",
+            f"[{first}, {last}) for {name} of {parameter.numel()} elements, after one that ends at {filled}",
+        )
+        filled = last
+        _require(
+            bucket.offset <= first and last <= bucket.offset + bucket.grad_data.numel(),
+            "buffer.param_index_map names the bucket that a parameter lies in",
+            f"bucket {number} for {name}",
+        )
+        _require(
+            parameter.main_grad.shape == parameter.shape
+            and _is_part(parameter.main_grad, buffer.grad_data, first),  # type: ignore[attr-defined]
+            "parameter.main_grad is the part of buffer.grad_data that param_index_map names",
+            f"other memory for {name}",
+        )
+        _require(
+            parameter.grad_added_to_main_grad is False,
+            "parameter.grad_added_to_main_grad begins as False",
+            f"{parameter.grad_added_to_main_grad} for {name}",
+        )
+
+
+def _is_part(part: Tensor, whole: Tensor, offset: int) -> bool:
+    """Whether ``part`` is the memory of flat ``whole`` from element ``offset`` on."""
+    begin = whole.data_ptr() + offset * whole.element_size()
+    inside = offset >= 0 and offset + part.numel() <= whole.numel()
+    return inside and part.is_contiguous() and part.dtype == whole.dtype and part.data_ptr() == begin
+
+
+# -- groups ------------------------------------------------------------------------------------------
+def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
+    return None if group is None else sorted(dist.get_process_group_ranks(group))
+
+
+def _buckets_are_reduced_over_the_data_ranks(model: DistributedDataParallel) -> None:
+    config = model.ddp_config
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    grouped = [id(bucket) for group in model.bucket_groups for bucket in group.buckets]
+    held = [id(bucket) for buffer in model.buffers for bucket in buffer.buckets]
+    _require(sorted(grouped) == sorted(held), "every bucket is in one of bucket_groups", len(grouped))
+    for group in model.bucket_groups:
+        _require(
+            group.ddp_config is config,
+            "bucket groups read the model's own ddp_config, overlap_grad_reduce in it",
+            "another one",
+        )
+        distributed = config.use_distributed_optimizer
+        used = group.intra_distributed_optimizer_instance_group if distributed else group.data_parallel_group
+        _require(
+            _ranks(used) == _ranks(data_group) and used.rank() == data_group.rank(),
+            "gradients are reduced over the data-parallel group",
+            _ranks(used),
+        )
+        for bucket in group.buckets:
+            _require(
+                bucket.gradient_scaling_factor == 1.0 and not config.average_in_collective,
+                "the reduction sums gradients and does not scale them",
+                f"gradient_scaling_factor {bucket.gradient_scaling_factor}",
+            )
+            _require(
+                not distributed or bucket.grad_data.numel() % used.size() == 0,
+                "the data ranks' shards of a bucket are equally long",
+                f"{bucket.grad_data.numel()} elements for {used.size()} ranks",
+            )
+
+
+def _one_optimizer_with_its_group(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    chained = optimizer.chained_optimizers
+    _require(len(chained) == 1, "one optimizer has all parameters", f"{len(chained)} chained_optimizers")
+    _require(
+        isinstance(chained[0], (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)),
+        "the optimizer is one of Megatron's three whose parameters the engine finds",
+        type(chained[0]).__name__,
+    )
+    found = _ranks(chained[0].get_grad_stats_parallel_group())
+    if model.ddp_config.use_distributed_optimizer:
+        expected = list(range(dist.get_world_size()))
+    else:
+        expected = _ranks(parallel_state.get_model_parallel_group()) or []
+    _require(
+        found == expected,
+        f"get_grad_stats_parallel_group() has the ranks that hold different gradients, {expected}",
+        found,
+    )
+    rates = {group["lr"] for group in optimizer.param_groups}
+    _require(len(rates) == 1, "all param_groups have one learning rate", sorted(rates))
+
+
+# -- what the optimizer steps ------------------------------------------------------------------------
+def _owned(model: DistributedDataParallel) -> dict[nn.Parameter, Span]:
+    """This rank's range in each flat parameter that it steps a part of."""
+    owned: dict[nn.Parameter, Span] = {}
+    for buffer in model.buffers:
+        for parameter, (first, last, number) in buffer.param_index_map.items():
+            low, high = _own_part(model, buffer.buckets[number])
+            start, end = max(first, low), min(last, high)
+            if start < end:
+                owned[parameter] = start - first, end - first
+    return owned
+
+
+def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
+    """This rank's range of the buffer within a bucket."""
+    offset, numel = bucket.offset, bucket.grad_data.numel()  # type: ignore[attr-defined]
+    if not model.ddp_config.use_distributed_optimizer:
+        return offset, offset + numel
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    size = numel // group.size()
+    return offset + group.rank() * size, offset + (group.rank() + 1) * size
+
+
+@torch.no_grad()
+def _optimizer_steps_what_this_rank_owns(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer
+) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    owned = _owned(model)
+    (inner,) = optimizer.chained_optimizers
+    found = {parameter: (start, end) for parameter, _, start, end in main_parameters(inner)}
+    differing = [
+        names[parameter] for parameter in {*owned, *found} if owned.get(parameter) != found.get(parameter)
+    ]
+    _require(
+        not differing,
+        "a rank steps the part of each parameter whose gradient is in its shard of the bucket",
+        f"another part of {', '.join(sorted(differing)[:3])}",
+    )
+    stepped = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
+    for parameter, main, start, end in main_parameters(inner):
+        part = parameter.detach().reshape(-1)[start:end]
+        _require(
+            id(main) in stepped and torch.equal(main.detach().reshape(-1), part.to(main.dtype)),
+            "the optimizer's parameters hold the model's values",
+            f"others for {names[parameter]}",
+        )
+        _require(
+            (main.dtype == torch.float32)
+            and (parameter.dtype != torch.float32 or main.data_ptr() == part.data_ptr()),
+            "the optimizer steps fp32 parameters themselves, and fp32 copies of others",
+            f"{main.dtype} for {names[parameter]} in {parameter.dtype}",
+        )
+
+
+# -- marks -------------------------------------------------------------------------------------------
+def _marks_tell_who_counts(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, is_split in _known_splits(model):
+        marked = bool(getattr(parameter, "tensor_model_parallel", False))
+        _require(
+            marked == is_split,
+            "parameter.tensor_model_parallel marks what is split over tensor ranks, and nothing else",
+            f"{marked} for {names[parameter]}",
+        )
+    second_copy = _second_copy(model)
+    for parameter, name in names.items():
+        _require(
+            param_is_not_shared(parameter) == (parameter is not second_copy),
+            "parameter.shared marks the last stage's copy of tied embeddings, and nothing else",
+            f"{not param_is_not_shared(parameter)} for {name}",
+        )
+    for parameter, main, _, _ in main_parameters(optimizer.chained_optimizers[0]):
+        alike = param_is_not_shared(main) == param_is_not_shared(parameter) and (
+            param_is_not_tensor_parallel_duplicate(main) == param_is_not_tensor_parallel_duplicate(parameter)
+        )
+        _require(
+            alike, "the optimizer's copies carry the parameters' marks", f"others for {names[parameter]}"
+        )
+
+
+def _known_splits(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Parameters of Megatron's own layers and of ours, and whether they are split over tensor ranks."""
+    for module in model.modules():
+        split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
+        if split or isinstance(module, (RMSNorm, ValueHead)):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield parameter, split and not (name == "bias" and isinstance(module, RowParallelLinear))
+
+
+def _second_copy(model: DistributedDataParallel) -> nn.Parameter | None:
+    """The last stage's copy of tied embeddings, where the first stage is another."""
+    gpt = model.module
+    if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
+        copy: nn.Parameter = gpt.shared_embedding_or_output_weight()
+        return copy
+    return None
+
+
+# -- the reduction -----------------------------------------------------------------------------------
+@torch.no_grad()
+def _reduction_sums_in_place(model: DistributedDataParallel) -> None:
+    """Reduce a gradient of ones, and compare this rank's shard with the number of ranks that were summed."""
+    model.zero_grad_buffer()
+    for buffer in model.buffers:
+        buffer.grad_data.fill_(1.0)
+    with without_overlap(model):
+        model.config.finalize_model_grads_func([model])
+    ranks = _summed_ranks(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, (start, end) in _owned(model).items():
+        own = parameter.main_grad.reshape(-1)[start:end]  # type: ignore[attr-defined]
+        _require(
+            bool((own == ranks[parameter]).all()),
+            f"the reduction leaves the sum over {ranks[parameter]} ranks in this rank's part of the bucket",
+            f"{own.min().item():g} to {own.max().item():g} for {names[parameter]} from gradients of 1",
+        )
+    model.zero_grad_buffer()
+
+
+def _summed_ranks(model: DistributedDataParallel) -> dict[nn.Parameter, int]:
+    """How many ranks' gradients of a parameter are summed."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    data = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    gpt = model.module
+    tied = None
+    if gpt.share_embeddings_and_output_weights and (gpt.pre_process or gpt.post_process):
+        tied = gpt.shared_embedding_or_output_weight()
+    return {
+        parameter: data
+        * (tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1)
+        * (2 if parameter is tied and pipeline > 1 else 1)
+        for name, parameter in model.named_parameters()
+    }
+
+
+# -- generation --------------------------------------------------------------------------------------
+def _generation_finds_cache_and_switches(model: DistributedDataParallel) -> None:
+    cache = StaticInferenceContext(1, 1).key_value_memory_dict
+    _require(cache == {}, "key_value_memory_dict of a new inference context is an empty dictionary", cache)
+    expected = {
+        ColumnParallelLinear: "sequence_parallel",
+        RowParallelLinear: "sequence_parallel",
+        VocabParallelEmbedding: "reduce_scatter_embeddings",
+        FusedScaleMaskSoftmax: "window_size",
+    }
+    for module in model.modules():
+        for kind, switch in expected.items():
+            _require(
+                not isinstance(module, kind) or switch in vars(module),
+                f"{kind.__name__} has its switch {switch}",
+                f"{', '.join(sorted(key for key in vars(module) if not key.startswith('_')))}",
+            )
