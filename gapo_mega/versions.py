@@ -27,7 +27,7 @@ TESTED = (
 )
 
 
-def tested_with(python: str) -> Versions | None:
+def row_of(python: str) -> Versions | None:
     """The row of a Python (``3.12`` or ``3.12.1``); None if no test has run with it."""
     short = ".".join(python.split(".")[:2])
     return next((row for row in TESTED if row.python == short), None)

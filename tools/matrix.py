@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gapo_mega.versions import TESTED, Versions, tested_with
+from gapo_mega.versions import TESTED, Versions, row_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "build" / "matrix"
@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--versions", nargs="+", default=["3.10", "3.12", "3.13"], metavar="PYTHON")
     parser.add_argument("--workers", type=int, default=2, help="test files that run at a time")
     given, index = parser.parse_known_args(arguments)
-    rows = [(version, tested_with(version)) for version in given.versions]
+    rows = [(version, row_of(version)) for version in given.versions]
     unknown = [version for version, row in rows if row is None]
     if unknown:
         accepted = ", ".join(row.python for row in TESTED)

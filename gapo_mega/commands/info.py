@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from gapo_mega.versions import TESTED, tested_with
+from gapo_mega.versions import TESTED, row_of
 
 
 def info() -> None:
@@ -51,7 +51,7 @@ def beside_tested(python: str, packages: Mapping[str, str]) -> list[str]:
 
     ``packages``: the installed versions by distribution.
     """
-    row = tested_with(python)
+    row = row_of(python)
     tested = {} if row is None else {name.replace("_", "-"): value for name, value in asdict(row).items()}
     # On a Python of no row, what is tested at all.
     every = {
