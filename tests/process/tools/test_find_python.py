@@ -14,19 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 INDEX = ["--extra-index-url", "https://example.org/cpu"]
 USED = (
-    "bash",
-    "sh",
-    "cat",
-    "mkdir",
-    "mktemp",
-    "rm",
-    "grep",
-    "sed",
-    "make",
-    "chmod",
-    "cp",
-    "touch",
-    "dirname",
+    *("bash", "sh", "cat", "mkdir", "mktemp", "rm", "grep", "sed", "chmod", "cp"),
+    *("make", "find", "getconf", "wc"),
 )
 
 STAND_IN = """#!/bin/sh
@@ -146,4 +135,4 @@ def test_make_takes_the_one_that_is_named(tmp_path: Path) -> None:
     named = folder / "python3.11"
     made = make(tmp_path, environment, f"PYTHON={named}")
     assert made.returncode == 0 and f"{named} -m venv" in made.stdout
-    assert "find_python" not in made.stderr
+    assert made.stderr == ""
