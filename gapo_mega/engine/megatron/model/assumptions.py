@@ -7,6 +7,7 @@ in ``gradients/update.py`` is the last guard.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +34,10 @@ from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_rank
 from gapo_mega.engine.megatron.runtime import releases
 
 Span = tuple[int, int]
+_PIECE = 1 << 22  # elements
+_STEPS = ("zero_grad", "prepare_grads", "get_grad_norm", "step")
+# What the training and the generating forward pass to the model.
+_FORWARD = ("input_ids", "position_ids", "attention_mask", "inference_context", "runtime_gather_output")
 _UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
@@ -191,6 +196,8 @@ def _one_optimizer_with_its_group(model: DistributedDataParallel, optimizer: Meg
     )
     rates = {group["lr"] for group in optimizer.param_groups}
     _require(len(rates) == 1, "all param_groups have one learning rate", sorted(rates))
+    missing = [name for name in _STEPS if not callable(getattr(optimizer, name, None))]
+    _require(not missing, f"the optimizer has {', '.join(_STEPS)}", f"no {', '.join(missing)}")
 
 
 # -- what the optimizer steps ------------------------------------------------------------------------
@@ -236,7 +243,7 @@ def _optimizer_steps_what_this_rank_owns(
     for parameter, main, start, end in main_parameters(inner):
         part = parameter.detach().reshape(-1)[start:end]
         _require(
-            id(main) in stepped and torch.equal(main.detach().reshape(-1), part.to(main.dtype)),
+            id(main) in stepped and _same_values(main.detach().reshape(-1), part),
             "the optimizer's parameters hold the model's values",
             f"others for {names[parameter]}",
         )
@@ -246,6 +253,12 @@ def _optimizer_steps_what_this_rank_owns(
             "the optimizer steps fp32 parameters themselves, and fp32 copies of others",
             f"{main.dtype} for {names[parameter]} in {parameter.dtype}",
         )
+
+
+def _same_values(main: Tensor, part: Tensor) -> bool:
+    """Whether flat ``main`` is flat ``part`` in its own dtype. In pieces, since a copy may be gigabytes."""
+    pieces = zip(torch.split(main, _PIECE), torch.split(part, _PIECE), strict=True)
+    return all(torch.equal(mine, model.to(mine.dtype)) for mine, model in pieces)
 
 
 # -- marks -------------------------------------------------------------------------------------------
@@ -305,10 +318,11 @@ def _reduction_sums_in_place(model: DistributedDataParallel) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, (start, end) in _owned(model).items():
         own = parameter.main_grad.reshape(-1)[start:end]  # type: ignore[attr-defined]
+        low, high = (float(bound) for bound in own.aminmax())
         _require(
-            bool((own == ranks[parameter]).all()),
+            low == high == ranks[parameter],
             f"the reduction leaves the sum over {ranks[parameter]} ranks in this rank's part of the bucket",
-            f"{own.min().item():g} to {own.max().item():g} for {names[parameter]} from gradients of 1",
+            f"{low:g} to {high:g} for {names[parameter]} from gradients of 1",
         )
     model.zero_grad_buffer()
 
@@ -334,6 +348,9 @@ def _summed_ranks(model: DistributedDataParallel) -> dict[nn.Parameter, int]:
 def _generation_finds_cache_and_switches(model: DistributedDataParallel) -> None:
     cache = StaticInferenceContext(1, 1).key_value_memory_dict
     _require(cache == {}, "key_value_memory_dict of a new inference context is an empty dictionary", cache)
+    accepted = inspect.signature(model.module.forward).parameters
+    missing = [name for name in _FORWARD if name not in accepted]
+    _require(not missing, f"the model's forward takes {', '.join(_FORWARD)}", f"no {', '.join(missing)}")
     expected = {
         ColumnParallelLinear: "sequence_parallel",
         RowParallelLinear: "sequence_parallel",

@@ -213,6 +213,18 @@ def halve_the_reduction(made: Trainable) -> None:
     made.model.config.finalize_model_grads_func = halved
 
 
+def rename_the_norm(made: Trainable) -> None:
+    made.optimizer.get_grad_norm = None
+
+
+def rename_an_argument(made: Trainable) -> None:
+    def forward(
+        input_ids: Any, position_ids: Any, attention_mask: Any, runtime_gather_output: Any
+    ) -> None: ...
+
+    made.model.module.forward = forward
+
+
 def leave_the_window(made: Trainable) -> None:
     del first(made, FusedScaleMaskSoftmax).window_size
 
@@ -253,6 +265,8 @@ BROKEN: dict[Callable[[Trainable], None], str] = {
     share_the_embedding: "shared marks the last stage's copy .* found: True for .*word_embeddings",
     share_a_copy: "the optimizer's copies carry the parameters' marks",
     halve_the_reduction: "leaves the sum over 1 ranks .* found: 0.5 to 0.5",
+    rename_the_norm: "the optimizer has .*; found: no get_grad_norm",
+    rename_an_argument: "the model's forward takes .*; found: no inference_context",
     leave_the_window: "FusedScaleMaskSoftmax has its switch window_size",
     rename_the_switch: "VocabParallelEmbedding has its switch reduce_scatter_embeddings",
 }
@@ -271,6 +285,6 @@ def test_a_release_that_breaks_one_is_told_by_it(breaks: Callable[[Trainable], N
 def test_stale_copies_of_bf16_parameters_are_told() -> None:
     """What happens where weights are loaded after the optimizer was made."""
     made = trained(dtype="bf16")
-    next(made.model.parameters()).data.add_(1.0)
+    next(made.model.parameters()).data.view(-1)[-1] += 1.0
     with pytest.raises(RuntimeError, match="the optimizer's parameters hold the model's values"):
         check(made)
