@@ -22,7 +22,7 @@ import time
 import xml.etree.ElementTree as xml
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -199,12 +199,18 @@ def run_row(outcome: Outcome, workers: int, index: list[str]) -> None:
     left = [name for name in test_files() if name not in results.passed]
     say(f"{folder.name}: {len(results.passed)} test files passed before, {len(left)} to run")
     with ThreadPoolExecutor(workers) as pool:
-        for name, counts, passed in pool.map(lambda name: run_file(python, folder, name), left):
-            outcome.counts += counts
-            if passed:
-                results.add(name, counts)
-            else:
-                outcome.failed.append(name)
+        running = [pool.submit(run_file, python, folder, name) for name in left]
+        try:
+            for done in as_completed(running):
+                name, counts, passed = done.result()
+                outcome.counts += counts
+                if passed:
+                    results.add(name, counts)
+                else:
+                    outcome.failed.append(name)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     outcome.seconds = time.monotonic() - begin
 
 
