@@ -254,6 +254,18 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def report(outcomes: list[Outcome]) -> None:
+    """Print the table, and keep it in build/matrix as text and as JSON."""
+    text = table(outcomes)
+    say(f"\n{text}")
+    HOME.mkdir(parents=True, exist_ok=True)
+    found = [
+        {**vars(outcome), "row": asdict(outcome.row), "verdict": outcome.verdict} for outcome in outcomes
+    ]
+    (HOME / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HOME / "table.txt").write_text(text + "\n")
+
+
 def status(outcomes: list[Outcome]) -> int:
     if any(outcome.failed for outcome in outcomes):
         return 1
@@ -276,12 +288,7 @@ def main(arguments: list[str]) -> int:
     for outcome in outcomes:
         run_row(outcome, given.workers, index)
     exchange(outcomes)
-    text = table(outcomes)
-    say(f"\n{text}")
-    HOME.mkdir(parents=True, exist_ok=True)
-    found = [{**asdict(outcome), "verdict": outcome.verdict} for outcome in outcomes]
-    (HOME / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HOME / "table.txt").write_text(text + "\n")
+    report(outcomes)
     return status(outcomes)
 
 

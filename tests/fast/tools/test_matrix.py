@@ -49,6 +49,31 @@ def test_table() -> None:
     assert lines[2].endswith("FAILED: a.py, b.py")
 
 
+def test_a_python_that_cannot_be_had_is_told_and_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "HOME", tmp_path / "matrix")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert matrix.main(["--versions", "3.13", "3.10"]) == 2
+    reason = "NOT RUN: no Python 3.10 on PATH or among pyenv's"
+    assert reason in capsys.readouterr().out
+    assert reason in (tmp_path / "matrix" / "table.txt").read_text()
+    table = json.loads((tmp_path / "matrix" / "table.json").read_text())
+    assert [(row["row"]["python"], row["verdict"][:7]) for row in table] == [
+        ("3.13", "NOT RUN"),
+        ("3.10", "NOT RUN"),
+    ]
+
+
+def test_the_table_s_file_has_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "HOME", tmp_path)
+    matrix.report([outcome(seconds=2.0)])
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["counts"] == PASSED and row["row"]["megatron_core"] == TESTED[0].megatron_core
+    assert row["verdict"] == "passed"
+
+
 def test_counts_of_a_report(tmp_path: Path) -> None:
     """A report as pytest writes it."""
     report = tmp_path / "report.xml"
