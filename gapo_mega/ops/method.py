@@ -20,9 +20,12 @@ _SHORTEST, _LONGEST = 2.0**-149, 2.0**148
 HostAggregator = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class Aggregated:
-    """A Gram matrix and its weights on one device; reading them on the host waits for the device."""
+    """A Gram matrix and its weights on one device; reading them on the host waits for the device.
+
+    An answer is equal to itself only.
+    """
 
     gram: Tensor  # [M, M] float64, over all ranks of the group
     weights: Tensor  # [M] float64; zeros if the status is not OK
