@@ -48,9 +48,11 @@ class Aggregated:
         return int(self.status) == Status.OK
 
     def to(self, device: torch.device) -> Aggregated:
-        """The same on ``device``."""
+        """The same on ``device``: this very answer where it is there already."""
         parts = (self.gram, self.weights, self.status, self.proposed)
-        return Aggregated(*(part.to(device) for part in parts))
+        moved = [part.to(device) for part in parts]
+        here = all(new is old for new, old in zip(moved, parts, strict=True))
+        return self if here else Aggregated(*moved)
 
 
 def _fit(gram: Tensor, weights: Tensor) -> Tensor:

@@ -100,3 +100,5 @@ def test_an_answer_is_equal_to_itself_only() -> None:
     assert torch.equal(first.weights, second.weights)
     assert first == first and first != second
     assert [second, first].index(first) == 1
+    assert first.to(torch.device("cpu")) is first
+    assert first.to(torch.device("meta")) != first
