@@ -78,7 +78,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
         made = _trained(args)
         BREAKS[args["breaks"]](made)
         try:
-            assumptions.check(made.model, made.optimizer)
+            assumptions.check([made.model], made.optimizer)
         except RuntimeError as error:
             said = str(error)
     everyone: list[str | None] = [None] * dist.get_world_size()

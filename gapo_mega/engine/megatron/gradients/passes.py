@@ -146,7 +146,7 @@ class SharedGraph:
     def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """Like ``gradient``, added to the buffer: the reduction over data ranks sums old and new content."""
         model = self._trainable.model
-        with nullcontext() if only is None else without_overlap(model):
+        with nullcontext() if only is None else without_overlap([model]):
             torch.autograd.backward(
                 self._logits,
                 self.cotangent(coefficients, last),
@@ -178,7 +178,7 @@ def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with without_overlap(model):
+        with without_overlap([model]):
             yield
     finally:
         for parameter in frozen:

@@ -8,12 +8,13 @@ in ``gradients/update.py`` is the last guard.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.optimizer import MegatronOptimizer
@@ -41,20 +42,22 @@ _FORWARD = ("input_ids", "position_ids", "attention_mask", "inference_context", 
 _UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def check(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def check(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Check every assumption on a wrapped model and its optimizer. Collective: reduces one gradient of ones.
 
+    ``chunks``: this rank's part of the model; several where the pipeline is interleaved.
     Leaves the gradient buffer zero. Raises ``RuntimeError`` that names the release and the first assumption
     that does not hold.
     """
     try:
-        _buffers_hold_the_gradients(model)
-        _buckets_are_reduced_over_the_data_ranks(model)
-        _one_optimizer_with_its_group(model, optimizer)
-        _optimizer_steps_what_this_rank_owns(model, optimizer)
-        _marks_tell_who_counts(model, optimizer)
-        _reduction_sums_in_place(model)
-        _generation_finds_cache_and_switches(model)
+        for chunk in chunks:
+            _buffers_hold_the_gradients(chunk)
+            _buckets_are_reduced_over_the_data_ranks(chunk, chunks[0].ddp_config)
+            _generation_finds_cache_and_switches(chunk)
+        _one_optimizer_with_its_group(chunks, optimizer)
+        _optimizer_steps_what_this_rank_owns(chunks, optimizer)
+        _marks_tell_who_counts(chunks, optimizer)
+        _reduction_sums_in_place(chunks)
     except _UNREADABLE as error:
         raise _wrong("what the engine reads of Megatron's objects has its name and form", error) from error
 
@@ -144,16 +147,17 @@ def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
     return None if group is None else sorted(dist.get_process_group_ranks(group))
 
 
-def _buckets_are_reduced_over_the_data_ranks(model: DistributedDataParallel) -> None:
-    config = model.ddp_config
+def _buckets_are_reduced_over_the_data_ranks(
+    model: DistributedDataParallel, config: DistributedDataParallelConfig
+) -> None:
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     grouped = [id(bucket) for group in model.bucket_groups for bucket in group.buckets]
     held = [id(bucket) for buffer in model.buffers for bucket in buffer.buckets]
     _require(sorted(grouped) == sorted(held), "every bucket is in one of bucket_groups", len(grouped))
     for group in model.bucket_groups:
         _require(
-            group.ddp_config is config,
-            "bucket groups read the model's own ddp_config, overlap_grad_reduce in it",
+            group.ddp_config is config and model.ddp_config is config,
+            "chunks and their bucket groups read one ddp_config, overlap_grad_reduce in it",
             "another one",
         )
         distributed = config.use_distributed_optimizer
@@ -176,7 +180,9 @@ def _buckets_are_reduced_over_the_data_ranks(model: DistributedDataParallel) -> 
             )
 
 
-def _one_optimizer_with_its_group(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def _one_optimizer_with_its_group(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
     chained = optimizer.chained_optimizers
     _require(len(chained) == 1, "one optimizer has all parameters", f"{len(chained)} chained_optimizers")
     _require(
@@ -185,7 +191,7 @@ def _one_optimizer_with_its_group(model: DistributedDataParallel, optimizer: Meg
         type(chained[0]).__name__,
     )
     found = _ranks(chained[0].get_grad_stats_parallel_group())
-    if model.ddp_config.use_distributed_optimizer:
+    if chunks[0].ddp_config.use_distributed_optimizer:
         expected = list(range(dist.get_world_size()))
     else:
         expected = _ranks(parallel_state.get_model_parallel_group()) or []
@@ -201,16 +207,26 @@ def _one_optimizer_with_its_group(model: DistributedDataParallel, optimizer: Meg
 
 
 # -- what the optimizer steps ------------------------------------------------------------------------
-def _owned(model: DistributedDataParallel) -> dict[nn.Parameter, Span]:
+def _owned(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Span]:
     """This rank's range in each flat parameter that it steps a part of."""
     owned: dict[nn.Parameter, Span] = {}
-    for buffer in model.buffers:
-        for parameter, (first, last, number) in buffer.param_index_map.items():
-            low, high = _own_part(model, buffer.buckets[number])
-            start, end = max(first, low), min(last, high)
-            if start < end:
-                owned[parameter] = start - first, end - first
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for parameter, (first, last, number) in buffer.param_index_map.items():
+                low, high = _own_part(chunk, buffer.buckets[number])
+                start, end = max(first, low), min(last, high)
+                if start < end:
+                    owned[parameter] = start - first, end - first
     return owned
+
+
+def _names(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, str]:
+    """The parameters' names, with the chunk's number where there are several."""
+    return {
+        parameter: name if len(chunks) == 1 else f"chunk {number}: {name}"
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
 
 
 def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
@@ -225,10 +241,10 @@ def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
 
 @torch.no_grad()
 def _optimizer_steps_what_this_rank_owns(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    owned = _owned(model)
+    names = _names(chunks)
+    owned = _owned(chunks)
     (inner,) = optimizer.chained_optimizers
     found = {parameter: (start, end) for parameter, _, start, end in main_parameters(inner)}
     differing = [
@@ -262,19 +278,19 @@ def _same_values(main: Tensor, part: Tensor) -> bool:
 
 
 # -- marks -------------------------------------------------------------------------------------------
-def _marks_tell_who_counts(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, is_split in _known_splits(model):
+def _marks_tell_who_counts(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    names = _names(chunks)
+    for parameter, is_split in chain.from_iterable(map(_known_splits, chunks)):
         marked = bool(getattr(parameter, "tensor_model_parallel", False))
         _require(
             marked == is_split,
             "parameter.tensor_model_parallel marks what is split over tensor ranks, and nothing else",
             f"{marked} for {names[parameter]}",
         )
-    second_copy = _second_copy(model)
+    second_copies = {copy for copy in map(_second_copy, chunks) if copy is not None}
     for parameter, name in names.items():
         _require(
-            param_is_not_shared(parameter) == (parameter is not second_copy),
+            param_is_not_shared(parameter) == (parameter not in second_copies),
             "parameter.shared marks the last stage's copy of tied embeddings, and nothing else",
             f"{not param_is_not_shared(parameter)} for {name}",
         )
@@ -307,16 +323,17 @@ def _second_copy(model: DistributedDataParallel) -> nn.Parameter | None:
 
 # -- the reduction -----------------------------------------------------------------------------------
 @torch.no_grad()
-def _reduction_sums_in_place(model: DistributedDataParallel) -> None:
+def _reduction_sums_in_place(chunks: Sequence[DistributedDataParallel]) -> None:
     """Reduce a gradient of ones, and compare this rank's shard with the number of ranks that were summed."""
-    model.zero_grad_buffer()
-    for buffer in model.buffers:
-        buffer.grad_data.fill_(1.0)
-    with without_overlap(model):
-        model.config.finalize_model_grads_func([model])
-    ranks = _summed_ranks(model)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, (start, end) in _owned(model).items():
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        for buffer in chunk.buffers:
+            buffer.grad_data.fill_(1.0)
+    with without_overlap(chunks):
+        chunks[0].config.finalize_model_grads_func(list(chunks))
+    names = _names(chunks)
+    ranks = {parameter: number for chunk in chunks for parameter, number in _summed_ranks(chunk)}
+    for parameter, (start, end) in _owned(chunks).items():
         own = parameter.main_grad.reshape(-1)[start:end]  # type: ignore[attr-defined]
         low, high = (float(bound) for bound in own.aminmax())
         _require(
@@ -324,11 +341,12 @@ def _reduction_sums_in_place(model: DistributedDataParallel) -> None:
             f"the reduction leaves the sum over {ranks[parameter]} ranks in this rank's part of the bucket",
             f"{low:g} to {high:g} for {names[parameter]} from gradients of 1",
         )
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
 
 
-def _summed_ranks(model: DistributedDataParallel) -> dict[nn.Parameter, int]:
-    """How many ranks' gradients of a parameter are summed."""
+def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, int]]:
+    """A chunk's parameters, and how many ranks' gradients of each are summed."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     data = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -336,12 +354,10 @@ def _summed_ranks(model: DistributedDataParallel) -> dict[nn.Parameter, int]:
     tied = None
     if gpt.share_embeddings_and_output_weights and (gpt.pre_process or gpt.post_process):
         tied = gpt.shared_embedding_or_output_weight()
-    return {
-        parameter: data
-        * (tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1)
-        * (2 if parameter is tied and pipeline > 1 else 1)
-        for name, parameter in model.named_parameters()
-    }
+    for name, parameter in model.named_parameters():
+        over_tensor_ranks = tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1
+        over_stages = 2 if parameter is tied and pipeline > 1 else 1
+        yield parameter, data * over_tensor_ranks * over_stages
 
 
 # -- generation --------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
         ),
         [wrapped],
     )
-    assumptions.check(wrapped, megatron_optimizer)
+    assumptions.check([wrapped], megatron_optimizer)
     return Trainable(wrapped, megatron_optimizer, _scheduler(megatron_optimizer, optimizer, total_steps))
 
 

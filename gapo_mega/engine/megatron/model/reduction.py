@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,15 @@ def reduce_gradients(
 
 
 @contextmanager
-def without_overlap(model: DistributedDataParallel) -> Iterator[None]:
+def without_overlap(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Reduce after the backward: a bucket with gradients for only some parameters never becomes ready."""
-    before = model.ddp_config.overlap_grad_reduce
-    model.ddp_config.overlap_grad_reduce = False
+    settings = chunks[0].ddp_config  # of all chunks, as ``assumptions.check`` has found
+    before = settings.overlap_grad_reduce
+    settings.overlap_grad_reduce = False
     try:
         yield
     finally:
-        model.ddp_config.overlap_grad_reduce = before
+        settings.overlap_grad_reduce = before
 
 
 def is_summed_over_tensor_ranks(config: TransformerConfig, name: str, parameter: nn.Parameter) -> bool:

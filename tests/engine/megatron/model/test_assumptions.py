@@ -44,7 +44,7 @@ def trained(**arguments: Any) -> Trainable:
 
 def check(made: Trainable) -> None:
     with megatron_device():
-        assumptions.check(made.model, made.optimizer)
+        assumptions.check([made.model], made.optimizer)
 
 
 def first(made: Trainable, kind: type[nn.Module]) -> nn.Module:
@@ -249,7 +249,7 @@ BROKEN: dict[Callable[[Trainable], None], str] = {
     have_experts: "no parameter is an expert's",
     forget_a_gradient: "params_with_grad are the trainable parameters",
     forget_a_bucket_group: "every bucket is in one of bucket_groups",
-    copy_the_configuration: "bucket groups read the model's own ddp_config",
+    copy_the_configuration: "chunks and their bucket groups read one ddp_config",
     take_the_mean: "the reduction sums gradients and does not scale them; found: gradient_scaling_factor 0.5",
     reduce_over_nobody: "gradients are reduced over the data-parallel group; found: None",
     chain_two_optimizers: "one optimizer has all parameters; found: 2 chained_optimizers",
