@@ -83,7 +83,8 @@ def environment(row: Versions, folder: Path, index: list[str]) -> Path:
     compiled = list((ROOT / "gapo_mega" / "ops").glob(f"_native.cpython-{row.python.replace('.', '')}-*.so"))
     if compiled and stamp.is_file() and stamp.read_text() == wanted:
         return python
-    if not python.exists():
+    if not (python.parent / "pip").exists():  # pip comes last: without it, the making was interrupted
+        shutil.rmtree(folder / "env", ignore_errors=True)
         call(folder, "venv", [interpreter(row.python), "-m", "venv", str(folder / "env")])
     pip = [str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     call(folder, "pip", [*pip, "--upgrade", "pip"])
