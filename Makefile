@@ -1,6 +1,8 @@
-# Everything is installed into .venv; a fresh machine needs Python >= 3.10, make and a C++17 compiler.
+# Everything is installed into .venv; a fresh machine needs Python 3.10 to 3.13, make and a C++17 compiler.
 
-PYTHON ?= python3
+# What .venv is made with; empty: the newest on PATH that has everything (tools/find_python.sh). A .venv that is
+# there stays.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -23,6 +25,7 @@ DTYPE ?= $(shell if [ $(GPUS) -gt 0 ] || grep -qE 'avx512_bf16|amx_bf16' /proc/c
 ifeq ($(GPUS),0)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Test files run side by side, the long ones of tests/process first; these start several processes themselves.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
@@ -40,7 +43,7 @@ STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 STAMPS_docs := $(STAMPS_run) $(VENV)/.installed-docs
 
-.PHONY: help demo test test-fast combinations lint docs sanitize clean
+.PHONY: help demo test test-fast combinations matrix lint docs sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
@@ -49,6 +52,7 @@ help:
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
+	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"
 	@echo "make lint          ruff, mypy --strict, clang-format"
 	@echo "make docs          the documentation as a site in build/docs/html; a broken link is an error"
 	@echo "make sanitize      the extension's tests under the address and undefined-behaviour sanitizers"
@@ -69,6 +73,11 @@ test-fast: $(VENV)/.installed-test
 MINUTES ?= 10
 combinations: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.combinations --limit-minutes $(MINUTES) $(if $(OUT),--out $(OUT))
+
+# Environments of several GB each in build/matrix. A Python that is not there is a line NOT RUN and status 2.
+MATRIX ?= 3.10 3.12 3.13
+matrix: $(VENV)/.installed-test $(MODEL)/config.json
+	PYTHONPATH=. $(BIN)/python tools/matrix.py --versions $(MATRIX) --workers $(TEST_WORKERS) $(TORCH_INDEX)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -105,9 +114,11 @@ clean:
 	find gapo_mega tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
-	  'Python 3.10 or newer is needed; name one with make PYTHON=...' or 0)"
-	$(PYTHON) -m venv $(VENV)
+	@python='$(PYTHON)'; \
+	  [ -n "$$python" ] || python=$$(tools/find_python.sh $(TORCH) $(TORCH_INDEX)) || exit 1; \
+	  "$$python" -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+	    'Python 3.10 or newer is needed; name one with make PYTHON=...' or 0)" \
+	  && echo "$$python -m venv $(VENV)" && "$$python" -m venv $(VENV)
 
 # torch comes first and alone: what depends on it must not choose another version or build of it.
 $(VENV)/.torch: constraints.txt | $(BIN)/python

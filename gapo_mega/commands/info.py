@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+from gapo_mega.versions import TESTED, row_of
 
 
 def info() -> None:
@@ -13,9 +19,13 @@ def info() -> None:
     from gapo_mega import ops, optional
 
     print(f"gapo-mega      {installed('gapo-mega')}")
-    print(f"python         {platform.python_version()} on {platform.machine()}")
-    for package in ("torch", "megatron-core", "transformers", "datasets"):
-        print(f"{package:<14} {installed(package)}")
+    for line in beside_tested(
+        platform.python_version(),
+        {name: installed(name) for name in ("megatron-core", "torch", "transformers")},
+    ):
+        print(line)
+    print(f"machine        {platform.machine()}")
+    print(f"datasets       {installed('datasets')}")
     print(f"extension      {', '.join(f'{key} {value}' for key, value in ops.info().items())}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices        {', '.join(devices) or 'CPU only (no CUDA device)'}")
@@ -34,6 +44,34 @@ def info() -> None:
         print(f"{name:<18} {state}: {probe.found}")
         if probe.lost:
             print(f"{'':<18} without it: {probe.lost}")
+
+
+def beside_tested(python: str, packages: Mapping[str, str]) -> list[str]:
+    """A line for each version found, with those that the tests have run with on this Python.
+
+    ``packages``: the installed versions by distribution.
+    """
+    row = row_of(python)
+    tested = {} if row is None else {name.replace("_", "-"): value for name, value in asdict(row).items()}
+    # On a Python of no row, what is tested at all.
+    every = {
+        name.replace("_", "-"): {str(getattr(each, name)) for each in TESTED} for name in asdict(TESTED[0])
+    }
+    found = {"python": python, **packages}
+    lines = []
+    for name, version_found in found.items():
+        accepted = [tested[name]] if tested else sorted(every[name], key=Version)
+        same = any(_is(version_found, each) for each in accepted)
+        lines.append(
+            f"{name:<14} {version_found:<14} {'tested' if same else 'tested: ' + ', '.join(accepted)}"
+        )
+    return lines
+
+
+def _is(found: str, tested: str) -> bool:
+    """Whether a version is the tested one: 3.12.1 is 3.12, and 2.13.0+cpu is 2.13.0."""
+    public = found.partition("+")[0]
+    return public == tested or (tested.count(".") == 1 and public.startswith(f"{tested}."))
 
 
 def installed(package: str) -> str:

@@ -20,9 +20,12 @@ _SHORTEST, _LONGEST = 2.0**-149, 2.0**148
 HostAggregator = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class Aggregated:
-    """A Gram matrix and its weights on one device; reading them on the host waits for the device."""
+    """A Gram matrix and its weights on one device; reading them on the host waits for the device.
+
+    An answer is equal to itself only.
+    """
 
     gram: Tensor  # [M, M] float64, over all ranks of the group
     weights: Tensor  # [M] float64; zeros if the status is not OK
@@ -45,9 +48,11 @@ class Aggregated:
         return int(self.status) == Status.OK
 
     def to(self, device: torch.device) -> Aggregated:
-        """The same on ``device``."""
+        """The same on ``device``: this very answer where it is there already."""
         parts = (self.gram, self.weights, self.status, self.proposed)
-        return Aggregated(*(part.to(device) for part in parts))
+        moved = [part.to(device) for part in parts]
+        here = all(new is old for new, old in zip(moved, parts, strict=True))
+        return self if here else Aggregated(*moved)
 
 
 def _fit(gram: Tensor, weights: Tensor) -> Tensor:

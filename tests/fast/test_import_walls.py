@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},
-    {"types", "config", "registry", "optional", "files", "user_code", "demo"},
+    {"types", "config", "registry", "optional", "files", "user_code", "versions", "demo"},
 ]
 # Those at the bottom may import each other but nothing above.
 BOTTOM = len(LAYERS) - 1
@@ -46,6 +46,7 @@ ROOT_FILES = {
     "optional.py",
     "files.py",
     "user_code.py",
+    "versions.py",
     "py.typed",
 }
 
@@ -55,6 +56,7 @@ MIRRORED = {
     "benchmarks": "benchmarks",
     "docs": "docs",
     "examples": "examples",
+    "tools": "tools",
     "combinations": "tests/helpers/combinations",
 }
 KINDS_OF_TESTS = ("fast", "engine", "process")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.model.optimizer import main_parameters
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.losses import Ppo
 from tests.helpers.combinations import comparison
 from tests.helpers.combinations.comparison import Observed

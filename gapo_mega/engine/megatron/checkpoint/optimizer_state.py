@@ -23,7 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from gapo_mega.engine.megatron.model.optimizer import main_parameters, steps_taken
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
 _MAIN = "param"  # the fp32 main copy of a bf16 parameter

@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -43,6 +45,7 @@ from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
 from gapo_mega.engine.megatron.model.optimizer import Trainable
+from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
@@ -94,7 +97,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
     names the directory if it holds no checkpoint of these models.
     """
     layout = groups.layout
-    with _errors(directory, "loaded", ValueError), megatron_device():
+    with _errors(directory, "loaded", ValueError), releases.without_advice(), megatron_device():
         about = dist_checkpointing.load_common_state_dict(str(directory)).get("about", {})
         optimizers = {n: OptimizerState(t.model, t.optimizer, groups) for n, t in trainables.items()}
         _check(directory, about, {n: _kind(t, optimizers[n]) for n, t in trainables.items()})
@@ -124,17 +127,17 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
     return extra
 
 
-class _InProcessSave(SaveShardedStrategy):  # type: ignore[misc]
-    """Writes Megatron's ``torch_dist`` format with torch's own writer, without other processes."""
+class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Writes Megatron's ``torch_dist`` format with torch's own writer, without other processes.
+
+    Checkpoints of all releases of Megatron-core are alike: what is not sharded is in ``common.pt``.
+    """
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        common = releases.take_common(sharded_state_dict)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
@@ -143,6 +146,8 @@ class _InProcessSave(SaveShardedStrategy):  # type: ignore[misc]
             storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
+        if common is not None and dist.get_rank() == 0:
+            torch.save(common, Path(checkpoint_dir) / COMMON_STATE_FNAME)
 
 
 def _prefixed(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read_common, trained_model_prefix
 from gapo_mega.engine.megatron.model.modules import ValueModel
+from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
 from gapo_mega.models.casting import cast, is_finite
@@ -107,7 +108,8 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
     state = {name: entry for name, entry in entries.items() if not name.startswith(left)}
     add_prefix_for_sharding(state, prefix)
     try:
-        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+        with releases.without_advice():
+            loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
     except (CheckpointingException, CheckpointException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error

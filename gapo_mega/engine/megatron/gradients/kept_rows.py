@@ -19,7 +19,7 @@ from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_ho
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
 from gapo_mega.engine.megatron.gradients.shard import exchange
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
-from gapo_mega.engine.megatron.model.optimizer import main_parameters
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.engine.megatron.runtime.clock import Clock
 
 _MOST_ROWS = 16  # per call of the Gram kernel

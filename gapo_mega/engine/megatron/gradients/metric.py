@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gapo_mega import ops
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, Placement
-from gapo_mega.engine.megatron.model.optimizer import main_parameters, steps_taken
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.cpu import device
 
 Row = Sequence[Tensor]

@@ -23,7 +23,8 @@ from torch.autograd.graph import get_gradient_edge
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import Distribution, before_response, logprobs_of
-from gapo_mega.engine.megatron.model.optimizer import Trainable, reduce_gradients
+from gapo_mega.engine.megatron.model.optimizer import Trainable
+from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
 
@@ -145,7 +146,7 @@ class SharedGraph:
     def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """Like ``gradient``, added to the buffer: the reduction over data ranks sums old and new content."""
         model = self._trainable.model
-        with nullcontext() if only is None else _without_overlap(model):
+        with nullcontext() if only is None else without_overlap([model]):
             torch.autograd.backward(
                 self._logits,
                 self.cotangent(coefficients, last),
@@ -164,17 +165,6 @@ def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
 
 
 @contextmanager
-def _without_overlap(model: DistributedDataParallel) -> Iterator[None]:
-    """Reduce after the backward: a bucket with gradients for only some parameters never becomes ready."""
-    before = model.ddp_config.overlap_grad_reduce
-    model.ddp_config.overlap_grad_reduce = False
-    try:
-        yield
-    finally:
-        model.ddp_config.overlap_grad_reduce = before
-
-
-@contextmanager
 def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter]) -> Iterator[None]:
     """Freeze all other parameters, so that no backward runs below the first of ``only``.
 
@@ -188,7 +178,7 @@ def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with _without_overlap(model):
+        with without_overlap([model]):
             yield
     finally:
         for parameter in frozen:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from megatron.core import parallel_state
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange, owned
 from gapo_mega.engine.megatron.model.optimizer import Trainable
+from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks
 
 
 class RowBuffer:
@@ -76,12 +75,5 @@ class RowBuffer:
                 bucket.grad_data[end:].zero_()
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             for name, parameter in model.named_parameters():
-                if _is_summed_over_tensor_ranks(model.config, name, parameter):
+                if is_summed_over_tensor_ranks(model.config, name, parameter):
                     parameter.main_grad.zero_()
-
-
-def _is_summed_over_tensor_ranks(config: TransformerConfig, name: str, parameter: torch.nn.Parameter) -> bool:
-    """The same decision as ``finalize_model_grads`` of megatron-core 0.16.1."""
-    if config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
-        return True
-    return bool(config.sequence_parallel and getattr(parameter, "sequence_parallel", False))

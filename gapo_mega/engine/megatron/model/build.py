@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueModel
+from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
@@ -116,8 +117,9 @@ def build_gpt(
     }
     if shape.rope_scaling_factor is not None:
         kwargs |= {"rope_scaling": True, "rope_scaling_factor": shape.rope_scaling_factor}
-    if value_heads is None:
-        built = GPTModel(share_embeddings_and_output_weights=shape.tied, **kwargs)
-    else:
-        built = ValueModel(heads=value_heads, **kwargs)
+    with releases.without_advice():
+        if value_heads is None:
+            built = GPTModel(share_embeddings_and_output_weights=shape.tied, **kwargs)
+        else:
+            built = ValueModel(heads=value_heads, **kwargs)
     return built.to(device())

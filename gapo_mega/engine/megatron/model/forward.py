@@ -75,7 +75,7 @@ def forward_backward(
 
     def on_last_stage(output: Tensor, batch: AnyBatch) -> tuple[Tensor, Tensor, Tensor]:
         value, logged = loss(output, batch)
-        # The second is Megatron's token count, which optimizer.reduce_gradients ignores.
+        # The second is Megatron's token count, which reduction.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
     parts = _schedule(model, microbatches, on_last_stage, forward_only=False)

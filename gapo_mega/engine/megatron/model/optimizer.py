@@ -1,26 +1,22 @@
-"""Megatron's optimizer around a model: wrapping, reduction of gradients, the optimizer's own parameters."""
+"""Megatron's optimizer around a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from gapo_mega.config import OptimizerConfig
+from gapo_mega.engine.megatron.model import assumptions
+from gapo_mega.engine.megatron.model.reduction import reduce_gradients
+from gapo_mega.engine.megatron.runtime import releases
 
 
 @dataclass(frozen=True)
@@ -72,26 +68,19 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def reduce_gradients(
-    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any
-) -> None:
-    """Megatron's gradient reduction over data ranks, tensor ranks and stages, without its division by tokens.
-
-    Every loss is already divided by the tokens of its minibatch over all ranks and microbatches, so this
-    ignores the schedule's count.
-    """
-    finalize_model_grads(model, None, **options)
-
-
 def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int) -> Trainable:
-    """Wrap ``model`` for training. Load its weights *before*: with bf16 the optimizer copies them to fp32."""
+    """Wrap ``model`` for training. Load its weights *before*: with bf16 the optimizer copies them to fp32.
+
+    Collective. Raises ``RuntimeError`` if this release of megatron-core is not what the engine assumes.
+    """
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=optimizer.distributed,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    with releases.without_advice():
+        wrapped = DistributedDataParallel(model.config, ddp_config, model)
     wrapped.broadcast_params()
     model.config.finalize_model_grads_func = reduce_gradients
     if optimizer.overlap_grad_reduce:
@@ -114,6 +103,7 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
         ),
         [wrapped],
     )
+    assumptions.check([wrapped], megatron_optimizer)
     return Trainable(wrapped, megatron_optimizer, _scheduler(megatron_optimizer, optimizer, total_steps))
 
 
@@ -136,28 +126,3 @@ def _scheduler(
         wd_incr_style="constant",
     )
     return scheduler
-
-
-def steps_taken(inner: torch.optim.Optimizer) -> int:
-    """Steps that Adam has taken; 0 for SGD, which does not count them."""
-    holders = [*inner.state.values(), *inner.param_groups]
-    steps = {int(holder["step"]) for holder in holders if "step" in holder}
-    assert len(steps) <= 1, "parameters were stepped unequally often"
-    return max(steps, default=0)
-
-
-def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """(model parameter, the tensor that the inner optimizer steps, its range in the flat parameter)."""
-    if isinstance(optimizer, DistributedOptimizer):
-        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
-            held = optimizer._get_model_param_range_map(parameter)["param"]
-            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], held.start, held.end
-    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
-        for parameters, mains in pairs:
-            for parameter, main in zip(parameters, mains, strict=True):
-                yield parameter, main, 0, parameter.numel()
-    else:
-        assert isinstance(optimizer, FP32Optimizer)
-        for parameter in optimizer.get_parameters():
-            yield parameter, parameter, 0, parameter.numel()

@@ -1,13 +1,12 @@
 """Runs Megatron-core's CUDA-only lines on the CPU.
 
-Megatron-core 0.16 names the device "cuda" literally in its schedules, optimizers, gradient clipping and
+Megatron-core names the device "cuda" literally in its schedules, optimizers, gradient clipping and
 random-number tracker. Without a GPU the same code works once those names mean the CPU. They do so only within
 ``megatron_device()``, which patches nothing at import and restores everything on exit.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -16,6 +15,8 @@ from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from gapo_mega.engine.megatron.runtime.releases import errors_only
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_PREFIX = "torch.cuda."
@@ -61,19 +62,14 @@ def _megatron_rng_on_cpu() -> Iterator[None]:
     """Run Megatron's RNG tracker on the CPU generator, without its warning that this generator advanced."""
     from megatron.core.tensor_parallel import random
 
-    logger = logging.getLogger(random.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            patch.object(random, "_get_cuda_rng_state", _get_rng_state),
-            patch.object(random, "_set_cuda_rng_state", _set_rng_state),
-            patch.object(torch.cuda, "get_rng_state", _get_rng_state),
-            patch.object(torch.cuda, "manual_seed", torch.manual_seed),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        errors_only(random.__name__),
+        patch.object(random, "_get_cuda_rng_state", _get_rng_state),
+        patch.object(random, "_set_cuda_rng_state", _set_rng_state),
+        patch.object(torch.cuda, "get_rng_state", _get_rng_state),
+        patch.object(torch.cuda, "manual_seed", torch.manual_seed),
+    ):
+        yield
 
 
 def _re_entering(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,6 +95,8 @@ def _cpu_mode() -> Iterator[None]:
         patch.object(fused_softmax, "get_sliding_window_causal_mask", window),
         patch.object(torch.cuda, "current_device", lambda: _CPU),
         patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        # Gradient reduction asks for it, and waits for it only where CUDA graphs were captured.
+        patch.object(torch.cuda, "current_stream", torch.cpu.current_stream),
         _megatron_rng_on_cpu(),
         _CudaMeansCpu(),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader
 from tests.helpers.ranks import check_checkpoint, worlds
 from tests.helpers.ranks.check_checkpoint import Run
 
@@ -70,6 +72,50 @@ def test_every_parameter_counts_its_own_steps(tmp_path: Path, world: None) -> No
     states = resumed.trainables["policy"].optimizer.optimizer.state.values()
     assert [float(state["step"]) for state in states] == [2.0] * len(states)
     assert len({id(state["step"]) for state in states}) == len(states)
+
+
+def test_the_calling_process_writes_the_files(
+    tmp_path: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron's own strategy starts processes; releases from 0.17 on take it in place of others."""
+    write, writers = checkpoint.write_files, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        writers.append(os.getpid())
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write_files", recorded)
+    alone = worlds.enter(1, 1)
+    checkpoint.save(tmp_path, Run({}, alone, seed=1).trainables, {}, alone)
+    assert writers == [os.getpid()]
+
+
+def test_files_are_the_same_with_every_release(tmp_path: Path, world: None) -> None:
+    """What is not sharded is in ``common.pt``, which all releases read, and nowhere else."""
+    alone = worlds.enter(1, 1)
+    run = Run({}, alone, seed=1)
+    checkpoint.save(tmp_path, run.trainables, {"a": 1}, alone)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".metadata",
+        "metadata.json",
+        "common.pt",
+        "__0_0.distcp",
+    }
+    assert set(torch.load(tmp_path / "common.pt", weights_only=True)) == {"about"}
+    objects = DistReader(tmp_path).objects
+    assert {name for name in objects if "_extra_state" not in name} == {"rng/shard_0_1", "extra/shard_0_1"}
+
+
+def test_nothing_is_said_of_what_is_done_on_purpose(
+    tmp_path: Path, world: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Newer releases warn of ``common.pt`` and of buffers whose layout they find themselves."""
+    alone = worlds.enter(1, 1)
+    with caplog.at_level(logging.WARNING):
+        run = Run({}, alone, seed=1)
+        checkpoint.save(tmp_path, run.trainables, {}, alone)
+        checkpoint.load(tmp_path, run.trainables, alone)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("megatron")] == []
 
 
 def test_hyper_parameters_are_the_new_run_s(tmp_path: Path, world: None) -> None:

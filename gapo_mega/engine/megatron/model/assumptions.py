@@ -1,0 +1,382 @@
+"""What the engine assumes of Megatron-core's buffers, groups and attributes, checked once at start.
+
+The engine reads and writes Megatron's own buffers. Where a release lays them out in another way, the start
+ends in one line that names the assumption, instead of a training on wrong gradients. The comparison of norms
+in ``gradients/update.py`` is the last guard.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    param_is_not_tensor_parallel_duplicate,
+)
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters
+from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
+from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks, without_overlap
+from gapo_mega.engine.megatron.runtime import releases
+
+Span = tuple[int, int]
+_PIECE = 1 << 22  # elements
+_STEPS = ("zero_grad", "prepare_grads", "get_grad_norm", "step")
+# What the training and the generating forward pass to the model.
+_FORWARD = ("input_ids", "position_ids", "attention_mask", "inference_context", "runtime_gather_output")
+_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def check(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Check every assumption on a wrapped model and its optimizer. Collective: reduces one gradient of ones.
+
+    ``chunks``: this rank's part of the model; several where the pipeline is interleaved.
+    Leaves the gradient buffer zero. Raises ``RuntimeError`` that names the release and the first assumption
+    that does not hold.
+    """
+    try:
+        for chunk in chunks:
+            _buffers_hold_the_gradients(chunk)
+            _buckets_are_reduced_over_the_data_ranks(chunk, chunks[0].ddp_config)
+            _generation_finds_cache_and_switches(chunk)
+        _one_optimizer_with_its_group(chunks, optimizer)
+        _optimizer_steps_what_this_rank_owns(chunks, optimizer)
+        _marks_tell_who_counts(chunks, optimizer)
+        _reduction_sums_in_place(chunks)
+    except _UNREADABLE as error:
+        raise _wrong("what the engine reads of Megatron's objects has its name and form", error) from error
+
+
+def _wrong(assumption: str, found: object) -> RuntimeError:
+    return RuntimeError(
+        f"megatron-core {releases.version()}: the engine assumes that {assumption}; found: {found}; "
+        "accepted: a release that `gapo-mega info` lists as tested"
+    )
+
+
+def _require(holds: bool, assumption: str, found: object) -> None:
+    if not holds:
+        raise _wrong(assumption, found)
+
+
+# -- buffers -----------------------------------------------------------------------------------------
+def _buffers_hold_the_gradients(model: DistributedDataParallel) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _require(not model.expert_parallel_buffers, "no parameter is an expert's", "expert_parallel_buffers")
+    held = [parameter for buffer in model.buffers for parameter in buffer.param_index_map]
+    _require(
+        len(held) == len(names) and set(held) == set(names),
+        "every trainable parameter lies in exactly one of the model's buffers",
+        f"{len(held)} entries of param_index_map for {len(names)} parameters",
+    )
+    _require(
+        set(model.params_with_grad) == set(names),
+        "params_with_grad are the trainable parameters",
+        f"{len(model.params_with_grad)} for {len(names)}",
+    )
+    for buffer in model.buffers:
+        data = buffer.grad_data
+        _require(
+            data.dim() == 1 and data.is_contiguous() and data.dtype == torch.float32,
+            "buffer.grad_data is one flat fp32 tensor",
+            f"{data.dtype} of shape {list(data.shape)}",
+        )
+        for bucket in buffer.buckets:
+            _require(
+                _is_part(bucket.grad_data, data, bucket.offset),
+                "bucket.grad_data is the part of buffer.grad_data that begins at bucket.offset",
+                f"other memory at offset {bucket.offset}",
+            )
+        _parameters_lie_in_their_buckets(buffer, names)
+
+
+def _parameters_lie_in_their_buckets(buffer: object, names: dict[nn.Parameter, str]) -> None:
+    filled = 0
+    spans = sorted(buffer.param_index_map.items(), key=lambda item: item[1][:2])  # type: ignore[attr-defined]
+    for parameter, (first, last, number) in spans:
+        name = names[parameter]
+        bucket = buffer.buckets[number]  # type: ignore[attr-defined]
+        _require(
+            filled <= first and last - first == parameter.numel(),
+            "buffer.param_index_map has each parameter's own [start, end)",
+            f"[{first}, {last}) for {name} of {parameter.numel()} elements, after one that ends at {filled}",
+        )
+        filled = last
+        _require(
+            bucket.offset <= first and last <= bucket.offset + bucket.grad_data.numel(),
+            "buffer.param_index_map names the bucket that a parameter lies in",
+            f"bucket {number} for {name}",
+        )
+        _require(
+            parameter.main_grad.shape == parameter.shape
+            and _is_part(parameter.main_grad, buffer.grad_data, first),  # type: ignore[attr-defined]
+            "parameter.main_grad is the part of buffer.grad_data that param_index_map names",
+            f"other memory for {name}",
+        )
+        _require(
+            parameter.grad_added_to_main_grad is False,
+            "parameter.grad_added_to_main_grad begins as False",
+            f"{parameter.grad_added_to_main_grad} for {name}",
+        )
+
+
+def _is_part(part: Tensor, whole: Tensor, offset: int) -> bool:
+    """Whether ``part`` is the memory of flat ``whole`` from element ``offset`` on."""
+    begin = whole.data_ptr() + offset * whole.element_size()
+    inside = offset >= 0 and offset + part.numel() <= whole.numel()
+    return inside and part.is_contiguous() and part.dtype == whole.dtype and part.data_ptr() == begin
+
+
+# -- groups ------------------------------------------------------------------------------------------
+def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
+    return None if group is None else sorted(dist.get_process_group_ranks(group))
+
+
+def _buckets_are_reduced_over_the_data_ranks(
+    model: DistributedDataParallel, config: DistributedDataParallelConfig
+) -> None:
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    grouped = [id(bucket) for group in model.bucket_groups for bucket in group.buckets]
+    held = [id(bucket) for buffer in model.buffers for bucket in buffer.buckets]
+    _require(sorted(grouped) == sorted(held), "every bucket is in one of bucket_groups", len(grouped))
+    for group in model.bucket_groups:
+        _require(
+            group.ddp_config is config and model.ddp_config is config,
+            "chunks and their bucket groups read one ddp_config, overlap_grad_reduce in it",
+            "another one",
+        )
+        distributed = config.use_distributed_optimizer
+        used = group.intra_distributed_optimizer_instance_group if distributed else group.data_parallel_group
+        _require(
+            _ranks(used) == _ranks(data_group) and used.rank() == data_group.rank(),
+            "gradients are reduced over the data-parallel group",
+            _ranks(used),
+        )
+        for bucket in group.buckets:
+            _require(
+                bucket.gradient_scaling_factor == 1.0 and not config.average_in_collective,
+                "the reduction sums gradients and does not scale them",
+                f"gradient_scaling_factor {bucket.gradient_scaling_factor}",
+            )
+            _require(
+                not distributed or bucket.grad_data.numel() % used.size() == 0,
+                "the data ranks' shards of a bucket are equally long",
+                f"{bucket.grad_data.numel()} elements for {used.size()} ranks",
+            )
+
+
+def _one_optimizer_with_its_group(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
+    chained = optimizer.chained_optimizers
+    _require(len(chained) == 1, "one optimizer has all parameters", f"{len(chained)} chained_optimizers")
+    _require(
+        isinstance(chained[0], (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)),
+        "the optimizer is one of Megatron's three whose parameters the engine finds",
+        type(chained[0]).__name__,
+    )
+    found = _ranks(chained[0].get_grad_stats_parallel_group())
+    if chunks[0].ddp_config.use_distributed_optimizer:
+        expected = list(range(dist.get_world_size()))
+    else:
+        expected = _ranks(parallel_state.get_model_parallel_group()) or []
+    _require(
+        found == expected,
+        f"get_grad_stats_parallel_group() has the ranks that hold different gradients, {expected}",
+        found,
+    )
+    rates = {group["lr"] for group in optimizer.param_groups}
+    _require(len(rates) == 1, "all param_groups have one learning rate", sorted(rates))
+    missing = [name for name in _STEPS if not callable(getattr(optimizer, name, None))]
+    _require(not missing, f"the optimizer has {', '.join(_STEPS)}", f"no {', '.join(missing)}")
+
+
+# -- what the optimizer steps ------------------------------------------------------------------------
+def _owned(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Span]:
+    """This rank's range in each flat parameter that it steps a part of."""
+    owned: dict[nn.Parameter, Span] = {}
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for parameter, (first, last, number) in buffer.param_index_map.items():
+                low, high = _own_part(chunk, buffer.buckets[number])
+                start, end = max(first, low), min(last, high)
+                if start < end:
+                    owned[parameter] = start - first, end - first
+    return owned
+
+
+def _names(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, str]:
+    """The parameters' names, with the chunk's number where there are several."""
+    return {
+        parameter: name if len(chunks) == 1 else f"chunk {number}: {name}"
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
+    """This rank's range of the buffer within a bucket."""
+    offset, numel = bucket.offset, bucket.grad_data.numel()  # type: ignore[attr-defined]
+    if not model.ddp_config.use_distributed_optimizer:
+        return offset, offset + numel
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    size = numel // group.size()
+    return offset + group.rank() * size, offset + (group.rank() + 1) * size
+
+
+@torch.no_grad()
+def _optimizer_steps_what_this_rank_owns(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
+    names = _names(chunks)
+    owned = _owned(chunks)
+    (inner,) = optimizer.chained_optimizers
+    found = {parameter: (start, end) for parameter, _, start, end in main_parameters(inner)}
+    differing = [
+        names[parameter] for parameter in {*owned, *found} if owned.get(parameter) != found.get(parameter)
+    ]
+    _require(
+        not differing,
+        "a rank steps the part of each parameter whose gradient is in its shard of the bucket",
+        f"another part of {', '.join(sorted(differing)[:3])}",
+    )
+    stepped = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
+    for parameter, main, start, end in main_parameters(inner):
+        part = parameter.detach().reshape(-1)[start:end]
+        _require(
+            id(main) in stepped and _same_values(main.detach().reshape(-1), part),
+            "the optimizer's parameters hold the model's values",
+            f"others for {names[parameter]}",
+        )
+        _require(
+            (main.dtype == torch.float32)
+            and (parameter.dtype != torch.float32 or main.data_ptr() == part.data_ptr()),
+            "the optimizer steps fp32 parameters themselves, and fp32 copies of others",
+            f"{main.dtype} for {names[parameter]} in {parameter.dtype}",
+        )
+
+
+def _same_values(main: Tensor, part: Tensor) -> bool:
+    """Whether flat ``main`` is flat ``part`` in its own dtype. In pieces, since a copy may be gigabytes."""
+    pieces = zip(torch.split(main, _PIECE), torch.split(part, _PIECE), strict=True)
+    return all(torch.equal(mine, model.to(mine.dtype)) for mine, model in pieces)
+
+
+# -- marks -------------------------------------------------------------------------------------------
+def _marks_tell_who_counts(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    names = _names(chunks)
+    for parameter, is_split in chain.from_iterable(map(_known_splits, chunks)):
+        marked = bool(getattr(parameter, "tensor_model_parallel", False))
+        _require(
+            marked == is_split,
+            "parameter.tensor_model_parallel marks what is split over tensor ranks, and nothing else",
+            f"{marked} for {names[parameter]}",
+        )
+    second_copies = {copy for copy in map(_second_copy, chunks) if copy is not None}
+    for parameter, name in names.items():
+        _require(
+            param_is_not_shared(parameter) == (parameter not in second_copies),
+            "parameter.shared marks the last stage's copy of tied embeddings, and nothing else",
+            f"{not param_is_not_shared(parameter)} for {name}",
+        )
+    for parameter, main, _, _ in main_parameters(optimizer.chained_optimizers[0]):
+        alike = param_is_not_shared(main) == param_is_not_shared(parameter) and (
+            param_is_not_tensor_parallel_duplicate(main) == param_is_not_tensor_parallel_duplicate(parameter)
+        )
+        _require(
+            alike, "the optimizer's copies carry the parameters' marks", f"others for {names[parameter]}"
+        )
+
+
+def _known_splits(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Parameters of Megatron's own layers and of ours, and whether they are split over tensor ranks."""
+    for module in model.modules():
+        split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
+        if split or isinstance(module, (RMSNorm, ValueHead)):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield parameter, split and not (name == "bias" and isinstance(module, RowParallelLinear))
+
+
+def _second_copy(model: DistributedDataParallel) -> nn.Parameter | None:
+    """The last stage's copy of tied embeddings, where the first stage is another."""
+    gpt = model.module
+    if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
+        copy: nn.Parameter = gpt.shared_embedding_or_output_weight()
+        return copy
+    return None
+
+
+# -- the reduction -----------------------------------------------------------------------------------
+@torch.no_grad()
+def _reduction_sums_in_place(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Reduce a gradient of ones, and compare this rank's shard with the number of ranks that were summed."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        for buffer in chunk.buffers:
+            buffer.grad_data.fill_(1.0)
+    with without_overlap(chunks):
+        chunks[0].config.finalize_model_grads_func(list(chunks))
+    names = _names(chunks)
+    ranks = {parameter: number for chunk in chunks for parameter, number in _summed_ranks(chunk)}
+    for parameter, (start, end) in _owned(chunks).items():
+        own = parameter.main_grad.reshape(-1)[start:end]  # type: ignore[attr-defined]
+        low, high = (float(bound) for bound in own.aminmax())
+        _require(
+            low == high == ranks[parameter],
+            f"the reduction leaves the sum over {ranks[parameter]} ranks in this rank's part of the bucket",
+            f"{low:g} to {high:g} for {names[parameter]} from gradients of 1",
+        )
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+
+
+def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, int]]:
+    """A chunk's parameters, and how many ranks' gradients of each are summed."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    data = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    gpt = model.module
+    tied = None
+    if gpt.share_embeddings_and_output_weights and (gpt.pre_process or gpt.post_process):
+        tied = gpt.shared_embedding_or_output_weight()
+    for name, parameter in model.named_parameters():
+        over_tensor_ranks = tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1
+        over_stages = 2 if parameter is tied and pipeline > 1 else 1
+        yield parameter, data * over_tensor_ranks * over_stages
+
+
+# -- generation --------------------------------------------------------------------------------------
+def _generation_finds_cache_and_switches(model: DistributedDataParallel) -> None:
+    cache = StaticInferenceContext(1, 1).key_value_memory_dict
+    _require(cache == {}, "key_value_memory_dict of a new inference context is an empty dictionary", cache)
+    accepted = inspect.signature(model.module.forward).parameters
+    missing = [name for name in _FORWARD if name not in accepted]
+    _require(not missing, f"the model's forward takes {', '.join(_FORWARD)}", f"no {', '.join(missing)}")
+    expected = {
+        ColumnParallelLinear: "sequence_parallel",
+        RowParallelLinear: "sequence_parallel",
+        VocabParallelEmbedding: "reduce_scatter_embeddings",
+        FusedScaleMaskSoftmax: "window_size",
+    }
+    for module in model.modules():
+        for kind, switch in expected.items():
+            _require(
+                not isinstance(module, kind) or switch in vars(module),
+                f"{kind.__name__} has its switch {switch}",
+                f"{', '.join(sorted(key for key in vars(module) if not key.startswith('_')))}",
+            )

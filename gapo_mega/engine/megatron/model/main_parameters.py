@@ -1,0 +1,36 @@
+"""What Megatron's optimizers step: parameters, their fp32 copies, or shards of either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor, nn
+
+
+def steps_taken(inner: torch.optim.Optimizer) -> int:
+    """Steps that Adam has taken; 0 for SGD, which does not count them."""
+    holders = [*inner.state.values(), *inner.param_groups]
+    steps = {int(holder["step"]) for holder in holders if "step" in holder}
+    assert len(steps) <= 1, "parameters were stepped unequally often"
+    return max(steps, default=0)
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+    """(model parameter, the tensor that the inner optimizer steps, its range in the flat parameter)."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], held.start, held.end
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameters, mains in pairs:
+            for parameter, main in zip(parameters, mains, strict=True):
+                yield parameter, main, 0, parameter.numel()
+    else:
+        assert isinstance(optimizer, FP32Optimizer)
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter, 0, parameter.numel()
