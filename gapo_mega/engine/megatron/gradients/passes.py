@@ -104,9 +104,9 @@ class SeparatePasses:
             return combined(parts, coefficients), torch.stack(parts)
 
         self._trainable.zero_grad()
-        model = self._trainable.model
-        with nullcontext() if only is None else _training_only(model, only):
-            found = forward_backward(model, task.microbatches, mixed, task.objectives)
+        trainable = self._trainable
+        with nullcontext() if only is None else _training_only(trainable, only):
+            found = forward_backward(trainable.chunks, task.microbatches, mixed, task.objectives)
         for k in wanted:
             self.losses[k] = found[k]
 
@@ -145,7 +145,7 @@ class SharedGraph:
     def add_gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
         """Like ``gradient``, added to the buffer: the reduction over data ranks sums old and new content."""
         model = self._trainable.model
-        with nullcontext() if only is None else _without_overlap(model):
+        with nullcontext() if only is None else _without_overlap([model]):
             torch.autograd.backward(
                 self._logits,
                 self.cotangent(coefficients, last),
@@ -164,31 +164,33 @@ def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
 
 
 @contextmanager
-def _without_overlap(model: DistributedDataParallel) -> Iterator[None]:
+def _without_overlap(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Reduce after the backward: a bucket with gradients for only some parameters never becomes ready."""
-    before = model.ddp_config.overlap_grad_reduce
-    model.ddp_config.overlap_grad_reduce = False
+    settings = chunks[0].ddp_config  # shared by all
+    before = settings.overlap_grad_reduce
+    settings.overlap_grad_reduce = False
     try:
         yield
     finally:
-        model.ddp_config.overlap_grad_reduce = before
+        settings.overlap_grad_reduce = before
 
 
 @contextmanager
-def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter]) -> Iterator[None]:
+def _training_only(trainable: Trainable, only: Collection[nn.Parameter]) -> Iterator[None]:
     """Freeze all other parameters, so that no backward runs below the first of ``only``.
 
     With full recomputation the embedding keeps its gradient: Megatron's checkpoint function gives the layers
     within it gradients only if its input requires one.
     """
     kept = set(only)
-    if model.config.recompute_granularity == "full":
-        kept |= {p for name, p in model.named_parameters() if "embedding" in name}
-    frozen = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    chunks = trainable.chunks
+    if chunks[0].config.recompute_granularity == "full":
+        kept |= {p for chunk in chunks for name, p in chunk.named_parameters() if "embedding" in name}
+    frozen = [p for p in trainable.parameters() if p.requires_grad and p not in kept]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with _without_overlap(model):
+        with _without_overlap(chunks), trainable.parameters_gathered():
             yield
     finally:
         for parameter in frozen:
