@@ -79,6 +79,10 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         batch_p2p_sync=False,
+        # Interleaved, two stages exchange tensors in both directions at once, and a batch of messages between
+        # two ranks matches by order alone.
+        batch_p2p_comm=virtual is None,
+        overlap_p2p_comm=virtual is not None,
         calculate_per_token_loss=True,  # gradients are sums, over microbatches and over data ranks
         **recompute,
     )
