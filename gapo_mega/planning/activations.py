@@ -19,7 +19,8 @@ bytes of the compute type (2 for bf16, 4 for fp32):
     MLP         5 e B T f / t                gate and up, silu, up + 0, product
 
 Full recomputation keeps e B T d a layer. A pipeline stage holds ``min(pipeline - stage, microbatches)``
-microbatches at once, with the tensors that it received and sent. On the last stage the loss takes, with V
+microbatches at once (interleaved: chunks of them, see ``schedule.py``), with the tensors that it received and
+sent. On the last stage the loss takes, with V
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
 
     e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
@@ -52,6 +53,7 @@ from dataclasses import dataclass
 
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
 FP32 = 4
@@ -148,22 +150,24 @@ def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches:
     ``microbatches``: of a minibatch. ``shared``: one graph is kept for the backwards of all objectives.
     """
     sizes = sizes_of(config, shape)
-    pipeline = config.parallel.pipeline
-    model = _Pass(
-        sizes,
-        config.model.recompute,
-        shape.num_layers // pipeline,
-        receives=stage > 0,
-        sends=stage < pipeline - 1,
-        shared=shared,
-    )
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    chunks = [
+        _Pass(
+            sizes,
+            config.model.recompute,
+            shape.num_layers // pipeline // virtual,
+            receives=stage > 0 or number > 0,
+            sends=stage < pipeline - 1 or number < virtual - 1,
+            shared=shared,
+        )
+        for number in range(virtual)
+    ]
     counter = Counter()
     counter.hold(sizes.item * max(sizes.scores, sizes.gathered))  # Megatron's buffer, allocated once
-    if stage > 0 and microbatches > 1:  # received for and sent after the microbatch before
+    if (stage > 0 or virtual > 1) and microbatches > 1:  # received for and sent after the microbatch before
         counter.hold(2 * sizes.item * sizes.residual)
-    for _ in range(min(pipeline - stage, microbatches)):
-        model.forward(counter)
-    model.backward(counter)
+    for forward, number in schedule(pipeline, virtual, stage, microbatches):
+        chunks[number].forward(counter) if forward else chunks[number].backward(counter)
     return counter.peak
 
 

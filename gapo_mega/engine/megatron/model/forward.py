@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.planning.schedule import microbatch_group
 from gapo_mega.types import AnyBatch
 
 # (model output on the last stage, microbatch) -> scalar loss, already divided by the global token count, so
@@ -36,17 +37,6 @@ def sequence_multiple(model: nn.Module) -> int:
     """The ``multiple`` that ``run_model`` needs for this model."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
-
-
-def microbatch_group(microbatches: int, pipeline: int) -> int:
-    """How many microbatches pass through a chunk before any passes through the next one.
-
-    The fewest that the interleaved schedule accepts, because those in flight hold memory: at least as many as
-    stages, as must be left for the last group. A multiple of ``pipeline`` goes in groups of ``pipeline``.
-    """
-    assert microbatches >= pipeline
-    sizes = range(pipeline, microbatches + 1)
-    return next(n for n in sizes if microbatches % n == 0 or microbatches % n >= pipeline)
 
 
 def _schedule(

@@ -9,7 +9,8 @@ import pytest
 from tests.helpers.ranks.check_checkpoint import check
 from tests.helpers.ranks.launch import launch
 
-# Layouts are [tensor, pipeline] or [tensor, pipeline, virtual_pipeline]; data parallelism takes the rest of four ranks.
+# Layouts are [tensor, pipeline] or [tensor, pipeline, virtual_pipeline]; data parallelism takes the rest of
+# four ranks.
 CASES: dict[str, dict[str, Any]] = {
     "TP2xDP2": {"save": [2, 1], "load": [[2, 2], [1, 2], [1, 1]]},
     "TP2xDP2-bf16": {"save": [2, 1], "load": [[2, 2], [1, 1]], "dtype": "bf16"},
