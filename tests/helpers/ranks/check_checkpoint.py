@@ -57,8 +57,8 @@ class Run:
         self.vocab: int = args.get("vocab", 256)
         shape = ModelShape(
             family="llama", num_layers=args.get("layers", 2), hidden=args.get("hidden", 24), ffn=40,
-            heads=4, kv_groups=2, head_dim=6, vocab=self.vocab, tied=args.get("tied", False), rope_theta=10000.0, norm_eps=1e-5,
-            qkv_bias=True, max_positions=64,
+            heads=4, kv_groups=2, head_dim=6, vocab=self.vocab, tied=args.get("tied", False),
+            rope_theta=10000.0, norm_eps=1e-5, qkv_bias=True, max_positions=64,
         )  # fmt: skip
         model = ModelConfig(path="unused", dtype=args.get("dtype", "fp32"))
         parallel = ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, virtual_pipeline=virtual)

@@ -14,6 +14,7 @@ from tests.helpers.tiny import tiny_llama
 
 SGD = {"name": "sgd", "distributed": False, "lr": 0.05}
 ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
+GATHER = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 OPTIMIZERS = {"sgd": SGD, "adam": ADAM}
 TP2, PP2, DP = {"tensor": 2}, {"pipeline": 2}, {}
 TP2PP2 = {"tensor": 2, "pipeline": 2}
@@ -65,7 +66,7 @@ def cases() -> list[Case]:
         for optimizer in OPTIMIZERS
     ]
     overlap = (("optimizer", {"overlap_grad_reduce": True}),)
-    gather = (("optimizer", {"overlap_grad_reduce": True, "overlap_param_gather": True}),)
+    gather = (("optimizer", GATHER),)
     return [
         *found,
         *interleaved_cases(),
@@ -83,6 +84,10 @@ def cases() -> list[Case]:
 
 def interleaved_cases() -> list[Case]:
     """Several chunks of layers a stage; layer 1 and 2 lie on different stages, as in every other layout."""
+    full, selective = ({"model": {"recompute": kind}} for kind in ("full", "selective"))
+    plain, overlap = {"optimizer": {"distributed": False}}, {"optimizer": {"overlap_grad_reduce": True}}
+    gather = {"optimizer": GATHER}
+    sequence = {**TP2, "sequence_parallel": True}
     table: list[tuple[str, int, dict[str, Any], str, str, str, dict[str, Any], dict[str, Any]]] = [
         ("PP2", 2, {}, "untied", "sgd", "full", {}, {}),
         ("PP2", 2, {}, "tied", "sgd", "full", {}, {}),
@@ -97,9 +102,9 @@ def interleaved_cases() -> list[Case]:
             "sgd",
             "full",
             {},
-            {"model": {"recompute": "full"}},
+            full,
         ),
-        ("PP2xDP2-overlap", 4, {}, "tied", "adam", "full", {}, {"optimizer": {"overlap_grad_reduce": True}}),
+        ("PP2xDP2-overlap", 4, {}, "tied", "adam", "full", {}, overlap),
         (
             "PP2xDP2-gather",
             4,
@@ -108,9 +113,9 @@ def interleaved_cases() -> list[Case]:
             "adam",
             "full",
             {},
-            {"optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+            gather,
         ),
-        ("PP2xDP2-plain", 4, {}, "tied", "adam", "full", {}, {"optimizer": {"distributed": False}}),
+        ("PP2xDP2-plain", 4, {}, "tied", "adam", "full", {}, plain),
         ("PP2-single", 2, {}, "untied", "sgd", "full", {"store": "single"}, {}),
         ("PP2xDP2-adam-metric", 4, {}, "tied", "adam", "adam", {}, {}),
         ("PP2-last_layer", 2, {}, "tied", "adam", "last_layer", {}, {}),
@@ -122,9 +127,9 @@ def interleaved_cases() -> list[Case]:
             "adam",
             "last_block",
             {},
-            {"model": {"recompute": "full"}},
+            full,
         ),
-        ("PP2-layers-selective", 2, {}, "tied", "adam", "layers", {}, {"model": {"recompute": "selective"}}),
+        ("PP2-layers-selective", 2, {}, "tied", "adam", "layers", {}, selective),
         (
             "PP2xDP2-layers-gather",
             4,
@@ -133,7 +138,7 @@ def interleaved_cases() -> list[Case]:
             "adam",
             "layers",
             {},
-            {"optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+            gather,
         ),
         # Eight microbatches over three stages: groups of four.
         ("PP3", 3, {"pipeline": 3}, "six_layers", "sgd", "full", {}, {"micro_batch_size": 1}),
