@@ -99,8 +99,7 @@ class Run:
                 trainable = self.trainables[name]
                 trainable.zero_grad()
                 local = forward_backward(trainable.chunks, batches, loss)
-                assert trainable.optimizer.step()[0]
-                trainable.scheduler.step(1)
+                trainable.step()
                 total += float(self.groups.sum_over_data(self.groups.from_last_stage(local)))
         return total
 
@@ -116,6 +115,7 @@ class Run:
         """Copies of everything on this rank that a step changes."""
         found: list[Tensor] = []
         for trainable in self.trainables.values():
+            trainable.gather_parameters()
             found += [p.detach().clone() for p in trainable.parameters()]
             for state in trainable.optimizer.optimizer.state.values():
                 found += [value.clone() for _, value in sorted(state.items())]
@@ -126,6 +126,7 @@ class Run:
         """Per parameter and optimizer tensor: [sum, sum of squares, maximum, minimum] over all ranks."""
         local: dict[str, list[float]] = {}
         for prefix, trainable in self.trainables.items():
+            trainable.gather_parameters()
             for name, tensor in _own_tensors(trainable, self.groups.layout.data_rank):
                 wide = tensor.detach().double()
                 local[f"{prefix}.{name}"] = [
