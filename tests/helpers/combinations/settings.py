@@ -39,11 +39,12 @@ TOP_K, PENALTY = 100, 1.3
 
 
 class Layout(NamedTuple):
-    """Ranks, and how many of them tensor and pipeline parallelism take."""
+    """Ranks, how many of them tensor and pipeline parallelism take, and the chunks of a pipeline stage."""
 
     ranks: int
     tensor: int
     pipeline: int
+    virtual: int = 1
 
     @property
     def data(self) -> int:
@@ -59,6 +60,9 @@ LAYOUTS = {
     "TP2xPP2": Layout(4, 2, 2),
     "TP2xDP2": Layout(4, 2, 1),
     "PP2xDP2": Layout(4, 1, 2),
+    "PP2-interleaved": Layout(2, 1, 2, 2),
+    "TP2xPP2-interleaved": Layout(4, 2, 2, 2),
+    "PP2xDP2-interleaved": Layout(4, 1, 2, 2),
 }
 # Layers 1 and 2 lie on both sides of a pipeline's cut; 0 and 2 have layers out of scope between and behind.
 SCOPES: dict[str, str | list[list[int]]] = {
@@ -79,6 +83,7 @@ class Setting:
     sequence_parallel: str
     distributed: str
     overlap_grad_reduce: str
+    overlap_param_gather: str
     recompute: str
     tied: str
     microbatches: str
@@ -102,6 +107,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "sequence_parallel": ON_OFF,
     "distributed": ON_OFF,
     "overlap_grad_reduce": ON_OFF,
+    "overlap_param_gather": ON_OFF,
     "recompute": ("none", "selective", "full"),
     "tied": ON_OFF,
     "microbatches": ("one", "several"),
@@ -186,11 +192,11 @@ def config_of(setting: Setting, model: str) -> Config:
         steps=4,
         micro_batch_size=rows if setting.microbatches == "one" else SEVERAL,
         model=_model(model, setting.dtype, setting.recompute),
-        parallel=_parallel(layout.tensor, layout.pipeline, setting.sequence_parallel),
+        parallel=_parallel(layout.tensor, layout.pipeline, layout.virtual, setting.sequence_parallel),
         data=DataConfig(source="unused", max_prompt_tokens=8),
         rollout=_rollout(setting.temperature, setting.sampling),
         objectives=_objectives(),
-        optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce),
+        optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce, setting.overlap_param_gather),
         gradients=_gradients(
             setting.store, setting.store_dtype, setting.forward, setting.scope, setting.metric
         ),
@@ -237,12 +243,14 @@ def _model(path: str, dtype: str, recompute: str) -> ModelConfig:
 
 
 @_once
-def _parallel(tensor: int, pipeline: int, sequence: str) -> ParallelConfig:
-    return ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence == "true")
+def _parallel(tensor: int, pipeline: int, virtual: int, sequence: str) -> ParallelConfig:
+    return ParallelConfig(
+        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, sequence_parallel=sequence == "true"
+    )
 
 
 @_once
-def _optimizer(distributed: str, overlap: str) -> OptimizerConfig:
+def _optimizer(distributed: str, reduce: str, gather: str) -> OptimizerConfig:
     return OptimizerConfig(
         name="adam",
         lr=RATE,
@@ -253,7 +261,8 @@ def _optimizer(distributed: str, overlap: str) -> OptimizerConfig:
         eps=EPS,
         clip_grad=CLIP,
         distributed=distributed == "true",
-        overlap_grad_reduce=overlap == "true",
+        overlap_grad_reduce=reduce == "true",
+        overlap_param_gather=gather == "true",
     )
 
 
