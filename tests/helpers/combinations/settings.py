@@ -57,10 +57,10 @@ LAYOUTS = {
     "TP2": Layout(2, 2, 1),
     "PP2": Layout(2, 1, 2),
     "DP2": Layout(2, 1, 1),
+    "PP2-interleaved": Layout(2, 1, 2, 2),
     "TP2xPP2": Layout(4, 2, 2),
     "TP2xDP2": Layout(4, 2, 1),
     "PP2xDP2": Layout(4, 1, 2),
-    "PP2-interleaved": Layout(2, 1, 2, 2),
     "TP2xPP2-interleaved": Layout(4, 2, 2, 2),
     "PP2xDP2-interleaved": Layout(4, 1, 2, 2),
 }

@@ -54,6 +54,7 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
 
     ``folder``: for the time being; whoever made it also clears away what a time limit leaves behind.
     """
+    engine.policy.gather_parameters()
     kept = [parameter.detach().clone() for parameter in engine.policy.parameters()]
     if key is not None:
         _copy_(engine, adam_state(engine, key))
