@@ -51,7 +51,7 @@ class TestSettings:
             ]
         )
         found = combinations(shape, where)
-        assert found.total == 10 * 2**7 * 5 * 2 == len(found.valid) + sum(found.refused.values())
+        assert found.total == 10 * 3 * 2**5 * 5 * 2 == len(found.valid) + sum(found.refused.values())
         # By what can be combined (docs/gradients.md), for each of 5 kinds of reduction (parameters
         # are gathered late only where the optimizer is distributed and gradients are reduced early): without
         # a pipeline (4 layouts), with one (3), which has no shared forward, and with an interleaved one (3),

@@ -82,8 +82,7 @@ class Setting:
     layout: str
     sequence_parallel: str
     distributed: str
-    overlap_grad_reduce: str
-    overlap_param_gather: str
+    overlap: str
     recompute: str
     tied: str
     microbatches: str
@@ -106,8 +105,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layout": tuple(LAYOUTS),
     "sequence_parallel": ON_OFF,
     "distributed": ON_OFF,
-    "overlap_grad_reduce": ON_OFF,
-    "overlap_param_gather": ON_OFF,
+    "overlap": ("none", "reduce", "reduce_and_gather"),  # of communication with passes
     "recompute": ("none", "selective", "full"),
     "tied": ON_OFF,
     "microbatches": ("one", "several"),
@@ -196,7 +194,7 @@ def config_of(setting: Setting, model: str) -> Config:
         data=DataConfig(source="unused", max_prompt_tokens=8),
         rollout=_rollout(setting.temperature, setting.sampling),
         objectives=_objectives(),
-        optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce, setting.overlap_param_gather),
+        optimizer=_optimizer(setting.distributed, setting.overlap),
         gradients=_gradients(
             setting.store, setting.store_dtype, setting.forward, setting.scope, setting.metric
         ),
@@ -250,7 +248,7 @@ def _parallel(tensor: int, pipeline: int, virtual: int, sequence: str) -> Parall
 
 
 @_once
-def _optimizer(distributed: str, reduce: str, gather: str) -> OptimizerConfig:
+def _optimizer(distributed: str, overlap: str) -> OptimizerConfig:
     return OptimizerConfig(
         name="adam",
         lr=RATE,
@@ -261,8 +259,8 @@ def _optimizer(distributed: str, reduce: str, gather: str) -> OptimizerConfig:
         eps=EPS,
         clip_grad=CLIP,
         distributed=distributed == "true",
-        overlap_grad_reduce=reduce == "true",
-        overlap_param_gather=gather == "true",
+        overlap_grad_reduce="reduce" in overlap,
+        overlap_param_gather="gather" in overlap,
     )
 
 

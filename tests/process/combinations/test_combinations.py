@@ -27,7 +27,7 @@ CHANGES = [
         "scope": "layers_0,2",
         "temperature": "0.7",
     },
-    {"layout": "DP2", "overlap_grad_reduce": "true", "scope": "last_block", "recompute": "selective"},
+    {"layout": "DP2", "overlap": "reduce", "scope": "last_block", "recompute": "selective"},
     {
         "layout": "PP2-interleaved",
         "microbatches": "several",
@@ -39,8 +39,7 @@ CHANGES = [
     {
         "layout": "DP2",
         "distributed": "true",
-        "overlap_grad_reduce": "true",
-        "overlap_param_gather": "true",
+        "overlap": "reduce_and_gather",
         "forward": "shared",
         "microbatches": "several",
     },
