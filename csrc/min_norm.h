@@ -206,6 +206,14 @@ GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Cand
     if (fabs(c.v[i]) > largest) largest = fabs(c.v[i]);
   }
   if (least < -1e-3 * largest) return true;
+  // A row that is orthogonal to all members has no summands of its own: beside it, the rounding of
+  // a level that should be 0 would decide. So that level is measured by the members' summands.
+  double summands = 0.0;
+  for (int j = 0; j < c.size; ++j) {
+    for (int k = 0; k < c.size; ++k)
+      summands += fabs(s.c[c.member[j]][c.member[k]] * c.v[j] * c.v[k]);
+  }
+  const double noise = kNoise * summands;
   for (int i = 0; i < s.m; ++i) {
     if (support >> i & 1u) continue;
     double y = 0.0;
@@ -215,8 +223,9 @@ GAPO_HD bool is_clearly_wrong(const Scaled<Max>& s, uint32_t support, const Cand
       y += product;
       size += fabs(product);
     }
-    const double share = c.v[c.size] * power_of_two(c.reference - s.exponent[i]);
-    if (y - share < -1e-3 * (size + fabs(share))) return true;
+    const double unit = power_of_two(c.reference - s.exponent[i]);
+    const double share = c.v[c.size] * unit;
+    if (y - share < -1e-3 * (size + fmax(fabs(share), noise * unit))) return true;
   }
   return false;
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.advantages.base import AdvantageEstimator
-from gapo_mega.advantages.rewards import finite_advantages, kl_returns, score_returns
+from gapo_mega.advantages.rewards import kl_returns, score_returns
 from gapo_mega.types import Experience
 
 Baseline = Literal["leave_one_out", "mean"]
@@ -120,6 +120,6 @@ class Group(AdvantageEstimator):
         dtype = experience.token_rewards_MBT.dtype
         return replace(
             experience,
-            advantages_MBT=finite_advantages(advantages_MB.to(dtype), experience)[:, :, None] * mask_BT,
+            advantages_MBT=torch.where(mask_BT, advantages_MB.to(dtype)[:, :, None], 0.0),
             returns_MBT=(score_MB + kl_MB).to(dtype)[:, :, None] * mask_BT,
         )

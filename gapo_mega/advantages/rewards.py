@@ -65,19 +65,6 @@ def kl_returns(experience: Experience) -> Tensor:
     return torch.where(mask_BT, experience.token_rewards_MBT.double() - scores_MBT, 0.0).sum(dim=2)
 
 
-def finite_advantages(advantages_MB: Tensor, experience: Experience) -> Tensor:
-    """``advantages_MB``, or ``ValueError`` where finite scores gave one that is not finite."""
-    wrong_MB = advantages_MB.isinf() & experience.scores_MB.isfinite()
-    if bool(wrong_MB.any()):
-        m, b = wrong_MB.nonzero()[0].tolist()
-        raise ValueError(
-            f"advantages: found the score {float(experience.scores_MB[m, b])} of objective {m} in row {b}, "
-            f"whose advantage is {float(advantages_MB[m, b])}, accepted: differences of scores within "
-            f"{advantages_MB.dtype}"
-        )
-    return advantages_MB
-
-
 def _is_last(mask_BT: Tensor) -> Tensor:
     """True on the last response token of each row that has one."""
     position_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)

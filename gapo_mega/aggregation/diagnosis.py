@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapo_mega.aggregation.base import cosine_matrix, zero_objectives
 
-# (G w)_i is a sum of terms of either sign; a result below this share of their size is rounding.
+# Inner products and (G w)_i are sums of terms of either sign: below this share of their size, rounding.
 _ROUNDING = 1e-12
 
 
@@ -56,7 +56,7 @@ def diagnose(gram: Tensor, weights: Tensor) -> Diagnosis:
         predicted_change=predicted_change,
         direction_norm=float((weights @ predicted_change).clamp(min=0).sqrt()),
         corner=bool((active & (weights == 0)).any()),
-        opposed=bool((gram < 0).any()),
+        opposed=bool((gram < -_ROUNDING * norms[:, None] * norms).any()),
         excluded=excluded,
         hurt=(predicted_change < -rounding).nonzero().flatten().tolist(),
     )

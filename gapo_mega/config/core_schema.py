@@ -18,6 +18,9 @@ _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _MOST = 100_000
+# Version 1.1, and so PyYAML, ends a line at these, and folds the spaces around; version 1.2 does not.
+_NO_BREAKS = ("\x85", "\u2028", "\u2029")
+_PRIVATE = range(0xE000, 0xF900)  # characters that nobody has given a meaning
 # The order matters: an integer also looks like a float.
 _SCALARS: dict[str, re.Pattern[str]] = {
     "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
@@ -156,6 +159,14 @@ def _builder(kind: str) -> Callable[[yaml.SafeLoader, Any], Any]:
     return build
 
 
+def _text(loader: _Loader, node: Any) -> str:
+    text = str(loader.construct_yaml_str(node))
+    for character, stand_in in loader.stand_ins.items():
+        text = text.replace(stand_in, character)
+    # JSON spells characters beyond U+FFFF as two escapes.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
 def _unknown(loader: yaml.SafeLoader, node: Any) -> Any:
     raise _error(
         f"found the tag {node.tag.replace(_TAG, '!!')}, accepted: none (or a text in quotes)",
@@ -169,14 +180,18 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _OF_1_2
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         **{f"{_TAG}{kind}": _builder(kind) for kind in _BUILDERS},
-        f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
+        f"{_TAG}str": _text,
         f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
         f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
         None: _unknown,
     }
 
     def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+        # Not there as they are, nor by an escape.
+        folded = stream.lower()
+        spare = (chr(code) for code in _PRIVATE if chr(code) not in stream and f"{code:x}" not in folded)
+        self.stand_ins = dict(zip(_NO_BREAKS, spare, strict=False))
+        super().__init__(stream.translate({ord(end): stand_in for end, stand_in in self.stand_ins.items()}))
         self._open: set[str] = set()  # anchors of the mappings and lists that are being read
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:

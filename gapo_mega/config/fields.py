@@ -31,8 +31,15 @@ def _resolved(reference: str, info: ValidationInfo) -> str:
 Code = Annotated[str, AfterValidator(_resolved)]
 
 
+def _named(path: str) -> str:
+    # The empty name would be the working directory.
+    if not path.strip() or "\0" in path:
+        raise PydanticCustomError("path", "a name")
+    return expanded(path)
+
+
 # A file or directory; for models and data it may also be a hub name, which never begins with ~.
-LocalPath = Annotated[str, AfterValidator(expanded)]
+LocalPath = Annotated[str, AfterValidator(_named)]
 
 
 def _template(text: str) -> str:

@@ -26,6 +26,8 @@ Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 # Where settings of a training run have moved; files and overrides may still use the old name.
 MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
@@ -73,7 +75,7 @@ def parse(
     _refuse_both(overrides, told)
     for old, new in told.items():
         logger.warning("%s is now %s", old, new)
-    _refuse_infinite(data, applied, source)
+    _refuse_unusable(data, applied, source)
     here = Path.cwd()
     folders = [here] if folder is None or here == here / folder else [here, here / folder]
     try:
@@ -189,14 +191,19 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
     raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
 
 
-def _refuse_infinite(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
-    """``ValueError`` for the first number of ``data``, at any depth, that is not finite."""
+def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
+    """``ValueError`` for the first number of ``data`` that is not finite, or text that no file can hold."""
     for location, value in _leaves(data, ()):
+        accepted = None
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{'.'.join(map(str, location))}: found {value}, accepted: a finite number "
-                f"({_origin(location, applied, source)})"
-            )
+            found, accepted = str(value), "a finite number"
+        elif isinstance(value, str) and _SURROGATE.search(value):
+            # Half a character, escaped; or a byte of the command line that is no UTF-8.
+            found, accepted = ascii(value)[:80], "UTF-8 text"
+        if accepted is not None:
+            origin = _origin(location, applied, source).encode("ascii", "backslashreplace").decode()
+            where = ".".join(map(str, location))
+            raise ValueError(f"{where}: found {found}, accepted: {accepted} ({origin})")
 
 
 def _leaves(data: Any, location: Location) -> Iterator[tuple[Location, Any]]:
@@ -212,12 +219,21 @@ def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]
     details = error.errors(include_url=False)
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    more = f"; {len(details) - 1} more after this one" if len(details) > 1 else ""
-    return _sentence(first, kind) + more, first["loc"]
+    # A value of one of several types has a complaint of each; together they say what is accepted.
+    place = _place(first["loc"])
+    same = [d for d in details if _place(d["loc"]) == place]
+    rest = len(details) - len(same)
+    more = f"; {rest} more after this one" if rest else ""
+    return " or ".join([_sentence(first, kind), *map(_accepted, same[1:])]) + more, place
+
+
+def _place(location: Location) -> Location:
+    """``location`` without the types that pydantic tried."""
+    return tuple(part for part in location if isinstance(part, int) or not _TYPE.search(part))
 
 
 def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
-    location = detail["loc"]
+    location = _place(detail["loc"])
     path = ".".join(map(str, location))
     if detail["type"] == "extra_forbidden":
         section = _section(location[:-1], kind)
@@ -237,8 +253,14 @@ def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
         return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: a mapping with the keys " + (
             _listed(_section(location, kind))
         )
-    accepted = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
-    return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {accepted}"
+    return f"{path or 'config'}: found {_shown(detail['input'])}, accepted: {_accepted(detail)}"
+
+
+def _accepted(detail: ErrorDetails) -> str:
+    message = str(detail["msg"])
+    for beginning in ("Input should be ", "String should ", "List should have "):
+        message = message.removeprefix(beginning)
+    return message
 
 
 def _section(location: Location, kind: type[Section]) -> type[BaseModel]:

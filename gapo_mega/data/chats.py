@@ -11,7 +11,7 @@ from gapo_mega.config.supervised import ChatData
 from gapo_mega.data import transcripts
 from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
 from gapo_mega.data.json_rows import Row
-from gapo_mega.data.messages import Messages, conversation
+from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
 from gapo_mega.types import Message
 
@@ -87,11 +87,14 @@ def _detected(data: ChatData, table: Table) -> str:
 def _answered(prompt: Messages, response: Any) -> Messages:
     if not isinstance(response, str):
         raise Unusable("malformed")
+    check_no_list(response, "the response")
     return (*prompt, {"role": "assistant", "content": response})
 
 
 def _spoken(cell: Any, column: str) -> Messages:
     """A list of messages or a transcript: a text that is none has no answer to learn."""
+    if isinstance(cell, str):
+        check_no_list(cell, column)
     if isinstance(cell, str) and not transcripts.is_transcript(cell):
         raise Unusable("malformed")
     return conversation(cell, column)

@@ -6,6 +6,9 @@ user; a list holds ``{role, content}`` messages. What would be lost, as tool cal
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +17,7 @@ from gapo_mega.types import Message
 
 Messages = tuple[Message, ...]
 
+_LIST_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"']")
 ROLES = ("system", "user", "assistant")
 KEYS = ("role", "content")
 
@@ -33,6 +37,7 @@ def conversation(cell: Any, column: str) -> Messages:
     :class:`Lossy` for keys other than role and content, and for content that is not a text alone.
     """
     if isinstance(cell, str):
+        check_no_list(cell, column)
         return parse_transcript(cell) or (of_user(cell),)
     if not isinstance(cell, list) or not cell:
         raise Malformed(f"found {_shown(cell)} in {column!r}")
@@ -59,6 +64,23 @@ def turns_fault(messages: Sequence[Message], last: str) -> str | None:
     if not turns or not in_turn(turns) or turns[-1]["role"] != last:
         return "turns out of order"
     return None if all(m["content"].strip() for m in messages) else "empty"
+
+
+def check_no_list(text: str, column: str) -> None:
+    """Raise :class:`Lossy` for a text that is a list of messages written out, as exports to CSV have them."""
+    if not _LIST_AS_TEXT.match(text):
+        return
+    try:
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = ast.literal_eval(text.strip())  # str() of such a list
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return
+    except RecursionError:
+        return
+    if isinstance(found, list) and all(isinstance(item, dict) and "role" in item for item in found):
+        raise Lossy(f"found a list of messages as one text in {column!r}, accepted: the list itself")
 
 
 def check_roles(messages: Sequence[Message], column: str) -> None:

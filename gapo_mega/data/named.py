@@ -67,6 +67,8 @@ def read_named(
             found = "no such directory" if not directory.is_file() else "a file with another ending"
             raise ValueError(f"{wanted.parameter}: found {wanted.name!r}, accepted: {_accepted()} ({found})")
         return _loaded(wanted, _Place(wanted.name, wanted.subset, None), limit)
+    if _is_saved(directory):
+        return _saved(wanted, directory, limit)
     scratch = Path(tempfile.mkdtemp(prefix="gapo-mega-data-"))
     rows: Sequence[dict[str, Any]] = []
     try:
@@ -78,6 +80,39 @@ def read_named(
         else:  # rows are read from there as long as somebody has them
             weakref.finalize(rows, shutil.rmtree, scratch, ignore_errors=True)
     return columns, rows
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether ``save_to_disk`` wrote it; ``load_dataset`` would also read what ``map`` leaves there."""
+    return any((directory / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(
+    wanted: NamedSplit, directory: Path, limit: int | None
+) -> tuple[Sequence[str], Sequence[dict[str, Any]]]:
+    """Rows of a split that ``save_to_disk`` wrote; a data set without splits is one, as a file is."""
+    from datasets import DatasetDict, load_from_disk
+
+    if wanted.subset is not None:
+        raise ValueError(
+            f"{wanted.subset_parameter}: found {wanted.subset!r} with {wanted.name!r}, which save_to_disk "
+            "has written; accepted: null"
+        )
+    try:
+        found = load_from_disk(str(directory.resolve()))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{wanted.parameter}: found {wanted.name!r}, accepted: a directory as save_to_disk writes it "
+            f"({_first(error)})"
+        ) from None
+    splits = sorted(found) if isinstance(found, DatasetDict) else [str(found.split or wanted.split)]
+    if wanted.split not in splits:
+        raise ValueError(
+            f"{wanted.split_parameter}: found {wanted.split!r}, accepted for {wanted.name!r}: "
+            f"{', '.join(splits)}"
+        )
+    table = found[wanted.split] if isinstance(found, DatasetDict) else found
+    return table.column_names, table if limit is None else list(islice(table, limit))
 
 
 def _loaded(

@@ -11,7 +11,7 @@ from gapo_mega.config.supervised import PreferenceData
 from gapo_mega.data import transcripts
 from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
 from gapo_mega.data.json_rows import Row
-from gapo_mega.data.messages import Messages, conversation
+from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
 from gapo_mega.types import Message
 
@@ -71,9 +71,11 @@ def pair_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
         tell_unread(table, read)
         return lambda row: _hh_pair(data, row)
     first = _first(table, data.chosen_column)
-    if isinstance(first, str) and not transcripts.is_transcript(first):
+    if _is_response(first):
         check_column("data.prompt_column", data.prompt_column, table)
-    tell_unread(table, [*read, data.prompt_column])
+    # Whole conversations have their prompt in them.
+    whole = not _is_response(first) and not (isinstance(first, list) and len(first) == 1)
+    tell_unread(table, read if whole else [*read, data.prompt_column])
     return lambda row: _columns_pair(data, row)
 
 
@@ -169,6 +171,8 @@ def _pair_of_conversations(chosen: Messages, rejected: Messages) -> Pair:
 def _pair(prompt: Messages, chosen: Any, rejected: Any) -> Pair:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise Unusable("malformed")
+    check_no_list(chosen, "the chosen response")
+    check_no_list(rejected, "the rejected response")
     check_turns(prompt, last="user")
     if not chosen.strip() or not rejected.strip():
         raise Unusable("empty")

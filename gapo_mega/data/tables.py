@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from gapo_mega.data.json_rows import Row, json_rows
 from gapo_mega.data.named import NamedSplit, is_hub_name, read_named
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 SPLIT_COLUMN = "split"
+_PART = re.compile(r"[\[+]")  # in datasets' names of splits: train[:10%], train+test
+_SHOWN = 5  # rows that the log names
 _AT_ONCE = 1000  # rows of a parquet file that are turned into Python objects together
 
 __all__ = [
@@ -65,8 +68,17 @@ class Table:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        """Numbers and rows."""
-        return zip(self.numbers, self.rows, strict=True)
+        """Numbers and rows. Raises ``ValueError`` for a row that is no UTF-8; ``datasets`` decodes late."""
+        numbers = iter(self.numbers)
+        try:
+            yield from zip(numbers, self.rows, strict=True)
+        except UnicodeDecodeError as error:
+            found = f"found the byte 0x{error.object[error.start]:02x}, accepted: UTF-8 text"
+            raise ValueError(f"{self.place(self._after(numbers))}: {found}") from None
+
+    def _after(self, rest: Iterator[int]) -> int:
+        """The number that was taken last, where ``rest`` are those that were not."""
+        return self.numbers[len(self.numbers) - sum(1 for _ in rest) - 1]
 
     def place(self, number: int) -> str:
         """What errors call a row."""
@@ -132,7 +144,7 @@ def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
         table = _split(source, numbered, limit)
     except _NoSuchSplit as error:
         raise ValueError(str(error)) from None
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, OSError, EOFError, OverflowError, zlib.error) as error:
         kind = next(end for end in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(end))
         reason = " ".join(str(error).split())
         raise ValueError(f"{shown} not readable as {kind}: {reason}") from None
@@ -150,12 +162,15 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
     rows: list[Row] = []
     numbers: list[int] = []
     marks: set[str] = set()
+    unmarked: list[int] = []
     for number, row in numbered:
         if SPLIT_COLUMN in row and SPLIT_COLUMN not in columns:  # the rows before it have no mark
             rows.clear()
             numbers.clear()
         columns |= dict.fromkeys(row)
         marks.add(str(row.get(SPLIT_COLUMN)))
+        if row.get(SPLIT_COLUMN) is None:
+            unmarked.append(number)
         if SPLIT_COLUMN not in columns or row.get(SPLIT_COLUMN) == source.split:
             rows.append(row)
             numbers.append(number)
@@ -166,6 +181,16 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
             f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: "
             f"{', '.join(sorted(marks))}"
         )
+    if SPLIT_COLUMN not in columns and _PART.search(source.split):
+        raise _NoSuchSplit(
+            f"{source.split_parameter}: found {source.split!r}, accepted for the file {source.name!r}: a "
+            "name (a file has no parts of a split)"
+        )
+    if SPLIT_COLUMN in columns and unmarked:
+        logger.warning(
+            "%s: left out %d rows without a value of %r, which others have: rows %s",
+            source, len(unmarked), SPLIT_COLUMN, ", ".join(map(str, unmarked[:_SHOWN])),
+        )  # fmt: skip
     return Table(source, list(columns), rows, numbers)
 
 
@@ -178,5 +203,27 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"the column {twice[0]!r} is there twice")
-        batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_AT_ONCE))
-        yield from enumerate(chain.from_iterable(batches), start=1)
+        done = 0
+        for batch in file.iter_batches(batch_size=_AT_ONCE):
+            try:
+                rows = batch.to_pylist()
+            except (UnicodeDecodeError, OverflowError):
+                raise _unreadable_cell(batch, done) from None
+            yield from enumerate(rows, start=done + 1)
+            done += len(rows)
+
+
+def _unreadable_cell(batch: Any, before: int) -> ValueError:
+    """An error that names the first cell of a ``pyarrow.RecordBatch`` that Python cannot hold."""
+    for row in range(batch.num_rows):
+        for name in batch.schema.names:
+            try:
+                batch.column(name)[row].as_py()
+            except UnicodeDecodeError as error:
+                found = f"the byte 0x{error.object[error.start]:02x}, accepted: UTF-8 text"
+            except OverflowError as error:
+                found = f"a value that Python cannot hold ({error})"
+            else:
+                continue
+            return ValueError(f"row {before + row + 1}: key {name!r}: found {found}")
+    raise AssertionError("some cell was not readable")

@@ -102,6 +102,11 @@ class SamplingParameters:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
 
+def generator_seed(seed: int) -> int:
+    """A seed that torch's generators take, which have 64 bits; one of fewer than 63 bits stays as it is."""
+    return seed if abs(seed) < 2**62 else seed % 2**62
+
+
 class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
 

@@ -137,6 +137,7 @@ def paired_summary(
     tiny = torch.finfo(torch.float32).tiny
     rounding_MN = _UNITS * unit * np.maximum(np.maximum(np.abs(before_MN), np.abs(after_MN)), tiny)
     equal_MN = np.abs(after_MN - before_MN) <= rounding_MN
+    equal_MN &= np.isfinite(rounding_MN)  # an infinite score is no rounding of the other
     if same_response is not None:
         equal_MN |= np.asarray(same_response, dtype=bool)
     after_MN = np.where(equal_MN, before_MN, after_MN)

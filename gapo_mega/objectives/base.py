@@ -40,6 +40,9 @@ class ScoreModelRequest:
     offload: bool
 
 
+# What Python can iterate over, and is no list of scores.
+_NO_SCORES = (str, bytes, bytearray, memoryview, Set, Mapping)
+
 # Token ids of conversations -> their scores, in order. Collective over the ranks of a replica.
 TokenScorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
@@ -92,8 +95,8 @@ class ObjectiveKind(ABC):
 
     def _numbers(self, result: object, count: int) -> list[float]:
         values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result
-        # A set has no order, and a mapping would give its keys.
-        if isinstance(values, str | bytes | Set | Mapping) or not isinstance(values, Iterable):
+        # A set has no order, a mapping would give its keys, and bytes their codes.
+        if isinstance(values, _NO_SCORES) or not isinstance(values, Iterable):
             kind = type(result).__name__
             raise self._error(f"found a result of type {kind}, accepted: a list of scores")
         items = list(values)

@@ -21,9 +21,11 @@ FROM_ENVIRONMENT = "env:"
 _HIDDEN = "***"
 _SHORTEST_SECRET = 4  # characters; a shorter piece of a credential is a common word
 _NAMES_A_CREDENTIAL = re.compile(
-    r"authori[sz]ation|authentication|token|secret|passw|cookie|credential|(^|[-_])(auth|api-?key|key)($|[-_])",
+    r"authori[sz]ation|authentication|token(?!s($|[-_]))|secret|passw|cookie|credential"
+    r"|(^|[-_])(auth|api-?key|key|sig|signature|jwt|pwd)($|[-_])",
     re.IGNORECASE,
 )
+_IS_A_CREDENTIAL = re.compile(r"(bearer|basic)\s+\S", re.IGNORECASE)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _USER_AND_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
@@ -64,7 +66,7 @@ class Credentials:
     def _value(self, name: str, value: str) -> str:
         if value.startswith(FROM_ENVIRONMENT):
             value = self._from_environment(name, value)
-        elif _NAMES_A_CREDENTIAL.search(name):
+        elif _NAMES_A_CREDENTIAL.search(name) or _IS_A_CREDENTIAL.match(value):
             raise self._error(
                 f"options: headers.{name}: found a value that is written out, accepted: 'env:NAME', the "
                 "value of an environment variable (a run keeps its configuration in its folder and report)"

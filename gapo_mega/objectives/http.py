@@ -15,7 +15,7 @@ from requests.exceptions import ChunkedEncodingError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader as InvalidAnswerHeader
-from urllib3.exceptions import MaxRetryError
+from urllib3.exceptions import LocationParseError, MaxRetryError
 from urllib3.util import parse_url
 
 from gapo_mega.config import ObjectiveConfig, Section
@@ -68,7 +68,13 @@ class HttpOptions(Section):
         if re.fullmatch(r"https?://[^\s/]+\S*", url) is None:
             found = without_password(url)
             raise ValueError(f"url: found {found!r}, accepted: http://HOST[:PORT]/PATH or https://...")
-        if parse_url(url).auth is not None:  # the configuration is written to the run's folder
+        try:
+            auth = parse_url(url).auth
+        except LocationParseError:
+            raise ValueError(
+                f"url: found {without_password(url)!r}, accepted: a host and a port of 0 to 65535"
+            ) from None
+        if auth is not None:  # the configuration is written to the run's folder
             raise ValueError("url: found a password in it, accepted: none (use headers with env:NAME)")
         parameter = credential_in_query(url)
         if parameter is not None:

@@ -25,7 +25,7 @@ from gapo_mega.ops.arguments import (
     parse_weight,
     pieces_of,
 )
-from gapo_mega.ops.in_place import require_apart, require_writable, written
+from gapo_mega.ops.in_place import require_apart, require_constant, require_writable, written
 
 
 class Status(IntEnum):
@@ -219,12 +219,14 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
         ``out``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, ``out``
-            or a row that requires grad while gradients are recorded (``torch.no_grad()`` ends that), or
-            weights on the host that are not finite, or whose largest is outside fp32's normal range.
+        ValueError: shapes, dtypes or devices that do not match, ``out`` that overlaps a row in part, ``out``,
+            a row or weights that require grad while gradients are recorded (``torch.no_grad()`` ends that),
+            or weights on the host that are not finite, or whose largest is outside fp32's normal range.
     """
     parsed = parse_rows("rows", rows)
     target = parse_out(out, parsed)
+    if isinstance(weights, Tensor):
+        require_constant("weights", weights)
     if parsed.device.type == "cpu":
         cpu.combine(target, parsed, _host_weights(weights, parsed.count))
     elif parsed.device.type == "cuda" and not _native.has_cuda:
@@ -237,9 +239,13 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
 
 
 def _host_weights(weights: Tensor | Sequence[float], count: int) -> list[float]:
-    values: list[float] = weights.tolist() if isinstance(weights, Tensor) else [float(w) for w in weights]
-    if not isinstance(values, list) or len(values) != count:
-        raise ValueError(f"weights: found {values}, accepted: {count} numbers, one a row")
+    found: Any = weights.tolist() if isinstance(weights, Tensor) else weights
+    try:
+        values = [float(w) for w in found]
+    except TypeError:  # no list, or None, complex numbers or lists in it
+        values = []
+    if len(values) != count:
+        raise ValueError(f"weights: found {found}, accepted: {count} numbers, one a row")
     limits = torch.finfo(torch.float32)
     largest = max(map(abs, values))
     # The first fails for NaN, too. Weights that are all too small would be rounded to few digits, or to 0.

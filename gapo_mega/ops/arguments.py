@@ -136,6 +136,10 @@ def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]
                 f"{where}: found a view that negates its memory, accepted: an ordinary tensor "
                 "(resolve_neg() makes one)"
             )
+        if piece is not None and piece._is_zerotensor():
+            raise ValueError(
+                f"{where}: found zeros without memory, accepted: an ordinary tensor (clone() makes one)"
+            )
     return named
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 from gapo_mega.advantages.base import AdvantageEstimator
@@ -12,6 +13,8 @@ from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class ExperienceMaker:
@@ -56,10 +59,25 @@ class ExperienceMaker:
             own_seed = seed * layout.data + layout.data_rank
             rollout = self._collector.collect(prompts, self._samples, own_seed)
         experience = self._estimator(self._scorer.score(rollout))
+        self._tell_infinite(experience)
         if self._whitened:
             experience = self._whiten(experience)
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
         return experience, facts
+
+    def _tell_infinite(self, experience: Experience) -> None:
+        """Name finite scores whose advantages are not: else the log would blame the gradient alone."""
+        assert experience.advantages_MBT is not None
+        wrong_MB = ~experience.advantages_MBT.isfinite().all(dim=2)
+        for index, row in wrong_MB.nonzero()[:1].tolist():
+            logger.warning(
+                "objective %s: found the score %s in row %d, whose advantage is not finite (%d rows in all); "
+                "accepted: scores whose differences float32 holds",
+                self._names[index],
+                float(experience.scores_MB[index, row]),
+                row,
+                int(wrong_MB[index].sum()),
+            )
 
     def _whiten(self, experience: Experience) -> Experience:
         assert experience.advantages_MBT is not None

@@ -85,7 +85,7 @@ class CheckpointFolder:
             with _disk_errors(self.directory, "written"):
                 self._complete(temporary, final, step, about or {})
                 for old in self.steps()[: -self._keep]:
-                    _remove(self.path(old))
+                    remove_checkpoint(self.path(old))
         self._barrier()
         return final
 
@@ -100,7 +100,7 @@ class CheckpointFolder:
             replaced = self.directory / f"{_TEMPORARY}replaced"
             final.rename(replaced)
             temporary.rename(final)
-            shutil.rmtree(replaced)
+            _remove_tree(replaced)
         else:
             temporary.rename(final)
         flush(self.directory)
@@ -108,7 +108,7 @@ class CheckpointFolder:
     def _remove_incomplete(self) -> None:
         for path in parts_of(self.directory):
             if _complete_step(path) is None:
-                shutil.rmtree(path)
+                _remove_tree(path)
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -166,10 +166,19 @@ def _complete_step(path: Path) -> int | None:
     return step if marker_of(path).get("step") == step else None
 
 
-def _remove(path: Path) -> None:
-    # The marker goes first: if the process is killed halfway, the rest counts as incomplete.
-    (path / MARKER).unlink()
-    shutil.rmtree(path)
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, complete or not; of one that is a link, only the link: it is another run's."""
+    if not path.is_symlink():
+        # The marker goes first: if the process is killed halfway, the rest counts as incomplete.
+        (path / MARKER).unlink(missing_ok=True)
+    _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
-from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, complete_steps, parts_of
+from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, complete_steps, parts_of, remove_checkpoint
 from gapo_mega.runs.cut_lines import CUT_LINES, check_lines
 from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.recorded_config import check_config_files, remove_config
@@ -75,7 +74,8 @@ def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
 
     Raises ``ValueError``.
     """
-    _check_place(directory)
+    with disk_errors(directory):
+        _check_place(directory)
     check_config_files(directory)
     manifest = read_manifest(directory)
     _check_foreign(directory, wanted, manifest)
@@ -146,6 +146,11 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
         path = directory / name
         if not (path.exists() or path.is_symlink()):
             continue
+        if _is_of_another_run(path):
+            raise ValueError(
+                f"output_dir: found {path}, a link to {path.resolve()} of another run, which this run would "
+                "change; accepted: a copy of it, or another output_dir"
+            )
         right_kind = path.is_file() if name in _FILES else path.is_dir()
         if name not in ours or not right_kind or not _looks_ours(path):
             raise _foreign(path)
@@ -153,6 +158,11 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
         others = sorted(_inside(directory / name) - set(files)) if name == EXPORT_FOLDER else []
         if others:
             raise _foreign(directory / name / others[0])
+
+
+def _is_of_another_run(path: Path) -> bool:
+    """Whether ``path`` is a link to what lies in another run's directory."""
+    return path.is_symlink() and (path.resolve().parent / MANIFEST_FILE).is_file()
 
 
 def _foreign(path: Path) -> ValueError:
@@ -222,7 +232,7 @@ def _check_resumable(directory: Path, settings: CheckpointConfig) -> None:
 def _remove(directory: Path, manifest: Manifest) -> None:
     """Remove what runs wrote; what lies beside it stays. Checkpoints go first: nothing resumes from half."""
     for path in parts_of(directory / CHECKPOINTS_FOLDER):
-        shutil.rmtree(path)
+        remove_checkpoint(path)
     for path in [*_written(directory, manifest), *(directory / name for name in AUDIT_FILES)]:
         path.unlink(missing_ok=True)
     for folder in (*_FOLDERS, "audit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,16 @@ from typing import Any
 
 import torch
 
+from gapo_mega.models.shape import ModelShape
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")
 _WHOLE = 1 << 30  # bytes of a file up to which it is read whole
 _PIECE, _PIECES = 1 << 20, 64  # bytes read at once, and how often in a larger file
+
+# What a model is beside its weights: it is read anew when a run goes on.
+_BESIDE_WEIGHTS = ("config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
+# Lengths that a model may have: they compute nothing, and a run that exceeds them is refused.
+_LIMITS = ("max_positions", "sliding_window")
 
 Fingerprint = dict[str, Any]  # JSON
 
@@ -53,6 +61,21 @@ def of_weights(directory: Path) -> Fingerprint:
                 file.seek((length - _PIECE) * number // (_PIECES - 1))
                 digest.update(file.read(_PIECE))
     return {"files": len(files), "bytes": size, "sha256": digest.hexdigest()[:16]}
+
+
+def of_shape(shape: ModelShape, **ids: object) -> Fingerprint:
+    """What the configuration of a model says of its computation, and ``ids``: the tokens that end or pad."""
+    found = {key: value for key, value in dataclasses.asdict(shape).items() if key not in _LIMITS}
+    return found | ids
+
+
+def of_score_model(directory: Path) -> Fingerprint:
+    """As :func:`of_weights`, and one digest of its configuration, tokenizer and chat template."""
+    digest = hashlib.sha256()
+    for path in sorted({file for pattern in _BESIDE_WEIGHTS for file in directory.glob(pattern)}):
+        digest.update(f"{path.name}\n".encode())
+        digest.update(path.read_bytes())
+    return of_weights(directory) | {"configuration and tokenizer": digest.hexdigest()[:16]}
 
 
 def _plain(value: object) -> object:

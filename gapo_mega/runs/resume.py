@@ -11,16 +11,18 @@ from gapo_mega.runs.identity import Identity, Rule, objective_names
 # What a fingerprint is of, and the setting that errors name for it.
 TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE = "training rows", "held-out rows", "chat template"
 POLICY, CRITIC = "policy", "critic"
+CONFIGURATION = "configuration of the policy"
 _NAMED = {
     TRAINING_ROWS: ("data.source",),
     HELDOUT_ROWS: ("data.heldout_source", "data.source"),
     TEMPLATE: ("model.chat_template", "data.chat_template"),
     POLICY: ("model.path",),
+    CONFIGURATION: ("model.path",),
     CRITIC: ("critic.path", "model.path"),
 }
 _CONTENTS = {
     Rule.ROWS: (TRAINING_ROWS, HELDOUT_ROWS),
-    Rule.MODEL: (POLICY,),
+    Rule.MODEL: (POLICY, CONFIGURATION),
     Rule.CRITIC: (CRITIC,),
     Rule.TEMPLATE: (TEMPLATE,),
 }
@@ -93,8 +95,8 @@ def compare_contents(
             because = f" ({', '.join(reasons)})" if reasons else ""
             found.refused.append(
                 f"{parameter}: found other {_called(key)} than {where} has been trained with{because}: "
-                f"{_facts(saved[key])} there, {_facts(value)} now; accepted: the same, another "
-                "output_dir, or --overwrite"
+                f"{_facts(saved[key], value)} there, {_facts(value, saved[key])} now; "
+                "accepted: the same, another output_dir, or --overwrite"
             )
     return found
 
@@ -147,15 +149,18 @@ def _refusal(key: str, new: Any, old: Any, where: str, more: str = "") -> str:
 
 
 def _called(key: str) -> str:
-    if key in (TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE):
+    if key in (TRAINING_ROWS, HELDOUT_ROWS, TEMPLATE, CONFIGURATION):
         return key
     return f"weights of the {key}" if key in _NAMED else "weights"
 
 
-def _facts(fingerprint: Any) -> str:
+def _facts(fingerprint: Any, other: Any) -> str:
+    """A fingerprint in words; of one that has no digest, what ``other`` has otherwise."""
     if not isinstance(fingerprint, dict):
         return str(fingerprint)
-    return ", ".join(f"{key} {value}" for key, value in fingerprint.items())
+    whole = "sha256" in fingerprint or not isinstance(other, dict)
+    shown = {k: v for k, v in fingerprint.items() if whole or k not in other or other[k] != v}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def _shown(value: Any) -> str:

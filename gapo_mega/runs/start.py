@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
 from gapo_mega.runs.processes import world_size
-from gapo_mega.runs.resume import CRITIC, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
+from gapo_mega.runs.resume import (
+    CONFIGURATION,
+    CRITIC,
+    HELDOUT_ROWS,
+    POLICY,
+    TEMPLATE,
+    TRAINING_ROWS,
+)
 from gapo_mega.runs.session import Session, check_before_processes, compare_with_newest
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
@@ -76,6 +84,9 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         eos_ids = end_of_sequence_ids(companions, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
         contents = contents_of(resolved, tokenizer, train_prompts, heldout_prompts)
+        contents[CONFIGURATION] = fingerprints.of_shape(
+            resolved.shape, end_of_sequence=sorted(eos_ids), padding=pad_id
+        )
         session.check_contents(contents, config.steps, resolved.total_updates)
         session.begin()
         engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
@@ -118,11 +129,11 @@ def contents_of(
 
 
 def score_models_in(config: Config) -> dict[str, fingerprints.Fingerprint]:
-    """Fingerprints of the models on this machine that options of objectives name."""
+    """Fingerprints of the models on this machine that options of objectives name, with their tokenizers."""
     found = {}
     for index, objective in enumerate(config.objectives):
         for key, value in objective.options.items():
-            path = local(value) if isinstance(value, str) else None
-            if path is not None and (path / "config.json").is_file():
-                found[f"objectives.{index}.options.{key}"] = fingerprints.of_weights(path)
+            # os.path: an option may be a text of any length, and Path.is_file raises for what is no name.
+            if isinstance(value, str) and os.path.isfile(local(value) / "config.json"):
+                found[f"objectives.{index}.options.{key}"] = fingerprints.of_score_model(local(value))
     return found

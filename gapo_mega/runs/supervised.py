@@ -45,7 +45,7 @@ from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.processes import world_size
-from gapo_mega.runs.resume import HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
+from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
 from gapo_mega.types import TokenBatch
 
@@ -153,7 +153,9 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         """Fingerprints of what the run reads."""
         given = self.config.model.chat_template
         text = template_text(self.start.tokenizer, given, batches.TEMPLATE_PARAMETER)
-        found = {TEMPLATE: fingerprints.of_text(text), POLICY: fingerprints.of_weights(self.start.source)}
+        shape = fingerprints.of_shape(self.start.shape, padding=self.start.pad_id)
+        found = {TEMPLATE: fingerprints.of_text(text), CONFIGURATION: shape}
+        found[POLICY] = fingerprints.of_weights(self.start.source)
         rows = dict(zip((TRAINING_ROWS, HELDOUT_ROWS), self._rows(), strict=True))
         return found | {key: fingerprints.of_rows(items) for key, items in rows.items()}
 

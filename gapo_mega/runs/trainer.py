@@ -16,7 +16,7 @@ from gapo_mega.advantages.rewards import token_rewards
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.data.order import PROMPTS, Order
 from gapo_mega.data.prompts import PromptPosition
-from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters
+from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters, generator_seed
 from gapo_mega.losses import value_loss_sum
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.rollout.collect import Collector
@@ -136,7 +136,7 @@ class Trainer:
         seed = self.config.seed * 1_000_003 + step
         prompts = [self.prompts[i] for i in self.order.items(step)]
         experience, facts = self.maker.make(prompts, seed)
-        order = torch.Generator().manual_seed(seed)
+        order = torch.Generator().manual_seed(generator_seed(seed))
         update = step * self.updates_per_step
         for _ in range(algorithm.ppo_epochs):
             for minibatch in experience.minibatches(algorithm.minibatches, order):

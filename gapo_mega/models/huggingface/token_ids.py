@@ -76,14 +76,18 @@ def end_of_sequence_ids(
 ) -> list[int]:
     """Ids that end a response, those at which transformers' ``generate`` stops.
 
-    They are those of ``generation_config.json``, without such a file those of ``config.json``. Where it names
-    none, the tokenizer's end is taken.
+    They are those of ``generation_config.json``, without such a file those of ``config.json``. Where the
+    former names none, ``generate`` would never stop; then those of ``config.json`` are taken. The tokenizer's
+    end counts where neither names one.
 
     Raises ``ValueError`` where nobody names one.
     """
-    file = _GENERATION if (companions / _GENERATION).is_file() else _CONFIG
-    named = _read(companions / file, parameter).get("eos_token_id")
-    ids = [named] if isinstance(named, int) else list(named or ())
+    files = [file for file in (_GENERATION, _CONFIG) if (companions / file).is_file()] or [_CONFIG]
+    for file in files:
+        named = _read(companions / file, parameter).get("eos_token_id")
+        ids = [named] if isinstance(named, int) else list(named or ())
+        if ids:
+            break
     end = tokenizer.eos_token_id
     if not ids and end is None:
         raise ValueError(

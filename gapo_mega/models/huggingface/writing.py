@@ -112,7 +112,10 @@ def _put_in_place(partial: Path, target: Path) -> None:
         replaced.rename(target)
         raise
     try:
-        shutil.rmtree(replaced)
+        if replaced.is_symlink():
+            replaced.unlink()  # what lies behind it may be somebody else's
+        else:
+            shutil.rmtree(replaced)
     except OSError as error:
         logger.warning(
             "%s was replaced; what it held could not be removed from %s: %s", target, replaced, error

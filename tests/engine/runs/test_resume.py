@@ -220,6 +220,29 @@ def test_a_folder_that_moved_goes_on(folder: Path, kind: str, caplog: pytest.Log
         assert "Changed after step 2" in (directory / "report" / "index.html").read_text()
 
 
+@pytest.mark.parametrize("kind", ["train", "sft", "reward"])
+def test_another_configuration_of_the_same_weights_is_another_model(folder: Path, kind: str) -> None:
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 20000.0
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        start(kind, folder, **({"steps": 3} if kind == "train" else {"max_steps": 3}))
+    message = str(caught.value)
+    assert message.startswith("model.path: found other configuration of the policy than ")
+    assert "rope_theta 10000.0 there, rope_theta 20000.0 now" in message
+
+
+def test_other_ends_of_a_response_are_refused(folder: Path) -> None:
+    path = folder / "model" / "generation_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], 5]}))
+    with pytest.raises(
+        ValueError, match=r"end_of_sequence \[\d+\] there, end_of_sequence \[\d+, 5?\d*\] now"
+    ):
+        train(training(folder, steps=3))
+
+
 def test_overwrite_trains_anew(folder: Path) -> None:
     first = load_file(folder / "train" / "hf" / "model.safetensors")
     train(training(folder, seed=3, optimizer={"lr": 1e-3}), overwrite=True)

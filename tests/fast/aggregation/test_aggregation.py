@@ -346,6 +346,13 @@ def test_diagnosis_of_a_known_step() -> None:
     assert not found.corner  # the third has weight 0 because it has no gradient
 
 
+@pytest.mark.parametrize(("cosine", "opposed"), [(-1e-17, False), (-1e-9, True), (0.0, False), (1e-9, False)])
+@pytest.mark.parametrize("norm", [1e-12, 1.0, 1e9])
+def test_gradients_that_are_orthogonal_up_to_rounding_are_not_opposed(cosine, opposed, norm):
+    gram = torch.tensor([[1.0, cosine * norm], [cosine * norm, norm**2]], dtype=torch.float64)
+    assert diagnose(gram, torch.tensor([0.5, 0.5])).opposed == opposed
+
+
 def test_diagnosis_tells_a_corner() -> None:
     gram = torch.tensor([[1.0, 2.0], [2.0, 16.0]], dtype=torch.float64)  # cos 1/2 > 1/4
     assert diagnose(gram, build("mgda")(gram)).corner

@@ -167,3 +167,29 @@ def test_comments_a_byte_order_mark_and_an_empty_document() -> None:
 def test_what_is_written_is_read_back_by_both_versions(data: Any) -> None:
     text = written({"key": data})
     assert parse_document(text) == yaml.safe_load(text) == {"key": data}
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_what_ends_a_line_in_version_1_1_alone_is_part_of_a_text(character: str) -> None:
+    """Web pages have them. Version 1.1 folds them with the spaces around, and ends a comment at them."""
+    for text in (f"a{character}  b", f"a  {character}b", f"{character}"):
+        assert parse_document(f'a: "{text}"') == {"a": text}
+        assert parse_document(f"[x{text}y]") == [f"x{text}y"]
+        assert parse_document(f"a: |-\n  x{text}\nb: 1") == {"a": f"x{text}", "b": 1}
+    assert parse_document(f"a: 1 # b{character}b: 2\n") == {"a": 1}
+
+
+@given(st.text(st.sampled_from("\x85\u2028\u2029\ue000\ue001\ue002\ue003ab \n"), max_size=8))
+def test_private_characters_stay_beside_line_separators(text: str) -> None:
+    """Whatever stands in for a separator while a text is read is no character of that text."""
+    assert parse_document(written({"a": text})) == {"a": text}
+    raw = text.replace("\n", "")
+    assert parse_document(f'a: "{raw}"\nb: "\\uE000\\u2028"') == {"a": raw, "b": "\ue000\u2028"}
+
+
+def test_json_spells_a_character_as_two_escapes() -> None:
+    assert parse_document('{"a": "\\ud83d\\ude00", "\\ud83d\\ude00": 1}') == {
+        "a": "\U0001f600",
+        "\U0001f600": 1,
+    }
+    assert parse_value('"\\uD83D\\uDE00!"') == "\U0001f600!"

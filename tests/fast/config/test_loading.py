@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_unknown_key_is_reported_before_what_it_made_missing(file: Path) -> None
         ),
         ("model.path.x=1", ["model.path: found 'm', which has no parts to set"]),
         ("model=", ["model: found nothing, accepted:"]),
+        ("output_dir=''", ["output_dir: found '', accepted: a name"]),
+        ("output_dir='  '", ["output_dir: found '  ', accepted: a name"]),
+        ('output_dir="a\\0b"', ["output_dir: found 'a\\x00b', accepted: a name"]),
+        ("model.path=''", ["model.path: found '', accepted: a name"]),
+        ("data.heldout_source=''", ["data.heldout_source: found '', accepted: a name"]),
+        ("critic.path=''", ["critic.path: found '', accepted: a name"]),
+        ("data.source=''", ["data.source: found '', accepted: a name or a valid list (from"]),
+        ("data.source=3", ["data.source: found 3, accepted: a valid string or a valid list (from"]),
+        (
+            "gradients.scope=all",
+            ["gradients.scope: found 'all', accepted: 'full', ", "or a valid list (from"],
+        ),
     ],
 )
 def test_wrong_value_is_named_with_what_is_accepted(file: Path, override: str, parts: list[str]) -> None:
@@ -146,6 +159,23 @@ def test_numbers_that_are_not_finite_are_named(file: Path, override: str, found:
     if key.startswith("optimizer"):
         file.write_text(MINIMAL + ("optimizer: " + (value if key == "optimizer" else f"{{lr: {value}}}")))
         assert failure(file) == f"{found}, accepted: a finite number (from {file})"
+
+
+@pytest.mark.parametrize(
+    "key", ["output_dir", "data.system_prompt", "aggregation.options.x.y", "objectives.0.name"]
+)
+def test_bytes_of_the_command_line_that_are_no_text_are_named(file: Path, key: str) -> None:
+    """Python hands them on as lone surrogates, which no file of the run can hold."""
+    override = os.fsdecode(f"{key}=caf".encode() + b"\xe9")
+    message = failure(file, override)
+    assert message.encode().startswith(
+        f"{key}: found 'caf\\udce9', accepted: UTF-8 text (from override".encode()
+    )
+
+
+def test_half_a_character_in_a_file_is_named(file: Path) -> None:
+    file.write_text(MINIMAL.replace(".jsonl", '.jsonl, system_prompt: "\\ud83d"'))
+    assert failure(file) == f"data.system_prompt: found '\\ud83d', accepted: UTF-8 text (from {file})"
 
 
 def test_a_configuration_made_in_python_has_finite_numbers_too() -> None:

@@ -195,3 +195,24 @@ def test_roles_that_templates_would_write_as_they_stand(
         ValueError, match=rf"row 2: found the role '{role}' in message 1 of 'prompt', accepted: sys"
     ):
         load_prompts(DataConfig(source=source, heldout_prompts=0), tokenizer, 0)
+
+
+LIST_AS_TEXT = [json.dumps(ASKED), json.dumps(ANSWERED, indent=1), str(ASKED), " " + str(ANSWERED)]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("cell", LIST_AS_TEXT)
+def test_a_list_that_an_export_wrote_as_text_is_refused(tmp_path: Path, read: Reader, cell: str) -> None:
+    """The policy would be asked about the JSON."""
+    with pytest.raises(
+        ValueError, match=r"^data.source '.*a.jsonl', row 1: found a list of messages as one text"
+    ):
+        read(tmp_path / "a.jsonl", cell)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1}]', "[{'role'}]", "[{'x': ", '[{"role": "user"}] What is this?', "[1, 2]", "[{" * 50_000],
+)
+def test_other_texts_of_brackets_are_texts(text: str) -> None:
+    assert conversation(text, "prompt") == (said("user", text),)

@@ -186,3 +186,15 @@ def test_heldout_source_and_its_prompts(tmp_path: Path) -> None:
         ValueError, match=r"^data.heldout_fraction: found 0.5, which holds out every prompt of"
     ):
         load_pairs(data(write(tmp_path / "b.jsonl", rows[:1]), split="a", heldout_fraction=0.5), seed=0)
+
+
+@pytest.mark.parametrize("prompt", ["another question", [{"role": "system", "content": "s"}, *[user("q")]]])
+def test_a_prompt_beside_whole_conversations_is_told_to_be_unread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: Any
+) -> None:
+    answers = [[user("q"), {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    rows = [{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}]
+    with caplog.at_level(logging.INFO):
+        train, _ = load_pairs(data(write(tmp_path / "a.jsonl", rows)), seed=0)
+    assert train == [Pair((user("q"),), "good", "bad")]
+    assert "columns that are not read: prompt" in caplog.text

@@ -7,8 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from gapo_mega.data.tables import Source, Table, check_column, read_rows
 
@@ -163,3 +166,67 @@ def test_folders_that_are_read_together_are_told(tmp_path: Path, caplog: pytest.
         assert sorted(texts(read_rows(source(tmp_path)))) == ["harmless", "helpful"]
     assert "the folders harmless, helpful are read together" in caplog.text
     assert texts(read_rows(source(tmp_path, subset="helpful"))) == ["helpful"]
+
+
+def test_rows_without_a_split_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "split": "train"}\n{"prompt": "b"}\n{"prompt": "c", "split": null}\n')
+    assert texts(read_rows(source(path))) == ["a"]
+    assert "left out 2 rows without a value of 'split', which others have: rows 2, 3" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train[:1]", "train+test", "train[50%:]"])
+def test_a_part_of_a_split_is_no_part_of_a_file(tmp_path: Path, split: str) -> None:
+    """All rows of the file would be read; of a directory, datasets takes the part."""
+    (tmp_path / "folder").mkdir()
+    for name in ("a.jsonl", "folder/train.jsonl", "folder/test.jsonl"):
+        (tmp_path / name).write_text(TWO % "a")
+    message = failure(source(tmp_path / "a.jsonl", split))
+    assert message.startswith(f"data.split: found {split!r}, accepted for the file")
+    expected = ["a", "b", "a", "b"] if "+" in split else ["a" if ":1" in split else "b"]
+    assert texts(read_rows(source(tmp_path / "folder", split))) == expected
+
+
+def test_a_cell_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    times = pa.array([0, 10**18], pa.timestamp("us"))
+    offsets, data = np.array([0, 1, 3], dtype=np.int32), b"ok\xfc"
+    texts_of_bytes = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    for column, found in (
+        (times, "a value that Python cannot hold"),
+        (texts_of_bytes, "the byte 0xfc, accepted: UTF-8"),
+    ):
+        pq.write_table(pa.table({"prompt": ["a", "b"], "x": column}), tmp_path / "a.parquet")
+        assert f"row 2: key 'x': found {found}" in failure(source(tmp_path / "a.parquet"))
+
+
+def test_a_directorys_row_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "\xfc"}\n')
+    with pytest.raises(
+        ValueError, match=r"^data.source '.*', row 3: found the byte 0xfc, accepted: UTF-8 text$"
+    ):
+        texts(read_rows(source(tmp_path)))
+
+
+def test_what_save_to_disk_wrote_has_its_own_rows_alone(tmp_path: Path) -> None:
+    """``map`` leaves its results beside them, which ``load_dataset`` takes for rows."""
+    splits = {
+        "train": Dataset.from_dict({"prompt": ["a", "b"]}),
+        "test": Dataset.from_dict({"prompt": ["c"]}),
+    }
+    path = tmp_path / "saved[1]"
+    DatasetDict(splits).save_to_disk(str(path))
+    load_from_disk(str(path))["train"].map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert len(list((path / "train").glob("*.arrow"))) == 2
+    assert texts(read_rows(source(path))) == ["a", "b"] and texts(read_rows(source(path), limit=1)) == ["a"]
+    assert texts(read_rows(source(path, "test"))) == ["c"]
+    assert failure(source(path, "dev")).endswith(": test, train")
+    assert "data.subset" in failure(source(path, subset="train"))
+    assert texts(read_rows(source(path / "train"))) == ["a", "b"]
+    (path / "train" / "state.json").write_text("{")
+    assert failure(source(path / "train")).startswith(f"data.source: found {str(path / 'train')!r}")
+
+
+def test_a_data_set_without_splits_that_save_to_disk_wrote_is_one(tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": ["a"]}).save_to_disk(str(tmp_path / "one"))
+    for split in ("train", "test"):
+        assert texts(read_rows(source(tmp_path / "one", split))) == ["a"]

@@ -210,6 +210,15 @@ def test_findings(change: Change, finding: str, tmp_path: Path) -> None:
     assert read_summary(tmp_path / "s.json")[0]["a"].finding == finding
 
 
+@pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
+def test_one_score_that_is_no_number_makes_the_change_unknown(score: float) -> None:
+    before = np.linspace(0.0, 1.0, 20)[None]
+    after = before + 0.5 + before**2
+    after[0, 3] = score
+    with np.errstate(invalid="ignore"):
+        assert paired_summary(before, after, ["x"])["x"].finding == "not known"
+
+
 def test_few_prompts_are_said_to_be_few_and_one_run_to_be_one() -> None:
     stream = io.StringIO()
     print_summary({"a": Change(1.0, 2.0, 0.1, 2)}, None, Console(file=stream, width=300))

@@ -118,7 +118,17 @@ def test_what_a_service_repeats_of_a_credential_is_hidden(service: Any, status: 
 
 @pytest.mark.parametrize(
     "name",
-    ["Authorization", "authorization", "X-Api-Key", "api_key", "X-Auth-Token", "Cookie", "Client-Secret"],
+    [
+        "Authorization",
+        "authorization",
+        "X-Api-Key",
+        "api_key",
+        "X-Auth-Token",
+        "Cookie",
+        "Client-Secret",
+        "X-Signature",
+        "X-Team",
+    ],
 )
 def test_a_credential_that_is_written_out_is_refused(name: str) -> None:
     """The configuration is written to the run's folder and to its report."""
@@ -129,7 +139,7 @@ def test_a_credential_that_is_written_out_is_refused(name: str) -> None:
     assert "visible" not in str(raised.value) and "'env:NAME'" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["X-Team", "X-Author", "X-Monkey", "Accept", "X-Request-Id"])
+@pytest.mark.parametrize("name", ["X-Team", "X-Author", "X-Monkey", "Accept", "X-Request-Id", "X-Max-Tokens"])
 def test_other_headers_may_be_written_out(service: Any, name: str) -> None:
     state = service(lambda number, content: right(content))
     score(state.url, headers={name: "value"})
@@ -179,6 +189,7 @@ def test_headers_that_would_not_be_sent_as_they_are(headers: dict[str, str], mes
     [
         ("http://host/score?api_key=visible", r"url: found the parameter 'api_key', accepted: none that is"),
         ("http://host/score?a=1&access_token=visible", r"url: found the parameter 'access_token'"),
+        ("http://host/score?sv=1&sig=visible", r"url: found the parameter 'sig'"),
         ("ftp://me:visible@host/x", r"url: found 'ftp://\*\*\*@host/x', accepted: http"),
     ],
 )
@@ -192,4 +203,4 @@ def test_other_parameters_of_an_address_are_allowed(service: Any) -> None:
     state = service(lambda number, content: right(content))
     assert score(f"{state.url}?model=small") == EXPECTED[:2]
     assert state.paths == ["/score?model=small"]
-    assert credentials.credential_in_query("http://h/x?monkey=1&author=2") is None
+    assert credentials.credential_in_query("http://h/x?monkey=1&author=2&max_tokens=3&design=4") is None

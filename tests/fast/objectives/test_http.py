@@ -279,3 +279,14 @@ def test_the_examples_of_the_page_are_valid() -> None:
     asked, answered = re.findall(r"```json\n(.*?)```", page, re.S)
     assert len(reward_server.ScoreRequest.model_validate_json(asked).samples) == 1
     assert reward_server.ScoreResponse.model_validate_json(answered).scores == [0.73]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:99999/score", "http://host:abc/score", "http://me:secret@host:70000/x"]
+)
+def test_an_address_that_is_none_is_named(url: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"objective '.*': options: url: found .*, accepted: a host and a port"
+    ) as caught:
+        objective(url)
+    assert "secret" not in str(caught.value)

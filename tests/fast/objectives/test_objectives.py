@@ -76,6 +76,9 @@ def mapping(prompts, responses):
 def unordered(prompts, responses):
     return {1.0, 2.0, 3.0}
 
+def codes(prompts, responses):
+    return bytearray(b"123")
+
 def complex_number(prompts, responses):
     return [1j, 0.0, 0.0]
 
@@ -148,6 +151,7 @@ def test_the_function_cannot_change_the_callers_lists() -> None:
         ("no_score", r"score None for response 0"),
         ("mapping", r"result of type dict, accepted: a list"),
         ("unordered", r"result of type set, accepted: a list"),
+        ("codes", r"result of type bytearray, accepted: a list"),
         ("complex_number", r"score 1j for response 0"),
     ],
 )

@@ -99,7 +99,17 @@ def test_overlap_with_another_piece_or_as_another_type_is_refused():
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0], [1.0, 2.0, 3.0], torch.ones(3), torch.ones(()), [1.0, float("nan")], [float("inf"), 0.0]],
+    [
+        [1.0],
+        [1.0, 2.0, 3.0],
+        torch.ones(3),
+        torch.ones(()),
+        torch.ones(2, 1),
+        [1.0, float("nan")],
+        [float("inf"), 0.0],
+        [1.0, None],
+        torch.tensor([1j, 1j]),
+    ],
 )
 def test_weights_that_do_not_fit(weights):
     with pytest.raises(ValueError, match="weights: found"):
@@ -154,3 +164,13 @@ def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("GAPO_ISA", "baseline")
     assert ops.info()["isa"] == "baseline"
     assert ops.gramian(TWO).tolist() == [[8.0, 8.0], [8.0, 8.0]]
+
+
+def test_zeros_without_memory_are_refused():
+    """Forward-mode differentiation makes such tensors; their address is 0."""
+    zeros = torch._efficientzerotensor((8,))
+    with pytest.raises(ValueError, match=r"rows\[0\]: found zeros without memory"):
+        ops.gramian([zeros, torch.ones(8)])
+    with pytest.raises(ValueError, match="out: found zeros without memory"):
+        ops.combine_(zeros, TWO, [1.0, 1.0])
+    assert ops.gramian([zeros.clone(), torch.ones(8)]).tolist() == [[0.0, 0.0], [0.0, 8.0]]

@@ -84,8 +84,10 @@ def test_what_autograd_would_record_is_refused() -> None:
         ops.combine_(parameter * 1, [torch.ones(4)], [1.0])
     with pytest.raises(ValueError, match=r"rows\[1\]: found a tensor that requires grad.*no derivative"):
         ops.combine_(torch.empty(4), [torch.ones(4), parameter * 1], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"weights: found a tensor that requires grad.*no derivative"):
+        ops.combine_(torch.empty(4), [torch.ones(4)] * 2, parameter[:2].softmax(dim=0))
     with torch.no_grad():
-        ops.combine_(torch.empty(4), [torch.ones(4), parameter], [1.0, 1.0])
+        ops.combine_(torch.empty(4), [torch.ones(4), parameter], parameter[:2])
 
 
 @pytest.mark.parametrize(("write", "start"), WRITES)

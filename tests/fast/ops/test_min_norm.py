@@ -61,7 +61,22 @@ def test_a_row_that_is_orthogonal_to_two_opposing_ones(scales):
     rows = torch.tensor([[0, 1], [1, 1], [-1, 1], [3, -3]]).double() * torch.tensor(scales).double()[:, None]
     weights = ops.min_norm(rows @ rows.T)
     expected = [0, 0, 3 * scales[3], scales[2]]
-    torch.testing.assert_close(weights, torch.tensor(expected).double() / sum(expected), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        weights, torch.tensor(expected, dtype=torch.float64) / sum(expected), rtol=1e-15, atol=0
+    )
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 3, 2, 0], [3, 2, 1, 0]])
+def test_a_row_that_is_orthogonal_to_all_of_a_minimum_refuses_none_of_it(order):
+    """The level of the three is 0 up to rounding, and the fourth has no summand beside that rounding."""
+    gram = torch.tensor([[2, -21, 0, 5], [-21, 225, 0, -54], [0, 0, 1.9, 0], [5, -54, 0, 13]]).double()
+    system = [[Fraction(x) for x in row] for row in ([2, -21, 5], [-21, 225, -54], [1, 1, 1])]
+    three = solve(system, [Fraction(0), Fraction(0), Fraction(1)])  # G w = 0: the third row follows
+    expected = [float(x) for x in (three[0], three[1], 0, three[2])]
+    found = ops.min_norm(gram[order][:, order])
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64)[order], rtol=1e-13, atol=1e-30
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -172,6 +187,18 @@ def test_of_many_minimisers_the_mean_of_the_corners_is_taken():
     assert weights.tolist() == pytest.approx([float(x) for x in expected], rel=1e-13)
     rows[3] *= 1 + 1e-15  # rounding decides nothing
     assert ops.min_norm(rows @ rows.T).tolist() == pytest.approx(weights.tolist(), rel=1e-12)
+
+
+def test_a_row_that_is_orthogonal_to_a_corner_does_not_hide_it():
+    # The corners of {w >= 0, rows' w = 0, sum 1}; the last row is orthogonal to all rows of the first one.
+    rows = [[0, -1, 2], [1, 0, 2], [1, -1, -1], [0, 2, 0], [-1, -3, 1], [1, -1, 1], [-1, 0, 1], [2, 0, 2]]
+    corners = torch.tensor(
+        [[0, 0, 0.25, 0.5, 0.25, 0, 0, 0], [0, 0, 0.4, 0.2, 0, 0, 0.4, 0]], dtype=torch.float64
+    )
+    matrix = torch.tensor(rows).double()
+    torch.testing.assert_close(corners @ matrix, torch.zeros(2, 3).double(), rtol=0, atol=1e-15)
+    found = ops.min_norm(matrix @ matrix.T)
+    torch.testing.assert_close(found, corners.mean(dim=0), rtol=1e-13, atol=1e-30)
 
 
 def positive_solution(system: Matrix) -> list[Fraction] | None:

@@ -131,3 +131,27 @@ def test_second_interrupt_is_an_interrupt() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)  # the signal is handled between two bytecodes
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_linked_checkpoint_of_another_run_stays_whole(tmp_path: Path) -> None:
+    """Who begins from another run's checkpoint may link it; what goes then is the link."""
+    other, saved = folder(tmp_path / "other"), folder(tmp_path / "checkpoints", keep=1)
+    original = other.save(1, write_numbers)
+    saved.directory.mkdir()
+    saved.path(1).symlink_to(original)
+    assert saved.latest() == saved.path(1)
+    saved.save(2, write_numbers)
+    assert [path.name for path in saved.directory.iterdir()] == ["step_00000002"]
+    assert other.latest() == original and len(list((original / "sub").iterdir())) == 20
+
+
+def test_a_linked_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path: Path) -> None:
+    other, saved = folder(tmp_path / "other"), folder(tmp_path / "checkpoints")
+    original = other.save(1, write_numbers)
+    saved.directory.mkdir()
+    saved.path(1).symlink_to(original)
+    saved.save(1, write_numbers)
+    assert not saved.path(1).is_symlink() and [path.name for path in saved.directory.iterdir()] == [
+        "step_00000001"
+    ]
+    assert other.latest() == original

@@ -235,3 +235,31 @@ def test_without_overwrite_nothing_goes(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_FILE).write_text(content)
     assert "which is not as a run writes it" in refusal(tmp_path)
+
+
+def test_overwriting_removes_a_link_and_not_the_checkpoint_behind_it(tmp_path: Path) -> None:
+    run(tmp_path / "a", checkpoints=(2,))
+    run(tmp_path / "b")
+    (tmp_path / "b" / "checkpoints").mkdir()
+    original = tmp_path / "a" / "checkpoints" / "step_00000002"
+    (tmp_path / "b" / "checkpoints" / "step_00000002").symlink_to(original)
+    begin(tmp_path / "b", wanted(), overwrite=True)
+    assert not (tmp_path / "b" / "checkpoints").exists()
+    assert sorted(path.name for path in original.iterdir()) == ["complete.json", "weights"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "hf", "metrics.jsonl"])
+def test_a_link_to_what_another_run_has_is_refused(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "a", checkpoints=(2,), finished=2)
+    run(tmp_path / "b")
+    (tmp_path / "b" / name).unlink(missing_ok=True)
+    (tmp_path / "b" / name).symlink_to(Path("..") / "a" / name)
+    for overwrite in (False, True):
+        assert "of another run" in refusal(tmp_path / "b", overwrite=overwrite)
+
+
+def test_checkpoints_on_another_disk_are_no_other_runs(tmp_path: Path) -> None:
+    run(tmp_path / "a", checkpoints=(2,))
+    (tmp_path / "a" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    check_directory(tmp_path / "a", wanted(), overwrite=False)

@@ -9,8 +9,8 @@ from gapo_mega.runs.start import score_models_in
 from tests.helpers.fake_runs import configuration
 
 
-def test_score_models_of_objectives_count_by_their_weights(tmp_path: Path) -> None:
-    """Trained again under the same name, they are other objectives."""
+def test_score_models_of_objectives_count_by_their_weights_and_tokenizer(tmp_path: Path) -> None:
+    """Trained again under the same name, or reading texts in another way, they are other objectives."""
     model = tmp_path / "reward"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -22,6 +22,12 @@ def test_score_models_of_objectives_count_by_their_weights(tmp_path: Path) -> No
     ]
     config = configuration(tmp_path, objectives=objectives)
     before = score_models_in(config)
-    assert before == {"objectives.1.options.model": of_weights(model)}
-    (model / "model.safetensors").write_bytes(b"again")
-    assert score_models_in(config) != before
+    (key,) = before
+    assert key == "objectives.1.options.model" and before[key].items() > of_weights(model).items()
+    seen = [before]
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).write_bytes(b"{} ")
+        seen.append(score_models_in(config))
+        assert seen[-1] not in seen[:-1], name
+    (model / "README.md").write_text("no part of it")
+    assert score_models_in(config) == seen[-1]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from gapo_mega.engine.base import Layout
+from gapo_mega.engine.base import Layout, generator_seed
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.process_group import TIMEOUT, start_process_group
 from gapo_mega.planning.world import read_world
@@ -113,7 +113,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
 def seed(value: int) -> None:
     """Seed the model-parallel random numbers: equal over data ranks, different for each tensor rank."""
     with megatron_device():
-        tensor_parallel.model_parallel_cuda_manual_seed(value, force_reset_rng=True)
+        tensor_parallel.model_parallel_cuda_manual_seed(generator_seed(value), force_reset_rng=True)
 
 
 def shutdown(world_too: bool = True) -> None:

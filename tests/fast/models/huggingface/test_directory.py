@@ -84,6 +84,18 @@ def test_an_existing_directory_is_replaced_only_on_demand(tmp_path: Path) -> Non
     assert HFDirectory(tmp_path / "copy").names == source.names
 
 
+def test_a_link_is_replaced_and_what_lies_behind_it_stays(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "source")
+    source = HFDirectory(tmp_path / "source")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "notes.txt").write_text("mine")
+    (tmp_path / "copy").symlink_to(tmp_path / "disk")
+    write_hf(tmp_path / "copy", source.path, promised(source), tensors_of(source), overwrite=True)
+    assert not (tmp_path / "copy").is_symlink() and HFDirectory(tmp_path / "copy").names == source.names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "disk", "source"]
+    assert (tmp_path / "disk" / "notes.txt").read_text() == "mine"
+
+
 def test_incomplete_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         HFDirectory(tmp_path)

@@ -134,6 +134,20 @@ def test_responses_end_where_generate_of_transformers_ends_them(
     assert len(found) == len(set(found))
 
 
+@pytest.mark.parametrize("in_generation", [ABSENT, None, []])
+def test_ends_of_the_configuration_count_where_generation_settings_name_none(
+    model: Path, in_generation: object
+) -> None:
+    """As in a generation_config.json that has a temperature alone: transformers would never stop there."""
+    edited(model / "config.json", eos_token_id=[2, 7])
+    if in_generation is ABSENT:
+        (model / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    else:
+        edited(model / "generation_config.json", eos_token_id=in_generation)
+    assert AutoModelForCausalLM.from_pretrained(model).generation_config.eos_token_id in (None, [])
+    assert end_of_sequence_ids(model, read_tokenizer(model)) == [2, 7]
+
+
 def test_the_tokenizer_s_end_is_taken_where_the_model_names_none(model: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         edited(model / file, eos_token_id=None)
