@@ -62,6 +62,7 @@ docs/data
 docs/run_directories
 docs/rewards
 docs/conversion
+docs/layouts
 docs/audit
 docs/glossary
 docs/memory

@@ -33,11 +33,17 @@ def _distribution(name: str) -> str | None:
 
 @cache
 def transformer_engine() -> Probe:
-    """Transformer Engine: its PyTorch part is the distribution ``transformer-engine-torch``."""
+    """Transformer Engine: its PyTorch part is the compiled module ``transformer_engine_torch``.
+
+    From PyPI that is a distribution of its own, ``transformer-engine-torch``. NVIDIA's images and builds from
+    source have the module without it.
+    """
     lost = "fused attention, norms and FP8; Megatron's local layers are used"
     meta, torch_part = _distribution("transformer-engine"), _distribution("transformer-engine-torch")
     if torch_part is not None:
         return Probe(True, f"transformer-engine-torch {torch_part}", "")
+    if find_spec("transformer_engine") is not None and find_spec("transformer_engine_torch") is not None:
+        return Probe(True, f"transformer-engine {meta or 'of unknown version'} with its PyTorch part", "")
     if meta is not None:
         return Probe(False, f"transformer-engine {meta} without its PyTorch part", lost)
     return Probe(False, "not installed", lost)

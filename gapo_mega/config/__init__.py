@@ -4,6 +4,7 @@ This file exports the sections of a training run; ``loading`` reads files and ov
 the sections of reward models and fine-tuning.
 """
 
+from gapo_mega.config.fields import LocalPath, Section, TemplatePath
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
@@ -14,7 +15,6 @@ from gapo_mega.config.sections import (
     DataConfig,
     EvaluationConfig,
     GradientConfig,
-    LocalPath,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -22,8 +22,6 @@ from gapo_mega.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
-    Section,
-    TemplatePath,
 )
 
 __all__ = [

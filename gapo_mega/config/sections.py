@@ -9,59 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticKnownError
 
 from gapo_mega.config import strategies
-from gapo_mega.files import expanded
-from gapo_mega.user_code import resolve
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys and numbers that are not finite refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _resolved(reference: str, info: ValidationInfo) -> str:
-    if not info.context:  # built in Python, not read from a file
-        return reference
-    try:
-        return resolve(reference, info.context["folders"])
-    except ValueError as error:
-        raise PydanticCustomError("user_code", "{accepted}", {"accepted": str(error)}) from None
-
-
-# A name in the package, or the user's own code: module:NAME, path/to/file.py:NAME. ``loading`` puts the
-# absolute path of the user's file in.
-Code = Annotated[str, AfterValidator(_resolved)]
-
-
-def _named(path: str, info: ValidationInfo) -> str:
-    # The empty name would be the working directory. In a section built in Python it may say "none".
-    if info.context and (not path.strip() or "\0" in path):
-        raise PydanticCustomError("path", "a name")
-    return expanded(path)
-
-
-# A file or directory; for models and data it may also be a hub name, which never begins with ~.
-LocalPath = Annotated[str, AfterValidator(_named)]
-
-
-def _template(text: str) -> str:
-    return expanded(text) if text.endswith(".jinja") else text
-
-
-# Jinja text, or the path of a file that ends in .jinja.
-TemplatePath = Annotated[str, AfterValidator(_template)]
+from gapo_mega.config.fields import Code, LocalPath, Section
 
 
 class ModelConfig(Section):
@@ -85,14 +37,19 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="ranks that share every layer; divides the attention heads")
     pipeline: int = Field(1, ge=1, description="stages that share the layers; divides their number")
     sequence_parallel: bool = Field(False, description="needs tensor > 1")
-    virtual_pipeline: int = Field(1, ge=1, description="interleaved schedule; only 1 is accepted")
+    virtual_pipeline: int = Field(
+        1,
+        ge=1,
+        description="parts of every stage's layers, which microbatches pass one after the other (interleaved "
+        "schedule: less idling, more messages); needs pipeline > 1",
+    )
     context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
     expert: int = Field(1, ge=1, description="expert parallelism; only 1 is accepted")
     distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:
-        for name in ("virtual_pipeline", "context", "expert", "distributed_optimizer_instances"):
+        for name in ("context", "expert", "distributed_optimizer_instances"):
             value = getattr(self, name)
             if value != 1:
                 raise ValueError(
@@ -102,6 +59,11 @@ class ParallelConfig(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline: found {self.virtual_pipeline} with parallel.pipeline 1; it "
+                "needs pipeline >= 2"
             )
         return self
 
@@ -241,6 +203,22 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, ge=0, description="norm to clip the combined gradient to; 0 turns it off")
     distributed: bool = Field(True, description="Megatron's distributed optimizer; adam only")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward still runs")
+
+    overlap_param_gather: bool = Field(
+        False,
+        description="gather stepped parameters while the next forward already runs; needs distributed and "
+        "overlap_grad_reduce",
+    )
+
+    @model_validator(mode="after")
+    def _gathers_what_is_split(self) -> OptimizerConfig:
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            lacking = "distributed" if not self.distributed else "overlap_grad_reduce"
+            raise ValueError(
+                f"optimizer.overlap_param_gather: found true with {lacking} false, accepted: false (it needs "
+                "optimizer.distributed and optimizer.overlap_grad_reduce)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sgd_is_not_distributed(self) -> OptimizerConfig:

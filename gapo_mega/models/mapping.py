@@ -50,7 +50,7 @@ Table = Mapping[str, Rule]
 def local_spec_name(name: str) -> str:
     """The local-spec name of a parameter that may carry Transformer Engine's fused name.
 
-    Written against megatron-core 0.16.1's Transformer Engine spec.
+    Written against megatron-core's Transformer Engine spec, 0.16.1 and 0.19.2, and its layers 2.11 and 2.20.
     """
     for fused, plain in _TRANSFORMER_ENGINE_NAMES.items():
         if name.endswith(fused):

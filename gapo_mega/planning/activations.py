@@ -18,8 +18,8 @@ bytes of the compute type (2 for bf16, 4 for fp32):
     output      e B T h c / t                input of the output projection
     MLP         5 e B T f / t                gate and up, silu, up + 0, product
 
-Full recomputation keeps e B T d a layer. A pipeline stage holds ``min(pipeline - stage, microbatches)``
-microbatches at once, with the tensors that it received and sent. On the last stage the loss takes, with V
+Full recomputation keeps e B T d a layer. A pipeline stage holds several microbatches at once, as
+``schedule.py`` says, with the tensors that it received and sent. On the last stage the loss takes, with V
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
 
     e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
@@ -40,9 +40,8 @@ Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450
 models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. Full
 recomputation has the largest errors. Below that size, uncounted memory shows: states of the random number
 generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Buffers of the communication
-library are not counted either. GPU kernels need less at some points: the norm's backward is one fused kernel,
-mixed-type additions make no copy, and attention kernels of Transformer Engine keep no scores. There the
-prediction is an upper bound.
+library are not counted either. GPU kernels need less at some points, where this is an upper bound: a norm's
+backward is one kernel, mixed-type additions make no copy, Transformer Engine's attention keeps no scores.
 """
 
 from __future__ import annotations
@@ -52,6 +51,7 @@ from dataclasses import dataclass
 
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
 FP32 = 4
@@ -147,23 +147,25 @@ def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches:
 
     ``microbatches``: of a minibatch. ``shared``: one graph is kept for the backwards of all objectives.
     """
-    sizes = sizes_of(config, shape)
-    pipeline = config.parallel.pipeline
-    model = _Pass(
-        sizes,
-        config.model.recompute,
-        shape.num_layers // pipeline,
-        receives=stage > 0,
-        sends=stage < pipeline - 1,
-        shared=shared,
-    )
+    sizes, parallel = sizes_of(config, shape), config.parallel
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    chunks = [
+        _Pass(
+            sizes,
+            config.model.recompute,
+            shape.num_layers // pipeline // virtual,
+            receives=stage > 0 or number > 0,
+            sends=stage < pipeline - 1 or number < virtual - 1,
+            shared=shared,
+        )
+        for number in range(virtual)
+    ]
     counter = Counter()
     counter.hold(sizes.item * max(sizes.scores, sizes.gathered))  # Megatron's buffer, allocated once
-    if stage > 0 and microbatches > 1:  # received for and sent after the microbatch before
+    if (stage > 0 or virtual > 1) and microbatches > 1:  # received for and sent after the microbatch before
         counter.hold(2 * sizes.item * sizes.residual)
-    for _ in range(min(pipeline - stage, microbatches)):
-        model.forward(counter)
-    model.backward(counter)
+    for forward, number in schedule(pipeline, virtual, stage, microbatches):
+        (chunks[number].forward if forward else chunks[number].backward)(counter)
     return counter.peak
 
 

@@ -35,6 +35,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
+    check_interleaving(config.parallel, shape, microbatches(config, data_parallel))
     check_gradients(config, shape, data_parallel)
     _check_lengths(config, shape)
     _check_samples(config, estimator)
@@ -59,6 +60,28 @@ def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
         raise ValueError(
             f"parallel.pipeline: found {pipeline}, accepted for {shape.num_layers} layers: "
             f"{_listed(_divisors(shape.num_layers))}"
+        )
+
+
+def check_interleaving(parallel: ParallelConfig, shape: ModelShape, microbatches: int) -> None:
+    """Raise a one-line ``ValueError`` where a trained model's stages cannot be interleaved.
+
+    ``microbatches``: of one optimizer step on a data-parallel rank.
+    """
+    virtual, pipeline = parallel.virtual_pipeline, parallel.pipeline
+    if virtual == 1:
+        return
+    layers = shape.num_layers // pipeline
+    if layers % virtual:
+        raise ValueError(
+            f"parallel.virtual_pipeline: found {virtual}, accepted for the {layers} layers of a pipeline "
+            f"stage: {_listed(_divisors(layers))}"
+        )
+    if microbatches < pipeline:
+        raise ValueError(
+            f"parallel.virtual_pipeline: found {virtual} with {microbatches} microbatches to an optimizer "
+            f"step, accepted: 1, or at least {pipeline} microbatches, one for every stage (a smaller "
+            "micro_batch_size makes more)"
         )
 
 

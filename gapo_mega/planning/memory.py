@@ -110,12 +110,14 @@ def predict(resolved: ResolvedRun) -> MemoryPlan:
 
 def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, stage: int) -> RankSizes:
     """What the rows of a rank of ``stage`` depend on; ``shard``: elements of the gradient that it owns."""
-    layers = shape.num_layers // parallel.pipeline
+    chunks = range(parallel.virtual_pipeline)
+    layers = shape.num_layers // parallel.pipeline // len(chunks)
+    starts = [(chunk * parallel.pipeline + stage) * layers for chunk in chunks]
     is_last = stage == parallel.pipeline - 1
     return RankSizes(
         shard=shard,
         layer=_layer_parameters(shape, parallel.tensor),
-        layers=range(stage * layers, (stage + 1) * layers),
+        layers=[layer for start in starts for layer in range(start, start + layers)],
         num_layers=shape.num_layers,
         output_layer=_embedding_parameters(shape, parallel.tensor) if is_last else 0,
     )

@@ -21,10 +21,12 @@ class RunPlan:
         config, data = self.resolved.config, self.resolved.data
         parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
         sequences = config.sequences()
+        virtual = parallel.virtual_pipeline
+        interleaved = f" ({virtual} chunks a stage)" if virtual > 1 else ""
         minibatch = sequences // data // algorithm.minibatches
         return [
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline} x data {data}",
+            f"{parallel.pipeline}{interleaved} x data {data}",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
             f"sequences, {sequences // data} on a data-parallel rank",
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
@@ -45,6 +47,11 @@ class RunPlan:
     def as_dict(self, device_gib: float | None) -> dict[str, Any]:
         """For JSON: layout, bytes by kind and stage, and whether they fit (null: not asked)."""
         parallel = self.resolved.config.parallel
-        layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": self.resolved.data}
+        layout = {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "data": self.resolved.data,
+        }
         fits = None if device_gib is None else self.memory.peak <= device_gib * GIB
         return {"world": self.resolved.world, "layout": layout, **self.memory.as_dict(), "fits": fits}

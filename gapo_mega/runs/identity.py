@@ -138,6 +138,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "clip_grad": FIXED,
         "distributed": FREE,
         "overlap_grad_reduce": FREE,
+        "overlap_param_gather": FREE,
     },
     CriticConfig: {"path": Rule.CRITIC, "heads": FIXED},
     GradientConfig: {

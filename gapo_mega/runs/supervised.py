@@ -38,7 +38,7 @@ from gapo_mega.models.huggingface.token_ids import check_tokens
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.layout import check_model_split
+from gapo_mega.planning.layout import check_interleaving, check_model_split
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
 from gapo_mega.runs.identity import Identity, settings_of
@@ -92,7 +92,10 @@ def check(config: SupervisedConfig, world_size: int) -> _Start:
             f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
             f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
         )
-    check_batches(config, check_model_split(config.parallel, shape, world_size))
+    data_ranks = check_model_split(config.parallel, shape, world_size)
+    check_batches(config, data_ranks)
+    microbatches = config.batch_size // data_ranks // config.micro_batch_size
+    check_interleaving(config.parallel, shape, microbatches)
     check_logging(config.logging)
     companions = model_location.companions_of(source)
     tokenizer = read_tokenizer(companions)

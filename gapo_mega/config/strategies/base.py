@@ -46,7 +46,7 @@ class RankSizes:
 
     shard: int  # of the gradient that the rank owns
     layer: int  # of one transformer layer
-    layers: range  # transformer layers of the stage, from 0 over all stages
+    layers: Sequence[int]  # transformer layers of the stage, from 0 over all stages
     num_layers: int  # of the model
     output_layer: int  # 0 where the stage has none
 

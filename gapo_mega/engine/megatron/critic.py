@@ -41,7 +41,7 @@ class Critics:
         outputs: list[Tensor] = []
         for trainable in self.models:
             parts = forward_only(
-                trainable.model,
+                trainable.chunks,
                 batch.split(self._micro_batch),
                 lambda out, _: _before_token(out, columns).cpu(),
             )
@@ -74,7 +74,7 @@ class Critics:
                 return mean, mean
 
             trainable.zero_grad()
-            part = forward_backward(trainable.model, minibatch.split(self._micro_batch), mean_loss)
+            part = forward_backward(trainable.chunks, minibatch.split(self._micro_batch), mean_loss)
             self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))
         return losses

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from gapo_mega.engine.base import (
     Aggregator,
@@ -24,7 +24,7 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
-from gapo_mega.engine.megatron.model.build import build_gpt
+from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
 from gapo_mega.engine.megatron.model.forward import forward_only
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
 from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
@@ -64,12 +64,16 @@ class MegatronEngine(groups.Collective):
         super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
         groups.seed(config.seed)
         with megatron_device():
-            self.policy = make_trainable(self._language_model(), config.optimizer, resolved.total_updates)
-            self.reference = FrozenModel(self._language_model(), config.model.offload_reference)
+            chunks = build_chunks(shape, config.model, config.parallel)
+            self._load(chunks, self._source)
+            self.policy = make_trainable(chunks, config.optimizer, resolved.total_updates)
+            reference = build_gpt(shape, config.model, config.parallel)
+            self._load([reference], self._source)
+            self.reference = FrozenModel(reference, config.model.offload_reference)
             self.critics = None if critic is None else self._critics(resolved, critic)
             self.gradients = strategies.build(resolved, self.policy, self.groups)
         self.generator = MegatronGenerator(
-            self.policy.model,
+            self.policy.modules,
             self.groups,
             vocabulary=shape.vocab,
             pad_id=pad_id,
@@ -78,18 +82,17 @@ class MegatronEngine(groups.Collective):
         )
 
     # -- building ----------------------------------------------------------------------------------
-    def _language_model(self) -> GPTModel:
-        model = build_gpt(self.shape, self._config.model, self._config.parallel)
-        weights.load(model, self.shape, self._source)
-        return model
+    def _load(self, chunks: Sequence[GPTModel], source: Path) -> None:
+        for chunk in chunks:
+            weights.load(chunk, self.shape, source)
 
     def _critics(self, resolved: ResolvedRun, source: Path) -> Critics:
         config, heads = self._config, resolved.value_heads
         models: list[Trainable] = []
         for _ in range(resolved.value_models):
-            model = build_gpt(self.shape, config.model, config.parallel, value_heads=heads)
-            weights.load(model, self.shape, source)
-            models.append(make_trainable(model, config.critic.optimizer, resolved.total_updates))
+            chunks = build_chunks(self.shape, config.model, config.parallel, value_heads=heads)
+            self._load(chunks, source)
+            models.append(make_trainable(chunks, config.critic.optimizer, resolved.total_updates))
         return Critics(models, heads, self.groups, config.micro_batch_size)
 
     # -- forward -----------------------------------------------------------------------------------
@@ -99,9 +102,13 @@ class MegatronEngine(groups.Collective):
         def output_of(logits_BTV: Tensor, part: TokenBatch) -> Tensor:
             return response_logprobs(logits_BTV, part, distribution).cpu()
 
-        policy: AbstractContextManager[nn.Module] = nullcontext(self.policy.model)
-        with megatron_device(), policy if model == "policy" else self.reference.on_device() as stage:
-            parts = forward_only(stage, batch.split(self._config.micro_batch_size), output_of)
+        microbatches = batch.split(self._config.micro_batch_size)
+        with megatron_device():
+            if model == "policy":
+                parts = forward_only(self.policy.chunks, microbatches, output_of)
+            else:
+                with self.reference.on_device() as reference:
+                    parts = forward_only([reference], microbatches, output_of)
         local = torch.cat(parts) if parts else torch.zeros(batch.tokens_BT.shape)
         return self.groups.from_last_stage(local)
 
@@ -178,8 +185,9 @@ class MegatronEngine(groups.Collective):
     def export_hf(self, directory: Path) -> None:
         """Replaces ``directory`` if it exists."""
         with megatron_device():
+            self.policy.gather_parameters()
             weights.export_hf(
-                self.policy.model.module,
+                self.policy.modules,
                 self.shape,
                 model_location.companions_of(self._source),
                 directory,

@@ -75,7 +75,7 @@ class ScoreModel:
         with megatron_device(), self._model.on_device() as model:
             for start in range(0, len(order), self._micro_batch):
                 batch = self._batch([tokens[i] for i in order[start : start + self._micro_batch]])
-                parts += forward_only(model, [batch], _at_marks)
+                parts += forward_only([model], [batch], _at_marks)
         raw_B = torch.cat(parts) if parts else torch.zeros(len(tokens))
         raw_B = self._groups.from_last_stage(raw_B)
         scores = self._finish(raw_B).tolist()

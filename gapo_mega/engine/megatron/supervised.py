@@ -17,7 +17,7 @@ from torch import Tensor
 from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
-from gapo_mega.engine.megatron.model.build import build_gpt
+from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
 from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
@@ -50,10 +50,11 @@ class SupervisedModel(groups.Collective, ABC):
         super().__init__(existing or groups.initialize(setup.parallel.tensor, setup.parallel.pipeline))
         groups.seed(setup.seed)
         with megatron_device():
-            built = build_gpt(setup.shape, setup.model, setup.parallel, self._value_heads())
-            weights.load(built, setup.shape, setup.source, head)
-            self._prepare(built)
-            self._trainable = make_trainable(built, setup.optimizer, setup.total_steps)
+            chunks = build_chunks(setup.shape, setup.model, setup.parallel, self._value_heads())
+            for chunk in chunks:
+                weights.load(chunk, setup.shape, setup.source, head)
+                self._prepare(chunk)
+            self._trainable = make_trainable(chunks, setup.optimizer, setup.total_steps)
 
     def update(self, batch: TokenBatch) -> SupervisedUpdate:
         """Accumulates gradients over microbatches and skips the step if the gradient is not finite."""
@@ -66,7 +67,7 @@ class SupervisedModel(groups.Collective, ABC):
         self._trainable.zero_grad()
         with megatron_device():
             parts = self._microbatches(batch)
-            part = forward_backward(self._trainable.model, parts, mean_loss, logged_numbers=2)
+            part = forward_backward(self._trainable.chunks, parts, mean_loss, logged_numbers=2)
             sums = self.sum_over_data(self.groups.from_last_stage(part)).tolist()
             rate = float(self._trainable.optimizer.param_groups[0]["lr"])
             norm = self._trainable.grad_norm()
@@ -81,7 +82,7 @@ class SupervisedModel(groups.Collective, ABC):
         if not batch.batch_size:
             return torch.zeros(0)
         with megatron_device():
-            parts = forward_only(self._trainable.model, self._microbatches(batch), self._measured)
+            parts = forward_only(self._trainable.chunks, self._microbatches(batch), self._measured)
         local_B = torch.cat(parts).cpu() if parts else torch.zeros(batch.batch_size)
         return self.groups.from_last_stage(local_B)
 
@@ -109,7 +110,7 @@ class SupervisedModel(groups.Collective, ABC):
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._setup.source), folder)
             self._write_template(folder)
-            set_config(folder / "config.json", self._setup.config, self._trainable.model.config.params_dtype)
+            set_config(folder / "config.json", self._setup.config, self._trainable.dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
         return checkpoint.load(directory, {_NAME: self._trainable}, self.groups)
@@ -117,8 +118,9 @@ class SupervisedModel(groups.Collective, ABC):
     def export_hf(self, directory: Path) -> None:
         """Replaces ``directory`` if it exists; rank 0 adds the chat template."""
         with megatron_device():
+            self._trainable.gather_parameters()
             weights.export_hf(
-                self._trainable.model.module,
+                self._trainable.modules,
                 self._setup.shape,
                 model_location.companions_of(self._setup.source),
                 directory,

@@ -51,18 +51,19 @@ class TestSettings:
             ]
         )
         found = combinations(shape, where)
-        assert (
-            found.total == 7 * 2 * 2 * 2 * 2 * 2 * 2 * 5 * 2 == len(found.valid) + sum(found.refused.values())
-        )
-        # By what can be combined (docs/gradients.md), for each of 4 kinds of reduction: without a pipeline
-        # (4 layouts) and with one (3), which has no shared forward.
+        assert found.total == 10 * 3 * 2**5 * 5 * 2 == len(found.valid) + sum(found.refused.values())
+        # By what can be combined (docs/gradients.md), for each of 5 kinds of reduction (parameters
+        # are gathered late only where the optimizer is distributed and gradients are reduced early): without
+        # a pipeline (4 layouts), with one (3), which has no shared forward, and with an interleaved one (3),
+        # which needs several microbatches.
         separate_full = 2 * (2 * 2 + 2)  # one or several microbatches x (rows x metric, none x metric)
         separate_part = 2 * (1 + 1 + 2 * 2)  # last layer, last block, two ranges of layers in either metric
         shared_one = 2 * 2 + 2 + (1 + 1 + 2 * 2)
         shared_several = 2  # fp32 rows of the whole gradient
         with_pipeline = separate_full + separate_part
         without = with_pipeline + shared_one + shared_several
-        assert len(found.valid) == 4 * (4 * without + 3 * with_pipeline)
+        interleaved = with_pipeline // 2
+        assert len(found.valid) == 5 * (4 * without + 3 * with_pipeline + 3 * interleaved)
         assert any("a pipeline keeps no graph" in message for message in found.refused)
 
     def test_where(self) -> None:
@@ -205,8 +206,8 @@ class TestResults:
 
     def test_batches_keep_the_order_and_have_one_number_of_ranks(self) -> None:
         settings = [Setting(**{**PLAIN, "layout": layout}) for layout in AXES["layout"]] * 3
-        batches = running.batches(settings, size=7)
-        assert [len(batch) for batch in batches] == [1, 3, 3] * 3
+        batches = running.batches(settings, size=10)
+        assert [len(batch) for batch in batches] == [1, 4, 5] * 3
         assert [setting.layout for batch in batches[:3] for setting in batch] == list(AXES["layout"])
 
     def test_table_and_command(self) -> None:

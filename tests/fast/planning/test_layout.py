@@ -31,7 +31,15 @@ def config(**sections: Any) -> Config:
 
 @pytest.mark.parametrize(
     ("parallel", "world"),
-    [({}, 1), ({}, 2), ({"tensor": 3}, 3), ({"pipeline": 2}, 2), ({"tensor": 3, "pipeline": 2}, 12)],
+    [
+        ({}, 1),
+        ({}, 2),
+        ({"tensor": 3}, 3),
+        ({"pipeline": 2}, 2),
+        ({"tensor": 3, "pipeline": 2}, 12),
+        ({"pipeline": 2, "virtual_pipeline": 5}, 2),
+        ({"pipeline": 3, "virtual_pipeline": 2}, 3),
+    ],
 )
 def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
     check(config(parallel=parallel), SMOLLM2, world)
@@ -75,6 +83,17 @@ def test_layouts_that_work(parallel: dict[str, int], world: int) -> None:
             2,
             "micro_batch_size: found 3, accepted for minibatches of 8 sequences on a data-parallel rank: 1, "
             "2, 4, 8",
+        ),
+        (
+            {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+            2,
+            "parallel.virtual_pipeline: found 2, accepted for the 15 layers of a pipeline stage: 1, 3, 5, 15",
+        ),
+        (
+            {"parallel": {"pipeline": 10, "virtual_pipeline": 3}},
+            10,
+            "parallel.virtual_pipeline: found 3 with 8 microbatches to an optimizer step, accepted: 1, or at "
+            "least 10 microbatches, one for every stage (a smaller micro_batch_size makes more)",
         ),
         (
             {"data": {"source": "s", "max_prompt_tokens": 8000}, "rollout": {"max_new_tokens": 193}},

@@ -185,6 +185,13 @@ def test_rows_of_every_gradient_strategy() -> None:
         0,
         3 * 4 * output + 2 * 4 * layer,
     ]
+    # Two chunks a stage hold layers 0 and 2, and 1 and 3, of four layers on two stages.
+    four = shape_of(LlamaConfig(**{**SIZES, "num_hidden_layers": 4}, tie_word_embeddings=False))
+    interleaved = config(
+        parallel={"pipeline": 2, "virtual_pipeline": 2}, gradients={"scope": [[2, 4]]}, micro_batch_size=1
+    )
+    stages = predict(resolved_run(interleaved, 2, shape=four)).stages
+    assert [stage.objective_rows for stage in stages] == [2 * 4 * layer] * 2
     # A data rank's shard may be all of the layers in scope, but not more than a shard.
     assert rows(world=2, scope=[[0, 1]]) == 2 * 4 * layer
     assert rows(world=2, scope=[[0, 6]]) == 2 * 4 * (count // 2)
@@ -229,6 +236,24 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:
     assert activations(3)[0] == many[0]
 
 
+def test_interleaved_stages_hold_more() -> None:
+    """Megatron's schedule holds 1 + (p - 1) / (p v) times as much on the first stage (arXiv 2104.04473)."""
+    shape = shape_of(LlamaConfig(**{**SIZES, "num_hidden_layers": 24, "vocab_size": 128}))
+
+    def first(virtual: int) -> int:
+        settings = config(
+            parallel={"pipeline": 4, "virtual_pipeline": virtual},
+            micro_batch_size=1,
+            rollout={"prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 28},
+        )
+        return predict(resolved_run(settings, 4, shape=shape)).stages[0].activations
+
+    for virtual in (2, 3):
+        # In flight are 2 (p - 1) + (v - 1) p chunks and one more, of v p without chunks.
+        expected = (2 * 3 + (virtual - 1) * 4 + 1) / (virtual * 4)
+        assert first(virtual) / first(1) == pytest.approx(expected, rel=0.1)
+
+
 def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     stage = StagePlan(0, 0, GIB, GIB, 0, 0, 0, 0, 0, 0, kv_cache=GIB, activations=GIB // 2)
     run = RunPlan(resolved_run(config(), shape=shape_of(MISTRAL_7B)), MemoryPlan([stage, stage]))
@@ -236,7 +261,15 @@ def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     assert run.fullest(3.0) == "fullest rank: 3.00 GiB, fits into 3 GiB"
     assert run.fullest(2.5).endswith("does not fit into 2.5 GiB")
     assert run.lines()[0] == "layout: 1 processes = tensor 1 x pipeline 1 x data 1"
+    chunks = RunPlan(
+        resolved_run(config(parallel={"pipeline": 2, "virtual_pipeline": 4}), 2, shape=shape_of(MISTRAL_7B)),
+        run.memory,
+    )
+    assert chunks.lines()[0] == "layout: 2 processes = tensor 1 x pipeline 2 (4 chunks a stage) x data 1"
     found = run.as_dict(2.5)
     assert found["fits"] is False and run.as_dict(None)["fits"] is None
     assert found["peak"] == 3 * GIB and found["stages"][1]["resident"] == 2 * GIB
-    assert found["layout"] == {"tensor": 1, "pipeline": 1, "data": 1} and found["world"] == 1
+    assert (
+        found["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 1}
+        and found["world"] == 1
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gapo_mega.config import ParallelConfig
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
 from gapo_mega.runs.supervised import check
 from tests.helpers.hf_directories import classifier
@@ -60,3 +61,22 @@ def test_a_classifier_is_trained_as_a_reward_model_only(tmp_path: Path) -> None:
         ValueError, match=r"^model\.path: found the score model LlamaForSequenceClassification, acc"
     ):
         check(settings(SftConfig, tmp_path), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interleaved_pipeline_needs_a_microbatch_for_every_stage(kind: Any, tmp_path: Path) -> None:
+    tiny_llama(tmp_path, vocab=101)
+    byte_tokenizer(tmp_path)
+    plain = settings(kind, tmp_path)
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    check(plain.model_copy(update={"parallel": parallel, "micro_batch_size": 4}), 2)
+    with pytest.raises(
+        ValueError,
+        match=r"^parallel\.virtual_pipeline: found 2 with 1 microbatches .* at least 2 ",
+    ):
+        check(plain.model_copy(update={"parallel": parallel}), 2)
+    four = ParallelConfig(pipeline=2, virtual_pipeline=4)
+    with pytest.raises(
+        ValueError, match=r"^parallel\.virtual_pipeline: found 4, accepted for the 2 layers .* stage: 1, 2$"
+    ):
+        check(plain.model_copy(update={"parallel": four, "micro_batch_size": 4}), 2)

@@ -39,11 +39,12 @@ TOP_K, PENALTY = 100, 1.3
 
 
 class Layout(NamedTuple):
-    """Ranks, and how many of them tensor and pipeline parallelism take."""
+    """Ranks, how many of them tensor and pipeline parallelism take, and the chunks of a pipeline stage."""
 
     ranks: int
     tensor: int
     pipeline: int
+    virtual: int = 1
 
     @property
     def data(self) -> int:
@@ -56,9 +57,12 @@ LAYOUTS = {
     "TP2": Layout(2, 2, 1),
     "PP2": Layout(2, 1, 2),
     "DP2": Layout(2, 1, 1),
+    "PP2-interleaved": Layout(2, 1, 2, 2),
     "TP2xPP2": Layout(4, 2, 2),
     "TP2xDP2": Layout(4, 2, 1),
     "PP2xDP2": Layout(4, 1, 2),
+    "TP2xPP2-interleaved": Layout(4, 2, 2, 2),
+    "PP2xDP2-interleaved": Layout(4, 1, 2, 2),
 }
 # Layers 1 and 2 lie on both sides of a pipeline's cut; 0 and 2 have layers out of scope between and behind.
 SCOPES: dict[str, str | list[list[int]]] = {
@@ -78,7 +82,7 @@ class Setting:
     layout: str
     sequence_parallel: str
     distributed: str
-    overlap_grad_reduce: str
+    overlap: str
     recompute: str
     tied: str
     microbatches: str
@@ -101,7 +105,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layout": tuple(LAYOUTS),
     "sequence_parallel": ON_OFF,
     "distributed": ON_OFF,
-    "overlap_grad_reduce": ON_OFF,
+    "overlap": ("none", "reduce", "reduce_and_gather"),  # of communication with passes
     "recompute": ("none", "selective", "full"),
     "tied": ON_OFF,
     "microbatches": ("one", "several"),
@@ -186,11 +190,11 @@ def config_of(setting: Setting, model: str) -> Config:
         steps=4,
         micro_batch_size=rows if setting.microbatches == "one" else SEVERAL,
         model=_model(model, setting.dtype, setting.recompute),
-        parallel=_parallel(layout.tensor, layout.pipeline, setting.sequence_parallel),
+        parallel=_parallel(layout.tensor, layout.pipeline, layout.virtual, setting.sequence_parallel),
         data=DataConfig(source="unused", max_prompt_tokens=8),
         rollout=_rollout(setting.temperature, setting.sampling),
         objectives=_objectives(),
-        optimizer=_optimizer(setting.distributed, setting.overlap_grad_reduce),
+        optimizer=_optimizer(setting.distributed, setting.overlap),
         gradients=_gradients(
             setting.store, setting.store_dtype, setting.forward, setting.scope, setting.metric
         ),
@@ -237,8 +241,10 @@ def _model(path: str, dtype: str, recompute: str) -> ModelConfig:
 
 
 @_once
-def _parallel(tensor: int, pipeline: int, sequence: str) -> ParallelConfig:
-    return ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence == "true")
+def _parallel(tensor: int, pipeline: int, virtual: int, sequence: str) -> ParallelConfig:
+    return ParallelConfig(
+        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, sequence_parallel=sequence == "true"
+    )
 
 
 @_once
@@ -253,7 +259,8 @@ def _optimizer(distributed: str, overlap: str) -> OptimizerConfig:
         eps=EPS,
         clip_grad=CLIP,
         distributed=distributed == "true",
-        overlap_grad_reduce=overlap == "true",
+        overlap_grad_reduce="reduce" in overlap,
+        overlap_param_gather="gather" in overlap,
     )
 
 

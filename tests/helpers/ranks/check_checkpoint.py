@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
-from gapo_mega.engine.megatron.model.build import build_gpt
+from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward
 from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
 from gapo_mega.engine.megatron.model.modules import RMSNorm
@@ -45,7 +46,7 @@ LOSSES = {"fp32": 2e-6, "bf16": 2e-3}
 class Run:
     """A policy and a critic with random weights, and generators that start from ``seed``."""
 
-    def __init__(self, args: dict[str, Any], in_groups: Groups, seed: int) -> None:
+    def __init__(self, args: dict[str, Any], in_groups: Groups, seed: int, virtual: int = 1) -> None:
         self.groups = in_groups
         layout = in_groups.layout
         with megatron_device():
@@ -55,20 +56,20 @@ class Run:
         random.seed(seed)
         self.vocab: int = args.get("vocab", 256)
         shape = ModelShape(
-            family="llama", num_layers=2, hidden=args.get("hidden", 24), ffn=40, heads=4, kv_groups=2,
-            head_dim=6, vocab=self.vocab, tied=args.get("tied", False), rope_theta=10000.0, norm_eps=1e-5,
-            qkv_bias=True, max_positions=64,
+            family="llama", num_layers=args.get("layers", 2), hidden=args.get("hidden", 24), ffn=40,
+            heads=4, kv_groups=2, head_dim=6, vocab=self.vocab, tied=args.get("tied", False),
+            rope_theta=10000.0, norm_eps=1e-5, qkv_bias=True, max_positions=64,
         )  # fmt: skip
         model = ModelConfig(path="unused", dtype=args.get("dtype", "fp32"))
-        parallel = ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline)
+        parallel = ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, virtual_pipeline=virtual)
         optimizer = OptimizerConfig.model_validate(
             {"lr": 1e-2, "warmup_fraction": 0.2, **args.get("optimizer", {})}
         )
         with megatron_device():
             self.trainables = {
-                "policy": make_trainable(build_gpt(shape, model, parallel), optimizer, total_steps=20),
+                "policy": make_trainable(build_chunks(shape, model, parallel), optimizer, total_steps=20),
                 "critic0": make_trainable(
-                    build_gpt(shape, model, parallel, value_heads=HEADS), optimizer, 20
+                    build_chunks(shape, model, parallel, value_heads=HEADS), optimizer, 20
                 ),
             }
 
@@ -97,9 +98,8 @@ class Run:
             for name, loss in (("policy", policy_loss), ("critic0", critic_loss)):
                 trainable = self.trainables[name]
                 trainable.zero_grad()
-                local = forward_backward(trainable.model, batches, loss)
-                assert trainable.optimizer.step()[0]
-                trainable.scheduler.step(1)
+                local = forward_backward(trainable.chunks, batches, loss)
+                trainable.step()
                 total += float(self.groups.sum_over_data(self.groups.from_last_stage(local)))
         return total
 
@@ -115,7 +115,8 @@ class Run:
         """Copies of everything on this rank that a step changes."""
         found: list[Tensor] = []
         for trainable in self.trainables.values():
-            found += [p.detach().clone() for p in trainable.model.parameters()]
+            trainable.gather_parameters()
+            found += [p.detach().clone() for p in trainable.parameters()]
             for state in trainable.optimizer.optimizer.state.values():
                 found += [value.clone() for _, value in sorted(state.items())]
             found.append(torch.tensor([group["lr"] for group in trainable.optimizer.param_groups]))
@@ -125,6 +126,7 @@ class Run:
         """Per parameter and optimizer tensor: [sum, sum of squares, maximum, minimum] over all ranks."""
         local: dict[str, list[float]] = {}
         for prefix, trainable in self.trainables.items():
+            trainable.gather_parameters()
             for name, tensor in _own_tensors(trainable, self.groups.layout.data_rank):
                 wide = tensor.detach().double()
                 local[f"{prefix}.{name}"] = [
@@ -155,25 +157,25 @@ class _StatefulNorm(RMSNorm):
 
 def _give_extra_states(run: Run) -> None:
     for trainable in run.trainables.values():
-        norms = [module for module in trainable.model.modules() if type(module) is RMSNorm]
+        norms = [m for chunk in trainable.modules for m in chunk.modules() if type(m) is RMSNorm]
         assert norms
         for norm in norms:
             norm.__class__ = _StatefulNorm
-        assert any("norm._extra_state" in name for name in trainable.model.state_dict())
+        assert any("norm._extra_state" in name for chunk in trainable.modules for name in chunk.state_dict())
 
 
 def _own_tensors(trainable: Trainable, data_rank: int) -> list[tuple[str, Tensor]]:
     """Every parameter and state tensor, on one rank only or in pieces that do not overlap."""
-    model, optimizer = trainable.model.module, trainable.optimizer.chained_optimizers[0]
+    optimizer = trainable.optimizer.chained_optimizers[0]
     distributed = isinstance(optimizer, DistributedOptimizer)
-    first_layer = model.decoder.layers[0].layer_number - 1
     found: list[tuple[str, Tensor]] = []
-    for local_name, parameter in model.named_parameters():
+    named = [(chunk, *pair) for chunk in trainable.modules for pair in chunk.named_parameters()]
+    for chunk, local_name, parameter in named:
         if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)):
             continue
         parts = local_name.split(".")
         if "layers" in parts:
-            parts[2] = str(int(parts[2]) + first_layer)
+            parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
         name = ".".join(parts)
         if data_rank == 0:
             found.append((name, parameter))
@@ -233,14 +235,17 @@ def check(args: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def run(args: dict[str, Any]) -> dict[str, Any]:
-    """Train and save in ``args["save"]`` ([tensor, pipeline]), load there and in every ``args["load"]``.
+    """Train and save in ``args["save"]``, load there and in every ``args["load"]``.
+
+    Layouts are [tensor, pipeline], or [tensor, pipeline, virtual_pipeline].
 
     Norms have an extra state either there (``stateful``) or in the other layouts. Other arguments:
-    directory, optimizer (a section), dtype, tied, vocab.
+    directory, optimizer (a section), dtype, layers, tied, vocab.
     """
     directory = Path(args["directory"])
-    in_groups = worlds.enter(*args["save"], seed=1)
-    original = Run(args, in_groups, seed=1)
+    in_groups = worlds.enter(*args["save"][:2], seed=1)
+    virtual = _virtual(args["save"])
+    original = Run(args, in_groups, 1, virtual)
     if args.get("stateful"):
         _give_extra_states(original)
     for _ in range(STEPS):
@@ -253,7 +258,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
         original.random_step()
     uninterrupted = original.tensors()
 
-    resumed = Run(args, in_groups, seed=2)
+    resumed = Run(args, in_groups, 2, virtual)
     loaded_extra = checkpoint.load(directory, resumed.trainables, in_groups)
     for _ in range(STEPS):
         resumed.random_step()
@@ -262,16 +267,25 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
         "extra": loaded_extra == {"step": STEPS, "rank": in_groups.layout.data_rank},
         "layouts": {},
     }
-    reference = _losses_after_loading(args, in_groups, directory, saved)
-    forgetful = _losses_after_loading(args, in_groups, directory, saved, forget=True)
+    reference = _losses_after_loading(args, in_groups, directory, saved, virtual)
+    forgetful = _losses_after_loading(args, in_groups, directory, saved, virtual, forget=True)
     result["losses_without_state"] = _relative(forgetful["losses"], reference["losses"])
     for layout in args["load"]:
         found = _losses_after_loading(
-            args, worlds.enter(*layout, seed=3), directory, saved, stateful=not args.get("stateful")
+            args,
+            worlds.enter(*layout[:2], seed=3),
+            directory,
+            saved,
+            _virtual(layout),
+            stateful=not args.get("stateful"),
         )
         found["losses"] = _relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
     return result
+
+
+def _virtual(layout: Sequence[int]) -> int:
+    return layout[2] if len(layout) > 2 else 1
 
 
 def _losses_after_loading(
@@ -279,10 +293,11 @@ def _losses_after_loading(
     in_groups: Groups,
     directory: Path,
     saved: dict[str, list[float]],
+    virtual: int,
     forget: bool = False,
     stateful: bool = False,
 ) -> dict[str, Any]:
-    other = Run(args, in_groups, seed=3)
+    other = Run(args, in_groups, 3, virtual)
     if stateful:
         _give_extra_states(other)
     extra = checkpoint.load(directory, other.trainables, in_groups)

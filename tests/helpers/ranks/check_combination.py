@@ -54,8 +54,8 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
 
     ``folder``: for the time being; whoever made it also clears away what a time limit leaves behind.
     """
-    model = engine.policy.model
-    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    engine.policy.gather_parameters()
+    kept = [parameter.detach().clone() for parameter in engine.policy.parameters()]
     if key is not None:
         _copy_(engine, adam_state(engine, key))
     with tempfile.TemporaryDirectory(dir=folder) as own:
@@ -68,7 +68,7 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
 
 def adam_state(engine: MegatronEngine, key: str) -> list[Tensor]:
     """A tensor of Adam's state for every parameter of this rank, put together over the data ranks."""
-    parameters = list(engine.policy.model.parameters())
+    parameters = engine.policy.parameters()
     whole = {parameter: torch.zeros(parameter.numel()) for parameter in parameters}
     (inner,) = engine.policy.optimizer.chained_optimizers
     for parameter, main, start, end in main_parameters(inner):
@@ -81,5 +81,5 @@ def adam_state(engine: MegatronEngine, key: str) -> list[Tensor]:
 
 @torch.no_grad()
 def _copy_(engine: MegatronEngine, values: list[Tensor]) -> None:
-    for parameter, value in zip(engine.policy.model.parameters(), values, strict=True):
+    for parameter, value in zip(engine.policy.parameters(), values, strict=True):
         parameter.copy_(value)

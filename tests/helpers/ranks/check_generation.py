@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def tensors_of(generation: Generation) -> list[torch.Tensor]:
 
 
 def training_logprobs(
-    model: torch.nn.Module, generation: Generation, distribution: Distribution, world: groups.Groups
+    chunks: Sequence[torch.nn.Module],
+    generation: Generation,
+    distribution: Distribution,
+    world: groups.Groups,
 ) -> Any:
     """What the training forward says of the sampled tokens: [B, T] on every rank."""
 
@@ -50,7 +54,7 @@ def training_logprobs(
 
     batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT, kept=generation.kept)
     with megatron_device():
-        parts = forward_only(model, [batch], output_of)
+        parts = forward_only(chunks, [batch], output_of)
     return world.from_last_stage(parts[0] if parts else torch.zeros(generation.tokens_BT.shape))
 
 
@@ -65,10 +69,11 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     world = worlds.enter(layout.tensor, layout.pipeline)
     shape = shape_of(HFDirectory(directory).config)
     with megatron_device():
-        model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
-        weights.load_hf(model, shape, directory)
+        chunks = build.build_chunks(shape, ModelConfig(path=str(directory)), layout)
+        for chunk in chunks:
+            weights.load_hf(chunk, shape, directory)
     generator = MegatronGenerator(
-        model,
+        chunks,
         world,
         vocabulary=shape.vocab,
         pad_id=0,
@@ -79,8 +84,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     for parameters in arguments["runs"]:
         sampling = SamplingParameters(**parameters)
         generation = generator.generate(prompts_of(shape.vocab), sampling, seed=4)
-        assert model.training
-        expected_BT = training_logprobs(model, generation, Distribution.of(shape.vocab, sampling), world)
+        assert all(chunk.training for chunk in chunks)
+        expected_BT = training_logprobs(chunks, generation, Distribution.of(shape.vocab, sampling), world)
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, tensors_of(generation))
         same = all(

@@ -88,10 +88,11 @@ def _write_gradient(
     batch = global_batch(shape.vocab)
     part = batch.select(torch.arange(ROWS).chunk(world.layout.data)[world.layout.data_rank])
     with megatron_device():
-        model = build.build_gpt(shape, ModelConfig(path=str(directory)), layout)
-        weights.load_hf(model, shape, directory)
+        chunks = build.build_chunks(shape, ModelConfig(path=str(directory)), layout)
+        for chunk in chunks:
+            weights.load_hf(chunk, shape, directory)
         optimizer = OptimizerConfig(name="sgd", distributed=False)
-        trainable = make_trainable(model, optimizer, total_steps=1)
+        trainable = make_trainable(chunks, optimizer, total_steps=1)
         drawn = Distribution(shape.vocab, TEMPERATURE, PENALTY)
         setting = Setting(
             trainable, world, len(WEIGHTS), drawn, shape.num_layers, MICRO_BATCH, shared, adam=False
@@ -101,9 +102,9 @@ def _write_gradient(
         aggregator = aggregation.build("weighted_sum", weights=WEIGHTS)
         direction = Shards(setting, KeptRows(GradientConfig())).direction(task, aggregator, Clock())
         with torch.no_grad():  # without the distributed optimizer every rank has all of its gradient
-            for parameter in model.parameters():
+            for parameter in trainable.parameters():
                 parameter.copy_(parameter.main_grad)
-        weights.export_hf(model, shape, directory, export)
+        weights.export_hf(chunks, shape, directory, export)
     return direction.gram
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gapo_mega.types import TokenBatch
 from tests.helpers.ranks import worlds
 
 
-def logits_of(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tensor | None:
+def logits_of(chunks: Sequence[GPTModel], tokens_BT: Tensor, vocabulary: int) -> Tensor | None:
     """Whole logits [B, T, V] in fp32 on the last pipeline stage, ``None`` elsewhere."""
 
     def whole(output: Tensor, _: TokenBatch) -> Tensor:
@@ -31,7 +32,7 @@ def logits_of(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tensor | N
 
     batch = TokenBatch(tokens_BT, torch.ones(tokens_BT.shape, dtype=torch.bool))
     with megatron_device():
-        collected = forward.forward_only(model.eval(), [batch], whole)
+        collected = forward.forward_only([model.eval() for model in chunks], [batch], whole)
     return collected[0] if collected else None
 
 
@@ -52,20 +53,21 @@ def _check(arguments: dict[str, Any], layout: ParallelConfig, world: groups.Grou
     shape = shape_of(HFDirectory(directory).config)
     config = ModelConfig.model_validate({"path": str(directory), "dtype": arguments["dtype"]})
     with megatron_device():
-        model = build.build_gpt(shape, config, layout)
-        weights.load(model, shape, Path(arguments["weights"]))
-        weights.export_hf(model, shape, directory, export)
+        chunks = build.build_chunks(shape, config, layout)
+        for chunk in chunks:
+            weights.load(chunk, shape, Path(arguments["weights"]))
+        weights.export_hf(chunks, shape, directory, export)
 
     tokens_BT = torch.randint(
         0, shape.vocab, (2, arguments["tokens"]), generator=torch.Generator().manual_seed(1)
     )
     with torch.no_grad():
         expected_BTV = AutoModelForCausalLM.from_pretrained(directory).float().eval()(tokens_BT).logits
-    found_BTV = logits_of(model, tokens_BT, shape.vocab)
+    found_BTV = logits_of(chunks, tokens_BT, shape.vocab)
     found_BTV = world.from_last_stage(torch.zeros_like(expected_BTV) if found_BTV is None else found_BTV)
     return {
         "logit_error": float((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()),
-        "different": compare(directory, export, model.config.params_dtype),
+        "different": compare(directory, export, chunks[0].config.params_dtype),
     }
 
 

@@ -27,7 +27,22 @@ CHANGES = [
         "scope": "layers_0,2",
         "temperature": "0.7",
     },
-    {"layout": "DP2", "overlap_grad_reduce": "true", "scope": "last_block", "recompute": "selective"},
+    {"layout": "DP2", "overlap": "reduce", "scope": "last_block", "recompute": "selective"},
+    {
+        "layout": "PP2-interleaved",
+        "microbatches": "several",
+        "tied": "true",
+        "dtype": "bf16",
+        "recompute": "full",
+        "sampling": "edited",
+    },
+    {
+        "layout": "DP2",
+        "distributed": "true",
+        "overlap": "reduce_and_gather",
+        "forward": "shared",
+        "microbatches": "several",
+    },
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
 ]
 

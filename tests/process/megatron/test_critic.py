@@ -15,6 +15,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
     "TP2-sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "DP2": (2, {}),
 }
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-4, "schedule": "constant", "warmup_fraction": 0.0}

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "PP2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
 # Both sides sum in different orders: some 1e-6 of the greatest score or loss in fp32. Adam's division by a
 # small second moment makes more of it in three steps.

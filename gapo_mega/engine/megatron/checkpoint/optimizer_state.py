@@ -9,7 +9,7 @@ Megatron's key names, and leaves the resharding to Megatron's sharded tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,13 +41,16 @@ class _Piece:
 class OptimizerState:
     """Saves and loads the state of one model's optimizer."""
 
-    def __init__(self, model: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], optimizer: MegatronOptimizer, groups: Groups
+    ) -> None:
+        """``parameters``: the model's, in an order that all data ranks share."""
         chained = optimizer.chained_optimizers
         assert len(chained) == 1, "expert parameters have an optimizer of their own"
         self._optimizer = chained[0]
         self._inner: torch.optim.Optimizer = self._optimizer.optimizer
         self._groups = groups
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = [p for p in parameters if p.requires_grad]
         self.names = self._tensor_names()
         self._create()
         self._pieces = dict(self._own_pieces())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -77,13 +78,14 @@ def save(
         state: dict[str, Any] = {"rng": _ranked("rng", _rng_states(), layout.rank, layout.world)}
         state["extra"] = _ranked("extra", extra, layout.data_rank, layout.data, replica=_replica_rank(layout))
         for name, trainable in trainables.items():
-            optimizer = OptimizerState(trainable.model, trainable.optimizer, groups)
+            trainable.gather_parameters()
+            optimizer = OptimizerState(trainable.parameters(), trainable.optimizer, groups)
             models[name] = {
                 **_kind(trainable, optimizer),
                 "optimizer_step": optimizer.step,
                 "schedule_step": trainable.scheduler.num_steps,
             }
-            model = model_state.to_save(trainable.model.module)
+            model = _by_chunk(trainable, model_state.to_save)
             state[name] = _prefixed(name, model, optimizer.to_save(model))
         about = {"format": FORMAT, "layout": _sizes(layout), "models": models}
         about["score_head"] = score_head
@@ -99,7 +101,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
     layout = groups.layout
     with _errors(directory, "loaded", ValueError), releases.without_advice(), megatron_device():
         about = dist_checkpointing.load_common_state_dict(str(directory)).get("about", {})
-        optimizers = {n: OptimizerState(t.model, t.optimizer, groups) for n, t in trainables.items()}
+        optimizers = {n: OptimizerState(t.parameters(), t.optimizer, groups) for n, t in trainables.items()}
         _check(directory, about, {n: _kind(t, optimizers[n]) for n, t in trainables.items()})
         saved = about["layout"]
         same_layout, same_data = saved == _sizes(layout), saved["data"] == layout.data
@@ -109,7 +111,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
         if same_layout:
             state["rng"] = _ranked("rng", None, layout.rank, layout.world)
         for name, trainable in trainables.items():
-            model = model_state.to_load(model_state.to_save(trainable.model.module))
+            model = _by_chunk(trainable, lambda m: model_state.to_load(model_state.to_save(m)))
             state[name] = _prefixed(name, model, optimizers[name].to_load(model))
         # The integrity check would refuse parts that several ranks load, or none.
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
@@ -150,6 +152,11 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             torch.save(common, Path(checkpoint_dir) / COMMON_STATE_FNAME)
 
 
+def _by_chunk(trainable: Trainable, state_of: Callable[[GPTModel], dict[str, Any]]) -> dict[str, Any]:
+    """By the number of the chunk, because chunks have the same names for their layers."""
+    return {str(number): state_of(chunk) for number, chunk in enumerate(trainable.modules)}
+
+
 def _prefixed(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
     state = {"model": model, "optimizer": optimizer}
     add_prefix_for_sharding(state, f"{name}.")
@@ -160,7 +167,8 @@ def _restore(
     trainable: Trainable, optimizer: OptimizerState, loaded: dict[str, Any], about: dict[str, Any]
 ) -> None:
     with megatron_device():
-        model_state.restore(trainable.model.module, loaded["model"])
+        for number, chunk in enumerate(trainable.modules):
+            model_state.restore(chunk, loaded["model"][str(number)])
         optimizer.load(loaded.get("optimizer", {}))
         optimizer.step = about["optimizer_step"]
         trainable.scheduler.num_steps = 0
@@ -169,7 +177,10 @@ def _restore(
 
 def _kind(trainable: Trainable, optimizer: OptimizerState) -> dict[str, Any]:
     """What must be equal in a checkpoint and in the model that loads it."""
-    return {"dtype": str(trainable.model.config.params_dtype), "optimizer_tensors": sorted(optimizer.names)}
+    return {
+        "dtype": str(trainable.dtype),
+        "optimizer_tensors": sorted(optimizer.names),
+    }
 
 
 def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:

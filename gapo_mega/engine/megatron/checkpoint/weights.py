@@ -124,7 +124,7 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
 
 
 def export_hf(
-    model: GPTModel,
+    chunks: Sequence[GPTModel],
     shape: ModelShape,
     companions: str | Path,
     directory: str | Path,
@@ -133,29 +133,30 @@ def export_hf(
     config: Mapping[str, object] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``model`` as a Hugging Face directory. Collective over all ranks; rank 0 writes.
+    """Write a model as a Hugging Face directory. Collective over all ranks; rank 0 writes.
 
     Parameters travel to rank 0 one at a time, so no rank holds more than its own shard and one tensor.
 
     Args:
-        model: the bare model, with its parameters up to date.
-        shape: the shape that ``model`` was built with.
+        chunks: this rank's bare chunks (``build_chunks``), with their parameters up to date.
+        shape: the shape that they were built with.
         companions: directory to copy configuration and tokenizer from.
         directory: the directory to write on rank 0's file system; it ends up complete or absent.
         head: names of a score model's head; a bias without a name is not written.
         config: entries of ``config.json`` that differ from the companions'.
         overwrite: replace ``directory`` if it exists.
     """
-    assert isinstance(model, ValueModel) == (head is not None), "a critic has no Hugging Face form"
+    assert isinstance(chunks[0], ValueModel) == (head is not None), "a critic has no Hugging Face form"
     if parallel_state.get_data_parallel_rank() == 0:
-        weights = _weight_map(model, shape, head)
-        stages = _parcels(model, weights)
+        weights = _weight_map(chunks[0], shape, head)
+        own = {name: value for chunk in chunks for name, value in _parameters(chunk).items()}
+        stages = _parcels(own, weights)
         promised = {
             name: like
             for parcel in chain.from_iterable(stages)
             for name, like in weights.to_hf(parcel.name, [parcel.like()] * weights.tensor).items()
         }
-        tensors = _stream(model, weights, stages)
+        tensors = _stream(own, weights, stages)
         if dist.get_rank() == 0:
             assert promised.keys() == weights.hf_names(), "not all tensors are exported"
             write_hf(directory, companions, promised, tensors, config=config, overwrite=overwrite)
@@ -171,7 +172,7 @@ def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = Non
 
 
 def _parameters(model: GPTModel) -> dict[str, Tensor]:
-    """This stage's parameters by their names in the whole model."""
+    """A chunk's parameters by their names in the whole model."""
 
     def whole_model_name(name: str) -> str:
         local = _LAYER.match(name)
@@ -215,11 +216,11 @@ class _Parcel:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def _parcels(model: GPTModel, weights: WeightMap) -> list[list[_Parcel]]:
+def _parcels(own: Mapping[str, Tensor], weights: WeightMap) -> list[list[_Parcel]]:
     """The parcels of every pipeline stage, the same on all ranks of a replica, by an all-gather."""
     parcels = [
         _Parcel(name, tuple(value.shape), value.dtype)
-        for name, value in _parameters(model).items()
+        for name, value in own.items()
         if not weights.is_copy(name) and weights.has(name)
     ]
     pipeline = parallel_state.get_pipeline_model_parallel_group()
@@ -228,9 +229,10 @@ def _parcels(model: GPTModel, weights: WeightMap) -> list[list[_Parcel]]:
     return stages
 
 
-def _stream(model: GPTModel, weights: WeightMap, stages: list[list[_Parcel]]) -> Iterator[tuple[str, Tensor]]:
+def _stream(
+    own: Mapping[str, Tensor], weights: WeightMap, stages: list[list[_Parcel]]
+) -> Iterator[tuple[str, Tensor]]:
     """Whole Hugging Face tensors on rank 0; the other ranks get none but must iterate, too."""
-    own = _parameters(model)
     for stage, parcels in enumerate(stages):
         for parcel in parcels:
             parts = _bring_to_first(own.get(parcel.name), parcel, stage, weights.tensor)

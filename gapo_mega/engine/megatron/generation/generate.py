@@ -2,9 +2,10 @@
 
 A *lane* is a batch of left-padded rows that go through the model together. There are as many lanes at a time
 as pipeline stages, so that every stage has work: while the last stage samples for one lane, the first stage
-embeds another. Three things keep the work small. The prefill reads a prompt that occurs several times in a
-lane once and copies its KV cache. Only the last position is projected to the vocabulary. Finished rows leave
-the lane.
+embeds another. With an interleaved pipeline all lanes pass through the first chunk of every stage before any
+passes through the second. Three things keep the work small. The prefill reads a prompt that occurs several
+times in a lane once and copies its KV cache. Only the last position is projected to the vocabulary. Finished
+rows leave the lane.
 
 Rotary positions are columns of the padded batch. Attention depends on their differences alone, so left
 padding does not change it.
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
@@ -88,7 +88,7 @@ class MegatronGenerator:
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[GPTModel],
         groups: Groups,
         *,
         vocabulary: int,
@@ -99,7 +99,7 @@ class MegatronGenerator:
         """Allocates nothing before ``generate``.
 
         Args:
-            model: this rank's GPTModel stage, bare or in Megatron's DistributedDataParallel.
+            chunks: this rank's bare part of the model (``build_chunks``).
             groups: the layout that the model was built in.
             vocabulary: true vocabulary size; columns beyond it are padding, which is never sampled.
             pad_id: fills ``Generation.tokens_BT`` after a row's end.
@@ -108,15 +108,15 @@ class MegatronGenerator:
         """
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size: found {batch_size}, accepted: at least 1")
-        self._model: GPTModel = model.module if isinstance(model, DistributedDataParallel) else model
+        self._chunks = list(chunks)
         self._groups = groups
         self._vocabulary = vocabulary
         self._pad_id = pad_id
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
         self._batch_size = batch_size
-        self._samples_here = bool(self._model.post_process) and groups.layout.tensor_rank == 0
+        self._samples_here = bool(self._chunks[-1].post_process) and groups.layout.tensor_rank == 0
         # Only Megatron's own attention takes a padding mask on top of the causal one in prefill and decode.
-        self._may_pad = any(isinstance(m, DotProductAttention) for m in self._model.modules())
+        self._may_pad = any(isinstance(m, DotProductAttention) for m in self._chunks[0].modules())
 
     def update_weights(self) -> None:
         """Does nothing: the generator shares the training model's weights."""
@@ -138,9 +138,9 @@ class MegatronGenerator:
         results = Results(count, sampling, self._pad_id, self._samples_here)
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
         # Not inference_mode: Megatron caches rotary tables, which training uses, too.
-        with torch.no_grad(), megatron_device(), _inference_state(self._model):
-            for chunk in self._chunks(prompts):
-                lanes = self._lanes(prompts, chunk, steps)
+        with torch.no_grad(), megatron_device(), _inference_state(self._chunks):
+            for batch in self._batches(prompts):
+                lanes = self._lanes(prompts, batch, steps)
                 self._run(lanes, results, uniform_BS, sampling)
         return results.assemble(prompts, self._broadcast)
 
@@ -153,7 +153,7 @@ class MegatronGenerator:
             raise ValueError(
                 f"prompts: found no token in prompt {empty[0]}, accepted: at least one token each"
             )
-        window = self._model.config.window_size
+        window = self._chunks[0].config.window_size
         longest = max(len(prompt) for prompt in prompts)
         if window is not None and longest + sampling.max_new_tokens > window[0] + 1:
             raise ValueError(
@@ -162,7 +162,7 @@ class MegatronGenerator:
             )
 
     # -- batches -----------------------------------------------------------------------------------
-    def _chunks(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Batches of at most ``batch_size`` requests, sorted so that equal prompts are neighbours."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         if self._may_pad:
@@ -173,8 +173,8 @@ class MegatronGenerator:
             for start in range(0, len(family), self._batch_size):
                 yield family[start : start + self._batch_size]
 
-    def _lanes(self, prompts: Sequence[Sequence[int]], chunk: list[int], steps: int) -> list[_Lane]:
-        parts = torch.tensor(chunk).tensor_split(self._groups.layout.pipeline)
+    def _lanes(self, prompts: Sequence[Sequence[int]], batch: list[int], steps: int) -> list[_Lane]:
+        parts = torch.tensor(batch).tensor_split(self._groups.layout.pipeline)
         return [
             self._lane(number, prompts, rows_B, steps) for number, rows_B in enumerate(parts) if len(rows_B)
         ]
@@ -200,15 +200,16 @@ class MegatronGenerator:
     ) -> None:
         """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
-            for lane in lanes:
-                if step > 0 and not lane.done:
-                    self._accept(lane, self._receive_packet(lane), results)
-                if step < sampling.max_new_tokens and not lane.done:
-                    logits_BV = self._prefill(lane) if step == 0 else self._decode(lane)
-                    if logits_BV is not None:
-                        uniform_B = uniform_BS[lane.rows_B, step].to(logits_BV.device)
-                        history_BT = lane.history_BT[:, : lane.columns]
-                        self._publish(lane, sampler.choose(logits_BV, history_BT, uniform_B, sampling))
+            for number in range(len(self._chunks)):
+                for lane in lanes:
+                    if number == 0 and step > 0 and not lane.done:
+                        self._accept(lane, self._receive_packet(lane), results)
+                    if step < sampling.max_new_tokens and not lane.done:
+                        logits_BV = self._prefill(lane, number) if step == 0 else self._decode(lane, number)
+                        if logits_BV is not None:
+                            uniform_B = uniform_BS[lane.rows_B, step].to(logits_BV.device)
+                            history_BT = lane.history_BT[:, : lane.columns]
+                            self._publish(lane, sampler.choose(logits_BV, history_BT, uniform_B, sampling))
 
     def _publish(self, lane: _Lane, choice: sampler.Choice) -> None:
         """Start the broadcast without waiting, so that this stage goes on with the next lane."""
@@ -257,29 +258,32 @@ class MegatronGenerator:
             lane.keep(left_B)
 
     # -- the model ---------------------------------------------------------------------------------
-    def _prefill(self, lane: _Lane) -> Tensor | None:
-        """Prefill the KV cache, with every distinct prompt of the lane once."""
+    def _prefill(self, lane: _Lane, number: int) -> Tensor | None:
+        """Prefill the KV cache of one chunk, with every distinct prompt of the lane once."""
         columns = lane.prompt_columns
         # The padding is part of the key, because its filler is a token. Equal prompts are neighbours.
         prompts_BC = torch.cat((lane.padding_B[:, None], lane.history_BT[:, :columns]), dim=1)
         distinct_UC, inverse_B = torch.unique_consecutive(prompts_BC, dim=0, return_inverse=True)
         columns_S = torch.arange(columns, device=prompts_BC.device)
-        logits_UV = self._stage(lane, distinct_UC[:, 1:], columns_S, distinct_UC[:, 0])
-        _select_cache_rows(lane.context, inverse_B)
-        lane.context.enable_decode_mode()
+        logits_UV = self._forward(lane, number, distinct_UC[:, 1:], columns_S, distinct_UC[:, 0])
+        if number == len(self._chunks) - 1:
+            _select_cache_rows(lane.context, inverse_B)
+            lane.context.enable_decode_mode()
         return None if logits_UV is None else logits_UV[inverse_B]
 
-    def _decode(self, lane: _Lane) -> Tensor | None:
+    def _decode(self, lane: _Lane, number: int) -> Tensor | None:
         last = lane.columns - 1
         column_1 = torch.tensor([last], device=lane.history_BT.device)
-        return self._stage(lane, lane.history_BT[:, last:][:, :1], column_1, lane.padding_B)
+        return self._forward(lane, number, lane.history_BT[:, last:][:, :1], column_1, lane.padding_B)
 
-    def _stage(self, lane: _Lane, tokens_BS: Tensor, columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
-        """Run this pipeline stage on columns ``columns_S``. Returns logits [B, V] on the sampling rank."""
-        model = self._model
+    def _forward(
+        self, lane: _Lane, number: int, tokens_BS: Tensor, columns_S: Tensor, padding_B: Tensor
+    ) -> Tensor | None:
+        """Run chunk ``number`` on columns ``columns_S``. Returns logits [B, V] on the sampling rank."""
+        model = self._chunks[number]
         rows, new = tokens_BS.shape
         if not model.pre_process:
-            model.set_input_tensor(self._receive_hidden(lane, rows, new))
+            model.set_input_tensor(self._receive_hidden(lane, number, rows, new))
         output: Tensor = model(
             input_ids=tokens_BS,
             position_ids=(columns_S - padding_B[:, None]).clamp(min=0),
@@ -287,7 +291,8 @@ class MegatronGenerator:
             inference_context=lane.context,
             runtime_gather_output=True,
         )
-        lane.context.increment_sequence_len_offset(new)
+        if number == len(self._chunks) - 1:
+            lane.context.increment_sequence_len_offset(new)
         if not model.pre_process:
             model.set_input_tensor(None)
         if not model.post_process:
@@ -295,19 +300,33 @@ class MegatronGenerator:
             return None
         return output[:, -1, : self._vocabulary].float() if self._samples_here else None
 
-    def _receive_hidden(self, lane: _Lane, rows: int, new: int) -> Tensor:
-        config = self._model.config
+    def _receive_hidden(self, lane: _Lane, number: int, rows: int, new: int) -> Tensor:
+        config = self._chunks[number].config
         hidden = torch.empty(new, rows, config.hidden_size, dtype=config.params_dtype, device=device())
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.recv(hidden, group=group, group_src=group.rank() - 1, tag=lane.number)
+        group, source = self._neighbour(-1)
+        dist.recv(hidden, group=group, src=source, tag=lane.number)
         return hidden
 
     def _send_hidden(self, lane: _Lane, hidden: Tensor) -> None:
-        group = parallel_state.get_pipeline_model_parallel_group()
+        if lane.sending is not None:
+            lane.sending[1].wait()
+        group, target = self._neighbour(1)
         hidden = hidden.contiguous()
-        work = dist.isend(hidden, group=group, group_dst=group.rank() + 1, tag=lane.number)
+        work = dist.isend(hidden, group=group, dst=target, tag=lane.number)
         assert work is not None
         lane.sending = (hidden, work)  # the tensor must live until the send is complete
+
+    def _neighbour(self, step: int) -> tuple[dist.ProcessGroup, int]:
+        """The next (1) or previous (-1) stage's global rank, and the group to reach it by.
+
+        The last stage reaches the first one, for its next chunk, by a group of its own: NCCL has one queue
+        for both directions between two ranks, and they would wait for each other.
+        """
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        position = pipeline.rank() + step
+        closes_ring = not 0 <= position < pipeline.size()
+        group = parallel_state.get_model_parallel_group() if closes_ring else pipeline
+        return group, dist.get_global_rank(pipeline, position % pipeline.size())
 
 
 def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
@@ -323,28 +342,31 @@ def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def _inference_state(model: Any) -> Iterator[None]:
+def _inference_state(chunks: Sequence[GPTModel]) -> Iterator[None]:
     """Evaluation mode without sequence parallelism and without sliding window, all restored on exit.
 
     Sequence parallelism cannot split a single new token. Megatron's sliding window would replace the mask
     that hides the padding, and ``generate`` accepts only sequences within the window.
     """
-    training = model.training
-    sequence_parallel = model.config.sequence_parallel
+    training = [chunk.training for chunk in chunks]
+    config = chunks[0].config  # shared by all
+    sequence_parallel = config.sequence_parallel
     saved: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
+    for module in (module for chunk in chunks for module in chunk.modules()):
         names = [name for name in _SEQUENCE_SWITCHES if name in vars(module)]
         if isinstance(module, FusedScaleMaskSoftmax):
             names.append("window_size")
         saved.extend((module, name, vars(module)[name]) for name in names)
     try:
-        model.eval()
-        model.config.sequence_parallel = False
+        for chunk in chunks:
+            chunk.eval()
+        config.sequence_parallel = False
         for module, name, _ in saved:
             setattr(module, name, None if name == "window_size" else False)
         yield
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
-        model.config.sequence_parallel = sequence_parallel
-        model.train(training)
+        config.sequence_parallel = sequence_parallel
+        for chunk, was_training in zip(chunks, training, strict=True):
+            chunk.train(was_training)

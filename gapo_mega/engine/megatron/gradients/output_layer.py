@@ -26,6 +26,7 @@ class OutputLayer:
     """One fp32 row per objective over this rank's part of the vocabulary; the last stage has them."""
 
     def __init__(self, model: GPTModel, groups: Groups, objectives: int) -> None:
+        """``model``: the last of this rank's chunks, which on the last stage has the output layer."""
         self._model = model
         self._groups = groups
         self._objectives = objectives
@@ -102,11 +103,12 @@ class OutputLayer:
         return before_response(input_SBD.transpose(0, 1), mask_BT)
 
 
-def parameters_of_layers(model: GPTModel, ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
+def parameters_of_layers(chunks: Sequence[GPTModel], ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
     """This stage's parameters of the layers in ``ranges``, [first, end) counted from 0 over all stages."""
     return [
         parameter
-        for layer in model.decoder.layers
+        for chunk in chunks
+        for layer in chunk.decoder.layers
         if any(first <= layer.layer_number - 1 < end for first, end in ranges)
         for parameter in layer.parameters()
     ]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -105,9 +104,9 @@ class SeparatePasses:
             return combined(parts, coefficients), torch.stack(parts)
 
         self._trainable.zero_grad()
-        model = self._trainable.model
-        with nullcontext() if only is None else _training_only(model, only):
-            found = forward_backward(model, task.microbatches, mixed, task.objectives)
+        trainable = self._trainable
+        with nullcontext() if only is None else _training_only(trainable, only):
+            found = forward_backward(trainable.chunks, task.microbatches, mixed, task.objectives)
         for k in wanted:
             self.losses[k] = found[k]
 
@@ -165,20 +164,21 @@ def passes_over(trainable: Trainable, task: Task, shared: bool) -> Passes:
 
 
 @contextmanager
-def _training_only(model: DistributedDataParallel, only: Collection[nn.Parameter]) -> Iterator[None]:
+def _training_only(trainable: Trainable, only: Collection[nn.Parameter]) -> Iterator[None]:
     """Freeze all other parameters, so that no backward runs below the first of ``only``.
 
     With full recomputation the embedding keeps its gradient: Megatron's checkpoint function gives the layers
     within it gradients only if its input requires one.
     """
     kept = set(only)
-    if model.config.recompute_granularity == "full":
-        kept |= {p for name, p in model.named_parameters() if "embedding" in name}
-    frozen = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    chunks = trainable.chunks
+    if chunks[0].config.recompute_granularity == "full":
+        kept |= {p for chunk in chunks for name, p in chunk.named_parameters() if "embedding" in name}
+    frozen = [p for p in trainable.parameters() if p.requires_grad and p not in kept]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with without_overlap([model]):
+        with without_overlap(chunks), trainable.parameters_gathered():
             yield
     finally:
         for parameter in frozen:

@@ -31,13 +31,13 @@ class Scoped(GradientStrategy):
 
     def __init__(self, setting: Setting, declared: ScopedRows) -> None:
         super().__init__(setting, declared)
-        model, scope = setting.trainable.model.module, declared.gradients.scope
+        modules, scope = setting.trainable.modules, declared.gradients.scope
         self._with_layers = declared.has_layers
-        self._only = parameters_of_layers(model, layers_in(scope, setting.layers))
-        self._part = GradientShard(setting.trainable.model, self._only)
+        self._only = parameters_of_layers(modules, layers_in(scope, setting.layers))
+        self._part = GradientShard(setting.trainable.chunks, self._only)
         self._spare = [self._part.zero_row(i) for i in range(1, setting.objectives)]
         self._output = (
-            OutputLayer(model, setting.groups, setting.objectives) if has_output_layer(scope) else None
+            OutputLayer(modules[-1], setting.groups, setting.objectives) if has_output_layer(scope) else None
         )
 
     @property
@@ -92,7 +92,7 @@ class Scoped(GradientStrategy):
             return passes.losses
 
         with output.listening():
-            forward_only(self.trainable.model, task.microbatches, add)
+            forward_only(self.trainable.chunks, task.microbatches, add)
         clock.lap("output_layer")
         return passes
 

@@ -52,23 +52,29 @@ class GradientShard:
         numel: elements of all pieces.
     """
 
-    def __init__(self, model: DistributedDataParallel, only: Collection[nn.Parameter] | None = None) -> None:
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], only: Collection[nn.Parameter] | None = None
+    ) -> None:
         """``only``: take these parameters alone; None takes all."""
-        assert not model.expert_parallel_buffers, "expert parameters need their own groups"
         wanted = None if only is None else set(only)
         self.pieces: list[Tensor] = []
         self.placements: list[Placement] = []
         self.numel = 0
-        for buffer in model.buffers:
+        for chunk in chunks:
+            assert not chunk.expert_parallel_buffers, "expert parameters need their own groups"
+            self._add_chunk(chunk, wanted)
+        self.counted = [placement for placement in self.placements if _counts(placement.parameter)]
+        self.segments = _merge(sorted((p.start, p.end) for p in self.counted))
+
+    def _add_chunk(self, chunk: DistributedDataParallel, wanted: set[nn.Parameter] | None) -> None:
+        for buffer in chunk.buffers:
             for index, bucket in enumerate(buffer.buckets):
                 spans = {
                     parameter: (first - bucket.offset, last - bucket.offset)
                     for parameter, (first, last, number) in buffer.param_index_map.items()
                     if number == index
                 }
-                self._add(bucket.grad_data, owned(model, bucket.grad_data.numel()), spans, wanted)
-        self.counted = [placement for placement in self.placements if _counts(placement.parameter)]
-        self.segments = _merge(sorted((p.start, p.end) for p in self.counted))
+                self._add(bucket.grad_data, owned(chunk, bucket.grad_data.numel()), spans, wanted)
 
     def _add(
         self, data: Tensor, own: Span, spans: dict[nn.Parameter, Span], wanted: set[nn.Parameter] | None

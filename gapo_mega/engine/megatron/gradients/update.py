@@ -97,7 +97,7 @@ class GradientStrategy(ABC):
         self.groups = setting.groups
         self.objectives = setting.objectives
         self.shared = setting.shared
-        self.shard = GradientShard(trainable.model)
+        self.shard = GradientShard(trainable.chunks)
         # With the distributed optimizer data ranks hold different shards, without it the same gradient:
         # Megatron's own group for gradient norms has the ranks to sum over.
         optimizers = trainable.optimizer.chained_optimizers
@@ -201,7 +201,7 @@ class GradientStrategy(ABC):
         0 broadcasts its sum: weights that differ in one bit would let replicas drift apart.
         """
         ops.sum_gram_(local, self.group)
-        return local if self.trainable.model.ddp_config.use_distributed_optimizer else self.agreed(local)
+        return local if self.trainable.chunks[0].ddp_config.use_distributed_optimizer else self.agreed(local)
 
     @staticmethod
     def agreed(tensor: Tensor) -> Tensor:

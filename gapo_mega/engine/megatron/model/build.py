@@ -43,6 +43,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         }
     elif model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
+    # Megatron's None is one chunk and its plain schedule.
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     window = None if shape.sliding_window is None else (shape.sliding_window - 1, 0)
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -64,6 +66,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -77,12 +80,18 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         batch_p2p_sync=False,
+        # Interleaved, two stages exchange tensors in both directions at once, and a batch of messages between
+        # two ranks matches by order alone.
+        batch_p2p_comm=virtual is None,
+        overlap_p2p_comm=virtual is not None,
         calculate_per_token_loss=True,  # gradients are sums, over microbatches and over data ranks
         **recompute,
     )
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers if it is really installed and there is a GPU, else Megatron's own."""
     if transformer_engine_layers():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -93,7 +102,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
 
 
@@ -102,18 +111,43 @@ def build_gpt(
 ) -> GPTModel:
     """Build this rank's pipeline stage of a model with random weights, on this rank's device.
 
+    The stage is one model: its layers follow each other, whatever ``parallel.virtual_pipeline`` says.
+
     ``value_heads``: the number of values per position; None for a language model.
     """
+    whole = parallel.model_copy(update={"virtual_pipeline": 1})
+    return _chunk(shape, transformer_config(shape, model, whole), None, value_heads)
+
+
+def build_chunks(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, value_heads: int | None = None
+) -> list[GPTModel]:
+    """Build this rank's part of a model for training, in the order in which tokens pass through it.
+
+    One model, as ``build_gpt``, or ``parallel.virtual_pipeline`` many: tokens go through the first of every
+    stage, then through the second of every stage, and so on. All share one Megatron configuration.
+    """
     config = transformer_config(shape, model, parallel)
+    virtual = config.virtual_pipeline_model_parallel_size
+    numbers = [None] if virtual is None else range(virtual)
+    return [_chunk(shape, config, number, value_heads) for number in numbers]
+
+
+def _chunk(
+    shape: ModelShape, config: TransformerConfig, vp_stage: int | None, value_heads: int | None
+) -> GPTModel:
+    last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    number = vp_stage or 0
     kwargs: dict[str, Any] = {
         "config": config,
-        "transformer_layer_spec": layer_spec(config),
-        "vocab_size": padded_vocabulary(shape.vocab, parallel.tensor),
+        "transformer_layer_spec": layer_spec(config, vp_stage),
+        "vocab_size": padded_vocabulary(shape.vocab, config.tensor_model_parallel_size),
         "max_sequence_length": shape.max_positions,
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pre_process": parallel_state.is_pipeline_first_stage() and number == 0,
+        "post_process": parallel_state.is_pipeline_last_stage() and number == last,
         "position_embedding_type": "rope",
         "rotary_base": shape.rope_theta,
+        "vp_stage": vp_stage,
     }
     if shape.rope_scaling_factor is not None:
         kwargs |= {"rope_scaling": True, "rope_scaling_factor": shape.rope_scaling_factor}

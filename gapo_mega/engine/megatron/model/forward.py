@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.planning.schedule import microbatch_group
 from gapo_mega.types import AnyBatch
 
 # (model output on the last stage, microbatch) -> scalar loss, already divided by the global token count, so
@@ -18,6 +19,7 @@ from gapo_mega.types import AnyBatch
 # likewise.
 LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
 OutputOf = Callable[[Tensor, AnyBatch], Tensor]
+Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``build_chunks``
 
 
 def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
@@ -38,12 +40,16 @@ def sequence_multiple(model: nn.Module) -> int:
 
 
 def _schedule(
-    model: nn.Module,
+    chunks: Chunks,
     microbatches: Sequence[AnyBatch],
     on_last_stage: Callable[[Tensor, AnyBatch], Any],
     **options: Any,
 ) -> list[Any]:
-    multiple = sequence_multiple(model)
+    multiple = sequence_multiple(chunks[0])
+    config = get_model_config(chunks[0])
+    stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        config.microbatch_group_size_per_vp_stage = microbatch_group(len(microbatches), stages)
 
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches).to(device())
@@ -52,10 +58,11 @@ def _schedule(
         return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
 
     rows, columns = microbatches[0].tokens_BT.shape
-    results: list[Any] = get_forward_backward_func()(
+    iterators = [iter(microbatches) for _ in chunks]
+    results: list[Any] = get_forward_backward_func(stages, virtual)(
         forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=[model],
+        data_iterator=iterators[0] if virtual is None else iterators,
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=columns + (-columns % multiple),
         micro_batch_size=rows,
@@ -65,12 +72,12 @@ def _schedule(
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Sequence[AnyBatch], loss: LossOf[AnyBatch], logged_numbers: int = 1
+    chunks: Chunks, microbatches: Sequence[AnyBatch], loss: LossOf[AnyBatch], logged_numbers: int = 1
 ) -> Tensor:
-    """Accumulate the gradients of all microbatches in the model's gradient buffer, then reduce them.
+    """Accumulate the gradients of all microbatches in the chunks' gradient buffers, then reduce them.
 
-    Returns the sum of this data rank's ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last
-    pipeline stage (zeros elsewhere).
+    An interleaved pipeline needs at least as many microbatches as stages. Returns the sum of this data rank's
+    ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last pipeline stage (zeros elsewhere).
     """
 
     def on_last_stage(output: Tensor, batch: AnyBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,14 +85,25 @@ def forward_backward(
         # The second is Megatron's token count, which reduction.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
-    parts = _schedule(model, microbatches, on_last_stage, forward_only=False)
+    parts = _schedule(chunks, microbatches, on_last_stage, forward_only=False)
     total = torch.zeros(logged_numbers, dtype=torch.float64)
     return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
 
 
 @torch.no_grad()
 def forward_only(
-    model: nn.Module, microbatches: Sequence[AnyBatch], output_of: OutputOf[AnyBatch]
+    chunks: Chunks, microbatches: Sequence[AnyBatch], output_of: OutputOf[AnyBatch]
 ) -> list[Tensor]:
-    """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere."""
-    return _schedule(model, microbatches, output_of, forward_only=True, collect_non_loss_data=True)
+    """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere.
+
+    An interleaved pipeline takes at least as many microbatches as stages: the last one may be run, and
+    ``output_of`` called, more than once.
+    """
+    config = get_model_config(chunks[0])
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    least = config.pipeline_model_parallel_size if interleaved else 1
+    fillers = [microbatches[-1]] * (least - len(microbatches))
+    found = _schedule(
+        chunks, [*microbatches, *fillers], output_of, forward_only=True, collect_non_loss_data=True
+    )
+    return found[: len(microbatches)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from gapo_mega.config import OptimizerConfig
 from gapo_mega.engine.megatron.model import assumptions
@@ -21,19 +23,46 @@ from gapo_mega.engine.megatron.runtime import releases
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model in DistributedDataParallel with its optimizer and learning-rate schedule."""
+    """A model in DistributedDataParallel with its optimizer and learning-rate schedule.
 
-    model: DistributedDataParallel
+    Attributes:
+        chunks: this rank's part of the model, in the order of ``build_chunks``: one, or several where the
+            pipeline is interleaved. One optimizer steps all of them.
+    """
+
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The only chunk."""
+        (model,) = self.chunks
+        return model
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The bare models of the chunks."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        dtype: torch.dtype = self.chunks[0].config.params_dtype
+        return dtype
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all chunks."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
     def zero_grad(self) -> None:
-        """Zero the gradient buffer and clear ``param.grad``.
+        """Zero the gradient buffers and clear ``param.grad``.
 
         Megatron's fp32 optimizer leaves ``param.grad`` an alias of the buffer. The next backward would
         accumulate into it, and its hook would add it to the buffer again: one microbatch would count twice.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
@@ -44,15 +73,16 @@ class Trainable:
     def resident(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimizer state on this rank, by the tensors."""
         (inner,) = self.optimizer.chained_optimizers
-        parameters = list(self.model.parameters())
+        parameters = self.parameters()
         own = {p.data_ptr() for p in parameters}
         mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
         state = [t for held in inner.optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
         # Without bf16 the optimizer steps the parameters themselves, or views of them.
-        copies = [p for p in mains if self.model.config.bf16 and p.data_ptr() not in own]
+        bf16 = self.chunks[0].config.bf16
+        copies = [p for p in mains if bf16 and p.data_ptr() not in own]
         return {
             "parameters": _bytes(parameters),
-            "gradients": _bytes([buffer.grad_data for buffer in self.model.buffers]),
+            "gradients": _bytes([buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]),
             "optimizer": _bytes(state) + _bytes(copies),
         }
 
@@ -60,32 +90,72 @@ class Trainable:
         """One optimizer and scheduler step on a finite gradient. Returns the norm before clipping."""
         updated, norm, _ = self.optimizer.step()
         assert updated, "the gradient was found finite"
+        for group in self._bucket_groups():
+            group.param_gather_dispatched = False
         self.scheduler.step(1)
         return float(norm)
+
+    def gather_parameters(self) -> None:
+        """Wait for the parameters that other data ranks have stepped. Collective over the data ranks.
+
+        With ``overlap_param_gather`` a step leaves a rank with its own part of them, and every module waits
+        for its own parameters when its forward begins. Whoever reads them otherwise asks for them here.
+        """
+        if self.chunks[0].ddp_config.overlap_param_gather:
+            for group in self._bucket_groups():
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    @contextmanager
+    def parameters_gathered(self) -> Iterator[None]:
+        """Within the block all parameters are up to date, and no module waits for its own.
+
+        Megatron's waiting asserts that parameters require gradients, so frozen ones must not be waited for.
+        """
+        self.gather_parameters()
+        waiting = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
+        for chunk in waiting:
+            chunk.disable_forward_pre_hook(param_sync=False)
+        try:
+            yield
+        finally:
+            for chunk in waiting:
+                chunk.enable_forward_pre_hook()
+
+    def _bucket_groups(self) -> list[Any]:
+        return [group for chunk in self.chunks for group in chunk.bucket_groups]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int) -> Trainable:
-    """Wrap ``model`` for training. Load its weights *before*: with bf16 the optimizer copies them to fp32.
+def make_trainable(chunks: Sequence[GPTModel], optimizer: OptimizerConfig, total_steps: int) -> Trainable:
+    """Wrap the chunks of a model for training (``build_chunks``).
 
+    Load their weights *before*: with bf16 the optimizer copies them to fp32.
     Collective. Raises ``RuntimeError`` if this release of megatron-core is not what the engine assumes.
     """
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=optimizer.distributed,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
     )
+    config = chunks[0].config  # shared by all
+    # As Megatron's own training does: only the first chunk's reduction may delay anything.
     with releases.without_advice():
-        wrapped = DistributedDataParallel(model.config, ddp_config, model)
-    wrapped.broadcast_params()
-    model.config.finalize_model_grads_func = reduce_gradients
+        wrapped = [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = reduce_gradients
     if optimizer.overlap_grad_reduce:
-        model.config.no_sync_func = wrapped.no_sync
-    bf16 = model.config.bf16
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    bf16 = config.bf16
     megatron_optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer=optimizer.name,
@@ -98,12 +168,13 @@ def make_trainable(model: GPTModel, optimizer: OptimizerConfig, total_steps: int
             sgd_momentum=optimizer.momentum,
             clip_grad=optimizer.clip_grad,
             use_distributed_optimizer=optimizer.distributed,
+            overlap_param_gather=optimizer.overlap_param_gather,
             bf16=bf16,
-            params_dtype=model.config.params_dtype,
+            params_dtype=config.params_dtype,
         ),
-        [wrapped],
+        wrapped,
     )
-    assumptions.check([wrapped], megatron_optimizer)
+    assumptions.check(wrapped, megatron_optimizer)
     return Trainable(wrapped, megatron_optimizer, _scheduler(megatron_optimizer, optimizer, total_steps))
 
 

@@ -19,7 +19,12 @@ def reduce_gradients(
     Every loss is already divided by the tokens of its minibatch over all ranks and microbatches, so this
     ignores the schedule's count.
     """
+    groups = [group for chunk in model for group in chunk.bucket_groups]
+    gathered = [group.param_gather_dispatched for group in groups]
     finalize_model_grads(model, None, **options)
+    # Megatron takes a reduction for the end of a step, and would gather unchanged parameters again.
+    for group, before in zip(groups, gathered, strict=True):
+        group.param_gather_dispatched = before
 
 
 @contextmanager

@@ -72,9 +72,9 @@ def load(folder: Path) -> GPTModel:
     return model
 
 
-def generator(model: Any, world: groups.Groups, **options: Any) -> MegatronGenerator:
+def generator(model: GPTModel, world: groups.Groups, **options: Any) -> MegatronGenerator:
     defaults: dict[str, Any] = {"vocabulary": VOCABULARY, "pad_id": 0, "eos_ids": [], "batch_size": 4}
-    return MegatronGenerator(model, world, **{**defaults, **options})
+    return MegatronGenerator([model], world, **{**defaults, **options})
 
 
 def random_prompts(vocabulary: int = VOCABULARY, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -232,8 +232,8 @@ def test_the_model_is_as_before(tmp_path: Path, world: groups.Groups, training: 
 def test_a_wrapped_model_shares_its_weights(tmp_path: Path, world: groups.Groups) -> None:
     tiny_llama(tmp_path, vocab=VOCABULARY)
     with megatron_device():
-        trainable = make_trainable(load(tmp_path), OptimizerConfig(), total_steps=1)
-    generate = generator(trainable.model, world)
+        trainable = make_trainable([load(tmp_path)], OptimizerConfig(), total_steps=1)
+    generate = generator(trainable.model.module, world)
     before = generate.generate(random_prompts(), GREEDY, seed=0)
     with torch.no_grad():
         for parameter in trainable.model.parameters():

@@ -143,7 +143,7 @@ def test_export_is_bit_equal_and_loads(tmp_path: Path, write: Callable[..., PreT
     original = write(tmp_path / "hf", vocab=101)
     model = load(tmp_path / "hf")
     shape = shape_of(HFDirectory(tmp_path / "hf").config)
-    weights.export_hf(model, shape, tmp_path / "hf", tmp_path / "export")
+    weights.export_hf([model], shape, tmp_path / "hf", tmp_path / "export")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
     assert loaded.keys() == original.state_dict().keys()
     for name, expected in original.state_dict().items():

@@ -18,8 +18,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2-sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2xDP2": (4, {"tensor": 2}),
+    "PP2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "TP2xPP2-interleaved": (
+        4,
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True},
+    ),
 }
 MODELS = ("llama", "llama-tied", "mistral-window")
+SHALLOW = ("mistral-window",)  # too few layers for an interleaved pipeline
 # The others differ in what tensor and pipeline parallelism split; one process is in the unit tests.
 FAMILIES = ("llama3", "qwen2", "qwen3")
 CASES = [
@@ -29,15 +35,20 @@ CASES = [
         for model in MODELS
         for dtype in ("fp32", "bf16")
         if dtype == "fp32" or (model == "llama-tied" and layout in ("TP2", "PP2"))
+        if "interleaved" not in layout or model not in SHALLOW
     ),
     *((layout, model, "fp32") for layout in ("TP2", "PP2", "TP2xPP2") for model in FAMILIES),
     ("TP2-sequence", "qwen3", "fp32"),
+    ("PP2-interleaved", "llama-tied", "bf16"),
+    ("TP2xPP2-interleaved", "qwen3", "fp32"),
     # Loaded from a checkpoint that the model was converted to, for another layout than most of these.
     *(
         (layout, model, "checkpoint")
         for layout in ("TP2", "PP2", "TP2xPP2")
         for model in (*MODELS, *FAMILIES)
     ),
+    ("PP2-interleaved", "llama-tied", "checkpoint"),
+    ("TP2xPP2-interleaved", "qwen3", "checkpoint"),
 ]
 # (layout, model, whether the objectives take turns on a microbatch's graph): the norms of queries and keys
 # see a part of the heads on every tensor rank, with sequence parallelism or without.
@@ -50,6 +61,9 @@ GRADIENTS = [
     ("TP2xPP2", "qwen3", False),
     ("TP2", "qwen2", False),
     ("PP2", "qwen2", False),
+    ("PP2-interleaved", "qwen2", False),
+    ("PP2-interleaved", "llama", False),
+    ("TP2xPP2-interleaved", "qwen3", False),
 ]
 LONG = 600  # tokens, where Llama 3's scaled frequencies matter
 

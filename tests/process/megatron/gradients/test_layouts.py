@@ -14,10 +14,17 @@ from tests.helpers.tiny import tiny_llama
 
 SGD = {"name": "sgd", "distributed": False, "lr": 0.05}
 ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
+GATHER = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 OPTIMIZERS = {"sgd": SGD, "adam": ADAM}
 TP2, PP2, DP = {"tensor": 2}, {"pipeline": 2}, {}
 TP2PP2 = {"tensor": 2, "pipeline": 2}
-MODELS = {"untied": {}, "tied": {"tied": True}, "nine_heads": {"heads": 9, "groups": 3}}
+VPP2 = {"pipeline": 2, "virtual_pipeline": 2}
+MODELS = {
+    "untied": {},
+    "tied": {"tied": True},
+    "nine_heads": {"heads": 9, "groups": 3},
+    "six_layers": {"num_hidden_layers": 6},
+}
 # Settings that change the Gram matrix; all others must not. Layers 1 and 2 lie on both sides of PP2's cut.
 MEASURED: dict[str, dict[str, Any]] = {
     "full": {},
@@ -59,14 +66,58 @@ def cases() -> list[Case]:
         for optimizer in OPTIMIZERS
     ]
     overlap = (("optimizer", {"overlap_grad_reduce": True}),)
+    gather = (("optimizer", GATHER),)
     return [
         *found,
+        *interleaved_cases(),
+        Case("DP2-gather-adam", 2, DP, "tied", "adam", gather),
+        Case("TP2xDP2-sequence-gather-adam", 4, {**TP2, "sequence_parallel": True}, "untied", "adam", gather),
+        Case("PP2xDP2-gather-adam", 4, PP2, "tied", "adam", gather),
         *strategy_cases(),
         Case("TP3-nine_heads-adam", 3, {"tensor": 3}, "nine_heads", "adam"),
         Case("TP2-sequence-adam", 2, {**TP2, "sequence_parallel": True}, "tied", "adam"),
         Case("DP2-overlap-adam", 2, DP, "untied", "adam", overlap),
         Case("PP2-recompute-adam", 2, PP2, "untied", "adam", (("model", {"recompute": "full"}),)),
         Case("DP2-plain-adam", 2, DP, "untied", "adam", (("optimizer", {"distributed": False}),)),
+    ]
+
+
+def interleaved_cases() -> list[Case]:
+    """Several chunks of layers a stage; layer 1 and 2 lie on different stages, as in every other layout."""
+    full, selective = ({"model": {"recompute": kind}} for kind in ("full", "selective"))
+    plain, overlap = {"optimizer": {"distributed": False}}, {"optimizer": {"overlap_grad_reduce": True}}
+    gather = {"optimizer": GATHER}
+    sequence = {**TP2, "sequence_parallel": True}
+    table: list[tuple[str, int, dict[str, Any], str, str, str, dict[str, Any], dict[str, Any]]] = [
+        ("PP2", 2, {}, "untied", "sgd", "full", {}, {}),
+        ("PP2", 2, {}, "tied", "sgd", "full", {}, {}),
+        ("PP2", 2, {}, "tied", "adam", "full", {}, {}),
+        ("TP2xPP2", 4, TP2, "tied", "adam", "full", {}, {}),
+        ("PP2xDP2", 4, {}, "untied", "adam", "full", {}, {}),
+        ("TP2xPP2-sequence-recompute", 4, sequence, "untied", "sgd", "full", {}, full),
+        ("PP2xDP2-overlap", 4, {}, "tied", "adam", "full", {}, overlap),
+        ("PP2xDP2-gather", 4, {}, "tied", "adam", "full", {}, gather),
+        ("PP2xDP2-plain", 4, {}, "tied", "adam", "full", {}, plain),
+        ("PP2-single", 2, {}, "untied", "sgd", "full", {"store": "single"}, {}),
+        ("PP2xDP2-adam-metric", 4, {}, "tied", "adam", "adam", {}, {}),
+        ("PP2-last_layer", 2, {}, "tied", "adam", "last_layer", {}, {}),
+        ("PP2-last_block-recompute", 2, {}, "untied", "adam", "last_block", {}, full),
+        ("PP2-layers-selective", 2, {}, "tied", "adam", "layers", {}, selective),
+        ("PP2xDP2-layers-gather", 4, {}, "tied", "adam", "layers", {}, gather),
+        # Eight microbatches over three stages: groups of four.
+        ("PP3", 3, {"pipeline": 3}, "six_layers", "sgd", "full", {}, {"micro_batch_size": 1}),
+    ]
+    return [
+        Case(
+            f"{name}-interleaved-{model}-{optimizer}",
+            ranks,
+            {**VPP2, **layout},
+            model,
+            optimizer,
+            tuple({"gradients": {**MEASURED[measured], **gradients}, **sections}.items()),
+            measured,
+        )
+        for name, ranks, layout, model, optimizer, measured, gradients, sections in table
     ]
 
 

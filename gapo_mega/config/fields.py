@@ -1,0 +1,50 @@
+"""The base of every section of a configuration, and the kinds of text that fields hold."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from gapo_mega.files import expanded
+from gapo_mega.user_code import resolve
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys and numbers that are not finite refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _resolved(reference: str, info: ValidationInfo) -> str:
+    if not info.context:  # built in Python, not read from a file
+        return reference
+    try:
+        return resolve(reference, info.context["folders"])
+    except ValueError as error:
+        raise PydanticCustomError("user_code", "{accepted}", {"accepted": str(error)}) from None
+
+
+# A name in the package, or the user's own code: module:NAME, path/to/file.py:NAME. ``loading`` puts the
+# absolute path of the user's file in.
+Code = Annotated[str, AfterValidator(_resolved)]
+
+
+def _named(path: str, info: ValidationInfo) -> str:
+    # The empty name would be the working directory. In a section built in Python it may say "none".
+    if info.context and (not path.strip() or "\0" in path):
+        raise PydanticCustomError("path", "a name")
+    return expanded(path)
+
+
+# A file or directory; for models and data it may also be a hub name, which never begins with ~.
+LocalPath = Annotated[str, AfterValidator(_named)]
+
+
+def _template(text: str) -> str:
+    return expanded(text) if text.endswith(".jinja") else text
+
+
+# Jinja text, or the path of a file that ends in .jinja.
+TemplatePath = Annotated[str, AfterValidator(_template)]
