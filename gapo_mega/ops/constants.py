@@ -19,7 +19,7 @@ def resident(host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         _refuse_in_capture(device)
     with torch.inference_mode(False):
-        return host.to(device)
+        return host.to(device, copy=True)
 
 
 def _refuse_in_capture(device: torch.device) -> None:
