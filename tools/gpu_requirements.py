@@ -35,7 +35,9 @@ def main() -> int:
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [Requirement(text) for text in [*project["dependencies"], *TESTS]]
     faults = [said for said in map(fault, requirements) if said]
-    print(f"python {platform.python_version()}, torch {version('torch')}: {'; '.join(faults) or 'all packages'}")
+    print(
+        f"python {platform.python_version()}, torch {version('torch')}: {'; '.join(faults) or 'all packages'}"
+    )
     return 1 if faults else 0
 
 
