@@ -65,6 +65,7 @@ docs/conversion
 docs/audit
 docs/glossary
 docs/memory
+docs/gpu
 docs/extending
 docs/reference/configuration
 docs/reference/python

@@ -47,7 +47,7 @@ work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 tree=$work/tree
 mkdir -p "$tree" "$work/site"
 tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build --exclude=./runs --exclude=./models \
-  --exclude=__pycache__ -cf - . | tar -C "$tree" -xf - || exit 2
+  --exclude=__pycache__ --exclude='./.*_cache' -cf - . | tar -C "$tree" -xf - || exit 2
 [ ! -d "$root/models" ] || ln -s "$root/models" "$tree/models"
 cd "$tree" || exit 2
 export PYTHONPATH=$tree:$work/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

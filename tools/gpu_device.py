@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from gapo_mega.ops import kernels
+from gapo_mega import ops
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     faults = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        fault = kernels.fault_of(torch.device("cuda", index))
+        fault = ops.fault_of(torch.device("cuda", index))
         faults.append(fault)
         print(
             f"{properties.name}, sm_{properties.major}{properties.minor}, "

@@ -3,7 +3,7 @@
 # Reads $out (the folder of log.txt and verdicts.tsv), $only (names with commas, or empty for all steps) and
 # $deadline (in bash's SECONDS). A verdict is one of
 #   passed, FAILED, TIMEOUT   the command ended with 0, with anything else, or not in time
-#   skipped                   it ended with $SKIP, or what it needs has not passed
+#   skipped                   it ended with $SKIP, was all skipped tests, or what it needs has not passed
 #   left                      there was no time for it: a later call with the same --out takes it up
 #   -                         it was not asked for
 # and a note, which is the last line that the command printed.
@@ -23,7 +23,7 @@ record() {
 
 # step NAME SECONDS "NAMES IT NEEDS" COMMAND...
 step() {
-  local name=$1 limit=$2 needs=$3 start=$SECONDS said verdict status need
+  local name=$1 limit=$2 needs=$3 start=$SECONDS said note verdict status need
   shift 3
   steps+=("$name")
   if [ "$(verdict_of "$name")" = passed ]; then
@@ -49,8 +49,9 @@ step() {
   timeout --kill-after=10 "$limit" "$@" >"$said" 2>&1
   status=$?
   cat "$said" >>"$out/log.txt"
+  note=$(grep -v '^[[:space:]]*$' "$said" | tail -n 1 | cut -c 1-200 | tr '\t' ' ')
   case $status in
-    0) verdict=passed ;;
+    0) verdict=passed && [[ ! $note =~ ^[0-9]+\ skipped ]] || verdict=skipped ;;
     "$SKIP") verdict=skipped ;;
     124 | 137) verdict=TIMEOUT ;;
     *) verdict=FAILED ;;
@@ -58,7 +59,7 @@ step() {
   if [ $verdict = FAILED ] || [ $verdict = TIMEOUT ]; then
     tail -n 25 "$said" | sed 's/^/    /'
   fi
-  record "$name" $verdict $((SECONDS - start)) "$(grep -v '^[[:space:]]*$' "$said" | tail -n 1 | cut -c 1-200 | tr '\t' ' ')"
+  record "$name" $verdict $((SECONDS - start)) "$note"
   rm -f "$said"
 }
 

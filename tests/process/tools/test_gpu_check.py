@@ -51,6 +51,7 @@ def test_each_step_has_a_verdict_and_the_next_goes_on(tmp_path: Path) -> None:
         step bad 10 "" bash -c 'echo broken; exit 5'
         step slow 1 "" sleep 30
         step refused 10 "" bash -c 'echo no such tool; exit 77'
+        step nothing_ran 10 "" bash -c 'echo "3 skipped, 1 warning in 0.02s"'
         step after_bad 10 "good bad" touch never
         step last 10 good bash -c 'echo fine, too'
         """,
@@ -60,6 +61,7 @@ def test_each_step_has_a_verdict_and_the_next_goes_on(tmp_path: Path) -> None:
         "bad": "FAILED",
         "slow": "TIMEOUT",
         "refused": "skipped",
+        "nothing_ran": "skipped",
         "after_bad": "skipped",
         "last": "passed",
     }
