@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 NOT_COUNTED = (
-    "Predicted, not measured. Not counted: the device's context (with the kernels' stacks, about 0.3 GiB), what "
-    "its allocator keeps in reserve, buffers of the communication library, and reward models of kind "
+    "Predicted, not measured. Not counted: the device's context (with the kernels' stacks, about 0.3 GiB), "
+    "what its allocator keeps in reserve, buffers of the communication library, and reward models of kind "
     "hf_classifier."
 )
 

@@ -55,6 +55,7 @@ MIRRORED = {
     "benchmarks": "benchmarks",
     "docs": "docs",
     "examples": "examples",
+    "tools": "tools",
     "combinations": "tests/helpers/combinations",
 }
 KINDS_OF_TESTS = ("fast", "engine", "process")
