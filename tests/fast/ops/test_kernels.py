@@ -1,4 +1,4 @@
-"""What is said where the compiled kernels do not run; tests/process/ops/test_cuda_machine.py has the reasons."""
+"""What is said where the compiled kernels do not run; the process tests of CUDA machines have the reasons."""
 
 from __future__ import annotations
 
