@@ -63,16 +63,15 @@ def choose_device(name: str) -> str:
         ValueError: another name, or a GPU that is not there or not compiled for.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() and ops.info()["has_cuda"] else "cpu"
+        runs = torch.cuda.is_available() and not ops.fault_of(torch.device("cuda"))
+        return "cuda" if runs else "cpu"
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device: found {name!r}, accepted: cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: found 'cuda', accepted: cpu (torch sees no GPU)")
-    if name == "cuda" and not ops.info()["has_cuda"]:
-        raise ValueError(
-            "device: found 'cuda', accepted: cpu (the extension was built without CUDA; install it again "
-            "with nvcc on PATH and GAPO_CUDA=ON)"
-        )
+    fault = ops.fault_of(torch.device(name)) if name == "cuda" else ""
+    if fault:
+        raise ValueError(f"device: found 'cuda', accepted: cpu ({fault})")
     return name
 
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -108,9 +109,22 @@ double duality_gap(const double* gram, int m, const double* weights);
 }  // namespace cpu
 
 // Each call enqueues work on `stream` (a cudaStream_t) of `device` and returns, without
-// synchronising with the host or allocating. All throw std::runtime_error, "no CUDA device" if
-// there is none.
+// synchronising with the host or allocating. `device` is the calling thread's current one: to
+// change it here, and back, would make a context of the other device where it had none. All throw
+// std::runtime_error, "no CUDA device" if there is none.
 namespace cuda {
+
+// Why the kernels cannot run on a device that is there. kDriver: the driver does not support this
+// CUDA runtime. kImage: nothing was compiled that this device, or its driver, takes.
+enum class Obstacle : int { kNone = 0, kDriver = 1, kImage = 2 };
+struct Probe {
+  Obstacle obstacle;
+  int driver;         // the newest CUDA version that the driver supports, 1000 major + 10 minor
+  int runtime;        // the CUDA version that this was compiled with, likewise
+  std::string error;  // the runtime's words, empty with kNone
+};
+// Loads one kernel for `device` without running it.
+Probe probe(int device);
 
 // The runs of the selected positions for the gramian kernel, which reads `table` on the device.
 struct Plan {
@@ -123,7 +137,6 @@ Plan make_plan(const std::vector<int64_t>& lengths, const Selection& selection);
 // Doubles of device memory that gramian needs for its partial sums, for rows of any length.
 int64_t workspace_size(int m, int device);
 
-void require_device(int device);
 void gramian(const Rows& rows, const std::vector<const float*>& weights, const FactorForm& form,
              const Plan& plan, const int64_t* device_table, double* workspace, double* out,
              int device, void* stream);

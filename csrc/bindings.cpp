@@ -87,11 +87,13 @@ void combine(const std::vector<Address>& rows, const std::vector<int64_t>& lengt
 }
 
 int min_norm(Address gram, int m, bool exclude_zero, Address weights) {
+  const py::gil_scoped_release unlocked;
   return static_cast<int>(gapo::cpu::min_norm(reinterpret_cast<const double*>(gram), m,
                                               exclude_zero, reinterpret_cast<double*>(weights)));
 }
 
 double duality_gap(Address gram, int m, Address weights) {
+  const py::gil_scoped_release unlocked;
   return gapo::cpu::duality_gap(reinterpret_cast<const double*>(gram), m,
                                 reinterpret_cast<const double*>(weights));
 }
@@ -133,18 +135,37 @@ void cuda_combine(const std::vector<Address>& rows, const std::vector<int64_t>& 
 
 void cuda_min_norm(Address gram, int m, bool exclude_zero, Address weights, Address status,
                    int device, Address stream) {
+  const py::gil_scoped_release unlocked;
   gapo::cuda::min_norm(reinterpret_cast<const double*>(gram), m, exclude_zero,
                        reinterpret_cast<double*>(weights), reinterpret_cast<int32_t*>(status),
                        device, stream_of(stream));
 }
 
+int64_t cuda_workspace_size(int m, int device) {
+  const py::gil_scoped_release unlocked;
+  return gapo::cuda::workspace_size(m, device);
+}
+
+gapo::cuda::Probe cuda_probe(int device) {
+  const py::gil_scoped_release unlocked;
+  return gapo::cuda::probe(device);
+}
+
 void bind_cuda(py::module_& module) {
   using gapo::cuda::Plan;
+  using gapo::cuda::Probe;
+  py::class_<Probe>(module, "Probe")
+      .def_property_readonly("obstacle",
+                             [](const Probe& found) { return static_cast<int>(found.obstacle); })
+      .def_readonly("driver", &Probe::driver)
+      .def_readonly("runtime", &Probe::runtime)
+      .def_readonly("error", &Probe::error);
+  module.def("cuda_probe", &cuda_probe);
   py::class_<Plan>(module, "Plan").def_readonly("table", &Plan::table);
   module.def("cuda_plan", [](const std::vector<int64_t>& lengths, const py::object& segments) {
     return gapo::cuda::make_plan(lengths, make_selection(segments));
   });
-  module.def("cuda_workspace_size", &gapo::cuda::workspace_size);
+  module.def("cuda_workspace_size", &cuda_workspace_size);
   module.def("cuda_gramian", &cuda_gramian);
   module.def("cuda_combine", &cuda_combine);
   module.def("cuda_min_norm", &cuda_min_norm);

@@ -19,19 +19,42 @@ if(NOT GAPO_CUDA STREQUAL "OFF")
   endif()
 endif()
 
+# The architectures that a compiler knows, as a regular expression: 75|80|86.
+function(gapo_known_archs compiler result)
+  execute_process(COMMAND "${compiler}" --list-gpu-arch
+    OUTPUT_VARIABLE listed ERROR_VARIABLE said RESULT_VARIABLE status)
+  string(REGEX MATCHALL "compute_[0-9]+[a-z]?" known "${listed}")
+  if(NOT status EQUAL 0 OR NOT known)
+    message(FATAL_ERROR "GAPO_CUDA: ${compiler} --list-gpu-arch fails, accepted: an nvcc from CUDA 11.8 on\n${said}")
+  endif()
+  list(TRANSFORM known REPLACE "compute_" "")
+  list(JOIN known "|" known)
+  set(${result} "${known}" PARENT_SCOPE)
+endfunction()
+
+# The architectures of a list that the user gave, ascending, each once.
+function(gapo_require_archs given known compiler result)
+  string(REPLACE "|" ", " accepted "${known}")
+  set(unknown "${given}")
+  list(FILTER unknown EXCLUDE REGEX "^(${known})$")
+  if(unknown OR NOT given)
+    message(FATAL_ERROR "GAPO_CUDA_ARCHS: found '${given}', accepted: numbers that ${compiler} knows, separated by "
+      "semicolons: ${accepted}")
+  endif()
+  list(REMOVE_DUPLICATES given)
+  list(SORT given COMPARE NATURAL)
+  set(${result} "${given}" PARENT_SCOPE)
+endfunction()
+
 if(CMAKE_CUDA_COMPILER)
-  # Older compilers do not know the newest architectures. Plain numbers would add PTX for each; only the
-  # newest architecture keeps its PTX, for later devices.
-  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE nvcc_version)
-  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${nvcc_version}")
-  set(nvcc_version "${CMAKE_MATCH_1}")
-  set(GAPO_BUILT_ARCHS "${GAPO_CUDA_ARCHS}")
-  if(nvcc_version VERSION_LESS 12.8)
-    list(REMOVE_ITEM GAPO_BUILT_ARCHS 100)
+  gapo_known_archs("${CMAKE_CUDA_COMPILER}" known_archs)
+  if(GAPO_CUDA_ARCHS STREQUAL "DEFAULT")
+    set(GAPO_BUILT_ARCHS 80 90 100)
+    list(FILTER GAPO_BUILT_ARCHS INCLUDE REGEX "^(${known_archs})$")
+  else()
+    gapo_require_archs("${GAPO_CUDA_ARCHS}" "${known_archs}" "${CMAKE_CUDA_COMPILER}" GAPO_BUILT_ARCHS)
   endif()
-  if(nvcc_version VERSION_LESS 11.8)
-    list(REMOVE_ITEM GAPO_BUILT_ARCHS 90)
-  endif()
+  # Plain numbers would add PTX for each; only the newest architecture keeps its PTX, for later devices.
   list(TRANSFORM GAPO_BUILT_ARCHS APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
   list(GET GAPO_BUILT_ARCHS -1 newest)
   list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-virtual")
@@ -41,7 +64,8 @@ if(CMAKE_CUDA_COMPILER)
     csrc/cuda/plan.cpp
     csrc/cuda/combine.cu
     csrc/cuda/gramian.cu
-    csrc/cuda/min_norm.cu)
+    csrc/cuda/min_norm.cu
+    csrc/cuda/probe.cu)
   set_target_properties(gapo_cuda PROPERTIES
     CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
   target_link_libraries(gapo_cuda PRIVATE gapo_cpu)

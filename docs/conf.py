@@ -66,6 +66,7 @@ docs/layouts
 docs/audit
 docs/glossary
 docs/memory
+docs/gpu
 docs/extending
 docs/reference/configuration
 docs/reference/python

@@ -116,7 +116,7 @@ void launch_to(DType out_dtype, const Job& job, cudaStream_t stream) {
 
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int device, void* stream_handle) {
-  const OnDevice scope(device);
+  require_device(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   Job job{};
   job.weights = weights;

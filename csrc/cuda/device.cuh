@@ -18,21 +18,8 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` the current device within a scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    require_device(device);
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(previous_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int previous_ = 0;
-};
+// Throws unless `device` exists and is the current one.
+void require_device(int device);
 
 // kernel<<<blocks, threads, 0, stream>>>(arguments) as a function call, which checks for errors.
 template <class... Parameters, class... Arguments>

@@ -298,7 +298,7 @@ int64_t workspace_size(int m, int device) {
 void gramian(const Rows& rows, const std::vector<const float*>& weights, const FactorForm& form,
              const Plan& plan, const int64_t* device_table, double* workspace, double* out,
              int device, void* stream_handle) {
-  const OnDevice scope(device);
+  require_device(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (plan.first_chunk.back() == 0) return;
   Job job{};

@@ -92,21 +92,9 @@ __global__ void search_kernel(const double* gram, int m, bool exclude_zero, doub
 
 }  // namespace
 
-void require_device(int device) {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // clears the error, which later calls must not see again
-    throw std::runtime_error(std::string("no CUDA device: ") + cudaGetErrorString(error));
-  }
-  if (device < 0 || device >= count)
-    throw std::runtime_error("no CUDA device " + std::to_string(device) + ": found " +
-                             std::to_string(count));
-}
-
 void min_norm(const double* gram, int m, bool exclude_zero, double* weights, int32_t* status,
               int device, void* stream_handle) {
-  const OnDevice scope(device);
+  require_device(device);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (m <= kEnumerated)
     launch("min_norm", &enumerate_kernel, 1, kThreads, stream, gram, m, exclude_zero, weights,

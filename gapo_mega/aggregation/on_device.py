@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.base import Aggregator, TensorSolution
+from gapo_mega.ops.constants import resident
 
 
 class DeviceMethod(Aggregator):
@@ -38,4 +39,4 @@ class DeviceMethod(Aggregator):
 @cache
 def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept for good: it reaches the device once, and a captured CUDA graph goes on reading it there.
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return resident(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device)

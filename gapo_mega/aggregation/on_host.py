@@ -37,11 +37,11 @@ class HostMethod(Aggregator):
         """Call ``solve`` on the host where there is something to combine."""
         host = gram.cpu()
         taking_part = active.cpu().nonzero().flatten()
-        weights = torch.zeros(len(host), dtype=torch.float64)
+        weights = torch.zeros(len(host), dtype=torch.float64, device="cpu")
         solved = Solution(weights)
         if int(self._fault(host)) == Status.OK and len(taking_part):
             solved = self.solve(host[taking_part][:, taking_part], taking_part.tolist())
             weights[taking_part] = solved.weights
-        log_factor = torch.tensor(solved.log_factor, dtype=torch.float64)
-        status = torch.tensor([int(solved.status)], dtype=torch.int32)
+        log_factor = torch.tensor(solved.log_factor, dtype=torch.float64, device="cpu")
+        status = torch.tensor([int(solved.status)], dtype=torch.int32, device="cpu")
         return TensorSolution(*(part.to(gram.device) for part in (weights, log_factor, status)))

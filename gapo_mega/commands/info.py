@@ -29,6 +29,10 @@ def info() -> None:
     print(f"extension      {', '.join(f'{key} {value}' for key, value in ops.info().items())}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices        {', '.join(devices) or 'CPU only (no CUDA device)'}")
+    for index, name in enumerate(devices):
+        fault = ops.fault_of(torch.device("cuda", index))
+        how = f"slower torch operations in their place: {fault}" if fault else "compiled"
+        print(f"kernels        {name}: {how}")
     probes = {
         "transformer-engine": optional.transformer_engine(),
         "apex": optional.apex(),

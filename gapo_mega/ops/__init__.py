@@ -10,6 +10,7 @@ from __future__ import annotations
 from gapo_mega.ops.aggregate import aggregate_, solve, sum_gram_
 from gapo_mega.ops.api import Status, combine_, duality_gap, gramian, info, min_norm, min_norm_
 from gapo_mega.ops.arguments import InverseRoot
+from gapo_mega.ops.kernels import fault_of
 from gapo_mega.ops.method import Aggregated, AggregationMethod, HostAggregator, beyond_range, method_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "beyond_range",
     "combine_",
     "duality_gap",
+    "fault_of",
     "gramian",
     "info",
     "method_of",

@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gapo_mega.ops._native import has_cuda
 from gapo_mega.ops.api import combine_, gramian
 from gapo_mega.ops.arguments import InverseRoot, Row, Segments, parse_out, parse_rows
+from gapo_mega.ops.compiling import never_compiled
+from gapo_mega.ops.constants import resident
+from gapo_mega.ops.kernels import usable
 from gapo_mega.ops.method import Aggregated, HostAggregator, method_of
 
 
+@never_compiled
 def aggregate_(
     out: Row,
     rows: Sequence[Row],
@@ -30,7 +33,7 @@ def aggregate_(
     length), the aggregator turns the sum into weights, and one pass writes the combination. With a method
     that runs on the device (``aggregation.on_device.DeviceMethod``) nothing waits for the device after the
     first call with these lengths, segments and options, and a CUDA graph can capture the whole call. With any
-    other callable, or without the compiled CUDA back end, the Gram matrix visits the host.
+    other callable, or where the compiled kernels do not run, the Gram matrix visits the host.
 
     For a method with memory, call :meth:`AggregationMethod.commit` with the returned value after the step.
 
@@ -61,6 +64,7 @@ def aggregate_(
     return found
 
 
+@never_compiled
 def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-reduce the symmetric ``gram`` [M, M] over ``group`` in place, as M (M + 1) / 2 doubles."""
     rows, columns = _triangle(gram.shape[0], gram.device)
@@ -74,10 +78,11 @@ def sum_gram_(gram: Tensor, group: dist.ProcessGroup) -> Tensor:
 @cache
 def _triangle(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # Never freed, because a captured CUDA graph keeps reading it.
-    rows, columns = torch.triu_indices(count, count, device=device)
+    rows, columns = resident(torch.triu_indices(count, count, device="cpu"), device)
     return rows, columns
 
 
+@never_compiled
 def solve(gram: Tensor, aggregator: HostAggregator) -> Aggregated:
     """Ask ``aggregator`` for weights, once; a step asks nowhere else.
 
@@ -86,5 +91,5 @@ def solve(gram: Tensor, aggregator: HostAggregator) -> Aggregated:
     :meth:`AggregationMethod.error` says why in words. Raises what a plain function raises, and ``ValueError``
     if its weights are not M finite numbers.
     """
-    on_device = gram.device.type == "cpu" or has_cuda
+    on_device = gram.device.type == "cpu" or usable(gram.device)
     return method_of(aggregator).weigh(gram if on_device else gram.cpu()).to(gram.device)

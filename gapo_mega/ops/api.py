@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapo_mega.ops import _native, cpu, cuda, portable
+from gapo_mega.ops import _native, cpu, cuda, kernels, portable
 from gapo_mega.ops.arguments import (
     Gradient,
     InverseRoot,
@@ -25,6 +25,7 @@ from gapo_mega.ops.arguments import (
     parse_weight,
     pieces_of,
 )
+from gapo_mega.ops.compiling import never_compiled
 from gapo_mega.ops.in_place import require_apart, require_constant, require_writable, written
 
 
@@ -39,6 +40,7 @@ class Status(IntEnum):
     OUT_OF_RANGE = 5  # fp32, in which combine_ works, does not hold the weights or their combination
 
 
+@never_compiled
 def gramian(
     rows: Sequence[Gradient],
     *,
@@ -89,8 +91,7 @@ def gramian(
         require_apart("out", out, operands(parsed, factors))
     if parsed.device.type == "cpu":
         cpu.gramian(parsed, ranges, factors, out)
-    elif parsed.device.type == "cuda" and not _native.has_cuda:
-        portable.warn_once()
+    elif not kernels.usable(parsed.device):
         portable.gramian(parsed, ranges, factors, out)
     else:
         cuda.gramian(parsed, ranges, factors, out)
@@ -98,6 +99,7 @@ def gramian(
     return out
 
 
+@never_compiled
 def min_norm(gram: Tensor) -> Tensor:
     """``argmin over the simplex of w' gram w``: the point of the rows' convex hull that is nearest to zero.
 
@@ -118,7 +120,7 @@ def min_norm(gram: Tensor) -> Tensor:
     """
     host = gram.detach().to("cpu", torch.float64).contiguous()
     m = _check_gram(host)
-    weights = torch.empty(m, dtype=torch.float64)
+    weights = torch.empty(m, dtype=torch.float64, device="cpu")
     status = _native.min_norm(host.data_ptr(), m, False, weights.data_ptr())
     # Puts the status into words, with numpy because torch's dispatch would take longer than the solver.
     matrix = host.numpy()
@@ -136,6 +138,7 @@ def min_norm(gram: Tensor) -> Tensor:
     return weights.to(gram.device)
 
 
+@never_compiled
 def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bool = False) -> None:
     """``min_norm`` into tensors, with a status instead of errors; it does not wait for a CUDA device.
 
@@ -151,7 +154,7 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
             norm zero, every weight is zero.
 
     Raises:
-        RuntimeError: the device is a CUDA device and the extension was built without CUDA.
+        RuntimeError: the device is a CUDA device on which the compiled kernels do not run.
         ValueError: another shape, dtype or device.
     """
     m = _check_gram(gram)
@@ -176,6 +179,7 @@ def min_norm_(weights: Tensor, status: Tensor, gram: Tensor, *, exclude_zero: bo
     written([weights, status])
 
 
+@never_compiled
 def duality_gap(gram: Tensor, weights: Tensor) -> float:
     """``w'Gw - min_i (Gw)_i``, a certificate for any weights on the simplex.
 
@@ -201,6 +205,7 @@ def _check_gram(gram: Tensor) -> int:
     return m
 
 
+@never_compiled
 def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[float]) -> Row:
     """Write ``sum_i weights[i] rows[i]`` to ``out``, in one pass and in fp32.
 
@@ -229,8 +234,7 @@ def combine_(out: Row, rows: Sequence[Gradient], weights: Tensor | Sequence[floa
         require_constant("weights", weights)
     if parsed.device.type == "cpu":
         cpu.combine(target, parsed, _host_weights(weights, parsed.count))
-    elif parsed.device.type == "cuda" and not _native.has_cuda:
-        portable.warn_once()
+    elif not kernels.usable(parsed.device):
         portable.combine(target, parsed, _device_weights(weights, parsed))
     else:
         cuda.combine(target, parsed, _device_weights(weights, parsed))

@@ -137,7 +137,7 @@ class HostFunction(AggregationMethod):
             raise ValueError(
                 f"aggregator: found the weights {weights.tolist()}, accepted: a finite one a row"
             )
-        told = torch.tensor([int(status)], dtype=torch.int32)
+        told = torch.tensor([int(status)], dtype=torch.int32, device="cpu")
         return Aggregated.of(host, weights.to("cpu", torch.float64), told).to(gram.device)
 
     def error(self, found: Aggregated) -> ValueError:

@@ -1,4 +1,4 @@
-"""The operations in torch, one chunk at a time, for GPUs if the extension was built without nvcc.
+"""The operations in torch, one chunk at a time, for GPUs on which the compiled kernels do not run.
 
 The Gram matrix is as exact (float64) and extra memory is small, but every chunk takes several passes and
 launches.
@@ -6,9 +6,7 @@ launches.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +17,6 @@ from gapo_mega.ops.arguments import Pieces, Weight
 
 # Elements per chunk: 32 MiB per row in float64.
 STRETCH = 1 << 22
-
-logger = logging.getLogger(__name__)
-
-
-@cache
-def warn_once() -> None:
-    """Warn once per process that the GPU operations are slow."""
-    logger.warning(
-        "gapo_mega's extension was built without nvcc: gradients on the GPU are combined by slower torch "
-        "operations; install again with nvcc on PATH and GAPO_CUDA=ON"
-    )
 
 
 def gramian(rows: Pieces, segments: npt.NDArray[np.int64] | None, weight: Weight, out: Tensor) -> None:

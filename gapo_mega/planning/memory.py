@@ -5,9 +5,10 @@ Megatron's buckets (each parameter begins at a multiple of 64 elements, each buc
 data rank: 0.1 % of the smallest models). Rows of objectives: what the gradient strategy declares
 (``config/strategies/``). ``activations.py`` says what a training pass holds.
 
-Not counted: what a GPU's allocator keeps in reserve, buffers of the communication library (gloo copies the
-gradient buffer in the reduction of the distributed optimizer), temporaries of the optimizer's step, and what
-scopes last_layer and last_block need to form the output layer's rows.
+Not counted: a GPU's context, in which the driver keeps the stacks of our kernels (docs/gpu.md), what its
+allocator keeps in reserve, buffers of the communication library (gloo copies the gradient buffer in the
+reduction of the distributed optimizer), temporaries of the optimizer's step, and what scopes last_layer and
+last_block need to form the output layer's rows.
 """
 
 from __future__ import annotations

@@ -4,47 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from gapo_mega import aggregation, ops
-from gapo_mega.ops import reference
-from tests.helpers.aggregators import OnDevice
+from gapo_mega import ops
 from tests.helpers.grams import families, residual
+from tests.helpers.on_gpu import (
+    CHUNK,
+    DTYPES,
+    ROOT_TOLERANCE,
+    assert_gram_close,
+    combine_and_compare,
+    normal,
+    solve,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CHUNK = 4096  # elements per chunk of a gramian block
-
-# fp64 sums, in some order, of products that are exact (one rounding with a weight) err by less than n * 2^-53
-# of |g_i| |g_j|, and rows here are shorter than 2^20.
-GRAM_TOLERANCE = 2 * 2.0 ** (20 - 53)
-ROOT_TOLERANCE = 5 * 2.0**-24  # the kernel computes an inverse root in fp32, with five roundings
-
-
-def normal(length: int, shift: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers on the device, starting ``shift`` elements past an aligned address."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(length + shift, generator=generator).to(dtype).cuda()[shift:]
-
-
-def on_host(row: Tensor | list[Tensor]) -> Tensor:
-    return row.cpu() if isinstance(row, Tensor) else torch.cat([piece.cpu() for piece in row])
-
-
-def assert_gram_close(found: Tensor, rows: list, tolerance: float = GRAM_TOLERANCE, **options) -> None:
-    host = [on_host(row) for row in rows]
-    weight = options.pop("weight", None)
-    factors = {} if weight is None else {"weight": on_host(weight)}
-    expected = reference.gramian(host, **options, **factors)
-    bounded = {name: value.abs() for name, value in factors.items()}
-    norms = reference.gramian(host, **options, **bounded).diagonal().sqrt()
-    assert found.device.type == "cuda"
-    assert bool(((found.cpu() - expected).abs() <= tolerance * torch.outer(norms, norms)).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,16 +82,6 @@ def test_gramian_repeats_bit_for_bit():
         assert torch.equal(first, ops.gramian(rows))
 
 
-def test_gramian_on_a_side_stream():
-    rows = [normal(4 * CHUNK, 0, torch.float32, seed) for seed in range(2)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = ops.gramian(rows)
-    stream.synchronize()
-    assert_gram_close(found, rows)
-
-
 @pytest.mark.parametrize("m", [2, 3, 5, 8, 11, 16])
 @pytest.mark.parametrize("shifts", [(0, 0), (3, 3), (0, 4), (1, 2)])
 def test_rows_of_different_types(m, shifts):
@@ -143,20 +109,6 @@ def test_factors_that_are_inverse_roots(m, mixed, shift):
     assert not bool(ops.gramian(rows, weight=ops.InverseRoot(values)).isfinite().any())
 
 
-def combine_and_compare(out: Tensor | list, rows: list, weights: list[float], given: object) -> None:
-    host = [on_host(row) for row in rows]
-    expected = torch.empty(host[0].numel(), dtype=torch.float64)
-    size = torch.empty_like(expected)
-    reference.combine_(expected, host, weights)
-    reference.combine_(size, [row.abs() for row in host], [abs(w) for w in weights])
-    ops.combine_(out, rows, given)
-    found = on_host(out)
-    # At most 16 fp32 roundings of the summands, then one to the output's type.
-    last = torch.finfo(found.dtype)
-    allowed = size * 17 * 2.0**-24 + expected.abs() * last.eps + last.smallest_normal * last.eps
-    assert bool(((found.double() - expected).abs() <= allowed).all())
-
-
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shifts", [(0, 0, 0), (3, 3, 3), (0, 1, 2)])
@@ -181,13 +133,6 @@ def test_a_row_of_weight_zero_is_not_read():
     rows = [torch.full((1000,), float("nan"), device="cuda"), torch.ones(1000, device="cuda")]
     ops.combine_(out, rows, torch.tensor([0.0, 2.0], dtype=torch.float64, device="cuda"))
     assert bool((out == 2.0).all())
-
-
-def solve(gram: Tensor, exclude_zero: bool = False) -> tuple[Tensor, int]:
-    weights = torch.full((gram.shape[0],), 7.0, dtype=torch.float64, device="cuda")
-    status = torch.full((1,), 7, dtype=torch.int32, device="cuda")
-    ops.min_norm_(weights, status, gram.cuda(), exclude_zero=exclude_zero)
-    return weights.cpu(), int(status.item())
 
 
 @pytest.mark.parametrize("family", list(families(2, 0)))
@@ -237,113 +182,3 @@ def test_not_finite_becomes_a_status_and_no_weights(dtype, bad):
 def test_negative_diagonal_is_a_status():
     weights, status = solve(torch.diag(torch.tensor([4.0, -1.0])).double())
     assert (weights.tolist(), status) == ([0.0, 0.0], ops.Status.NEGATIVE_DIAGONAL)
-
-
-METHODS = [
-    ("gapo", {"p": 1}),
-    ("gapo", {"p": 2, "scale": "mean_norm"}),
-    ("mgda", {"scale": "sum_to_one"}),
-    ("p_gapo", {"preference": [0.2, 0.3, 0.5]}),
-    ("weighted_sum", {}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_aggregate_on_the_device_is_the_hosts(name, options):
-    rows = [normal(2 * CHUNK + 5, 0, torch.float32, seed) for seed in range(3)]
-    method = aggregation.build(name, **options)
-    copies = [row.clone() for row in rows]
-    found = ops.aggregate_(rows[2], rows, None, None, method)
-    assert found.ok() and found.weights.device.type == "cuda"
-    expected = method(found.gram.cpu())
-    # Two math libraries evaluate the same formula.
-    torch.testing.assert_close(found.weights.cpu(), expected, rtol=1e-12, atol=0)
-    wanted = sum(w * row.double() for w, row in zip(expected.cuda(), copies, strict=True))
-    torch.testing.assert_close(rows[2].double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
-
-
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_aggregate_waits_for_nothing(name, options):
-    """Run the whole path under torch's own check for synchronising calls."""
-    rows = [normal(2 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
-    method = aggregation.build(name, **options)
-    ops.aggregate_(rows[2], rows, None, None, method)  # copies plan and constants to the device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = ops.aggregate_(rows[2], rows, None, None, method)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert found.ok()
-
-
-def test_a_method_with_memory_waits_for_nothing():
-    rows = [normal(2 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
-    method, expected = OnDevice(), OnDevice()
-    method.commit(ops.aggregate_(rows[2], rows, None, None, method))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = ops.aggregate_(rows[2], rows, None, None, method)
-        method.commit(found)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert method.before.device.type == "cuda"
-    expected.before = 2 * (method.before.cpu() - found.gram.cpu().diagonal())  # commit halves the old value
-    torch.testing.assert_close(found.weights.cpu(), expected(found.gram.cpu()), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_aggregate_in_a_cuda_graph(name, options):
-    rows = [normal(3 * CHUNK, 0, torch.float32, seed) for seed in range(3)]
-    segments = [(0, 100), (200, 3 * CHUNK)]
-    out = torch.empty_like(rows[0])
-    method = aggregation.build(name, **options)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        ops.aggregate_(out, rows, segments, None, method)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.aggregate_(out, rows, segments, None, method)
-    for seed in (10, 20):
-        for i, row in enumerate(rows):
-            row.copy_(normal(3 * CHUNK, 0, torch.float32, seed + i))
-        graph.replay()
-        replayed = [tensor.clone() for tensor in (out, captured.gram, captured.weights)]
-        fresh = torch.empty_like(out)
-        again = ops.aggregate_(fresh, rows, segments, None, method)
-        for mine, right in zip(replayed, (fresh, again.gram, again.weights), strict=True):
-            assert torch.equal(mine, right)
-        assert int(captured.status) == ops.Status.OK
-
-
-def test_aggregate_with_nccl_in_a_cuda_graph(tmp_path):
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        rows = [normal(CHUNK, 0, torch.float32, seed) for seed in range(2)]
-        out = torch.empty_like(rows[0])
-        method = aggregation.build("gapo")
-        expected = ops.aggregate_(out, rows, None, dist.group.WORLD, method).weights.clone()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.aggregate_(out, rows, None, dist.group.WORLD, method)
-        graph.replay()
-        assert torch.equal(captured.weights, expected)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_nothing_is_allocated_after_warm_up_and_little_before():
-    rows = [normal(1 << 22, 0, torch.float32, seed) for seed in range(8)]
-    method = aggregation.build("gapo")
-    ops.aggregate_(rows[7], rows, None, None, method)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()
-    torch.cuda.reset_peak_memory_stats()
-    resident = torch.cuda.memory_allocated()
-    ops.aggregate_(rows[7], rows, None, None, method)
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_stats()
-    assert after["num_device_alloc"] == before["num_device_alloc"]
-    assert torch.cuda.max_memory_allocated() - resident < 1 << 20

@@ -46,6 +46,8 @@ def test_instruction_sets_are_the_processors():
 def test_launchers_say_that_there_is_no_device():
     plan = _native.cuda_plan([10], None)
     with pytest.raises(RuntimeError, match="no CUDA device"):
+        _native.cuda_probe(0)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
         _native.cuda_workspace_size(2, 0)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         _native.cuda_gramian([0], [10], [0], [], None, plan, 0, 0, 0, 0, 0)

@@ -38,6 +38,14 @@ class Emulated:
     def configure(self, schedule: str = "ascending", multiprocessors: int = 2) -> None:
         self.library.cuda_emulation_configure(multiprocessors, SCHEDULES[schedule])
 
+    def machine(self, devices: int = 1, driver: int = 13000, load_error: int = 0) -> None:
+        """What the next calls find: devices, the driver's CUDA version, how loading a kernel ends."""
+        self.library.cuda_emulation_machine(devices, driver, load_error)
+
+    def calls_with_lock(self) -> int:
+        """Calls of the runtime so far that kept Python's other threads waiting."""
+        return self.library.cuda_emulation_calls_with_lock()
+
     def case(self, name: str, out: Tensor) -> str:
         """What one of faults.cu ends with."""
         return self.library.cuda_emulation_case(name.encode(), ctypes.c_void_p(out.data_ptr())).decode()

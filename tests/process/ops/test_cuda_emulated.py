@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from gapo_mega.ops import Status
-from tests.helpers.cuda_emulation.build import build, compiler
+from tests.helpers.cuda_emulation.build import compiler
 from tests.helpers.cuda_emulation.comparison import assert_gram_close, combine_and_compare, normal
 from tests.helpers.cuda_emulation.extension import DTYPES, SCHEDULES, Emulated
 from tests.helpers.cuda_emulation.memory import GuardedMemory
@@ -28,19 +27,6 @@ pytestmark = [
 ]
 
 ROOT_TOLERANCE = 5 * 2.0**-24  # an inverse root is formed in fp32: five roundings
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(build(tmp_path_factory.mktemp("cuda_emulation")))
-
-
-@pytest.fixture
-def emulated(built: Emulated) -> Iterator[Emulated]:
-    built.memory = GuardedMemory()
-    built.configure()
-    yield built
-    built.memory.check()
 
 
 # ---- The emulator itself: it finds what it is there for ----------------------------------------------
