@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
-from gapo_mega.user_code import CLASS_FORMS, is_reference, load_class
+from gapo_mega.user_code import CLASS_FORMS, is_reference, is_subclass, load_class
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ def implementations(package: ModuleType, base: type[T]) -> list[type[T]]:
     for module_info in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
-            if not isinstance(member, type) or not issubclass(member, base):
+            if not is_subclass(member, base):
                 continue
             if member.__module__ == module.__name__ and not inspect.isabstract(member):
                 found.append(member)

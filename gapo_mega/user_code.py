@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
+from types import GenericAlias, ModuleType
+from typing import TypeGuard, TypeVar
 
 from gapo_mega.files import local
 
@@ -65,6 +65,11 @@ def resolve(reference: str, folders: Sequence[Path]) -> str:
     return reference
 
 
+def is_subclass(member: object, base: type[T]) -> TypeGuard[type[T]]:
+    """Whether ``member`` is a class derived from ``base``; to Python 3.10 ``list[int]`` is a class."""
+    return isinstance(member, type) and not isinstance(member, GenericAlias) and issubclass(member, base)
+
+
 def load_class(where: str, reference: str, base: type[T]) -> type[T]:
     """The class that ``reference`` names, which must be a concrete subclass of ``base``.
 
@@ -74,11 +79,11 @@ def load_class(where: str, reference: str, base: type[T]) -> type[T]:
     """
 
     def fits(member: object) -> bool:
-        return isinstance(member, type) and issubclass(member, base) and not inspect.isabstract(member)
+        return is_subclass(member, base) and not inspect.isabstract(member)
 
     accepted = f"a class derived from {base.__module__}.{base.__qualname__}"
     module, member = _load(where, reference, " or ".join(map(repr, CLASS_FORMS)), fits)
-    if isinstance(member, type) and issubclass(member, base):
+    if is_subclass(member, base):
         missing = sorted(getattr(member, "__abstractmethods__", ()))
         if not missing:
             return member

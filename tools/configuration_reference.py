@@ -25,6 +25,7 @@ from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.user_code import is_subclass
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "configuration.md"
 
@@ -100,7 +101,7 @@ def nested(kind: type[Section], before: str) -> Iterator[tuple[str, type[Section
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field holds, alone or in a list."""
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
+        if is_subclass(candidate, Section):
             return candidate
     return None
 

@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.files import local, read_text
+from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
 Kind = TypeVar("Kind", bound=Section)
@@ -271,7 +272,7 @@ def _section(location: Location, kind: type[Section]) -> type[BaseModel]:
             continue  # an item of the list whose item type was already taken
         annotation = section.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        section = next(c for c in candidates if is_subclass(c, BaseModel))
     return section
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from gapo_mega.commands.reward_server import objective_config
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.config.loading import dump, load
 from gapo_mega.types import Prompt
-from gapo_mega.user_code import load_class, load_function, resolve
+from gapo_mega.user_code import is_subclass, load_class, load_function, resolve
 
 AGGREGATOR = """
 from dataclasses import dataclass
@@ -320,3 +321,10 @@ def test_functions_of_a_file(write: Write) -> None:
         ValueError, match=rf"^objective 'mine': function: file {path} has no 'g' \(did you mean 'f'"
     ):
         objectives.build(wrong)
+
+
+def test_what_is_a_class() -> None:
+    """Python 3.10 says of ``list[int]`` that it is a type, and refuses to compare it with one."""
+    assert is_subclass(bool, int) and is_subclass(int, int)
+    assert not is_subclass(int, bool)
+    assert not any(is_subclass(value, list) for value in (list[int], [1], "list", None, typing.Sequence[int]))

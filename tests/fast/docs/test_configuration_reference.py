@@ -12,6 +12,7 @@ import pytest
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.config import Config, Section
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.user_code import is_subclass
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
@@ -27,7 +28,7 @@ def fields(kind: type[Section], before: str = "") -> Iterator[str]:
         below = [
             candidate
             for candidate in (field.annotation, *get_args(field.annotation))
-            if isinstance(candidate, type) and issubclass(candidate, Section)
+            if is_subclass(candidate, Section)
         ]
         if below:
             yield from fields(below[0], f"{before}{name}.{'' if below[0] is field.annotation else 'N.'}")

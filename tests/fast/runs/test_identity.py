@@ -14,6 +14,7 @@ from gapo_mega.config.loading import parse
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
 from gapo_mega.runs.identity import RULES, Rule, fields_of, rule_of, rules_of, settings_of
 from gapo_mega.runs.resume import compare_settings
+from gapo_mega.user_code import is_subclass
 from tests.helpers.fake_runs import configuration
 
 WHERE = "checkpoints/step_00000002"
@@ -24,7 +25,7 @@ def sections(kind: type[Section]) -> Iterator[type[Section]]:
     yield kind
     for field in kind.model_fields.values():
         for annotation in (field.annotation, *get_args(field.annotation)):
-            if isinstance(annotation, type) and issubclass(annotation, Section):
+            if is_subclass(annotation, Section):
                 yield from sections(annotation)
 
 
@@ -33,9 +34,7 @@ ALL = {section for kind in (Config, SftConfig, RewardModelConfig) for section in
 
 def is_section(section: type[Section], name: str) -> bool:
     annotation = section.model_fields[name].annotation
-    return any(
-        isinstance(part, type) and issubclass(part, Section) for part in (annotation, *get_args(annotation))
-    )
+    return any(is_subclass(part, Section) for part in (annotation, *get_args(annotation)))
 
 
 @pytest.mark.parametrize("section", sorted(ALL, key=lambda found: found.__name__))
