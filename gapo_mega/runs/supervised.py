@@ -276,7 +276,11 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         )
 
     def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
-        """This data rank's share of held-out items, sorted by length and cut into forward passes."""
+        """This data rank's share of held-out items, sorted by length and cut into forward passes.
+
+        Collective: a rank may have no share, so no pass may need another rank.
+        """
+        self.engine.gather_parameters()
         layout, size = self.engine.layout, self.config.micro_batch_size
         own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
         return [own[i : i + size] for i in range(0, len(own), size)]

@@ -157,7 +157,10 @@ def test_a_bundle_of_other_sources_is_refused(tmp_path: Path) -> None:
         (["--limit", "09"], "gpu_check: --limit: found 09, accepted: seconds"),
         (["--only", "device,kernel"], "gpu_check: --only: found kernel, accepted: packages,module,collect,"),
         (["--only", "train"], "gpu_check: --only: found train, accepted: packages,module,collect,"),
-        (["--only", "training", "--long"], "gpu_check: --only: found training, accepted with --long: packages,"),
+        (
+            ["--only", "training", "--long"],
+            "gpu_check: --only: found training, accepted with --long: packages,",
+        ),
         (["--bundle", "nowhere"], "gpu_check: --bundle: found no folder nowhere"),
         (["--python", "no-such-python"], "gpu_check: --python: found no such program"),
     ],
