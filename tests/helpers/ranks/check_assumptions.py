@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.model import assumptions
-from gapo_mega.engine.megatron.model.build import build_gpt
+from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -27,8 +27,8 @@ def _trained(args: dict[str, Any]) -> Trainable:
         tied=True, rope_theta=10000.0, norm_eps=1e-5, qkv_bias=False, qk_norm=True, max_positions=64,
     )  # fmt: skip
     optimizer = OptimizerConfig.model_validate(args.get("optimizer", {}))
-    model = build_gpt(shape, ModelConfig(path="unused"), layout)
-    return make_trainable(model, optimizer, total_steps=20)
+    chunks = build_chunks(shape, ModelConfig(path="unused"), layout)
+    return make_trainable(chunks, optimizer, total_steps=20)
 
 
 def _reduce_over_data_ranks_only(made: Trainable) -> None:
