@@ -36,12 +36,16 @@ rm -rf "$out"
 mkdir -p "$out/module" "$out/wheels"
 out=$(cd "$out" && pwd)
 
-# The objects stay, so that a second bundle is made of what changed.
+# The objects stay, so that a second bundle is made of what changed. CMake reads the compilers and the variables in a
+# new folder alone, so that others get one of their own.
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-cmake -S "$root" -B "$root/build/gpu_module-$version" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGAPO_CUDA=ON \
+settings=$(printf '%s\n' "$python" "$(command -v nvcc)" "${CUDA_HOME-}" "${CXX-}" "${CXXFLAGS-}" "${CUDACXX-}" \
+  "${CUDAHOSTCXX-}" "${CUDAFLAGS-}" "${GAPO_CUDA_ARCHS-}" "${GAPO_SANITIZE-}" | cksum | cut -d ' ' -f 1)
+build=$root/build/gpu_module-$version-$settings
+cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGAPO_CUDA=ON \
   -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
-cmake --build "$root/build/gpu_module-$version"
-cp "$root/build/gpu_module-$version"/_native*.so "$out/module/"
+cmake --build "$build"
+cp "$build"/_native*.so "$out/module/"
 bash "$root/tools/gpu_sources.sh" "$root" csrc CMakeLists.txt >"$out/module/sources"
 
 # Of these packages alone: what they need besides is in the list, or belongs to PyTorch's environment. The versions

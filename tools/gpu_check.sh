@@ -31,10 +31,17 @@ while [ $# -gt 0 ]; do
     --python) python=$2 ;;
     --bundle) bundle=$2 && [ -d "$2" ] || { echo "gpu_check: --bundle: found no folder $2" >&2 && exit 2; } ;;
     --out) out=$2 ;;
-    --limit) limit=$2 && [[ $2 =~ ^[0-9]+$ ]] || { echo "gpu_check: --limit: found $2, accepted: seconds" >&2 && exit 2; } ;;
+    --limit) limit=$2 && [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || { echo "gpu_check: --limit: found $2, accepted: seconds" >&2 && exit 2; } ;;
     --only) only=$2 ;;
   esac
   shift 2
+done
+# The steps below; those that are indented are of --long.
+known=$(sed -nE "s/^${long:+ *}step ([a-z]+) .*/\1/p" "$0")
+for name in ${only//,/ }; do
+  grep -qxF -- "$name" <<<"$known" || {
+    echo "gpu_check: --only: found $name, accepted${long:+ with --long}: $(paste -sd , - <<<"$known")" >&2 && exit 2
+  }
 done
 python=$(command -v "$python") || { echo "gpu_check: --python: found no such program" >&2 && exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2

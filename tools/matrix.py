@@ -36,6 +36,11 @@ BUILT_FROM = ("constraints.txt", "pyproject.toml", "setup.py", "CMakeLists.txt",
 TESTED_FILES = (*BUILT_FROM, "gapo_mega", "tests")
 # What versions differ in: the program tells each environment's.
 VERSIONS_OF = "import importlib.metadata as m; print(*(m.version(n) for n in ('megatron-core', 'torch')))"
+# Loads a compiled module alone, which needs no package.
+HAS_CUDA = (
+    "import importlib.util as u, sys; s = u.spec_from_file_location('_native', sys.argv[1]); "
+    "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.has_cuda)"
+)
 EXCHANGE = "tests.helpers.exchange"
 
 
@@ -91,16 +96,29 @@ def environment(row: Versions, folder: Path, index: list[str]) -> Path:
     # Alone, as in the Makefile: what depends on it must not choose another.
     call(folder, "torch", [*pip, *index, "torch"])
     build = ["--build-constraint", "constraints.txt", "--editable", ".[test]"]
-    call(folder, "install", [*pip, *build])
+    call(folder, "install", [*pip, *build], {"GAPO_CUDA": cuda_setting(str(python), compiled)})
     stamp.write_text(wanted)
     return python
 
 
-def call(folder: Path, name: str, command: list[str]) -> None:
+def cuda_setting(python: str, compiled: list[Path]) -> str:
+    """``GAPO_CUDA`` for a build in the checkout, where it replaces the module of every environment.
+
+    The engine's tests need no CUDA kernels, but a module that has them must not lose them: ``make`` or the
+    user compiled it for the same Python. ``python``: that loads the modules ``compiled``.
+    """
+    for module in compiled:
+        told = subprocess.run([python, "-c", HAS_CUDA, str(module)], capture_output=True, text=True)
+        if told.stdout.strip() == "True":
+            return "AUTO"
+    return "OFF"
+
+
+def call(folder: Path, name: str, command: list[str], settings: dict[str, str] | None = None) -> None:
     """Run a step of an installation. Raises ``Unavailable`` with the last line of what it said."""
     log = folder / f"{name}.log"
     say(f"{folder.name}: {' '.join(command[1:])}")
-    variables = {"GAPO_CUDA": "OFF", **os.environ}  # the engine's tests need no CUDA kernels
+    variables = {**(settings or {}), **os.environ}
     with log.open("w") as file:
         code = subprocess.run(
             command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT

@@ -158,6 +158,14 @@ class RunEngine(Ranks, Protocol):
         """Write the trained model as a Hugging Face directory that transformers loads."""
         ...
 
+    def gather_parameters(self) -> None:
+        """Bring all ranks' parameters up to date. Collective.
+
+        Needed before forward passes that not every data rank runs: with ``optimizer.overlap_param_gather``
+        the first one after an update waits for those of the other data ranks.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the process groups."""
         ...

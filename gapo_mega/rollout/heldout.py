@@ -52,6 +52,7 @@ class HeldOut:
         layout = self._engine.layout
         numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
         part: list[tuple[int, str, str, list[float]]] = []
+        self._engine.gather_parameters()  # this rank may have no prompt, and so no forward pass
         if numbers:
             rollout = self._collector.collect(
                 [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank

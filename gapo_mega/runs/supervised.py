@@ -276,16 +276,15 @@ class SupervisedRun(ABC, Generic[AnyConfig]):
         )
 
     def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
-        """This data rank's share of held-out items, sorted by length and cut into forward passes."""
+        """This data rank's share of held-out items, by length and cut into forward passes. Collective."""
+        self.engine.gather_parameters()  # this rank may have no item, and so no forward pass
         layout, size = self.engine.layout, self.config.micro_batch_size
         own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
         return [own[i : i + size] for i in range(0, len(own), size)]
 
     def _gathered(self, own: dict[int, Any], count: int) -> list[Any]:
         """All ranks' values by item, in the items' order."""
-        merged: dict[int, Any] = {}
-        for part in self.engine.gather_over_data(own):
-            merged |= part
+        merged = {i: value for part in self.engine.gather_over_data(own) for i, value in part.items()}
         return [merged[i] for i in range(count)]
 
 

@@ -155,6 +155,9 @@ class FakeEngine:
     def barrier(self) -> None:
         pass
 
+    def gather_parameters(self) -> None:
+        pass
+
     # -- persistence -------------------------------------------------------------------------------------
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         self._called("save")

@@ -182,6 +182,11 @@ class MegatronEngine(groups.Collective):
     def load(self, directory: Path) -> dict[str, Any]:
         return checkpoint.load(directory, self._trainables(), self.groups)
 
+    def gather_parameters(self) -> None:
+        with megatron_device():
+            for trainable in self._trainables().values():
+                trainable.gather_parameters()
+
     def export_hf(self, directory: Path) -> None:
         """Replaces ``directory`` if it exists."""
         with megatron_device():

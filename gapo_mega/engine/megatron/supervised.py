@@ -115,6 +115,10 @@ class SupervisedModel(groups.Collective, ABC):
     def load(self, directory: Path) -> dict[str, Any]:
         return checkpoint.load(directory, {_NAME: self._trainable}, self.groups)
 
+    def gather_parameters(self) -> None:
+        with megatron_device():
+            self._trainable.gather_parameters()
+
     def export_hf(self, directory: Path) -> None:
         """Replaces ``directory`` if it exists; rank 0 adds the chat template."""
         with megatron_device():

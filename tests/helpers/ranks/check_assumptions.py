@@ -60,6 +60,25 @@ def _split_the_norms(made: Trainable) -> None:
             module.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
+def _gather_nothing(made: Trainable) -> None:
+    for group in made.model.bucket_groups:
+        group.start_param_sync = lambda *_, **__: None
+
+
+def _gather_once(made: Trainable) -> None:
+    """Forget that parameters were stepped since."""
+    for group in made.model.bucket_groups:
+        finish = group.finish_param_sync
+
+        def as_if_gathered(
+            *args: Any, group: Any = group, finish: Callable[..., None] = finish, **kwargs: Any
+        ) -> None:
+            group.param_gather_dispatched = True
+            finish(*args, **kwargs)
+
+        group.finish_param_sync = as_if_gathered
+
+
 BREAKS: dict[str, Callable[[Trainable], None]] = {
     "nothing": lambda made: None,
     "reduce_over_data_ranks_only": _reduce_over_data_ranks_only,
@@ -68,6 +87,8 @@ BREAKS: dict[str, Callable[[Trainable], None]] = {
     "reduce_in_the_tensor_group": _reduce_in_the_tensor_group,
     "swap_the_shared_copy": _swap_the_shared_copy,
     "split_the_norms": _split_the_norms,
+    "gather_nothing": _gather_nothing,
+    "gather_once": _gather_once,
 }
 
 

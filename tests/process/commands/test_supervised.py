@@ -18,6 +18,7 @@ from tests.helpers.environment import environment
 from tests.helpers.tiny import tiny_chat_model
 
 HELD_OUT = 7  # of an odd number, data ranks hold different shares
+GATHER = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # Summation order, made more of by six steps of Adam: 5e-6 of the greatest weight was seen.
 TOLERANCE = 1e-4
 
@@ -92,3 +93,16 @@ def test_sft_on_two_pipeline_stages(folder: Path) -> None:
     one = one_process(SftRun(SftConfig.model_validate(settings(folder, "sft1", data=data))))
     assert two == pytest.approx(one, rel=TOLERANCE)
     assert_same_weights(folder / "sft2", folder / "sft1")
+
+
+def test_a_data_rank_without_held_out_rows_keeps_nobody_waiting(folder: Path) -> None:
+    """Parameters travel when the first forward asks for them, and one rank has none to run."""
+    rows = (folder / "heldout.jsonl").read_text().splitlines()
+    (folder / "one_row.jsonl").write_text(rows[0] + "\n")
+    data = {"source": str(folder / "train.jsonl"), "heldout_source": str(folder / "one_row.jsonl")}
+    optimizer = settings(folder, "")["optimizer"]
+    short: dict[str, Any] = {"data": data, "max_steps": 2}
+    gathered = command(folder, "sft", "gather", optimizer={**optimizer, **GATHER}, **short)
+    plain = command(folder, "sft", "plain", optimizer=optimizer, **short)
+    assert gathered == plain, "an all-gather is a copy"
+    assert_same_weights(folder / "gather", folder / "plain")

@@ -181,6 +181,24 @@ def test_sigterm_saves_and_resume_goes_on(folder: Path, uninterrupted: Path) -> 
     assert metrics(folder / "terminated") == metrics(uninterrupted)
 
 
+def test_a_data_rank_without_held_out_prompts_keeps_nobody_waiting(folder: Path) -> None:
+    """Parameters travel when the first forward asks for them, and one rank has none to run."""
+    answers = {}
+    for name, overlap in (("gather", True), ("plain", False)):
+        config = write_config(
+            folder,
+            f"one_prompt-{name}",
+            steps=1,
+            data={"heldout_prompts": 1},
+            optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
+            checkpoint={"save_final": False, "export_hf": False, "every_steps": 0},
+        )
+        finish(start(config, "--nproc", "2"))
+        summary = json.loads((folder / f"one_prompt-{name}" / "summary.json").read_text())
+        answers[name] = {objective: facts["after"] for objective, facts in summary["objectives"].items()}
+    assert answers["gather"] == answers["plain"], "an all-gather is a copy"
+
+
 @pytest.mark.parametrize(
     ("heads", "gradients"), [("shared", {"scope": "last_block"}), ("separate", {"store": "single"})]
 )

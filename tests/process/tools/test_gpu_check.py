@@ -154,6 +154,13 @@ def test_a_bundle_of_other_sources_is_refused(tmp_path: Path) -> None:
         (["--fast"], "gpu_check: found --fast, accepted: --python, "),
         (["--out"], "gpu_check: --out: found nothing, accepted: a value"),
         (["--limit", "ten"], "gpu_check: --limit: found ten, accepted: seconds"),
+        (["--limit", "09"], "gpu_check: --limit: found 09, accepted: seconds"),
+        (["--only", "device,kernel"], "gpu_check: --only: found kernel, accepted: packages,module,collect,"),
+        (["--only", "train"], "gpu_check: --only: found train, accepted: packages,module,collect,"),
+        (
+            ["--only", "training", "--long"],
+            "gpu_check: --only: found training, accepted with --long: packages,",
+        ),
         (["--bundle", "nowhere"], "gpu_check: --bundle: found no folder nowhere"),
         (["--python", "no-such-python"], "gpu_check: --python: found no such program"),
     ],
@@ -192,3 +199,26 @@ def test_a_folder_that_is_no_bundle_is_not_emptied(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "which is no bundle" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "mine" / "data.txt").read_text() == "kept"
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("cmake")), reason="no nvcc or cmake")
+def test_a_second_bundle_takes_the_variables_of_its_own_call(tmp_path: Path) -> None:
+    """CMake's own first half, which keeps what it has found; nothing is compiled, and no wheel is fetched."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(TOOLS, copy / "tools")
+    for name in ("csrc", "CMakeLists.txt"):
+        (copy / name).symlink_to(ROOT / name)
+    programs = {
+        "cmake": f"""[ "$1" = --build ] && exec touch "$2/_native.so"\nexec {shutil.which("cmake")} "$@" """,
+        "python": f"""case "$*" in *" download "*) exit ;; esac\nexec {sys.executable} "$@" """,
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = f"bash {copy}/tools/gpu_bundle.sh --python {tmp_path}/bin/python --out {tmp_path}/bundle"
+    for archs, built in (("90", "90"), ("80;90", "80,90")):
+        done = bash(command, tmp_path, PATH=path, GAPO_CUDA_ARCHS=archs)
+        assert done.returncode == 0, done.stderr
+        assert f"gapo_mega: CUDA architectures: {built}\n" in done.stdout

@@ -29,12 +29,12 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-from gapo_mega.engine.megatron.model.main_parameters import main_parameters
+from gapo_mega.engine.megatron.model import gathering
+from gapo_mega.engine.megatron.model.main_parameters import main_parameters, owned_parts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks, without_overlap
 from gapo_mega.engine.megatron.runtime import releases
 
-Span = tuple[int, int]
 _PIECE = 1 << 22  # elements
 _STEPS = ("zero_grad", "prepare_grads", "get_grad_norm", "step")
 # What the training and the generating forward pass to the model.
@@ -58,6 +58,7 @@ def check(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimize
         _optimizer_steps_what_this_rank_owns(chunks, optimizer)
         _marks_tell_who_counts(chunks, optimizer)
         _reduction_sums_in_place(chunks)
+        _gathering_brings_what_others_step(chunks)
     except _UNREADABLE as error:
         raise _wrong("what the engine reads of Megatron's objects has its name and form", error) from error
 
@@ -207,19 +208,6 @@ def _one_optimizer_with_its_group(
 
 
 # -- what the optimizer steps ------------------------------------------------------------------------
-def _owned(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Span]:
-    """This rank's range in each flat parameter that it steps a part of."""
-    owned: dict[nn.Parameter, Span] = {}
-    for chunk in chunks:
-        for buffer in chunk.buffers:
-            for parameter, (first, last, number) in buffer.param_index_map.items():
-                low, high = _own_part(chunk, buffer.buckets[number])
-                start, end = max(first, low), min(last, high)
-                if start < end:
-                    owned[parameter] = start - first, end - first
-    return owned
-
-
 def _names(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, str]:
     """The parameters' names, with the chunk's number where there are several."""
     return {
@@ -229,22 +217,12 @@ def _names(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, str]
     }
 
 
-def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
-    """This rank's range of the buffer within a bucket."""
-    offset, numel = bucket.offset, bucket.grad_data.numel()  # type: ignore[attr-defined]
-    if not model.ddp_config.use_distributed_optimizer:
-        return offset, offset + numel
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size = numel // group.size()
-    return offset + group.rank() * size, offset + (group.rank() + 1) * size
-
-
 @torch.no_grad()
 def _optimizer_steps_what_this_rank_owns(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> None:
     names = _names(chunks)
-    owned = _owned(chunks)
+    owned = owned_parts(chunks)
     (inner,) = optimizer.chained_optimizers
     found = {parameter: (start, end) for parameter, _, start, end in main_parameters(inner)}
     differing = [
@@ -333,7 +311,7 @@ def _reduction_sums_in_place(chunks: Sequence[DistributedDataParallel]) -> None:
         chunks[0].config.finalize_model_grads_func(list(chunks))
     names = _names(chunks)
     ranks = {parameter: number for chunk in chunks for parameter, number in _summed_ranks(chunk)}
-    for parameter, (start, end) in _owned(chunks).items():
+    for parameter, (start, end) in owned_parts(chunks).items():
         own = parameter.main_grad.reshape(-1)[start:end]  # type: ignore[attr-defined]
         low, high = (float(bound) for bound in own.aminmax())
         _require(
@@ -358,6 +336,25 @@ def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter
         over_tensor_ranks = tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1
         over_stages = 2 if parameter is tied and pipeline > 1 else 1
         yield parameter, data * over_tensor_ranks * over_stages
+
+
+# -- the gathering -----------------------------------------------------------------------------------
+@torch.no_grad()
+def _gathering_brings_what_others_step(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Overwrite what the other data ranks step, and compare what gathering brings with what was there."""
+    if not chunks[0].ddp_config.overlap_param_gather:
+        return
+    names, owned = _names(chunks), owned_parts(chunks)
+    trained = [p for chunk in chunks for buffer in chunk.buffers for p in buffer.param_index_map]
+    before = [float(parameter.sum(dtype=torch.float64)) for parameter in trained]
+    for parameter in trained:
+        start, end = owned.get(parameter, (0, 0))
+        for part in (parameter.view(-1)[:start], parameter.view(-1)[end:]):
+            part.fill_(float("nan"))
+    gathering.mark_stepped(chunks)
+    gathering.gather(chunks)
+    wrong = [names[p] for p, was in zip(trained, before, strict=True) if p.sum(dtype=torch.float64) != was]
+    _require(not wrong, "gathering brings what other ranks stepped", f"not all of {', '.join(wrong[:3])}")
 
 
 # -- generation --------------------------------------------------------------------------------------

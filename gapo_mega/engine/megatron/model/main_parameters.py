@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor, nn
+
+Span = tuple[int, int]
 
 
 def steps_taken(inner: torch.optim.Optimizer) -> int:
@@ -34,3 +38,26 @@ def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter
         assert isinstance(optimizer, FP32Optimizer)
         for parameter in optimizer.get_parameters():
             yield parameter, parameter, 0, parameter.numel()
+
+
+def owned_parts(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Span]:
+    """This rank's range in each flat parameter that it steps a part of, by the buffers alone."""
+    owned: dict[nn.Parameter, Span] = {}
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for parameter, (first, last, number) in buffer.param_index_map.items():
+                low, high = _own_part(chunk, buffer.buckets[number])
+                start, end = max(first, low), min(last, high)
+                if start < end:
+                    owned[parameter] = start - first, end - first
+    return owned
+
+
+def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
+    """This rank's range of the buffer within a bucket."""
+    offset, numel = bucket.offset, bucket.grad_data.numel()  # type: ignore[attr-defined]
+    if not model.ddp_config.use_distributed_optimizer:
+        return offset, offset + numel
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    size = numel // group.size()
+    return offset + group.rank() * size, offset + (group.rank() + 1) * size

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from gapo_mega.config import OptimizerConfig
-from gapo_mega.engine.megatron.model import assumptions
+from gapo_mega.engine.megatron.model import assumptions, gathering
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients
 from gapo_mega.engine.megatron.runtime import releases
 
@@ -90,39 +89,17 @@ class Trainable:
         """One optimizer and scheduler step on a finite gradient. Returns the norm before clipping."""
         updated, norm, _ = self.optimizer.step()
         assert updated, "the gradient was found finite"
-        for group in self._bucket_groups():
-            group.param_gather_dispatched = False
+        gathering.mark_stepped(self.chunks)
         self.scheduler.step(1)
         return float(norm)
 
     def gather_parameters(self) -> None:
-        """Wait for the parameters that other data ranks have stepped. Collective over the data ranks.
+        """Bring the parameters up to date (``gathering.gather``). Collective over the data ranks."""
+        gathering.gather(self.chunks)
 
-        With ``overlap_param_gather`` a step leaves a rank with its own part of them, and every module waits
-        for its own parameters when its forward begins. Whoever reads them otherwise asks for them here.
-        """
-        if self.chunks[0].ddp_config.overlap_param_gather:
-            for group in self._bucket_groups():
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-    @contextmanager
-    def parameters_gathered(self) -> Iterator[None]:
-        """Within the block all parameters are up to date, and no module waits for its own.
-
-        Megatron's waiting asserts that parameters require gradients, so frozen ones must not be waited for.
-        """
-        self.gather_parameters()
-        waiting = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
-        for chunk in waiting:
-            chunk.disable_forward_pre_hook(param_sync=False)
-        try:
-            yield
-        finally:
-            for chunk in waiting:
-                chunk.enable_forward_pre_hook()
-
-    def _bucket_groups(self) -> list[Any]:
-        return [group for chunk in self.chunks for group in chunk.bucket_groups]
+    def parameters_gathered(self) -> AbstractContextManager[None]:
+        """``gathering.gathered`` of this model."""
+        return gathering.gathered(self.chunks)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -27,6 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16", "optimizer": {"distributed": False}},
     # Several buckets: tied embeddings have one of their own.
     "tied-overlap": {"tied": True, "optimizer": {"overlap_grad_reduce": True}},
+    "gather": {"optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     "sgd": {"optimizer": {"name": "sgd", "distributed": False}},
 }
 

@@ -13,6 +13,7 @@ TENSOR = {"tensor": 2, "sequence_parallel": True}
 TENSOR_PLAIN = {"tensor": 2}
 STAGES = {"pipeline": 2}
 DATA: dict[str, Any] = {}
+GATHER = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 PLAIN_ADAM = {"distributed": False}
 
 SUM = "leaves the sum over 2 ranks .* found: 1 to 1 for module"
@@ -22,6 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]] = {
     "tensor-plain": ("nothing", TENSOR_PLAIN, PLAIN_ADAM, None),
     "stages": ("nothing", STAGES, {}, None),
     "data": ("nothing", DATA, {"overlap_grad_reduce": True}, None),
+    "data-gather": ("nothing", DATA, GATHER, None),
     "data-plain": ("nothing", DATA, PLAIN_ADAM, None),
     # Norms under sequence parallelism, norms of queries and keys, tied embeddings over stages.
     "norms-not-summed": ("reduce_over_data_ranks_only", TENSOR, {}, SUM + r".*norm"),
@@ -47,6 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]] = {
     ),
     "shared": ("swap_the_shared_copy", STAGES, {}, "parameter.shared marks the last stage's copy"),
     "duplicates": ("split_the_norms", TENSOR, {}, "tensor_model_parallel marks .* found: True"),
+    "gather-nothing": ("gather_nothing", DATA, GATHER, "gathering brings .* found: not all of module"),
+    "gather-once": ("gather_once", DATA, GATHER, "gathering brings .* found: not all of module"),
 }
 
 
