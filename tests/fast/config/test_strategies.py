@@ -64,8 +64,8 @@ def expected_refusal(section: dict[str, Any]) -> str | None:
     one_pass = section["forward"] == "one_pass"
     if one_pass and not whole:
         return (
-            f"gradients.forward: found one_pass with store {store} and scope {scope}, accepted: auto, shared, "
-            "separate (one_pass is for whole gradients: store shards with scope full)"
+            f"gradients.forward: found one_pass with store {store} and scope {scope}, accepted: auto, "
+            "shared, separate (one_pass is for whole gradients: store shards with scope full)"
         )
     if section["store_dtype"] == "bf16" and one_pass:
         return (
@@ -285,10 +285,10 @@ def test_refused_when_the_file_is_read(file: Path, override: str, message: str) 
 
 
 def test_overlapping_strategies_are_named(tmp_path: Path) -> None:
-    greedy = DECLARATION.replace('store: ClassVar[str] = "one_pass"', 'store: ClassVar[str] = "single"')
+    greedy = DECLARATION.replace('store: ClassVar[str] = "sum_only"', 'store: ClassVar[str] = "single"')
     with (
-        file_in(strategies, "one_pass", greedy, tmp_path),
-        pytest.raises(RuntimeError, match=r"no_rows, one_pass; exactly one strategy should be"),
+        file_in(strategies, "sum_only", greedy, tmp_path),
+        pytest.raises(RuntimeError, match=r"no_rows, sum_only; exactly one strategy should be"),
     ):
         GradientConfig(store="single")
 

@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_declaration_has_one_implementation() -> None:
     found = [kind.declaration for kind in implementations(package, GradientStrategy)]
-    assert sorted(kind.name for kind in found) == ["kept_rows", "no_rows", "scoped_rows"]
+    assert sorted(kind.name for kind in found) == ["kept_rows", "no_rows", "one_pass", "scoped_rows"]
     for declared in strategies.declarations():
         assert implementation_of(declared).declaration is declared
 
@@ -84,7 +84,7 @@ def test_other_rows_than_declared_stop_the_engine(model: Path, monkeypatch: pyte
     monkeypatch.setattr(KeptRows, "row_bytes", one_more)
     with (
         pytest.raises(AssertionError, match=r"kept_rows declares \d+ bytes of rows and has \d+"),
-        engine_of(model, {}, WHOLE, SGD),
+        engine_of(model, {"forward": "separate"}, WHOLE, SGD),
     ):
         pass
 
