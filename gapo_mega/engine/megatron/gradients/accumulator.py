@@ -8,14 +8,17 @@ microbatch stays in the cache, and a small product with the coefficients adds it
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.cotangents import Factor
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
-# Tiles of all sequences together: within a CPU core's cache, and large enough for a GPU's kernels.
-_TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Elements of a tile of all sequences together: 4 MiB of float32 stay in a CPU's caches, and smaller products
+# are slower; a GPU's need to be larger.
+_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LEAST_WIDTH = 16  # rows of a weight in a tile
 
 
@@ -27,6 +30,8 @@ class Accumulator:
         self._written: set[nn.Parameter] = set()
         self._only: int | None = None
         self._coefficients_MB = torch.empty(0)
+        # Fresh memory for every tile would cost as much as half of the product: the system zeroes it.
+        self._scratch: dict[torch.dtype, Tensor] = {}
 
     def start(self) -> None:
         """Forget the gradients of the last update: the next addition to a parameter overwrites them."""
@@ -46,13 +51,16 @@ class Accumulator:
             gradient_OI = grad_SBO.reshape(-1, out).t() @ input_SBI.reshape(-1, width)
             self._add_alone(weight, gradient_OI.view(-1), beta)
             return
-        item = input_SBI.itemsize
-        step = max(_LEAST_WIDTH, _TILE_BYTES[input_SBI.device.type] // (sequences * width * item))
+        step = max(_LEAST_WIDTH, _TILE[input_SBI.device.type] // (sequences * width))
         input_BSI, grad_BOS = input_SBI.transpose(0, 1), grad_SBO.permute(1, 2, 0)
+        if input_SBI.dtype != torch.float32:
+            # Products of other types would copy both for every tile.
+            input_BSI, grad_BOS = input_BSI.contiguous(), grad_BOS.contiguous()
         for start in range(0, out, step):
             end = min(out, start + step)
-            tile_BN = torch.bmm(grad_BOS[:, start:end], input_BSI).view(sequences, -1)
-            self._add(weight, start * width, tile_BN, beta)
+            tile_BOI = self._tile((sequences, end - start, width), input_SBI)
+            torch.bmm(grad_BOS[:, start:end], input_BSI, out=tile_BOI)
+            self._add(weight, start * width, tile_BOI.view(sequences, -1), beta)
 
     def per_sequence(self, parameter: nn.Parameter, gradient_BN: Tensor) -> None:
         """Add the gradient of each sequence of the microbatch."""
@@ -82,6 +90,14 @@ class Accumulator:
                 for row in self._views(parameter):
                     row.zero_()
 
+    def _tile(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this shape that holds until the next call for the same type."""
+        dtype, numel = dtype or like.dtype, math.prod(shape)
+        scratch = self._scratch.get(dtype)
+        if scratch is None or scratch.numel() < numel:
+            scratch = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=like.device)
+        return scratch[:numel].view(shape)
+
     def _views(self, parameter: nn.Parameter) -> list[Tensor]:
         """A parameter's elements in the rows of all objectives; the last is Megatron's own."""
         return [*self._rows.of(parameter), parameter.main_grad.view(-1)]  # type: ignore[attr-defined]
@@ -93,7 +109,8 @@ class Accumulator:
         return 0.0 if first else 1.0
 
     def _add(self, parameter: nn.Parameter, start: int, tile_BN: Tensor, beta: float) -> None:
-        tile_BN = tile_BN.to(self._coefficients_MB.dtype)
+        if tile_BN.dtype != torch.float32:
+            tile_BN = self._tile(tuple(tile_BN.shape), tile_BN, torch.float32).copy_(tile_BN)
         end = start + tile_BN.shape[1]
         others_KN = self._rows.of(parameter)[:, start:end]
         own_N = parameter.main_grad.view(-1)[start:end]  # type: ignore[attr-defined]
