@@ -136,7 +136,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (input_SBI,), grad_SBO = ctx.saved_tensors, grads[0]
-        grad_SBI = grad_SBO.matmul(ctx.weight)
+        # A transposed gradient, as that of the logits, would else be multiplied position by position.
+        grad_SBI = grad_SBO.contiguous().matmul(ctx.weight)
         # The communication overlaps the product of the weight's gradient.
         work, result_SBI = None, grad_SBI
         if ctx.gathered_over is not None:

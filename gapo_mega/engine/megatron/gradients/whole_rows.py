@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.shard import STAGGER, GradientShard
@@ -52,6 +53,8 @@ class WholeRows:
 
     def reduce(self) -> None:
         """Megatron's reduction of every row and of its own buffer."""
+        if dist.get_world_size() == 1:
+            return  # Megatron would copy every row on to itself
         chunks = self._trainable.chunks
         with without_overlap(chunks):
             for index in range(len(self.pieces)):
