@@ -54,8 +54,7 @@ class Accumulator:
         step = max(_LEAST_WIDTH, _TILE[input_SBI.device.type] // (sequences * width))
         input_BSI, grad_BOS = input_SBI.transpose(0, 1), grad_SBO.permute(1, 2, 0)
         if input_SBI.dtype != torch.float32:
-            # Products of other types would copy both for every tile.
-            input_BSI, grad_BOS = input_BSI.contiguous(), grad_BOS.contiguous()
+            input_BSI = input_BSI.contiguous()  # products of other types would copy it for every tile
         for start in range(0, out, step):
             end = min(out, start + step)
             tile_BOI = self._tile((sequences, end - start, width), input_SBI)
