@@ -264,12 +264,15 @@ class GradientConfig(Section):
     store_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the rows of store shards; bf16 halves them and rounds by up to 2^-9"
     )
-    forward: Literal["auto", "shared", "separate"] = Field(
+    forward: Literal["auto", "one_pass", "shared", "separate"] = Field(
         "auto",
-        description="shared: one forward per microbatch and a backward per objective through its graph, each "
+        description="one_pass: one forward and as many backwards as a sequence's cotangents have directions, "
+        "one where every advantage is a number for a whole response; m - 1 rows of all parameters of a rank; "
+        "shared: one forward per microbatch and a backward per objective through its graph, each "
         "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, "
-        "reduced once a minibatch; auto: shared without a pipeline where it adds no communication (one "
-        "microbatch, or one data rank), else separate",
+        "reduced once a minibatch; auto: one_pass without a critic (with a pipeline: if a rollout has one "
+        "update), else shared without a pipeline where it adds no communication (one microbatch, or one data "
+        "rank), else separate",
     )
     scope: Literal["full", "last_layer", "last_block"] | list[LayerRange] = Field(
         "full",

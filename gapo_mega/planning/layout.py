@@ -10,7 +10,7 @@ from __future__ import annotations
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.strategy import microbatches, refusal_of_shared
+from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
 
 
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
@@ -116,6 +116,9 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_shared(config, microbatches(config, data_parallel))
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
+    reason = refusal_of_one_pass()
+    if config.gradients.forward == "one_pass" and reason is not None:
+        raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 
 
 def _check_lengths(config: Config, shape: ModelShape) -> None:

@@ -109,14 +109,18 @@ def predict(resolved: ResolvedRun) -> MemoryPlan:
     return MemoryPlan([_stage(resolved, stage) for stage in range(resolved.config.parallel.pipeline)])
 
 
-def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, stage: int) -> RankSizes:
-    """What the rows of a rank of ``stage`` depend on; ``shard``: elements of the gradient that it owns."""
+def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, whole: int, stage: int) -> RankSizes:
+    """What the rows of a rank of ``stage`` depend on.
+
+    ``shard``: elements of the gradient that it owns; ``whole``: of its gradient before the reduction.
+    """
     chunks = range(parallel.virtual_pipeline)
     layers = shape.num_layers // parallel.pipeline // len(chunks)
     starts = [(chunk * parallel.pipeline + stage) * layers for chunk in chunks]
     is_last = stage == parallel.pipeline - 1
     return RankSizes(
         shard=shard,
+        whole=whole,
         layer=_layer_parameters(shape, parallel.tensor),
         layers=[layer for start in starts for layer in range(start, start + layers)],
         num_layers=shape.num_layers,
@@ -171,6 +175,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     # A graph that serves only one backward is freed within it.
     kept = resolved.shared and strategy.reuses_graph(objectives)
     shard = count // data if config.optimizer.distributed else count
+    sizes = rank_sizes(config.parallel, shape, shard, count, stage)
     offloaded = config.model.offload_reference
     scoring = [
         (
@@ -187,7 +192,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         parameters=count * item,
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
-        objective_rows=strategy.row_bytes(objectives, rank_sizes(config.parallel, shape, shard, stage)),
+        objective_rows=strategy.row_bytes(objectives, sizes),
         reference=0 if offloaded else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),

@@ -18,7 +18,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import forward_kind, microbatches
+from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class ResolvedRun:
     @property
     def strategy(self) -> StrategyDeclaration:
         """How the engine measures and holds the gradients of objectives."""
-        return strategies.chosen(self.config.gradients)
+        gradients = self.config.gradients
+        return strategies.chosen(gradients.model_copy(update={"forward": self.forward}))
 
     @property
     def value_models(self) -> int:
@@ -89,9 +90,14 @@ class ResolvedRun:
         return microbatches(self.config, self.data)
 
     @property
+    def forward(self) -> ForwardKind:
+        """The kind of passes, where the configuration leaves it open by what else it asks for."""
+        return forward_kind(self.config, self.data, by_token=self.critic is not None)
+
+    @property
     def shared(self) -> bool:
         """Whether one forward per microbatch serves the backwards of all objectives."""
-        return forward_kind(self.config, self.data) == "shared"
+        return self.forward == "shared"
 
     @property
     def passes(self) -> PassCount:

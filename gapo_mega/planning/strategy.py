@@ -16,19 +16,44 @@ def microbatches(config: Config, data_parallel: int) -> int:
     return config.sequences(data_parallel) // config.algorithm.minibatches // config.micro_batch_size
 
 
-def forward_kind(config: Config, data_parallel: int) -> Literal["shared", "separate"]:
+ForwardKind = Literal["one_pass", "shared", "separate"]
+
+
+def forward_kind(config: Config, data_parallel: int, by_token: bool = False) -> ForwardKind:
     """The kind of passes that the run takes.
 
-    Shared passes save m - 1 of m forwards. They reduce every objective's gradient once per microbatch
-    instead of once per minibatch, which may cost more than it saves: in that case ``auto`` takes separate
-    passes.
+    One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
+    a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
+    gradient once per microbatch instead of once per minibatch, which may cost more than it saves: in that
+    case ``auto`` takes separate passes.
     """
     asked = config.gradients.forward
     if asked != "auto":
         return asked
+    if len(config.objectives) > 1 and not by_token and _one_pass_is_sure(config):
+        return "one_pass"
     count = microbatches(config, data_parallel)
     possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count) is None
     return "shared" if possible and (count == 1 or data_parallel == 1) else "separate"
+
+
+def _one_pass_is_sure(config: Config) -> bool:
+    """Whether one pass gives all gradients, without a second try.
+
+    With a pipeline only the last stage sees, after the fact, whether one direction was enough. It is in the
+    first update on a rollout, where no ratio is clipped.
+    """
+    if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
+        return False
+    algorithm = config.algorithm
+    return config.parallel.pipeline == 1 or algorithm.ppo_epochs * algorithm.minibatches == 1
+
+
+def refusal_of_one_pass() -> str | None:
+    """Why no layers here can hand over the gradients of sequences; None if they can."""
+    if transformer_engine_layers():
+        return "Transformer Engine's layers (they add up the gradients of sequences themselves)"
+    return None
 
 
 def refusal_of_shared(config: Config, count: int) -> str | None:

@@ -24,7 +24,7 @@ PARTS = 2  # and four
 
 @contextmanager
 def engine_of(
-    model: Path, gradients: dict[str, Any], micro_batch: int, optimizer: dict[str, Any], **sections: Any
+    model: Path, gradients: dict[str, Any], micro_batch: int, optimizer: dict[str, Any], /, **sections: Any
 ) -> Iterator[MegatronEngine]:
     config = check_engine.make_config(
         str(model), {}, optimizer, gradients=gradients, micro_batch_size=micro_batch, **sections

@@ -45,6 +45,7 @@ class RankSizes:
     """Elements on one rank of a pipeline stage, from which the bytes of rows follow."""
 
     shard: int  # of the gradient that the rank owns
+    whole: int  # of all its parameters, before they are shared out over data ranks
     layer: int  # of one transformer layer
     layers: Sequence[int]  # transformer layers of the stage, from 0 over all stages
     num_layers: int  # of the model
@@ -98,6 +99,20 @@ class StrategyDeclaration(ABC):
     def reuses_graph(self, objectives: int) -> bool:
         """Whether the graph of a shared forward serves more than one backward, so that one must keep it."""
         return objectives > 1
+
+    @property
+    def has_one_pass_form(self) -> bool:
+        """Whether ``forward: one_pass`` measures the same with these settings."""
+        return False
+
+    def refuse_one_pass(self) -> None:
+        """Refuse ``forward: one_pass``, for strategies that do not keep whole gradients as rows."""
+        if self.gradients.forward == "one_pass":
+            raise ValueError(
+                f"gradients.forward: found one_pass with store {self.gradients.store} and scope "
+                f"{self.gradients.scope}, accepted: auto, shared, separate (one_pass is for whole gradients: "
+                "store shards with scope full)"
+            )
 
     @property
     def measures_change(self) -> bool:

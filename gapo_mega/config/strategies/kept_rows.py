@@ -28,7 +28,8 @@ class KeptRows(StrategyDeclaration):
 
     @classmethod
     def chosen_by(cls, gradients: GradientSettings) -> bool:
-        return gradients.store == cls.store and gradients.scope == "full"
+        whole = gradients.store == cls.store and gradients.scope == "full"
+        return whole and gradients.forward != "one_pass"
 
     def check(self) -> None:
         """Accept every setting."""
@@ -38,6 +39,11 @@ class KeptRows(StrategyDeclaration):
             rounded = "store_dtype bf16 (the sum over microbatches would be rounded every time)"
             return f"{microbatches} microbatches and {rounded}"
         return None
+
+    @property
+    def has_one_pass_form(self) -> bool:
+        """Whole gradients are sums over microbatches, which bf16 would round every time."""
+        return self.gradients.store_dtype == "fp32"
 
     @property
     def measures_change(self) -> bool:

@@ -23,6 +23,7 @@ class NoRows(StrategyDeclaration):
                 f"gradients.scope: found {self.gradients.scope} with store single, accepted: full (single "
                 "measures sums of whole gradients)"
             )
+        self.refuse_one_pass()
         self.refuse_bf16_rows()
         self.refuse_actual_change()
 

@@ -51,6 +51,7 @@ class ScopedRows(StrategyDeclaration):
 
     def check(self) -> None:
         scope = self.gradients.scope
+        self.refuse_one_pass()
         self.refuse_bf16_rows()
         if self.gradients.metric == "adam" and has_output_layer(scope):
             raise ValueError(

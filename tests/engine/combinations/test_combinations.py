@@ -51,7 +51,7 @@ class TestSettings:
             ]
         )
         found = combinations(shape, where)
-        assert found.total == 10 * 3 * 2**5 * 5 * 2 == len(found.valid) + sum(found.refused.values())
+        assert found.total == 10 * 3 * 2**4 * 3 * 5 * 2 == len(found.valid) + sum(found.refused.values())
         # By what can be combined (docs/gradients.md), for each of 5 kinds of reduction (parameters
         # are gathered late only where the optimizer is distributed and gradients are reduced early): without
         # a pipeline (4 layouts), with one (3), which has no shared forward, and with an interleaved one (3),
@@ -60,7 +60,8 @@ class TestSettings:
         separate_part = 2 * (1 + 1 + 2 * 2)  # last layer, last block, two ranges of layers in either metric
         shared_one = 2 * 2 + 2 + (1 + 1 + 2 * 2)
         shared_several = 2  # fp32 rows of the whole gradient
-        with_pipeline = separate_full + separate_part
+        one_pass = 2 * 2  # fp32 rows of the whole gradient in either metric
+        with_pipeline = separate_full + separate_part + one_pass
         without = with_pipeline + shared_one + shared_several
         interleaved = with_pipeline // 2
         assert len(found.valid) == 5 * (4 * without + 3 * with_pipeline + 3 * interleaved)

@@ -20,14 +20,14 @@ from gapo_mega.config.strategies.scoped import layers_in
 from gapo_mega.models import ModelShape
 from gapo_mega.planning.memory import predict
 from gapo_mega.planning.strategy import forward_kind
-from tests.helpers.one_pass import DECLARATION
 from tests.helpers.plugin_files import file_in
 from tests.helpers.resolved import check, resolved_run
+from tests.helpers.sum_only import DECLARATION
 
 SCOPES = ("full", "last_layer", "last_block", [[0, 1]], [[0, 1], [2, 4]])
 OBJECTIVES = (1, 2, 4)
 # A rank of the second of two stages; ranges below are of its layers 2 and 3, but for [[0, 1]].
-SIZES = RankSizes(shard=1000, layer=100, layers=range(2, 4), num_layers=4, output_layer=50)
+SIZES = RankSizes(shard=1000, whole=2000, layer=100, layers=range(2, 4), num_layers=4, output_layer=50)
 SHAPE = ModelShape("llama", 4, 8, 16, 2, 2, 4, 64, False, 1e4, 1e-5, False, 320)
 
 BF16 = (
@@ -44,7 +44,7 @@ def sections() -> list[dict[str, Any]]:
     options: dict[str, tuple[Any, ...]] = {
         "store": ("shards", "single"),
         "store_dtype": ("fp32", "bf16"),
-        "forward": ("auto", "shared", "separate"),
+        "forward": ("auto", "one_pass", "shared", "separate"),
         "scope": SCOPES,
         "metric": ("euclidean", "adam"),
         "actual_change": (None, True, False),
@@ -61,6 +61,17 @@ def expected_refusal(section: dict[str, Any]) -> str | None:
             "whole gradients)"
         )
     whole = store == "shards" and scope == "full"
+    one_pass = section["forward"] == "one_pass"
+    if one_pass and not whole:
+        return (
+            f"gradients.forward: found one_pass with store {store} and scope {scope}, accepted: auto, "
+            "shared, separate (one_pass is for whole gradients: store shards with scope full)"
+        )
+    if section["store_dtype"] == "bf16" and one_pass:
+        return (
+            "gradients.store_dtype: found bf16 with forward one_pass, accepted: fp32 (the sum over "
+            "microbatches would be rounded every time)"
+        )
     if section["store_dtype"] == "bf16" and not whole:
         return BF16
     if section["metric"] == "adam" and scope in ("last_layer", "last_block"):
@@ -73,7 +84,12 @@ def expected_refusal(section: dict[str, Any]) -> str | None:
 
 def test_the_folder_is_what_it_was() -> None:
     """Every other test here is about these; a new file comes with its own tests."""
-    assert [kind.name for kind in strategies.declarations()] == ["kept_rows", "no_rows", "scoped_rows"]
+    assert [kind.name for kind in strategies.declarations()] == [
+        "kept_rows",
+        "no_rows",
+        "one_pass",
+        "scoped_rows",
+    ]
     assert strategies.stores() == ["shards", "single"]
 
 
@@ -90,7 +106,8 @@ def test_exactly_one_strategy_is_chosen_and_it_refuses_what_it_says() -> None:
         if message is None:
             kinds = [kind for kind in strategies.declarations() if kind.chosen_by(found)]
             single, full = section["store"] == "single", section["scope"] == "full"
-            expected = "no_rows" if single else "kept_rows" if full else "scoped_rows"
+            rows = "one_pass" if section["forward"] == "one_pass" else "kept_rows"
+            expected = "no_rows" if single else rows if full else "scoped_rows"
             assert [kind.name for kind in kinds] == [expected] == [chosen(found).name]
             names.add(expected)
     assert names == {kind.name for kind in strategies.declarations()}
@@ -105,13 +122,14 @@ def test_every_strategy_has_a_variant_and_variants_choose_it() -> None:
             section = GradientConfig.model_validate(dict(variant.gradients))
             assert type(chosen(section)) is kind
     against_peers = [variant.name for variant in strategies.variants() if variant.against_peers]
-    assert against_peers == ["separate", "shared", "single", "last_layer"]
+    assert against_peers == ["separate", "shared", "single", "one_pass", "last_layer"]
 
 
 @pytest.mark.parametrize(
     ("gradients", "separate", "shared"),
     [
         ({}, [(1, 1), (2, 2), (4, 4)], [(1, 1), (1, 2), (1, 4)]),
+        ({"forward": "one_pass"}, [(1, 1), (1, 1), (1, 1)], [(1, 1), (1, 1), (1, 1)]),
         ({"store": "single"}, [(1, 1), (4, 4), (11, 11)], [(1, 1), (1, 4), (1, 11)]),
         ({"scope": "last_layer"}, [(2, 1), (2, 1), (2, 1)], [(1, 1), (1, 1), (1, 1)]),
         ({"scope": "last_block"}, [(3, 1), (4, 1), (6, 1)], [(1, 1), (1, 1), (1, 1)]),
@@ -132,6 +150,8 @@ def test_passes(
         ({}, [0, 4000, 12000]),
         ({"store_dtype": "bf16"}, [0, 2000, 6000]),
         ({"actual_change": True}, [4000, 8000, 16000]),
+        ({"forward": "one_pass"}, [0, 8000, 24000]),
+        ({"forward": "one_pass", "actual_change": True}, [4000, 12000, 28000]),
         ({"store_dtype": "bf16", "metric": "adam"}, [4000, 6000, 10000]),
         ({"metric": "adam", "actual_change": False}, [0, 4000, 12000]),
         ({"store": "single"}, [0, 0, 0]),
@@ -200,6 +220,28 @@ def test_what_cannot_share_a_forward(
     assert strategy.refusal_of_shared(1, "full") == recomputed
 
 
+@pytest.mark.parametrize(
+    ("gradients", "expected"),
+    [
+        ({}, True),
+        ({"metric": "adam", "actual_change": True}, True),
+        ({"store_dtype": "bf16"}, False),
+        ({"store": "single"}, False),
+        ({"scope": "last_layer"}, False),
+        ({"scope": [[0, 1]]}, False),
+    ],
+)
+def test_what_one_pass_can_measure(gradients: dict[str, Any], expected: bool) -> None:
+    """`auto` and the refusals agree."""
+    assert chosen(GradientConfig.model_validate(gradients)).has_one_pass_form == expected
+    asked = {**gradients, "forward": "one_pass"}
+    if expected:
+        assert chosen(GradientConfig.model_validate(asked)).name == "one_pass"
+    else:
+        with pytest.raises(ValidationError, match=r"gradients\.\w+: found .*one_pass.*, accepted: "):
+            GradientConfig.model_validate(asked)
+
+
 def test_layers_in_a_scope() -> None:
     assert layers_in("last_layer", 6) == []
     assert layers_in("last_block", 6) == [[5, 6]]
@@ -243,10 +285,10 @@ def test_refused_when_the_file_is_read(file: Path, override: str, message: str) 
 
 
 def test_overlapping_strategies_are_named(tmp_path: Path) -> None:
-    greedy = DECLARATION.replace('store: ClassVar[str] = "one_pass"', 'store: ClassVar[str] = "single"')
+    greedy = DECLARATION.replace('store: ClassVar[str] = "sum_only"', 'store: ClassVar[str] = "single"')
     with (
-        file_in(strategies, "one_pass", greedy, tmp_path),
-        pytest.raises(RuntimeError, match=r"no_rows, one_pass; exactly one strategy should be"),
+        file_in(strategies, "sum_only", greedy, tmp_path),
+        pytest.raises(RuntimeError, match=r"no_rows, sum_only; exactly one strategy should be"),
     ):
         GradientConfig(store="single")
 
@@ -254,28 +296,28 @@ def test_overlapping_strategies_are_named(tmp_path: Path) -> None:
 def test_a_new_strategy_is_one_file_for_configuration_plan_and_benchmarks(tmp_path: Path, file: Path) -> None:
     """What the engine needs of it: tests/engine/megatron/gradients/test_declarations.py."""
     scripts = str(Path(__file__).resolve().parents[3] / "benchmarks")
-    with file_in(strategies, "one_pass", DECLARATION, tmp_path):
-        config = load(file, ["gradients.store=one_pass"])
-        assert chosen(config.gradients).name == "one_pass"
-        with pytest.raises(ValueError, match=r"accepted: 'shards', 'single' or 'one_pass' \(from override"):
+    with file_in(strategies, "sum_only", DECLARATION, tmp_path):
+        config = load(file, ["gradients.store=sum_only"])
+        assert chosen(config.gradients).name == "sum_only"
+        with pytest.raises(ValueError, match=r"accepted: 'shards', 'single' or 'sum_only' \(from override"):
             load(file, ["gradients.store=two_passes"])
         with pytest.raises(ValueError, match=r"^gradients\.store_dtype: found bf16, .*\(from override"):
-            load(file, ["gradients={store: one_pass, store_dtype: bf16}"])
+            load(file, ["gradients={store: sum_only, store_dtype: bf16}"])
         check(config, SHAPE, 1)
-        with pytest.raises(ValueError, match="one_pass with 41 layers, accepted: up to 40"):
+        with pytest.raises(ValueError, match="sum_only with 41 layers, accepted: up to 40"):
             check(config, replace(SHAPE, num_layers=41), 1)
-        shared = Config.model_validate({**raw(), "gradients": {"store": "one_pass", "forward": "shared"}})
-        with pytest.raises(ValueError, match="found shared with store one_pass, accepted: auto"):
+        shared = Config.model_validate({**raw(), "gradients": {"store": "sum_only", "forward": "shared"}})
+        with pytest.raises(ValueError, match="found shared with store sum_only, accepted: auto"):
             check(shared, SHAPE, 1)
         assert forward_kind(config, 1) == "separate"
         assert resolved_run(config, shape=SHAPE).passes == PassCount(2, 2)
         assert predict(resolved_run(config, shape=SHAPE)).stages[0].objective_rows == 8 * 3 * 4
-        assert strategies.variants()[-1].name == "one pass"
+        assert strategies.variants()[-1].name == "sum only"
         sys.path.insert(0, scripts)
         try:
             known = importlib.import_module("peer_entries").known_strategies()
         finally:
             sys.path.remove(scripts)
-        assert known["one pass"] == {"store": "one_pass", "forward": "separate"}
+        assert known["sum only"] == {"store": "sum_only", "forward": "separate"}
     with pytest.raises(ValueError, match="'shards' or 'single'"):
-        load(file, ["gradients.store=one_pass"])
+        load(file, ["gradients.store=sum_only"])

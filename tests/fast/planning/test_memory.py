@@ -97,7 +97,8 @@ def test_mistral_7b_on_eight_ranks() -> None:
     assert stage.parameters == stage.reference == 2 * count
     assert stage.gradients == 4 * count
     assert stage.optimizer == 12 * count // 2  # fp32 main parameters and two moments, over 2 data ranks
-    assert stage.objective_rows == 2 * 4 * (count // 2)  # all objectives but the one in the gradient buffer
+    # All objectives but the one in the gradient buffer, before they are shared out over the data ranks.
+    assert stage.objective_rows == 2 * 4 * count
     assert stage.critic == 0
     # keys and values x layers x sequences x tokens x (2 of 8 groups of 128) x 2 bytes
     assert stage.kv_cache == 2 * 32 * 16 * 128 * 2 * 128 * 2
@@ -172,7 +173,8 @@ def test_rows_of_every_gradient_strategy() -> None:
         return plan.stages[stage].objective_rows
 
     assert rows() == 2 * 4 * count  # three objectives, one of them in Megatron's buffer
-    assert rows(world=2) == 2 * 4 * (count // 2)
+    assert rows(world=2) == 2 * 4 * count
+    assert rows(world=2, forward="separate") == rows(world=2, forward="shared") == 2 * 4 * (count // 2)
     assert rows(store_dtype="bf16") == 2 * 2 * count
     assert rows(store="single") == 0
     assert rows(metric="adam") == 3 * 4 * count  # and the parameters before the step

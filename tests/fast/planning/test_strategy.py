@@ -41,12 +41,22 @@ def config(gradients: dict[str, Any], **sections: Any) -> Config:
 @pytest.mark.parametrize(
     ("gradients", "sections", "data", "expected"),
     [
-        ({}, {}, 1, "shared"),
-        ({}, {"micro_batch_size": 4}, 1, "shared"),  # in turns, nothing to reduce
-        ({}, {"micro_batch_size": 8}, 2, "shared"),  # one microbatch a rank
-        ({}, {"micro_batch_size": 4}, 2, "separate"),  # would reduce twice as often
+        ({}, {}, 1, "one_pass"),
+        ({}, {"micro_batch_size": 4}, 2, "one_pass"),
+        ({"metric": "adam"}, {}, 1, "one_pass"),
+        ({}, {"parallel": {"pipeline": 2}}, 1, "one_pass"),
+        # Clipped ratios, which the last stage of a pipeline alone sees, begin with the second update.
+        ({}, {"parallel": {"pipeline": 2}, "algorithm": {"ppo_epochs": 2}}, 1, "separate"),
+        (
+            {},
+            {"parallel": {"pipeline": 2}, "algorithm": {"minibatches": 2}, "micro_batch_size": 8},
+            1,
+            "separate",
+        ),
+        ({}, {"algorithm": {"ppo_epochs": 2}}, 1, "one_pass"),
+        ({}, {"objectives": [{"name": "a"}]}, 1, "shared"),
+        ({"forward": "one_pass"}, {"objectives": [{"name": "a"}]}, 1, "one_pass"),
         ({"forward": "shared"}, {"micro_batch_size": 4}, 2, "shared"),
-        ({}, {"parallel": {"pipeline": 2}}, 1, "separate"),
         ({"store_dtype": "bf16"}, {"micro_batch_size": 4}, 1, "separate"),
         ({"store": "single"}, {"micro_batch_size": 4}, 1, "separate"),
         ({"scope": "last_layer"}, {}, 1, "shared"),
@@ -59,10 +69,26 @@ def test_auto(gradients: dict[str, Any], sections: dict[str, Any], data: int, ex
 
 
 @pytest.mark.parametrize(
+    ("sections", "data", "expected"),
+    [
+        ({}, 1, "shared"),
+        ({"micro_batch_size": 4}, 1, "shared"),  # in turns, nothing to reduce
+        ({"micro_batch_size": 8}, 2, "shared"),  # one microbatch a rank
+        ({"micro_batch_size": 4}, 2, "separate"),  # would reduce twice as often
+        ({"parallel": {"pipeline": 2}}, 1, "separate"),
+    ],
+)
+def test_auto_with_advantages_of_tokens(sections: dict[str, Any], data: int, expected: str) -> None:
+    assert forward_kind(config({}, **sections), data, by_token=True) == expected
+
+
+@pytest.mark.parametrize(
     ("gradients", "expected"),
     [
         ({"forward": "separate"}, PassCount(3, 3)),
         ({"forward": "shared"}, PassCount(1, 3)),
+        ({"forward": "one_pass"}, PassCount(1, 1)),
+        ({}, PassCount(1, 1)),
         ({"store": "single", "forward": "separate"}, PassCount(7, 7)),
         ({"store": "single", "forward": "shared"}, PassCount(1, 7)),
         ({"scope": "last_layer", "forward": "shared"}, PassCount(1, 1)),

@@ -112,7 +112,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "dtype": ("fp32", "bf16"),
     "store": tuple(stores()),
     "store_dtype": ("fp32", "bf16"),
-    "forward": ("separate", "shared"),
+    "forward": ("separate", "shared", "one_pass"),
     "scope": tuple(SCOPES),
     "metric": ("euclidean", "adam"),
     "temperature": ("1.0", "0.7"),

@@ -21,7 +21,9 @@ from tests.helpers.resolved import resolved_run
 OBJECTIVES = 3
 ROWS, COLUMNS = 8, 21  # odd: sequence parallelism has to pad
 
-loss = Ppo(clip_epsilon=0.1)
+CLIP_EPSILON = 0.1
+
+loss = Ppo(clip_epsilon=CLIP_EPSILON)
 
 
 def make_config(path: str, layout: dict[str, Any], optimizer: dict[str, Any], **sections: Any) -> Config:
@@ -105,7 +107,8 @@ def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result.
+    """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result;
+    perhaps clip_epsilon.
 
     With ``critic``, a section of the configuration, the critic is run instead.
     """
@@ -117,7 +120,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(config)
     batch = local_part(global_batch(200), engine)
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
-    reports = [engine.update_policy(batch, loss, aggregator) for _ in range(arguments["steps"])]
+    policy_loss = Ppo(clip_epsilon=arguments.get("clip_epsilon", CLIP_EPSILON))
+    reports = [engine.update_policy(batch, policy_loss, aggregator) for _ in range(arguments["steps"])]
     export = Path(arguments["export"])
     engine.export_hf(export)
     return {
@@ -126,6 +130,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "gram": [r.gram.tolist() for r in reports],
         "weights": [r.weights.tolist() for r in reports],
         "norm": [r.gradient_norm for r in reports],
+        "phases": [list(r.seconds) for r in reports],
         "actual_change": [r.actual_change for r in reports],
         "predicted_norm": [float((r.weights @ r.gram @ r.weights).sqrt()) for r in reports],
     }

@@ -33,10 +33,14 @@ class Shards(GradientStrategy):
 
     def __init__(self, setting: Setting, declared: KeptRows) -> None:
         super().__init__(setting, declared)
-        dtype = torch.bfloat16 if declared.gradients.store_dtype == "bf16" else torch.float32
-        self._spare = [self.shard.zero_row(i, dtype) for i in range(1, setting.objectives)]
+        self._spare = self.allocate(declared)
         self._rows: list[list[Tensor]] = []
         self._before = self.shard.zero_row(setting.objectives) if declared.measures_change else None
+
+    def allocate(self, declared: KeptRows) -> list[list[Tensor]]:
+        """Memory for all rows but the last, each shaped like the shard."""
+        dtype = torch.bfloat16 if declared.gradients.store_dtype == "bf16" else torch.float32
+        return [self.shard.zero_row(i, dtype) for i in range(1, self.objectives)]
 
     @property
     def row_bytes(self) -> int:
@@ -45,8 +49,7 @@ class Shards(GradientStrategy):
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """M gradients, one all-reduce of the Gram matrix, and one pass over memory for the combination."""
-        in_turns = self.shared and len(task.microbatches) > 1
-        losses = self._take_turns(task, clock) if in_turns else self._one_by_one(task, clock)
+        losses = self.measure(task, clock)
         gram = self.global_gram(inner_products(self.shard, self._rows, self.metric()))
         aggregated = ops.solve(gram, aggregator)
         if self._before is not None:
@@ -59,7 +62,13 @@ class Shards(GradientStrategy):
             clock.lap("actual_change")
         return found
 
-    def _one_by_one(self, task: Task, clock: Clock) -> Tensor:
+    def measure(self, task: Task, clock: Clock) -> Tensor:
+        """Fill the rows. Returns this rank's part of every loss."""
+        if self.shared and len(task.microbatches) > 1:
+            return self._take_turns(task, clock)
+        return self.one_by_one(task, clock)
+
+    def one_by_one(self, task: Task, clock: Clock) -> Tensor:
         """Compute the gradients objective by objective, each over all microbatches."""
         passes = passes_over(self.trainable, task, self.shared)
         if self.shared:

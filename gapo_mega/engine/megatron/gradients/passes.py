@@ -1,11 +1,8 @@
 """Gradients of linear combinations of one minibatch's objectives, reduced, in Megatron's buffer.
 
 ``SeparatePasses`` runs Megatron's schedule once per gradient and works in every layout. ``SharedGraph``
-runs one forward over one microbatch, and one backward through its graph per gradient.
-
-The losses of all objectives depend on the parameters through the same log-probabilities. With one advantage
-per sequence, a single activation-gradient pass scaled per sequence would do; it would be a third
-implementation of ``Passes``.
+runs one forward over one microbatch, and one backward through its graph per gradient. The strategy
+``one_pass.py`` computes all gradients at once, and needs neither.
 """
 
 from __future__ import annotations
@@ -47,7 +44,12 @@ class Task:
 
         ``logits_NV``: the logits that ``before_response`` selects.
         """
-        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution)
+        return self.losses_of(logprobs_of(logits_NV, batch, self.distribution), batch, wanted)
+
+    def losses_of(
+        self, logprobs_BT: Tensor, batch: Experience, wanted: Collection[int] | None = None
+    ) -> list[Tensor]:
+        """``losses`` from the log-probabilities."""
         return [
             self.loss(logprobs_BT, batch, k) / self.tokens
             if wanted is None or k in wanted

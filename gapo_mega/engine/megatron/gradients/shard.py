@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-_STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
+STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
 
 Span = tuple[int, int]
 
@@ -141,7 +141,7 @@ def _beside(piece: Tensor, index: int, dtype: torch.dtype) -> Tensor:
     offset within a page: large allocations all start at the same one, and their elements would compete for
     the same sets of a CPU's L1 cache (8 rows then take up to 1.2 times as long).
     """
-    offset = piece.data_ptr() // piece.itemsize % 8 + index * _STAGGER // dtype.itemsize
+    offset = piece.data_ptr() // piece.itemsize % 8 + index * STAGGER // dtype.itemsize
     # Writes the zeros: a lack of memory then shows here and not in the first update.
     return piece.new_empty(piece.numel() + offset, dtype=dtype)[offset:].zero_()
 

@@ -31,7 +31,9 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
         adam=config.gradients.metric == "adam",
     )
     strategy = implementation_of(type(declared))(setting, declared)
-    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, groups.layout.pipeline_rank)
+    whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
+    stage = groups.layout.pipeline_rank
+    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage)
     expected, found = declared.row_bytes(setting.objectives, sizes), strategy.row_bytes
     as_declared = (
         found == expected if declared.rows_are_even or groups.layout.data == 1 else found <= expected

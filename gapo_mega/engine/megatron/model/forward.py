@@ -18,6 +18,8 @@ from gapo_mega.types import AnyBatch
 # that its *sum* over microbatches and data-parallel ranks is the loss to minimise; and numbers to log, summed
 # likewise.
 LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
+# (a stage's output, microbatch), called before anything is computed from the output
+OnOutput = Callable[[Tensor, AnyBatch], None]
 OutputOf = Callable[[Tensor, AnyBatch], Tensor]
 Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``build_chunks``
 
@@ -43,6 +45,7 @@ def _schedule(
     chunks: Chunks,
     microbatches: Sequence[AnyBatch],
     on_last_stage: Callable[[Tensor, AnyBatch], Any],
+    on_output: OnOutput[AnyBatch] | None = None,
     **options: Any,
 ) -> list[Any]:
     multiple = sequence_multiple(chunks[0])
@@ -54,6 +57,8 @@ def _schedule(
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches).to(device())
         output = run_model(stage, batch.tokens_BT, multiple)
+        if on_output is not None:
+            on_output(output, batch)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
 
@@ -72,9 +77,15 @@ def _schedule(
 
 
 def forward_backward(
-    chunks: Chunks, microbatches: Sequence[AnyBatch], loss: LossOf[AnyBatch], logged_numbers: int = 1
+    chunks: Chunks,
+    microbatches: Sequence[AnyBatch],
+    loss: LossOf[AnyBatch],
+    logged_numbers: int = 1,
+    on_output: OnOutput[AnyBatch] | None = None,
 ) -> Tensor:
     """Accumulate the gradients of all microbatches in the chunks' gradient buffers, then reduce them.
+
+    ``on_output`` gets the output of every chunk of every stage.
 
     An interleaved pipeline needs at least as many microbatches as stages. Returns the sum of this data rank's
     ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last pipeline stage (zeros elsewhere).
@@ -85,7 +96,7 @@ def forward_backward(
         # The second is Megatron's token count, which reduction.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
-    parts = _schedule(chunks, microbatches, on_last_stage, forward_only=False)
+    parts = _schedule(chunks, microbatches, on_last_stage, on_output, forward_only=False)
     total = torch.zeros(logged_numbers, dtype=torch.float64)
     return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
 

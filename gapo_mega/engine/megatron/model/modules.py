@@ -28,7 +28,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Normalises in fp32 for every compute dtype, as transformers and Transformer Engine do.
         normed = nn.functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return normed.to(x.dtype) * self.weight
+        return self.scale(normed.to(x.dtype), self.weight)
+
+    def scale(self, normed: Tensor, weight: nn.Parameter) -> Tensor:
+        """Apply the weight; what takes its gradient from autograd replaces this method of an instance."""
+        return normed * weight
 
 
 class ValueHead(nn.Module):

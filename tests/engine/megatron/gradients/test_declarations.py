@@ -20,10 +20,10 @@ from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from gapo_mega.planning.memory import rank_sizes
 from gapo_mega.registry import implementations
-from tests.helpers.one_pass import DECLARATION, IMPLEMENTATION
 from tests.helpers.plugin_files import file_in
 from tests.helpers.policy_gradients import SGD, WHOLE, engine_of
 from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.sum_only import DECLARATION, IMPLEMENTATION
 from tests.helpers.tiny import tiny_llama
 
 ADAM = {"name": "adam", "distributed": False}
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_declaration_has_one_implementation() -> None:
     found = [kind.declaration for kind in implementations(package, GradientStrategy)]
-    assert sorted(kind.name for kind in found) == ["kept_rows", "no_rows", "scoped_rows"]
+    assert sorted(kind.name for kind in found) == ["kept_rows", "no_rows", "one_pass", "scoped_rows"]
     for declared in strategies.declarations():
         assert implementation_of(declared).declaration is declared
 
@@ -71,7 +71,9 @@ def test_rows_are_as_declared(model: Path, gradients: dict[str, Any]) -> None:
     declared = strategies.chosen(GradientConfig.model_validate(gradients))
     with engine_of(model, gradients, WHOLE, ADAM) as engine:
         (buffer,) = engine.policy.model.buffers
-        sizes = rank_sizes(ParallelConfig(), shape, buffer.grad_data.numel(), stage=0)
+        sizes = rank_sizes(
+            ParallelConfig(), shape, buffer.grad_data.numel(), buffer.grad_data.numel(), stage=0
+        )
         assert engine.gradients.row_bytes == declared.row_bytes(check_engine.OBJECTIVES, sizes)
 
 
@@ -82,7 +84,7 @@ def test_other_rows_than_declared_stop_the_engine(model: Path, monkeypatch: pyte
     monkeypatch.setattr(KeptRows, "row_bytes", one_more)
     with (
         pytest.raises(AssertionError, match=r"kept_rows declares \d+ bytes of rows and has \d+"),
-        engine_of(model, {}, WHOLE, SGD),
+        engine_of(model, {"forward": "separate"}, WHOLE, SGD),
     ):
         pass
 
@@ -90,14 +92,14 @@ def test_other_rows_than_declared_stop_the_engine(model: Path, monkeypatch: pyte
 def test_a_new_strategy_is_two_files(model: Path, tmp_path: Path) -> None:
     """Declared and implemented, it trains, and the step benchmark has it among its contenders."""
     with (
-        file_in(strategies, "one_pass", DECLARATION, tmp_path),
-        file_in(package, "one_pass", IMPLEMENTATION, tmp_path),
+        file_in(strategies, "sum_only", DECLARATION, tmp_path),
+        file_in(package, "sum_only", IMPLEMENTATION, tmp_path),
     ):
-        with engine_of(model, {"store": "one_pass"}, WHOLE, SGD) as engine:
+        with engine_of(model, {"store": "sum_only"}, WHOLE, SGD) as engine:
             batch = check_engine.local_part(check_engine.global_batch(200), engine)
             report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
             assert type(engine.gradients).__name__ == "SumOnly" and engine.gradients.row_bytes == 3 * 8 * 4
         assert report.weights.tolist() == [1.0, 1.0, 1.0] and not report.skipped
         shape = shape_of(HFDirectory(model).config)
         names = [c.name for c in contenders(check_engine.make_config(str(model), {}, SGD), shape, 1, [2])]
-        assert "one pass" in names
+        assert "sum only" in names

@@ -27,6 +27,8 @@ FULL: list[tuple[str, dict[str, Any], int, float]] = [
     ("separate", {"forward": "separate"}, PARTS, 1e-5),
     ("shared", {"forward": "shared"}, WHOLE, 1e-5),
     ("in turns", {"forward": "shared"}, PARTS, 1e-5),
+    ("one pass", {"forward": "one_pass"}, WHOLE, 1e-5),
+    ("one pass in parts", {"forward": "one_pass"}, PARTS, 1e-5),
     ("bf16 rows", {"forward": "separate", "store_dtype": "bf16"}, PARTS, 2.0**-8),
     ("single", {"store": "single", "forward": "separate"}, PARTS, 1e-5),
     ("single shared", {"store": "single", "forward": "shared"}, WHOLE, 1e-5),

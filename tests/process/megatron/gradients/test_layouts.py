@@ -27,12 +27,14 @@ MODELS = {
 }
 # Settings that change the Gram matrix; all others must not. Layers 1 and 2 lie on both sides of PP2's cut.
 MEASURED: dict[str, dict[str, Any]] = {
-    "full": {},
-    "adam": {"metric": "adam"},
+    "full": {"forward": "separate"},
+    "unclipped": {"forward": "separate"},
+    "adam": {"metric": "adam", "forward": "separate"},
     "last_layer": {"scope": "last_layer", "forward": "separate"},
     "last_block": {"scope": "last_block", "forward": "separate"},
     "layers": {"scope": [[1, 3]], "forward": "separate"},
 }
+ONE_PASS = {"forward": "one_pass"}
 TURNS = {"forward": "shared"}  # with several microbatches: objectives take turns
 BF16 = (("model", {"dtype": "bf16"}),)
 # bf16 keeps 8 bits of every activation: about a per cent of a gradient's length over four layers.
@@ -74,6 +76,7 @@ def cases() -> list[Case]:
         Case("TP2xDP2-sequence-gather-adam", 4, {**TP2, "sequence_parallel": True}, "untied", "adam", gather),
         Case("PP2xDP2-gather-adam", 4, PP2, "tied", "adam", gather),
         *strategy_cases(),
+        *one_pass_cases(),
         Case("TP3-nine_heads-adam", 3, {"tensor": 3}, "nine_heads", "adam"),
         Case("TP2-sequence-adam", 2, {**TP2, "sequence_parallel": True}, "tied", "adam"),
         Case("DP2-overlap-adam", 2, DP, "untied", "adam", overlap),
@@ -167,6 +170,48 @@ def strategy_cases() -> list[Case]:
     ]
 
 
+def one_pass_cases() -> list[Case]:
+    """Clipped ratios make some sequences' cotangents point in two directions; without, all have one."""
+    sequence = {**TP2, "sequence_parallel": True}
+    plain, overlap = {"optimizer": {"distributed": False}}, {"optimizer": {"overlap_grad_reduce": True}}
+    gather, whole = {"optimizer": GATHER}, {"micro_batch_size": 4}
+    full, selective = ({"model": {"recompute": kind}} for kind in ("full", "selective"))
+    table: list[tuple[str, int, dict[str, Any], str, str, str, dict[str, Any]]] = [
+        ("TP2", 2, TP2, "tied", "sgd", "full", {}),
+        ("TP2", 2, TP2, "untied", "adam", "unclipped", whole),
+        ("DP2", 2, DP, "tied", "sgd", "full", {}),
+        ("DP2-plain", 2, DP, "untied", "adam", "full", plain),
+        ("DP2-overlap", 2, DP, "untied", "adam", "unclipped", overlap),
+        ("DP2-recompute", 2, DP, "tied", "adam", "full", full),
+        ("DP2-adam-metric", 2, DP, "tied", "adam", "adam", {}),
+        ("TP2-sequence", 2, sequence, "tied", "sgd", "full", {}),
+        ("TP2-sequence-selective", 2, sequence, "untied", "adam", "unclipped", selective),
+        ("TP2xDP2-sequence-gather", 4, sequence, "untied", "adam", "unclipped", gather),
+        ("TP2xDP2", 4, TP2, "tied", "sgd", "full", {}),
+        ("TP3", 3, {"tensor": 3}, "nine_heads", "adam", "full", {}),
+        ("PP2", 2, PP2, "tied", "sgd", "unclipped", {}),
+        ("PP2-recompute", 2, PP2, "untied", "adam", "unclipped", full),
+        ("PP2-clipped", 2, PP2, "tied", "adam", "full", {}),
+        ("PP2xDP2-gather", 4, PP2, "tied", "adam", "unclipped", gather),
+        ("TP2xPP2-sequence", 4, {**TP2PP2, "sequence_parallel": True}, "tied", "sgd", "unclipped", {}),
+        ("PP2-interleaved", 2, VPP2, "tied", "sgd", "unclipped", {}),
+        ("PP2xDP2-interleaved-overlap", 4, VPP2, "untied", "adam", "unclipped", overlap),
+        ("TP2xPP2-interleaved-recompute", 4, {**TP2, **VPP2}, "tied", "adam", "unclipped", full),
+    ]
+    return [
+        Case(
+            f"{name}-one_pass-{model}-{optimizer}-{measured}",
+            ranks,
+            layout,
+            model,
+            optimizer,
+            (*more.items(), ("gradients", {**MEASURED[measured], **ONE_PASS})),
+            measured,
+        )
+        for name, ranks, layout, model, optimizer, measured, more in table
+    ]
+
+
 def bf16_cases() -> list[Case]:
     """bf16 with fp32 main parameters."""
     layouts: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
@@ -179,6 +224,8 @@ def bf16_cases() -> list[Case]:
         ("DP2-rows", 2, DP, {"store_dtype": "bf16"}),
         ("TP2-sequence-turns", 2, {**TP2, "sequence_parallel": True}, TURNS),
         ("TP2xPP2", 4, TP2PP2, {}),
+        ("DP2-one_pass", 2, DP, ONE_PASS),
+        ("TP2-sequence-one_pass", 2, {**TP2, "sequence_parallel": True}, ONE_PASS),
     ]
     return [
         Case(f"{name}-bf16", ranks, layout, "tied", "adam", (*BF16, ("gradients", gradients)))
@@ -219,6 +266,7 @@ def _arguments(case: Case, folder: Path) -> dict[str, Any]:
         "layout": case.layout,
         "optimizer": optimizer,
         "sections": sections,
+        "clip_epsilon": 0.1 if case.measured != "unclipped" else 100.0,
         "steps": 3,
         "export": str(folder / case.name),
     }
@@ -250,7 +298,7 @@ class TestAgainstSingleProcess:
 
     def test_norm_identity(self, runs: dict[str, Any], case: Case) -> None:
         """sqrt(w'Gw) is what Megatron itself measures of the combined gradient."""
-        if case.measured != "full":
+        if case.measured not in ("full", "unclipped"):
             return  # the Gram matrix is not that of the whole gradient
         result = _result(runs, case.name)
         assert result["predicted_norm"] == pytest.approx(result["norm"], rel=1e-5)
@@ -277,6 +325,14 @@ class TestAgainstSingleProcess:
         assert difference <= 1e-3 * update
         if case.optimizer == "sgd":
             assert difference <= 1e-5 * size
+
+
+@pytest.mark.parametrize("case", one_pass_cases(), ids=lambda case: case.name)
+def test_one_pass_was_all_it_took(runs: dict[str, Any], case: Case) -> None:
+    """A pipeline that meets clipped ratios starts again by separate passes; no other layout does."""
+    again = case.layout.get("pipeline", 1) > 1 and case.measured == "full"
+    for phases in _result(runs, case.name)["phases"]:
+        assert any(phase.startswith("forward_backward/") for phase in phases) == again
 
 
 @pytest.mark.parametrize("case", bf16_cases(), ids=lambda case: case.name)

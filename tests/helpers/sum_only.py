@@ -1,20 +1,20 @@
 """A new gradient strategy: the file that declares it, and the file that implements it."""
 
 DECLARATION = '''
-"""``store: one_pass``: not a method, but all that a method has to say."""
+"""``store: sum_only``: not a method, but all that a method has to say."""
 
 from typing import ClassVar
 
 from gapo_mega.config.strategies.base import PassCount, RankSizes, StrategyDeclaration, Variant
 
 
-class OnePass(StrategyDeclaration):
+class SumOnlyRows(StrategyDeclaration):
     """A row of eight bytes for every objective and layer."""
 
-    name: ClassVar[str] = "one_pass"
-    store: ClassVar[str] = "one_pass"
+    name: ClassVar[str] = "sum_only"
+    store: ClassVar[str] = "sum_only"
     variants: ClassVar[tuple[Variant, ...]] = (
-        Variant("one pass", {"store": "one_pass", "forward": "separate"}, against_peers=True),
+        Variant("sum only", {"store": "sum_only", "forward": "separate"}, against_peers=True),
     )
 
     def check(self) -> None:
@@ -22,10 +22,10 @@ class OnePass(StrategyDeclaration):
 
     def check_model(self, num_layers: int) -> None:
         if num_layers > 40:
-            raise ValueError(f"gradients.store: found one_pass with {num_layers} layers, accepted: up to 40")
+            raise ValueError(f"gradients.store: found sum_only with {num_layers} layers, accepted: up to 40")
 
     def refusal_of_shared(self, microbatches: int, recompute: str) -> str | None:
-        return "store one_pass"
+        return "store sum_only"
 
     def passes(self, objectives: int, shared: bool) -> PassCount:
         return PassCount(2, 2)
@@ -40,7 +40,7 @@ IMPLEMENTATION = '''
 import torch
 
 from gapo_mega import ops
-from gapo_mega.config.strategies.one_pass import OnePass
+from gapo_mega.config.strategies.sum_only import SumOnlyRows
 from gapo_mega.engine.megatron.gradients.passes import SeparatePasses
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy
 
@@ -48,7 +48,7 @@ from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrate
 class SumOnly(GradientStrategy):
     """Weights of one."""
 
-    declaration = OnePass
+    declaration = SumOnlyRows
 
     def __init__(self, setting, declared):
         super().__init__(setting, declared)

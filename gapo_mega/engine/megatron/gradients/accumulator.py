@@ -1,0 +1,126 @@
+"""Adds per-sequence weight gradients to the rows of all objectives, without ever holding them whole.
+
+Let ``p[s]`` be the gradient of a weight that sequence s has in a backward pass. Row k needs
+``sum_s a_k[s] p[s]``. For a linear layer ``p[s] = dY_s' X_s``. A tile of it for all sequences of the
+microbatch stays in the cache, and a small product with the coefficients adds it to all rows:
+``2 B T + 2 M B`` operations a weight, where one gradient takes ``2 B T``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.gradients.cotangents import Factor
+from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
+
+# Elements of a tile of all sequences together: 4 MiB of float32 stay in a CPU's caches, and smaller products
+# are slower; a GPU's need to be larger.
+_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
+_LEAST_WIDTH = 16  # rows of a weight in a tile
+
+
+class Accumulator:
+    """The rows of one update, and the coefficients of the pass that is being differentiated."""
+
+    def __init__(self, rows: WholeRows) -> None:
+        self._rows = rows
+        self._written: set[nn.Parameter] = set()
+        self._only: int | None = None
+        self._coefficients_MB = torch.empty(0)
+        # Fresh memory for every tile would cost as much as half of the product: the system zeroes it.
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def start(self) -> None:
+        """Forget the gradients of the last update: the next addition to a parameter overwrites them."""
+        self._written.clear()
+
+    def take(self, factor: Factor, device: torch.device) -> None:
+        """The coefficients that hold for what is added from now on."""
+        self._only = factor.only
+        self._coefficients_MB = factor.coefficients_MB.float().to(device)
+
+    def linear(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor) -> None:
+        """Add the gradient of ``output = input @ weight.t()``."""
+        _, sequences, width = input_SBI.shape
+        out = grad_SBO.shape[-1]
+        beta = self._beta(weight)
+        if self._only is not None:
+            gradient_OI = grad_SBO.reshape(-1, out).t() @ input_SBI.reshape(-1, width)
+            self._add_alone(weight, gradient_OI.view(-1), beta)
+            return
+        step = max(_LEAST_WIDTH, _TILE[input_SBI.device.type] // (sequences * width))
+        input_BSI, grad_BOS = input_SBI.transpose(0, 1), grad_SBO.permute(1, 2, 0)
+        if input_SBI.dtype != torch.float32:
+            input_BSI = input_BSI.contiguous()  # products of other types would copy it for every tile
+        for start in range(0, out, step):
+            end = min(out, start + step)
+            tile_BOI = self._tile((sequences, end - start, width), input_SBI)
+            torch.bmm(grad_BOS[:, start:end], input_BSI, out=tile_BOI)
+            self._add(weight, start * width, tile_BOI.view(sequences, -1), beta)
+
+    def per_sequence(self, parameter: nn.Parameter, gradient_BN: Tensor) -> None:
+        """Add the gradient of each sequence of the microbatch."""
+        beta = self._beta(parameter)
+        if self._only is None:
+            self._add(parameter, 0, gradient_BN, beta)
+        else:
+            self._add_alone(parameter, gradient_BN.float().sum(dim=0), beta)
+
+    def embedding(self, weight: nn.Parameter, ids_N: Tensor, sequence_N: Tensor, grad_ND: Tensor) -> None:
+        """Add the gradients ``grad_ND`` of the weight's rows ``ids_N``, for tokens of given sequences."""
+        if self._beta(weight) == 0.0:
+            for row in self._views(weight):
+                row.zero_()
+        for index, (row, coefficient_B) in enumerate(
+            zip(self._views(weight), self._coefficients_MB, strict=True)
+        ):
+            if self._only not in (None, index):
+                continue
+            scaled_ND = grad_ND * coefficient_B[sequence_N, None]
+            row.view(weight.shape).index_add_(0, ids_N, scaled_ND.to(row.dtype))
+
+    def finish(self) -> None:
+        """Zero what nothing was added to."""
+        for parameter in self._rows.parameters:
+            if self._beta(parameter) == 0.0:
+                for row in self._views(parameter):
+                    row.zero_()
+
+    def _tile(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this shape that holds until the next call for the same type."""
+        dtype, numel = dtype or like.dtype, math.prod(shape)
+        scratch = self._scratch.get(dtype)
+        if scratch is None or scratch.numel() < numel:
+            scratch = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=like.device)
+        return scratch[:numel].view(shape)
+
+    def _views(self, parameter: nn.Parameter) -> list[Tensor]:
+        """A parameter's elements in the rows of all objectives; the last is Megatron's own."""
+        return [*self._rows.of(parameter), parameter.main_grad.view(-1)]  # type: ignore[attr-defined]
+
+    def _beta(self, parameter: nn.Parameter) -> float:
+        """What the old content counts: 0 for the first addition of an update, which marks the parameter."""
+        first = parameter not in self._written
+        self._written.add(parameter)
+        return 0.0 if first else 1.0
+
+    def _add(self, parameter: nn.Parameter, start: int, tile_BN: Tensor, beta: float) -> None:
+        if tile_BN.dtype != torch.float32:
+            tile_BN = self._tile(tuple(tile_BN.shape), tile_BN, torch.float32).copy_(tile_BN)
+        end = start + tile_BN.shape[1]
+        others_KN = self._rows.of(parameter)[:, start:end]
+        own_N = parameter.main_grad.view(-1)[start:end]  # type: ignore[attr-defined]
+        if len(others_KN):
+            torch.addmm(others_KN, self._coefficients_MB[:-1], tile_BN, beta=beta, out=others_KN)
+        torch.addmv(own_N, tile_BN.t(), self._coefficients_MB[-1], beta=beta, out=own_N)
+
+    def _add_alone(self, parameter: nn.Parameter, gradient_N: Tensor, beta: float) -> None:
+        """Add one objective's whole gradient to its row."""
+        for index, row in enumerate(self._views(parameter)):
+            if index == self._only:
+                row.copy_(gradient_N) if beta == 0.0 else row.add_(gradient_N)
+            elif beta == 0.0:
+                row.zero_()

@@ -1,0 +1,198 @@
+"""``gradients.forward: one_pass``: all objectives' gradients from one forward and, mostly, one backward.
+
+The cotangents of all losses are known as soon as the log-probabilities are. Where those of a sequence are
+multiples of one another, one backward of the activations serves all objectives, and only the products that
+give weight gradients know of several (``cotangents.py``, ``accumulator.py``). The rows are reduced once an
+update, however many microbatches it has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gapo_mega.config.strategies.kept_rows import KeptRows
+from gapo_mega.config.strategies.one_pass import OnePassRows
+from gapo_mega.engine.megatron.gradients import capture, cotangents
+from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
+from gapo_mega.engine.megatron.gradients.cotangents import Factor
+from gapo_mega.engine.megatron.gradients.kept_rows import Shards
+from gapo_mega.engine.megatron.gradients.passes import Task
+from gapo_mega.engine.megatron.gradients.update import Setting
+from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
+from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.engine.megatron.runtime.clock import Clock
+from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.types import Experience
+
+logger = logging.getLogger(__name__)
+
+
+class OnePass(Shards):
+    """Keeps rows of all of this rank's parameters."""
+
+    declaration = OnePassRows
+
+    def __init__(self, setting: Setting, declared: OnePassRows) -> None:
+        reason = capture.refusal(setting.trainable.modules)
+        if reason is not None:
+            raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, separate")
+        super().__init__(setting, declared)
+        self._accumulator = Accumulator(self._whole)
+        self._pipelined = setting.groups.layout.pipeline > 1
+        self._told = False
+
+    def allocate(self, declared: KeptRows) -> list[list[Tensor]]:
+        """Of rows that are whole before the reduction, the parts that this rank owns afterwards."""
+        self._whole = WholeRows(self.trainable, self.objectives - 1)
+        return self._whole.pieces
+
+    @property
+    def row_bytes(self) -> int:
+        copy = sum(piece.numel() * piece.element_size() for piece in self._before or [])
+        return self._whole.numel * 4 + copy
+
+    def measure(self, task: Task, clock: Clock) -> Tensor:
+        """One pass over every microbatch, then one reduction of every row."""
+        self._rows = [*self._spare, self.shard.pieces]
+        if not self._pipelined:
+            losses = self._microbatches(task, clock)
+        else:
+            found = self._schedule(task, clock)
+            if found is None:
+                return self.one_by_one(task, clock)
+            losses = found
+        self._whole.reduce()
+        clock.lap("reduce")
+        return losses
+
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """Within the block, backwards fill the rows, and nothing is reduced."""
+        self.trainable.zero_grad()
+        self._accumulator.start()
+        with capture.listening(self.trainable, self._accumulator):
+            yield
+            self._accumulator.finish()
+
+    # -- without a pipeline --------------------------------------------------------------------------
+    def _microbatches(self, task: Task, clock: Clock) -> Tensor:
+        losses = torch.zeros(self.objectives, dtype=torch.float64)
+        with self._capturing():
+            for batch in task.microbatches:
+                losses += self._microbatch(task, batch.to(device()), clock)
+        return losses
+
+    def _microbatch(self, task: Task, batch: Experience, clock: Clock) -> Tensor:
+        """Add one microbatch's gradients to the rows. Returns its part of every loss."""
+        model = self.trainable.model
+        logits_BTV = run_model(model, batch.tokens_BT, sequence_multiple(model))
+        logits_NV = before_response(logits_BTV, batch.response_mask_BT)
+        logprobs_BT = logprobs_of(logits_NV, batch, task.distribution)
+        del logits_BTV, logits_NV
+        losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
+        clock.lap("forward")
+        passes = cotangents.factors(cotangents_MBT, self._rank(cotangents_MBT))
+        for number, factor in enumerate(passes, start=1):
+            self._accumulator.take(factor, logprobs_BT.device)
+            torch.autograd.backward(logprobs_BT, factor.cotangent_BT, retain_graph=number < len(passes))
+        clock.lap("backward")
+        return losses_M
+
+    def _rank(self, cotangents_MBT: Tensor) -> int:
+        """The number of passes; all tensor ranks take equally many."""
+        found = cotangents.rank(cotangents_MBT)
+        if self.groups.layout.tensor == 1:
+            return found
+        largest = torch.tensor(found)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
+        return int(largest)
+
+    # -- with a pipeline -----------------------------------------------------------------------------
+    def _schedule(self, task: Task, clock: Clock) -> Tensor | None:
+        """One run of Megatron's schedule with the advantages for coefficients, which every stage knows.
+
+        None if they turn out not to be the coefficients of the losses, on any rank.
+        """
+        known = [
+            cotangents.sequence_coefficients(batch.advantages_MBT, batch.response_mask_BT)
+            for batch in task.microbatches
+            if batch.advantages_MBT is not None
+        ]
+        fits = len(known) == len(task.microbatches) and all(found is not None for found in known)
+        losses_and_misses = torch.zeros(self.objectives + 1, dtype=torch.float64)
+        if self._agreed_by_all(fits):
+            with self._capturing():
+                losses_and_misses = self._run_schedule(task)
+            clock.lap("one_pass")
+            fits = bool(losses_and_misses[-1] == 0)
+        if self._agreed_by_all(fits):
+            return losses_and_misses[:-1]
+        if not self._told:
+            logger.warning(
+                "gradients.forward one_pass: the losses of a sequence are not multiples of one another "
+                "(clipped ratios, a KL term in the loss, or advantages of tokens), which a pipeline learns "
+                "too late: such updates are done again by separate passes; gradients.forward: separate "
+                "saves the first try"
+            )
+            self._told = True
+        return None
+
+    def _run_schedule(self, task: Task) -> Tensor:
+        """The losses of this rank [M], and the number of microbatches that did not fit; last stage only."""
+        chunks = self.trainable.chunks
+        config = chunks[0].config
+
+        def bind(output: Tensor, batch: Experience) -> None:
+            # Stages alternate microbatches: the coefficients change when a backward begins.
+            coefficients_MB = _advantages(batch)
+            factor = Factor(coefficients_MB, output)
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._accumulator.take(factor, output.device)
+            )
+
+        def loss(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            logits_NV = before_response(logits_BTV, batch.response_mask_BT)
+            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution)
+            losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
+            cotangent_BT, fits = cotangents.along(cotangents_MBT, _advantages(batch))
+            logged = torch.cat([losses_M, torch.tensor([float(not fits)], dtype=torch.float64)])
+            return (logprobs_BT * cotangent_BT).sum(), logged
+
+        reduce = config.finalize_model_grads_func
+        config.finalize_model_grads_func = None
+        try:
+            return forward_backward(chunks, task.microbatches, loss, self.objectives + 1, bind)
+        finally:
+            config.finalize_model_grads_func = reduce
+
+    @staticmethod
+    def _agreed_by_all(fits: bool) -> bool:
+        """Whether it fits on every rank of the world."""
+        misses = torch.tensor(0 if fits else 1)
+        dist.all_reduce(misses)
+        return int(misses) == 0
+
+
+def _advantages(batch: Experience) -> Tensor:
+    assert batch.advantages_MBT is not None
+    found = cotangents.sequence_coefficients(batch.advantages_MBT, batch.response_mask_BT)
+    assert found is not None, "checked for all microbatches before the schedule"
+    return found
+
+
+def _cotangents(task: Task, logprobs_BT: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+    """Every loss [M], float64 on the CPU, and its gradient by the log-probabilities [M, B, T]."""
+    leaf_BT = logprobs_BT.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = task.losses_of(leaf_BT, batch)
+    found = [
+        torch.autograd.grad(loss, leaf_BT, retain_graph=True, materialize_grads=True)[0] for loss in losses
+    ]
+    return torch.stack(losses).detach().double().cpu(), torch.stack(found)
