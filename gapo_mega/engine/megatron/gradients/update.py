@@ -24,6 +24,7 @@ from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
@@ -216,7 +217,7 @@ class GradientStrategy(ABC):
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         # Divides by the global count, so that every token weighs the same on all ranks and microbatches.
         tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
-        microbatches = minibatch.split(self._setting.micro_batch)
+        microbatches = split(self.trainable.chunks, minibatch, self._setting.micro_batch).parts
         return Task(microbatches, loss, tokens, self._setting.distribution, self.objectives)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:

@@ -16,9 +16,10 @@ from transformers.generation.logits_process import LogitsProcessorList
 from gapo_mega import aggregation
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.losses import Ppo
 from gapo_mega.types import Experience, KeptTokens, TokenBatch
+from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.sampled import processors, random_kept, sampled_logprobs
 from tests.helpers.tiny import tiny_llama
