@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -67,14 +68,33 @@ class Rectangle:
         return rows.view(-1, sequences, width)
 
     def pick(self, output_RBX: Tensor) -> Tensor:
-        """``[N, X]``: the wanted outputs in the order of the mask. At most one copy."""
-        width = output_RBX.shape[-1]
-        if self.places_N is None:
-            return output_RBX.transpose(0, 1).reshape(-1, width)
-        return output_RBX.reshape(-1, width).index_select(0, self.places_N)
+        """``[N, X]``: the wanted outputs in the order of the mask, by at most one copy."""
+        if self.places_N is None and output_RBX.shape[1] == 1:
+            return output_RBX.flatten(0, 1)
+        chosen_NX: Tensor = _Picked.apply(output_RBX, self.places_N)  # type: ignore[no-untyped-call]
+        return chosen_NX
 
     def _indices(self) -> tuple[Tensor | None, Tensor | None]:
         return self.positions_RB, self.places_N
+
+
+class _Picked(torch.autograd.Function):
+    """``pick`` with a gradient that is contiguous: every matrix product would make its own copy else."""
+
+    @staticmethod
+    def forward(ctx: Any, output_RBX: Tensor, places_N: Tensor | None) -> Tensor:
+        ctx.places_N, ctx.shape = places_N, output_RBX.shape
+        if places_N is None:
+            return output_RBX.transpose(0, 1).flatten(0, 1)
+        return output_RBX.flatten(0, 1).index_select(0, places_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows, sequences, width = ctx.shape
+        if ctx.places_N is None:
+            return grads[0].view(sequences, rows, width).transpose(0, 1).contiguous(), None
+        grad = grads[0].new_zeros(rows * sequences, width)
+        return grad.index_copy_(0, ctx.places_N, grads[0]).view(ctx.shape), None
 
 
 @contextmanager
