@@ -39,6 +39,7 @@ class Task:
     tokens: float  # response tokens of the minibatch over all data ranks
     distribution: Distribution
     objectives: int
+    padding: float = 1.0  # tokens in the microbatches over those of prompts and responses, over all ranks
     one_backward: bool = False  # through the graph of a microbatch's losses
 
     def losses(
