@@ -13,7 +13,7 @@ import torch
 
 # Tokens, inputs and outputs of a matrix product of the demo's model.
 _SIZES = 256, 576, 1536
-_SECONDS = 0.5  # for all turns, after two of each
+_SECONDS = 0.5  # after which no further turn begins; two of each run before
 _MOST_TURNS = 20
 # bf16 costs elsewhere what it saves in products: norms, softmax and optimizer work in fp32.
 _WORTH = 0.9
@@ -24,18 +24,25 @@ def choose(seconds: Mapping[str, float]) -> str:
     return "bf16" if seconds["bf16"] < _WORTH * seconds["fp32"] else "fp32"
 
 
-def measure(device: torch.device) -> dict[str, float]:
-    """Least seconds of one product in each type, in turns: what else runs on the machine meets both."""
-    products = {"fp32": _product(torch.float32, device), "bf16": _product(torch.bfloat16, device)}
+def least_seconds(products: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Least seconds of each product, in turns: what else runs on the machine meets all of them.
+
+    ``products`` run once and return the seconds that this took.
+    """
     for run in products.values():  # compiles and allocates
         run()
     least = {name: run() for name, run in products.items()}
-    started = time.perf_counter()
-    for _ in range(_MOST_TURNS):
-        if time.perf_counter() - started > _SECONDS:
-            break
-        least = {name: min(least[name], run()) for name, run in products.items()}
+    spent, turns = 0.0, 1
+    while spent < _SECONDS and turns < _MOST_TURNS:
+        found = {name: run() for name, run in products.items()}
+        least = {name: min(least[name], found[name]) for name in products}
+        spent, turns = spent + sum(found.values()), turns + 1
     return least
+
+
+def products_on(device: torch.device) -> dict[str, Callable[[], float]]:
+    """One product in each type, for ``least_seconds``."""
+    return {"fp32": _product(torch.float32, device), "bf16": _product(torch.bfloat16, device)}
 
 
 def _product(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
@@ -57,7 +64,7 @@ def main() -> None:
     # A process of the demo has one core.
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(choose(measure(device)))
+    print(choose(least_seconds(products_on(device))))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,39 +28,22 @@ def test_bf16_only_where_it_is_clearly_faster(bf16: float, expected: str) -> Non
     assert dtype.choose({"fp32": 2e-3, "bf16": 2e-3 * bf16}) == expected
 
 
-def test_a_slow_type_loses_its_turns_and_the_choice(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A machine that has bf16 and emulates it: the measured times decide, and few turns are taken."""
-    turns = {torch.float32: 0, torch.bfloat16: 0}
-
-    def product(kind: torch.dtype, device: torch.device) -> object:
-        def run() -> float:
-            turns[kind] += 1
-            return 0.1 if kind == torch.bfloat16 else 0.01
-
-        return run
-
-    clock = iter(range(100))  # a second for every look at the clock
-    monkeypatch.setattr(dtype, "_product", product)
-    monkeypatch.setattr(dtype.time, "perf_counter", lambda: float(next(clock)))
-    dtype.main()
-    assert capsys.readouterr().out == "fp32\n"
-    assert turns == {torch.float32: 2, torch.bfloat16: 2}
+def test_turns_end_with_the_time_and_the_least_counts() -> None:
+    """A machine that has bf16 and emulates it: few turns are taken."""
+    seconds = {"fp32": iter([9.0, 0.02, 0.01, 0.03]), "bf16": iter([9.0, 0.4, 0.5, 0.3])}
+    least = dtype.least_seconds({name: found.__next__ for name, found in seconds.items()})
+    assert least == {"fp32": 0.01, "bf16": 0.4}  # the first of each is a warm-up; 0.51 s end the turns
+    assert dtype.choose(least) == "fp32"
 
 
 def test_real_products_are_timed_in_both_types(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {name for name, seconds in dtype.measure(torch.device("cpu")).items() if seconds > 0} == {
-        "fp32",
-        "bf16",
-    }
+    least = dtype.least_seconds(dtype.products_on(torch.device("cpu")))
+    assert set(least) == {"fp32", "bf16"} and min(least.values()) > 0
     dtype.main()
     assert capsys.readouterr().out in ("fp32\n", "bf16\n")
 
 
 def test_make_demo_asks_it_unless_it_is_told() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(
-        r"model\.dtype=\$\(or \$\(DTYPE\),\$\$\(\$\(BIN\)/python -m gapo_mega\.demo\.dtype\)\)", text
-    )
-    assert "cpuinfo" not in text
+    asked = "model.dtype=$(or $(DTYPE),$$($(BIN)/python -m gapo_mega.demo.dtype))"
+    assert asked in text and "cpuinfo" not in text
