@@ -144,9 +144,7 @@ def test_draws_over_blocks_are_those_over_the_whole_vocabulary(vocabulary: int) 
     assert tokens_B[3000:].tolist() == [possible[0], possible[0], possible[-1]]
     assert set(tokens_B.tolist()) <= set(possible.tolist())
     expected = torch.logsumexp(logits_V.double(), 0).expand(3003)
-    torch.testing.assert_close(
-        totals_B.double(), expected, rtol=1e-6, atol=0
-    )  # one rounding to float32, or two
+    torch.testing.assert_close(totals_B.double(), expected, rtol=1e-6, atol=0)  # float32
 
 
 def test_log_probabilities_are_of_what_was_sampled() -> None:
