@@ -51,7 +51,8 @@ def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tens
     rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
     with output_only_at(model, rectangle.to(device())):
         output = run_model(model, batch.tokens_BT.to(device()), multiple)
-    return output[0] if get_attr_wrapped_model(model, "post_process") else output
+    # Squeezed, because the backward of an index would make another tensor of this size.
+    return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
 
 
 def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Microbatches[AnyBatch]:
