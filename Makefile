@@ -16,9 +16,8 @@ NPROC ?= $(shell n=1; limit=$$(( $(GPUS) > 0 ? $(GPUS) : ($(CORES) > 1 ? 2 : 1) 
   while [ $$((2 * n)) -le $$limit ] && [ $$n -lt 8 ]; do n=$$((2 * n)); done; echo $$n)
 MICRO_BATCH := $(shell echo $$(( $(NPROC) > 2 ? 32 / $(NPROC) : 16 )))
 
-# bf16 where the hardware multiplies it (GPUs, AVX512-BF16, AMX: several times faster there), else fp32.
-DTYPE ?= $(shell if [ $(GPUS) -gt 0 ] || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; \
-  then echo bf16; else echo fp32; fi)
+# The demo's compute type: fp32 or bf16; empty: what multiplies faster here, by timing one product in each.
+DTYPE ?=
 
 # Without a GPU the CPU build of torch is a tenth of the size. It is not on PyPI; where its host cannot be
 # reached, pip warns and takes what the configured index has.
@@ -60,7 +59,7 @@ help:
 
 demo: $(VENV)/.installed-run $(MODEL)/config.json
 	$(BIN)/gapo-mega train --config examples/demo.yaml --nproc $(NPROC) micro_batch_size=$(MICRO_BATCH) \
-	  model.dtype=$(DTYPE) --overwrite
+	  model.dtype=$(or $(DTYPE),$$($(BIN)/python -m gapo_mega.demo.dtype)) --overwrite
 
 test: $(VENV)/.installed-test $(MODEL)/config.json
 	$(PYTEST) tests/process tests/engine tests/fast tests/gpu

@@ -138,17 +138,37 @@ class TokenBatch:
         rows = torch.arange(self.batch_size)
         return [self.select(rows[i : i + size]) for i in range(0, self.batch_size, size)]
 
+    @property
+    def lengths_B(self) -> Tensor:
+        """int64: columns up to the last that counts, beyond which no token has influence; at least 1."""
+        column_T = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
+        return (self.response_mask_BT * column_T).amax(dim=1).clamp(min=1)
+
+    def cut(self: AnyBatch, columns: int) -> AnyBatch:
+        """The first ``columns`` columns; no later one may count."""
+        assert not self.response_mask_BT[:, columns:].any(), columns
+        kept = None if self.kept is None else replace(self.kept, counts_BT=self.kept.counts_BT[:, :columns])
+        return self._each(lambda tensor, _: tensor[..., :columns], kept, lambda name: name.endswith("T"))
+
     def to(self: AnyBatch, device: torch.device) -> AnyBatch:
         """The batch on ``device``."""
         kept = None if self.kept is None else self.kept.to(device)
         return self._each(lambda tensor, _: tensor.to(device), kept)
 
-    def _each(self: AnyBatch, change: Callable[[Tensor, int], Tensor], kept: KeptTokens | None) -> AnyBatch:
-        """Apply ``change`` to every tensor that is there, with the dimension of its rows; take ``kept``."""
+    def _each(
+        self: AnyBatch,
+        change: Callable[[Tensor, int], Tensor],
+        kept: KeptTokens | None,
+        where: Callable[[str], bool] = lambda name: True,
+    ) -> AnyBatch:
+        """Apply ``change`` to every tensor that is there, with the dimension of its rows; take ``kept``.
+
+        ``where``: of a tensor's name, whose suffix tells its dimensions.
+        """
         changes: dict[str, Tensor] = {}
         for own in fields(self):
             value = getattr(self, own.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and where(own.name):
                 changes[own.name] = change(value, 1 if "_MB" in own.name else 0)
         return replace(self, **changes, kept=kept)
 

@@ -27,8 +27,8 @@ WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
     "MFU = model FLOPs / (seconds x devices x peak FLOP/s); model FLOPs: rollout with cache, one forward "
     "for the reference (and one for old log-probabilities when recomputed), the forwards and backwards of "
-    "the gradient strategy (a backward counts twice), causal attention counted, recomputation not (HFU "
-    "counts the policy's); see "
+    "the gradient strategy (a backward counts twice), causal attention counted, the output layer at every "
+    "token though prompts do without it (an upper bound), recomputation not (HFU counts the policy's); see "
     "gapo_mega/planning/flops.py"
 )
 

@@ -22,26 +22,24 @@ Full recomputation keeps e B T d a layer. A pipeline stage holds several microba
 ``schedule.py`` says, with the tensors that it received and sent. On the last stage the loss takes, with V
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
 
-    e B T V / t + e N V / t + 4 N V / t      logits, those of the response, their softmax, and
-    4 N V / t                                an fp32 copy of the logits, in bf16, where V is padded, and with
-                                             what follows,
+    2 e N V / t                              logits, once as [T, B, V / t], which is freed before the loss,
+    4 N V / t                                in bf16 their softmax; in fp32 it overwrites them,
     N V / t                                  with top-k or top-p: which tokens were left,
-    20 H / t                                 with a repetition penalty: the H tokens before each of the N,
+    20 H / t                                 with a repetition penalty: the H tokens before each of the N.
 
-the first of which is freed before the backward. On top comes what an operation needs while it runs: 16 B T^2
-h / t behind fp32 scores (12 in bf16), 20 B T d in a norm, 4 e B T f / t in the MLP, 2 e B T V / t behind the
-logits, the gradient of one weight (in bf16 also as fp32). The peak may be at the end of the forward (much
-vocabulary), in the last layer's backward or, with recomputation, in any layer's; with one graph for all
-objectives it is wherever an operation needs most, because nothing is freed on the way, while the softmax and
-the logits' gradient, (4 + e) N V / t, stay: the blocks below say what every part keeps and needs. Megatron
-also keeps a buffer of e B T^2 h / t for the products of queries and keys once and for all.
+for the longest prompts and responses: an upper bound, as microbatches of shorter ones are trimmed. On top
+comes what an operation needs while it runs: 16 B T^2 h / t behind fp32 scores (12 in bf16), 20 B T d in a
+norm, 4 e B T f / t in the MLP, e N V / t behind the logits, the gradient of one weight (in bf16 also as
+fp32). The peak may be at the end of the forward (much vocabulary), in the last layer's backward or, with
+recomputation, in any layer's; with one graph for all objectives it is wherever an operation needs most,
+because nothing is freed on the way, while the softmax and the logits' gradient, (4 + e) N V / t, stay.
+Megatron also keeps a buffer of e B T^2 h / t for the products of queries and keys.
 
-Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of random
-models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline parallel. Full
-recomputation has the largest errors. Below that size, uncounted memory shows: states of the random number
-generator, 5 kB for each recomputed part on the CPU, and a few numbers per token. Buffers of the communication
-library are not counted either. GPU kernels need less at some points, where this is an upper bound: a norm's
-backward is one kernel, mixed-type additions make no copy, Transformer Engine's attention keeps no scores.
+Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of
+random models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline
+parallel. Below, uncounted memory shows: random-number states (5 kB a recomputed part), a few numbers per
+token. Nor are buffers of the communication library counted. GPU kernels need less at some points (one kernel
+for a norm's backward, Transformer Engine's attention without scores).
 """
 
 from __future__ import annotations
@@ -71,14 +69,14 @@ class Sizes:
     scores: int  # [B, h / t, T, T]
     mask: int  # [T, T], one byte each
     rotary: int  # [T, c]
-    logits: int  # [B, T, V / t]
+    behind: int  # [R, B, d]: R positions, with all that predict a response token
+    logits: int  # [R, B, V / t]
     chosen: int  # [N, V / t]: those that predict a response token
     qkv_weight: int
     projection_weight: int
     gate_weight: int  # gate and up together; down is half as large
     output_weight: int
     grouped: bool  # fewer groups than heads
-    padded: bool  # the vocabulary
     cut: bool  # top-k or top-p
     penalized: int  # tokens that the repetition penalty looks at
     split: bool  # over the sequence, between the linear layers
@@ -175,6 +173,8 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
     length = config.longest
     length += -length % tensor if split else 0
     tokens = config.micro_batch_size * length
+    response = config.rollout.max_new_tokens
+    outputs = config.micro_batch_size * (response + (-response % tensor if split else 0))
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
     columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
     return Sizes(
@@ -187,14 +187,14 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
         scores=tokens * length * shape.heads // tensor,
         mask=length * length,
         rotary=length * shape.head_dim,
-        logits=tokens * columns,
-        chosen=config.micro_batch_size * config.rollout.max_new_tokens * columns,
+        behind=outputs * shape.hidden,
+        logits=outputs * columns,
+        chosen=config.micro_batch_size * response * columns,
         qkv_weight=(query + 2 * key) * shape.hidden,
         projection_weight=query * shape.hidden,
         gate_weight=2 * shape.ffn // tensor * shape.hidden,
         output_weight=columns * shape.hidden,
         grouped=shape.heads != shape.kv_groups,
-        padded=columns * tensor > shape.vocab,
         cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
         penalized=_penalized(config) // tensor,
         split=split,
@@ -383,18 +383,18 @@ def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
     e = z.item
     norm = _norm(z, 0)
     counter.forward(norm)
-    counter.hold(e * z.residual)  # the output layer's input
-    counter.touch(2 * e * z.logits)  # also as [T, B, V / t]
-    copy = FP32 * z.chosen if z.bf16 or z.padded or z.cut or z.penalized else 0
+    own = e * z.behind * z.residual // z.hidden
+    counter.hold(own)  # the output layer's input; that at other positions is there meanwhile
+    counter.touch(e * (z.residual + max(2 * z.logits, z.gathered)))
+    softmax = FP32 * z.chosen if z.bf16 else 0
     counter.hold(_PENALTY * z.penalized)
-    counter.touch(e * z.logits + (e + FP32) * z.chosen + copy + (z.chosen if z.cut else 0))
-    if shared:
-        counter.hold((FP32 + e) * z.chosen)
-    else:
-        counter.touch((2 * FP32 + (e if z.bf16 else 0)) * z.chosen)
-    counter.hold(0 if shared else -_PENALTY * z.penalized)
-    accumulate, linear = _linear(z, 0, z.logits, z.hidden, z.output_weight, 0)
-    counter.touch(e * z.logits + linear.backward)
-    counter.hold(0 if shared else -e * z.residual)
-    counter.touch(accumulate.backward)
+    counter.touch(e * z.chosen + softmax + (z.chosen if z.cut else 0))
+    # With one graph, the softmax and a gradient are there; else one overwrites the other.
+    counter.touch((2 if shared else 1) * FP32 * z.chosen + (e * z.chosen if z.bf16 else 0))
+    counter.hold((FP32 + e) * z.chosen if shared else -_PENALTY * z.penalized)
+    counter.touch((0 if shared else FP32 * z.chosen) + e * z.logits)
+    accumulate, linear = _linear(z, 0, z.logits, z.behind, z.output_weight, 0)
+    counter.touch(linear.backward + (own if z.split else 0))
+    counter.hold(0 if shared else -own)
+    counter.touch(max(accumulate.backward, e * (z.behind + z.hidden)))
     counter.backward(norm, shared)

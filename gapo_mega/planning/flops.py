@@ -11,6 +11,9 @@ layers and V outputs (vocabulary, or value heads of a critic):
     + 4 L h c T (T + 1) / 2                              scores and values over the visible token pairs
 
 The backward pass is twice the forward: one product for the input's gradient, one for the weight's.
+
+The count is an upper bound of what the engine does with real tokens: the output layer counts at every token,
+and the engine computes it where response tokens are predicted.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def step_metrics(
     metrics |= {
         "gradient_norm": report.gradient_norm,
         "clip_factor": report.clip_factor,
+        "padding": report.padding,
         "learning_rate": report.learning_rate,
         "skipped": float(report.skipped),
         "corner": float(not report.skipped and found.corner),

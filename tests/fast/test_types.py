@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -64,6 +66,26 @@ def test_rows_stay_together(batch: TokenBatch) -> None:
     assert {type(piece) for piece in pieces} == {type(batch)}
     assert rows_of(batch) == [*range(ROWS)]
     assert batch.select(torch.zeros(0, dtype=torch.int64)).batch_size == 0
+
+
+def test_cutting_takes_the_columns_of_every_tensor_that_has_some() -> None:
+    whole = experience()
+    mask_BT = torch.zeros(ROWS, 3, dtype=torch.bool)
+    mask_BT[1, 0] = mask_BT[3, 1] = True
+    whole = dataclasses.replace(
+        whole,
+        response_mask_BT=mask_BT,
+        kept=KeptTokens(mask_BT.long(), torch.tensor([7, 8], dtype=torch.int32)),
+    )
+    assert whole.lengths_B.tolist() == [1, 1, 1, 2, 1]
+    cut = whole.cut(2)
+    assert cut.tokens_BT.shape == cut.response_mask_BT.shape == cut.old_logprobs_BT.shape == (ROWS, 2)
+    assert cut.token_rewards_MBT.shape == (2, ROWS, 2)
+    assert cut.scores_MB.shape == (2, ROWS) and cut.group_B.shape == (ROWS,)
+    assert cut.kept is not None and cut.kept.counts_BT.shape == (ROWS, 2)
+    assert cut.kept.select(torch.tensor([3])).tokens_K.tolist() == [8]
+    with pytest.raises(AssertionError):
+        whole.cut(1)
 
 
 def test_moving_takes_every_tensor_along() -> None:

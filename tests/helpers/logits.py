@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gapo_mega.engine.megatron.model.logprobs import Distribution, before_response, logprobs_of
+from gapo_mega.types import TokenBatch
+
 
 @torch.no_grad()
 def transformers_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
@@ -18,3 +21,8 @@ def transformers_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def response_logprobs(logits_BTV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
+    """``logprobs_of`` from logits at all positions, which it leaves as they are."""
+    return logprobs_of(before_response(logits_BTV, batch.response_mask_BT), batch, distribution)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import ValueLoss
-from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
+from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Experience, TokenBatch
@@ -17,12 +17,12 @@ from gapo_mega.types import Experience, TokenBatch
 logger = logging.getLogger(__name__)
 
 
-def _before_token(output_BTH: Tensor, columns: int) -> Tensor:
-    """``[B, T', H] -> [H, B, T]``: column t is the value of the state in which token t is sampled.
+def _before_token(output_BTH: Tensor) -> Tensor:
+    """``[B, T, H] -> [H, B, T]``: column t is the value of the state in which token t is sampled.
 
     The model's output at position t - 1 has seen the tokens before t; column 0 has no state and is 0.
     """
-    shifted_BTH = torch.nn.functional.pad(output_BTH[:, : columns - 1], (0, 0, 1, 0))
+    shifted_BTH = torch.nn.functional.pad(output_BTH[:, :-1], (0, 0, 1, 0))
     return shifted_BTH.permute(2, 0, 1)
 
 
@@ -36,17 +36,16 @@ class Critics:
         self._micro_batch = micro_batch
 
     def values(self, batch: TokenBatch) -> Tensor:
-        """``[M, B, T]`` float32 on the CPU, no graph, the same on every rank of the replica."""
-        columns = batch.tokens_BT.shape[1]
+        """``[M, B, T]`` float32 on the CPU, no graph, the same on every rank of the replica.
+
+        0 behind the end of a microbatch's longest response.
+        """
         outputs: list[Tensor] = []
         for trainable in self.models:
-            parts = forward_only(
-                trainable.chunks,
-                batch.split(self._micro_batch),
-                lambda out, _: _before_token(out, columns).cpu(),
-            )
-            shape = (self._heads, batch.batch_size, columns)
-            local = torch.cat(parts, dim=1) if parts else torch.zeros(shape)
+            pieces = split(trainable.chunks, batch, self._micro_batch)
+            parts = forward_only(trainable.chunks, pieces.parts, lambda out, _: _before_token(out).cpu())
+            shape = (self._heads, *batch.tokens_BT.shape)
+            local = pieces.rejoin(parts, dim=1) if parts else torch.zeros(shape)
             outputs.append(self._groups.from_last_stage(local.float()))
         return torch.cat(outputs)
 
@@ -62,19 +61,19 @@ class Critics:
     def update(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
         """One optimizer step of every model. Returns the value loss per model, the global token mean."""
         tokens = float(self._groups.sum_over_data(minibatch.response_mask_BT.sum()))
-        columns = minibatch.tokens_BT.shape[1]
         losses: list[float] = []
         for index, trainable in enumerate(self.models):
             first = index * self._heads
 
             def mean_loss(output_BTH: Tensor, batch: Experience, first: int = first) -> tuple[Tensor, Tensor]:
-                values_HBT = _before_token(output_BTH, columns)
+                values_HBT = _before_token(output_BTH)
                 parts = [loss(values_BT, batch, first + head) for head, values_BT in enumerate(values_HBT)]
                 mean = torch.stack(parts).sum() / tokens
                 return mean, mean
 
             trainable.zero_grad()
-            part = forward_backward(trainable.chunks, minibatch.split(self._micro_batch), mean_loss)
+            microbatches = split(trainable.chunks, minibatch, self._micro_batch).parts
+            part = forward_backward(trainable.chunks, microbatches, mean_loss)
             self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))
         return losses

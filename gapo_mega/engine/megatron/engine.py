@@ -25,9 +25,9 @@ from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
-from gapo_mega.engine.megatron.model.forward import forward_only
+from gapo_mega.engine.megatron.model.forward import Chunks, forward_only, split
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
@@ -99,18 +99,21 @@ class MegatronEngine(groups.Collective):
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
 
-        def output_of(logits_BTV: Tensor, part: TokenBatch) -> Tensor:
-            return response_logprobs(logits_BTV, part, distribution).cpu()
+        def output_of(logits_NV: Tensor, part: TokenBatch) -> Tensor:
+            return logprobs_of(logits_NV, part, distribution).cpu()
 
-        microbatches = batch.split(self._config.micro_batch_size)
+        def of(chunks: Chunks) -> Tensor:
+            pieces = split(chunks, batch, self._config.micro_batch_size)
+            parts = forward_only(chunks, pieces.parts, output_of, at_responses=True)
+            return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)
+
         with megatron_device():
             if model == "policy":
-                parts = forward_only(self.policy.chunks, microbatches, output_of)
+                local_BT = of(self.policy.chunks)
             else:
                 with self.reference.on_device() as reference:
-                    parts = forward_only([reference], microbatches, output_of)
-        local = torch.cat(parts) if parts else torch.zeros(batch.tokens_BT.shape)
-        return self.groups.from_last_stage(local)
+                    local_BT = of([reference])
+        return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
         settings = self._config.model.model_copy(update={"path": request.path, "dtype": request.dtype})

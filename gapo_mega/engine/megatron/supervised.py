@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.model.build import build_chunks
-from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
+from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -34,6 +35,9 @@ _NAME = "model"  # in checkpoints
 
 class SupervisedModel(groups.Collective, ABC):
     """What both kinds of ``SupervisedEngine`` share; subclasses define model and loss."""
+
+    rows_together: ClassVar[int] = 1  # consecutive rows that a loss takes together
+    at_marks: ClassVar[bool]  # whether only outputs that predict a marked token are read
 
     def __init__(
         self,
@@ -66,8 +70,9 @@ class SupervisedModel(groups.Collective, ABC):
 
         self._trainable.zero_grad()
         with megatron_device():
-            parts = self._microbatches(batch)
-            part = forward_backward(self._trainable.chunks, parts, mean_loss, logged_numbers=2)
+            parts = self._microbatches(batch).parts
+            chunks = self._trainable.chunks
+            part = forward_backward(chunks, parts, mean_loss, logged_numbers=2, at_responses=self.at_marks)
             sums = self.sum_over_data(self.groups.from_last_stage(part)).tolist()
             rate = float(self._trainable.optimizer.param_groups[0]["lr"])
             norm = self._trainable.grad_norm()
@@ -81,24 +86,15 @@ class SupervisedModel(groups.Collective, ABC):
     def measure(self, batch: TokenBatch) -> Tensor:
         if not batch.batch_size:
             return torch.zeros(0)
+        pieces = self._microbatches(batch)
         with megatron_device():
-            parts = forward_only(self._trainable.chunks, self._microbatches(batch), self._measured)
-        local_B = torch.cat(parts).cpu() if parts else torch.zeros(batch.batch_size)
+            parts = forward_only(self._trainable.chunks, pieces.parts, self._measured, self.at_marks)
+        found = [part.cpu() for part in parts]
+        local_B = pieces.rejoin_rows(found) if found else torch.zeros(batch.batch_size)
         return self.groups.from_last_stage(local_B)
 
-    def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Microbatches cut after their last marked column, beyond which no token has any influence.
-
-        With a pipeline all keep the full width, because its stages exchange tensors of one size.
-        """
-        parts = batch.split(self._setup.micro_batch)
-        if self.layout.pipeline > 1:
-            return parts
-        return [
-            TokenBatch(part.tokens_BT[:, :width], part.response_mask_BT[:, :width])
-            for part in parts
-            for width in [int(part.response_mask_BT.any(dim=0).nonzero().max()) + 1]
-        ]
+    def _microbatches(self, batch: TokenBatch) -> Microbatches[TokenBatch]:
+        return split(self._trainable.chunks, batch, self._setup.micro_batch, self.rows_together)
 
     # -- persistence -------------------------------------------------------------------------------
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
@@ -150,7 +146,10 @@ class SupervisedModel(groups.Collective, ABC):
 
     @abstractmethod
     def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the loss with its graph, and the number of pairs in the right order."""
+        """Sum of the loss with its graph, and the number of pairs in the right order.
+
+        ``output`` ``[B, T, X]`` or, ``at_marks``, ``[N, X]``; so for ``_measured``, too.
+        """
 
     @abstractmethod
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
@@ -167,6 +166,9 @@ class SupervisedModel(groups.Collective, ABC):
 
 class PairEngine(SupervisedModel):
     """A score model with the Bradley-Terry loss. ``micro_batch`` counts rows, two per pair."""
+
+    rows_together = 2
+    at_marks = False  # a value head is no work
 
     def __init__(
         self,
@@ -209,6 +211,8 @@ class PairEngine(SupervisedModel):
 class ChatEngine(SupervisedModel):
     """A language model with the cross entropy of the marked tokens."""
 
+    at_marks = True
+
     def _value_heads(self) -> None:
         return None
 
@@ -226,4 +230,5 @@ class ChatEngine(SupervisedModel):
         return total, torch.zeros((), device=total.device)
 
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
-        return response_logprobs(output, batch, Distribution(self._setup.shape.vocab)).sum(dim=1)
+        distribution = Distribution(self._setup.shape.vocab)
+        return logprobs_of(output, batch, distribution, one_backward=True).sum(dim=1)

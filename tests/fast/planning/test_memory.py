@@ -220,8 +220,10 @@ def test_sizes_of_a_rank() -> None:
     assert sizes.residual == tokens * 48 // 2 and sizes.hidden == sizes.gathered == tokens * 48
     assert sizes.query == tokens * 4 * 16 // 2 and sizes.key == tokens * 2 * 16 // 2
     assert sizes.scores == tokens * 130 * 4 // 2
-    assert sizes.logits == tokens * 128 and sizes.chosen == 3 * 29 * 128  # 200 padded to 2 x 128
-    assert sizes.padded and sizes.grouped and sizes.bf16
+    # 200 columns padded to 2 x 128, and 29 positions to a multiple of 2.
+    assert sizes.logits == 3 * 30 * 128 and sizes.chosen == 3 * 29 * 128
+    assert sizes.behind == 3 * 30 * 48
+    assert sizes.grouped and sizes.bf16
 
 
 def test_stages_hold_as_many_microbatches_as_are_in_flight() -> None:

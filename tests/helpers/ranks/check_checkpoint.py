@@ -24,13 +24,14 @@ from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import TokenBatch
+from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import worlds
 
 ROWS, COLUMNS, HEADS = 8, 12, 2

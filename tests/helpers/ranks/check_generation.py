@@ -16,11 +16,12 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import forward_only
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation, TokenBatch
+from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import worlds
 
 LENGTHS = (6, 1, 11, 4, 6, 9, 2)

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gapo_mega.engine.base import SamplingParameters
 
 _SEED_MASK = 2**64 - 1
+_BLOCK = 256  # tokens; about the square root of a vocabulary
 
 
 class Choice(NamedTuple):
@@ -75,18 +76,34 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens int64 ``[B]``: each row's inverse cumulative distribution at ``uniform_B`` (float64)."""
-    weights_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp_()
-    cumulative_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
-    total_B1 = cumulative_BV[:, -1:]
-    # Stays strictly below the total: rounding up to it would point past the last token.
-    level_B1 = torch.minimum(
-        uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    )
-    # right=True steps over tokens of probability 0, where the cumulative sum stands still.
-    tokens_B1 = torch.searchsorted(cumulative_BV, level_B1, right=True)
-    return tokens_B1.squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
+def draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 ``[B]``: each row's inverse cumulative distribution at ``uniform_B`` (float64).
+
+    Also returns the logarithm of the sum of ``exp(logits_BV)``, float32 ``[B]``. Finds a block of tokens by
+    the blocks' sums first, and then the token in it: the running sums are short.
+    """
+    maximum_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = (logits_BV - maximum_B1).exp_()
+    rows, columns = weights_BV.shape
+    pieces_BKP = nn.functional.pad(weights_BV, (0, -columns % _BLOCK)).view(rows, -1, _BLOCK)
+    blocks_BK = pieces_BKP.sum(dim=-1, dtype=torch.float64).cumsum_(dim=-1)
+    block_B1 = _step(blocks_BK, uniform_B[:, None] * blocks_BK[:, -1:])
+    before_B1 = nn.functional.pad(blocks_BK, (1, 0)).gather(1, block_B1)
+    within_BP = pieces_BKP.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    within_BP = within_BP.cumsum(dim=-1, dtype=torch.float64)
+    rest_B1 = uniform_B[:, None] * blocks_BK[:, -1:] - before_B1
+    tokens_B1 = block_B1 * _BLOCK + _step(within_BP, rest_B1)
+    total_B1 = maximum_B1 + blocks_BK[:, -1:].log()
+    return tokens_B1.squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1), total_B1.squeeze(-1).float()
+
+
+def _step(cumulative_BX: Tensor, level_B1: Tensor) -> Tensor:
+    """``[B, 1]``: where running sums first exceed the level, or else reach their total."""
+    total_B1 = cumulative_BX[:, -1:]
+    # Stays strictly below the total: rounding up to it would point past the last token with a probability.
+    level_B1 = torch.minimum(level_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    # right=True steps over what has probability 0, where the running sum stands still.
+    return torch.searchsorted(cumulative_BX, level_B1, right=True).clamp_(max=cumulative_BX.shape[1] - 1)
 
 
 def choose(logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: SamplingParameters) -> Choice:
@@ -106,7 +123,7 @@ def choose(logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: S
         scores_BV = penalize_repetition(scores_BV, history_BT, sampling.repetition_penalty)
     kept_BV = None
     if sampling.temperature == 0:
-        tokens_B = scores_BV.argmax(dim=-1)
+        tokens_B, total_B = scores_BV.argmax(dim=-1), scores_BV.logsumexp(dim=-1)
     else:
         if sampling.temperature != 1.0:
             scores_BV = scores_BV / sampling.temperature
@@ -116,6 +133,6 @@ def choose(logits_BV: Tensor, history_BT: Tensor, uniform_B: Tensor, sampling: S
             scores_BV = keep_top_p(scores_BV, sampling.top_p)
         if sampling.cuts:
             kept_BV = scores_BV != -torch.inf
-        tokens_B = draw(scores_BV, uniform_B)
-    logprobs_B = scores_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - scores_BV.logsumexp(dim=-1)
+        tokens_B, total_B = draw(scores_BV, uniform_B)
+    logprobs_B = scores_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - total_B
     return Choice(tokens_B, logprobs_B, kept_BV)

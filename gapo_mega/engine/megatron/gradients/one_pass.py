@@ -25,8 +25,8 @@ from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
-from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import before_response, logprobs_of
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
+from gapo_mega.engine.megatron.model.logprobs import logprobs_of
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -86,16 +86,16 @@ class OnePass(Shards):
         losses = torch.zeros(self.objectives, dtype=torch.float64)
         with self._capturing():
             for batch in task.microbatches:
-                losses += self._microbatch(task, batch.to(device()), clock)
+                losses += self._microbatch(task, batch, clock)
         return losses
 
     def _microbatch(self, task: Task, batch: Experience, clock: Clock) -> Tensor:
         """Add one microbatch's gradients to the rows. Returns its part of every loss."""
         model = self.trainable.model
-        logits_BTV = run_model(model, batch.tokens_BT, sequence_multiple(model))
-        logits_NV = before_response(logits_BTV, batch.response_mask_BT)
+        logits_NV = run_at_responses(model, batch, sequence_multiple(model))
+        batch = batch.to(device())
         logprobs_BT = logprobs_of(logits_NV, batch, task.distribution)
-        del logits_BTV, logits_NV
+        del logits_NV
         losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
         clock.lap("forward")
         passes = cotangents.factors(cotangents_MBT, self._rank(cotangents_MBT))
@@ -157,9 +157,8 @@ class OnePass(Shards):
                 lambda _: self._accumulator.take(factor, output.device)
             )
 
-        def loss(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            logits_NV = before_response(logits_BTV, batch.response_mask_BT)
-            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution)
+        def loss(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, one_backward=True)
             losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
             cotangent_BT, fits = cotangents.along(cotangents_MBT, _advantages(batch))
             logged = torch.cat([losses_M, torch.tensor([float(not fits)], dtype=torch.float64)])
@@ -168,7 +167,7 @@ class OnePass(Shards):
         reduce = config.finalize_model_grads_func
         config.finalize_model_grads_func = None
         try:
-            return forward_backward(chunks, task.microbatches, loss, self.objectives + 1, bind)
+            return forward_backward(chunks, task.microbatches, loss, self.objectives + 1, True, bind)
         finally:
             config.finalize_model_grads_func = reduce
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLossSum
-from gapo_mega.engine.megatron.model.forward import forward_backward, run_model, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import Distribution, before_response, logprobs_of
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
+from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -36,15 +36,18 @@ class Task:
     tokens: float  # response tokens of the minibatch over all data ranks
     distribution: Distribution
     objectives: int
+    padding: float = 1.0  # tokens in the microbatches over those of prompts and responses, over all ranks
+    one_backward: bool = False  # through the graph of a microbatch's losses
 
     def losses(
         self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
     ) -> list[Tensor]:
         """This microbatch's part of every ``L_k``, with a graph; 0 for objectives not in ``wanted``.
 
-        ``logits_NV``: the logits that ``before_response`` selects.
+        ``logits_NV``: those that predict response tokens, in the order of the mask; overwritten.
         """
-        return self.losses_of(logprobs_of(logits_NV, batch, self.distribution), batch, wanted)
+        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution, one_backward=self.one_backward)
+        return self.losses_of(logprobs_BT, batch, wanted)
 
     def losses_of(
         self, logprobs_BT: Tensor, batch: Experience, wanted: Collection[int] | None = None
@@ -93,7 +96,7 @@ class SeparatePasses:
 
     def __init__(self, trainable: Trainable, task: Task) -> None:
         self._trainable = trainable
-        self._task = task
+        self._task = replace(task, one_backward=True)
         self.losses = torch.zeros(task.objectives, dtype=torch.float64)
 
     def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:
@@ -101,14 +104,16 @@ class SeparatePasses:
         task = self._task
         wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
 
-        def mixed(logits_BTV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            parts = task.losses(before_response(logits_BTV, batch.response_mask_BT), batch, wanted or {0})
+        def mixed(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            parts = task.losses(logits_NV, batch, wanted or {0})
             return combined(parts, coefficients), torch.stack(parts)
 
         self._trainable.zero_grad()
         trainable = self._trainable
         with nullcontext() if only is None else _training_only(trainable, only):
-            found = forward_backward(trainable.chunks, task.microbatches, mixed, task.objectives)
+            found = forward_backward(
+                trainable.chunks, task.microbatches, mixed, task.objectives, at_responses=True
+            )
         for k in wanted:
             self.losses[k] = found[k]
 
@@ -121,11 +126,10 @@ class SharedGraph:
         self._task = task
         model = trainable.model
         self.batch = batch.to(device())
-        logits_BTV = run_model(model, self.batch.tokens_BT, sequence_multiple(model))
-        logits_NV = before_response(logits_BTV, self.batch.response_mask_BT)
-        self._losses = task.losses(logits_NV, self.batch)
-        # Keeps the logits' place in the graph but not the logits, which nothing reads any more.
+        logits_NV = run_at_responses(model, batch, sequence_multiple(model))
+        # Keeps the logits' place in the graph but not the logits, which the losses overwrite.
         self._logits = get_gradient_edge(logits_NV)
+        self._losses = task.losses(logits_NV, self.batch)
         self.losses = torch.stack(self._losses).detach().double().cpu()
 
     def cotangent(self, coefficients: Sequence[float], last: bool = False) -> Tensor:

@@ -19,7 +19,6 @@ from gapo_mega.engine.megatron.gradients.passes import SeparatePasses, SharedGra
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
 from gapo_mega.engine.megatron.model.forward import forward_only
-from gapo_mega.engine.megatron.model.logprobs import before_response
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.types import Experience
 
@@ -82,8 +81,7 @@ class Scoped(GradientStrategy):
         if output is None:
             return passes
 
-        def add(logits_BTV: Tensor, batch: Experience) -> Tensor:
-            logits_NV = before_response(logits_BTV, batch.response_mask_BT)
+        def add(logits_NV: Tensor, batch: Experience) -> Tensor:
             leaf_NV = logits_NV.detach().requires_grad_()
             with torch.enable_grad():
                 losses = task.losses(leaf_NV, batch)
@@ -92,7 +90,7 @@ class Scoped(GradientStrategy):
             return passes.losses
 
         with output.listening():
-            forward_only(self.trainable.chunks, task.microbatches, add)
+            forward_only(self.trainable.chunks, task.microbatches, add, at_responses=True)
         clock.lap("output_layer")
         return passes
 

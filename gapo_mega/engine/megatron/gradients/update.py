@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
@@ -122,7 +123,12 @@ class GradientStrategy(ABC):
         """
         clock = Clock()
         method = ops.method_of(aggregator)
-        found = self.direction(self._task(minibatch, loss), method, clock)
+        task = self._task(minibatch, loss)
+        report = self._take(task, method, clock)
+        return replace(report, padding=task.padding)
+
+    def _take(self, task: Task, method: ops.AggregationMethod, clock: Clock) -> GradientReport:
+        found = self.direction(task, method, clock)
         losses = self.groups.sum_over_data(self.groups.from_last_stage(found.losses)).tolist()
         # A NaN or Inf in a gradient makes its own squared norm NaN or Inf, if it is in scope.
         nonfinite = [i for i, square in enumerate(found.gram.diagonal()) if not math.isfinite(square)]
@@ -214,10 +220,13 @@ class GradientStrategy(ABC):
         return None
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
+        pieces = split(self.trainable.chunks, minibatch, self._setting.micro_batch)
+        counts = int(minibatch.response_mask_BT.sum()), pieces.computed, int(minibatch.lengths_B.sum())
+        local = torch.tensor(counts, dtype=torch.float64)
         # Divides by the global count, so that every token weighs the same on all ranks and microbatches.
-        tokens = float(self.groups.sum_over_data(minibatch.response_mask_BT.sum()))
-        microbatches = minibatch.split(self._setting.micro_batch)
-        return Task(microbatches, loss, tokens, self._setting.distribution, self.objectives)
+        tokens, computed, needed = self.groups.sum_over_data(local).tolist()
+        padding = computed / needed
+        return Task(pieces.parts, loss, tokens, self._setting.distribution, self.objectives, padding=padding)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

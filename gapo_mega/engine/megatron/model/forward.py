@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model.microbatches import Microbatches
+from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.planning.schedule import microbatch_group
-from gapo_mega.types import AnyBatch
+from gapo_mega.types import AnyBatch, TokenBatch
 
 # (model output on the last stage, microbatch) -> scalar loss, already divided by the global token count, so
 # that its *sum* over microbatches and data-parallel ranks is the loss to minimise; and numbers to log, summed
-# likewise.
+# likewise. The output is [B, T, X] or, where asked for, [N, X] at the positions that predict response tokens.
 LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
 # (a stage's output, microbatch), called before anything is computed from the output
 OnOutput = Callable[[Tensor, AnyBatch], None]
@@ -41,10 +43,34 @@ def sequence_multiple(model: nn.Module) -> int:
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 
 
+def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tensor:
+    """The outputs ``[N, X]`` that predict response tokens, in the order of the mask.
+
+    Those of an earlier pipeline stage are its hidden states at all positions.
+    """
+    columns = batch.tokens_BT.shape[1]
+    # Where the mask lies: on the host nobody waits for a device.
+    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
+    with output_only_at(model, rectangle.to(device())):
+        output = run_model(model, batch.tokens_BT.to(device()), multiple)
+    # Squeezed, because the backward of an index would make another tensor of this size.
+    return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
+
+
+def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Microbatches[AnyBatch]:
+    """``Microbatches`` of ``size`` rows that the chunks' schedule takes.
+
+    An interleaved pipeline exchanges tensors in both directions at once, and its schedule knows one shape.
+    """
+    interleaved = get_model_config(chunks[0]).virtual_pipeline_model_parallel_size is not None
+    return Microbatches.of(batch, size, together=together, one_width=interleaved)
+
+
 def _schedule(
     chunks: Chunks,
     microbatches: Sequence[AnyBatch],
     on_last_stage: Callable[[Tensor, AnyBatch], Any],
+    at_responses: bool,
     on_output: OnOutput[AnyBatch] | None = None,
     **options: Any,
 ) -> list[Any]:
@@ -53,14 +79,24 @@ def _schedule(
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     if virtual is not None:
         config.microbatch_group_size_per_vp_stage = microbatch_group(len(microbatches), stages)
+    shapes = {batch.tokens_BT.shape for batch in microbatches}
+    assert virtual is None or len(shapes) == 1, shapes
+    # All ranks of a replica hold the same rows, so they agree. Stages then send each other shapes first.
+    config.variable_seq_lengths = len(shapes) > 1
 
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(batches).to(device())
-        output = run_model(stage, batch.tokens_BT, multiple)
+        batch = next(batches)
+        there = batch.to(device())
+        if at_responses:
+            output = run_at_responses(stage, batch, multiple)
+        else:
+            output = run_model(stage, there.tokens_BT, multiple)
         if on_output is not None:
-            on_output(output, batch)
+            on_output(output, there)
+        if at_responses:
+            return output, lambda out, **_: on_last_stage(out, there)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
-        return output, lambda out, **_: on_last_stage(out[:, : batch.tokens_BT.shape[1]], batch)
+        return output, lambda out, **_: on_last_stage(out[:, : there.tokens_BT.shape[1]], there)
 
     rows, columns = microbatches[0].tokens_BT.shape
     iterators = [iter(microbatches) for _ in chunks]
@@ -81,14 +117,16 @@ def forward_backward(
     microbatches: Sequence[AnyBatch],
     loss: LossOf[AnyBatch],
     logged_numbers: int = 1,
+    at_responses: bool = False,
     on_output: OnOutput[AnyBatch] | None = None,
 ) -> Tensor:
     """Accumulate the gradients of all microbatches in the chunks' gradient buffers, then reduce them.
 
-    ``on_output`` gets the output of every chunk of every stage.
-
-    An interleaved pipeline needs at least as many microbatches as stages. Returns the sum of this data rank's
-    ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last pipeline stage (zeros elsewhere).
+    An interleaved pipeline needs at least as many microbatches as stages, all of one shape. With
+    ``at_responses`` the loss gets the outputs ``[N, X]`` that predict response tokens, as
+    ``run_at_responses`` gives them, and the output layer computes little else. Returns the sum of this
+    data rank's ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last pipeline stage (zeros
+    elsewhere). ``on_output`` gets the output of every chunk of every stage.
     """
 
     def on_last_stage(output: Tensor, batch: AnyBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,25 +134,33 @@ def forward_backward(
         # The second is Megatron's token count, which reduction.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
-    parts = _schedule(chunks, microbatches, on_last_stage, on_output, forward_only=False)
+    parts = _schedule(chunks, microbatches, on_last_stage, at_responses, on_output, forward_only=False)
     total = torch.zeros(logged_numbers, dtype=torch.float64)
     return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
 
 
 @torch.no_grad()
 def forward_only(
-    chunks: Chunks, microbatches: Sequence[AnyBatch], output_of: OutputOf[AnyBatch]
+    chunks: Chunks,
+    microbatches: Sequence[AnyBatch],
+    output_of: OutputOf[AnyBatch],
+    at_responses: bool = False,
 ) -> list[Tensor]:
     """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere.
 
-    An interleaved pipeline takes at least as many microbatches as stages: the last one may be run, and
-    ``output_of`` called, more than once.
+    ``at_responses``: as for ``forward_backward``. An interleaved pipeline takes at least as many microbatches
+    as stages: the last one may be run, and ``output_of`` called, more than once.
     """
     config = get_model_config(chunks[0])
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     least = config.pipeline_model_parallel_size if interleaved else 1
     fillers = [microbatches[-1]] * (least - len(microbatches))
     found = _schedule(
-        chunks, [*microbatches, *fillers], output_of, forward_only=True, collect_non_loss_data=True
+        chunks,
+        [*microbatches, *fillers],
+        output_of,
+        at_responses,
+        forward_only=True,
+        collect_non_loss_data=True,
     )
     return found[: len(microbatches)]

@@ -5,9 +5,9 @@ They are those of the distribution that the tokens were drawn from, with the ste
 tokens are those of the rollout, a constant: which tokens a policy keeps does not change in a neighbourhood of
 its parameters (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, calls it "keep sampling mask").
 
-Megatron's ``vocab_parallel_cross_entropy`` overwrites the logits and allows one backward only. The function
-here keeps them, leaves out the vocabulary's padding, and computes only the positions that predict a response
-token.
+Megatron's ``vocab_parallel_cross_entropy`` allows one backward only. The function here allows several where
+its caller wants them, leaves out the vocabulary's padding, and computes only the positions that predict a
+response token. Like Megatron's it overwrites the logits: tensors of this size are not made without need.
 """
 
 from __future__ import annotations
@@ -53,18 +53,15 @@ class _Edits:
     def apply(self, logits_NV: Tensor) -> tuple[Tensor, Tensor | None]:
         """The edited logits in float32, not yet divided by the temperature, and the penalties' factors.
 
-        Makes at most one copy, and never writes into ``logits_NV``.
+        Writes into ``logits_NV`` if that is float32.
         """
-        edited_NV, factors_P = logits_NV.float(), None
+        edited_NV, factors_P = logits_NV.detach().float(), None
         if self.penalized is not None:
             before_P = edited_NV[self.penalized]
             factors_P = torch.where(before_P < 0, self.penalty, 1 / self.penalty)
-            edited_NV = edited_NV.index_put(self.penalized, before_P * factors_P)
+            edited_NV.index_put_(self.penalized, before_P * factors_P)
         if self.dropped_NV is not None:
-            if edited_NV is logits_NV:
-                edited_NV = edited_NV.masked_fill(self.dropped_NV, float("-inf"))
-            else:
-                edited_NV.masked_fill_(self.dropped_NV, float("-inf"))
+            edited_NV.masked_fill_(self.dropped_NV, float("-inf"))
         return edited_NV, factors_P
 
 
@@ -72,51 +69,49 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32.
 
     Dropped columns have probability 0 and gradient 0. The forward takes three all-reduces of one number per
-    position over the tensor ranks, the backward none.
+    position over the tensor ranks, the backward none. One tensor of the logits' size in float32 is all that
+    the forward needs, and with ``one_backward`` the backward, too; autograd refuses a second one then.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, edits: _Edits, group: dist.ProcessGroup
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        start: int,
+        edits: _Edits,
+        group: dist.ProcessGroup,
+        one_backward: bool,
     ) -> Tensor:
-        logits_NV, factors_P = edits.apply(logits_NV)
-        maximum_N1 = logits_NV.amax(dim=-1, keepdim=True)
+        weights_NV, factors_P = edits.apply(logits_NV)
+        maximum_N1 = weights_NV.amax(dim=-1, keepdim=True)
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)
-        probabilities_NV = (logits_NV - maximum_N1).div_(edits.temperature).exp_()
-        total_N1 = probabilities_NV.sum(dim=-1, keepdim=True)
-        dist.all_reduce(total_N1, group=group)
         local_N1 = (targets_N - start).unsqueeze(-1)
-        mine_N1 = (local_N1 >= 0) & (local_N1 < logits_NV.shape[-1])
-        local_N1 = local_N1.clamp(0, logits_NV.shape[-1] - 1)
-        target_N1 = torch.where(mine_N1, logits_NV.gather(-1, local_N1), 0.0)
+        mine_N1 = (local_N1 >= 0) & (local_N1 < weights_NV.shape[-1])
+        local_N1 = local_N1.clamp(0, weights_NV.shape[-1] - 1)
+        target_N1 = torch.where(mine_N1, weights_NV.gather(-1, local_N1), 0.0)
         dist.all_reduce(target_N1, group=group)
-        probabilities_NV /= total_N1
-        ctx.save_for_backward(probabilities_NV, local_N1, mine_N1)
+        weights_NV.sub_(maximum_N1)
+        if edits.temperature != 1.0:
+            weights_NV.div_(edits.temperature)
+        total_N1 = weights_NV.exp_().sum(dim=-1, keepdim=True)
+        dist.all_reduce(total_N1, group=group)
+        ctx.save_for_backward(weights_NV, total_N1, local_N1, mine_N1)
         ctx.temperature, ctx.penalized, ctx.factors_P = edits.temperature, edits.penalized, factors_P
+        ctx.one_backward = one_backward
         return ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities_NV, local_N1, mine_N1 = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        weights_NV, total_N1, local_N1, mine_N1 = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(-1) / ctx.temperature
-        grad_NV = probabilities_NV * -grad_N1
+        # The weights over their total are the probabilities.
+        factor_N1 = -grad_N1 / total_N1
+        grad_NV = weights_NV.mul_(factor_N1) if ctx.one_backward else weights_NV * factor_N1
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
         if ctx.factors_P is not None:
             grad_NV.index_put_(ctx.penalized, grad_NV[ctx.penalized] * ctx.factors_P)
-        return grad_NV, None, None, None, None
-
-
-def response_logprobs(logits_BTV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
-    """Log-probability of every response token given the tokens before it; 0 elsewhere.
-
-    Args:
-        logits_BTV: this tensor rank's columns, ``logits_BTV[:, t]`` predicting token ``t + 1``.
-        batch: column 0 of the mask must be False.
-        distribution: what the tokens were drawn from.
-
-    Returns float32 ``[B, T]`` with a graph that can be backpropagated more than once.
-    """
-    return logprobs_of(before_response(logits_BTV, batch.response_mask_BT), batch, distribution)
+        return grad_NV, None, None, None, None, None
 
 
 def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
@@ -130,8 +125,21 @@ def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
     return values_BTX.reshape(-1, values_BTX.shape[-1]).index_select(0, index_N)
 
 
-def logprobs_of(logits_NV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
-    """``response_logprobs`` from the logits that ``before_response`` selects."""
+def logprobs_of(
+    logits_NV: Tensor, batch: TokenBatch, distribution: Distribution, *, one_backward: bool = False
+) -> Tensor:
+    """Log-probability of every response token given the tokens before it; 0 elsewhere.
+
+    Args:
+        logits_NV: this tensor rank's columns at the positions that predict response tokens, in the order of
+            the mask, as ``before_response`` selects them. Overwritten if float32, after which a view no
+            longer tells its place in the graph.
+        batch: column 0 of the mask must be False.
+        distribution: what the tokens were drawn from.
+        one_backward: at most one backward will run, which may then overwrite what it needs.
+
+    Returns float32 ``[B, T]`` with a graph.
+    """
     tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
     columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
@@ -141,6 +149,7 @@ def logprobs_of(logits_NV: Tensor, batch: TokenBatch, distribution: Distribution
         start,
         _edits(batch, distribution, start, columns),
         parallel_state.get_tensor_model_parallel_group(),
+        one_backward,
     )
     zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
     return zeros_BT.masked_scatter(mask_BT, values_N)

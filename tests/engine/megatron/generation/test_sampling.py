@@ -115,13 +115,36 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     logits_BV = torch.full((4, 6), -torch.inf)
     logits_BV[:, 2] = 0.0
     ends = torch.tensor([0.0, 0.5, 1 - 2.0**-53, 2.0**-60], dtype=torch.float64)
-    assert sampling.draw(logits_BV, ends).tolist() == [2, 2, 2, 2]
+    assert sampling.draw(logits_BV, ends)[0].tolist() == [2, 2, 2, 2]
 
 
 def test_the_last_token_can_be_drawn_and_nothing_beyond_it() -> None:
     logits_BV = torch.zeros(2, 49_152)
-    tokens = sampling.draw(logits_BV, torch.tensor([1 - 2.0**-53, 0.0], dtype=torch.float64)).tolist()
-    assert tokens == [49_151, 0]
+    tokens_B, _ = sampling.draw(logits_BV, torch.tensor([1 - 2.0**-53, 0.0], dtype=torch.float64))
+    assert tokens_B.tolist() == [49_151, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [97, 256, 257, 1000, 4096])
+def test_draws_over_blocks_are_those_over_the_whole_vocabulary(vocabulary: int) -> None:
+    """numpy's search in the running sum of all weights; some tokens and blocks have no probability."""
+    generator = torch.Generator().manual_seed(2)
+    logits_V = 3 * torch.randn(vocabulary, generator=generator)
+    logits_V[torch.rand(vocabulary, generator=generator) < 0.3] = -torch.inf
+    logits_V[: vocabulary // 9] = logits_V[-(vocabulary // 9) :] = -torch.inf
+    logits_V[vocabulary // 3 : vocabulary // 3 + 600 if vocabulary > 2000 else 0] = -torch.inf
+    inside = torch.rand(3000, generator=generator, dtype=torch.float64)
+    ends = torch.tensor([0.0, 2.0**-60, 1 - 2.0**-53], dtype=torch.float64)
+    tokens_B, totals_B = sampling.draw(logits_V.expand(3003, -1), torch.cat([inside, ends]))
+    weights_V = np.exp(logits_V.double().numpy())
+    running_V = np.cumsum(weights_V)
+    expected_B = np.searchsorted(running_V, inside.numpy() * running_V[-1], side="right")
+    # fp32 weights: an edge of the grid may lie on the other side of a number.
+    assert np.mean(tokens_B.numpy()[:3000] != expected_B) <= 1e-3
+    possible = np.flatnonzero(weights_V)
+    assert tokens_B[3000:].tolist() == [possible[0], possible[0], possible[-1]]
+    assert set(tokens_B.tolist()) <= set(possible.tolist())
+    expected = torch.logsumexp(logits_V.double(), 0).expand(3003)
+    torch.testing.assert_close(totals_B.double(), expected, rtol=1e-6, atol=0)  # float32
 
 
 def test_log_probabilities_are_of_what_was_sampled() -> None:

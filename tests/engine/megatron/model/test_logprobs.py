@@ -16,9 +16,11 @@ from transformers.generation.logits_process import LogitsProcessorList
 from gapo_mega import aggregation
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.model.logprobs import Distribution, response_logprobs
+from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
 from gapo_mega.losses import Ppo
+from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.types import Experience, KeptTokens, TokenBatch
+from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.sampled import processors, random_kept, sampled_logprobs
 from tests.helpers.tiny import tiny_llama
@@ -95,6 +97,47 @@ def test_values_and_gradients_are_those_of_transformers(
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     error = (first[..., :VOCABULARY].double() - expected).abs().max() / expected.abs().max()
     assert float(error) <= rounding
+
+
+@pytest.mark.usefixtures("_world")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_backward_gives_the_same_and_is_the_only_one(dtype: torch.dtype) -> None:
+    batch, _ = random_batch(kept=True)
+    generator = torch.Generator().manual_seed(6)
+    count = int(batch.response_mask_BT.sum())
+    logits_NV = (3 * torch.randn(count, PADDED, generator=generator)).to(dtype)
+    weight_BT = torch.randn(ROWS, COLUMNS, generator=generator)
+    distribution = Distribution(VOCABULARY, 0.7, 1.3)
+
+    def total(one_backward: bool) -> tuple[Tensor, Tensor]:
+        own_NV = logits_NV.clone().requires_grad_()
+        found_BT = logprobs_of(own_NV, batch, distribution, one_backward=one_backward)
+        return (found_BT * weight_BT).sum(), own_NV
+
+    value, own_NV = total(one_backward=True)
+    (found,) = torch.autograd.grad(value, own_NV, retain_graph=True)
+    many, other_NV = total(one_backward=False)
+    (expected,) = torch.autograd.grad(many, other_NV)
+    assert torch.equal(value, many) and torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, own_NV)
+
+
+@pytest.mark.usefixtures("_world")
+@pytest.mark.parametrize(("one_backward", "tensors"), [(True, 0), (False, 1)])
+def test_no_tensor_of_the_logits_size_without_need(one_backward: bool, tensors: int) -> None:
+    """In float32 the logits become the probabilities and, in the only backward, the gradient."""
+    mask_BT = torch.ones(2, 101, dtype=torch.bool)
+    mask_BT[:, 0] = False
+    batch = TokenBatch(torch.ones(2, 101, dtype=torch.int64), mask_BT)
+    logits_NV = torch.randn(200, 4096, requires_grad=True)
+    with measure_allocations("cpu") as found:
+        value = logprobs_of(logits_NV, batch, Distribution(4096), one_backward=one_backward).sum()
+        (grad,) = torch.autograd.grad(value, logits_NV)
+    size = logits_NV.numel() * 4
+    assert grad.shape == logits_NV.shape
+    # Some numbers a token, a few per cent of 4096 logits a token.
+    assert tensors * size <= found.peak_bytes <= (tensors + 0.1) * size
 
 
 # -- a policy whose responses can be counted -----------------------------------------------------------
