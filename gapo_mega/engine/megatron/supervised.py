@@ -19,7 +19,7 @@ from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
@@ -231,4 +231,4 @@ class ChatEngine(SupervisedModel):
 
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
         distribution = Distribution(self._setup.shape.vocab)
-        return logprobs_of(output, batch, distribution, one_backward=True).sum(dim=1)
+        return logprobs_of(output, batch, distribution, Backwards(last=True)).sum(dim=1)

@@ -26,7 +26,7 @@ from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Backwards, logprobs_of
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -94,14 +94,16 @@ class OnePass(Shards):
         model = self.trainable.model
         logits_NV = run_at_responses(model, batch, sequence_multiple(model))
         batch = batch.to(device())
-        logprobs_BT = logprobs_of(logits_NV, batch, task.distribution)
+        backwards = Backwards(last=False)
+        logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, backwards)
         del logits_NV
         losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
         clock.lap("forward")
         passes = cotangents.factors(cotangents_MBT, self._rank(cotangents_MBT))
         for number, factor in enumerate(passes, start=1):
             self._accumulator.take(factor, logprobs_BT.device)
-            torch.autograd.backward(logprobs_BT, factor.cotangent_BT, retain_graph=number < len(passes))
+            backwards.last = number == len(passes)
+            torch.autograd.backward(logprobs_BT, factor.cotangent_BT, retain_graph=not backwards.last)
         clock.lap("backward")
         return losses_M
 
@@ -158,7 +160,7 @@ class OnePass(Shards):
             )
 
         def loss(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, one_backward=True)
+            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, Backwards(last=True))
             losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
             cotangent_BT, fits = cotangents.along(cotangents_MBT, _advantages(batch))
             logged = torch.cat([losses_M, torch.tensor([float(not fits)], dtype=torch.float64)])

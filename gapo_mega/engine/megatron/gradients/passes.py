@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import SEVERAL, Backwards, Distribution, logprobs_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -37,7 +37,7 @@ class Task:
     distribution: Distribution
     objectives: int
     padding: float = 1.0  # tokens in the microbatches over those of prompts and responses, over all ranks
-    one_backward: bool = False  # through the graph of a microbatch's losses
+    backwards: Backwards = SEVERAL  # through the graph of a microbatch's losses
 
     def losses(
         self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
@@ -46,7 +46,7 @@ class Task:
 
         ``logits_NV``: those that predict response tokens, in the order of the mask; overwritten.
         """
-        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution, one_backward=self.one_backward)
+        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution, self.backwards)
         return self.losses_of(logprobs_BT, batch, wanted)
 
     def losses_of(
@@ -96,7 +96,7 @@ class SeparatePasses:
 
     def __init__(self, trainable: Trainable, task: Task) -> None:
         self._trainable = trainable
-        self._task = replace(task, one_backward=True)
+        self._task = replace(task, backwards=Backwards(last=True))
         self.losses = torch.zeros(task.objectives, dtype=torch.float64)
 
     def gradient(self, coefficients: Sequence[float], only: Only = None, last: bool = False) -> None:

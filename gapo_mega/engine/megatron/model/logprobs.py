@@ -41,6 +41,16 @@ class Distribution:
         return cls(vocabulary, sampling.temperature or 1.0, sampling.repetition_penalty)
 
 
+@dataclass
+class Backwards:
+    """Of one graph; ``last``: no other follows the next one, which may then overwrite what it needs."""
+
+    last: bool
+
+
+SEVERAL = Backwards(last=False)  # whoever knows when the last one comes has an object of their own
+
+
 @dataclass(frozen=True)
 class _Edits:
     """What is done to this rank's logits ``[N, V/tensor]`` before the softmax."""
@@ -70,7 +80,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
     Dropped columns have probability 0 and gradient 0. The forward takes three all-reduces of one number per
     position over the tensor ranks, the backward none. One tensor of the logits' size in float32 is all that
-    the forward needs, and with ``one_backward`` the backward, too; autograd refuses a second one then.
+    the forward needs, and the last backward, too; autograd refuses another one then.
     """
 
     @staticmethod
@@ -81,7 +91,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         start: int,
         edits: _Edits,
         group: dist.ProcessGroup,
-        one_backward: bool,
+        backwards: Backwards,
     ) -> Tensor:
         weights_NV, factors_P = edits.apply(logits_NV)
         maximum_N1 = weights_NV.amax(dim=-1, keepdim=True)
@@ -98,7 +108,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         dist.all_reduce(total_N1, group=group)
         ctx.save_for_backward(weights_NV, total_N1, local_N1, mine_N1)
         ctx.temperature, ctx.penalized, ctx.factors_P = edits.temperature, edits.penalized, factors_P
-        ctx.one_backward = one_backward
+        ctx.backwards = backwards
         return ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
 
     @staticmethod
@@ -107,7 +117,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         grad_N1 = grads[0].unsqueeze(-1) / ctx.temperature
         # The weights over their total are the probabilities.
         factor_N1 = -grad_N1 / total_N1
-        grad_NV = weights_NV.mul_(factor_N1) if ctx.one_backward else weights_NV * factor_N1
+        grad_NV = weights_NV.mul_(factor_N1) if ctx.backwards.last else weights_NV * factor_N1
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
         if ctx.factors_P is not None:
             grad_NV.index_put_(ctx.penalized, grad_NV[ctx.penalized] * ctx.factors_P)
@@ -126,7 +136,7 @@ def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def logprobs_of(
-    logits_NV: Tensor, batch: TokenBatch, distribution: Distribution, *, one_backward: bool = False
+    logits_NV: Tensor, batch: TokenBatch, distribution: Distribution, backwards: Backwards = SEVERAL
 ) -> Tensor:
     """Log-probability of every response token given the tokens before it; 0 elsewhere.
 
@@ -136,7 +146,7 @@ def logprobs_of(
             longer tells its place in the graph.
         batch: column 0 of the mask must be False.
         distribution: what the tokens were drawn from.
-        one_backward: at most one backward will run, which may then overwrite what it needs.
+        backwards: whether the next backward is the last.
 
     Returns float32 ``[B, T]`` with a graph.
     """
@@ -149,7 +159,7 @@ def logprobs_of(
         start,
         _edits(batch, distribution, start, columns),
         parallel_state.get_tensor_model_parallel_group(),
-        one_backward,
+        backwards,
     )
     zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
     return zeros_BT.masked_scatter(mask_BT, values_N)

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from gapo_mega import aggregation
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, logprobs_of
 from gapo_mega.losses import Ppo
 from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.types import Experience, KeptTokens, TokenBatch
@@ -111,7 +111,7 @@ def test_one_backward_gives_the_same_and_is_the_only_one(dtype: torch.dtype) -> 
 
     def total(one_backward: bool) -> tuple[Tensor, Tensor]:
         own_NV = logits_NV.clone().requires_grad_()
-        found_BT = logprobs_of(own_NV, batch, distribution, one_backward=one_backward)
+        found_BT = logprobs_of(own_NV, batch, distribution, Backwards(last=one_backward))
         return (found_BT * weight_BT).sum(), own_NV
 
     value, own_NV = total(one_backward=True)
@@ -132,7 +132,7 @@ def test_no_tensor_of_the_logits_size_without_need(one_backward: bool, tensors: 
     batch = TokenBatch(torch.ones(2, 101, dtype=torch.int64), mask_BT)
     logits_NV = torch.randn(200, 4096, requires_grad=True)
     with measure_allocations("cpu") as found:
-        value = logprobs_of(logits_NV, batch, Distribution(4096), one_backward=one_backward).sum()
+        value = logprobs_of(logits_NV, batch, Distribution(4096), Backwards(last=one_backward)).sum()
         (grad,) = torch.autograd.grad(value, logits_NV)
     size = logits_NV.numel() * 4
     assert grad.shape == logits_NV.shape
