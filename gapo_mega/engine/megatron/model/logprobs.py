@@ -41,7 +41,7 @@ class Distribution:
         return cls(vocabulary, sampling.temperature or 1.0, sampling.repetition_penalty)
 
 
-@dataclass
+@dataclass(eq=False)
 class Backwards:
     """Of one graph; ``last``: no other follows the next one, which may then overwrite what it needs."""
 
