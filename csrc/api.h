@@ -63,6 +63,14 @@ struct Selection {
   FactorForm form;                    // of the weights
 };
 
+// Summands of the elements of rows: `count` of them an element, `stride` elements apart.
+struct Terms {
+  const void* data;
+  DType dtype;
+  int64_t count;
+  int64_t stride;
+};
+
 // Number of entries in the upper triangle of an m x m matrix, and the index of (i, j), i <= j.
 GAPO_HD static constexpr int pair_count(int m) { return m * (m + 1) / 2; }
 GAPO_HD static constexpr int pair_index(int m, int i, int j) {
@@ -98,6 +106,11 @@ void gramian(const Rows& rows, const Selection& selection, double* out, int thre
 // pointer per piece and may be exactly one of the rows.
 void combine(const Rows& rows, const double* weights, const std::vector<void*>& out,
              DType out_dtype, int threads, const char* isa);
+
+// row_i[k] += sum_b coefficients[i * terms.count + b] terms_b[k] in fp32, for k < length; with
+// `overwrite` the old elements do not count. The result is the same for any number of threads.
+void accumulate(const std::vector<float*>& rows, const float* coefficients, const Terms& terms,
+                int64_t length, bool overwrite, int threads, const char* isa);
 
 // argmin over the simplex of w' gram w, for m <= kMaxRows. With `exclude_zero` rows of norm zero
 // get weight zero; if there are no others, all weights are zero.

@@ -29,15 +29,18 @@ std::vector<T*> pointers(const std::vector<Address>& addresses) {
   return result;
 }
 
+void require_count(size_t rows, size_t pieces, size_t found) {
+  if (rows < 1 || rows > gapo::kMaxRows || found != rows * pieces)
+    throw std::invalid_argument("rows: found " + std::to_string(rows) + " rows with " +
+                                std::to_string(found) + " pieces in all, accepted: 1 to " +
+                                std::to_string(gapo::kMaxRows) + " rows with one address a piece");
+}
+
 // `dtypes` has one code per row.
 gapo::Rows make_rows(const std::vector<Address>& addresses, std::vector<int64_t> lengths,
                      const std::vector<int>& dtypes) {
   const size_t m = dtypes.size();
-  if (m < 1 || m > gapo::kMaxRows || addresses.size() != m * lengths.size())
-    throw std::invalid_argument("rows: found " + std::to_string(m) + " rows with " +
-                                std::to_string(addresses.size()) +
-                                " pieces in all, accepted: 1 to " + std::to_string(gapo::kMaxRows) +
-                                " rows with one address a piece");
+  require_count(m, lengths.size(), addresses.size());
   gapo::Rows rows;
   rows.m = static_cast<int>(m);
   for (int dtype : dtypes) rows.dtypes.push_back(static_cast<DType>(dtype));
@@ -84,6 +87,18 @@ void combine(const std::vector<Address>& rows, const std::vector<int64_t>& lengt
   const py::gil_scoped_release unlocked;
   gapo::cpu::combine(all, weights.data(), pointers<void>(out), static_cast<DType>(out_dtype),
                      threads, isa.c_str());
+}
+
+void accumulate(const std::vector<Address>& rows, Address coefficients, Address terms, int dtype,
+                int64_t count, int64_t stride, int64_t length, bool overwrite, int threads,
+                const std::string& isa) {
+  require_count(rows.size(), 1, rows.size());
+  const gapo::Terms summands = {reinterpret_cast<const void*>(terms), static_cast<DType>(dtype),
+                                count, stride};
+  const auto targets = pointers<float>(rows);
+  const py::gil_scoped_release unlocked;
+  gapo::cpu::accumulate(targets, reinterpret_cast<const float*>(coefficients), summands, length,
+                        overwrite, threads, isa.c_str());
 }
 
 int min_norm(Address gram, int m, bool exclude_zero, Address weights) {
@@ -181,6 +196,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("instruction_sets", &gapo::cpu::instruction_sets);
   module.def("gramian", &gramian);
   module.def("combine", &combine);
+  module.def("accumulate", &accumulate);
   module.def("min_norm", &min_norm);
   module.def("duality_gap", &duality_gap);
 #if GAPO_HAS_CUDA

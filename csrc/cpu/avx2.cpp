@@ -28,6 +28,7 @@ struct Wide {
 
 constexpr int kDirect = 4;   // 10 sums and 4 rows in 16 registers
 constexpr int kColumns = 2;  // 8 sums, 4 rows and a column
+constexpr int kSums = 8;     // with a few terms and a coefficient
 
 float widen(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -63,6 +64,7 @@ void store(Vec x, Half* p) {
                    _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+Vec plus(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
@@ -93,6 +95,6 @@ Wide multiply_add(Wide a, Wide b, Wide c) { return {_mm256_fmadd_pd(a.v, b.v, c.
 
 namespace gapo {
 namespace cpu {
-const Kernels kAvx2 = {"avx2", gramian, combine};
+const Kernels kAvx2 = {"avx2", gramian, combine, accumulate};
 }
 }  // namespace gapo

@@ -28,6 +28,7 @@ struct Wide {
 
 constexpr int kDirect = 6;   // 21 sums and 6 rows in 32 registers
 constexpr int kColumns = 3;  // 18 sums, 6 rows and a column
+constexpr int kSums = 16;    // with a few terms and a coefficient
 
 float widen(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -62,6 +63,7 @@ void store(Vec x, Half* p) {
                       _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+Vec plus(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
@@ -92,6 +94,6 @@ Wide multiply_add(Wide a, Wide b, Wide c) { return {_mm512_fmadd_pd(a.v, b.v, c.
 
 namespace gapo {
 namespace cpu {
-const Kernels kAvx512 = {"avx512", gramian, combine};
+const Kernels kAvx512 = {"avx512", gramian, combine, accumulate};
 }
 }  // namespace gapo

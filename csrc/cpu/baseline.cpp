@@ -31,6 +31,7 @@ struct Wide {
 
 constexpr int kDirect = 4;
 constexpr int kColumns = 2;
+constexpr int kSums = 8;
 
 float from_bits(uint32_t bits) {
   float x;
@@ -101,6 +102,7 @@ void store(Vec x, Half* p) {
   for (int i = 0; i < 4; ++i) p[i] = to_half(x.v[i]);
 }
 
+Vec plus(Vec a, Vec b) { return {a.v + b.v}; }
 Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 Vec inverse_root(Vec x, Vec scale, Vec epsilon) {  // NaN stays NaN
@@ -132,6 +134,6 @@ Wide multiply_add(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
 
 namespace gapo {
 namespace cpu {
-const Kernels kBaseline = {"baseline", gramian, combine};
+const Kernels kBaseline = {"baseline", gramian, combine, accumulate};
 }
 }  // namespace gapo

@@ -21,6 +21,9 @@ struct Kernels {
   // out[k] = sum_i weights[i] row_i[k], m >= 1, in fp32.
   void (*combine)(int m, const void* const* rows, const DType* dtypes, const float* weights,
                   void* out, DType out_dtype, int64_t count);
+  // Adds sum_b coefficients[i * terms.count + b] terms_b[k] to `length` elements of each of m rows.
+  void (*accumulate)(int m, float* const* rows, const float* coefficients, const Terms& terms,
+                     int64_t length, bool overwrite);
 };
 
 extern const Kernels kBaseline;

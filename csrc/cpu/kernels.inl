@@ -1,10 +1,11 @@
 // The kernels, written once over vectors of doubles and of floats: gramian here, combine in
-// combine.inl. A translation unit defines in its own namespace
+// combine.inl, accumulate in accumulate.inl. A translation unit defines in its own namespace
 //   Bf16, Half    element types
-//   Vec           kLanes floats, with broadcast(x): combine works in fp32
+//   Vec           kLanes floats, with broadcast(x): combine and accumulate work in fp32
 //   Wide          kLanes doubles, with zero(): gramian works in fp64
 //   kDirect       rows whose whole triangle of sums fits in the registers
 //   kColumns      columns whose rectangle of sums with kDirect rows fits there
+//   kSums         sums of accumulate that fit there
 //   load, store, multiply, multiply_add, plus, widen, and load_wide from elements or doubles
 //   inverse_root  of a Vec, as FactorForm defines it
 // and includes this file. Everything here is in an unnamed namespace and uses no inline function of
@@ -297,4 +298,5 @@ void gramian(int m, const void* const* rows, const DType* dtypes, const Factors&
 }  // namespace cpu
 }  // namespace gapo
 
+#include "cpu/accumulate.inl"
 #include "cpu/combine.inl"

@@ -1,4 +1,4 @@
-// The parts of gramian and combine that do not depend on the instruction set: chunks and threads.
+// The parts of the kernels that do not depend on the instruction set: chunks and threads.
 #include <cstddef>
 #include <cstring>
 
@@ -107,6 +107,22 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
       set.combine(static_cast<int>(used.size()), pointers, dtypes.data(), factors.data(), target,
                   out_dtype, end - begin);
     }
+  });
+}
+
+void accumulate(const std::vector<float*>& rows, const float* coefficients, const Terms& terms,
+                int64_t length, bool overwrite, int threads, const char* isa) {
+  // Starting a thread takes as long as adding to some 2^15 elements of a few rows.
+  constexpr int64_t kStretch = 1 << 15;
+  const Kernels& set = kernels(isa);
+  const int m = static_cast<int>(rows.size());
+  parallel_for((length + kStretch - 1) / kStretch, threads, [&](int64_t stretch) {
+    const int64_t begin = stretch * kStretch;
+    float* targets[kMaxRows];
+    for (int i = 0; i < m; ++i) targets[i] = rows[i] + begin;
+    Terms here = terms;
+    here.data = advance(terms.data, begin, terms.dtype);
+    set.accumulate(m, targets, coefficients, here, std::min(kStretch, length - begin), overwrite);
   });
 }
 

@@ -29,6 +29,18 @@ def combine(
     threads: int,
     isa: str,
 ) -> None: ...
+def accumulate(
+    rows: Sequence[int],
+    coefficients: int,
+    terms: int,
+    dtype: int,
+    count: int,
+    stride: int,
+    length: int,
+    overwrite: bool,
+    threads: int,
+    isa: str,
+) -> None: ...
 def min_norm(gram: int, m: int, exclude_zero: bool, weights: int) -> int: ...
 def duality_gap(gram: int, m: int, weights: int) -> float: ...
 

@@ -127,20 +127,26 @@ def _split_gradient(name: str, row: Gradient) -> list[tuple[str, Tensor | None]]
     else:
         named = [(f"{name}[{index}]", piece) for index, piece in enumerate(row)]
     for where, piece in named:
-        if piece is not None and not isinstance(piece, Tensor):
-            raise ValueError(f"{where}: found {type(piece).__name__}, accepted: torch.Tensor")
-        if piece is not None and piece.layout != torch.strided:
-            raise ValueError(f"{where}: found the layout {piece.layout}, accepted: a dense tensor")
-        if piece is not None and piece.is_neg():
-            raise ValueError(
-                f"{where}: found a view that negates its memory, accepted: an ordinary tensor "
-                "(resolve_neg() makes one)"
-            )
-        if piece is not None and piece._is_zerotensor():
-            raise ValueError(
-                f"{where}: found zeros without memory, accepted: an ordinary tensor (clone() makes one)"
-            )
+        if piece is not None:
+            require_memory(where, piece)
     return named
+
+
+def require_memory(name: str, tensor: object) -> None:
+    """Raise ``ValueError`` for what is no tensor whose elements lie in memory as they are."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: found {type(tensor).__name__}, accepted: torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: found the layout {tensor.layout}, accepted: a dense tensor")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name}: found a view that negates its memory, accepted: an ordinary tensor "
+            "(resolve_neg() makes one)"
+        )
+    if tensor._is_zerotensor():
+        raise ValueError(
+            f"{name}: found zeros without memory, accepted: an ordinary tensor (clone() makes one)"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.ops import _native
-from gapo_mega.ops.arguments import Pieces, Weight
+from gapo_mega.ops.arguments import DTYPE_CODES, Pieces, Weight
 
 ISA_VARIABLE = "GAPO_ISA"
 
@@ -69,6 +69,30 @@ def combine(
         weights,
         out.addresses,
         out.dtype_codes[0],
+        threads or torch.get_num_threads(),
+        isa or active_isa(),
+    )
+
+
+def accumulate(
+    rows: Sequence[int],
+    coefficients: Tensor,
+    terms: Tensor,
+    overwrite: bool,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Add to checked rows, given by their addresses; ``coefficients`` are contiguous."""
+    _native.accumulate(
+        rows,
+        coefficients.data_ptr(),
+        terms.data_ptr(),
+        DTYPE_CODES[terms.dtype],
+        terms.shape[0],
+        terms.stride(0),
+        terms.shape[1],
+        overwrite,
         threads or torch.get_num_threads(),
         isa or active_isa(),
     )

@@ -1,12 +1,12 @@
 """The operations in torch, one chunk at a time, for GPUs on which the compiled kernels do not run.
 
 The Gram matrix is as exact (float64) and extra memory is small, but every chunk takes several passes and
-launches.
+launches. ``accumulate`` has no compiled kernel for GPUs, whose libraries have what it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,20 @@ def combine(out: Pieces, rows: Pieces, weights: Tensor) -> None:
         for i in used:
             total += weights[i].float() * rows.pieces[i][piece][start:end].float()
         out.pieces[0][piece][start:end].copy_(total)
+
+
+def accumulate(rows: Sequence[Tensor], coefficients: Tensor, terms: Tensor, overwrite: bool) -> None:
+    """Add ``coefficients @ terms`` to checked rows, which are vectors and matrices."""
+    beta = 0.0 if overwrite else 1.0
+    summands = terms.float()
+    start = 0
+    for row in rows:
+        if row.dim() == 1:
+            torch.addmv(row, summands.t(), coefficients[start], beta=beta, out=row)
+            start += 1
+        elif len(row):
+            torch.addmm(row, coefficients[start : start + len(row)], summands, beta=beta, out=row)
+            start += len(row)
 
 
 def _stretches(rows: Pieces, segments: npt.NDArray[np.int64] | None) -> Iterator[tuple[int, int, int]]:

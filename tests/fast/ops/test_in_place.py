@@ -34,6 +34,10 @@ def solved(out: Tensor) -> None:
     ops.min_norm_(out, torch.zeros(1, dtype=torch.int32), torch.eye(4, dtype=torch.float64))
 
 
+def accumulated(out: Tensor) -> None:
+    ops.accumulate_([torch.zeros(2, out.numel()), out], torch.ones(3, 2), torch.ones(2, out.numel()))
+
+
 def of_torch(out: Tensor) -> None:
     out.add_(1.0)  # the others do as it does
 
@@ -45,6 +49,7 @@ WRITES: list[tuple[Write, Tensor]] = [
     (aggregated, FLAT),
     (added, torch.ones(2, 2, dtype=torch.float64)),
     (solved, torch.ones(4, dtype=torch.float64)),
+    (accumulated, FLAT),
     (of_torch, FLAT),
 ]
 

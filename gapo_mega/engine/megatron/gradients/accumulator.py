@@ -2,8 +2,8 @@
 
 Let ``p[s]`` be the gradient of a weight that sequence s has in a backward pass. Row k needs
 ``sum_s a_k[s] p[s]``. For a linear layer ``p[s] = dY_s' X_s``. A tile of it for all sequences of the
-microbatch stays in the cache, and a small product with the coefficients adds it to all rows:
-``2 B T + 2 M B`` operations a weight, where one gradient takes ``2 B T``.
+microbatch stays in the cache, and ``ops.accumulate_`` adds it to all rows: ``2 B T + 2 M B`` operations a
+weight, where one gradient takes ``2 B T``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gapo_mega import ops
 from gapo_mega.engine.megatron.gradients.cotangents import Factor
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
@@ -65,7 +66,7 @@ class Accumulator:
         """Add the gradient of each sequence of the microbatch."""
         beta = self._beta(parameter)
         if self._only is None:
-            self._add(parameter, 0, gradient_BN, beta)
+            self._add(parameter, 0, gradient_BN.contiguous(), beta)
         else:
             self._add_alone(parameter, gradient_BN.float().sum(dim=0), beta)
 
@@ -89,9 +90,9 @@ class Accumulator:
                 for row in self._views(parameter):
                     row.zero_()
 
-    def _tile(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def _tile(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of this shape that holds until the next call for the same type."""
-        dtype, numel = dtype or like.dtype, math.prod(shape)
+        dtype, numel = like.dtype, math.prod(shape)
         scratch = self._scratch.get(dtype)
         if scratch is None or scratch.numel() < numel:
             scratch = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=like.device)
@@ -108,14 +109,10 @@ class Accumulator:
         return 0.0 if first else 1.0
 
     def _add(self, parameter: nn.Parameter, start: int, tile_BN: Tensor, beta: float) -> None:
-        if tile_BN.dtype != torch.float32:
-            tile_BN = self._tile(tuple(tile_BN.shape), tile_BN, torch.float32).copy_(tile_BN)
         end = start + tile_BN.shape[1]
         others_KN = self._rows.of(parameter)[:, start:end]
         own_N = parameter.main_grad.view(-1)[start:end]  # type: ignore[attr-defined]
-        if len(others_KN):
-            torch.addmm(others_KN, self._coefficients_MB[:-1], tile_BN, beta=beta, out=others_KN)
-        torch.addmv(own_N, tile_BN.t(), self._coefficients_MB[-1], beta=beta, out=own_N)
+        ops.accumulate_([others_KN, own_N], self._coefficients_MB, tile_BN, overwrite=beta == 0.0)
 
     def _add_alone(self, parameter: nn.Parameter, gradient_N: Tensor, beta: float) -> None:
         """Add one objective's whole gradient to its row."""
