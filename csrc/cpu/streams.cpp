@@ -112,7 +112,8 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
 
 void accumulate(const std::vector<float*>& rows, const float* coefficients, const Terms& terms,
                 int64_t length, bool overwrite, int threads, const char* isa) {
-  // Numbers that a thread reads and writes at a time: this takes about as long as to start a thread.
+  // Numbers that a thread reads and writes at a time: this takes about as long as to start a
+  // thread.
   constexpr int64_t kWork = 1 << 19;
   const Kernels& set = kernels(isa);
   const int m = static_cast<int>(rows.size());
