@@ -1,15 +1,16 @@
 // accumulate in fp32 vectors: the third part of kernels.inl, which includes this file.
 //
 // The terms are in a cache, the rows are not. So a cell, a few vectors of several rows, keeps its
-// sums in registers: the terms are read once for all its rows, and a row's element is read and
-// written once. Stores that bypass the caches were no faster where the old elements do not count.
+// sums in registers: its terms are read once for all its rows, and every row's elements once, after
+// the terms have been added up. Cells of further rows follow when the first rows are done: in turns
+// they would want more of the cache than they save. Stores that bypass the caches were no faster
+// where the old elements do not count.
 
 namespace gapo {
 namespace cpu {
 namespace {
 
-constexpr int kTall = 8;             // rows of a cell
-constexpr int64_t kCellBlock = 256;  // elements that several cells, above one another, take in turn
+constexpr int kTall = 8;  // rows of a cell
 
 constexpr int vectors_beside(int rows) { return kSums / rows >= 4 ? 4 : kSums / rows >= 2 ? 2 : 1; }
 
@@ -49,9 +50,6 @@ __attribute__((always_inline)) inline void cell(const Addition<T>& todo, float* 
   for (int i = 0; i < Tall; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < Beside; ++v) sum[i][v] = Vec::broadcast(0.0f);
-#pragma GCC unroll 4
-    for (int at = 0; at < Beside * kVec; at += kStep)
-      __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + k + at) + kAheadBlock, 1);
   }
   const T* terms = todo.terms + k;
   for (int64_t b = 0; b < todo.count; ++b, terms += todo.stride) {
@@ -69,6 +67,9 @@ __attribute__((always_inline)) inline void cell(const Addition<T>& todo, float* 
 #pragma GCC unroll 8
   for (int i = 0; i < Tall; ++i) {
 #pragma GCC unroll 4
+    for (int at = 0; at < Beside * kVec; at += kStep)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + k + at) + kAheadBlock, 1);
+#pragma GCC unroll 4
     for (int v = 0; v < Beside; ++v) {
       float* target = rows[i] + k + v * kVec;
       if (!todo.overwrite)
@@ -82,26 +83,26 @@ __attribute__((always_inline)) inline void cell(const Addition<T>& todo, float* 
 }
 
 template <class T, int Tall>
-void add_to_rows(const Addition<T>& todo, int64_t begin, int64_t end) {
+void add_to_rows(const Addition<T>& todo, int64_t length) {
   constexpr int kVec = Vec::kLanes;
   constexpr int kBeside = vectors_beside(Tall);
   // Nothing else points to these copies, so the compiler can keep them in registers.
   float* rows[Tall];
   for (int i = 0; i < Tall; ++i) rows[i] = todo.rows[i];
   const Addition<T> mine = todo;
-  int64_t k = begin;
-  for (; k + kBeside * kVec <= end; k += kBeside * kVec)
+  int64_t k = 0;
+  for (; k + kBeside * kVec <= length; k += kBeside * kVec)
     cell<T, Tall, kBeside, true>(mine, rows, k, 0);
-  for (; k + kVec <= end; k += kVec) cell<T, Tall, 1, true>(mine, rows, k, 0);
-  if (k < end) cell<T, Tall, 1, false>(mine, rows, k, end - k);
+  for (; k + kVec <= length; k += kVec) cell<T, Tall, 1, true>(mine, rows, k, 0);
+  if (k < length) cell<T, Tall, 1, false>(mine, rows, k, length - k);
 }
 
 template <class T, int Tall>
-void pick_height(int height, const Addition<T>& todo, int64_t begin, int64_t end) {
+void pick_height(int height, const Addition<T>& todo, int64_t length) {
   if constexpr (Tall > 1) {
-    if (height != Tall) return pick_height<T, Tall - 1>(height, todo, begin, end);
+    if (height != Tall) return pick_height<T, Tall - 1>(height, todo, length);
   }
-  add_to_rows<T, Tall>(todo, begin, end);
+  add_to_rows<T, Tall>(todo, length);
 }
 
 template <class T>
@@ -109,18 +110,14 @@ void accumulate_of(int m, float* const* rows, const float* coefficients, const T
                    int64_t length, bool overwrite) {
   const int layers = (m + kTall - 1) / kTall;
   const int height = (m + layers - 1) / layers;
-  const int64_t block = layers == 1 ? length : kCellBlock;
-  for (int64_t begin = 0; begin < length; begin += block) {
-    const int64_t end = begin + block < length ? begin + block : length;
-    for (int i = 0; i < m; i += height) {
-      const Addition<T> todo = {rows + i,
-                                coefficients + i * terms.count,
-                                static_cast<const T*>(terms.data),
-                                terms.count,
-                                terms.stride,
-                                overwrite};
-      pick_height<T, kTall>(height < m - i ? height : m - i, todo, begin, end);
-    }
+  for (int i = 0; i < m; i += height) {
+    const Addition<T> todo = {rows + i,
+                              coefficients + i * terms.count,
+                              static_cast<const T*>(terms.data),
+                              terms.count,
+                              terms.stride,
+                              overwrite};
+    pick_height<T, kTall>(height < m - i ? height : m - i, todo, length);
   }
 }
 

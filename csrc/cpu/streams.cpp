@@ -112,17 +112,19 @@ void combine(const Rows& rows, const double* weights, const std::vector<void*>& 
 
 void accumulate(const std::vector<float*>& rows, const float* coefficients, const Terms& terms,
                 int64_t length, bool overwrite, int threads, const char* isa) {
-  // Starting a thread takes as long as adding to some 2^15 elements of a few rows.
-  constexpr int64_t kStretch = 1 << 15;
+  // Numbers that a thread reads and writes at a time: this takes about as long as to start a
+  // thread.
+  constexpr int64_t kWork = 1 << 19;
   const Kernels& set = kernels(isa);
   const int m = static_cast<int>(rows.size());
-  parallel_for((length + kStretch - 1) / kStretch, threads, [&](int64_t stretch) {
-    const int64_t begin = stretch * kStretch;
+  const int64_t stretch = std::max<int64_t>(1, kWork / (terms.count + 2 * m) / 64) * 64;
+  parallel_for((length + stretch - 1) / stretch, threads, [&](int64_t index) {
+    const int64_t begin = index * stretch;
     float* targets[kMaxRows];
     for (int i = 0; i < m; ++i) targets[i] = rows[i] + begin;
     Terms here = terms;
     here.data = advance(terms.data, begin, terms.dtype);
-    set.accumulate(m, targets, coefficients, here, std::min(kStretch, length - begin), overwrite);
+    set.accumulate(m, targets, coefficients, here, std::min(stretch, length - begin), overwrite);
   });
 }
 

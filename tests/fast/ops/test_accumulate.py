@@ -16,7 +16,7 @@ from gapo_mega.ops.cpu import ISA_VARIABLE
 
 ISAS = _native.instruction_sets()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STRETCH = 1 << 15  # elements that one thread takes at a time
+SHARED = 1 << 17  # elements of a row that several threads share
 UNTOUCHED = 7.0
 
 
@@ -104,7 +104,7 @@ def test_threads_do_not_change_the_result(
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 5):
-        problem = Problem(3, 5, 2 * STRETCH + 101, dtype, shift=3)
+        problem = Problem(3, 5, SHARED + 101, dtype, shift=3)
         torch.set_num_threads(threads)
         try:
             assert_adds(problem, overwrite=False)
