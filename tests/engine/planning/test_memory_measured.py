@@ -167,7 +167,12 @@ NARROW = {
         ),
         (NARROW, False, 400, {"model": {"recompute": "full"}, "gradients": {"store": "single"}}),
         # Norms of queries and keys.
-        ({**WIDE, "head_dim": 32}, True, 160, {"optimizer": {"distributed": False}}),
+        (
+            {**WIDE, "head_dim": 32},
+            True,
+            160,
+            {"gradients": {"forward": "shared"}, "optimizer": {"distributed": False}},
+        ),
         # Edited logits; without padding, which alone would make the copy.
         (
             {**WIDE, "vocab_size": 4096},
