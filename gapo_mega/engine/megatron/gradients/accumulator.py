@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gapo_mega import ops
-from gapo_mega.engine.megatron.gradients.cotangents import Factor
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
 # Elements of a tile of all sequences together: 4 MiB of float32 stay in a CPU's caches, and smaller products
@@ -38,10 +37,10 @@ class Accumulator:
         """Forget the gradients of the last update: the next addition to a parameter overwrites them."""
         self._written.clear()
 
-    def take(self, factor: Factor, device: torch.device) -> None:
-        """The coefficients that hold for what is added from now on."""
-        self._only = factor.only
-        self._coefficients_MB = factor.coefficients_MB.float().to(device)
+    def take(self, coefficients_MB: Tensor, device: torch.device, only: int | None = None) -> None:
+        """The coefficients that hold for what is added from now on; ``only``: as in ``Factor``."""
+        self._only = only
+        self._coefficients_MB = coefficients_MB.float().to(device)
 
     def linear(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor) -> None:
         """Add the gradient of ``output = input @ weight.t()``."""

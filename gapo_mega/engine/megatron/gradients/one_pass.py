@@ -20,7 +20,6 @@ from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.config.strategies.one_pass import OnePassRows
 from gapo_mega.engine.megatron.gradients import capture, cotangents
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
-from gapo_mega.engine.megatron.gradients.cotangents import Factor
 from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.update import Setting
@@ -101,7 +100,7 @@ class OnePass(Shards):
         clock.lap("forward")
         passes = cotangents.factors(cotangents_MBT, self._rank(cotangents_MBT))
         for number, factor in enumerate(passes, start=1):
-            self._accumulator.take(factor, logprobs_BT.device)
+            self._accumulator.take(factor.coefficients_MB, logprobs_BT.device, factor.only)
             backwards.last = number == len(passes)
             torch.autograd.backward(logprobs_BT, factor.cotangent_BT, retain_graph=not backwards.last)
         clock.lap("backward")
@@ -152,11 +151,11 @@ class OnePass(Shards):
         config = chunks[0].config
 
         def bind(output: Tensor, batch: Experience) -> None:
-            # Stages alternate microbatches: the coefficients change when a backward begins.
-            coefficients_MB = _advantages(batch)
-            factor = Factor(coefficients_MB, output)
+            # Stages alternate microbatches: the coefficients change when a backward begins. The hook must not
+            # hold the output, which would then outlive its backward.
+            coefficients_MB, where = _advantages(batch), output.device
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda _: self._accumulator.take(factor, output.device)
+                lambda _: self._accumulator.take(coefficients_MB, where)
             )
 
         def loss(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:

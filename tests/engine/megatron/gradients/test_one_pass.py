@@ -13,7 +13,6 @@ from torch import Tensor
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.gradients import capture
-from gapo_mega.engine.megatron.gradients.cotangents import Factor
 from gapo_mega.engine.megatron.gradients.one_pass import OnePass
 from gapo_mega.engine.megatron.gradients.passes import SeparatePasses, Task, one_hot
 from gapo_mega.engine.megatron.model.logprobs import Distribution
@@ -115,12 +114,12 @@ def test_rows(
         strategy = engine.gradients
         assert isinstance(strategy, OnePass)
         task = task_of(engine, loss, micro_batch)
-        taken: list[Factor] = []
+        taken: list[Tensor] = []
         take = strategy._accumulator.take
 
-        def counting(factor: Factor, device: torch.device) -> None:
-            taken.append(factor)
-            take(factor, device)
+        def counting(coefficients_MB: Tensor, device: torch.device, only: int | None = None) -> None:
+            taken.append(coefficients_MB)
+            take(coefficients_MB, device, only)
 
         monkeypatch.setattr(strategy._accumulator, "take", counting)
         with megatron_device():
