@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from megatron.core import parallel_state
 from torch import Tensor
 
-from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange, owned
+from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange
+from gapo_mega.engine.megatron.model.main_parameters import owned
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks
 

@@ -6,15 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
+from gapo_mega.engine.megatron.model.main_parameters import Span, owned
 
-Span = tuple[int, int]
+STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,6 @@ class GradientShard:
         """Zero the pieces."""
         for piece in self.pieces:
             piece.zero_()
-
-
-def owned(model: DistributedDataParallel, numel: int) -> Span:
-    """This rank's range of a bucket of ``numel`` elements."""
-    if not model.ddp_config.use_distributed_optimizer:
-        return 0, numel
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size = numel // group.size()
-    return group.rank() * size, (group.rank() + 1) * size
 
 
 def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:

@@ -42,22 +42,22 @@ def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter
 
 def owned_parts(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Span]:
     """This rank's range in each flat parameter that it steps a part of, by the buffers alone."""
-    owned: dict[nn.Parameter, Span] = {}
+    parts: dict[nn.Parameter, Span] = {}
     for chunk in chunks:
         for buffer in chunk.buffers:
             for parameter, (first, last, number) in buffer.param_index_map.items():
-                low, high = _own_part(chunk, buffer.buckets[number])
-                start, end = max(first, low), min(last, high)
+                bucket = buffer.buckets[number]
+                low, high = owned(chunk, bucket.grad_data.numel())
+                start, end = max(first, bucket.offset + low), min(last, bucket.offset + high)
                 if start < end:
-                    owned[parameter] = start - first, end - first
-    return owned
+                    parts[parameter] = start - first, end - first
+    return parts
 
 
-def _own_part(model: DistributedDataParallel, bucket: object) -> Span:
-    """This rank's range of the buffer within a bucket."""
-    offset, numel = bucket.offset, bucket.grad_data.numel()  # type: ignore[attr-defined]
+def owned(model: DistributedDataParallel, numel: int) -> Span:
+    """This rank's range of a bucket of ``numel`` elements."""
     if not model.ddp_config.use_distributed_optimizer:
-        return offset, offset + numel
+        return 0, numel
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     size = numel // group.size()
-    return offset + group.rank() * size, offset + (group.rank() + 1) * size
+    return group.rank() * size, (group.rank() + 1) * size
