@@ -352,6 +352,11 @@ class Config(Section):
         """Tokens of the longest sequence: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
+        return tuple(objective.name for objective in self.objectives)
+
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""
         return self.rollout.prompts_per_step // data_ranks * self.rollout.samples_per_prompt

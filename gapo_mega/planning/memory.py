@@ -171,7 +171,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
-    strategy, objectives = resolved.strategy, len(config.objectives)
+    strategy, objectives = resolved.strategy, len(config.rows)
     # A graph that serves only one backward is freed within it.
     kept = resolved.shared and strategy.reuses_graph(objectives)
     shard = count // data if config.optimizer.distributed else count

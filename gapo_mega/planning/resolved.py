@@ -102,7 +102,7 @@ class ResolvedRun:
     @property
     def passes(self) -> PassCount:
         """Forwards and backwards of one update; partial backwards (of a scope) are not counted."""
-        return self.strategy.passes(len(self.config.objectives), self.shared)
+        return self.strategy.passes(len(self.config.rows), self.shared)
 
     @property
     def updates_per_step(self) -> int:

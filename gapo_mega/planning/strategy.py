@@ -30,7 +30,7 @@ def forward_kind(config: Config, data_parallel: int, by_token: bool = False) -> 
     asked = config.gradients.forward
     if asked != "auto":
         return asked
-    if len(config.objectives) > 1 and not by_token and _one_pass_is_sure(config):
+    if len(config.rows) > 1 and not by_token and _one_pass_is_sure(config):
         return "one_pass"
     count = microbatches(config, data_parallel)
     possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count) is None
@@ -59,6 +59,6 @@ def refusal_of_one_pass() -> str | None:
 def refusal_of_shared(config: Config, count: int) -> str | None:
     """Why shared passes over ``count`` microbatches do not work with the other settings; None if they do."""
     strategy = strategies.chosen(config.gradients)
-    if transformer_engine_layers() and strategy.reuses_graph(len(config.objectives)):
+    if transformer_engine_layers() and strategy.reuses_graph(len(config.rows)):
         return "Transformer Engine's layers (they drop what a second backward would need)"
     return strategy.refusal_of_shared(count, config.model.recompute)

@@ -23,7 +23,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
     setting = Setting(
         trainable,
         groups,
-        objectives=len(config.objectives),
+        objectives=len(config.rows),
         distribution=Distribution.of(shape.vocab, SamplingParameters.of(config.rollout)),
         layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
