@@ -80,8 +80,9 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"bytes with one objective: {text}", soft_wrap=True)
     console.print(
         "m: objectives. ratio: to the step with one objective of the same round (median). passes ratio: the "
-        "same of forwards and backwards alone. rows: gradients held beside Megatron's buffer. extra peak: what a step allocates at its peak, above that of the "
-        "step with one objective. Bytes: of the rank with the most.",
+        "same of forwards and backwards alone. rows: gradients held beside Megatron's buffer. extra peak: "
+        "what a step allocates at its peak, above that of the step with one objective. Bytes: of the rank "
+        "with the most.",
         style="dim",
         soft_wrap=True,
     )
