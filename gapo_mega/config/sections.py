@@ -177,6 +177,12 @@ class AlgorithmConfig(Section):
     kl_beta: float = Field(
         0.05, ge=0, description="coefficient of the KL reward per token, the same for every objective"
     )
+    entropy_beta: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of the entropy bonus: every objective's loss has -entropy_beta times the "
+        "mean entropy of the sampled distribution added, with its exact gradient",
+    )
     value_clip: float = Field(5.0, gt=0, description="how far a clipped value may move in one step")
     ppo_epochs: int = Field(1, ge=1, description="passes over the sequences of a step")
     minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
@@ -322,6 +328,11 @@ class LoggingConfig(Section):
     wandb: bool = Field(False, description="needs the wandb extra")
     wandb_project: str = Field("gapo_mega", description="project that wandb logs to")
     progress: bool = Field(True, description="show a progress bar")
+    entropy: bool = Field(
+        False,
+        description="also log the mean entropy of the sampled distribution: one more pass over the logits of "
+        "an update, whose all-reduce has one number a token",
+    )
 
 
 class Config(Section):
