@@ -155,12 +155,17 @@ class AggregationConfig(Section):
 
 
 class AdvantageConfig(Section):
-    """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
+    """How token rewards become advantages, an entry of gapo_mega.advantages; ``options`` are its own."""
 
     name: Code = Field("group", description="an estimator of gapo_mega.advantages, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the estimator")
     whiten: bool = Field(
         False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
+    )
+    filter_flat: bool = Field(
+        False,
+        description="leave prompts whose samples have equal scores in every objective out of the updates; "
+        "needs at least two samples of a prompt",
     )
 
 
@@ -377,6 +382,16 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _flat_groups_can_be_told(self) -> Config:
+        samples = self.rollout.samples_per_prompt
+        if self.advantages.filter_flat and samples < 2:
+            raise ValueError(
+                f"advantages.filter_flat: found true with rollout.samples_per_prompt {samples}, accepted: "
+                "false (the scores of a single sample never differ)"
+            )
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ def case(seed: int = 0) -> tuple[Tensor, Experience]:
         values_MBT=normal(M, B, T) * mask_BT,
         advantages_MBT=normal(M, B, T) * mask_BT,
         returns_MBT=normal(M, B, T) * mask_BT,
+        greedy_scores_MB=normal(M, B),
     )
     return logprobs_BT, batch
 
