@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation, losses
+from gapo_mega.types import Experience
 from tests.helpers.ranks import check_engine
 
 LOW, HIGH = 0.03, 0.06  # of the ratio, whose logarithm differs by 0.05: some tokens are held on either side
@@ -19,7 +21,8 @@ LONGEST = 17
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: model, layout, normalization, entropy_beta, entropy, sections.
+    """``arguments``: model, layout, normalization, entropy_beta, entropy, sections; perhaps dropped, rows
+    whose response does not count.
 
     Gives the report's losses, gram, and facts of the policy; those of two updates at the same parameters.
     """
@@ -35,7 +38,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         },
     )
     engine = check_engine.build_engine(config)
-    batch = check_engine.local_part(check_engine.global_batch(200), engine)
+    batch = check_engine.local_part(_batch(arguments.get("dropped", [])), engine)
     loss = losses.build(
         "ppo", clip_epsilon=LOW, clip_epsilon_high=HIGH, normalization=arguments["normalization"]
     )
@@ -49,9 +52,18 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def expected(directory: Path, normalization: str, entropy_beta: float) -> dict[str, Any]:
-    """The same from the whole batch at once, by transformers and autograd in float64."""
+def _batch(dropped: Sequence[int]) -> Experience:
     batch = check_engine.global_batch(200)
+    mask_BT = batch.response_mask_BT.clone()
+    mask_BT[list(dropped)] = False
+    return dataclasses.replace(batch, response_mask_BT=mask_BT)
+
+
+def expected(
+    directory: Path, normalization: str, entropy_beta: float, dropped: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The same from the whole batch at once, by transformers and autograd in float64."""
+    batch = _batch(dropped)
     model = LlamaForCausalLM.from_pretrained(directory).double()
     logprobs_BTV = model(input_ids=batch.tokens_BT).logits.log_softmax(-1)[:, :-1]
     chosen_BT = logprobs_BTV.gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1)
@@ -84,7 +96,7 @@ def expected(directory: Path, normalization: str, entropy_beta: float) -> dict[s
 
 def mean(values_BT: Tensor, mask_BT: Tensor, normalization: str) -> Tensor:
     """Over the whole batch, row by row."""
-    rows = [row[mask] for row, mask in zip(values_BT, mask_BT, strict=True)]
+    rows = [row[mask] for row, mask in zip(values_BT, mask_BT, strict=True) if mask.any()]
     if normalization == "token_mean":
         return torch.cat(rows).mean()
     if normalization == "sequence_mean":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,42 @@ def test_each_microbatch_is_measured_once_whatever_passes_a_scope_takes(
     del worst["gram"]  # of the scope only
     assert max(worst.values()) <= 1e-5, worst
     assert all(policy["entropy"] is None for policy in found["policy"])
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("forward", ["one_pass", "shared", "separate"])
+def test_rows_without_a_response_token_do_not_count(model: Path, normalization: str, forward: str) -> None:
+    """Microbatches of such rows alone are among them."""
+    dropped = [0, 2, 3, 5, 6]
+    found = check_policy.run(
+        {
+            "model": str(model),
+            "layout": {},
+            "normalization": normalization,
+            "entropy_beta": 0.02,
+            "entropy": False,
+            "dropped": dropped,
+            "sections": {"gradients": {"forward": forward}, "micro_batch_size": 2},
+        }
+    )
+    worst = check_policy.differences(
+        found, check_policy.expected(model, normalization, 0.02, dropped=dropped)
+    )
+    assert max(worst.values()) <= 1e-5, worst
+
+
+@pytest.mark.parametrize("forward", ["one_pass", "separate"])
+def test_a_minibatch_without_a_response_token_has_no_gradient(model: Path, forward: str) -> None:
+    found = check_policy.run(
+        {
+            "model": str(model),
+            "layout": {},
+            "normalization": "sequence_mean",
+            "entropy_beta": 0.0,
+            "entropy": True,
+            "dropped": range(8),
+            "sections": {"gradients": {"forward": forward}, "micro_batch_size": 2},
+        }
+    )
+    assert found["losses"] == [[0.0] * 3] * 2 and found["gram"] == [[[0.0] * 3] * 3] * 2
+    assert all(math.isnan(policy["kl"]) and math.isnan(policy["ratio_min"]) for policy in found["policy"])

@@ -19,12 +19,14 @@ CASES: dict[str, tuple[int, dict[str, int], str, float, bool, dict[str, Any]]] =
     "DP2 tokens": (2, DP, "token_mean", 0.02, False, ONE_PASS),
     "DP2 sequences": (2, DP, "sequence_mean", 0.02, False, ONE_PASS),
     "DP2 length": (2, DP, "fixed_length", 0.0, False, SEPARATE),
+    "DP2 one rank without a token": (2, DP, "sequence_mean", 0.02, False, ONE_PASS),
     "TP2 tokens": (2, TP2, "token_mean", 0.02, False, ONE_PASS),
     "TP2 entropy logged": (2, TP2, "sequence_mean", 0.0, True, SEPARATE),
     "PP2 one pass": (2, PP2, "sequence_mean", 0.02, False, ONE_PASS),
     "PP2 separate": (2, PP2, "fixed_length", 0.02, False, SEPARATE),
     "VPP2 last layer": (2, VPP2, "token_mean", 0.0, True, {"scope": "last_layer", **SEPARATE}),
 }
+DROPPED = {"DP2 one rank without a token": [0, 1, 2, 3, 6]}  # rows without a response
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
                 "normalization": normalization,
                 "entropy_beta": beta,
                 "entropy": logged,
+                "dropped": DROPPED.get(name, []),
                 "sections": {"gradients": gradients},
             },
         )
-        for _, layout, normalization, beta, logged, gradients in CASES.values()
+        for name, (_, layout, normalization, beta, logged, gradients) in CASES.items()
     ]
     return folder / "model", dict(zip(CASES, launch(2, jobs, folder), strict=True))
 
