@@ -166,7 +166,7 @@ class AdvantageConfig(Section):
     filter_flat: bool = Field(
         False,
         description="leave prompts whose samples have equal scores in every objective out of the updates; "
-        "needs at least two samples of a prompt",
+        "for estimators that compare the samples of a prompt (group, grpo, rloo)",
     )
 
 
@@ -330,16 +330,6 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _flat_groups_can_be_told(self) -> Config:
-        samples = self.rollout.samples_per_prompt
-        if self.advantages.filter_flat and samples < 2:
-            raise ValueError(
-                f"advantages.filter_flat: found true with rollout.samples_per_prompt {samples}, accepted: "
-                "false (the scores of a single sample never differ)"
-            )
         return self
 
     @model_validator(mode="after")

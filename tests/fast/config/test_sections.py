@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gapo_mega.config import Config, OptimizerConfig, ParallelConfig, Section
+from gapo_mega.config import OptimizerConfig, ParallelConfig, Section
 
 
 @pytest.mark.parametrize(
@@ -44,16 +44,3 @@ def test_what_lacks_something_is_refused(
 def test_what_has_all_is_accepted() -> None:
     assert ParallelConfig(pipeline=2, virtual_pipeline=3).virtual_pipeline == 3
     assert OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True).overlap_param_gather
-
-
-def test_a_single_sample_cannot_be_flat() -> None:
-    settings = {
-        "output_dir": "o",
-        "model": {"path": "m"},
-        "data": {"source": "s"},
-        "objectives": [{"name": "a"}],
-        "advantages": {"filter_flat": True},
-    }
-    assert Config.model_validate({**settings, "rollout": {"samples_per_prompt": 2}}).advantages.filter_flat
-    with pytest.raises(ValidationError, match=r"filter_flat: found true with rollout\.samples_per_prompt 1"):
-        Config.model_validate({**settings, "rollout": {"samples_per_prompt": 1}})
