@@ -5,13 +5,13 @@ the sections of reward models and fine-tuning.
 """
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
+from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
     AlgorithmConfig,
     CheckpointConfig,
     Config,
-    CriticConfig,
     DataConfig,
     EvaluationConfig,
     GradientConfig,
@@ -19,7 +19,6 @@ from gapo_mega.config.sections import (
     LossConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
 )

@@ -46,7 +46,9 @@ def _one_pass_is_sure(config: Config) -> bool:
     if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
         return False
     algorithm = config.algorithm
-    return config.parallel.pipeline == 1 or algorithm.ppo_epochs * algorithm.minibatches == 1
+    if config.parallel.pipeline == 1:
+        return True
+    return algorithm.ppo_epochs * algorithm.minibatches == 1 and algorithm.entropy_beta == 0
 
 
 def refusal_of_one_pass() -> str | None:

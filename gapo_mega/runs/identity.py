@@ -115,10 +115,11 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "clip": FIXED,
     },
     AggregationConfig: {"name": CODE, "options": FIXED},
-    AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED},
+    AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED, "filter_flat": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {
         "kl_beta": FIXED,
+        "entropy_beta": FIXED,
         "value_clip": FIXED,
         "ppo_epochs": FIXED,
         "minibatches": FIXED,
@@ -163,6 +164,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "wandb": FREE,
         "wandb_project": FREE,
         "progress": FREE,
+        "entropy": FREE,
     },
     SupervisedConfig: {
         "output_dir": FREE,

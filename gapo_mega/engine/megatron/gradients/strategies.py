@@ -29,6 +29,9 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
         micro_batch=config.micro_batch_size,
         shared=resolved.shared,
         adam=config.gradients.metric == "adam",
+        longest=config.rollout.max_new_tokens,
+        entropy_beta=config.algorithm.entropy_beta,
+        measures_entropy=config.logging.entropy,
     )
     strategy = implementation_of(type(declared))(setting, declared)
     whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
