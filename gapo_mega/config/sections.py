@@ -152,6 +152,17 @@ class AggregationConfig(Section):
 
     name: Code = Field("gapo", description="a method of gapo_mega.aggregation, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the method")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weights from running means of the gradients, M = average M + (1 - average) g with bias "
+        "correction, for the current gradients; one more row a gradient; 0: from the current gradients",
+    )
+    average_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the running means; bf16 halves them, and rounds by up to 2^-9 every update",
+    )
 
 
 class AdvantageConfig(Section):
@@ -374,6 +385,12 @@ class Config(Section):
         if gradients.metric == "adam" and self.optimizer.name != "adam":
             raise ValueError(
                 f"gradients.metric: found adam with optimizer.name {self.optimizer.name}, accepted: euclidean"
+            )
+        if self.aggregation.average > 0 and not strategies.chosen(gradients).has_whole_rows:
+            raise ValueError(
+                f"aggregation.average: found {self.aggregation.average} with gradients.store "
+                f"{gradients.store} and gradients.scope {gradients.scope}, accepted: 0 (running means are of "
+                "whole gradients: gradients.store shards with scope full)"
             )
         if gradients.forward == "shared" and self.parallel.pipeline > 1:
             raise ValueError(

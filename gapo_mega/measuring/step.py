@@ -83,7 +83,8 @@ def _variant(config: Config, objectives: int, settings: Mapping[str, Any]) -> Co
         | {"metric": "euclidean", "actual_change": False}
         | dict(settings)
     )
-    return config.model_copy(update={"objectives": named, "gradients": gradients})
+    aggregation = config.aggregation.model_copy(update={"average": 0.0})
+    return config.model_copy(update={"objectives": named, "gradients": gradients, "aggregation": aggregation})
 
 
 def synthetic_batch(

@@ -114,7 +114,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "options": FIXED,
         "clip": FIXED,
     },
-    AggregationConfig: {"name": CODE, "options": FIXED},
+    AggregationConfig: {"name": CODE, "options": FIXED, "average": FIXED, "average_dtype": FIXED},
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {

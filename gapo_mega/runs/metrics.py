@@ -33,6 +33,8 @@ def step_metrics(
     direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
     where it was measured, is the gain from the change that the optimizer really made. ``corner`` is 1 where
     an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
+    ``averaged_norm`` and ``averaged_cosine`` are those of the gradients' running means, where the weights
+    follow from these (``aggregation.average``).
     """
     count = len(names)
     assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
@@ -42,7 +44,12 @@ def step_metrics(
     found = diagnose(gram, report.weights)
     metrics = _per_objective("reward", names, rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
-    metrics |= _cosines(gram, norms, names)
+    metrics |= _cosines("cosine", gram, norms, names)
+    if report.averaged_gram is not None:
+        averaged = report.averaged_gram.double()
+        lengths = averaged.diagonal().clamp(min=0).sqrt()
+        metrics |= _per_objective("averaged_norm", names, lengths.tolist())
+        metrics |= _cosines("averaged_cosine", averaged, lengths, names)
     metrics |= _per_objective("weight", names, report.weights.tolist())
     metrics |= _per_objective("predicted_change", names, found.predicted_change.tolist())
     if report.actual_change is not None:
@@ -81,9 +88,9 @@ def _per_objective(prefix: str, names: Sequence[str], values: Sequence[float]) -
     return {f"{prefix}/{name}": float(value) for name, value in zip(names, values, strict=True)}
 
 
-def _cosines(gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
+def _cosines(prefix: str, gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
     # Divided one norm after the other: the product of two tiny norms may underflow.
     cosines = gram / norms[:, None] / norms[None, :]
     return {
-        f"cosine/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
+        f"{prefix}/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
     }
