@@ -115,6 +115,7 @@ def test_the_means_gram_is_that_of_the_means(model: Path, metric: str) -> None:
         report = engine.update_policy(
             check_averages.batch_of(2), check_averages.reinforce, check_averages.method()
         )
+        # The metric as it was before the step, by which the update went.
         for state, moment in zip(inner.optimizer.state.values(), moments, strict=True):
             state["exp_avg_sq"].copy_(moment)
             state["step"] -= 1
