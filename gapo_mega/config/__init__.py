@@ -5,6 +5,7 @@ the sections of reward models and fine-tuning.
 """
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
+from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
@@ -14,7 +15,6 @@ from gapo_mega.config.sections import (
     CriticConfig,
     DataConfig,
     EvaluationConfig,
-    GradientConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,

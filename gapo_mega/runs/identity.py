@@ -118,7 +118,11 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {
+        "kl": FIXED,
         "kl_beta": FIXED,
+        "kl_estimator": FIXED,
+        "kl_target": FIXED,
+        "kl_horizon": FIXED,
         "value_clip": FIXED,
         "ppo_epochs": FIXED,
         "minibatches": FIXED,

@@ -24,7 +24,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything that an update measured, by the log's names.
 
-    ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
+    ``names`` are those of the Gram matrix's rows, the objectives first. ``rewards`` are batch means of the
+    objectives, in the same order; ``seconds`` are the trainer's phases, to
     which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
@@ -37,12 +38,12 @@ def step_metrics(
     follow from these (``aggregation.average``).
     """
     count = len(names)
-    assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
+    assert len(rewards) <= count and len(report.losses) == count, (names, rewards, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
     found = diagnose(gram, report.weights)
-    metrics = _per_objective("reward", names, rewards)
+    metrics = _per_objective("reward", names[: len(rewards)], rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
     metrics |= _cosines("cosine", gram, norms, names)
     if report.averaged_gram is not None:

@@ -327,8 +327,8 @@ def test_a_new_strategy_is_one_file_for_configuration_plan_and_benchmarks(tmp_pa
 def test_means_of_gradients_need_whole_gradients(section: dict[str, Any]) -> None:
     store, scope = section.get("store", "shards"), section.get("scope", "full")
     expected = (
-        f"aggregation.average: found 0.9 with gradients.store {store} and gradients.scope {scope}, accepted: 0 "
-        "(running means are of whole gradients: gradients.store shards with scope full)"
+        f"aggregation.average: found 0.9 with gradients.store {store} and gradients.scope {scope}, accepted: "
+        "0 (running means are of whole gradients: gradients.store shards with scope full)"
     )
     with pytest.raises(ValidationError) as caught:
         Config.model_validate({**raw(), "aggregation": {"average": 0.9}, "gradients": section})

@@ -126,7 +126,11 @@ class OnePass(Shards):
             for batch in task.microbatches
             if batch.advantages_MBT is not None
         ]
-        fits = len(known) == len(task.microbatches) and all(found is not None for found in known)
+        fits = len(known) == len(task.microbatches) and all(
+            # Every row has advantages, unless it is the KL's.
+            found is not None and len(found) == self.objectives
+            for found in known
+        )
         losses_and_misses = torch.zeros(self.objectives + 1, dtype=torch.float64)
         if self._agreed_by_all(fits):
             with self._capturing():
