@@ -35,12 +35,13 @@ class Apart(AggregationMethod):
         status = Status(int(found.status))
         if status == Status.NOT_FINITE:
             return NonFiniteGramError(nonfinite_objectives(found.gram.cpu()))
-        if status == Status.OUT_OF_RANGE and not _alone(found, slice(-1, None)).ok():
+        told = _objectives(found)
+        if status == Status.OUT_OF_RANGE and _fits(told):
             return ValueError(
                 f"algorithm.kl_beta: found {self._beta()}, with which the KL row has the last of "
                 f"{beyond_range(found)}; accepted: a number that gives it a weight within that range"
             )
-        return self._method.error(_objectives(found))
+        return self._method.error(told)
 
     def commit(self, found: Aggregated) -> None:
         self._method.commit(_objectives(found))
@@ -53,6 +54,6 @@ def _objectives(found: Aggregated) -> Aggregated:
     )
 
 
-def _alone(found: Aggregated, rows: slice) -> Aggregated:
-    """Whether some rows' weights, by themselves, are in range."""
-    return Aggregated.of(found.gram[rows, rows], found.proposed[rows], torch.zeros_like(found.status))
+def _fits(told: Aggregated) -> bool:
+    """Whether the objectives' weights alone are in range."""
+    return Aggregated.of(told.gram, told.proposed, torch.zeros_like(told.status)).ok()

@@ -16,8 +16,8 @@ def check_average(average: float, gradients: GradientConfig) -> None:
     if average > 0 and not strategies.chosen(gradients).has_whole_rows:
         raise ValueError(
             f"aggregation.average: found {average} with gradients.store {gradients.store} and "
-            f"gradients.scope {gradients.scope}, accepted: 0 (running means are of whole gradients: gradients.store shards "
-            "with scope full)"
+            f"gradients.scope {gradients.scope}, accepted: 0 (running means are of whole gradients: "
+            "gradients.store shards with scope full)"
         )
 
 
