@@ -27,6 +27,10 @@ def step(
     objectives: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Numbers of objectives; may be repeated. [2 4]")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure strategies with this in their name; may be repeated. [all]"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every strategy.")] = 5,
     out: Annotated[Path, typer.Option(parser=local, metavar="PATH", help="JSON file to write.")] = Path(
         "step-benchmark.json"
@@ -39,19 +43,21 @@ def step(
     from gapo_mega.runs.preflight import resolve
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]
+    from gapo_mega.measuring.step import StepBenchmark, check_names
+
+    check_names(only or [])
     report.check_target(out)
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
         resolve(settings, nproc)
-        options = [f"--objectives={count}" for count in counts]
+        options = [f"--objectives={count}" for count in counts] + [f"--only={text}" for text in only or []]
         arguments = ["--config", str(config), f"--rounds={rounds}", f"--out={out}", *options]
         launch.start(nproc, ["benchmark", "step", *arguments, *(overrides or [])])
     launch.quiet_other_ranks()
     world = world_size()
     resolved = resolve(settings, world)
-    from gapo_mega.measuring.step import StepBenchmark
 
-    run = StepBenchmark(resolved, counts)
+    run = StepBenchmark(resolved, counts, only or [])
     run.run(rounds)
     result = {**report.circumstances(settings, world, rounds), **run.result()}
     if run.engine.layout.is_main:

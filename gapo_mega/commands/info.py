@@ -21,7 +21,11 @@ def info() -> None:
     print(f"gapo-mega      {installed('gapo-mega')}")
     for line in beside_tested(
         platform.python_version(),
-        {name: installed(name) for name in ("megatron-core", "torch", "transformers")},
+        {
+            "megatron-core": installed("megatron-core"),
+            "torch": torch.__version__,  # with the CUDA build, which the distribution on PyPI leaves out
+            "transformers": installed("transformers"),
+        },
     ):
         print(line)
     print(f"machine        {platform.machine()}")

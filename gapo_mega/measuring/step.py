@@ -48,16 +48,31 @@ class Contender:
     peak_bytes: int = 0
 
 
+def check_names(only: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a text that is in the name of no variant."""
+    names = [declared.name for declared in variants()]
+    for text in only:
+        if not any(text in name for name in names):
+            raise ValueError(f"--only: found {text!r}, accepted: a part of {', '.join(map(repr, names))}")
+
+
 def contenders(
-    config: Config, shape: ModelShape, data_parallel: int, objectives: Sequence[int]
+    config: Config,
+    shape: ModelShape,
+    data_parallel: int,
+    objectives: Sequence[int],
+    only: Sequence[str] = (),
 ) -> list[Contender]:
     """The baseline, and every variant of every declared strategy for each number of objectives.
 
-    Variants that the layout or the batch does not allow are left out.
+    Variants that the layout or the batch does not allow are left out; so are those whose name has no text of
+    ``only`` in it, if that is not empty.
     """
     found = [Contender(BASELINE, 1, _variant(config, 1, {"forward": "separate"}))]
     for count in objectives:
         for declared in variants():
+            if only and not any(text in declared.name for text in only):
+                continue
             variant = _variant(config, count, declared.gradients)
             if refusal(variant, shape, data_parallel) is None:
                 found.append(Contender(declared.name, count, variant))
@@ -117,7 +132,7 @@ def synthetic_batch(
 class StepBenchmark:
     """The engine, the batch, and the contenders' turns."""
 
-    def __init__(self, resolved: ResolvedRun, objectives: Sequence[int]) -> None:
+    def __init__(self, resolved: ResolvedRun, objectives: Sequence[int], only: Sequence[str] = ()) -> None:
         self.config = config = resolved.config
         shape = resolved.shape
         # With one objective the engine's own strategy holds no rows beside the contenders'.
@@ -129,7 +144,7 @@ class StepBenchmark:
         self._alone = dataclasses.replace(resolved, config=own, critic=None)
         self.engine = build_benchmark_engine(self._alone)
         layout = self.engine.layout
-        self.contenders = contenders(config, shape, layout.data, objectives)
+        self.contenders = contenders(config, shape, layout.data, objectives, only)
         sequences = resolved.microbatches * config.micro_batch_size
         batch = synthetic_batch(config, shape, sequences, max(objectives), layout.data_rank)
         old_BT = self.engine.logprobs(batch, "policy")
@@ -208,6 +223,9 @@ def _by_phase(report: GradientReport) -> dict[str, float]:
 
 def _summary(contender: Contender, baseline: Contender) -> dict[str, Any]:
     ratios = [mine / one for mine, one in zip(contender.seconds, baseline.seconds, strict=True)]
+    passes = [
+        mine["passes"] / one["passes"] for mine, one in zip(contender.phases, baseline.phases, strict=True)
+    ]
     return {
         "name": contender.name,
         "objectives": contender.objectives,
@@ -216,6 +234,7 @@ def _summary(contender: Contender, baseline: Contender) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
+        "passes_ratio": statistics.median(passes),
         "phases_seconds": {p: statistics.median(s[p] for s in contender.phases) for p in PHASES},
         "row_bytes": contender.row_bytes,
         "peak_bytes": contender.peak_bytes,

@@ -53,10 +53,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     """One row per strategy: time as a ratio to the baseline, phases, and memory beside the baseline's."""
-    console = console or Console(width=max(Console().width, 116))  # output to a file is not cut
+    console = console or Console(width=max(Console().width, 132))  # output to a file is not cut
     baseline = result["strategies"][0]
     table = Table(title=f"train phase of one update on {result['world_size']} x {result['device']}")
-    columns = ("m", "strategy", "s/step", "ratio", "range", *PHASES, "rows", "extra peak")
+    columns = ("m", "strategy", "s/step", "ratio", "range", "passes ratio", *PHASES, "rows", "extra peak")
     for column in columns:
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for row in result["strategies"]:
@@ -69,6 +69,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             f"{row['ratio']:.2f}",
             # One round has no range.
             f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}" if result["rounds"] > 1 else "-",
+            f"{row['passes_ratio']:.2f}",
             *phases,
             _mib(row["row_bytes"]),
             _mib(extra),
@@ -78,9 +79,10 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     text = ", ".join(f"{kind} {_mib(size)}" for kind, size in kinds.items())
     console.print(f"bytes with one objective: {text}", soft_wrap=True)
     console.print(
-        "m: objectives. ratio: to the step with one objective of the same round (median). rows: gradients "
-        "held beside Megatron's buffer. extra peak: what a step allocates at its peak, above that of the "
-        "step with one objective. Bytes: of the rank with the most.",
+        "m: objectives. ratio: to the step with one objective of the same round (median). passes ratio: the "
+        "same of forwards and backwards alone. rows: gradients held beside Megatron's buffer. extra peak: "
+        "what a step allocates at its peak, above that of the step with one objective. Bytes: of the rank "
+        "with the most.",
         style="dim",
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gapo_mega.config.strategies import variants
 from gapo_mega.measuring import step_report as report
-from gapo_mega.measuring.step import BASELINE, StepBenchmark, contenders
+from gapo_mega.measuring.step import BASELINE, StepBenchmark, check_names, contenders
 from gapo_mega.models import HFDirectory
 from gapo_mega.models.registry import shape_of
 from tests.helpers.ranks import check_engine
@@ -49,6 +49,7 @@ def test_every_strategy_took_part(result: dict[str, Any]) -> None:
     assert rows[BASELINE]["ratio"] == 1.0
     for row in rows.values():
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["passes_ratio"] > 0 and (row["name"] != BASELINE or row["passes_ratio"] == 1.0)
         assert 0 < sum(row["phases_seconds"].values()) <= 1.5 * row["seconds"]
 
 
@@ -72,7 +73,7 @@ def test_table_and_file(result: dict[str, Any], tmp_path: Path) -> None:
     report.write(tmp_path / "new" / "step.json", result)
     assert json.loads((tmp_path / "new" / "step.json").read_text())["strategies"] == result["strategies"]
     text = StringIO()
-    report.print_table(result, Console(file=text, width=120))
+    report.print_table(result, Console(file=text, width=132))
     for row in result["strategies"]:
         assert row["name"] in text.getvalue()
 
@@ -99,3 +100,14 @@ def test_what_the_layout_rules_out_is_left_out(tmp_path: Path) -> None:
     parts = check_engine.make_config(str(directory), {}, {"name": "adam"}, micro_batch_size=2)
     names = {c.name for c in contenders(parts, shape, 1, [2])}
     assert "shared" in names and "single, shared" not in names
+    found = [(c.name, c.objectives) for c in contenders(parts, shape, 1, [2, 4], ["one_pass", "last_"])]
+    assert found == [
+        (BASELINE, 1),
+        *((name, m) for m in (2, 4) for name in NAMES if name in ("one_pass", "last_layer", "last_block")),
+    ]
+
+
+def test_a_name_that_no_strategy_has() -> None:
+    check_names(["one_pass", "row"])
+    with pytest.raises(ValueError, match=r"^--only: found 'onepass', accepted: a part of .*'one_pass'"):
+        check_names(["one_pass", "onepass"])

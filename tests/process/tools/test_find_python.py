@@ -51,7 +51,9 @@ def path_with(folder: Path, fakes: list[Fake]) -> dict[str, str]:
         file = folder / (fake.name or f"python{fake.version}")
         file.write_text(STAND_IN.format(**vars(fake)))
         file.chmod(0o755)
-    return {**os.environ, "PATH": str(folder)}
+    # Where make runs the tests, it would hand on what it was called with, such as PYTHON=.
+    own = {key: value for key, value in os.environ.items() if key != "PYTHON" and not key.startswith("MAKE")}
+    return {**own, "PATH": str(folder)}
 
 
 def find(folder: Path, fakes: list[Fake], options: list[str] = INDEX) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,9 @@ Let ``p[s]`` be the gradient of a weight that sequence s has in a backward pass.
 ``sum_s a_k[s] p[s]``. For a linear layer ``p[s] = dY_s' X_s``. A tile of it for all sequences of the
 microbatch stays in the cache, and ``ops.accumulate_`` adds it to all rows: ``2 B T + 2 M B`` operations a
 weight, where one gradient takes ``2 B T``.
+
+Of short sequences a tile is little work and much memory. There row k takes a product of its own,
+``sum_s (a_k[s] dY_s)' X_s``: ``2 M B T`` operations, and no tile.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 # are slower; a GPU's need to be larger.
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LEAST_WIDTH = 16  # rows of a weight in a tile
+# Tiles cost about ``T + c`` for each sequence, products for every row ``M T``: these win where T (M - 1) < c.
+# c in tokens: 40 to 54 on two cores and 7 on one (benchmarks/one_pass_forms.py); for CUDA by arithmetic,
+# writing and reading a bf16 tile at 3.3 TB/s against products at 400 TFLOP/s, not yet run.
+_SHORT = {"cpu": 32, "cuda": 256}
 
 
 class Accumulator:
@@ -44,13 +51,25 @@ class Accumulator:
 
     def linear(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor) -> None:
         """Add the gradient of ``output = input @ weight.t()``."""
-        _, sequences, width = input_SBI.shape
-        out = grad_SBO.shape[-1]
         beta = self._beta(weight)
         if self._only is not None:
-            gradient_OI = grad_SBO.reshape(-1, out).t() @ input_SBI.reshape(-1, width)
-            self._add_alone(weight, gradient_OI.view(-1), beta)
-            return
+            self._add_alone(weight, _product(grad_SBO, input_SBI).view(-1), beta)
+        elif is_short(input_SBI.shape[0], len(self._coefficients_MB), input_SBI.device.type):
+            self.linear_by_row(weight, input_SBI, grad_SBO, beta)
+        else:
+            self.linear_by_tile(weight, input_SBI, grad_SBO, beta)
+
+    def linear_by_row(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor, beta: float) -> None:
+        """One product for each row, of gradients scaled by its coefficients."""
+        for row, coefficient_B in zip(self._views(weight), self._coefficients_MB, strict=True):
+            scaled_SBO = (grad_SBO * coefficient_B[None, :, None]).to(grad_SBO.dtype)
+            gradient_N = _product(scaled_SBO, input_SBI).view(-1)
+            row.copy_(gradient_N) if beta == 0.0 else row.add_(gradient_N)
+
+    def linear_by_tile(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor, beta: float) -> None:
+        """One product for each sequence and tile of the weight, added to all rows."""
+        _, sequences, width = input_SBI.shape
+        out = grad_SBO.shape[-1]
         step = max(_LEAST_WIDTH, _TILE[input_SBI.device.type] // (sequences * width))
         input_BSI, grad_BOS = input_SBI.transpose(0, 1), grad_SBO.permute(1, 2, 0)
         if input_SBI.dtype != torch.float32:
@@ -120,3 +139,13 @@ class Accumulator:
                 row.copy_(gradient_N) if beta == 0.0 else row.add_(gradient_N)
             elif beta == 0.0:
                 row.zero_()
+
+
+def is_short(tokens: int, rows: int, device_type: str) -> bool:
+    """Whether sequences are so short that products for every row are faster than tiles for all."""
+    return tokens * (rows - 1) < _SHORT[device_type]
+
+
+def _product(grad_SBO: Tensor, input_SBI: Tensor) -> Tensor:
+    """The weight's gradient ``[O, I]`` over all tokens and sequences."""
+    return grad_SBO.reshape(-1, grad_SBO.shape[-1]).t() @ input_SBI.reshape(-1, input_SBI.shape[-1])

@@ -1,0 +1,59 @@
+"""Products of weight gradients, in both forms, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.gradients.accumulator import Accumulator, is_short
+
+SEQUENCES, WIDTH, OUT = 5, 12, 40
+
+
+class Rows:
+    """What the accumulator reads of ``WholeRows``, for one parameter."""
+
+    def __init__(self, parameter: nn.Parameter, count: int) -> None:
+        self.parameters = [parameter]
+        self.memory = torch.full((count, parameter.numel()), torch.nan)
+
+    def of(self, parameter: nn.Parameter) -> Tensor:
+        return self.memory
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("form", ["linear", "linear_by_row", "linear_by_tile"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_both_forms_are_the_sum_over_sequences(
+    rows: int, form: str, dtype: torch.dtype, error: float
+) -> None:
+    """Two additions, of which the first overwrites. bf16 rounds factors and products by 2^-9 each."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = nn.Parameter(torch.empty(OUT, WIDTH), requires_grad=False)
+    weight.main_grad = torch.full((OUT, WIDTH), torch.nan)  # type: ignore[attr-defined]
+    memory = Rows(weight, rows - 1)
+    accumulator = Accumulator(memory)  # type: ignore[arg-type]
+    accumulator.start()
+    expected = torch.zeros(rows, OUT, WIDTH, dtype=torch.float64)
+    for addition, length in enumerate((3, 70)):
+        coefficients_MB = torch.randn(rows, SEQUENCES, generator=generator)
+        input_SBI = torch.randn(length, SEQUENCES, WIDTH, generator=generator).to(dtype)
+        grad_SBO = torch.randn(length, SEQUENCES, OUT, generator=generator).to(dtype)
+        accumulator.take(coefficients_MB, torch.device("cpu"))
+        if form == "linear":
+            accumulator.linear(weight, input_SBI, grad_SBO)
+        else:
+            getattr(accumulator, form)(weight, input_SBI, grad_SBO, float(addition))
+        expected += torch.einsum(
+            "mb,sbo,sbi->moi", coefficients_MB.double(), grad_SBO.double(), input_SBI.double()
+        )
+    found = torch.cat([memory.memory, weight.main_grad.view(1, -1)]).view(rows, OUT, WIDTH)  # type: ignore[attr-defined]
+    assert (found - expected).norm() <= error * expected.norm()
+
+
+def test_rule() -> None:
+    """One row needs no tiles; with more of them tiles win earlier."""
+    assert is_short(10_000, 1, "cpu") and is_short(10_000, 1, "cuda")
+    assert is_short(31, 2, "cpu") and not is_short(32, 2, "cpu") and not is_short(11, 4, "cpu")
+    assert is_short(96, 2, "cuda") and not is_short(96, 8, "cuda")
