@@ -5,6 +5,7 @@ the sections of reward models and fine-tuning.
 """
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
+from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
@@ -14,7 +15,6 @@ from gapo_mega.config.sections import (
     Config,
     DataConfig,
     EvaluationConfig,
-    GradientConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,

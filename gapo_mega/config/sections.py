@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, model_validator
 
-from gapo_mega.config import strategies
+from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_kl_target
 from gapo_mega.config.fields import Code, LocalPath, Section
+from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 
 
@@ -153,6 +153,17 @@ class AggregationConfig(Section):
 
     name: Code = Field("gapo", description="a method of gapo_mega.aggregation, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the method")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weights from running means of the gradients, M = average M + (1 - average) g with bias "
+        "correction, for the current gradients; one more row a gradient; 0: from the current gradients",
+    )
+    average_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the running means; bf16 halves them, and rounds by up to 2^-9 every update",
+    )
 
 
 class AdvantageConfig(Section):
@@ -180,8 +191,26 @@ class LossConfig(Section):
 class AlgorithmConfig(Section):
     """What happens around the loss and the aggregation."""
 
+    kl: Literal["reward", "loss", "objective", "apart"] = Field(
+        "reward",
+        description="where the divergence from the reference counts. reward: in the reward of every token; "
+        "loss: in every objective's loss; objective: as one more row named kl, which the aggregation weighs "
+        "as any objective; apart: as one more row that the aggregation does not see, with kl_beta times the "
+        "sum of the weights",
+    )
     kl_beta: float = Field(
-        0.05, ge=0, description="coefficient of the KL reward per token, the same for every objective"
+        0.05, ge=0, description="coefficient of the KL, one for all objectives; not used with kl objective"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3",
+        description="of a token's KL in a loss (kl other than reward): with k2 the gradient is that of "
+        "KL(pi || ref), with k3 that of KL(ref || pi), with k1 0 in the mean",
+    )
+    kl_target: float | None = Field(
+        None, gt=0, description="KL of a response in nats to which kl_beta is steered; none: it stays"
+    )
+    kl_horizon: int = Field(
+        10_000, ge=1, description="responses within which kl_target changes kl_beta by a fifth at most"
     )
     entropy_beta: float = Field(
         0.0,
@@ -197,64 +226,6 @@ class AlgorithmConfig(Section):
         description="recompute: by the training forward; generator: those of the rollout, one forward less "
         "(equal to ~1e-5 in fp32; in bf16 the ratio of the first update is not exactly 1)",
     )
-
-
-LayerRange = Annotated[list[int], Field(min_length=2, max_length=2)]  # [first, end)
-
-
-def _declared(value: object) -> object:
-    """Validate like a ``Literal`` of the declared strategies' values."""
-    accepted = strategies.stores()
-    if value not in accepted:
-        *others, last = map(repr, accepted)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
-    return value
-
-
-class GradientConfig(Section):
-    """How per-objective gradients are measured, held and checked."""
-
-    store: Annotated[str, BeforeValidator(_declared)] = Field(
-        "shards",
-        description="shards: one row of this rank's reduced shard per objective, the last in Megatron's own "
-        "buffer; single: no row at all, m (m + 1) / 2 + 1 passes (one fewer where the last pair measured is "
-        "the direction, as for two objectives with gapo and p = 1)",
-    )
-    store_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the rows of store shards; bf16 halves them and rounds by up to 2^-9"
-    )
-    forward: Literal["auto", "one_pass", "shared", "separate"] = Field(
-        "auto",
-        description="one_pass: one forward and as many backwards as a sequence's cotangents have directions, "
-        "one where every advantage is a number for a whole response; m - 1 rows of all parameters of a rank; "
-        "shared: one forward per microbatch and a backward per objective through its graph, each "
-        "reduced over the data ranks (no pipeline); separate: a forward and a backward per objective, "
-        "reduced once a minibatch; auto: one_pass without a critic (with a pipeline: if a rollout has one "
-        "update), else shared without a pipeline where it adds no communication (one microbatch, or one data "
-        "rank), else separate",
-    )
-    scope: Literal["full", "last_layer", "last_block"] | list[LayerRange] = Field(
-        "full",
-        description="parameters that enter the inner products; the update is always of all. last_layer: the "
-        "output layer (the paper's choice); last_block: with the last transformer layer; "
-        "[[first, end], ...]: these transformer layers, from 0, end excluded",
-    )
-    metric: Literal["euclidean", "adam"] = Field(
-        "euclidean",
-        description="adam: inner products weighted by 1 / (sqrt(v) + eps), v Adam's bias-corrected second "
-        "moment before the step; euclidean until the first step, and 0 where v still is 0",
-    )
-    actual_change: bool | None = Field(
-        None,
-        description="also log the inner product of every gradient with the change that the optimizer made to "
-        "the parameters (a copy of this rank's parameters during the step); none: with metric adam only",
-    )
-    max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> GradientConfig:
-        strategies.chosen(self).check()
-        return self
 
 
 class CheckpointConfig(Section):
@@ -319,7 +290,13 @@ class Config(Section):
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
-        return tuple(objective.name for objective in self.objectives)
+        return self.aggregated + ((KL_ROW,) if self.algorithm.kl == "apart" else ())
+
+    @property
+    def aggregated(self) -> tuple[str, ...]:
+        """Names of the rows that the aggregation sees; the others follow them."""
+        names = tuple(objective.name for objective in self.objectives)
+        return names + ((KL_ROW,) if self.algorithm.kl == "objective" else ())
 
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""
@@ -330,6 +307,14 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        algorithm = self.algorithm
+        check_average(self.aggregation.average, self.gradients)
+        check_kl_row(algorithm.kl, [objective.name for objective in self.objectives])
+        check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
         return self
 
     @model_validator(mode="after")

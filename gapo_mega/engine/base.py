@@ -85,6 +85,9 @@ class GradientReport:
     # made; None if the strategy does not measure it, NaN if it cannot be computed
     actual_change: list[float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, aggregate, optimizer
+    # [M, M] float64, CPU: inner products of the gradients' running means, from which the weights follow;
+    # None: they follow from ``gram``
+    averaged_gram: Tensor | None = None
     # Tokens that a pass computed over those of prompts and responses: what padding to the longest of a
     # microbatch costs.
     padding: float = 1.0

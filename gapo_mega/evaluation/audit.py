@@ -85,7 +85,7 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     for name in only:
         if name not in known:
             raise ValueError(unknown("--method", name, sorted(known)))
-    recording = read_recording(run_dir, [objective.name for objective in config.objectives])
+    recording = read_recording(run_dir, config.aggregated, averaged=config.aggregation.average > 0)
     own, *others = candidates(config)
     wanted = [c for c in others if not only or c.aggregator.name in only]
     verdicts = judge([own, *wanted], recording)

@@ -16,6 +16,9 @@ from torch import Tensor
 from gapo_mega.evaluation.files import config_file
 from gapo_mega.evaluation.series import METRICS_FILE, Array, is_number, read_rows
 
+# The log's names for norms and cosines of the gradients, and of their running means.
+_GRADIENTS, _MEANS = ("grad_norm", "cosine"), ("averaged_norm", "averaged_cosine")
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -26,14 +29,26 @@ class Recording:
     left_out: list[int]  # steps without finite gradients, or that the run skipped for another reason
     grams: Tensor  # [S, M, M] float64
     weights: Array  # [S, M] as logged
+    averaged: Tensor | None = (
+        None  # [S, M, M] of the gradients' running means, if the run's weights are of these
+    )
+
+    @property
+    def seen(self) -> Tensor:
+        """The Gram matrices that the run's method saw [S, M, M]."""
+        return self.grams if self.averaged is None else self.averaged
 
 
-def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
-    """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
+def read_recording(run_dir: Path, names: Sequence[str], averaged: bool = False) -> Recording:
+    """Every step's Gram matrix and weights; ``averaged``: and the matrix of the gradients' running means.
+
+    Raises ``ValueError`` where there are none.
+    """
     path = run_dir / METRICS_FILE
     rows = read_rows(path)
+    kinds = [_GRADIENTS, _MEANS] if averaged else [_GRADIENTS]
     for row in rows:
-        _check(row, names, path)
+        _check(row, names, path, kinds)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
     if not usable:
         raise ValueError(
@@ -47,16 +62,23 @@ def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
         left_out=sorted({int(row["step"]) for row in rows} - set(steps)),
         grams=torch.stack([gram for _, gram in usable]),
         weights=np.array([[row[f"weight/{name}"] for name in names] for row, _ in usable], dtype=float),
+        averaged=_means([row for row, _ in usable], names) if averaged else None,
     )
 
 
-def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
+def _means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:
+    """The matrices of the running means; finite, because the gradients of these steps are."""
+    found = [_gram(row, names, _MEANS) for row in rows]
+    return torch.stack([gram for gram in found if gram is not None])
+
+
+def _check(row: dict[str, Any], names: Sequence[str], path: Path, kinds: Sequence[tuple[str, str]]) -> None:
     """Raise ``ValueError`` unless norms, cosines and weights are there, each null or in its range."""
     most = 1 + 1e-6  # a logged cosine is rounded
     limits = {
-        **{f"grad_norm/{name}": (0.0, math.inf) for name in names},
+        **{f"{norm}/{name}": (0.0, math.inf) for norm, _ in kinds for name in names},
         **{f"weight/{name}": (-math.inf, math.inf) for name in names},
-        **{f"cosine/{a}/{b}": (-most, most) for a, b in combinations(names, 2)},
+        **{f"{cosine}/{a}/{b}": (-most, most) for _, cosine in kinds for a, b in combinations(names, 2)},
     }
     for key, (least, greatest) in limits.items():
         if key not in row:
@@ -72,16 +94,17 @@ def _check(row: dict[str, Any], names: Sequence[str], path: Path) -> None:
             )
 
 
-def _gram(row: dict[str, Any], names: Sequence[str]) -> Tensor | None:
+def _gram(row: dict[str, Any], names: Sequence[str], kind: tuple[str, str] = _GRADIENTS) -> Tensor | None:
     """``G_ij = ||g_i|| ||g_j|| cos_ij``; None for a skipped step, which has no weights to compare with."""
-    norms = [row[f"grad_norm/{name}"] for name in names]
+    norm, cosine_of = kind
+    norms = [row[f"{norm}/{name}"] for name in names]
     if row.get("skipped") or None in norms:
         return None
     gram = torch.diag(torch.tensor(norms, dtype=torch.float64) ** 2)
     for (i, a), (j, b) in combinations(enumerate(names), 2):
         if norms[i] == 0 or norms[j] == 0:
             continue  # their cosine is null
-        cosine = row[f"cosine/{a}/{b}"]
+        cosine = row[f"{cosine_of}/{a}/{b}"]
         if cosine is None:
             return None
         gram[i, j] = gram[j, i] = norms[i] * cosine * norms[j]

@@ -109,7 +109,7 @@ def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[
         ("Response length", f"at most {rollout.max_new_tokens} tokens"),
         ("Advantages", config.advantages.name),
         ("Learning rate", f"{config.optimizer.lr:g} ({config.optimizer.name}, {config.optimizer.schedule})"),
-        ("KL weight", f"{config.algorithm.kl_beta:g}"),
+        ("KL weight", f"{config.algorithm.kl_beta:g} ({config.algorithm.kl})"),
         ("Parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {config.model.dtype}"),
         ("Seed", f"{config.seed}"),
         ("Throughput", _throughput(series)),

@@ -105,11 +105,11 @@ def judge(asked: Sequence[Candidate], recording: Recording) -> list[Verdict]:
     """Ask every candidate at every step, in the order of the steps: a method may remember earlier ones."""
     weights: list[list[Tensor]] = [[] for _ in asked]
     found: list[list[Diagnosis]] = [[] for _ in asked]
-    steps = tqdm(recording.grams, desc="audit", unit="step", disable=len(recording.steps) < MANY_STEPS)
-    for step, gram in zip(recording.steps, steps, strict=True):
+    steps = tqdm(recording.steps, desc="audit", unit="step", disable=len(recording.steps) < MANY_STEPS)
+    for step, gram, seen in zip(steps, recording.grams, recording.seen, strict=True):
         for index, candidate in enumerate(asked):
             try:
-                answer = candidate.aggregator.weigh_or_raise(gram)
+                answer = candidate.aggregator.weigh_or_raise(seen)
             except ValueError as error:
                 raise ValueError(f"step {step}, {candidate.label}: {error}") from error
             candidate.aggregator.commit(answer)

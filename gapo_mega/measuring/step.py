@@ -98,7 +98,12 @@ def _variant(config: Config, objectives: int, settings: Mapping[str, Any]) -> Co
         | {"metric": "euclidean", "actual_change": False}
         | dict(settings)
     )
-    return config.model_copy(update={"objectives": named, "gradients": gradients})
+    # Rows of objectives alone, as the batch has them.
+    plain = {
+        "aggregation": config.aggregation.model_copy(update={"average": 0.0}),
+        "algorithm": config.algorithm.model_copy(update={"kl": "reward", "kl_target": None}),
+    }
+    return config.model_copy(update={"objectives": named, "gradients": gradients, **plain})
 
 
 def synthetic_batch(

@@ -3,7 +3,8 @@
 Parameters, gradients, optimizer state and rows follow from the shapes exactly, but for the padding of
 Megatron's buckets (each parameter begins at a multiple of 64 elements, each bucket ends at one of 128 per
 data rank: 0.1 % of the smallest models). Rows of objectives: what the gradient strategy declares
-(``config/strategies/``). ``activations.py`` says what a training pass holds.
+(``config/strategies/``), and the running means of ``aggregation.average``. ``activations.py`` says what a
+training pass holds.
 
 Not counted: a GPU's context, in which the driver keeps the stacks of our kernels (docs/gpu.md), what its
 allocator keeps in reserve, buffers of the communication library (gloo copies the gradient buffer in the
@@ -128,6 +129,14 @@ def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, whole: i
     )
 
 
+def average_bytes(resolved: ResolvedRun, sizes: RankSizes) -> int:
+    """Bytes of the gradients' running means on a rank (``aggregation.average``)."""
+    config = resolved.config
+    if not config.aggregation.average:
+        return 0
+    return resolved.strategy.average_bytes(len(config.rows), sizes, config.aggregation.average_dtype)
+
+
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
     """Parameters of the language model on one rank of a stage, the padded vocabulary included."""
     total = _backbone_parameters(shape, tensor, pipeline, stage)
@@ -192,7 +201,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         parameters=count * item,
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
-        objective_rows=strategy.row_bytes(objectives, sizes),
+        objective_rows=strategy.row_bytes(objectives, sizes) + average_bytes(resolved, sizes),
         reference=0 if offloaded else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),

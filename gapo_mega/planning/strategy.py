@@ -41,14 +41,15 @@ def _one_pass_is_sure(config: Config) -> bool:
     """Whether one pass gives all gradients, without a second try.
 
     With a pipeline only the last stage sees, after the fact, whether one direction was enough. It is in the
-    first update on a rollout, where no ratio is clipped.
+    first update on a rollout, where no ratio is clipped, unless a loss has a KL term.
     """
     if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
         return False
     algorithm = config.algorithm
     if config.parallel.pipeline == 1:
         return True
-    return algorithm.ppo_epochs * algorithm.minibatches == 1 and algorithm.entropy_beta == 0
+    one_direction = algorithm.kl == "reward" and algorithm.entropy_beta == 0
+    return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
 
 
 def refusal_of_one_pass() -> str | None:

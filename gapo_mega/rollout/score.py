@@ -47,13 +47,16 @@ class Scorer:
         token_rewards: TokenRewards,
         with_values: bool,
         timer: Timer,
+        kl_beta: Callable[[], float] | None = None,
     ) -> None:
+        """``kl_beta``: the coefficient of the KL reward, asked anew every time; none: the algorithm's."""
         self._engine = engine
         self._objectives = objectives
         self._algorithm = algorithm
         self._token_rewards = token_rewards
         self._with_values = with_values
         self._timer = timer
+        self._kl_beta = kl_beta or (lambda: algorithm.kl_beta)
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """``[M, B]`` float32. Each response is scored once per replica, not once per rank.
@@ -97,6 +100,7 @@ class Scorer:
         with self._timer("reference"):
             ref_BT = self._engine.logprobs(batch, "reference")
         values_MBT = None
+        kl_beta = self._kl_beta() if self._algorithm.kl == "reward" else 0.0
         if self._with_values:
             with self._timer("values"):
                 values_MBT = self._engine.values(batch)
@@ -108,9 +112,7 @@ class Scorer:
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
             scores_MB=scores_MB,
-            token_rewards_MBT=self._token_rewards(
-                scores_MB, old_BT, ref_BT, mask_BT, self._algorithm.kl_beta
-            ),
+            token_rewards_MBT=self._token_rewards(scores_MB, old_BT, ref_BT, mask_BT, kl_beta),
             values_MBT=values_MBT,
-            kl_rewards_BT=kl_rewards(old_BT, ref_BT, mask_BT, self._algorithm.kl_beta),
+            kl_rewards_BT=kl_rewards(old_BT, ref_BT, mask_BT, kl_beta),
         )

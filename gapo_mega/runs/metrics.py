@@ -24,7 +24,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything that an update measured, by the log's names.
 
-    ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
+    ``names`` are those of the Gram matrix's rows, the objectives first. ``rewards`` are batch means of the
+    objectives, in the same order; ``seconds`` are the trainer's phases, to
     which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
@@ -36,16 +37,23 @@ def step_metrics(
     ``clip_fraction_BOUND/i`` is the share of tokens that a bound of the loss held back, ``kl_old_new``
     estimates KL(old || new) per token, ``ratio_min`` and ``ratio_max`` are extremes over tokens, and
     ``entropy_estimate`` is the mean of -log pi over the sampled tokens.
+    ``averaged_norm`` and ``averaged_cosine`` are those of the gradients' running means, where the weights
+    follow from these (``aggregation.average``).
     """
     count = len(names)
-    assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
+    assert len(rewards) <= count and len(report.losses) == count, (names, rewards, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
     found = diagnose(gram, report.weights)
-    metrics = _per_objective("reward", names, rewards)
+    metrics = _per_objective("reward", names[: len(rewards)], rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
-    metrics |= _cosines(gram, norms, names)
+    metrics |= _cosines("cosine", gram, norms, names)
+    if report.averaged_gram is not None:
+        averaged = report.averaged_gram.double()
+        lengths = averaged.diagonal().clamp(min=0).sqrt()
+        metrics |= _per_objective("averaged_norm", names, lengths.tolist())
+        metrics |= _cosines("averaged_cosine", averaged, lengths, names)
     metrics |= _per_objective("weight", names, report.weights.tolist())
     metrics |= _per_objective("predicted_change", names, found.predicted_change.tolist())
     if report.actual_change is not None:
@@ -99,9 +107,9 @@ def _per_objective(prefix: str, names: Sequence[str], values: Sequence[float]) -
     return {f"{prefix}/{name}": float(value) for name, value in zip(names, values, strict=True)}
 
 
-def _cosines(gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
+def _cosines(prefix: str, gram: Tensor, norms: Tensor, names: Sequence[str]) -> dict[str, float]:
     # Divided one norm after the other: the product of two tiny norms may underflow.
     cosines = gram / norms[:, None] / norms[None, :]
     return {
-        f"cosine/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
+        f"{prefix}/{names[i]}/{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)
     }

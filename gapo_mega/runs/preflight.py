@@ -77,7 +77,7 @@ def _aggregator(config: Config) -> Aggregator:
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
     with _errors_of(f"aggregation.options ({name})"):
-        aggregator(torch.eye(len(config.rows), dtype=torch.float64))
+        aggregator(torch.eye(len(config.aggregated), dtype=torch.float64))
     return aggregator
 
 

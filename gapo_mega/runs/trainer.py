@@ -23,8 +23,10 @@ from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.experience import ExperienceMaker
 from gapo_mega.rollout.facts import BatchFacts
 from gapo_mega.rollout.heldout import Answers, HeldOut
+from gapo_mega.rollout.kl import KlCoefficient
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.runs.finish import finish
+from gapo_mega.runs.kl import loss_with_kl, method_with_kl
 from gapo_mega.runs.log import RunLog
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.metrics import step_metrics
@@ -56,9 +58,14 @@ class Trainer:
         self.config = config = resolved.config
         self.engine = engine
         self.names = [objective.name for objective in resolved.objectives]
+        self.rows = list(config.rows)
         self.aggregator = resolved.aggregator
+        algorithm = config.algorithm
+        self.kl = KlCoefficient(algorithm.kl_beta, algorithm.kl_target, algorithm.kl_horizon)
+        self._loss = loss_with_kl(resolved.loss, config, self.kl)
+        self._method = method_with_kl(resolved.aggregator, config, self.kl)
         self.phases = Phases()
-        self.skips = Skips(self.names, config.gradients.max_nonfinite_steps)
+        self.skips = Skips(self.rows, config.gradients.max_nonfinite_steps)
         self.prompts = train_prompts
         self.order = Order(
             len(train_prompts),
@@ -94,6 +101,7 @@ class Trainer:
             token_rewards,
             self.resolved.estimator.needs_values,
             self.phases,
+            lambda: self.kl.value,
         )
         self.maker = ExperienceMaker(
             engine,
@@ -147,6 +155,7 @@ class Trainer:
                 self._record(update, report, facts, critic_losses)
                 self.skips.take(report, update)
                 self.phases.restart()
+        self.kl.observe(facts.kl * facts.extra["response_length"], self.config.sequences())
 
     def finish(self) -> None:
         """Export the policy, answer the held-out prompts again, and write summary and report."""
@@ -161,6 +170,7 @@ class Trainer:
         return {
             "schedule": dataclasses.asdict(self._position()),
             "aggregator": self.aggregator.state_dict(),
+            "kl": self.kl.state_dict(),
             "skipped_in_a_row": self.skips.in_a_row,
             "before": dataclasses.asdict(self.before) if self.before else None,
             "seconds": self._elapsed(),
@@ -170,6 +180,7 @@ class Trainer:
         """Inverse of ``state_dict``. Raises ``ValueError`` for other prompts or another aggregator."""
         self._position().check_same_prompts(PromptPosition(**state["schedule"]))
         self.aggregator.load_state_dict(state["aggregator"])
+        self.kl.load_state_dict(state.get("kl", {}))
         self.skips.in_a_row = int(state["skipped_in_a_row"])
         self.before = Answers(**state["before"]) if state["before"] else None
         self._seconds_before_resume = float(state["seconds"])
@@ -180,9 +191,9 @@ class Trainer:
     # -- one update ----------------------------------------------------------------------------------
     def _update_policy(self, minibatch: Experience) -> GradientReport:
         try:
-            return self.engine.update_policy(minibatch, self.resolved.loss, self.aggregator)
+            return self.engine.update_policy(minibatch, self._loss, self._method)
         except ZeroGradientError as error:
-            at_fault = ", ".join(self.names[i] for i in error.objectives)
+            at_fault = ", ".join(self.rows[i] for i in error.objectives)
             raise RuntimeError(
                 f"stopped: the gradient of {at_fault} is zero (all its rewards are alike) and "
                 "aggregation.options.zero_gradient is 'stop'"
@@ -209,16 +220,17 @@ class Trainer:
         self, update: int, report: GradientReport, facts: BatchFacts, critic_losses: Sequence[float]
     ) -> None:
         seconds = self.phases.total()
+        extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
         metrics = step_metrics(
             report,
-            self.names,
+            self.rows,
             rewards=facts.rewards,
             kl=facts.kl,
             # Every update gets an equal share of the rollout's tokens; the first one holds its time.
             tokens_per_second=facts.tokens / self.updates_per_step / seconds,
             peak_memory_bytes=self.engine.peak_memory(),
             seconds={**self.phases.seconds, "step": seconds},
-            extra=facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)},
+            extra=extra | ({"kl_beta": self.kl.value} if self.kl.adapts else {}),
         )
         self.log.write(update, metrics)
 

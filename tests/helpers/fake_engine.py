@@ -70,6 +70,7 @@ class FakeEngine:
         self.prompts: list[tuple[int, ...]] = []
         self.policy = 1
         self.next_report: dict[str, Any] = {}
+        self.kl_rows = 0  # after those of the objectives
         self.at = at or {}
 
     def _called(self, name: str) -> None:
@@ -121,12 +122,17 @@ class FakeEngine:
     def update_policy(
         self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
     ) -> GradientReport:
-        """Losses at the policy that sampled; a Gram matrix of advantages. Moves the policy."""
+        """Losses at the policy that sampled; a Gram matrix of advantages. Moves the policy.
+
+        The "gradient" of a KL row is the drift from the reference.
+        """
         self._called("update_policy")
         assert minibatch.advantages_MBT is not None
-        count = len(minibatch.scores_MB)
+        count = len(minibatch.scores_MB) + self.kl_rows
         losses = [float(loss(minibatch.old_logprobs_BT, minibatch, k)) for k in range(count)]
-        rows = minibatch.advantages_MBT.double().flatten(1)
+        drift_BT = (minibatch.old_logprobs_BT - minibatch.ref_logprobs_BT) * minibatch.response_mask_BT
+        parts = [minibatch.advantages_MBT, *[drift_BT[None]] * self.kl_rows]
+        rows = torch.cat(parts).double().flatten(1)
         gram = rows @ rows.t() + torch.eye(count, dtype=torch.float64)
         weights = aggregator(gram)
         self.policy = (self.policy * 31 + int(minibatch.tokens_BT.sum())) % 997

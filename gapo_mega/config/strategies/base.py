@@ -115,6 +115,11 @@ class StrategyDeclaration(ABC):
             )
 
     @property
+    def has_whole_rows(self) -> bool:
+        """Whether all whole gradients are there when weights are found, so that running means can be kept."""
+        return False
+
+    @property
     def measures_change(self) -> bool:
         """Whether to measure the optimizer's actual change, as ``gradients.actual_change`` decides."""
         return False
@@ -129,6 +134,10 @@ class StrategyDeclaration(ABC):
 
         ``rows_are_even`` tells whether every rank of a stage holds as many.
         """
+
+    def average_bytes(self, objectives: int, sizes: RankSizes, dtype: str) -> int:
+        """Bytes of the gradients' running means on a rank, one of its shard each; 0 where there are none."""
+        return objectives * sizes.shard * (2 if dtype == "bf16" else FP32) if self.has_whole_rows else 0
 
     def refuse_bf16_rows(self) -> None:
         """Refuse bf16 rows, for strategies that do not keep whole gradients as rows."""

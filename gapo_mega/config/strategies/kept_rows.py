@@ -46,6 +46,10 @@ class KeptRows(StrategyDeclaration):
         return self.gradients.store_dtype == "fp32"
 
     @property
+    def has_whole_rows(self) -> bool:
+        return True
+
+    @property
     def measures_change(self) -> bool:
         """Follows the setting; where that is none, true with the adam metric only."""
         asked = self.gradients.actual_change

@@ -24,6 +24,7 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
+from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
 from gapo_mega.engine.megatron.model.forward import Chunks, forward_only, split
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
@@ -176,14 +177,18 @@ class MegatronEngine(groups.Collective):
         critics = self.critics.models if self.critics is not None else []
         return {"policy": self.policy, **{f"critic{i}": c for i, c in enumerate(critics)}}
 
+    def _averages(self) -> dict[str, AveragedRows]:
+        """The running means of the policy's gradients, if there are any."""
+        return {} if self.gradients.averages is None else {"policy": self.gradients.averages}
+
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
-        checkpoint.save(directory, self._trainables(), extra, self.groups)
+        checkpoint.save(directory, self._trainables(), extra, self.groups, averages=self._averages())
         if self.layout.is_main:
             copy_companions(model_location.companions_of(self._source), directory / model_location.COMPANIONS)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        return checkpoint.load(directory, self._trainables(), self.groups)
+        return checkpoint.load(directory, self._trainables(), self.groups, self._averages())
 
     def gather_parameters(self) -> None:
         with megatron_device():

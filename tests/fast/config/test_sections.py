@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gapo_mega.config import OptimizerConfig, ParallelConfig, Section
+from gapo_mega.config import Config, OptimizerConfig, ParallelConfig, Section
+
+MINIMAL: dict[str, Any] = {"output_dir": "o", "model": {"path": "m"}, "data": {"source": "s"}}
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,40 @@ def test_what_lacks_something_is_refused(
 def test_what_has_all_is_accepted() -> None:
     assert ParallelConfig(pipeline=2, virtual_pipeline=3).virtual_pipeline == 3
     assert OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True).overlap_param_gather
+
+
+def objectives(count: int, *more: str) -> list[dict[str, str]]:
+    return [{"name": name} for name in [*(f"o{i}" for i in range(count)), *more]]
+
+
+@pytest.mark.parametrize("kl", ["objective", "apart"])
+def test_the_kl_row_needs_its_name_and_room(kl: str) -> None:
+    algorithm = {"kl": kl}
+    taken = f"found the name kl with algorithm.kl {kl}, accepted: another name"
+    with pytest.raises(ValidationError, match=taken):
+        Config.model_validate({**MINIMAL, "objectives": objectives(1, "kl"), "algorithm": algorithm})
+    with pytest.raises(ValidationError, match=f"found 16 with algorithm.kl {kl}, accepted: up to 15"):
+        Config.model_validate({**MINIMAL, "objectives": objectives(16), "algorithm": algorithm})
+    config = Config.model_validate({**MINIMAL, "objectives": objectives(15), "algorithm": algorithm})
+    assert config.rows == (*(f"o{i}" for i in range(15)), "kl")
+    assert config.aggregated == (config.rows if kl == "objective" else config.rows[:-1])
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_without_a_kl_row_nothing_is_taken(kl: str) -> None:
+    section = {"objectives": objectives(15, "kl"), "algorithm": {"kl": kl}}
+    config = Config.model_validate({**MINIMAL, **section})
+    assert config.rows == config.aggregated == (*(f"o{i}" for i in range(15)), "kl")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"kl": "objective", "kl_target": 6}, "found 6.0 with kl objective, accepted: none"),
+        ({"kl_beta": 0, "kl_target": 6}, "found 6.0 with kl_beta 0, accepted: none, or"),
+    ],
+)
+def test_a_kl_target_needs_a_coefficient_to_steer(algorithm: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**MINIMAL, "objectives": objectives(1), "algorithm": algorithm})
+    assert f"algorithm.kl_target: {said}" in str(caught.value)

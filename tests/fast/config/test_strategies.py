@@ -321,3 +321,23 @@ def test_a_new_strategy_is_one_file_for_configuration_plan_and_benchmarks(tmp_pa
         assert known["sum only"] == {"store": "sum_only", "forward": "separate"}
     with pytest.raises(ValueError, match="'shards' or 'single'"):
         load(file, ["gradients.store=sum_only"])
+
+
+@pytest.mark.parametrize("section", [{"store": "single"}, {"scope": "last_layer"}, {"scope": [[0, 1]]}])
+def test_means_of_gradients_need_whole_gradients(section: dict[str, Any]) -> None:
+    store, scope = section.get("store", "shards"), section.get("scope", "full")
+    expected = (
+        f"aggregation.average: found 0.9 with gradients.store {store} and gradients.scope {scope}, accepted: "
+        "0 (running means are of whole gradients: gradients.store shards with scope full)"
+    )
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**raw(), "aggregation": {"average": 0.9}, "gradients": section})
+    assert expected in str(caught.value)
+    Config.model_validate({**raw(), "aggregation": {"average": 0.0}, "gradients": section})
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"forward": "one_pass"}, {"metric": "adam"}, {"store_dtype": "bf16"}]
+)
+def test_means_of_gradients_go_with_every_form_of_whole_gradients(section: dict[str, Any]) -> None:
+    Config.model_validate({**raw(), "aggregation": {"average": 0.9}, "gradients": section})

@@ -166,10 +166,15 @@ def test_rows_of_every_gradient_strategy() -> None:
     )
     output = 256 * 48
 
-    def rows(world: int = 1, pipeline: int = 1, stage: int = 0, **gradients: Any) -> int:
-        plan = predict(
-            resolved_run(config(parallel={"pipeline": pipeline}, gradients=gradients), world, shape=shape)
-        )
+    def rows(
+        world: int = 1,
+        pipeline: int = 1,
+        stage: int = 0,
+        aggregation: dict[str, Any] | None = None,
+        **gradients: Any,
+    ) -> int:
+        sections = {"parallel": {"pipeline": pipeline}, "gradients": gradients}
+        plan = predict(resolved_run(config(**sections, aggregation=aggregation or {}), world, shape=shape))
         return plan.stages[stage].objective_rows
 
     assert rows() == 2 * 4 * count  # three objectives, one of them in Megatron's buffer
@@ -180,6 +185,12 @@ def test_rows_of_every_gradient_strategy() -> None:
     assert rows(metric="adam") == 3 * 4 * count  # and the parameters before the step
     assert rows(metric="adam", actual_change=False) == 2 * 4 * count
     assert rows(scope="last_layer") == 3 * 4 * output
+    # A running mean of every gradient, over what a rank owns.
+    average: dict[str, Any] = {"average": 0.9}
+    assert rows(aggregation=average) == (2 + 3) * 4 * count
+    assert rows(aggregation=average | {"average_dtype": "bf16"}) == (2 * 4 + 3 * 2) * count
+    # One pass keeps whole rows, and means of what the rank owns.
+    assert rows(world=2, aggregation=average) == 2 * 4 * count + 3 * 4 * (count // 2)
     assert rows(scope="last_block") == 3 * 4 * output + 2 * 4 * layer
     assert rows(scope=[[0, 1], [4, 6]]) == 2 * 4 * 3 * layer
     # Three layers a stage: the output layer and the last layer are on the last one.

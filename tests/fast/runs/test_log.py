@@ -64,6 +64,21 @@ def test_step_metrics_match_the_gradients_themselves() -> None:
     assert metrics["cosine/helpful/honest"] == pytest.approx(float(expected), rel=1e-10)
 
 
+def test_step_metrics_of_running_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, means = torch.randn(2, 3, 50, dtype=torch.float64, generator=generator)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    metrics = metrics_of(report(rows @ rows.T, weights, averaged_gram=means @ means.T))
+    for i, name in enumerate(NAMES):
+        assert metrics[f"grad_norm/{name}"] == pytest.approx(float(rows[i].norm()), rel=1e-12)
+        assert metrics[f"averaged_norm/{name}"] == pytest.approx(float(means[i].norm()), rel=1e-12)
+        expected = float(weights @ rows @ rows[i])
+        assert metrics[f"predicted_change/{name}"] == pytest.approx(expected, rel=1e-10)
+    cosine = torch.nn.functional.cosine_similarity(means[0], means[2], dim=0)
+    assert metrics["averaged_cosine/helpful/honest"] == pytest.approx(float(cosine), rel=1e-10)
+    assert not any("averaged" in key for key in metrics_of(report(rows @ rows.T, weights)))
+
+
 def test_step_metrics_has_every_documented_key() -> None:
     metrics = metrics_of(report(torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
     assert {"kl", "clip_factor", "gradient_norm", "learning_rate", "skipped", "value_loss"} < set(metrics)

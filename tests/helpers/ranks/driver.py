@@ -17,6 +17,7 @@ from tests.helpers.ranks import worlds
 
 _NAMES = (
     "assumptions",
+    "averages",
     "checkpoint",
     "combination",
     "engine",

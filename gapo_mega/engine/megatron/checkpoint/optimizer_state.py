@@ -23,6 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
@@ -42,18 +43,27 @@ class OptimizerState:
     """Saves and loads the state of one model's optimizer."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], optimizer: MegatronOptimizer, groups: Groups
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: MegatronOptimizer,
+        groups: Groups,
+        averages: AveragedRows | None = None,
     ) -> None:
-        """``parameters``: the model's, in an order that all data ranks share."""
+        """``parameters``: the model's, in an order that all data ranks share.
+
+        ``averages``: running means of the model's gradients, which lie as the optimizer's own tensors do.
+        """
         chained = optimizer.chained_optimizers
         assert len(chained) == 1, "expert parameters have an optimizer of their own"
         self._optimizer = chained[0]
         self._inner: torch.optim.Optimizer = self._optimizer.optimizer
         self._groups = groups
         self._parameters = [p for p in parameters if p.requires_grad]
-        self.names = self._tensor_names()
+        self._own_names = self._tensor_names()
         self._create()
+        self._averages = averages
         self._pieces = dict(self._own_pieces())
+        self.names = self._own_names + ([] if averages is None else averages.names)
 
     # -- step count ----------------------------------------------------------------------------
     @property
@@ -69,6 +79,16 @@ class OptimizerState:
         elif self._optimizer.config.optimizer == "adam":
             for group in self._inner.param_groups:  # the fused Adams count per group
                 group["step"] = value
+
+    @property
+    def averaged_updates(self) -> int:
+        """Updates that the running means of the gradients have seen; 0 without any."""
+        return 0 if self._averages is None else self._averages.updates
+
+    @averaged_updates.setter
+    def averaged_updates(self, value: int) -> None:
+        if self._averages is not None:
+            self._averages.updates = value
 
     # -- tensors -------------------------------------------------------------------------------
     def to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +106,7 @@ class OptimizerState:
             owners = [ranges.get(index) for ranges in held]
             piece = self._pieces.get(parameter)
             for name in self.names:
-                own = None if piece is None else piece.tensors[name].detach().reshape(-1).cpu()
+                own = None if piece is None else piece.tensors[name].detach().reshape(-1).float().cpu()
                 whole = self._collect(own, owners, parameter.numel())
                 if whole is not None:
                     result[f"{index}.{name}"] = _like(
@@ -133,17 +153,20 @@ class OptimizerState:
         """Create the zeros that optimizers otherwise create in their first step; no update changes."""
         for group in self._inner.param_groups:
             for main in group["params"]:
-                for name in self.names:
+                for name in self._own_names:
                     if name != _MAIN and name not in self._inner.state[main]:
                         self._inner.state[main][name] = torch.zeros_like(main)
                 if self._counts_per_parameter() and "step" not in self._inner.state[main]:
                     self._inner.state[main]["step"] = torch.zeros(())
 
     def _own_pieces(self) -> Iterator[tuple[nn.Parameter, _Piece]]:
+        means = {} if self._averages is None else self._averages.by_parameter()
         for parameter, main, start, end in main_parameters(self._optimizer):
             state = {**self._inner.state.get(main, {}), _MAIN: main}
-            assert main.numel() == end - start
-            yield parameter, _Piece(start, end, {name: state[name] for name in self.names})
+            own = {name: state[name] for name in self._own_names}
+            tensors = {**own, **means.get(parameter, {})}
+            assert all(tensor.numel() == end - start for tensor in [main, *tensors.values()])
+            yield parameter, _Piece(start, end, tensors)
 
     def _collect(self, own: Tensor | None, owners: list[tuple[int, int] | None], numel: int) -> Tensor | None:
         """Gather the pieces of one flat tensor on data rank 0; the other ranks return None."""

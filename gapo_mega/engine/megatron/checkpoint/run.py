@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
+from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -59,6 +61,7 @@ def save(
     extra: dict[str, Any],
     groups: Groups,
     score_head: dict[str, Any] | None = None,
+    averages: Mapping[str, AveragedRows] = MappingProxyType({}),
 ) -> None:
     """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
 
@@ -67,6 +70,7 @@ def save(
         trainables: by a name that stays the same between saving and loading.
         extra: picklable; one per data rank is kept, from the first rank of each replica.
         score_head: fields of a score model's ``ScoreHead``, for a conversion.
+        averages: running means of gradients, by the name of their trainable.
 
     Raises ``OSError`` that names the directory if writing it fails.
     """
@@ -79,10 +83,11 @@ def save(
         state["extra"] = _ranked("extra", extra, layout.data_rank, layout.data, replica=_replica_rank(layout))
         for name, trainable in trainables.items():
             trainable.gather_parameters()
-            optimizer = OptimizerState(trainable.parameters(), trainable.optimizer, groups)
+            optimizer = _optimizer_state(name, trainable, groups, averages)
             models[name] = {
                 **_kind(trainable, optimizer),
                 "optimizer_step": optimizer.step,
+                "averaged_updates": optimizer.averaged_updates,
                 "schedule_step": trainable.scheduler.num_steps,
             }
             model = _by_chunk(trainable, model_state.to_save)
@@ -92,7 +97,12 @@ def save(
         dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
 
 
-def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> dict[str, Any]:
+def load(
+    directory: Path,
+    trainables: dict[str, Trainable],
+    groups: Groups,
+    averages: Mapping[str, AveragedRows] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Restore what ``save`` wrote, in any layout, and return ``extra``. Collective.
 
     With another number of data ranks every rank gets the ``extra`` of data rank 0. Raises ``ValueError`` that
@@ -101,7 +111,7 @@ def load(directory: Path, trainables: dict[str, Trainable], groups: Groups) -> d
     layout = groups.layout
     with _errors(directory, "loaded", ValueError), releases.without_advice(), megatron_device():
         about = dist_checkpointing.load_common_state_dict(str(directory)).get("about", {})
-        optimizers = {n: OptimizerState(t.parameters(), t.optimizer, groups) for n, t in trainables.items()}
+        optimizers = {n: _optimizer_state(n, t, groups, averages) for n, t in trainables.items()}
         _check(directory, about, {n: _kind(t, optimizers[n]) for n, t in trainables.items()})
         saved = about["layout"]
         same_layout, same_data = saved == _sizes(layout), saved["data"] == layout.data
@@ -152,6 +162,12 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             torch.save(common, Path(checkpoint_dir) / COMMON_STATE_FNAME)
 
 
+def _optimizer_state(
+    name: str, trainable: Trainable, groups: Groups, averages: Mapping[str, AveragedRows]
+) -> OptimizerState:
+    return OptimizerState(trainable.parameters(), trainable.optimizer, groups, averages.get(name))
+
+
 def _by_chunk(trainable: Trainable, state_of: Callable[[GPTModel], dict[str, Any]]) -> dict[str, Any]:
     """By the number of the chunk, because chunks have the same names for their layers."""
     return {str(number): state_of(chunk) for number, chunk in enumerate(trainable.modules)}
@@ -171,6 +187,7 @@ def _restore(
             model_state.restore(chunk, loaded["model"][str(number)])
         optimizer.load(loaded.get("optimizer", {}))
         optimizer.step = about["optimizer_step"]
+        optimizer.averaged_updates = about.get("averaged_updates", 0)
         trainable.scheduler.num_steps = 0
         trainable.scheduler.step(about["schedule_step"])
 
@@ -199,7 +216,7 @@ def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str,
         if found != kind:
             raise ValueError(
                 f"checkpoint {directory}: found {found} for {name}, this run has {kind}; "
-                "model.dtype and the kind of optimizer cannot change"
+                "model.dtype, the kind of optimizer and aggregation.average cannot change"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,15 +15,21 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.gradients.metric import inner_products
+from gapo_mega.engine.megatron.gradients.averages import AveragedRows
+from gapo_mega.engine.megatron.gradients.metric import MOST_ROWS, inner_products
 from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
-from gapo_mega.engine.megatron.gradients.shard import exchange
-from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy, Setting
+from gapo_mega.engine.megatron.gradients.shard import bytes_of, exchange
+from gapo_mega.engine.megatron.gradients.update import (
+    Direction,
+    GradientStrategy,
+    Setting,
+    summands,
+    why_unmeasured,
+)
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.engine.megatron.runtime.clock import Clock
 
-_MOST_ROWS = 16  # per call of the Gram kernel
 _SMALL_PART = 0.1  # share of the largest part; above it, recovering a row from the fp32 sum is good to 1e-5
 
 
@@ -36,6 +43,8 @@ class Shards(GradientStrategy):
         self._spare = self.allocate(declared)
         self._rows: list[list[Tensor]] = []
         self._before = self.shard.zero_row(setting.objectives) if declared.measures_change else None
+        if setting.average > 0:
+            self.averages = AveragedRows(self.shard, self.objectives, setting.average, setting.average_dtype)
 
     def allocate(self, declared: KeptRows) -> list[list[Tensor]]:
         """Memory for all rows but the last, each shaped like the shard."""
@@ -44,18 +53,26 @@ class Shards(GradientStrategy):
 
     @property
     def row_bytes(self) -> int:
-        rows = [*self._spare, self._before or []]
-        return sum(piece.numel() * piece.element_size() for row in rows for piece in row)
+        return bytes_of([*self._spare, *self.other_rows])
+
+    @property
+    def other_rows(self) -> list[list[Tensor]]:
+        """Rows of the shard that hold no gradient of this update."""
+        rows = [] if self._before is None else [self._before]
+        return rows if self.averages is None else [*rows, *self.averages.rows]
 
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
         """M gradients, one all-reduce of the Gram matrix, and one pass over memory for the combination."""
         losses = self.measure(task, clock)
-        gram = self.global_gram(inner_products(self.shard, self._rows, self.metric()))
-        aggregated = ops.solve(gram, aggregator)
+        gram, averaged = self._grams()
+        aggregated = ops.solve(gram if averaged is None else averaged, aggregator)
+        refused = self._add_to_averages(gram, aggregated)
         if self._before is not None:
             self._put_large_part_last(gram, aggregated.weights)
         ops.combine_(self.shard.pieces, self._rows, aggregated.weights)
         found = Direction.of(losses, aggregated)
+        if averaged is not None:
+            found = replace(found, gram=gram.cpu(), averaged=found.gram, refused=refused)
         clock.lap("aggregate")
         if self._before is not None and found.status == ops.Status.OK:
             self._remember(self._before)
@@ -105,6 +122,32 @@ class Shards(GradientStrategy):
         square = float(found.weights @ found.gram @ found.weights)
         return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())
 
+    # -- running means -------------------------------------------------------------------------------
+    def _grams(self) -> tuple[Tensor, Tensor | None]:
+        """The Gram matrices of the gradients and of their running means with them, over all ranks."""
+        metric = self.metric()
+        if self.averages is None:
+            return self.global_gram(inner_products(self.shard, self._rows, metric)), None
+        both = self.global_gram(inner_products(self.shard, [*self.averages.rows, *self._rows], metric))
+        return self.averages.grams(both)
+
+    def _add_to_averages(self, gram: Tensor, aggregated: ops.Aggregated) -> str | None:
+        """Add the gradients to their running means if the optimizer is going to step.
+
+        The combination is about to overwrite a gradient, so this cannot wait for the step. Returns why there
+        must be no step although the aggregator found weights: where Megatron might not measure the
+        combination's norm, nobody knows yet whether it would take the step.
+        """
+        if self.averages is None or not aggregated.ok() or not bool(gram.isfinite().all()):
+            return None
+        if self._setting.adam:
+            gram = self.global_gram(inner_products(self.shard, self._rows))
+        size = summands(aggregated.weights.cpu(), gram.cpu())
+        refused = why_unmeasured(size) if size else None
+        if refused is None:
+            self.averages.add(self._rows)
+        return refused
+
     # -- the change that the optimizer made ----------------------------------------------------------
     def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
         """Move a row that makes up a good part of the combination into Megatron's buffer.
@@ -153,8 +196,8 @@ class Shards(GradientStrategy):
     def _products_with(self, row: Sequence[Tensor]) -> list[float]:
         """Inner products of ``row`` with all objectives' rows over all ranks; one all-reduce per 15 rows."""
         products: list[float] = []
-        for start in range(0, self.objectives, _MOST_ROWS - 1):
-            block = [row, *self._rows[start : start + _MOST_ROWS - 1]]
+        for start in range(0, self.objectives, MOST_ROWS - 1):
+            block = [row, *self._rows[start : start + MOST_ROWS - 1]]
             gram = self.global_gram(inner_products(self.shard, block))
             products += gram[0, 1:].tolist()
         return products

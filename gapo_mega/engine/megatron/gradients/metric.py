@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -15,6 +16,8 @@ from gapo_mega.engine.megatron.model.main_parameters import main_parameters, ste
 from gapo_mega.engine.megatron.runtime.cpu import device
 
 Row = Sequence[Tensor]
+
+MOST_ROWS = 16  # per call of the Gram kernel
 
 
 class AdamMetric:
@@ -61,7 +64,20 @@ def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
     if not shard.counted:
         return gram
+    if len(rows) > MOST_ROWS:
+        for chosen in _pairs_of_blocks(len(rows)):
+            part = inner_products(shard, [rows[i] for i in chosen], metric)
+            index = torch.tensor(chosen, device=gram.device)
+            gram[index[:, None], index] = part
+        return gram
     if metric is None or metric.is_euclidean:
         return ops.gramian(rows, segments=shard.segments, out=gram)
     parts = [[shard.view(row, placement) for placement in shard.counted] for row in rows]
     return ops.gramian(parts, weight=metric.factors(shard.counted), out=gram)
+
+
+def _pairs_of_blocks(count: int) -> list[list[int]]:
+    """Sets of at most ``MOST_ROWS`` of ``count`` rows, more than that, in which every two rows meet."""
+    half = MOST_ROWS // 2
+    blocks = [list(range(start, min(start + half, count))) for start in range(0, count, half)]
+    return [one + other for one, other in combinations(blocks, 2)]

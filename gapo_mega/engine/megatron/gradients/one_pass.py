@@ -22,6 +22,7 @@ from gapo_mega.engine.megatron.gradients import capture, cotangents
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
 from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
+from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
@@ -54,8 +55,7 @@ class OnePass(Shards):
 
     @property
     def row_bytes(self) -> int:
-        copy = sum(piece.numel() * piece.element_size() for piece in self._before or [])
-        return self._whole.numel * 4 + copy
+        return self._whole.numel * 4 + bytes_of(self.other_rows)
 
     def measure(self, task: Task, clock: Clock) -> Tensor:
         """One pass over every microbatch, then one reduction of every row."""
@@ -126,7 +126,11 @@ class OnePass(Shards):
             for batch in task.microbatches
             if batch.advantages_MBT is not None
         ]
-        fits = len(known) == len(task.microbatches) and all(found is not None for found in known)
+        fits = len(known) == len(task.microbatches) and all(
+            # Every row has advantages, unless it is the KL's.
+            found is not None and len(found) == self.objectives
+            for found in known
+        )
         losses_and_misses = torch.zeros(self.objectives + 1, dtype=torch.float64)
         if self._agreed_by_all(fits):
             with self._capturing():

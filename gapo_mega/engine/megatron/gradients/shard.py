@@ -108,6 +108,11 @@ class GradientShard:
             piece.zero_()
 
 
+def bytes_of(rows: Sequence[Sequence[Tensor]]) -> int:
+    """Bytes of all pieces of ``rows``."""
+    return sum(piece.numel() * piece.element_size() for row in rows for piece in row)
+
+
 def exchange(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
     """Swap two rows' contents, each in its own dtype, in chunks of 4 MiB (64 on GPUs: calls cost more)."""
     size = 1 << 24 if torch.cuda.is_available() else 1 << 20

@@ -5,6 +5,8 @@ Every ``GradientStrategy`` of this folder names the declaration that it implemen
 
 from __future__ import annotations
 
+import torch
+
 import gapo_mega.engine.megatron.gradients as package
 from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import SamplingParameters
@@ -12,7 +14,7 @@ from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.planning.memory import rank_sizes
+from gapo_mega.planning.memory import average_bytes, rank_sizes
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.registry import implementations
 
@@ -32,12 +34,15 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
         longest=config.rollout.max_new_tokens,
         entropy_beta=config.algorithm.entropy_beta,
         measures_entropy=config.logging.entropy,
+        average=config.aggregation.average,
+        average_dtype=torch.bfloat16 if config.aggregation.average_dtype == "bf16" else torch.float32,
     )
     strategy = implementation_of(type(declared))(setting, declared)
     whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
     stage = groups.layout.pipeline_rank
     sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage)
-    expected, found = declared.row_bytes(setting.objectives, sizes), strategy.row_bytes
+    expected = declared.row_bytes(setting.objectives, sizes) + average_bytes(resolved, sizes)
+    found = strategy.row_bytes
     as_declared = (
         found == expected if declared.rows_are_even or groups.layout.data == 1 else found <= expected
     )

@@ -21,6 +21,7 @@ from gapo_mega import ops
 from gapo_mega.aggregation.base import zero_objectives
 from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
+from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
@@ -50,13 +51,20 @@ class Direction:
     gram: Tensor  # [M, M] float64, CPU, over all ranks; NaN or Inf if a gradient has one
     weights: Tensor  # [M] float64, CPU
     status: ops.Status
-    aggregated: ops.Aggregated  # the three as the aggregator returned them, on the Gram matrix's device
+    aggregated: ops.Aggregated  # what the aggregator saw and returned, on the Gram matrix's device
+    averaged: Tensor | None = None  # [M, M] float64, CPU: what the aggregator saw, if that is not ``gram``
+    refused: str | None = None  # why the optimizer must not step although the status is OK
 
     @classmethod
     def of(cls, losses: Tensor, aggregated: ops.Aggregated) -> Direction:
         """Copy what the aggregator found to the host, which waits for the device."""
         status = ops.Status(int(aggregated.status))
         return cls(losses, aggregated.gram.cpu(), aggregated.weights.cpu(), status, aggregated)
+
+    @property
+    def seen(self) -> Tensor:
+        """The Gram matrix that the aggregator saw, on the CPU."""
+        return self.gram if self.averaged is None else self.averaged
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class Setting:
     longest: int  # tokens that a response may have
     entropy_beta: float = 0.0  # of the bonus in every objective's loss
     measures_entropy: bool = False
+    average: float = 0.0  # decay of the gradients' running means; 0: none are kept
+    average_dtype: torch.dtype = torch.float32
 
     @property
     def entropy(self) -> Entropy:
@@ -81,9 +91,9 @@ class Setting:
         return "trained" if self.entropy_beta else "measured" if self.measures_entropy else "none"
 
 
-def summands(found: Direction) -> float:
+def summands(weights: Tensor, gram: Tensor) -> float:
     """``sum_i |w_i| ||g_i||``: the size of what the combination adds up."""
-    return float((found.weights.abs() * found.gram.diagonal().sqrt()).sum())
+    return float((weights.abs() * gram.diagonal().sqrt()).sum())
 
 
 def why_unmeasured(size: float) -> str | None:
@@ -101,6 +111,7 @@ class GradientStrategy(ABC):
     """Measures, aggregates, and takes one optimizer step."""
 
     declaration: ClassVar[type[StrategyDeclaration]]  # that this class implements
+    averages: AveragedRows | None = None  # running means of the gradients, which belong into checkpoints
 
     def __init__(self, setting: Setting, declared: StrategyDeclaration) -> None:
         """``declared``: the instance of ``declaration`` with the run's settings."""
@@ -148,17 +159,20 @@ class GradientStrategy(ABC):
             self.trainable.zero_grad()
             gave_up = not nonfinite and found.status == ops.Status.NOT_CONVERGED
             reason = str(method.error(found.aggregated)) if gave_up else None
-            return self._skipped(losses, found.gram, clock, nonfinite, reason)
+            return self._skipped(losses, found, clock, nonfinite, reason)
         if found.status != ops.Status.OK:
             self.trainable.zero_grad()
             raise method.error(found.aggregated)
+        if found.refused is not None:
+            self.trainable.zero_grad()
+            return self._skipped(losses, found, clock, nonfinite, found.refused)
         measured = self.trainable.grad_norm()
-        size = summands(found)
+        size = summands(found.weights, found.gram)
         if not math.isfinite(measured) or (measured == 0.0 and 0.0 < size < _LEAST_NORM):
             # Not finite, and not in the Gram matrix: outside the scope, in a last pass, or from huge weights.
             # Megatron would take the step.
             self.trainable.zero_grad()
-            return self._skipped(losses, found.gram, clock, nonfinite, why_unmeasured(size))
+            return self._skipped(losses, found, clock, nonfinite, why_unmeasured(size))
         clock.lap("optimizer")
         if not self._norm_checked:
             self._norm_checked = self._check_norm(found, measured)
@@ -174,12 +188,13 @@ class GradientStrategy(ABC):
         return GradientReport(
             losses=losses,
             gram=found.gram,
+            averaged_gram=found.averaged,
             weights=found.weights,
             gradient_norm=norm,
             # Megatron's own formula, so that the log shows what it did.
             clip_factor=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0,
             learning_rate=learning_rate,
-            excluded=zero_objectives(found.gram),
+            excluded=zero_objectives(found.seen),
             actual_change=change,
             seconds=clock.seconds,
         )
@@ -280,21 +295,22 @@ class GradientStrategy(ABC):
     @staticmethod
     def _skipped(
         losses: list[float],
-        gram: Tensor,
+        found: Direction,
         clock: Clock,
         nonfinite: Sequence[int],
         reason: str | None = None,
     ) -> GradientReport:
         return GradientReport(
             losses=losses,
-            gram=gram,
-            weights=torch.zeros(len(gram), dtype=torch.float64),
+            gram=found.gram,
+            averaged_gram=found.averaged,
+            weights=torch.zeros(len(found.gram), dtype=torch.float64),
             gradient_norm=0.0,
             clip_factor=1.0,
             learning_rate=0.0,
             skipped=True,
             reason=reason,
             nonfinite=list(nonfinite),
-            excluded=zero_objectives(gram),
+            excluded=zero_objectives(found.seen),
             seconds=clock.seconds,
         )

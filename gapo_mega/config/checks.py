@@ -1,0 +1,53 @@
+"""Checks across sections that need no model. All raise a one-line ``ValueError``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gapo_mega.config import strategies
+from gapo_mega.config.gradients import GradientConfig
+
+KL_ROW = "kl"  # the log's name for the divergence from the reference as a row
+MOST_ROWS = 16  # that a combination takes
+
+
+def check_average(average: float, gradients: GradientConfig) -> None:
+    """Refuse running means where whole gradients are not at hand."""
+    if average > 0 and not strategies.chosen(gradients).has_whole_rows:
+        raise ValueError(
+            f"aggregation.average: found {average} with gradients.store {gradients.store} and "
+            f"gradients.scope {gradients.scope}, accepted: 0 (running means are of whole gradients: "
+            "gradients.store shards with scope full)"
+        )
+
+
+def check_kl_row(kl: str, objectives: Sequence[str]) -> None:
+    """Refuse a KL row beside objectives that leave no name or no room for it."""
+    if kl not in ("objective", "apart"):
+        return
+    if KL_ROW in objectives:
+        raise ValueError(
+            f"objectives: found the name {KL_ROW} with algorithm.kl {kl}, accepted: another name (it is that "
+            "of the KL row)"
+        )
+    if len(objectives) >= MOST_ROWS:
+        raise ValueError(
+            f"objectives: found {len(objectives)} with algorithm.kl {kl}, accepted: up to {MOST_ROWS - 1} "
+            "(the KL is one more row)"
+        )
+
+
+def check_kl_target(target: float | None, kl: str, beta: float) -> None:
+    """Refuse a target that nothing follows."""
+    if target is None:
+        return
+    if kl == "objective":
+        raise ValueError(
+            f"algorithm.kl_target: found {target} with kl objective, accepted: none (the aggregation weighs "
+            "the KL, and kl_beta is not used)"
+        )
+    if beta == 0:
+        raise ValueError(
+            f"algorithm.kl_target: found {target} with kl_beta 0, accepted: none, or kl_beta above 0 (the "
+            "target multiplies kl_beta)"
+        )

@@ -1,0 +1,143 @@
+"""What ``algorithm.kl`` makes of rewards, losses, weights and the log, above a fake engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gapo_mega.losses import Ppo
+from gapo_mega.losses.kl import kl_estimates
+from gapo_mega.rollout.kl import KlCoefficient
+from gapo_mega.runs.kl import loss_with_kl
+from gapo_mega.types import Experience
+from tests.helpers.fake_engine import FakeEngine, terminate
+from tests.helpers.fake_runs import configuration, trainer
+
+MODES = ("reward", "loss", "objective", "apart")
+
+
+def engine_for(kl: str, **at: Any) -> FakeEngine:
+    engine = FakeEngine(**at)
+    engine.kl_rows = int(kl in ("objective", "apart"))
+    return engine
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def batch() -> Experience:
+    generator = torch.Generator().manual_seed(0)
+    mask_BT = torch.tensor([[False, True, True, True], [False, True, True, False]])
+    advantages_MBT = torch.randn(2, 2, 1, generator=generator) * mask_BT
+    return Experience(
+        tokens_BT=torch.ones(2, 4, dtype=torch.int64),
+        response_mask_BT=mask_BT,
+        group_B=torch.zeros(2, dtype=torch.int64),
+        old_logprobs_BT=-torch.rand(2, 4, generator=generator) * mask_BT,
+        ref_logprobs_BT=-torch.rand(2, 4, generator=generator) * mask_BT,
+        scores_MB=advantages_MBT[:, :, 1],
+        token_rewards_MBT=advantages_MBT,
+        advantages_MBT=advantages_MBT,
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl", MODES)
+def test_the_loss_of_every_row(tmp_path: Path, kl: str, estimator: Any) -> None:
+    config = configuration(tmp_path, algorithm={"kl": kl, "kl_estimator": estimator, "kl_beta": 0.3})
+    coefficient = KlCoefficient(0.3)
+    loss = loss_with_kl(Ppo(), config, coefficient)
+    part = batch()
+    logprobs_BT = part.old_logprobs_BT + 0.01
+    alone = [float(Ppo()(logprobs_BT, part, k)) for k in range(2)]
+    term = float(kl_estimates(estimator, logprobs_BT, part).sum())
+    assert abs(term) > 1e-3
+    expected = {
+        "reward": alone,
+        "loss": [value + 0.3 * term for value in alone],
+        "objective": [*alone, term],
+        "apart": [*alone, term],
+    }[kl]
+    assert len(config.rows) == len(expected)
+    found = [float(loss(logprobs_BT, part, k)) for k in range(len(expected))]
+    assert found == pytest.approx(expected, rel=1e-5)
+    # A coefficient that moved is the one that counts.
+    coefficient.value = 0.0
+    if kl == "loss":
+        assert [float(loss(logprobs_BT, part, k)) for k in range(2)] == alone
+
+
+@pytest.mark.parametrize("kl", MODES)
+def test_a_run_logs_every_row(tmp_path: Path, kl: str) -> None:
+    engine = engine_for(kl)
+    engine.policy = 4  # not the reference
+    algorithm = {"kl": kl, "kl_beta": 0.5}
+    run = trainer(tmp_path, engine, steps=2, algorithm=algorithm, aggregation={"options": {"p": 1}})
+    assert run.run()
+    rows = ["long", "short", *(["kl"] if engine.kl_rows else [])]
+    for line in lines(tmp_path):
+        for prefix in ("grad_norm", "weight", "predicted_change", "loss", "excluded", "nonfinite"):
+            assert [key for key in line if key.startswith(f"{prefix}/")] == [f"{prefix}/{r}" for r in rows]
+        assert [key for key in line if key.startswith("reward/")] == ["reward/long", "reward/short"]
+        if kl == "apart":
+            total = line["weight/long"] + line["weight/short"]
+            assert line["weight/kl"] == pytest.approx(0.5 * total, rel=1e-12)
+        assert "kl_beta" not in line
+
+
+@pytest.mark.parametrize("kl", MODES)
+def test_only_the_reward_mode_rewards_closeness(tmp_path: Path, kl: str) -> None:
+    engine = engine_for(kl)
+    engine.policy = 4
+    run = trainer(tmp_path, engine, steps=1, algorithm={"kl": kl, "kl_beta": 0.5})
+    experience, _ = run.maker.make(list(run.prompts[:4]), 3)
+    assert experience.kl_rewards_BT is not None
+    assert bool(experience.kl_rewards_BT.any()) is (kl == "reward")
+    off_the_end = experience.token_rewards_MBT[0][experience.response_mask_BT].count_nonzero()
+    responses = experience.response_mask_BT.any(dim=1).sum()
+    assert (off_the_end > responses) == (kl == "reward")
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss", "apart"])
+def test_a_target_steers_the_coefficient_and_a_checkpoint_has_it(tmp_path: Path, kl: str) -> None:
+    algorithm = {"kl": kl, "kl_beta": 0.5, "kl_target": 1e-3, "kl_horizon": 100}
+
+    def run(directory: Path, **at: Any) -> bool:
+        engine = engine_for(kl, **at)
+        engine.policy = 4
+        return trainer(directory, engine, algorithm=algorithm).run()
+
+    assert run(tmp_path / "whole")
+    whole = [line["kl_beta"] for line in lines(tmp_path / "whole")]
+    assert whole[0] == 0.5 and len(set(whole)) == 4
+    for before, line, after in zip(whole, lines(tmp_path / "whole"), whole[1:], strict=False):
+        error = line["kl"] * line["response_length"] / 1e-3 - 1
+        assert after == pytest.approx(before * (1 + min(0.2, max(-0.2, error)) * 8 / 100), rel=1e-9)
+    assert not run(tmp_path / "cut", at={("update_policy", 2): terminate})
+    assert run(tmp_path / "cut")
+    assert [line["kl_beta"] for line in lines(tmp_path / "cut")] == whole
+
+
+def test_the_coefficient_weighs_the_row_apart(tmp_path: Path) -> None:
+    algorithm = {"kl": "apart", "kl_beta": 0.5, "kl_target": 1e-3, "kl_horizon": 100}
+    engine = engine_for("apart")
+    engine.policy = 4
+    assert trainer(tmp_path, engine, algorithm=algorithm).run()
+    for line in lines(tmp_path):
+        total = line["weight/long"] + line["weight/short"]
+        assert line["weight/kl"] == pytest.approx(line["kl_beta"] * total, rel=1e-12)
+
+
+def test_a_zero_kl_gradient_is_named(tmp_path: Path) -> None:
+    engine = engine_for("objective")
+    engine.policy = 0  # the reference itself
+    engine.next_report = {"excluded": [2]}
+    run = trainer(tmp_path, engine, steps=1, algorithm={"kl": "objective"})
+    assert run.run()
+    (line,) = lines(tmp_path)
+    assert line["excluded/kl"] == 1.0 and line["excluded/long"] == 0.0
