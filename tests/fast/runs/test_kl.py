@@ -73,6 +73,28 @@ def test_the_loss_of_every_row(tmp_path: Path, kl: str, estimator: Any) -> None:
 
 
 @pytest.mark.parametrize("kl", MODES)
+def test_the_kl_is_divided_and_the_bounds_are_told_as_the_loss_says(tmp_path: Path, kl: str) -> None:
+    """With means over sequences the KL is the sum of the two responses' means as well."""
+    config = configuration(tmp_path, algorithm={"kl": kl, "kl_estimator": "k2", "kl_beta": 0.3})
+    own = Ppo(clip_epsilon=0.005, normalization="sequence_mean")
+    loss, part = loss_with_kl(own, config, KlCoefficient(0.3)), batch()
+    assert loss.normalization == "sequence_mean" and loss.clips == own.clips
+    logprobs_BT = part.old_logprobs_BT + 0.01
+    mask_BT = part.response_mask_BT
+    values_BT = (logprobs_BT - part.ref_logprobs_BT).square() / 2 * mask_BT
+    term = float((values_BT.sum(dim=1) / mask_BT.sum(dim=1)).sum())
+    share = {"reward": 0.0, "loss": 0.3, "objective": 0.0, "apart": 0.0}[kl]
+    for k in range(2):
+        expected = float(own(logprobs_BT, part, k)) + share * term
+        assert float(loss(logprobs_BT, part, k)) == pytest.approx(expected, rel=1e-5)
+        assert torch.equal(loss.clipped(logprobs_BT, part, k), own.clipped(logprobs_BT, part, k))
+    assert own.clipped(logprobs_BT, part, 0).any()
+    if kl in ("objective", "apart"):
+        assert float(loss(logprobs_BT, part, 2)) == pytest.approx(term, rel=1e-5)
+        assert not loss.clipped(logprobs_BT, part, 2).any()
+
+
+@pytest.mark.parametrize("kl", MODES)
 def test_a_run_logs_every_row(tmp_path: Path, kl: str) -> None:
     engine = engine_for(kl)
     engine.policy = 4  # not the reference
