@@ -14,6 +14,7 @@ from pydantic_core import PydanticKnownError
 
 from gapo_mega.config import strategies
 from gapo_mega.config.fields import Code, LocalPath, Section
+from gapo_mega.config.objective import Objectives
 
 
 class ModelConfig(Section):
@@ -133,18 +134,6 @@ class RolloutConfig(Section):
         if self.top_k == 1:
             raise ValueError(f"rollout.top_k: found 1, accepted: 0 (all tokens), or at least 2 {why}")
         return self
-
-
-class ObjectiveConfig(Section):
-    """One reward. Higher is better; flip the sign of costs in the function."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
-    kind: Code = Field("python", description="an entry of gapo_mega.objectives, or a class of one's own")
-    function: Code | None = Field(
-        None, description="module:function or path/to/file.py:function over (prompts, responses) -> scores"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the kind")
-    clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
 
 
 class AggregationConfig(Section):
@@ -335,7 +324,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16, description="the rewards")
+    objectives: Objectives = Field(description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -356,6 +345,15 @@ class Config(Section):
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
         return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the data that objectives read beside the prompt, and what errors call each setting."""
+        return {
+            column: f"objective {objective.name!r}: columns"
+            for objective in reversed(self.objectives)  # the first that asks for a column names it
+            for column in objective.columns
+        }
 
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""

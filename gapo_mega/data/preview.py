@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from gapo_mega.config import DataConfig
@@ -31,7 +31,9 @@ Item = TypeVar("Item")
 Tokenizer = Callable[[], "PreTrainedTokenizerBase"]
 
 
-def preview_prompts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
+def preview_prompts(
+    data: DataConfig, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None
+) -> list[str]:
     """Read the first rows of every source, and make prompts of them; one line about each source.
 
     A source that only the hub has is not read: the line says so. ``tokenizer`` is called for the others.
@@ -40,7 +42,7 @@ def preview_prompts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """
 
     def check(table: Table) -> tuple[int, str]:
-        encoder = PromptEncoder(data, tokenizer())
+        encoder = PromptEncoder(data, tokenizer(), columns)
         return len(encoder.all_of(table)), encoder.left_out()
 
     training, heldout = prompt_sources(data)

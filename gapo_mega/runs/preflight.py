@@ -48,7 +48,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
     aggregator, loss = _aggregator(config), _loss(config)
-    built = [objectives.build(objective) for objective in config.objectives]
+    built = objectives.build_all(config.objectives)
     return ResolvedRun(
         config=config,
         world=world_size,
@@ -69,7 +69,7 @@ def preview(config: Config) -> list[str]:
     def tokenizer() -> PreTrainedTokenizerBase:
         return read_tokenizer(companions_of(location.resolve(config.model.path)))
 
-    return preview_prompts(config.data, tokenizer)
+    return preview_prompts(config.data, tokenizer, config.columns)
 
 
 def _aggregator(config: Config) -> Aggregator:

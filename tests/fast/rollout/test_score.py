@@ -12,7 +12,7 @@ import torch
 
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.rollout.collect import Collector
-from gapo_mega.types import Prompt, Rollout
+from gapo_mega.types import Prompt, ResponseFacts, Rollout
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
 from tests.helpers.scoring import Length, scorer
 from tests.helpers.team import Team
@@ -83,7 +83,9 @@ class Fixed(Length):
         super().__init__("fixed", model)
         self._scores = scores
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         return self._scores
 
 
