@@ -64,21 +64,21 @@ class SharedCall:
 
     def result(
         self,
-        output: str,
+        reader: str,
         prompts: Sequence[Prompt],
         responses: Sequence[str],
         evaluate: Callable[[], object],
     ) -> object:
-        """What ``evaluate`` gives for these very lists; every ``output`` may take it once.
+        """What ``evaluate`` gives for these very lists; every ``reader`` may take it once.
 
         Who asks again, or for other lists, gets an evaluation of its own.
         """
         same = self._asked is not None and self._asked[0] is prompts and self._asked[1] is responses
-        if not same or output in self._taken:
+        if not same or reader in self._taken:
             found = evaluate()
             self._result = list(found) if isinstance(found, Iterator) else found  # the next reads it, too
             self._asked, self._taken = (prompts, responses), set()
-        self._taken.add(output)
+        self._taken.add(reader)
         return self._result
 
 
@@ -141,7 +141,7 @@ class ObjectiveKind(ABC):
             result = self.evaluate_all(prompts, responses, facts)
         else:
             whole = self._calls.result(
-                self.config.output, prompts, responses, lambda: self.evaluate_all(prompts, responses, facts)
+                self.name, prompts, responses, lambda: self.evaluate_all(prompts, responses, facts)
             )
             result = self._part(whole, self.config.output)
         scores = self._numbers(result, len(responses))
