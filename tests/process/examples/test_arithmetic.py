@@ -28,6 +28,7 @@ def test_two_steps_offline(tmp_path: Path, smollm2: Path) -> None:
     overrides = [
         f"output_dir={run}",
         "steps=2",
+        "micro_batch_size=4",
         f"model.path={tmp_path / 'model'}",
         f"data.source={prompts}",
         f"data.heldout_source={prompts}",
