@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 16  # that are read of a source
+_ON_THE_HUB = "it is no local file or directory and the hub was not asked"
 Item = TypeVar("Item")
 Tokenizer = Callable[[], "PreTrainedTokenizerBase"]
 
@@ -82,10 +83,19 @@ def _parsed(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], str
     return items, counted(reasons)
 
 
+def unchecked(data: DataConfig, why: str) -> list[str]:
+    """One line about each source of prompts, none of which was read."""
+    training, heldout = prompt_sources(data)
+    sources = [*training, *([heldout] if heldout else [])]
+    return [
+        f"{source}: not checked, since {_ON_THE_HUB if source.is_on_the_hub else why}" for source in sources
+    ]
+
+
 def _checked(source: Source, check: Callable[[Table], tuple[int, str]]) -> str:
     """``check`` gives the number of usable rows, and how many are left out by reason."""
     if source.is_on_the_hub:
-        return f"{source}: not checked, since it is no local file or directory and the hub was not asked"
+        return f"{source}: not checked, since {_ON_THE_HUB}"
     table = read_rows(source, ROWS)
     usable, left_out = check(table)
     if not usable and len(table) == ROWS:  # the first rows may all be unusable, but not all rows

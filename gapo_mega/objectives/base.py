@@ -54,6 +54,27 @@ _NO_SCORES = (str, bytes, bytearray, memoryview, Set, Mapping)
 TokenScorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
 
+class Outline:
+    """An objective of a plan, whose model is not on this machine. It has a name and no scores."""
+
+    reads_facts = False
+
+    def __init__(self, name: str, wanted_model: ScoreModelRequest | None) -> None:
+        self.name = name
+        self.wanted_model = wanted_model
+
+    def attach(self, scorer: TokenScorer) -> None:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+
 class SharedCall:
     """The result of one evaluation, for the objectives that each read a part of it."""
 
@@ -101,6 +122,11 @@ class ObjectiveKind(ABC):
         asked = config.output or config.outputs
         if asked is not None and not self.gives_outputs:
             raise self._error(f"outputs: found {asked} with kind {config.kind}, accepted: none")
+
+    @classmethod
+    def outline(cls, config: ObjectiveConfig) -> Objective:
+        """What a plan needs: the objective, or for a model that is not here, and has a card, an outline."""
+        return cls(config)
 
     def share(self, calls: SharedCall) -> None:
         """Evaluate together with the other objectives that read parts of the same result."""

@@ -21,18 +21,22 @@ def build(config: ObjectiveConfig) -> Objective:
     Raises ``ValueError`` for a kind that does not exist (naming the nearest one and all that do)
     and for whatever the kind itself refuses.
     """
-    return _built(config)
+    return _kind(config)(config)
 
 
-def build_all(configs: Sequence[ObjectiveConfig]) -> list[Objective]:
+def build_all(configs: Sequence[ObjectiveConfig], *, outlines: bool = False) -> list[Objective]:
     """Every objective of a run. Those that differ in name, ``output`` and ``clip`` only share one call.
 
-    Errors as :func:`build`.
+    ``outlines``: for a plan, which scores nothing: a model that has a card need not be here. Errors as
+    :func:`build`.
     """
     calls: list[tuple[ObjectiveConfig, SharedCall]] = []
     built: list[Objective] = []
     for config in configs:
-        objective = _built(config)
+        if outlines:
+            built.append(_kind(config).outline(config))
+            continue
+        objective = _kind(config)(config)
         if config.output is not None:
             same = config.model_copy(update={"name": "", "output": None, "clip": None})
             call = next((call for known, call in calls if known == same), None)
@@ -44,5 +48,5 @@ def build_all(configs: Sequence[ObjectiveConfig]) -> list[Objective]:
     return built
 
 
-def _built(config: ObjectiveConfig) -> ObjectiveKind:
-    return find(f"objective {config.name!r}: kind", kinds(), ObjectiveKind, config.kind)(config)
+def _kind(config: ObjectiveConfig) -> type[ObjectiveKind]:
+    return find(f"objective {config.name!r}: kind", kinds(), ObjectiveKind, config.kind)
