@@ -76,6 +76,7 @@ docs/reference/python
 :hidden:
 :caption: How it works
 docs/maths
+docs/fidelity
 docs/gradients
 docs/kernels
 docs/peers

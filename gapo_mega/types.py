@@ -10,9 +10,9 @@ tokens before it; it is 0 outside the response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,11 +44,21 @@ class Prompt:
     # The whole conversation, without the system message that ``data.system_prompt`` gives to the policy;
     # empty where it is one message of the user, ``text``.
     messages: tuple[Message, ...] = ()
+    # The row's other columns that objectives ask for; null where the row has no value.
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def answered(self, response: str) -> list[Message]:
         """The conversation with ``response`` as the assistant's last message."""
         asked = self.messages or ({"role": "user", "content": self.text},)
         return [*asked, {"role": "assistant", "content": response}]
+
+
+@dataclass(frozen=True)
+class ResponseFacts:
+    """What is known of responses besides their text, one of each a response."""
+
+    token_counts: Sequence[int]  # the end-of-sequence token included
+    finished: Sequence[bool]  # whether it was produced
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,11 @@ class Rollout:
     @property
     def batch_size(self) -> int:
         return int(self.tokens_BT.shape[0])
+
+    @property
+    def facts(self) -> ResponseFacts:
+        """What objectives may read of the responses besides their text."""
+        return ResponseFacts(self.response_mask_BT.sum(dim=1).tolist(), self.finished_B.tolist())
 
     @property
     def batch(self) -> TokenBatch:

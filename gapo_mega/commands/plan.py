@@ -55,5 +55,5 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     from gapo_mega.planning.run import RunPlan
     from gapo_mega.runs.preflight import resolve
 
-    resolved = resolve(config, world_size)
+    resolved = resolve(config, world_size, shapes_only=True)
     return RunPlan(resolved, predict(resolved))

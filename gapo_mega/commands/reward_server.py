@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import Sequence
@@ -36,6 +37,11 @@ def _utf8(text: str) -> str:
     return text
 
 
+def _utf8_within(values: dict[str, Any]) -> dict[str, Any]:
+    _utf8(json.dumps(values, ensure_ascii=False))
+    return values
+
+
 Text = Annotated[str, AfterValidator(_utf8)]
 
 
@@ -49,13 +55,17 @@ class ChatMessage(BaseModel):
 
 
 class Sample(BaseModel):
-    """A response to score. Without ``messages`` the conversation is ``prompt`` and ``response``."""
+    """A response to score. Without ``messages`` the conversation is ``prompt`` and ``response``.
+
+    ``columns`` holds the row's columns that the objective reads.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: Text
     response: Text
     messages: list[ChatMessage] | None = None
+    columns: Annotated[dict[str, Any], AfterValidator(_utf8_within)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _ends_with_the_response(self) -> Sample:
@@ -68,7 +78,7 @@ class Sample(BaseModel):
     def as_prompt(self, index: int) -> Prompt:
         """The prompt that the response answers."""
         asked = [message.model_dump() for message in (self.messages or [])[:-1]]
-        return Prompt(index, self.prompt, messages=tuple(asked))
+        return Prompt(index, self.prompt, messages=tuple(asked), columns=self.columns)
 
 
 class ScoreRequest(BaseModel):
@@ -213,11 +223,20 @@ def serve(config: ObjectiveConfig, host: str, port: int) -> None:
         )
     import uvicorn
 
+    if config.outputs is not None:
+        raise ValueError(
+            f"serve-reward: found outputs {config.outputs}, accepted: name and output, one objective"
+        )
     objective = objectives.build(config)
     if objective.wanted_model is not None:
         raise ValueError(
             f"serve-reward: found kind {config.kind}, which runs on the engine of a training; accepted: "
             "another kind"
+        )
+    if objective.reads_facts:
+        raise ValueError(
+            f"serve-reward: found {config.function}, which asks for token_counts or finished; accepted: a "
+            "function of texts and columns (a request has nothing else)"
         )
     with _listening(host, port) as listener:
         if isinstance(objective, HfClassifier):

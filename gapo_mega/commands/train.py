@@ -71,7 +71,7 @@ def _dry_run(config: Config, world_size: int) -> None:
     run = make_plan(config, world_size)
     if not is_main_rank():
         return
-    data = preview(config)
+    data = preview(config, shapes_only=True)
     print(to_yaml(config))
     for line in [*run.lines(), *data]:
         print(f"# {line}")

@@ -6,6 +6,7 @@ the sections of reward models and fine-tuning.
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.objective import ObjectiveConfig
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
@@ -18,7 +19,6 @@ from gapo_mega.config.sections import (
     LoggingConfig,
     LossConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParallelConfig,
     RolloutConfig,
 )

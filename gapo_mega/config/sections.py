@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_kl_target
 from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 
 
@@ -134,18 +135,6 @@ class RolloutConfig(Section):
         if self.top_k == 1:
             raise ValueError(f"rollout.top_k: found 1, accepted: 0 (all tokens), or at least 2 {why}")
         return self
-
-
-class ObjectiveConfig(Section):
-    """One reward. Higher is better; flip the sign of costs in the function."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
-    kind: Code = Field("python", description="an entry of gapo_mega.objectives, or a class of one's own")
-    function: Code | None = Field(
-        None, description="module:function or path/to/file.py:function over (prompts, responses) -> scores"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the kind")
-    clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
 
 
 class AggregationConfig(Section):
@@ -270,7 +259,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16, description="the rewards")
+    objectives: Objectives = Field(description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -297,6 +286,15 @@ class Config(Section):
         """Names of the rows that the aggregation sees; the others follow them."""
         names = tuple(objective.name for objective in self.objectives)
         return names + ((KL_ROW,) if self.algorithm.kl == "objective" else ())
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the data that objectives read beside the prompt, and what errors call each setting."""
+        return {
+            column: f"objective {objective.name!r}: columns"
+            for objective in reversed(self.objectives)  # the first that asks for a column names it
+            for column in objective.columns
+        }
 
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from gapo_mega.config import DataConfig
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 16  # that are read of a source
+_ON_THE_HUB = "it is no local file or directory and the hub was not asked"
 Item = TypeVar("Item")
 Tokenizer = Callable[[], "PreTrainedTokenizerBase"]
 
 
-def preview_prompts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
+def preview_prompts(
+    data: DataConfig, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None
+) -> list[str]:
     """Read the first rows of every source, and make prompts of them; one line about each source.
 
     A source that only the hub has is not read: the line says so. ``tokenizer`` is called for the others.
@@ -40,7 +43,7 @@ def preview_prompts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """
 
     def check(table: Table) -> tuple[int, str]:
-        encoder = PromptEncoder(data, tokenizer())
+        encoder = PromptEncoder(data, tokenizer(), columns)
         return len(encoder.all_of(table)), encoder.left_out()
 
     training, heldout = prompt_sources(data)
@@ -80,10 +83,19 @@ def _parsed(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], str
     return items, counted(reasons)
 
 
+def unchecked(data: DataConfig, why: str) -> list[str]:
+    """One line about each source of prompts, none of which was read."""
+    training, heldout = prompt_sources(data)
+    sources = [*training, *([heldout] if heldout else [])]
+    return [
+        f"{source}: not checked, since {_ON_THE_HUB if source.is_on_the_hub else why}" for source in sources
+    ]
+
+
 def _checked(source: Source, check: Callable[[Table], tuple[int, str]]) -> str:
     """``check`` gives the number of usable rows, and how many are left out by reason."""
     if source.is_on_the_hub:
-        return f"{source}: not checked, since it is no local file or directory and the hub was not asked"
+        return f"{source}: not checked, since {_ON_THE_HUB}"
     table = read_rows(source, ROWS)
     usable, left_out = check(table)
     if not usable and len(table) == ROWS:  # the first rows may all be unusable, but not all rows

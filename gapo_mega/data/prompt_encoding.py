@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -12,7 +13,7 @@ from jinja2 import TemplateError
 from gapo_mega.config import DataConfig
 from gapo_mega.data.chat_template import ChatTemplate
 from gapo_mega.data.messages import Lossy, Malformed, asked, check_roles, conversation, of_user, turns_fault
-from gapo_mega.data.tables import Table, check_column, tell_unread
+from gapo_mega.data.tables import Source, Table, check_column, tell_unread
 from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ class PromptEncoder:
     Raises ``ValueError`` for settings that do not fit the tokenizer.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str] | None = None
+    ) -> None:
+        """``columns``: others that prompts keep, and what errors call the setting that names each."""
         if data.chat_template and tokenizer.chat_template is None:
             raise ValueError(
                 "data.chat_template: found true, but the tokenizer of model.path has no chat template; "
@@ -43,6 +47,7 @@ class PromptEncoder:
         self._data = data
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
+        self._columns = columns or {}
         self._reasons: Counter[str] = Counter()
         self._answers = 0
         self._own_system = 0
@@ -55,14 +60,17 @@ class PromptEncoder:
         """
         column = self._data.prompt_column
         check_column("data.prompt_column", column, table)
-        tell_unread(table, [column])
+        for name, key in self._columns.items():
+            check_column(key, name, table)
+        tell_unread(table, [column, *self._columns])
         self._reasons.clear()
         self._answers = self._own_system = 0
         prompts: list[Prompt] = []
         for index, (number, row) in enumerate(table):
             prompt = self._prompt(index, row.get(column), table.place(number))
             if prompt is not None:
-                prompts.append(prompt)
+                kept = {name: row.get(name) for name in self._columns}
+                prompts.append(replace(prompt, columns=kept) if kept else prompt)
         source = table.source
         logger.info(
             "%s %s (%s): %d prompts, left out %s",
@@ -80,7 +88,16 @@ class PromptEncoder:
                 source,
                 self._own_system,
             )
+        self._tell_empty(source, prompts)
         return prompts
+
+    def _tell_empty(self, source: Source, prompts: Sequence[Prompt]) -> None:
+        for name in self._columns:
+            empty = sum(prompt.columns[name] is None for prompt in prompts)
+            if empty:
+                logger.warning(
+                    "%s: %d of %d prompts have no value in column %r", source, empty, len(prompts), name
+                )
 
     def left_out(self) -> str:
         """How many rows of the last table are left out, by reason."""

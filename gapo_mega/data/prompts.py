@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -30,7 +30,10 @@ PACKAGED_HELDOUT = "heldout"
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and at most ``data.heldout_prompts`` held-out ones, in an order fixed by ``seed``.
 
@@ -40,9 +43,11 @@ def load_prompts(
     out, and so are prompts that are empty, longer than ``data.max_prompt_tokens`` or out of turn; all are
     counted in the log. ``Prompt.index`` is the row's number in its split.
 
+    ``columns``: further columns that prompts keep (``Config.columns``); every source must have them.
+
     Raises ``ValueError`` for a missing file, split or column, an unreachable hub, and when nothing is left.
     """
-    encoder = PromptEncoder(data, tokenizer)
+    encoder = PromptEncoder(data, tokenizer, columns)
     sources, elsewhere = prompt_sources(data)
     packaged = [source for source in sources if source.name.startswith(PACKAGE_PREFIX)]
     train = list(chain.from_iterable(_read(encoder, source) for source in sources))

@@ -4,6 +4,6 @@ Every file of this folder that defines an ``ObjectiveKind`` is a kind; see docs/
 """
 
 from gapo_mega.objectives.base import Objective, ObjectiveKind
-from gapo_mega.objectives.registry import build, kinds
+from gapo_mega.objectives.registry import build, build_all, kinds
 
-__all__ = ["Objective", "ObjectiveKind", "build", "kinds"]
+__all__ = ["Objective", "ObjectiveKind", "build", "build_all", "kinds"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
-from gapo_mega.types import Prompt, lone_surrogate
+from gapo_mega.types import Prompt, ResponseFacts, lone_surrogate
 
 
 class Objective(Protocol):
@@ -20,13 +20,20 @@ class Objective(Protocol):
 
     name: str
     wanted_model: ScoreModelRequest | None
+    reads_facts: bool
 
     def attach(self, scorer: TokenScorer) -> None:
         """Take the score model that ``wanted_model`` asks for."""
         ...
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One finite score per pair; the two lists have the same length."""
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse, before the first response, a prompt whose columns it cannot use."""
+        ...
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
+        """One finite score per pair; the lists have the same length. ``facts`` where they are known."""
         ...
 
 
@@ -47,6 +54,55 @@ _NO_SCORES = (str, bytes, bytearray, memoryview, Set, Mapping)
 TokenScorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
 
+class Outline:
+    """An objective of a plan, whose model is not on this machine. It has a name and no scores."""
+
+    reads_facts = False
+
+    def __init__(self, name: str, wanted_model: ScoreModelRequest | None) -> None:
+        self.name = name
+        self.wanted_model = wanted_model
+
+    def attach(self, scorer: TokenScorer) -> None:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
+        raise AssertionError(f"objective {self.name!r} is an outline for plans")
+
+
+class SharedCall:
+    """The result of one evaluation, for the objectives that each read a part of it."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[object, object] | None = None
+        self._result: object = None
+        self._taken: set[str] = set()
+
+    def result(
+        self,
+        reader: str,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        evaluate: Callable[[], object],
+    ) -> object:
+        """What ``evaluate`` gives for these very lists; every ``reader`` may take it once.
+
+        Who asks again, or for other lists, gets an evaluation of its own.
+        """
+        same = self._asked is not None and self._asked[0] is prompts and self._asked[1] is responses
+        if not same or reader in self._taken:
+            found = evaluate()
+            self._result = list(found) if isinstance(found, Iterator) else found  # the next reads it, too
+            self._asked, self._taken = (prompts, responses), set()
+        self._taken.add(reader)
+        return self._result
+
+
 class ObjectiveKind(ABC):
     """Base of every kind of objective. A kind says how to ``evaluate``; the checks are here."""
 
@@ -54,10 +110,27 @@ class ObjectiveKind(ABC):
     # The score model that ``evaluate`` needs of the engine, which runs it on all ranks of a replica. None:
     # ``evaluate`` runs on the first rank alone, and needs nothing of the engine.
     wanted_model: ScoreModelRequest | None = None
+    # Whether ``evaluate_all`` needs ``ResponseFacts``.
+    reads_facts: bool = False
+    # Whether its result may be a mapping of several objectives (``objectives[].outputs``).
+    gives_outputs: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
         self.name: str = config.name
+        self._calls = SharedCall()
+        asked = config.output or config.outputs
+        if asked is not None and not self.gives_outputs:
+            raise self._error(f"outputs: found {asked} with kind {config.kind}, accepted: none")
+
+    @classmethod
+    def outline(cls, config: ObjectiveConfig) -> Objective:
+        """What a plan needs: the objective, or for a model that is not here, and has a card, an outline."""
+        return cls(config)
+
+    def share(self, calls: SharedCall) -> None:
+        """Evaluate together with the other objectives that read parts of the same result."""
+        self._calls = calls
 
     def attach(self, scorer: TokenScorer) -> None:
         """Take the score model that ``wanted_model`` asks for."""
@@ -67,18 +140,72 @@ class ObjectiveKind(ABC):
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> object:
         """Raw scores: a sequence, array or tensor of numbers, one per pair."""
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def evaluate_all(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None
+    ) -> object:
+        """As ``evaluate``, for kinds that read ``facts`` as well, or give a mapping of several objectives."""
+        return self.evaluate(prompts, responses)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ``ValueError``, before the first response, for a prompt whose columns it cannot use."""
+        return None
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         """Checked scores, clipped to ``[-clip, clip]`` where the configuration says so.
 
         Raises ``ValueError`` naming the objective (and the index and value at fault) unless there is
-        exactly one finite number per pair, and for text that UTF-8 cannot hold.
+        exactly one finite number per pair, for text that UTF-8 cannot hold and for a prompt without one of
+        the columns that the objective reads.
         """
         if not responses:
             return []
         self._check_texts(prompts, responses)
-        scores = self._numbers(self.evaluate(prompts, responses), len(responses))
+        self._check_columns(prompts)
+        if self.config.output is None:
+            result = self.evaluate_all(prompts, responses, facts)
+        else:
+            whole = self._calls.result(
+                self.name, prompts, responses, lambda: self.evaluate_all(prompts, responses, facts)
+            )
+            result = self._part(whole, self.config.output)
+        scores = self._numbers(result, len(responses))
         clip = self.config.clip
         return scores if clip is None else [max(-clip, min(clip, score)) for score in scores]
+
+    def _part(self, whole: object, output: str) -> object:
+        """The scores called ``output`` in a mapping, or in the mappings of single responses."""
+        if isinstance(whole, Mapping):
+            return self._named(whole, output, "the result")
+        if isinstance(whole, _NO_SCORES) or not isinstance(whole, Iterable):
+            raise self._error(
+                f"found a result of type {type(whole).__name__}, accepted: a mapping with {output!r}"
+            )
+        return [
+            self._named(item, output, f"the result for response {index}") for index, item in enumerate(whole)
+        ]
+
+    def _named(self, found: object, output: str, where: str) -> object:
+        if not isinstance(found, Mapping):
+            raise self._error(
+                f"found {where} of type {type(found).__name__}, accepted: a mapping with {output!r}"
+            )
+        if output not in found:
+            raise self._error(
+                f"found {where} with {', '.join(map(repr, found)) or 'no names'}, accepted: a mapping with "
+                f"{output!r} (outputs)"
+            )
+        return found[output]
+
+    def _check_columns(self, prompts: Sequence[Prompt]) -> None:
+        for index, prompt in enumerate(prompts):
+            for column in self.config.columns:
+                if column not in prompt.columns:
+                    found = ", ".join(sorted(prompt.columns)) or "none"
+                    raise self._error(
+                        f"columns: found {found} with the prompt of response {index}, accepted: {column}"
+                    )
 
     def _check_texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
         """Raise ``ValueError`` for lone surrogates: no request, tokenizer or file can hold them."""
@@ -98,7 +225,8 @@ class ObjectiveKind(ABC):
         # A set has no order, a mapping would give its keys, and bytes their codes.
         if isinstance(values, _NO_SCORES) or not isinstance(values, Iterable):
             kind = type(result).__name__
-            raise self._error(f"found a result of type {kind}, accepted: a list of scores")
+            several = "" if not isinstance(values, Mapping) else " (outputs makes objectives of a mapping)"
+            raise self._error(f"found a result of type {kind}, accepted: a list of scores{several}")
         items = list(values)
         if len(items) != count:
             raise self._error(f"found {len(items)} scores, accepted: {count}, one for each response")

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gapo_mega.config import LocalPath, ObjectiveConfig, Section, TemplatePath
+from gapo_mega.models.card import card_of
 from gapo_mega.models.huggingface.config import read_config
-from gapo_mega.objectives.base import ObjectiveKind
+from gapo_mega.objectives.base import Objective, ObjectiveKind, Outline
 from gapo_mega.objectives.conversation import ConversationTokenizer, location
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
@@ -73,6 +74,11 @@ class HfClassifier(ObjectiveKind):
         except ValueError as error:
             raise self._error(f"options: {error}") from error
         self._model: PreTrainedModel | None = None
+
+    @classmethod
+    def outline(cls, config: ObjectiveConfig) -> Objective:
+        options = read_options(config, HfClassifierOptions)
+        return cls(config) if card_of(options.model) is None else Outline(config.name, None)
 
     @torch.no_grad()
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

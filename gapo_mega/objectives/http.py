@@ -92,17 +92,36 @@ class Http(ObjectiveKind):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
-        self._options = read_options(config, HttpOptions)
+        self._options = read_options(config, HttpOptions, with_columns=True)
         self._credentials = Credentials(self._options.headers, self._error)
 
     def evaluate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
-        samples = [_sample(*pair) for pair in zip(prompts, responses, strict=True)]
+        samples = [self._sample(*pair) for pair in zip(prompts, responses, strict=True)]
         size = self._options.batch_size
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         # map keeps the order; its first error cancels the requests that have not begun.
         with ThreadPoolExecutor(self._options.concurrency) as threads:
             answered = [score for scores in threads.map(self._post, batches) for score in scores]
         return [self._json_number(index, score) for index, score in enumerate(answered)]
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            for column in self.config.columns:
+                try:
+                    json.dumps(prompt.columns[column], allow_nan=False)
+                except (TypeError, ValueError, RecursionError) as error:
+                    found = " ".join(repr(prompt.columns[column]).split())[:_EXCERPT]
+                    raise self._error(
+                        f"columns: found {found} in column {column!r} of prompt {prompt.index}, accepted: "
+                        f"what JSON can hold ({error})"
+                    ) from None
+
+    def _sample(self, prompt: Prompt, response: str) -> Sample:
+        messages = [dict(message) for message in prompt.answered(response)]
+        sample: Sample = {"messages": messages, "prompt": prompt.text, "response": response}
+        if self.config.columns:
+            sample["columns"] = {column: prompt.columns[column] for column in self.config.columns}
+        return sample
 
     def _json_number(self, index: int, score: Any) -> Any:
         """``score``, unless Python would take for a number what JSON does not, or double precision cannot."""
@@ -206,8 +225,3 @@ def _retry_after(answer: requests.Response) -> float:
         return float(Retry().parse_retry_after(answer.headers["Retry-After"]))
     except (KeyError, InvalidAnswerHeader):
         return 0.0
-
-
-def _sample(prompt: Prompt, response: str) -> Sample:
-    messages = [dict(message) for message in prompt.answered(response)]
-    return {"messages": messages, "prompt": prompt.text, "response": response}

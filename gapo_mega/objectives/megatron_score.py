@@ -9,9 +9,10 @@ from pydantic import Field
 
 from gapo_mega.config import LocalPath, ObjectiveConfig, Section, TemplatePath
 from gapo_mega.files import local
+from gapo_mega.models.card import card_of
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import companions_of
-from gapo_mega.objectives.base import ObjectiveKind, ScoreModelRequest, TokenScorer
+from gapo_mega.objectives.base import Objective, ObjectiveKind, Outline, ScoreModelRequest, TokenScorer
 from gapo_mega.objectives.conversation import ConversationTokenizer
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
@@ -49,9 +50,7 @@ class MegatronScore(ObjectiveKind):
         options = read_options(config, MegatronScoreOptions)
         self._sign = options.sign
         self._scorer: TokenScorer | None = None
-        self.wanted_model = ScoreModelRequest(
-            options.model, options.dtype, options.micro_batch_size, options.offload
-        )
+        self.wanted_model = _request(options)
         path = local(options.model)
         companions = companions_of(path) if path.is_dir() else options.model
         try:
@@ -63,6 +62,11 @@ class MegatronScore(ObjectiveKind):
         except ValueError as error:
             raise self._error(f"options: {error}") from error
 
+    @classmethod
+    def outline(cls, config: ObjectiveConfig) -> Objective:
+        options = read_options(config, MegatronScoreOptions)
+        return cls(config) if card_of(options.model) is None else Outline(config.name, _request(options))
+
     def attach(self, scorer: TokenScorer) -> None:
         self._scorer = scorer
 
@@ -71,3 +75,7 @@ class MegatronScore(ObjectiveKind):
         assert self._scorer is not None, "attach() comes first"
         scores = self._scorer(self._conversations.token_ids(prompts, responses))
         return [self._sign * score for score in scores]
+
+
+def _request(options: MegatronScoreOptions) -> ScoreModelRequest:
+    return ScoreModelRequest(options.model, options.dtype, options.micro_batch_size, options.offload)

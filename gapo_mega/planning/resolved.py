@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gapo_mega.advantages.base import AdvantageEstimator
@@ -14,6 +14,7 @@ from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config, strategies
 from gapo_mega.config.strategies import PassCount, StrategyDeclaration
 from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.models.card import Card
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
@@ -55,6 +56,8 @@ class ResolvedRun:
     aggregator: Aggregator
     estimator: AdvantageEstimator
     loss: PolicyLoss
+    # Models of which only a packaged card was read, by what names them. A plan has such, a run has none.
+    cards: Mapping[str, Card] = field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:

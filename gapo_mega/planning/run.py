@@ -25,6 +25,7 @@ class RunPlan:
         interleaved = f" ({virtual} chunks a stage)" if virtual > 1 else ""
         minibatch = sequences // data // algorithm.minibatches
         return [
+            *(f"{parameter}: {card}" for parameter, card in self.resolved.cards.items()),
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline}{interleaved} x data {data}",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
@@ -54,4 +55,6 @@ class RunPlan:
             "data": self.resolved.data,
         }
         fits = None if device_gib is None else self.memory.peak <= device_gib * GIB
-        return {"world": self.resolved.world, "layout": layout, **self.memory.as_dict(), "fits": fits}
+        cards = {parameter: card.name for parameter, card in self.resolved.cards.items()}
+        run = {"world": self.resolved.world, "layout": layout, "cards": cards}
+        return run | {**self.memory.as_dict(), "fits": fits}

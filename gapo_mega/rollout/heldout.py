@@ -57,7 +57,7 @@ class HeldOut:
             rollout = self._collector.collect(
                 [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank
             )
-            scores_BM = self._scorer.scores(rollout.prompts, rollout.responses).T.tolist()
+            scores_BM = self._scorer.scores(rollout.prompts, rollout.responses, rollout.facts).T.tolist()
             rows = [i for i in numbers for _ in range(self.samples)]
             texts = [prompt.text for prompt in rollout.prompts]
             part = list(zip(rows, texts, rollout.responses, scores_BM, strict=True))

@@ -12,7 +12,7 @@ from gapo_mega.advantages.rewards import kl_rewards
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.objectives.base import Objective
-from gapo_mega.types import Experience, Prompt, Rollout
+from gapo_mega.types import Experience, Prompt, ResponseFacts, Rollout
 
 # (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
 TokenRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -58,29 +58,36 @@ class Scorer:
         self._timer = timer
         self._kl_beta = kl_beta or (lambda: algorithm.kl_beta)
 
-    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> Tensor:
         """``[M, B]`` float32. Each response is scored once per replica, not once per rank.
 
+        ``facts``: without them, an objective that asks for token counts or ``finished`` refuses to score.
         Raises ``ValueError``, on every rank of the replica, unless every objective gives one number per
         response that is finite in float32.
         """
         local = [objective for objective in self._objectives if objective.wanted_model is None]
-        by_name = self._on_first_rank(local, prompts, responses)
+        by_name = self._on_first_rank(local, prompts, responses, facts)
         for objective in self._objectives:
             if objective.wanted_model is not None:  # a model over all ranks of the replica
-                by_name[objective.name] = objective.score(prompts, responses)
+                by_name[objective.name] = objective.score(prompts, responses, facts)
         rows = [_checked(objective.name, by_name[objective.name], prompts) for objective in self._objectives]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(responses))
 
     def _on_first_rank(
-        self, objectives: Sequence[Objective], prompts: Sequence[Prompt], responses: Sequence[str]
+        self,
+        objectives: Sequence[Objective],
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        facts: ResponseFacts | None,
     ) -> dict[str, list[float]]:
         """Scores by objective on every rank; the replica's first rank computes them."""
         first = self._engine.layout.tensor_rank == 0 and self._engine.layout.pipeline_rank == 0
         outcome: dict[str, list[float]] | Exception = {}
         if first:
             try:
-                outcome = {objective.name: objective.score(prompts, responses) for objective in objectives}
+                outcome = {each.name: each.score(prompts, responses, facts) for each in objectives}
             except Exception as error:  # every rank must learn of it, or the others wait for ever
                 outcome = error
         outcome = self._engine.broadcast_in_replica(outcome)
@@ -92,7 +99,7 @@ class Scorer:
         """Rewards per objective, old and reference log-probabilities, and values with a critic."""
         batch, mask_BT = rollout.batch, rollout.response_mask_BT
         with self._timer("score"):
-            scores_MB = self.scores(rollout.prompts, rollout.responses)
+            scores_MB = self.scores(rollout.prompts, rollout.responses, rollout.facts)
         old_BT = rollout.logprobs_BT
         if self._algorithm.old_logprobs == "recompute":
             with self._timer("old_logprobs"):

@@ -9,15 +9,16 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
-from gapo_mega.data.preview import preview_prompts
+from gapo_mega.data.preview import preview_prompts, unchecked
 from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.models.card import Card, card_of
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
@@ -38,38 +39,46 @@ from gapo_mega.types import Experience
 _FREE_IN_A_CRITIC = ("family", "tied", "max_positions", "sliding_window")
 
 
-def resolve(config: Config, world_size: int) -> ResolvedRun:
+def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> ResolvedRun:
     """The run that ``config`` describes on ``world_size`` processes. Reads no weights and no data.
 
+    ``shapes_only``: for a plan, in which a packaged card may stand for a model that is not on this machine.
     Raises ``ValueError`` for the first thing that does not fit together.
     """
-    shape = _policy_shape(config.model.path)
+    models = _Configurations(shapes_only)
+    shape = _policy_shape(models, config.model.path)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
     aggregator, loss = _aggregator(config), _loss(config)
-    built = [objectives.build(objective) for objective in config.objectives]
+    built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
         config=config,
         world=world_size,
         policy=ModelSource(config.model.path, shape),
-        critic=_critic(config, shape, estimator),
+        critic=_critic(models, config, shape, estimator),
         objectives=built,
-        score_models=_score_models(config, built, world_size),
+        score_models=_score_models(models, config, built, world_size),
         aggregator=aggregator,
         estimator=estimator,
         loss=loss,
+        cards=models.cards,
     )
 
 
-def preview(config: Config) -> list[str]:
-    """Read the first rows of the run's data; one line about each source. Errors as ``preview_prompts``."""
+def preview(config: Config, *, shapes_only: bool = False) -> list[str]:
+    """Read the first rows of the run's data; one line about each source. Errors as ``preview_prompts``.
+
+    ``shapes_only``: as for ``resolve``; prompts need the policy's tokenizer, which a card has not.
+    """
+    if shapes_only and card_of(config.model.path) is not None:
+        return unchecked(config.data, f"the tokenizer of {config.model.path} is not on this machine")
 
     @cache
     def tokenizer() -> PreTrainedTokenizerBase:
         return read_tokenizer(companions_of(location.resolve(config.model.path)))
 
-    return preview_prompts(config.data, tokenizer)
+    return preview_prompts(config.data, tokenizer, config.columns)
 
 
 def _aggregator(config: Config) -> Aggregator:
@@ -115,7 +124,29 @@ def _made_up_batch(objectives: int) -> Experience:
     )
 
 
-def _critic(config: Config, policy: ModelShape, estimator: AdvantageEstimator) -> ModelSource | None:
+class _Configurations:
+    """Reads configurations of models, or packaged cards where those may stand for them.
+
+    Attributes:
+        cards: that were read, by what names the model.
+    """
+
+    def __init__(self, with_cards: bool) -> None:
+        self._with_cards = with_cards
+        self.cards: dict[str, Card] = {}
+
+    def read(self, path: str, parameter: str) -> PreTrainedConfig:
+        """The configuration of the model in a directory, checkpoint or hub repository."""
+        card = card_of(path) if self._with_cards else None
+        if card is None:
+            return read_config(companions_of(local(path)))
+        self.cards[parameter] = card
+        return card.config
+
+
+def _critic(
+    models: _Configurations, config: Config, policy: ModelShape, estimator: AdvantageEstimator
+) -> ModelSource | None:
     """The value models' backbone, which has the policy's shape: they read the policy's tokens."""
     if not estimator.needs_values:
         return None
@@ -123,7 +154,7 @@ def _critic(config: Config, policy: ModelShape, estimator: AdvantageEstimator) -
     if path is None:
         return ModelSource(config.model.path, policy)
     with _errors_of("critic.path"):
-        found = _shape(path)
+        found = shape_of(models.read(path, "critic.path"))
         _check_weights(path)
         _check_backbone(path, found, policy)
     if config.longest > found.longest:
@@ -144,20 +175,24 @@ def _check_backbone(path: str, found: ModelShape, policy: ModelShape) -> None:
             )
 
 
-def _score_models(config: Config, built: Sequence[Objective], world_size: int) -> list[ScoreModelSource]:
+def _score_models(
+    models: _Configurations, config: Config, built: Sequence[Objective], world_size: int
+) -> list[ScoreModelSource]:
     return [
         ScoreModelSource(
             objective.wanted_model,
-            _score_shape(config, objective.name, objective.wanted_model.path, world_size),
+            _score_shape(models, config, objective.name, objective.wanted_model.path, world_size),
         )
         for objective in built
         if objective.wanted_model is not None
     ]
 
 
-def _score_shape(config: Config, objective: str, path: str, world_size: int) -> ModelShape:
+def _score_shape(
+    models: _Configurations, config: Config, objective: str, path: str, world_size: int
+) -> ModelShape:
     with _errors_of(f"objective {objective!r}: its score model {path}"):
-        shape = _shape(path)
+        shape = shape_of(models.read(path, f"objective {objective!r}: options: model"))
         check_model_split(config.parallel, shape, world_size)
         directory = _check_weights(path)
         if directory is not None and score_head_of(directory.config, directory.names) is None:
@@ -183,20 +218,15 @@ def _errors_of(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}") from error
 
 
-def _policy_shape(path: str) -> ModelShape:
+def _policy_shape(models: _Configurations, path: str) -> ModelShape:
     """The shape of the policy: a language model whose tokenizer has no token beyond its vocabulary.
 
     A hub repository's tokenizer is checked once it is downloaded.
     """
     companions = companions_of(local(path))
-    config = read_config(companions)
+    config = models.read(path, "model.path")
     require_language_model(config)
     shape = shape_of(config)
     if has_tokenizer(companions):
         check_tokens(companions, read_tokenizer(companions), shape.vocab)
     return shape
-
-
-def _shape(path: str) -> ModelShape:
-    """The shape of the model in a Hugging Face directory or hub name, from its configuration only."""
-    return shape_of(read_config(companions_of(local(path))))

@@ -78,7 +78,9 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         companions = location.companions_of(resolved.policy.directory())
         tokenizer = read_tokenizer(companions)
         check_tokens(companions, tokenizer, resolved.shape.vocab)
-        train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed)
+        train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed, config.columns)
+        for objective in resolved.objectives:
+            objective.check_prompts([*train_prompts, *heldout_prompts])
         # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
         Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
         eos_ids = end_of_sequence_ids(companions, tokenizer)
@@ -114,7 +116,9 @@ def contents_of(
     """Fingerprints of what the run reads; a prompt's number in its file does not matter, its place does."""
 
     def of_prompts(prompts: Sequence[Prompt]) -> fingerprints.Fingerprint:
-        return fingerprints.of_rows((p.token_ids, p.text, p.messages) for p in prompts)
+        return fingerprints.of_rows(
+            (p.token_ids, p.text, p.messages, *sorted(p.columns.items())) for p in prompts
+        )
 
     template = tokenizer.chat_template if resolved.config.data.chat_template else None
     found = {

@@ -9,7 +9,7 @@ from typing import Any
 from gapo_mega.advantages.rewards import token_rewards
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.rollout.score import Scorer
-from gapo_mega.types import Prompt
+from gapo_mega.types import Prompt, ResponseFacts
 from tests.helpers.fake_engine import FakeEngine
 
 
@@ -19,10 +19,16 @@ class Length:
     def __init__(self, name: str = "length", model: object | None = None, fail: bool = False) -> None:
         self.name = name
         self.wanted_model = model
+        self.reads_facts = False
         self.asked = 0
         self._fail = fail
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         self.asked += 1
         if self._fail:
             raise ValueError(f"objective {self.name!r}: no")

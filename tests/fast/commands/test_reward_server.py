@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import uvicorn
 from gapo_mega import objectives, optional
 from gapo_mega.commands import reward_server
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.types import Prompt
 from tests.helpers.http_services import right, services
 
 
@@ -88,7 +90,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of the application with a Python function, served by uvicorn in a thread."""
     path = tmp_path_factory.mktemp("served") / "rewards.py"
     path.write_text(REWARDS)
-    app = reward_server.create_app(objectives.build(ObjectiveConfig(name="a", function=f"{path}:length")))
+    with serving(ObjectiveConfig(name="a", function=f"{path}:length")) as url:
+        yield url
+
+
+@contextmanager
+def serving(config: ObjectiveConfig) -> Iterator[str]:
+    """Address of the application with this objective, served by uvicorn in a thread."""
+    app = reward_server.create_app(objectives.build(config))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     with reward_server._listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -131,6 +140,8 @@ def samples(**wrong: str) -> bytes:
         ),
         (samples(messages=r'[{"role": "\udc00", "content": "b"}]'), 422, r"samples.1.messages.0.role: found"),
         (samples(**{r"\udc00": "1"}), 422, r"samples.1: found '\udc00'"),
+        (samples(columns=r'{"a": [{"b": "\ud83d"}]}'), 422, "samples.1.columns: found {'a': [{"),
+        (samples(columns="[1]"), 422, "samples.1.columns: found [1]"),
         (samples(response="NaN"), 422, "samples.1.response: found nan, accepted: a valid string"),
         (samples(response="true"), 422, "samples.1.response: found True, accepted: a valid string"),
         (samples(response="1e999"), 422, "samples.1.response: found inf"),
@@ -221,3 +232,51 @@ def content(text: str) -> dict[str, Any]:
 )
 def test_what_the_objective_refuses_is_one_line(served: str, response: str, line: str) -> None:
     assert refused(served, samples(response=json.dumps(response))) == (422, line)
+
+
+COLUMNS = """
+def right(responses, columns):
+    return [float(r == row["answer"]["text"]) for r, row in zip(responses, columns)]
+
+def ended(responses, finished):
+    return [float(f) for f in finished]
+"""
+
+
+def test_columns_go_from_a_run_to_a_served_function(tmp_path: Path) -> None:
+    path = tmp_path / "column_rewards.py"
+    path.write_text(COLUMNS)
+    prompts = [Prompt(i, "?", columns={"answer": {"text": f"a{i}"}, "secret": 1}) for i in range(3)]
+    config = ObjectiveConfig(name="a", function=f"{path}:right", columns=["answer"])
+    with serving(config) as url:
+        asked = {"name": "b", "kind": "http", "options": {"url": url, "retries": 0}}
+        run = objectives.build(ObjectiveConfig.model_validate(asked | {"columns": ["answer"]}))
+        assert run.score(prompts, ["a0", "a0", "a2"]) == [1.0, 0.0, 1.0]
+        without = objectives.build(ObjectiveConfig.model_validate(asked))
+        with pytest.raises(
+            ValueError,
+            match=r"status 422 .*columns: found none with the prompt of response 0, accepted: answer",
+        ):
+            without.score(prompts, ["a0", "a0", "a2"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"function": "ended"},
+            "found .*:ended, which asks for token_counts or finished; accepted: a function of",
+        ),
+        (
+            {"function": "right", "columns": ["answer"], "outputs": ["a", "b"]},
+            r"found outputs \['a', 'b'\], accep",
+        ),
+    ],
+)
+def test_what_a_service_cannot_give_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    path = tmp_path / "served_rewards.py"
+    path.write_text(COLUMNS)
+    named = {} if "outputs" in fields else {"name": "a"}
+    config = ObjectiveConfig.model_validate({**named, **fields, "function": f"{path}:{fields['function']}"})
+    with pytest.raises(ValueError, match=f"^serve-reward: {message}"):
+        reward_server.serve(config, "127.0.0.1", 0)

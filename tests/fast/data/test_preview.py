@@ -97,3 +97,12 @@ def test_supervised_rows(tmp_path: Path) -> None:
             ValueError, match=r"^model.chat_template: refuses a conversation of user, assistant"
         ):
             preview_supervised(kind.model_validate({**base, "data": data, "model": refusing}), tokenizer)
+
+
+def test_the_columns_of_objectives_are_checked(tmp_path: Path) -> None:
+    data = DataConfig(source=write(tmp_path / "a.jsonl", [{"prompt": "w1", "answer": 1}]))
+    columns = {"answer": "objective 'a': columns", "reply": "objective 'b': columns"}
+    with pytest.raises(
+        ValueError, match=r"^objective 'b': columns: found 'reply', accepted for .*: answer, p"
+    ):
+        preview_prompts(data, tokenizer, columns)

@@ -250,3 +250,50 @@ def test_a_position_in_other_prompts_is_refused() -> None:
         r"checkpoint.resume=false$",
     ):
         position(20, 2, seed=1, step=7).check_same_prompts(saved)
+
+
+COLUMNS = {"answer": "objective 'correct': columns"}
+
+
+def test_prompts_keep_the_columns_that_objectives_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"w{i}", "answer": [i], "other": "x"} for i in range(3)] + [{"prompt": "w9"}]
+    settings = data(write(tmp_path / "a.jsonl", rows), heldout_prompts=1, shuffle=False)
+    with caplog.at_level(logging.INFO, logger="gapo_mega"):
+        train, heldout = load_prompts(settings, tokenizer, 0, COLUMNS)
+    assert [prompt.columns for prompt in heldout + train] == [
+        {"answer": [0]},
+        {"answer": [1]},
+        {"answer": [2]},
+        {"answer": None},
+    ]
+    assert "1 of 4 prompts have no value in column 'answer'" in caplog.text
+    assert "columns that are not read: other" in caplog.text
+    assert load_prompts(settings, tokenizer, 0)[0][0].columns == {}
+
+
+@pytest.mark.parametrize("parameter", ["source", "heldout_source"])
+def test_a_column_that_is_not_there_names_objective_file_and_columns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, parameter: str
+) -> None:
+    good = write(tmp_path / "good.jsonl", [{"prompt": "w1", "answer": 1}, {"prompt": "w2", "answer": 1}])
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "w3", "reply": 1}])
+    sources = {"source": good, "heldout_source": good, parameter: bad}
+    settings = DataConfig.model_validate({**sources, "heldout_prompts": 1})
+    with pytest.raises(ValueError) as caught:
+        load_prompts(settings, tokenizer, 0, COLUMNS)
+    assert str(caught.value) == (
+        f"objective 'correct': columns: found 'answer', accepted for '{bad}': prompt, reply"
+    )
+
+
+def test_columns_of_a_data_set_directory_and_of_parquet(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    table = Dataset.from_list([{"prompt": "w1", "answer": {"x": 1}}, {"prompt": "w2", "answer": None}])
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    for source in ("saved", "a.parquet"):
+        train, _ = load_prompts(data(str(tmp_path / source), shuffle=False), tokenizer, 0, COLUMNS)
+        assert [prompt.columns for prompt in train] == [{"answer": {"x": 1}}, {"answer": None}]

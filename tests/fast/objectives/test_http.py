@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from gapo_mega.commands import reward_server
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.objectives import build
 from gapo_mega.objectives.hf_classifier import HfClassifierOptions
 from gapo_mega.objectives.http import HttpOptions
 from gapo_mega.objectives.options import read_options
@@ -290,3 +292,31 @@ def test_an_address_that_is_none_is_named(url: str) -> None:
     ) as caught:
         objective(url)
     assert "secret" not in str(caught.value)
+
+
+def test_columns_are_sent_and_those_of_other_objectives_are_not(service: Any) -> None:
+    state = service(lambda number, content: (200, b'{"scores": [1, 2]}', {}))
+    trial = build(ObjectiveConfig(name="a", kind="http", columns=["answer"], options={"url": state.url}))
+    prompts = [Prompt(i, "?", columns={"answer": {"x": [i]}, "other": 1}) for i in range(2)]
+    trial.check_prompts(prompts)
+    assert trial.score(prompts, ["a", "b"]) == [1.0, 2.0]
+    (request,) = state.requests
+    assert [sample["columns"] for sample in request["samples"]] == [
+        {"answer": {"x": [0]}},
+        {"answer": {"x": [1]}},
+    ]
+    samples = reward_server.ScoreRequest.model_validate(request).samples
+    assert [s.as_prompt(0).columns for s in samples] == [{"answer": {"x": [0]}}, {"answer": {"x": [1]}}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), b"x", {1, 2}, date(2026, 1, 2)])
+def test_a_column_that_json_cannot_hold_is_refused_before_the_first_response(value: object) -> None:
+    trial = build(
+        ObjectiveConfig(name="a", kind="http", columns=["answer"], options={"url": "http://127.0.0.1:9/x"})
+    )
+    prompts = [Prompt(3, "?", columns={"answer": 1}), Prompt(4, "?", columns={"answer": [value]})]
+    with pytest.raises(
+        ValueError,
+        match=r"^objective 'a': columns: found .* in column 'answer' of prompt 4, accepted: what JSON",
+    ):
+        trial.check_prompts(prompts)

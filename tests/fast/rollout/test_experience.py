@@ -12,7 +12,7 @@ from gapo_mega.advantages import build
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.experience import ExperienceMaker
-from gapo_mega.types import Prompt
+from gapo_mega.types import Prompt, ResponseFacts
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
 from tests.helpers.scoring import Length, no_time, scorer
 
@@ -20,7 +20,9 @@ from tests.helpers.scoring import Length, no_time, scorer
 class Huge(Length):
     """Finite scores whose differences float32 does not hold."""
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         return [3e38 if index % 2 else -3e38 for index in range(len(responses))]
 
 
@@ -55,7 +57,9 @@ def test_ordinary_scores_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
 class OfPrompt(Length):
     """The prompt's number, and one more for every response after the first of a call to it."""
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         self.seen.append([prompt.index for prompt in prompts])
         before: list[int] = []
         scores = []

@@ -72,7 +72,7 @@ def test_flat_prompts_are_counted_by_objective_over_all_ranks() -> None:
 
 
 class FirstPromptIsFlat(Length):
-    def score(self, prompts: Any, responses: Any) -> list[float]:
+    def score(self, prompts: Any, responses: Any, facts: Any = None) -> list[float]:
         return [0.5 if prompt.index == 0 else float(i) for i, prompt in enumerate(prompts)]
 
 

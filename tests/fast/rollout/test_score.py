@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.rollout.collect import Collector
-from gapo_mega.types import Prompt, Rollout
+from gapo_mega.types import Prompt, ResponseFacts, Rollout
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
 from tests.helpers.scoring import Length, scorer
 from tests.helpers.team import Team
@@ -83,7 +84,9 @@ class Fixed(Length):
         super().__init__("fixed", model)
         self._scores = scores
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
         return self._scores
 
 
@@ -136,3 +139,24 @@ def test_the_kl_reward_lies_apart_for_estimators() -> None:
     assert experience.kl_rewards_BT is not None
     expected = 0.5 * 0.003 * batch.tokens_BT * batch.response_mask_BT
     torch.testing.assert_close(experience.kl_rewards_BT, expected)
+
+
+class Facts(Length):
+    """Keeps what it is told of the responses."""
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
+        self.facts = facts
+        return super().score(prompts, responses, facts)
+
+
+@pytest.mark.parametrize("model", [None, object()])
+def test_objectives_are_told_length_and_end_of_every_response(model: object | None) -> None:
+    engine, objective = FakeEngine(), Facts("facts", model)
+    batch = replace(rollout(engine), finished_B=torch.tensor([True, False] * 3))
+    scorer(engine, [objective]).score(batch)
+    assert objective.facts is not None
+    # A word of the fake tokenizer is one token, and the end is one more.
+    assert objective.facts.token_counts == [len(text.split()) + 1 for text in batch.responses]
+    assert objective.facts.finished == [True, False] * 3

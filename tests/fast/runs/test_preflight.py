@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.config import Config
-from gapo_mega.runs.preflight import resolve
+from gapo_mega.config import Config, DataConfig
+from gapo_mega.runs.preflight import preview, resolve
 from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_llama, tiny_mistral
 
 
@@ -191,3 +191,28 @@ def test_a_loss_that_cannot_be_trained_on(models: Path, tmp_path: Path, name: st
 def test_a_wrong_option_is_told_with_its_section(models: Path, section: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(configuration(models, **section), 1)
+
+
+def test_a_plan_takes_packaged_cards_and_a_run_does_not(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = {"policy": "mistralai/Mistral-7B-v0.1", "cost": "PKU-Alignment/beaver-7b-v1.0-cost"}
+    cost = {"name": "cost", "kind": "megatron_score", "options": {"model": names["cost"]}}
+    config = configuration(models, model={"path": names["policy"]}, objectives=[cost])
+    resolved = resolve(config, 2, shapes_only=True)
+    assert (resolved.shape.hidden, resolved.shape.num_layers) == (4096, 32)
+    assert resolved.score_models[0].shape.vocab == 32001
+    assert {key: card.name for key, card in resolved.cards.items()} == {
+        "model.path": names["policy"],
+        "objective 'cost': options: model": names["cost"],
+    }
+    (line,) = preview(config.model_copy(update={"data": DataConfig(source="a.jsonl")}), shapes_only=True)
+    assert "not checked, since the tokenizer of mistralai/Mistral-7B-v0.1 is not on this machine" in line
+    with pytest.raises(ValueError, match=r"^model\.path: found 'mistralai/Mistral-7B-v0.1', accepted"):
+        resolve(config, 2)
+    with pytest.raises(ValueError, match=r"^model\.path: found 'mistralai/other', accepted"):
+        resolve(configuration(models, model={"path": "mistralai/other"}), 2, shapes_only=True)
+    # What is here is read, in a plan too.
+    assert not resolve(configuration(models), 1, shapes_only=True).cards

@@ -1,33 +1,38 @@
-"""What a training reads beside its own model."""
+"""What a checkpoint remembers of the rows that a run reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from gapo_mega.runs.fingerprints import of_weights
-from gapo_mega.runs.start import score_models_in
-from tests.helpers.fake_runs import configuration
+from gapo_mega.config import Config
+from gapo_mega.runs.preflight import resolve
+from gapo_mega.runs.resume import HELDOUT_ROWS, TRAINING_ROWS
+from gapo_mega.runs.start import contents_of
+from gapo_mega.types import Prompt
+from tests.helpers.small_tokenizers import TEMPLATE, word_tokenizer
+from tests.helpers.tiny import tiny_llama
 
 
-def test_score_models_of_objectives_count_by_their_weights_and_tokenizer(tmp_path: Path) -> None:
-    """Trained again under the same name, or reading texts in another way, they are other objectives."""
-    model = tmp_path / "reward"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"first")
-    options = {"model": str(model), "max_tokens": 100, "dtype": "fp32"}
-    objectives = [
-        {"name": "a", "function": "m:f"},
-        {"name": "b", "kind": "hf_classifier", "options": options},
-    ]
-    config = configuration(tmp_path, objectives=objectives)
-    before = score_models_in(config)
-    (key,) = before
-    assert key == "objectives.1.options.model" and before[key].items() > of_weights(model).items()
-    seen = [before]
-    for name in ("model.safetensors", "config.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).write_bytes(b"{} ")
-        seen.append(score_models_in(config))
-        assert seen[-1] not in seen[:-1], name
-    (model / "README.md").write_text("no part of it")
-    assert score_models_in(config) == seen[-1]
+def test_another_answer_in_a_column_is_another_row(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "policy")
+    config = Config.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": str(tmp_path / "policy")},
+            "data": {"source": "unused", "max_prompt_tokens": 20},
+            "rollout": {"max_new_tokens": 8},
+            "objectives": [{"name": "plain", "function": "gapo_mega.demo.rewards:plain"}],
+        }
+    )
+    resolved = resolve(config, 1)
+    tokenizer: Any = word_tokenizer(chat_template=TEMPLATE)
+
+    def rows(columns: dict[str, Any]) -> tuple[Any, Any]:
+        prompts = [Prompt(0, "a", (1, 2), columns=columns)]
+        found = contents_of(resolved, tokenizer, prompts, prompts)
+        return found[TRAINING_ROWS], found[HELDOUT_ROWS]
+
+    assert rows({"answer": [7]}) == rows({"answer": [7]}) != rows({"answer": [8]})
+    assert rows({"answer": "7"}) != rows({"answer": 7}) != rows({})
+    assert rows({"a": 1, "b": 2}) == rows({"b": 2, "a": 1})
