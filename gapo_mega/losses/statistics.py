@@ -33,8 +33,9 @@ def policy_statistics(
     log_ratio_BT = log_ratio_of(logprobs_BT, batch).double().clamp(max=LARGEST_LOG_RATIO)
     clipped_MC = log_ratio_BT.new_zeros(objectives, len(clips_of(loss)))
     if isinstance(loss, PolicyLoss) and loss.clips:
-        masks = [loss.clipped(logprobs_BT, batch, k) & mask_BT for k in range(objectives)]
-        clipped_MC = torch.stack([mask.sum(dim=(1, 2)) for mask in masks]).double()
+        # A row without advantages, such as the KL's, has no bounds.
+        for k in range(min(objectives, 0 if batch.advantages_MBT is None else len(batch.advantages_MBT))):
+            clipped_MC[k] = (loss.clipped(logprobs_BT, batch, k) & mask_BT).sum(dim=(1, 2))
     return PolicyStatistics(
         clipped_MC=clipped_MC,
         kl=(torch.expm1(log_ratio_BT) - log_ratio_BT).sum(),

@@ -7,9 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from gapo_mega.losses import build
+from gapo_mega.losses.around import Around
+from gapo_mega.losses.base import clips_of, normalization_of
 from gapo_mega.losses.statistics import policy_statistics
+from gapo_mega.types import Experience
 from tests.helpers.policy_batches import arrays, policy_batch
 
 
@@ -52,3 +56,28 @@ def test_a_plain_function_and_a_batch_without_tokens() -> None:
     assert found.clipped_MC.shape == (2, 0)
     assert float(found.kl) == float(found.surprisal) == float(found.tokens) == 0.0
     assert float(found.least_log_ratio) == math.inf and float(found.greatest_log_ratio) == -math.inf
+
+
+class WithDrift(Around):
+    """Adds the squared log-ratio; a row after the objectives has it alone."""
+
+    name = "with_drift"
+
+    def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        drift = self.total((logprobs_BT - batch.old_logprobs_BT).square() * batch.response_mask_BT, batch)
+        return drift if objective == 1 else self.loss(logprobs_BT, batch, objective) + drift
+
+
+def test_a_loss_around_another_is_divided_and_clipped_as_that() -> None:
+    logprobs_BT, batch = policy_batch(4)
+    inner = build("grpo", clip_epsilon=0.1)
+    loss = WithDrift(inner)
+    assert normalization_of(loss) == "sequence_mean" and clips_of(loss) == ("low", "high")
+    found = policy_statistics(loss, logprobs_BT, batch, objectives=2)
+    expected = policy_statistics(inner, logprobs_BT, batch, objectives=1)
+    assert torch.equal(found.clipped_MC[0], expected.clipped_MC[0]) and bool(found.clipped_MC[0].any())
+    assert not bool(found.clipped_MC[1].any())  # the row has no advantages
+    log_ratio_BT, _, columns = arrays(logprobs_BT, batch)
+    means = [(log_ratio_BT[b, row] ** 2).mean() for b, row in enumerate(columns) if row]
+    # float64: about 30 additions in another order
+    assert float(loss(logprobs_BT, batch, 1)) == pytest.approx(sum(means), rel=1e-12)

@@ -77,7 +77,12 @@ class Task:
             return losses
         entropy = total(entropy_BT, batch.response_mask_BT, normalization_of(self.loss))
         bonus = self.entropy_beta * entropy / self.divisor
-        return [loss - bonus if wanted is None or k in wanted else loss for k, loss in enumerate(losses)]
+        assert batch.advantages_MBT is not None
+        having = range(len(batch.advantages_MBT))  # a row without advantages, such as the KL's, has no bonus
+        return [
+            loss - bonus if k in having and (wanted is None or k in wanted) else loss
+            for k, loss in enumerate(losses)
+        ]
 
 
 class Passes(Protocol):
