@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.apart import Apart
 from gapo_mega.config import Config
+from gapo_mega.losses.around import Around
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.losses.kl import KlEstimator, kl_estimates
-from gapo_mega.losses.normalization import total
 from gapo_mega.ops import AggregationMethod
 from gapo_mega.rollout.kl import KlCoefficient
 from gapo_mega.types import Experience
 
 
-class _WithKl(PolicyLoss):
-    """A loss beside the estimate of the KL; normalization and bounds are the loss's own."""
+class _WithKl(Around):
+    """A loss beside the estimate of the KL, which is divided as the loss is."""
 
     name = "with_kl"
 
     def __init__(self, loss: PolicyLoss, estimator: KlEstimator) -> None:
-        self._loss = loss
+        super().__init__(loss)
         self._estimator = estimator
-        self.normalization = loss.normalization
-
-    @property
-    def clips(self) -> tuple[str, ...]:
-        return self._loss.clips
-
-    def clipped(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        return self._loss.clipped(logprobs_BT, batch, objective)
 
     def kl(self, logprobs_BT: Tensor, batch: Experience) -> Tensor:
-        """The estimate over the responses, to be divided as the loss is."""
-        values_BT = kl_estimates(self._estimator, logprobs_BT, batch)
-        return total(values_BT, batch.response_mask_BT, self.normalization)
+        """The estimate over the responses."""
+        return self.total(kl_estimates(self._estimator, logprobs_BT, batch), batch)
 
 
 class KlInEveryLoss(_WithKl):
@@ -50,7 +40,7 @@ class KlInEveryLoss(_WithKl):
         self._beta = beta
 
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        value, beta = self._loss(logprobs_BT, batch, objective), self._beta()
+        value, beta = self.loss(logprobs_BT, batch, objective), self._beta()
         if beta == 0:  # 0 times the infinite divergence of a token that the reference rules out
             return value
         return value + beta * self.kl(logprobs_BT, batch)
@@ -68,12 +58,7 @@ class KlAsRow(_WithKl):
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         if objective == self._row:
             return self.kl(logprobs_BT, batch)
-        return self._loss(logprobs_BT, batch, objective)
-
-    def clipped(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        """Nothing holds the KL back."""
-        held = super().clipped(logprobs_BT, batch, 0 if objective == self._row else objective)
-        return torch.zeros_like(held) if objective == self._row else held
+        return self.loss(logprobs_BT, batch, objective)
 
 
 def loss_with_kl(loss: PolicyLoss, config: Config, coefficient: KlCoefficient) -> PolicyLoss:
