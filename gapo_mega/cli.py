@@ -19,6 +19,7 @@ from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
 from gapo_mega.commands.sft import sft
+from gapo_mega.commands.soup import soup
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_reward import train_reward
 
@@ -40,6 +41,7 @@ app.command()(train_reward)
 app.command()(sft)
 app.command()(plan)
 app.command()(convert)
+app.command()(soup)
 app.command()(audit)
 app.command()(serve_reward)
 app.command()(info)

@@ -134,6 +134,11 @@ class SupervisedConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     evaluate_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the end")
 
+    @property
+    def data_sets(self) -> int:
+        """Data sets of which a step takes ``batch_size`` items each."""
+        return 1
+
 
 class RewardModelConfig(SupervisedConfig):
     """A reward model: one score per conversation, by the Bradley-Terry loss on preference pairs.
