@@ -1,4 +1,4 @@
-"""What runs on data without rollouts share: reading and checking, the directory, the held-out data, the end."""
+"""What runs on data without rollouts share: checks, the directory, held-out data, the end."""
 
 from __future__ import annotations
 

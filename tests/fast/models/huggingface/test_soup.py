@@ -167,7 +167,10 @@ def test_models_that_differ_are_refused_before_anything_is_written(tmp_path: Pat
             rf"^--model: {name} of .*b has the shape \[95, 72\], accep",
         ),
         ({name: value.to(torch.int8)}, rf"{name} is stored as int8, accepted: float64"),
-        ({name: value, "model.extra": value.clone()}, r"b: tensors that this model does not have: model\.extra"),
+        (
+            {name: value, "model.extra": value.clone()},
+            r"b: tensors that this model does not have: model\.extra",
+        ),
     ):
         rewrite(b, change)
         with pytest.raises(ValueError, match=message):
@@ -205,8 +208,6 @@ def test_a_sum_beyond_its_type_leaves_nothing_behind(tmp_path: Path) -> None:
         tensors = {name: value.half() for name, value in tensors_of(source).items()}
         tensors["model.norm.weight"][5] = size
         rewrite(source, tensors)
-    with pytest.raises(
-        ValueError, match=r"^--weights: the sum of model\.norm\.weight: found .*at most 6"
-    ):
+    with pytest.raises(ValueError, match=r"^--weights: the sum of model\.norm\.weight: found .*at most 6"):
         write_soup([a, b], [2.0, -1.0], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
