@@ -6,7 +6,7 @@ too are those of ``gapo_mega.config``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -180,7 +180,7 @@ class PairObjective(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
     data: ObjectivePairs
     weight: float = Field(
-        1.0, gt=0, description="divides what the loss reads, MODPO's u_k; 1 without data.margins"
+        1.0, gt=0, description="divides z (see loss): the objective's own weight in MODPO, 1 in DPO"
     )
 
 
@@ -225,9 +225,7 @@ class PairsConfig(SupervisedConfig):
     others begin again meanwhile.
     """
 
-    objectives: Annotated[list[PairObjective], Field(min_length=1, max_length=16)] = Field(
-        description="the data sets"
-    )
+    objectives: list[PairObjective] = Field(min_length=1, max_length=16, description="the data sets")
     loss: PairLossConfig = PairLossConfig()
     aggregation: AggregationConfig = AggregationConfig()
     gradients: GradientConfig = GradientConfig()
