@@ -24,7 +24,7 @@ def dpo_losses(
     """``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` of every pair, ``z = (beta d - margin) / weight``.
 
     DPO (Rafailov et al. 2023, eq. 7) where ``margin`` is 0 and ``weight`` 1; MODPO (Zhou et al. 2023,
-    arXiv 2310.03708, eq. 9) otherwise. ``s`` is cDPO's ``label_smoothing``.
+    arXiv 2310.03708) otherwise. ``s`` is cDPO's ``label_smoothing``.
 
     Args:
         difference_P: ``d``, the log-ratio of policy and reference for the chosen response less that for the

@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from gapo_mega import advantages, aggregation
-from gapo_mega.aggregation.base import Aggregator, ZeroGradientError
+from gapo_mega import advantages
+from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from gapo_mega.config.loading import explain
 from gapo_mega.config.supervised import PairsConfig
@@ -27,6 +27,7 @@ from gapo_mega.runs.data_run import DataRun, Start
 from gapo_mega.runs.metrics import step_metrics
 from gapo_mega.runs.pair_steps import Measured, Pairs, WeightedLogprobs, experience_of, measure
 from gapo_mega.runs.phases import Phases
+from gapo_mega.runs.preflight import build_aggregator
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.skips import Skips
 from gapo_mega.types import Experience
@@ -79,21 +80,10 @@ def resolve(config: PairsConfig, shape: ModelShape, processes: int, steps: int =
         critic=None,
         objectives=[],
         score_models=[],
-        aggregator=_aggregator(words),
+        aggregator=build_aggregator(words),
         estimator=advantages.build("group"),  # of rollouts, which there are none of
         loss=WeightedLogprobs(),
     )
-
-
-def _aggregator(config: Config) -> Aggregator:
-    """The method, asked once: any Gram matrix exposes options for another number of objectives."""
-    name = config.aggregation.name
-    aggregator = aggregation.build(name, **config.aggregation.options)
-    try:
-        aggregator(torch.eye(len(config.rows), dtype=torch.float64))
-    except ValueError as error:
-        raise ValueError(f"aggregation.options ({name}): {error}") from error
-    return aggregator
 
 
 class PairsRun(DataRun[PairsConfig, Engine]):

@@ -47,7 +47,7 @@ def resolve(config: Config, world_size: int) -> ResolvedRun:
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
-    aggregator, loss = _aggregator(config), _loss(config)
+    aggregator, loss = build_aggregator(config), _loss(config)
     built = [objectives.build(objective) for objective in config.objectives]
     return ResolvedRun(
         config=config,
@@ -72,7 +72,7 @@ def preview(config: Config) -> list[str]:
     return preview_prompts(config.data, tokenizer)
 
 
-def _aggregator(config: Config) -> Aggregator:
+def build_aggregator(config: Config) -> Aggregator:
     """The method, asked once: any Gram matrix exposes options for another number of objectives."""
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)

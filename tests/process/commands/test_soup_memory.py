@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import larger_llama, tiny_llama
 
 MEASURE = """
 import sys
@@ -34,19 +34,7 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merge_holds_one_tensor_of_every_model(tmp_path: Path) -> None:
     """And of the result; beside them a tenth of one model, at 0.4 GB."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    with torch.device("meta"):
-        names = {name: value.shape for name, value in LlamaForCausalLM(config).named_parameters()}
+    config, names = larger_llama()
     for seed, folder in enumerate(("one", "other")):
         torch.manual_seed(seed)
         tensors = {name: torch.rand(shape).bfloat16() for name, shape in names.items()}
