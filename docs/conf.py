@@ -58,6 +58,7 @@ docs/pipeline
 :hidden:
 :caption: Use
 docs/commands
+docs/pairs
 docs/data
 docs/run_directories
 docs/rewards

@@ -19,7 +19,9 @@ from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
 from gapo_mega.commands.sft import sft
+from gapo_mega.commands.soup import soup
 from gapo_mega.commands.train import train
+from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
 
 USER_ERROR = 2  # exit code, as for a wrong command line
@@ -36,10 +38,12 @@ app = typer.Typer(
 
 # In the order of --help.
 app.command()(train)
+app.command()(train_pairs)
 app.command()(train_reward)
 app.command()(sft)
 app.command()(plan)
 app.command()(convert)
+app.command()(soup)
 app.command()(audit)
 app.command()(serve_reward)
 app.command()(info)

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
-from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.user_code import is_subclass
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "configuration.md"
@@ -33,6 +33,7 @@ COMMANDS: list[tuple[str, type[Section]]] = [
     ("gapo-mega train", Config),
     ("gapo-mega sft", SftConfig),
     ("gapo-mega train-reward", RewardModelConfig),
+    ("gapo-mega train-pairs", PairsConfig),
 ]
 
 HEAD = """\

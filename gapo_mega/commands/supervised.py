@@ -1,24 +1,24 @@
-"""What ``sft`` and ``train-reward`` share: a supervised run here, or in local processes."""
+"""What ``sft``, ``train-reward`` and ``train-pairs`` share: a run on data here, or in local processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gapo_mega.commands import launch
 from gapo_mega.commands.options import OVERWRITE
 
 if TYPE_CHECKING:
     from gapo_mega.config.supervised import SupervisedConfig
-    from gapo_mega.runs.supervised import SupervisedRun
+    from gapo_mega.runs.data_run import DataRun
 
 AnyConfig = TypeVar("AnyConfig", bound="SupervisedConfig")
 
 
 def run_supervised(
     settings: AnyConfig,
-    kind: type[SupervisedRun[AnyConfig]],
+    kind: type[DataRun[AnyConfig, Any]],
     nproc: int | None,
     arguments: Sequence[str],
     overwrite: bool,
@@ -35,15 +35,14 @@ def run_supervised(
     run.engine.close()
 
 
-def _check(kind: type[SupervisedRun[AnyConfig]], config: AnyConfig, processes: int, overwrite: bool) -> None:
+def _check(kind: type[DataRun[AnyConfig, Any]], config: AnyConfig, processes: int, overwrite: bool) -> None:
     from gapo_mega.data.preview import preview_supervised
     from gapo_mega.runs.identity import Identity, settings_of
     from gapo_mega.runs.session import check_before_processes, compare_with_newest
-    from gapo_mega.runs.supervised import check
 
     directory = Path(config.output_dir)
     check_before_processes(directory, kind.wanted(config), overwrite)
     if not overwrite:
         compare_with_newest(config, Identity(kind.command, settings_of(config)), directory)
-    tokenizer = check(config, processes).tokenizer
+    tokenizer = kind.check(config, processes).tokenizer
     preview_supervised(config, lambda: tokenizer)

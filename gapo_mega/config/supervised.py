@@ -1,4 +1,4 @@
-"""The configuration of supervised runs: reward models and supervised fine-tuning.
+"""The configuration of runs without rollouts: reward models, supervised fine-tuning, preference pairs.
 
 ``config.loading.load(path, overrides, kind=RewardModelConfig)`` reads it. The sections that a GAPO run has
 too are those of ``gapo_mega.config``.
@@ -11,7 +11,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gapo_mega.config import (
+    AggregationConfig,
     CheckpointConfig,
+    GradientConfig,
     LocalPath,
     LoggingConfig,
     ModelConfig,
@@ -79,6 +81,16 @@ class PreferenceData(SupervisedData):
         return self
 
 
+class ObjectivePairs(PreferenceData):
+    """The pairs of one objective, and what other objectives say of them."""
+
+    margins: dict[str, float] = Field(
+        default_factory=dict,
+        description="columns that hold another reward of the chosen response less that of the rejected one, "
+        "and the weight of each (MODPO); none: DPO",
+    )
+
+
 class ChatData(SupervisedData):
     """Conversations whose assistant the model imitates."""
 
@@ -134,6 +146,11 @@ class SupervisedConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     evaluate_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the end")
 
+    @property
+    def data_sets(self) -> int:
+        """Data sets of which a step takes ``batch_size`` items each."""
+        return 1
+
 
 class RewardModelConfig(SupervisedConfig):
     """A reward model: one score per conversation, by the Bradley-Terry loss on preference pairs.
@@ -155,6 +172,85 @@ class SftConfig(SupervisedConfig):
 
     data: ChatData
     assistant_only: bool = Field(True, description="loss on the assistant's tokens only; false: on all")
+
+
+class PairObjective(Section):
+    """One objective: its own pairs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
+    data: ObjectivePairs
+    weight: float = Field(
+        1.0, gt=0, description="divides z (see loss): the objective's own weight in MODPO, 1 in DPO"
+    )
+
+
+class PairLossConfig(Section):
+    """The loss of a pair, from the policy's and the reference's log-probabilities of both responses.
+
+    With ``d`` the log-ratio of policy and reference for the chosen response less that for the rejected one,
+    ``z = (beta d - sum_j margins_j column_j) / weight``:
+
+    - ``dpo``: ``-(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z)``
+    - ``ipo``: ``(d - 1 / (2 beta))^2``
+    """
+
+    name: Literal["dpo", "ipo"] = Field("dpo", description="the formula")
+    beta: float = Field(0.1, gt=0, description="how strongly the reference holds the policy")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo only: assumed share of pairs with the wrong response preferred"
+    )
+    length_normalized: bool = Field(
+        False, description="log-ratios per token of the response instead of summed over it"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_is_for_dpo(self) -> PairLossConfig:
+        if self.name == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"loss.label_smoothing: found {self.label_smoothing} with name ipo, accepted: 0 (it is dpo's)"
+            )
+        return self
+
+
+class PairOptimizer(SupervisedOptimizer):
+    """Megatron's optimizer, with a learning rate of the size that preference pairs take."""
+
+    lr: float = Field(1e-6, gt=0, description="largest learning rate, reached after the warm-up")
+
+
+class PairsConfig(SupervisedConfig):
+    """A policy trained on preference pairs of several objectives, each with its own data.
+
+    A step takes ``batch_size`` pairs of every objective. An epoch is one pass over the longest data set; the
+    others begin again meanwhile.
+    """
+
+    objectives: list[PairObjective] = Field(min_length=1, max_length=16, description="the data sets")
+    loss: PairLossConfig = PairLossConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    gradients: GradientConfig = GradientConfig()
+    optimizer: PairOptimizer = PairOptimizer()
+
+    @property
+    def data_sets(self) -> int:
+        return len(self.objectives)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PairsConfig:
+        names = [objective.name for objective in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives: names must differ, found {names}")
+        if self.model.keep_layers is not None:
+            raise ValueError(
+                f"model.keep_layers: found {self.model.keep_layers}, accepted: null (the reference is the "
+                "policy as it was)"
+            )
+        for index, objective in enumerate(self.objectives):
+            if self.loss.name == "ipo" and (objective.data.margins or objective.weight != 1):
+                raise ValueError(
+                    f"objectives.{index}: found data.margins or a weight with loss.name ipo, accepted: dpo"
+                )
+        return self
 
 
 def check_batches(config: SupervisedConfig, data_ranks: int) -> None:

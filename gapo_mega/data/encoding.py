@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PairIds = tuple[Tensor, Tensor]  # chosen and rejected conversation, each int64 [T]
 ChatIds = tuple[Tensor, Tensor]  # int64 [T], and bool [T]: tokens that are learned
+AnswerIds = tuple[ChatIds, ChatIds]  # chosen and rejected conversation, with the tokens of the answer
 Item = TypeVar("Item")
 Spans = list[tuple[int, int]]  # [start, end) in characters
 TEMPLATE_PARAMETER = "model.chat_template"
@@ -108,6 +109,53 @@ def encode_chats(
             encoded.append((torch.tensor(ids, dtype=torch.int64), learned_T))
     _count_left_out("chats", len(encoded), len(chats), max_tokens)
     return encoded
+
+
+def encode_answers(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, max_tokens: int
+) -> tuple[list[AnswerIds], list[Pair]]:
+    """``encode_pairs`` with a mask of the answer's tokens, the special token that ends it included.
+
+    Raises ``ValueError`` as ``encode_pairs``, if the template changes what is already said when the answer
+    comes, and for a tokenizer without character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"model.path: found {type(tokenizer).__name__}, which gives no character offsets of tokens; "
+            "accepted: a model whose tokenizer is a fast one (tokenizer.json)"
+        )
+    render = _Renderer(tokenizer, chat_template)
+    special = _special_ids(tokenizer)
+    encoded: list[AnswerIds] = []
+    kept: list[Pair] = []
+    for some in _pieces(pairs):
+        texts = [render(pair.answered(text)) for pair in some for text in (pair.chosen, pair.rejected)]
+        tokens = _tokenized(tokenizer, texts, offsets=True)
+        for number, pair in enumerate(some):
+            asked = render(pair.prompt, asked=True)
+            rows = (2 * number, 2 * number + 1)
+            if max(len(tokens["input_ids"][row]) for row in rows) > max_tokens:
+                continue
+            chosen, rejected = (
+                _answer(tokens["input_ids"][row], tokens["offset_mapping"][row], asked, texts[row], special)
+                for row in rows
+            )
+            encoded.append((chosen, rejected))
+            kept.append(pair)
+    _count_left_out("pairs", len(encoded), len(pairs), max_tokens)
+    return encoded, kept
+
+
+def _answer(ids: list[int], offsets: Spans, asked: str, text: str, special: frozenset[int]) -> ChatIds:
+    if not text.startswith(asked):
+        raise ValueError(
+            f"{TEMPLATE_PARAMETER}: changes what is already said when the answer comes, so the answer's "
+            "tokens cannot be told apart; accepted: a template that writes the question alike with and "
+            "without its answer"
+        )
+    mask_T = torch.tensor(_produced(ids, offsets, [(len(asked), len(text))], text, special), dtype=torch.bool)
+    mask_T[:1] = False  # nothing predicts the first token
+    return torch.tensor(ids, dtype=torch.int64), mask_T
 
 
 def pair_batch(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gapo_mega.config.supervised import PreferenceData
+from gapo_mega.config.supervised import ObjectivePairs, PairObjective, PreferenceData
 from gapo_mega.data import transcripts
-from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
+from gapo_mega.data.conversations import Unusable, check_turns, hold_out, opening, prompt_of, usable
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
@@ -27,15 +29,58 @@ class Pair:
     """Two responses to one prompt, of which ``chosen`` is preferred.
 
     ``prompt`` ends with a message of the user, maybe after earlier turns and a message of the system.
+    ``margin``: what other objectives say for the chosen response, weighted (``data.margins``).
     """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float = 0.0
 
     def answered(self, response: str) -> list[Message]:
         """The conversation with ``response`` as the assistant's last message."""
         return [*self.prompt, {"role": "assistant", "content": response}]
+
+
+@contextmanager
+def errors_of(objective: int) -> Iterator[None]:
+    """Let errors about ``data`` in the block name those of one of several objectives."""
+    try:
+        yield
+    except ValueError as error:
+        inside = str(error).startswith("data.")
+        raise ValueError(f"objectives.{objective}.{error}" if inside else str(error)) from error
+
+
+def load_objectives(
+    objectives: Sequence[PairObjective], seed: int
+) -> tuple[list[list[Pair]], list[list[Pair]]]:
+    """``load_pairs`` for each; no prompt that one objective holds out is trained on in another.
+
+    Prompts count as in ``conversations.hold_out``.
+    """
+    train, heldout = [], []
+    for index, objective in enumerate(objectives):
+        with errors_of(index):
+            training, held = load_pairs(objective.data, seed)
+        train.append(training)
+        heldout.append(held)
+    taken = {opening(pair.prompt) for held in heldout for pair in held}
+    for index, objective in enumerate(objectives):
+        kept = [pair for pair in train[index] if opening(pair.prompt) not in taken]
+        if len(kept) < len(train[index]):
+            logger.info(
+                "%s: left out %d pairs whose prompts another objective holds out",
+                objective.name,
+                len(train[index]) - len(kept),
+            )
+        if not kept:
+            raise ValueError(
+                f"objectives.{index}.data.source: found {objective.data.source!r}, whose prompts are all "
+                "held out by other objectives; accepted: data that leave prompts to train on"
+            )
+        train[index] = kept
+    return train, heldout
 
 
 def load_pairs(data: PreferenceData, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -61,12 +106,33 @@ def pair_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
 
     It raises ``Unusable``, ``Malformed`` or ``Lossy`` for a row that is none.
     """
+    margins = data.margins if isinstance(data, ObjectivePairs) else {}
+    for column in margins:
+        check_column(f"data.margins.{column}", column, table)
+    parse = _format_parser(data, table, list(margins))
+    if not margins:
+        return parse
+    return lambda row: replace(parse(row), margin=_margin(row, margins))
+
+
+def _margin(row: Row, margins: Mapping[str, float]) -> float:
+    total = 0.0
+    for column, weight in margins.items():
+        found = row.get(column)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise Unusable("malformed")
+        total += weight * found
+    return total
+
+
+def _format_parser(data: PreferenceData, table: Table, also: list[str]) -> Callable[[Row], Pair]:
+    """``also``: columns that somebody else reads."""
     kind = _detected(data, table) if data.format == "auto" else data.format
     if kind == "pku":
-        return _pku_parser(data, table)
+        return _pku_parser(data, table, also)
     check_column("data.chosen_column", data.chosen_column, table)
     check_column("data.rejected_column", data.rejected_column, table)
-    read = [data.chosen_column, data.rejected_column]
+    read = [data.chosen_column, data.rejected_column, *also]
     if kind == "hh":
         tell_unread(table, read)
         return lambda row: _hh_pair(data, row)
@@ -105,7 +171,7 @@ def _first(table: Table, column: str) -> Any:
     return next((row[column] for _, row in table if row.get(column) is not None), None)
 
 
-def _pku_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
+def _pku_parser(data: PreferenceData, table: Table, also: list[str]) -> Callable[[Row], Pair]:
     source = table.source.name
     if data.objective is None:
         raise ValueError(
@@ -121,7 +187,7 @@ def _pku_parser(data: PreferenceData, table: Table) -> Callable[[Row], Pair]:
             f"and {judgement}"
         )
 
-    tell_unread(table, sorted(read))
+    tell_unread(table, sorted(read.union(also)))
 
     def parse(row: Row) -> Pair:
         if row.get(judgement) not in (0, 1):

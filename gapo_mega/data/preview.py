@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gapo_mega.config import DataConfig
 from gapo_mega.config.supervised import (
     ChatData,
+    PairsConfig,
     PreferenceData,
     RewardModelConfig,
     SftConfig,
@@ -16,9 +17,9 @@ from gapo_mega.config.supervised import (
 )
 from gapo_mega.data.chats import chat_parser
 from gapo_mega.data.conversations import counted, read_usable, sources
-from gapo_mega.data.encoding import encode_chats, encode_pairs
+from gapo_mega.data.encoding import encode_answers, encode_chats, encode_pairs
 from gapo_mega.data.json_rows import Row
-from gapo_mega.data.pairs import pair_parser
+from gapo_mega.data.pairs import errors_of, pair_parser
 from gapo_mega.data.prompt_encoding import PromptEncoder
 from gapo_mega.data.prompts import prompt_sources
 from gapo_mega.data.tables import Source, Table, read_rows
@@ -54,6 +55,8 @@ def preview_supervised(config: SupervisedConfig, tokenizer: Tokenizer) -> list[s
     """As :func:`preview_prompts`, for conversations to fine-tune on, or preference pairs."""
     if isinstance(config, SftConfig):
         return _chats(config, config.data, tokenizer)
+    if isinstance(config, PairsConfig):
+        return [line for index in range(config.data_sets) for line in _objective(config, index, tokenizer)]
     assert isinstance(config, RewardModelConfig)
     return _pairs(config, config.data, tokenizer)
 
@@ -76,6 +79,18 @@ def _pairs(config: RewardModelConfig, data: PreferenceData, tokenizer: Tokenizer
         return len(pairs), left_out
 
     return [_checked(source, check) for source in sources(data) if source is not None]
+
+
+def _objective(config: PairsConfig, index: int, tokenizer: Tokenizer) -> list[str]:
+    data = config.objectives[index].data
+
+    def check(table: Table) -> tuple[int, str]:
+        pairs, left_out = _parsed(table, pair_parser(data, table))
+        encode_answers(pairs, tokenizer(), config.model.chat_template, sys.maxsize)
+        return len(pairs), left_out
+
+    with errors_of(index):
+        return [_checked(source, check) for source in sources(data) if source is not None]
 
 
 def _parsed(table: Table, parse: Callable[[Row], Item]) -> tuple[list[Item], str]:

@@ -307,11 +307,16 @@ class SupervisedEngine(RunEngine, Protocol):
         ...
 
 
-def build_engine(resolved: ResolvedRun, *, pad_id: int, eos_ids: list[int]) -> Engine:
-    """Build the models of a training run and load them. ``pad_id``, ``eos_ids``: the policy tokenizer's."""
+def build_engine(
+    resolved: ResolvedRun, *, pad_id: int, eos_ids: list[int], chat_template: str | None = None
+) -> Engine:
+    """Build the models of a training run and load them. ``pad_id``, ``eos_ids``: the policy tokenizer's.
+
+    ``chat_template``: Jinja text to store with the trained model; None: the source's own.
+    """
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
-    return MegatronEngine(resolved, pad_id=pad_id, eos_ids=eos_ids)
+    return MegatronEngine(resolved, pad_id=pad_id, eos_ids=eos_ids, chat_template=chat_template)
 
 
 def build_benchmark_engine(resolved: ResolvedRun) -> BenchmarkEngine:

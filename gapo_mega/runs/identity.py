@@ -35,6 +35,9 @@ from gapo_mega.config import (
 )
 from gapo_mega.config.supervised import (
     ChatData,
+    ObjectivePairs,
+    PairLossConfig,
+    PairObjective,
     PreferenceData,
     RewardModelConfig,
     ScoreModelConfig,
@@ -205,6 +208,14 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "prompt_column": ROWS,
         "chosen_column": ROWS,
         "rejected_column": ROWS,
+    },
+    ObjectivePairs: {"margins": ROWS},
+    PairObjective: {"name": FIXED, "weight": FIXED},
+    PairLossConfig: {
+        "name": FIXED,
+        "beta": FIXED,
+        "label_smoothing": FIXED,
+        "length_normalized": FIXED,
     },
     ChatData: {
         "format": ROWS,

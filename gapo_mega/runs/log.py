@@ -158,7 +158,8 @@ class Progress:
 def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """The one-line state that stands beside the progress bar; without objectives, that of supervised runs."""
     if names:
-        parts = [f"{name} {metrics[f'reward/{name}']:.3g}" for name in names]
+        shown = "reward" if f"reward/{names[0]}" in metrics else "accuracy"  # of preference pairs
+        parts = [f"{name} {metrics[f'{shown}/{name}']:.3g}" for name in names]
         parts.append("w " + "/".join(f"{metrics[f'weight/{name}']:.2g}" for name in names))
     else:
         parts = [f"loss {metrics['loss']:.4g}"]

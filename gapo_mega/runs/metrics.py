@@ -15,8 +15,8 @@ def step_metrics(
     report: GradientReport,
     names: Sequence[str],
     *,
-    rewards: Sequence[float],
-    kl: float,
+    rewards: Sequence[float] | None = None,
+    kl: float | None = None,
     tokens_per_second: float,
     peak_memory_bytes: int,
     seconds: Mapping[str, float],
@@ -25,8 +25,9 @@ def step_metrics(
     """Everything that an update measured, by the log's names.
 
     ``names`` are those of the Gram matrix's rows, the objectives first. ``rewards`` are batch means of the
-    objectives, in the same order; ``seconds`` are the trainer's phases, to
-    which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
+    objectives, in the same order; without rollouts there are none, and no ``kl``. ``seconds`` are the
+    trainer's phases, to which those of the gradient report are added; ``extra`` (the critic's losses, say)
+    is taken as is.
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
     G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
@@ -41,12 +42,13 @@ def step_metrics(
     follow from these (``aggregation.average``).
     """
     count = len(names)
-    assert len(rewards) <= count and len(report.losses) == count, (names, rewards, report.losses)
+    assert rewards is None or len(rewards) <= count, (names, rewards)
+    assert len(report.losses) == count, (names, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
     found = diagnose(gram, report.weights)
-    metrics = _per_objective("reward", names[: len(rewards)], rewards)
+    metrics = {} if rewards is None else _per_objective("reward", names[: len(rewards)], rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
     metrics |= _cosines("cosine", gram, norms, names)
     if report.averaged_gram is not None:
@@ -58,7 +60,8 @@ def step_metrics(
     metrics |= _per_objective("predicted_change", names, found.predicted_change.tolist())
     if report.actual_change is not None:
         metrics |= _per_objective("actual_change", names, report.actual_change)
-    metrics["kl"] = kl
+    if kl is not None:
+        metrics["kl"] = kl
     metrics |= _per_objective("loss", names, report.losses)
     metrics |= {
         "gradient_norm": report.gradient_norm,

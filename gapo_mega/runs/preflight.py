@@ -50,7 +50,7 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
-    aggregator, loss = _aggregator(config), _loss(config)
+    aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
         config=config,
@@ -81,7 +81,7 @@ def preview(config: Config, *, shapes_only: bool = False) -> list[str]:
     return preview_prompts(config.data, tokenizer, config.columns)
 
 
-def _aggregator(config: Config) -> Aggregator:
+def build_aggregator(config: Config) -> Aggregator:
     """The method, asked once: any Gram matrix exposes options for another number of objectives."""
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)

@@ -55,6 +55,22 @@ def tiny_llama(
     return _write(config, directory, seed)
 
 
+def larger_llama() -> tuple[LlamaConfig, dict[str, torch.Size]]:
+    """Configuration, names and shapes of 444 MB in bf16, of which no tensor is more than 16."""
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return config, {name: value.shape for name, value in model.named_parameters()}
+
+
 def tiny_llama3(directory: Path, *, vocab: int = 200) -> PreTrainedModel:
     """Llama with the scaled frequencies of 3.1, which show from some hundred tokens on."""
     return tiny_llama(

@@ -34,7 +34,7 @@ from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
 from gapo_mega.models.huggingface import location as model_location
-from gapo_mega.models.huggingface.writing import copy_companions
+from gapo_mega.models.huggingface.writing import copy_companions, write_template
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, TokenBatch
@@ -49,17 +49,20 @@ class MegatronEngine(groups.Collective):
         *,
         pad_id: int,
         eos_ids: list[int],
+        chat_template: str | None = None,
         existing: groups.Groups | None = None,
     ) -> None:
         """Build every model of the run and load its weights.
 
         Args:
             pad_id, eos_ids: the policy tokenizer's.
+            chat_template: Jinja text to store with the trained model; None: the source's own.
             existing: process groups of this layout from an earlier engine; None makes them.
         """
         self._config = config = resolved.config
         self.shape = shape = resolved.shape
         self._source = resolved.policy.directory()
+        self._chat_template = chat_template
         # Both before a model is built: a download may fail.
         critic = None if resolved.critic is None else resolved.critic.directory()
         super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
@@ -185,7 +188,9 @@ class MegatronEngine(groups.Collective):
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
         checkpoint.save(directory, self._trainables(), extra, self.groups, averages=self._averages())
         if self.layout.is_main:
-            copy_companions(model_location.companions_of(self._source), directory / model_location.COMPANIONS)
+            companions = directory / model_location.COMPANIONS
+            copy_companions(model_location.companions_of(self._source), companions)
+            write_template(companions, self._chat_template)
 
     def load(self, directory: Path) -> dict[str, Any]:
         return checkpoint.load(directory, self._trainables(), self.groups, self._averages())
@@ -206,3 +211,5 @@ class MegatronEngine(groups.Collective):
                 directory,
                 overwrite=True,
             )
+        if self.layout.is_main:
+            write_template(directory, self._chat_template)

@@ -26,7 +26,7 @@ from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.losses.preference import bradley_terry_sum
 from gapo_mega.models.huggingface import location as model_location
-from gapo_mega.models.huggingface.writing import copy_companions, set_config
+from gapo_mega.models.huggingface.writing import copy_companions, set_config, write_template
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.types import TokenBatch
 
@@ -105,7 +105,7 @@ class SupervisedModel(groups.Collective, ABC):
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._setup.source), folder)
-            self._write_template(folder)
+            write_template(folder, self._setup.chat_template)
             set_config(folder / "config.json", self._setup.config, self._trainable.dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
@@ -129,11 +129,7 @@ class SupervisedModel(groups.Collective, ABC):
                 overwrite=True,
             )
         if self.layout.is_main:
-            self._write_template(directory)
-
-    def _write_template(self, directory: Path) -> None:
-        if self._setup.chat_template is not None:
-            (directory / "chat_template.jinja").write_text(self._setup.chat_template, encoding="utf-8")
+            write_template(directory, self._setup.chat_template)
 
     # -- what subclasses define --------------------------------------------------------------------
     @abstractmethod

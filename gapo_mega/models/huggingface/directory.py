@@ -106,6 +106,11 @@ class HFDirectory:
         """Names of all tensors."""
         return frozenset(self._file_of)
 
+    @property
+    def weights(self) -> list[str]:
+        """Names of the tensors that do not follow from the configuration, file by file as they are stored."""
+        return [name for name in self._file_of if not name.endswith(_DERIVED_TENSOR)]
+
     def check_names(
         self,
         expected: frozenset[str],

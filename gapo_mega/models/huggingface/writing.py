@@ -61,6 +61,12 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(source / file, target / file)
 
 
+def write_template(directory: Path, text: str | None) -> None:
+    """Give a model directory another chat template; None leaves it its own."""
+    if text is not None:
+        (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
 def refuse_inside(source: Path, target: Path, parameter: str = "--to") -> None:
     """Raise ``ValueError`` where writing ``target`` would replace ``source``, which is read meanwhile."""
     if source.exists() and source.resolve().is_relative_to(target.resolve()):

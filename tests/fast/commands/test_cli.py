@@ -148,7 +148,9 @@ def test_options_that_do_not_go_together(file: Path, here: Here, monkeypatch: py
     assert "--nproc: found 2 inside torchrun" in here.refused(*run, "--nproc", "2")
 
 
-@pytest.mark.parametrize("command", ["train", "dry-run", "sft", "train-reward", "benchmark", "convert"])
+@pytest.mark.parametrize(
+    "command", ["train", "dry-run", "sft", "train-reward", "train-pairs", "benchmark", "convert"]
+)
 @pytest.mark.parametrize(
     ("left", "message"),
     [
@@ -169,11 +171,17 @@ def test_what_a_launcher_left_behind_is_told_at_once(
     supervised.write_text(
         f"output_dir: {out}\nmodel: {{path: {model}}}\ndata: {{source: {file.parent / 'absent.jsonl'}}}\n"
     )
+    pairs = file.parent / "pairs.yaml"
+    pairs.write_text(
+        f"output_dir: {out}\nmodel: {{path: {model}}}\n"
+        f"objectives: [{{name: a, data: {{source: {file.parent / 'absent.jsonl'}}}}}]\n"
+    )
     lines = {
         "train": ("train", "-c", str(file)),
         "dry-run": ("train", "-c", str(file), "--dry-run"),
         "sft": ("sft", "-c", str(supervised)),
         "train-reward": ("train-reward", "-c", str(supervised)),
+        "train-pairs": ("train-pairs", "-c", str(pairs)),
         "benchmark": ("benchmark", "step", "-c", str(file), "--out", str(out / "x.json")),
         "convert": ("convert", "--from", str(model), "--to", str(out)),
     }

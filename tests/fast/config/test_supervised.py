@@ -8,7 +8,7 @@ import pytest
 
 from gapo_mega.config import Section
 from gapo_mega.config.loading import dump, load
-from gapo_mega.config.supervised import RewardModelConfig, SftConfig, check_batches
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig, check_batches
 
 MINIMAL = """
 output_dir: runs/x
@@ -109,3 +109,43 @@ def test_a_tilde_is_expanded_in_every_path(file: Path, monkeypatch: pytest.Monke
     assert config.model.chat_template == "/homes/me/t.jinja"
     text = "~{{ messages[0].content }}"
     assert load(file, [f"model.chat_template={text}"], kind=SftConfig).model.chat_template == text
+
+
+PAIRS = """
+output_dir: runs/x
+model: {path: m}
+objectives:
+  - {name: helpful, data: {source: a.jsonl}}
+  - {name: harmless, data: {source: b.jsonl, margins: {helpfulness: 0.5}}, weight: 0.5}
+"""
+
+
+def test_pairs_of_several_objectives(file: Path, tmp_path: Path) -> None:
+    file.write_text(PAIRS)
+    config = load(file, ["loss.beta=0.2", "optimizer.schedule=constant"], kind=PairsConfig)
+    assert (config.data_sets, config.objectives[1].data.margins) == (2, {"helpfulness": 0.5})
+    assert (config.loss.beta, config.optimizer.lr, config.aggregation.name) == (0.2, 1e-6, "gapo")
+    dump(config, tmp_path / "out.yaml")
+    assert load(tmp_path / "out.yaml", kind=PairsConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objectives.1.name=helpful", "objectives: names must differ, found ['helpful', 'helpful']"),
+        ("objectives=[]", "objectives: found [], accepted: "),
+        ("objectives.0.weight=0", "objectives.0.weight: found 0, accepted: greater than 0"),
+        ("objectives.0.data.margin={}", "objectives.0.data.margin: unknown key, the nearest is 'margins'"),
+        ("loss.beta=0", "loss.beta: found 0, accepted: greater than 0"),
+        ("loss.label_smoothing=0.5", "loss.label_smoothing: found 0.5, accepted: less than 0.5"),
+        ("loss.name=kto", "loss.name: found 'kto', accepted: 'dpo' or 'ipo'"),
+        ("loss={name: ipo, label_smoothing: 0.1}", "loss.label_smoothing: found 0.1 with name ipo"),
+        ("loss.name=ipo", "objectives.1: found data.margins or a weight with loss.name ipo, accepted: dpo"),
+        ("model.keep_layers=2", "model.keep_layers: found 2, accepted: null (the reference is the policy"),
+        ("data.source=x", "data: unknown key"),
+    ],
+)
+def test_what_pairs_refuse(file: Path, override: str, message: str) -> None:
+    file.write_text(PAIRS)
+    found = failure(file, PairsConfig, override)
+    assert message in found

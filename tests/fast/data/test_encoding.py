@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.encoding import (
     chat_batch,
+    encode_answers,
     encode_chats,
     encode_pairs,
     pair_batch,
@@ -250,3 +251,37 @@ def test_scores_are_taken_before_pad_tokens_of_the_text_itself() -> None:
     batch = pair_batch([([5, 7, 0, 0], [5, 0, 6]), ([0, 0], [9])], pad_id=0)
     assert batch.tokens_BT.tolist() == [[5, 7, 0, 0], [5, 0, 6, 0], [0, 0, 0, 0], [9, 0, 0, 0]]
     assert batch.response_mask_BT.nonzero().tolist() == [[0, 1], [1, 2], [2, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_are_what_marks_in_the_template_say_of_the_last_turn(
+    tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    template = TEMPLATES[name]
+    encoded, kept = encode_answers(PAIRS, tokenizer, template, 500)
+    assert kept == PAIRS
+    for both, pair in zip(encoded, PAIRS, strict=True):
+        for (ids, mask), text in zip(both, (pair.chosen, pair.rejected), strict=True):
+            expected = tokenizer.apply_chat_template(
+                pair.answered(text),
+                chat_template=template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            said_by_assistant = torch.tensor(expected["assistant_masks"], dtype=torch.bool)
+            end = int(said_by_assistant.nonzero().max()) + 1
+            start = int((~said_by_assistant[:end]).nonzero().max()) + 1
+            assert ids.tolist() == expected["input_ids"]
+            assert mask.nonzero().flatten().tolist() == list(range(start, end))
+
+
+def test_a_pair_with_one_long_answer_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        encoded, kept = encode_answers(PAIRS, trained("bytes"), CHATML, 100)
+    assert kept == PAIRS[:1] and len(encoded) == 1
+    assert "1 of 2 pairs, left out 1 longer than 100 tokens" in caplog.text
+
+
+def test_a_template_that_changes_the_question_has_no_answer() -> None:
+    with pytest.raises(ValueError, match=r"^model\.chat_template: changes what is already said when"):
+        encode_answers(PAIRS, trained("bytes"), "{{ messages | length }}: {{ messages[-1].content }}", 500)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.config.supervised import PreferenceData
-from gapo_mega.data.pairs import Pair, load_pairs
+from gapo_mega.config.supervised import ObjectivePairs, PairObjective, PreferenceData
+from gapo_mega.data.pairs import Pair, load_objectives, load_pairs
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -198,3 +198,51 @@ def test_a_prompt_beside_whole_conversations_is_told_to_be_unread(
         train, _ = load_pairs(data(write(tmp_path / "a.jsonl", rows)), seed=0)
     assert train == [Pair((user("q"),), "good", "bad")]
     assert "columns that are not read: prompt" in caplog.text
+
+
+def test_margins_of_other_objectives(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{i}", "chosen": "yes", "rejected": "no", "safe": i - 2, "kind": 0.5} for i in range(4)
+    ]
+    rows[3] |= {"safe": "high"}
+    source = write(tmp_path / "a.jsonl", rows)
+    found = ObjectivePairs(source=source, heldout_fraction=0, margins={"safe": 0.25, "kind": -2.0})
+    with caplog.at_level(logging.INFO):
+        train, _ = load_pairs(found, seed=0)
+    assert [pair.margin for pair in train] == [-1.5, -1.25, -1.0]
+    assert "1 malformed" in caplog.text and "not read" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"^data\.margins\.sage: found 'sage', accepted for .*: chosen, kind"
+    ):
+        load_pairs(ObjectivePairs(source=source, margins={"sage": 1.0}), seed=0)
+
+
+def objective(name: str, source: str, **changes: Any) -> PairObjective:
+    return PairObjective.model_validate({"name": name, "data": {"source": source, **changes}})
+
+
+def test_no_objective_trains_on_what_another_holds_out(tmp_path: Path) -> None:
+    both = {"chosen": "yes", "rejected": "no"}
+    source = write(tmp_path / "a.jsonl", [{"prompt": f"question {i}", **both} for i in range(40)])
+    other = write(tmp_path / "b.jsonl", [{"prompt": f"question {i}", **both} for i in range(20, 60)])
+    objectives = [
+        objective("one", source, heldout_fraction=0.25),
+        objective("two", other, heldout_fraction=0.5),
+    ]
+    train, heldout = load_objectives(objectives, seed=3)
+    assert [len(pairs) for pairs in heldout] == [10, 20]
+
+    def asked(pairs: Sequence[Pair]) -> set[str]:
+        return {pair.prompt[-1]["content"] for pair in pairs}
+
+    held = asked([pair for pairs in heldout for pair in pairs])
+    trained = [asked(pairs) for pairs in train]
+    alone = [asked(load_pairs(o.data, 3)[0]) for o in objectives]
+    assert alone[0] & held and trained == [prompts - held for prompts in alone]
+
+    nested = [objective("one", source, heldout_fraction=0), objective("two", other, heldout_source=source)]
+    with pytest.raises(ValueError, match=r"^objectives\.0\.data\.source: found '.*a\.jsonl', whose prompts"):
+        load_objectives(nested, seed=3)
+    absent = [objective("one", source), objective("two", str(tmp_path / "absent.jsonl"))]
+    with pytest.raises(ValueError, match=r"^objectives\.1\.data\.source: file '.*absent\.jsonl' not found"):
+        load_objectives(absent, seed=3)

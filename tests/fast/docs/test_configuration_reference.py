@@ -11,7 +11,7 @@ import pytest
 
 from gapo_mega import advantages, aggregation, losses, objectives
 from gapo_mega.config import Config, Section
-from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.user_code import is_subclass
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,7 +36,7 @@ def fields(kind: type[Section], before: str = "") -> Iterator[str]:
             yield f"{before}{name}"
 
 
-@pytest.mark.parametrize("kind", [Config, SftConfig, RewardModelConfig])
+@pytest.mark.parametrize("kind", [Config, SftConfig, RewardModelConfig, PairsConfig])
 def test_page_has_every_field(kind: type[Section]) -> None:
     """Once in full; a section that a command shares with an earlier one refers to it."""
     shared = {"critic.optimizer": "optimizer"}

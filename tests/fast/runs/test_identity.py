@@ -11,7 +11,7 @@ import pytest
 
 from gapo_mega.config import Config, OptimizerConfig, Section
 from gapo_mega.config.loading import parse
-from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.runs.identity import RULES, Rule, fields_of, rule_of, rules_of, settings_of
 from gapo_mega.runs.resume import compare_settings
 from gapo_mega.user_code import is_subclass
@@ -29,7 +29,7 @@ def sections(kind: type[Section]) -> Iterator[type[Section]]:
                 yield from sections(annotation)
 
 
-ALL = {section for kind in (Config, SftConfig, RewardModelConfig) for section in sections(kind)}
+ALL = {section for kind in (Config, SftConfig, RewardModelConfig, PairsConfig) for section in sections(kind)}
 
 
 def is_section(section: type[Section], name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from gapo_mega.config import ParallelConfig
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
-from gapo_mega.runs.supervised import check
+from gapo_mega.runs.data_run import check
 from tests.helpers.hf_directories import classifier
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 

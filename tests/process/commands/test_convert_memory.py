@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import larger_llama, tiny_llama
 
 MEASURE = """
 import resource, sys
@@ -38,18 +38,7 @@ print(grown(convert.to_checkpoint, source, checkpoint), grown(convert.to_hf, che
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_conversion_holds_a_small_part_of_the_model(tmp_path: Path) -> None:
     """The largest tensor and a fifth of the rest, at 0.4 GB, where Python's own objects still count."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        names = {name: value.shape for name, value in LlamaForCausalLM(config).named_parameters()}
+    config, names = larger_llama()
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randint(-9999, 9999, shape, dtype=torch.int16, generator=generator).view(torch.bfloat16)
@@ -59,7 +48,6 @@ def test_a_conversion_holds_a_small_part_of_the_model(tmp_path: Path) -> None:
     largest = max(value.nbytes for value in tensors.values())
     assert size > 4e8
     (tmp_path / "hf").mkdir()
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "hf")
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     folders = [str(tmp_path / name) for name in ("hf", "ckpt", "back", "small")]

@@ -1,4 +1,4 @@
-"""`gapo-mega train-reward` and `sft` on two processes, against the same run in one."""
+"""`gapo-mega train-reward`, `sft` and `train-pairs` on two processes, against the same run in one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from gapo_mega.config.supervised import RewardModelConfig, SftConfig
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
+from gapo_mega.runs.pairs import PairsRun
 from gapo_mega.runs.supervised import RewardRun, SftRun
 from tests.helpers.environment import environment
 from tests.helpers.tiny import tiny_chat_model
@@ -53,10 +54,12 @@ def settings(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def command(folder: Path, verb: str, name: str, **changes: Any) -> dict[str, float]:
-    """The summary's held-out measures of a run on two processes."""
+def command(
+    folder: Path, verb: str, name: str, whole: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, float]:
+    """The summary's held-out measures of a run on two processes; ``whole`` has all of its settings."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(settings(folder, name, **changes)))
+    path.write_text(yaml.safe_dump(whole or settings(folder, name, **changes)))
     words = [sys.executable, "-m", "gapo_mega.cli", verb, "--config", str(path), "--nproc", "2"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -65,7 +68,7 @@ def command(folder: Path, verb: str, name: str, **changes: Any) -> dict[str, flo
     return measured
 
 
-def one_process(run: RewardRun | SftRun) -> dict[str, float]:
+def one_process(run: RewardRun | SftRun | PairsRun) -> dict[str, float]:
     try:
         return run.run()
     finally:
@@ -106,3 +109,31 @@ def test_a_data_rank_without_held_out_rows_keeps_nobody_waiting(folder: Path) ->
     plain = command(folder, "sft", "plain", optimizer=optimizer, **short)
     assert gathered == plain, "an all-gather is a copy"
     assert_same_weights(folder / "gather", folder / "plain")
+
+
+def test_train_pairs_in_other_layouts(folder: Path) -> None:
+    """Two data ranks, and two stages of a pipeline; the objectives have other numbers of pairs."""
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    turned = [json.loads(row) for row in rows[:20]]
+    turned = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in turned]
+    (folder / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    objectives = [
+        {
+            "name": name,
+            "data": {"source": str(folder / file), "heldout_source": str(folder / "heldout.jsonl")},
+        }
+        for name, file in (("polite", "train.jsonl"), ("brief", "turned.jsonl"))
+    ]
+    changes: dict[str, Any] = {"objectives": objectives, "aggregation": {"name": "mgda"}}
+
+    def of(name: str, **more: Any) -> dict[str, Any]:
+        found = settings(folder, name, **changes, **more)
+        del found["data"]
+        return found
+
+    one = one_process(PairsRun(PairsConfig.model_validate(of("pairs1"))))
+    assert one["pairs/polite"] == one["pairs/brief"] == HELD_OUT
+    for name, more in (("pairs-dp2", {}), ("pairs-pp2", {"parallel": {"pipeline": 2}})):
+        two = command(folder, "train-pairs", name, of(name, **more))
+        assert two == pytest.approx(one, rel=TOLERANCE, abs=TOLERANCE)
+        assert_same_weights(folder / name, folder / "pairs1")
