@@ -67,6 +67,11 @@ class KeptTokens:
             torch.cat(chosen) if chosen else self.tokens_K[:0],
         )
 
+    def where(self, mask_BT: Tensor) -> KeptTokens:
+        """The same at the positions in ``mask_BT``, nothing at others."""
+        kept_K = mask_BT.flatten().repeat_interleave(self.counts_BT.flatten())
+        return KeptTokens(self.counts_BT * mask_BT, self.tokens_K[kept_K])
+
     def to(self, device: torch.device) -> KeptTokens:
         """The same on ``device``."""
         return KeptTokens(self.counts_BT.to(device), self.tokens_K.to(device))
@@ -188,6 +193,7 @@ class Experience(TokenBatch):
     values_MBT: Tensor | None = None  # critic before the update; None when critic-free
     advantages_MBT: Tensor | None = None
     returns_MBT: Tensor | None = None
+    greedy_scores_MB: Tensor | None = None  # of the greedy response to each row's prompt, for ReMax
     # The KL part of the token rewards; None: what these have beyond the scores.
     kl_rewards_BT: Tensor | None = None
 

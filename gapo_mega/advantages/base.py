@@ -17,6 +17,12 @@ class AdvantageEstimator(ABC):
     name: ClassVar[str]
     # True: the estimator reads ``Experience.values_MBT``, so the run trains a critic.
     needs_values: ClassVar[bool] = False
+    # True: it reads ``Experience.greedy_scores_MB``, so every prompt is also answered greedily.
+    needs_greedy: ClassVar[bool] = False
+    # True: its advantages get mean 0 and variance 1 over the step's tokens, as with ``advantages.whiten``.
+    whitens: ClassVar[bool] = False
+    # True: advantages differ within a response, so that one backward does not serve all objectives.
+    by_token: ClassVar[bool] = False
     least_samples: ClassVar[int] = 1  # fewest samples of a prompt (``rollout.samples_per_prompt``)
     least_samples_because: ClassVar[str] = "every prompt needs a sample"  # why not fewer
 

@@ -35,20 +35,26 @@ def gae(
     return advantages_MBT, returns_MBT
 
 
+def check_share(option: str, value: object) -> None:
+    """Raise ``ValueError`` unless it is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{option}: found {value!r}, accepted: a number from 0 to 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gae(AdvantageEstimator):
     """``gamma`` discounts rewards, ``lam`` trades the critic's bias for variance; both in [0, 1]."""
 
     name: ClassVar[str] = "gae"
     needs_values: ClassVar[bool] = True
+    by_token: ClassVar[bool] = True
 
     gamma: float = 1.0
     lam: float = 0.95
 
     def __post_init__(self) -> None:
-        for option, value in (("gamma", self.gamma), ("lam", self.lam)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{option}: found {value!r}, accepted: a number from 0 to 1")
+        check_share("gamma", self.gamma)
+        check_share("lam", self.lam)
 
     def __call__(self, experience: Experience) -> Experience:
         if experience.values_MBT is None:

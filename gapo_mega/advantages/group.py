@@ -19,6 +19,8 @@ from gapo_mega.types import Experience
 
 Baseline = Literal["leave_one_out", "mean"]
 
+BECAUSE = "a sample is compared with the others of its prompt"
+
 # Scores of a group within this share of their size are equal up to rounding: four steps of float32.
 _EQUAL = 4 * torch.finfo(torch.float32).eps
 
@@ -62,7 +64,7 @@ def _groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
         alone = int((counts_G < 2).sum())
         raise ValueError(
             f"rollout.samples_per_prompt: {alone} of {counts_G.numel()} prompts have a single sample, "
-            "accepted: at least 2 for advantages.name group"
+            f"accepted: at least 2, because {BECAUSE}"
         )
     return member_B, counts_G
 
@@ -74,6 +76,33 @@ def _centred(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
 def _sums(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
     """The sum over each group, [M, G]."""
     return x_MB.new_zeros(x_MB.shape[0], len(counts_G)).index_add(1, member_B, x_MB)
+
+
+def group_advantages(experience: Experience, baseline: Baseline, epsilon: float | None) -> Experience:
+    """Fill in what ``Group`` describes; ``epsilon`` None leaves the scores as wide as they are."""
+    mask_BT, group_B = experience.response_mask_BT, experience.group_B
+    # Apart and in float64: beside a large score, float32 has no digit left for a small KL reward.
+    score_MB, kl_MB = score_returns(experience), kl_returns(experience)
+    advantages_MB = group_deviations(score_MB, group_B, baseline)
+    if epsilon is not None:
+        spread_MB = group_spreads(score_MB, group_B)
+        advantages_MB = torch.where(spread_MB == 0, 0.0, advantages_MB / (spread_MB + epsilon))
+    advantages_MB = advantages_MB + group_deviations(kl_MB, group_B, baseline)
+    dtype = experience.token_rewards_MBT.dtype
+    return replace(
+        experience,
+        advantages_MBT=torch.where(mask_BT, advantages_MB.to(dtype)[:, :, None], 0.0),
+        returns_MBT=(score_MB + kl_MB).to(dtype)[:, :, None] * mask_BT,
+    )
+
+
+def check_normalization(normalize: object, epsilon: object) -> None:
+    """Raise ``ValueError`` unless they are true or false, and a finite number >= 0."""
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize: found {normalize!r}, accepted: true, false")
+    number = isinstance(epsilon, int | float) and not isinstance(epsilon, bool)
+    if not number or not 0 <= epsilon < math.inf:  # type: ignore[operator]
+        raise ValueError(f"epsilon: found {epsilon!r}, accepted: a finite number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +121,7 @@ class Group(AdvantageEstimator):
     name: ClassVar[str] = "group"
     needs_values: ClassVar[bool] = False
     least_samples: ClassVar[int] = 2
-    least_samples_because: ClassVar[str] = "a sample is compared with the others of its prompt"
+    least_samples_because: ClassVar[str] = BECAUSE
 
     baseline: Baseline = "leave_one_out"
     normalize: bool = False
@@ -101,25 +130,7 @@ class Group(AdvantageEstimator):
     def __post_init__(self) -> None:
         if self.baseline not in get_args(Baseline):
             raise ValueError(f"baseline: found {self.baseline!r}, accepted: {', '.join(get_args(Baseline))}")
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize: found {self.normalize!r}, accepted: true, false")
-
-        number = isinstance(self.epsilon, int | float) and not isinstance(self.epsilon, bool)
-        if not number or not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon: found {self.epsilon!r}, accepted: a finite number >= 0")
+        check_normalization(self.normalize, self.epsilon)
 
     def __call__(self, experience: Experience) -> Experience:
-        mask_BT, group_B = experience.response_mask_BT, experience.group_B
-        # Apart and in float64: beside a large score, float32 has no digit left for a small KL reward.
-        score_MB, kl_MB = score_returns(experience), kl_returns(experience)
-        advantages_MB = group_deviations(score_MB, group_B, self.baseline)
-        if self.normalize:
-            spread_MB = group_spreads(score_MB, group_B)
-            advantages_MB = torch.where(spread_MB == 0, 0.0, advantages_MB / (spread_MB + self.epsilon))
-        advantages_MB = advantages_MB + group_deviations(kl_MB, group_B, self.baseline)
-        dtype = experience.token_rewards_MBT.dtype
-        return replace(
-            experience,
-            advantages_MBT=torch.where(mask_BT, advantages_MB.to(dtype)[:, :, None], 0.0),
-            returns_MBT=(score_MB + kl_MB).to(dtype)[:, :, None] * mask_BT,
-        )
+        return group_advantages(experience, self.baseline, self.epsilon if self.normalize else None)

@@ -57,12 +57,17 @@ def kl_returns(experience: Experience) -> Tensor:
 
     Without ``kl_rewards_BT`` it is what the token rewards have beyond the scores.
     """
+    return kl_tokens(experience).sum(dim=2)
+
+
+def kl_tokens(experience: Experience) -> Tensor:
+    """The KL reward of every token: float64 [M, B, T], as ``kl_returns`` adds it up."""
     mask_BT = experience.response_mask_BT
     if experience.kl_rewards_BT is not None:
-        kl_B = torch.where(mask_BT, experience.kl_rewards_BT.double(), 0.0).sum(dim=1)
-        return kl_B.expand(len(experience.scores_MB), -1)
+        kl_BT = torch.where(mask_BT, experience.kl_rewards_BT.double(), 0.0)
+        return kl_BT.expand(len(experience.scores_MB), -1, -1)
     scores_MBT = torch.where(_is_last(mask_BT), experience.scores_MB.double()[:, :, None], 0.0)
-    return torch.where(mask_BT, experience.token_rewards_MBT.double() - scores_MBT, 0.0).sum(dim=2)
+    return torch.where(mask_BT, experience.token_rewards_MBT.double() - scores_MBT, 0.0)
 
 
 def _is_last(mask_BT: Tensor) -> Tensor:

@@ -6,20 +6,19 @@ the sections of reward models and fine-tuning.
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
     AlgorithmConfig,
     CheckpointConfig,
     Config,
-    CriticConfig,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
 )

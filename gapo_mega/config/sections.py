@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_kl_target
 from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 
 
 class ModelConfig(Section):
@@ -166,12 +167,17 @@ class AggregationConfig(Section):
 
 
 class AdvantageConfig(Section):
-    """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
+    """How token rewards become advantages, an entry of gapo_mega.advantages; ``options`` are its own."""
 
     name: Code = Field("group", description="an estimator of gapo_mega.advantages, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the estimator")
     whiten: bool = Field(
         False, description="unit variance per objective over the step's tokens; rescales ||g_i||"
+    )
+    filter_flat: bool = Field(
+        False,
+        description="leave prompts whose samples have equal scores in every objective out of the updates; "
+        "for estimators that compare the samples of a prompt (group, grpo, rloo)",
     )
 
 
@@ -206,6 +212,12 @@ class AlgorithmConfig(Section):
     kl_horizon: int = Field(
         10_000, ge=1, description="responses within which kl_target changes kl_beta by a fifth at most"
     )
+    entropy_beta: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of the entropy bonus: every objective's loss has -entropy_beta times the "
+        "mean entropy of the sampled distribution added, with its exact gradient",
+    )
     value_clip: float = Field(5.0, gt=0, description="how far a clipped value may move in one step")
     ppo_epochs: int = Field(1, ge=1, description="passes over the sequences of a step")
     minibatches: int = Field(1, ge=1, description="optimizer steps per PPO epoch")
@@ -214,59 +226,6 @@ class AlgorithmConfig(Section):
         description="recompute: by the training forward; generator: those of the rollout, one forward less "
         "(equal to ~1e-5 in fp32; in bf16 the ratio of the first update is not exactly 1)",
     )
-
-
-class OptimizerConfig(Section):
-    """Megatron's optimizer for one model."""
-
-    name: Literal["adam", "sgd"] = Field("adam", description="adam is AdamW where weight_decay is not 0")
-    lr: float = Field(1e-6, gt=0, description="largest learning rate, reached after the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay after the warm-up")
-    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of all steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    beta1: float = Field(0.9, ge=0, lt=1, description="adam only: decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="adam only: decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="adam only: added to the root of the second moment")
-    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
-    clip_grad: float = Field(1.0, ge=0, description="norm to clip the combined gradient to; 0 turns it off")
-    distributed: bool = Field(True, description="Megatron's distributed optimizer; adam only")
-    overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward still runs")
-
-    overlap_param_gather: bool = Field(
-        False,
-        description="gather stepped parameters while the next forward already runs; needs distributed and "
-        "overlap_grad_reduce",
-    )
-
-    @model_validator(mode="after")
-    def _gathers_what_is_split(self) -> OptimizerConfig:
-        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
-            lacking = "distributed" if not self.distributed else "overlap_grad_reduce"
-            raise ValueError(
-                f"optimizer.overlap_param_gather: found true with {lacking} false, accepted: false (it needs "
-                "optimizer.distributed and optimizer.overlap_grad_reduce)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sgd_is_not_distributed(self) -> OptimizerConfig:
-        if self.name == "sgd" and self.distributed:
-            raise ValueError(
-                "optimizer.distributed: found true with name sgd, accepted: false (Megatron's distributed "
-                "optimizer is Adam only)"
-            )
-        return self
-
-
-class CriticConfig(Section):
-    """Value models, used when the advantage estimator needs them."""
-
-    path: LocalPath | None = Field(
-        None, description="Hugging Face directory of the backbone; none: the policy's"
-    )
-    heads: Literal["shared", "separate"] = Field("shared", description="one model with M heads, or M models")
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
 
 
 class CheckpointConfig(Section):
@@ -293,6 +252,11 @@ class LoggingConfig(Section):
     wandb: bool = Field(False, description="needs the wandb extra")
     wandb_project: str = Field("gapo_mega", description="project that wandb logs to")
     progress: bool = Field(True, description="show a progress bar")
+    entropy: bool = Field(
+        False,
+        description="also log the mean entropy of the sampled distribution: one more pass over the logits of "
+        "an update, whose all-reduce has one number a token",
+    )
 
 
 class Config(Section):

@@ -30,7 +30,7 @@ Aggregator = HostAggregator
 
 # (logprobs_BT, microbatch, objective index) -> *sum* over response tokens of the loss (a scalar
 # with a graph), as a gapo_mega.losses.PolicyLoss returns it. The engine divides by the number of response
-# tokens of the minibatch over all data ranks.
+# tokens of the minibatch over all data ranks, or by what the ``normalization`` of a PolicyLoss says.
 PolicyLossSum = Callable[[Tensor, Experience, int], Tensor]
 
 # (values_BT of one objective, microbatch, objective index) -> *sum* over response tokens.
@@ -56,10 +56,22 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class PolicyFacts:
+    """How far the policy was, before an update, from the one that sampled; over all response tokens."""
+
+    clipped: dict[str, list[float]]  # by the name of a loss's bound, per objective: share of tokens held back
+    kl: float  # estimate of KL(old || new) per token, nats: mean of rho - 1 - log rho
+    ratio_min: float  # of a token
+    ratio_max: float
+    entropy_estimate: float  # mean of -log pi of the sampled tokens, nats
+    entropy: float | None = None  # mean over the sampled positions, where it was asked for
+
+
+@dataclass(frozen=True)
 class GradientReport:
     """What one policy update measured; the same on every rank."""
 
-    losses: list[float]  # per objective, global token mean
+    losses: list[float]  # per objective, the mean that the loss's normalization says
     gram: Tensor  # [M, M] float64, CPU
     weights: Tensor  # [M] float64, CPU
     gradient_norm: float  # Megatron's norm of the combined gradient, before clipping
@@ -79,6 +91,7 @@ class GradientReport:
     # Tokens that a pass computed over those of prompts and responses: what padding to the longest of a
     # microbatch costs.
     padding: float = 1.0
+    policy: PolicyFacts | None = None
 
 
 @dataclass(frozen=True)

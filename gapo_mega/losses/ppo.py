@@ -2,73 +2,52 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.losses.normalization import total
+from gapo_mega.losses.ratio import Clipped, advantages_of, check_above, log_ratio_of, ratio_of
 from gapo_mega.types import Experience
-
-# exp(80) is about the largest ratio that float32 holds with room to multiply it by an advantage. An
-# infinite ratio would turn the gradient of a *clipped* token into 0 * inf = NaN.
-_LARGEST_LOG_RATIO = 80.0
-
-
-@dataclass(frozen=True)
-class PolicyStatistics:
-    """Sums over response tokens, to add up over microbatches and ranks before dividing."""
-
-    clipped: Tensor  # tokens where the clipped term is the smaller one, so that they give no gradient
-    kl: Tensor  # estimate of KL(old || new), nats
-    tokens: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ppo(PolicyLoss):
-    """``-min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, rho = pi / pi_old, eps = ``clip_epsilon`` > 0."""
+class Ppo(Clipped):
+    """``-min(rho A, clip(rho, 1 - eps, 1 + eps_high) A)``, rho = pi / pi_old of a token.
+
+    ``clip_epsilon`` is eps; ``clip_epsilon_high`` is eps_high, eps if there is none (DAPO's clip-higher,
+    arXiv 2503.14476, eq. 10: 0.2 and 0.28). ``dual_clip``: c > 1 also bounds the loss where A < 0, by
+    ``-c A`` whatever rho is (Ye et al. 2020, arXiv 1912.09729, eq. 5); none: no such bound.
+    """
 
     name: ClassVar[str] = "ppo"
 
-    clip_epsilon: float = 0.1
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        value = self.clip_epsilon
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"clip_epsilon: found {value!r}, accepted: a finite number > 0")
+        super().__post_init__()
+        if self.dual_clip is not None:
+            check_above("dual_clip", self.dual_clip, 1)
 
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-        ratio_BT = _log_ratio(logprobs_BT, batch).exp()
-        advantages_BT = _advantages(batch, objective)
-        clipped_BT = ratio_BT.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
-        return -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT).sum()
+        ratio_BT = ratio_of(log_ratio_of(logprobs_BT, batch))
+        advantages_BT = advantages_of(batch, objective)
+        loss_BT = self.surrogate(ratio_BT, advantages_BT)
+        if self.dual_clip is not None:
+            bounded_BT = torch.minimum(loss_BT, -self.dual_clip * advantages_BT)
+            loss_BT = torch.where(advantages_BT < 0, bounded_BT, loss_BT)
+        return total(loss_BT, batch.response_mask_BT, self.normalization)
 
-    @torch.no_grad()
-    def statistics(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> PolicyStatistics:
-        """How far the policy has moved from the one that sampled, over the response tokens.
+    @property
+    def clips(self) -> tuple[str, ...]:
+        return super().clips if self.dual_clip is None else (*super().clips, "dual")
 
-        The KL estimate is ``rho - 1 - log rho``, unbiased under the old policy and never negative.
-        """
-        log_ratio_BT = _log_ratio(logprobs_BT, batch)
-        ratio_BT = log_ratio_BT.exp()
-        advantages_BT = _advantages(batch, objective)
-        too_high_BT = (ratio_BT > 1.0 + self.clip_epsilon) & (advantages_BT > 0)
-        too_low_BT = (ratio_BT < 1.0 - self.clip_epsilon) & (advantages_BT < 0)
-        return PolicyStatistics(
-            clipped=(too_high_BT | too_low_BT).sum(),
-            kl=(torch.expm1(log_ratio_BT) - log_ratio_BT).sum(),
-            tokens=batch.response_mask_BT.sum(),
-        )
-
-
-def _advantages(batch: Experience, objective: int) -> Tensor:
-    assert batch.advantages_MBT is not None
-    return torch.where(batch.response_mask_BT, batch.advantages_MBT[objective], 0.0)
-
-
-def _log_ratio(logprobs_BT: Tensor, batch: Experience) -> Tensor:
-    # Masked before the exponential: torch.where afterwards would let 0 * inf into the gradient.
-    difference_BT = logprobs_BT - batch.old_logprobs_BT
-    return torch.where(batch.response_mask_BT, difference_BT, 0.0).clamp(max=_LARGEST_LOG_RATIO)
+    def clipped(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        ratio_BT = ratio_of(log_ratio_of(logprobs_BT, batch))
+        advantages_BT = advantages_of(batch, objective)
+        held = self.held(ratio_BT, advantages_BT)
+        if self.dual_clip is not None:
+            held.append((ratio_BT > self.dual_clip) & (advantages_BT < 0))
+        return torch.stack(held)

@@ -145,6 +145,11 @@ def _check_samples(config: Config, estimator: AdvantageEstimator) -> None:
             f"{config.advantages.name}: {estimator.least_samples} or more, because "
             f"{estimator.least_samples_because}"
         )
+    if config.advantages.filter_flat and estimator.least_samples < 2:
+        raise ValueError(
+            f"advantages.filter_flat: found true with advantages.name {config.advantages.name}, accepted: "
+            "false (it does not compare the samples of a prompt, so equal scores teach it something)"
+        )
 
 
 def _divisors(number: int) -> list[int]:

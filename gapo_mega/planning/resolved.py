@@ -92,7 +92,9 @@ class ResolvedRun:
     @property
     def forward(self) -> ForwardKind:
         """The kind of passes, where the configuration leaves it open by what else it asks for."""
-        return forward_kind(self.config, self.data, by_token=self.critic is not None)
+        return forward_kind(
+            self.config, self.data, by_token=self.critic is not None or self.estimator.by_token
+        )
 
     @property
     def shared(self) -> bool:

@@ -46,8 +46,10 @@ def _one_pass_is_sure(config: Config) -> bool:
     if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
         return False
     algorithm = config.algorithm
-    one_direction = algorithm.ppo_epochs * algorithm.minibatches == 1 and algorithm.kl == "reward"
-    return config.parallel.pipeline == 1 or one_direction
+    if config.parallel.pipeline == 1:
+        return True
+    one_direction = algorithm.kl == "reward" and algorithm.entropy_beta == 0
+    return one_direction and algorithm.ppo_epochs * algorithm.minibatches == 1
 
 
 def refusal_of_one_pass() -> str | None:

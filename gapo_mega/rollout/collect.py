@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +21,16 @@ class Collector:
         self._tokenizer = tokenizer
         self._sampling = sampling
 
-    def collect(self, prompts: list[Prompt], samples: int, seed: int) -> Rollout:
-        """``samples`` responses per prompt; the samples of a prompt are adjacent rows."""
+    def collect(self, prompts: list[Prompt], samples: int, seed: int, greedy: bool = False) -> Rollout:
+        """``samples`` responses per prompt; the samples of a prompt are adjacent rows.
+
+        ``greedy``: always the most likely token, after the repetition penalty.
+        """
+        sampling = self._sampling
+        if greedy:
+            sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        generation = self._generator.generate([p.token_ids for p in repeated], self._sampling, seed)
+        generation = self._generator.generate([p.token_ids for p in repeated], sampling, seed)
         responses = [
             well_formed(str(self._tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True)))
             for tokens_T, mask_T in zip(generation.tokens_BT, generation.response_mask_BT, strict=True)

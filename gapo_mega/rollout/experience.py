@@ -11,6 +11,7 @@ from gapo_mega.advantages.rewards import whiten
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
+from gapo_mega.rollout.flat import without_flat
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt
 
@@ -23,6 +24,7 @@ class ExperienceMaker:
     Args:
         names: of the objectives.
         samples: responses per prompt.
+        filtered: prompts whose scores are flat in every objective are left out.
         whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
         timer: measures the phase ``rollout``; the scorer measures its own.
     """
@@ -37,6 +39,7 @@ class ExperienceMaker:
         *,
         samples: int,
         whitened: bool,
+        filtered: bool = False,
         timer: Timer,
     ) -> None:
         self._engine = engine
@@ -45,7 +48,8 @@ class ExperienceMaker:
         self._estimator = estimator
         self._names = list(names)
         self._samples = samples
-        self._whitened = whitened
+        self._whitened = whitened or estimator.whitens
+        self._filtered = filtered
         self._timer = timer
 
     def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
@@ -58,12 +62,22 @@ class ExperienceMaker:
             self._engine.generator.update_weights()
             own_seed = seed * layout.data + layout.data_rank
             rollout = self._collector.collect(prompts, self._samples, own_seed)
-        experience = self._estimator(self._scorer.score(rollout))
+        experience = self._scorer.score(rollout)
+        if self._estimator.needs_greedy:
+            experience = self._with_greedy_scores(experience, prompts, own_seed)
+        experience = self._estimator(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)
         if self._whitened:
             experience = self._whiten(experience)
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
         return experience, facts
+
+    def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
+        with self._timer("greedy"):
+            greedy = self._collector.collect(prompts, 1, seed, greedy=True)
+            scores_MG = self._scorer.scores(greedy.prompts, greedy.responses)
+        # The collector numbers prompts from 0, in their order.
+        return dataclasses.replace(experience, greedy_scores_MB=scores_MG[:, experience.group_B])
 
     def _tell_infinite(self, experience: Experience) -> None:
         """Name finite scores whose advantages are not: else the log would blame the gradient alone."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import Engine
+from gapo_mega.rollout.flat import flat_counts
 from gapo_mega.types import Experience, Rollout
 
 _MOST_PROMPTS = 1_000_000  # of one rank: group numbers of different ranks must differ
@@ -33,7 +34,7 @@ def batch_facts(
     ``reward_correlation`` is measured between several objectives where prompts have several ``samples``.
     """
     several = len(names) > 1 and samples > 1
-    mask_BT = experience.response_mask_BT
+    mask_BT = rollout.response_mask_BT  # that of the experience may leave prompts out
     kl_BT = (experience.old_logprobs_BT - experience.ref_logprobs_BT) * mask_BT
     counts = [
         kl_BT.double().sum(),
@@ -54,7 +55,9 @@ def batch_facts(
         rewards=[score / rows for score in scores],
         kl=kl / max(tokens, 1.0),
         tokens=tokens + prompt_tokens,
-        extra=extra | (_correlations(engine, names, experience) if several else {}),
+        extra=extra
+        | (_correlations(engine, names, experience) if several else {})
+        | (flat_counts(engine, names, experience) if samples > 1 else {}),
     )
 
 
@@ -65,7 +68,7 @@ def _gap(engine: Engine, rollout: Rollout, experience: Experience, tokens: float
     """
     if experience.old_logprobs_BT is rollout.logprobs_BT:
         return {}
-    gap_BT = (experience.old_logprobs_BT - rollout.logprobs_BT).abs() * experience.response_mask_BT
+    gap_BT = (experience.old_logprobs_BT - rollout.logprobs_BT).abs() * rollout.response_mask_BT
     parts = engine.gather_over_data(
         (float(gap_BT.double().sum()), float(gap_BT.max()) if len(gap_BT) else 0.0)
     )

@@ -115,7 +115,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "clip": FIXED,
     },
     AggregationConfig: {"name": CODE, "options": FIXED, "average": FIXED, "average_dtype": FIXED},
-    AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED},
+    AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED, "filter_flat": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {
         "kl": FIXED,
@@ -123,6 +123,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "kl_estimator": FIXED,
         "kl_target": FIXED,
         "kl_horizon": FIXED,
+        "entropy_beta": FIXED,
         "value_clip": FIXED,
         "ppo_epochs": FIXED,
         "minibatches": FIXED,
@@ -167,6 +168,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "wandb": FREE,
         "wandb_project": FREE,
         "progress": FREE,
+        "entropy": FREE,
     },
     SupervisedConfig: {
         "output_dir": FREE,

@@ -10,42 +10,67 @@ from gapo_mega.aggregation.apart import Apart
 from gapo_mega.config import Config
 from gapo_mega.losses.base import PolicyLoss
 from gapo_mega.losses.kl import KlEstimator, kl_estimates
+from gapo_mega.losses.normalization import total
 from gapo_mega.ops import AggregationMethod
 from gapo_mega.rollout.kl import KlCoefficient
 from gapo_mega.types import Experience
 
 
-class KlInEveryLoss(PolicyLoss):
+class _WithKl(PolicyLoss):
+    """A loss of the objectives and the estimate of the KL, divided as the loss is."""
+
+    def __init__(self, loss: PolicyLoss, estimator: KlEstimator) -> None:
+        self._loss = loss
+        self._estimator = estimator
+        self.normalization = loss.normalization
+
+    def kl(self, logprobs_BT: Tensor, batch: Experience) -> Tensor:
+        """The estimate's sum."""
+        estimates_BT = kl_estimates(self._estimator, logprobs_BT, batch)
+        return total(estimates_BT, batch.response_mask_BT, self.normalization)
+
+    @property
+    def clips(self) -> tuple[str, ...]:
+        return self._loss.clips
+
+
+class KlInEveryLoss(_WithKl):
     """A loss and ``beta`` times the estimate of the KL, for every objective."""
 
     name = "kl_in_every_loss"
 
     def __init__(self, loss: PolicyLoss, estimator: KlEstimator, beta: Callable[[], float]) -> None:
-        self._loss = loss
-        self._estimator = estimator
+        super().__init__(loss, estimator)
         self._beta = beta
 
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         value, beta = self._loss(logprobs_BT, batch, objective), self._beta()
         if beta == 0:  # 0 times the infinite divergence of a token that the reference rules out
             return value
-        return value + beta * kl_estimates(self._estimator, logprobs_BT, batch).sum()
+        return value + beta * self.kl(logprobs_BT, batch)
+
+    def clipped(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        return self._loss.clipped(logprobs_BT, batch, objective)
 
 
-class KlAsRow(PolicyLoss):
+class KlAsRow(_WithKl):
     """A loss of the objectives, and the estimate of the KL as that of the row after them."""
 
     name = "kl_as_row"
 
     def __init__(self, loss: PolicyLoss, estimator: KlEstimator, row: int) -> None:
-        self._loss = loss
-        self._estimator = estimator
+        super().__init__(loss, estimator)
         self._row = row
 
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         if objective == self._row:
-            return kl_estimates(self._estimator, logprobs_BT, batch).sum()
+            return self.kl(logprobs_BT, batch)
         return self._loss(logprobs_BT, batch, objective)
+
+    def clipped(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+        if objective == self._row:  # nothing holds the KL back
+            return super().clipped(logprobs_BT, batch, objective)
+        return self._loss.clipped(logprobs_BT, batch, objective)
 
 
 def loss_with_kl(loss: PolicyLoss, config: Config, coefficient: KlCoefficient) -> PolicyLoss:

@@ -8,7 +8,7 @@ from itertools import combinations
 from torch import Tensor
 
 from gapo_mega.aggregation import diagnose
-from gapo_mega.engine.base import GradientReport
+from gapo_mega.engine.base import GradientReport, PolicyFacts
 
 
 def step_metrics(
@@ -36,6 +36,9 @@ def step_metrics(
     an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
     ``averaged_norm`` and ``averaged_cosine`` are those of the gradients' running means, where the weights
     follow from these (``aggregation.average``).
+    ``clip_fraction_BOUND/i`` is the share of tokens that a bound of the loss held back, ``kl_old_new``
+    estimates KL(old || new) per token, ``ratio_min`` and ``ratio_max`` are extremes over tokens, and
+    ``entropy_estimate`` is the mean of -log pi over the sampled tokens.
     """
     count = len(names)
     assert len(rewards) <= count and len(report.losses) == count, (names, rewards, report.losses)
@@ -68,10 +71,25 @@ def step_metrics(
     }
     metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
     metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
+    if report.policy is not None:
+        metrics |= _policy(report.policy, names)
     metrics |= dict(extra or {})
     phases = {**seconds, **_by_name(report.seconds, names)}
     metrics |= {f"time/{phase}": value for phase, value in phases.items()}
     return metrics | {"tokens_per_second": tokens_per_second, "memory/peak_bytes": peak_memory_bytes}
+
+
+def _policy(found: PolicyFacts, names: Sequence[str]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for bound, shares in found.clipped.items():
+        metrics |= _per_objective(f"clip_fraction_{bound}", names, shares)
+    metrics |= {
+        "kl_old_new": found.kl,
+        "ratio_min": found.ratio_min,
+        "ratio_max": found.ratio_max,
+        "entropy_estimate": found.entropy_estimate,
+    }
+    return metrics if found.entropy is None else metrics | {"entropy": found.entropy}
 
 
 def _by_name(seconds: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

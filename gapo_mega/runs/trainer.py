@@ -111,6 +111,7 @@ class Trainer:
             self.names,
             samples=rollout.samples_per_prompt,
             whitened=config.advantages.whiten,
+            filtered=config.advantages.filter_flat,
             timer=self.phases,
         )
         self.heldout = HeldOut(

@@ -56,6 +56,15 @@ def rows_of(batch: TokenBatch) -> list[int]:
     return rows
 
 
+def test_kept_tokens_at_some_positions() -> None:
+    everything = kept()
+    mask_BT = torch.zeros(ROWS, 3, dtype=torch.bool)
+    mask_BT[3, 1] = mask_BT[4, 2] = True
+    found = everything.where(mask_BT)
+    assert found.counts_BT.tolist() == [[0, 0, 0]] * 3 + [[0, 3, 0], [0, 0, 1]]
+    assert found.tokens_K.tolist() == [3, 3, 3, 4]
+
+
 @pytest.mark.parametrize("batch", [TokenBatch(tokens(), tokens() > 1), experience()])
 def test_rows_stay_together(batch: TokenBatch) -> None:
     assert batch.batch_size == ROWS

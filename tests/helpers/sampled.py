@@ -39,7 +39,18 @@ def sampled_logprobs(
 
     ``dropped_BTV``: True for tokens that cannot be drawn at a position.
     """
-    columns = [torch.zeros_like(logits_BTV[:, 0, 0])]
+    logprobs_BTV = sampled_distributions(logits_BTV, tokens_BT, chain, dropped_BTV)
+    return logprobs_BTV.gather(-1, tokens_BT[:, :, None]).squeeze(-1)
+
+
+def sampled_distributions(
+    logits_BTV: Tensor,
+    tokens_BT: Tensor,
+    chain: LogitsProcessorList,
+    dropped_BTV: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities [B, T, V] of all tokens at every position given those before it; 0 at the first."""
+    columns = [torch.zeros_like(logits_BTV[:, 0])]
     for position in range(1, tokens_BT.shape[1]):
         # Each row with its different tokens: autograd would count what scatter writes twice twice.
         scores = [
@@ -49,8 +60,7 @@ def sampled_logprobs(
         scores_BV = torch.cat(scores)
         if dropped_BTV is not None:
             scores_BV = scores_BV.masked_fill(dropped_BTV[:, position], -torch.inf)
-        logprobs_BV = scores_BV.log_softmax(dim=-1)
-        columns.append(logprobs_BV.gather(-1, tokens_BT[:, position, None]).squeeze(-1))
+        columns.append(scores_BV.log_softmax(dim=-1))
     return torch.stack(columns, dim=1)
 
 

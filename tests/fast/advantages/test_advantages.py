@@ -39,6 +39,7 @@ def experience(seed: int, values: bool = True) -> Experience:
         scores_MB=torch.randn(M, B, generator=generator, dtype=torch.float64),
         token_rewards_MBT=rewards.masked_fill(~mask, 0.0),
         values_MBT=torch.randn(M, B, T, generator=generator, dtype=torch.float64) if values else None,
+        greedy_scores_MB=torch.randn(M, B, generator=generator, dtype=torch.float64),
     )
 
 
@@ -234,6 +235,10 @@ def test_build_names_the_nearest_name_and_option() -> None:
         ("gae", {"gamma": 1.5}, r"gamma: found 1.5"),
         ("gae", {"lam": float("nan")}, r"lam: found nan"),
         ("gae", {"lam": True}, r"lam: found True"),
+        ("reinforce_pp", {"gamma": -0.1}, r"gamma: found -0.1, accepted: a number from 0 to 1"),
+        ("reinforce_pp", {"gamma": "1"}, r"gamma: found '1'"),
+        ("grpo", {"normalize": 1}, r"normalize: found 1, accepted: true, false"),
+        ("grpo", {"epsilon": math.nan}, r"epsilon: found nan"),
         ("group", {"baseline": "median"}, r"baseline: found 'median', accepted: leave_one_out, mean"),
         ("group", {"normalize": "yes"}, r"normalize: found 'yes'"),
         ("group", {"epsilon": -1e-6}, r"epsilon: found -1e-06, accepted: a finite number >= 0"),
@@ -260,4 +265,7 @@ def test_every_estimator_works_with_as_few_samples_as_it_says(name: str) -> None
 
 
 def test_how_many_samples_estimators_need() -> None:
-    assert {name: kind.least_samples for name, kind in estimators().items()} == {"gae": 1, "group": 2}
+    assert {name: kind.least_samples for name, kind in estimators().items()} == {
+        **{"gae": 1, "group": 2, "grpo": 2, "rloo": 2},
+        **{"reinforce_pp": 1, "remax": 1},
+    }

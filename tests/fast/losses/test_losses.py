@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.losses import Ppo, value_loss_sum
+from gapo_mega.losses.statistics import policy_statistics
 from gapo_mega.types import Experience
 
 EPSILON = 0.2
@@ -72,11 +73,11 @@ def policy_loop(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> t
 def test_policy_loss_and_statistics_equal_a_loop(seed: int) -> None:
     case = policy_case(seed)
     loss, clipped, kl = policy_loop(*case)
-    statistics = ppo.statistics(case[0], batch_of(*case[1:]), 0)
+    statistics = policy_statistics(ppo, case[0], batch_of(*case[1:]), 1)
     assert 0 < clipped < int(case[3].sum())  # both branches are in the case
     # Both sides are float64; only the order of about 20 additions differs.
     assert float(ppo_loss(*case)) == pytest.approx(loss, rel=1e-12)
-    assert int(statistics.clipped) == clipped
+    assert int(statistics.clipped_MC.sum()) == clipped
     assert float(statistics.kl) == pytest.approx(kl, rel=1e-12)
     assert int(statistics.tokens) == int(case[3].sum())
 
@@ -113,7 +114,7 @@ def test_masked_positions_add_exactly_nothing_even_when_not_finite() -> None:
     assert torch.equal(loss, clean)
     assert torch.equal(gradient, clean_gradient)
     assert bool((gradient[~mask] == 0).all())
-    assert bool(ppo.statistics(spoilt[0], batch_of(*spoilt[1:], mask), 0).kl.isfinite())
+    assert bool(policy_statistics(ppo, spoilt[0], batch_of(*spoilt[1:], mask), 1).kl.isfinite())
 
 
 def test_a_ratio_outside_float32_gives_a_finite_gradient() -> None:

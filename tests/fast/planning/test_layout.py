@@ -132,3 +132,14 @@ def test_gae_needs_no_second_sample() -> None:
 
 def test_data_parallel_size_is_the_rest_of_the_world() -> None:
     assert data_parallel_size(config(parallel={"tensor": 2, "pipeline": 3}).parallel, 24) == 4
+
+
+@pytest.mark.parametrize("name", ["gae", "reinforce_pp", "remax"])
+def test_only_estimators_that_compare_samples_can_leave_flat_prompts_out(name: str) -> None:
+    for accepted in ("group", "grpo", "rloo"):
+        check(config(advantages={"name": accepted, "filter_flat": True}), SMOLLM2, 1)
+    with pytest.raises(
+        ValueError,
+        match=rf"advantages\.filter_flat: found true with advantages\.name {name}, accepted: false",
+    ):
+        check(config(advantages={"name": name, "filter_flat": True}), SMOLLM2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from gapo_mega import advantages
 from gapo_mega.config import Config, strategies
 from gapo_mega.config.loading import dump, load
 from gapo_mega.config.strategies import PassCount
@@ -53,6 +55,8 @@ def config(gradients: dict[str, Any], **sections: Any) -> Config:
             1,
             "separate",
         ),
+        ({}, {"parallel": {"pipeline": 2}, "algorithm": {"entropy_beta": 0.01}}, 1, "separate"),
+        ({}, {"algorithm": {"entropy_beta": 0.01}}, 1, "one_pass"),
         ({}, {"algorithm": {"ppo_epochs": 2}}, 1, "one_pass"),
         ({}, {"objectives": [{"name": "a"}]}, 1, "shared"),
         ({"forward": "one_pass"}, {"objectives": [{"name": "a"}]}, 1, "one_pass"),
@@ -80,6 +84,15 @@ def test_auto(gradients: dict[str, Any], sections: dict[str, Any], data: int, ex
 )
 def test_auto_with_advantages_of_tokens(sections: dict[str, Any], data: int, expected: str) -> None:
     assert forward_kind(config({}, **sections), data, by_token=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("rloo", "one_pass"), ("grpo", "one_pass"), ("reinforce_pp", "shared"), ("remax", "shared")],
+)
+def test_auto_asks_the_estimator_whether_advantages_are_of_tokens(name: str, expected: str) -> None:
+    run = resolved_run(config({}, advantages={"name": name}), shape=SHAPE)
+    assert dataclasses.replace(run, estimator=advantages.build(name)).forward == expected
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,13 @@ class Huge(Length):
         return [3e38 if index % 2 else -3e38 for index in range(len(responses))]
 
 
-def maker(objectives: Sequence[Length]) -> ExperienceMaker:
+def maker(objectives: Sequence[Length], estimator: str = "group") -> ExperienceMaker:
     engine, tokenizer = FakeEngine(), FakeTokenizer()
     parts: Any = (
         engine,
         Collector(engine.generator, tokenizer, SamplingParameters(max_new_tokens=4)),  # type: ignore[arg-type]
         scorer(engine, objectives, kl_beta=0.0),
-        build("group"),
+        build(estimator),
         [objective.name for objective in objectives],
     )
     return ExperienceMaker(*parts, samples=2, whitened=False, timer=no_time)
@@ -50,3 +50,37 @@ def test_ordinary_scores_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         maker([Length("length"), Length("again")]).make([Prompt(0, "w0", (2,))], seed=1)
     assert caplog.messages == []
+
+
+class OfPrompt(Length):
+    """The prompt's number, and one more for every response after the first of a call to it."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        self.seen.append([prompt.index for prompt in prompts])
+        before: list[int] = []
+        scores = []
+        for prompt in prompts:
+            scores.append(10.0 * prompt.index + before.count(prompt.index))
+            before.append(prompt.index)
+        return scores
+
+    seen: list[list[int]]
+
+
+def test_remax_answers_and_scores_every_prompt_once_more() -> None:
+    objective = OfPrompt("number")
+    objective.seen = []
+    experience, _ = maker([objective], "remax").make([Prompt(i, f"w{i}", (2 + i,)) for i in (3, 1)], seed=1)
+    assert objective.seen == [[3, 3, 1, 1], [3, 1]]
+    assert experience.greedy_scores_MB is not None
+    assert experience.greedy_scores_MB.tolist() == [[30.0, 30.0, 10.0, 10.0]]
+    assert experience.advantages_MBT is not None
+    first_B = experience.response_mask_BT.int().argmax(dim=1)
+    assert [float(experience.advantages_MBT[0, b, t]) for b, t in enumerate(first_B)] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_no_other_estimator_asks_for_greedy_responses() -> None:
+    objective = OfPrompt("number")
+    objective.seen = []
+    experience, _ = maker([objective]).make([Prompt(3, "w3", (2,))], seed=1)
+    assert objective.seen == [[3, 3]] and experience.greedy_scores_MB is None

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gapo_mega import optional
 from gapo_mega.config import LoggingConfig
-from gapo_mega.engine.base import GradientReport
+from gapo_mega.engine.base import GradientReport, PolicyFacts
 from gapo_mega.runs.log import RunLog, progress_text
 from gapo_mega.runs.metrics import step_metrics
 
@@ -85,6 +85,24 @@ def test_step_metrics_has_every_documented_key() -> None:
     assert {"tokens_per_second", "memory/peak_bytes", "time/rollout", "time/gram"} < set(metrics)
     for prefix in ("reward", "grad_norm", "weight", "predicted_change", "loss"):
         assert {f"{prefix}/{name}" for name in NAMES} < set(metrics)
+
+
+@pytest.mark.parametrize("entropy", [None, 2.5])
+def test_step_metrics_has_what_was_measured_of_the_policy(entropy: float | None) -> None:
+    facts = PolicyFacts(
+        clipped={"low": [0.1, 0.2, 0.3], "high": [0.4, 0.5, 0.6]},
+        kl=0.01,
+        ratio_min=0.5,
+        ratio_max=1.5,
+        entropy_estimate=2.0,
+        entropy=entropy,
+    )
+    gradients = report(torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), policy=facts)
+    metrics = metrics_of(gradients)
+    assert metrics["clip_fraction_low/helpful"] == 0.1 and metrics["clip_fraction_high/honest"] == 0.6
+    assert (metrics["kl_old_new"], metrics["entropy_estimate"]) == (0.01, 2.0)
+    assert (metrics["ratio_min"], metrics["ratio_max"]) == (0.5, 1.5)
+    assert metrics.get("entropy") == entropy
 
 
 def test_corner_and_zero_gradient_and_nonfinite() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapo_mega import aggregation
+from gapo_mega import advantages, aggregation, losses
 from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.fake_runs import HELD_OUT, PROMPTS, Words, trainer
 from tests.helpers.team import Team
@@ -227,3 +227,21 @@ def test_facts_are_those_of_all_data_ranks(tmp_path: Path) -> None:
 def test_layout_helper() -> None:
     place = layout(rank=3, world=4, data=2)
     assert (place.data_rank, place.tensor_rank, place.is_main) == (1, 1, False)
+
+
+@pytest.mark.parametrize("name", sorted(advantages.estimators()))
+def test_a_run_of_two_steps_with_every_estimator(tmp_path: Path, name: str) -> None:
+    engine = FakeEngine()
+    filtered = advantages.estimators()[name].least_samples > 1
+    run = trainer(tmp_path, engine, steps=2, advantages={"name": name, "filter_flat": filtered})
+    assert run.run()
+    # before training, and one or two a step
+    assert engine.calls.count("generate") == 1 + 2 * (2 if name == "remax" else 1)
+    for line in metrics(tmp_path):
+        assert {"flat_groups/long", "flat_groups/short", "flat_in_every_objective"} <= line.keys()
+
+
+@pytest.mark.parametrize("name", sorted(losses.losses()))
+def test_a_run_of_two_steps_with_every_loss(tmp_path: Path, name: str) -> None:
+    assert trainer(tmp_path, steps=2, loss={"name": name}).run()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]

@@ -95,7 +95,15 @@ def _write_gradient(
         trainable = make_trainable(chunks, optimizer, total_steps=1)
         drawn = Distribution(shape.vocab, TEMPERATURE, PENALTY)
         setting = Setting(
-            trainable, world, len(WEIGHTS), drawn, shape.num_layers, MICRO_BATCH, shared, adam=False
+            trainable,
+            world,
+            len(WEIGHTS),
+            drawn,
+            shape.num_layers,
+            MICRO_BATCH,
+            shared,
+            adam=False,
+            longest=1,
         )
         tokens = float(batch.response_mask_BT.sum())
         task = Task(part.split(MICRO_BATCH), loss, tokens, drawn, len(WEIGHTS))

@@ -26,7 +26,7 @@ from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import Backwards, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Backwards
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -94,21 +94,21 @@ class OnePass(Shards):
         logits_NV = run_at_responses(model, batch, sequence_multiple(model))
         batch = batch.to(device())
         backwards = Backwards(last=False)
-        logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, backwards)
+        policy_BX = task.policy_of(logits_NV, batch, backwards)
         del logits_NV
-        losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
+        losses_M, cotangents_MBX = _cotangents(task, policy_BX, batch)
         clock.lap("forward")
-        passes = cotangents.factors(cotangents_MBT, self._rank(cotangents_MBT))
+        passes = cotangents.factors(cotangents_MBX, self._rank(cotangents_MBX))
         for number, factor in enumerate(passes, start=1):
-            self._accumulator.take(factor.coefficients_MB, logprobs_BT.device, factor.only)
+            self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only)
             backwards.last = number == len(passes)
-            torch.autograd.backward(logprobs_BT, factor.cotangent_BT, retain_graph=not backwards.last)
+            torch.autograd.backward(policy_BX, factor.cotangent_BT, retain_graph=not backwards.last)
         clock.lap("backward")
         return losses_M
 
-    def _rank(self, cotangents_MBT: Tensor) -> int:
+    def _rank(self, cotangents_MBX: Tensor) -> int:
         """The number of passes; all tensor ranks take equally many."""
-        found = cotangents.rank(cotangents_MBT)
+        found = cotangents.rank(cotangents_MBX)
         if self.groups.layout.tensor == 1:
             return found
         largest = torch.tensor(found)
@@ -163,11 +163,11 @@ class OnePass(Shards):
             )
 
         def loss(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            logprobs_BT = logprobs_of(logits_NV, batch, task.distribution, Backwards(last=True))
-            losses_M, cotangents_MBT = _cotangents(task, logprobs_BT, batch)
-            cotangent_BT, fits = cotangents.along(cotangents_MBT, _advantages(batch))
+            policy_BX = task.policy_of(logits_NV, batch, Backwards(last=True))
+            losses_M, cotangents_MBX = _cotangents(task, policy_BX, batch)
+            cotangent_BX, fits = cotangents.along(cotangents_MBX, _advantages(batch))
             logged = torch.cat([losses_M, torch.tensor([float(not fits)], dtype=torch.float64)])
-            return (logprobs_BT * cotangent_BT).sum(), logged
+            return (policy_BX * cotangent_BX).sum(), logged
 
         reduce = config.finalize_model_grads_func
         config.finalize_model_grads_func = None
@@ -191,12 +191,12 @@ def _advantages(batch: Experience) -> Tensor:
     return found
 
 
-def _cotangents(task: Task, logprobs_BT: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-    """Every loss [M], float64 on the CPU, and its gradient by the log-probabilities [M, B, T]."""
-    leaf_BT = logprobs_BT.detach().requires_grad_()
+def _cotangents(task: Task, policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+    """Every loss [M], float64 on the CPU, and its gradient by what it depends on [M, B, X]."""
+    leaf_BX = policy_BX.detach().requires_grad_()
     with torch.enable_grad():
-        losses = task.losses_of(leaf_BT, batch)
+        losses = task.losses_of(leaf_BX, batch)
     found = [
-        torch.autograd.grad(loss, leaf_BT, retain_graph=True, materialize_grads=True)[0] for loss in losses
+        torch.autograd.grad(loss, leaf_BX, retain_graph=True, materialize_grads=True)[0] for loss in losses
     ]
     return torch.stack(losses).detach().double().cpu(), torch.stack(found)

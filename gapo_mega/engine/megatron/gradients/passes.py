@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gapo_mega.engine.base import PolicyLossSum
+from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import SEVERAL, Backwards, Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import SEVERAL, Backwards, Distribution, Entropy, logprobs_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.losses.base import normalization_of
+from gapo_mega.losses.normalization import total
 from gapo_mega.types import Experience
 
 Only = Collection[nn.Parameter] | None  # the parameters to differentiate with respect to; None: all
@@ -29,15 +32,18 @@ Only = Collection[nn.Parameter] | None  # the parameters to differentiate with r
 
 @dataclass(frozen=True)
 class Task:
-    """The losses ``L_k`` to differentiate: means over the response tokens of all ranks and microbatches."""
+    """The losses ``L_k`` to differentiate: means over the responses of all ranks and microbatches."""
 
     microbatches: list[Experience]
     loss: PolicyLossSum
-    tokens: float  # response tokens of the minibatch over all data ranks
+    divisor: float  # of the loss's sum over microbatches and data ranks: their response tokens, usually
     distribution: Distribution
     objectives: int
     padding: float = 1.0  # tokens in the microbatches over those of prompts and responses, over all ranks
     backwards: Backwards = SEVERAL  # through the graph of a microbatch's losses
+    meter: Meter | None = None
+    entropy: Entropy = "none"
+    entropy_beta: float = 0.0  # every objective's L_k has -entropy_beta times the mean entropy added
 
     def losses(
         self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
@@ -46,19 +52,34 @@ class Task:
 
         ``logits_NV``: those that predict response tokens, in the order of the mask; overwritten.
         """
-        logprobs_BT = logprobs_of(logits_NV, batch, self.distribution, self.backwards)
-        return self.losses_of(logprobs_BT, batch, wanted)
+        return self.losses_of(self.policy_of(logits_NV, batch, self.backwards), batch, wanted)
+
+    def policy_of(self, logits_NV: Tensor, batch: Experience, backwards: Backwards) -> Tensor:
+        """All that losses depend on, [B, X]: log-probabilities and, where they are wanted, entropies."""
+        return logprobs_of(logits_NV, batch, self.distribution, backwards, self.entropy)
 
     def losses_of(
-        self, logprobs_BT: Tensor, batch: Experience, wanted: Collection[int] | None = None
+        self, policy_BX: Tensor, batch: Experience, wanted: Collection[int] | None = None
     ) -> list[Tensor]:
-        """``losses`` from the log-probabilities."""
-        return [
-            self.loss(logprobs_BT, batch, k) / self.tokens
+        """``losses`` from what ``policy_of`` gives."""
+        logprobs_BT, entropy_BT = policy_BX, None
+        if self.entropy != "none":
+            logprobs_BT, entropy_BT = policy_BX.chunk(2, dim=1)
+        if self.meter is not None:
+            self.meter.take(logprobs_BT, entropy_BT, batch)
+        losses = [
+            self.loss(logprobs_BT, batch, k) / self.divisor
             if wanted is None or k in wanted
             else logprobs_BT.new_zeros(())
             for k in range(self.objectives)
         ]
+        if entropy_BT is None or self.entropy_beta == 0:
+            return losses
+        entropy = total(entropy_BT, batch.response_mask_BT, normalization_of(self.loss))
+        bonus = self.entropy_beta * entropy / self.divisor
+        # The row after those of the objectives is the KL's, which has no bonus.
+        with_bonus = {k for k in range(len(batch.scores_MB)) if wanted is None or k in wanted}
+        return [loss - bonus if k in with_bonus else loss for k, loss in enumerate(losses)]
 
 
 class Passes(Protocol):

@@ -33,6 +33,9 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> Gradie
         adam=config.gradients.metric == "adam",
         average=config.aggregation.average,
         average_dtype=torch.bfloat16 if config.aggregation.average_dtype == "bf16" else torch.float32,
+        longest=config.rollout.max_new_tokens,
+        entropy_beta=config.algorithm.entropy_beta,
+        measures_entropy=config.logging.entropy,
     )
     strategy = implementation_of(type(declared))(setting, declared)
     whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)

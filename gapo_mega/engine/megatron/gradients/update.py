@@ -22,14 +22,17 @@ from gapo_mega.aggregation.base import zero_objectives
 from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
+from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.model.forward import split
-from gapo_mega.engine.megatron.model.logprobs import Distribution
+from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.losses.base import normalization_of
+from gapo_mega.losses.normalization import ResponseCounts, divisor
 from gapo_mega.types import Experience
 
 # The Gram matrix sums in fp64 what Megatron's norm sums in fp32.
@@ -76,8 +79,16 @@ class Setting:
     micro_batch: int  # sequences per microbatch
     shared: bool  # all objectives' backwards share one forward's graph per microbatch
     adam: bool  # inner products in Adam's metric
+    longest: int  # tokens that a response may have
     average: float = 0.0  # decay of the gradients' running means; 0: none are kept
     average_dtype: torch.dtype = torch.float32
+    entropy_beta: float = 0.0  # of the bonus in every objective's loss
+    measures_entropy: bool = False
+
+    @property
+    def entropy(self) -> Entropy:
+        """What a forward has to compute of it."""
+        return "trained" if self.entropy_beta else "measured" if self.measures_entropy else "none"
 
 
 def summands(weights: Tensor, gram: Tensor) -> float:
@@ -136,7 +147,8 @@ class GradientStrategy(ABC):
         method = ops.method_of(aggregator)
         task = self._task(minibatch, loss)
         report = self._take(task, method, clock)
-        return replace(report, padding=task.padding)
+        policy = None if task.meter is None else task.meter.facts(self.groups)
+        return replace(report, padding=task.padding, policy=policy)
 
     def _take(self, task: Task, method: ops.AggregationMethod, clock: Clock) -> GradientReport:
         found = self.direction(task, method, clock)
@@ -235,13 +247,27 @@ class GradientStrategy(ABC):
         return None
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
-        pieces = split(self.trainable.chunks, minibatch, self._setting.micro_batch)
-        counts = int(minibatch.response_mask_BT.sum()), pieces.computed, int(minibatch.lengths_B.sum())
+        setting = self._setting
+        pieces = split(self.trainable.chunks, minibatch, setting.micro_batch)
+        lengths_B = minibatch.response_mask_BT.sum(dim=1)
+        responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
+        counts = *responses, pieces.computed, int(minibatch.lengths_B.sum())
         local = torch.tensor(counts, dtype=torch.float64)
-        # Divides by the global count, so that every token weighs the same on all ranks and microbatches.
-        tokens, computed, needed = self.groups.sum_over_data(local).tolist()
-        padding = computed / needed
-        return Task(pieces.parts, loss, tokens, self._setting.distribution, self.objectives, padding=padding)
+        # Divides by global counts, so that every token or sequence weighs the same on all ranks and
+        # microbatches.
+        tokens, sequences, computed, needed = self.groups.sum_over_data(local).tolist()
+        found = ResponseCounts(tokens, sequences, setting.longest)
+        return Task(
+            pieces.parts,
+            loss,
+            divisor(normalization_of(loss), found),
+            setting.distribution,
+            self.objectives,
+            padding=computed / needed,
+            meter=Meter(loss, self.objectives, len(pieces.parts), setting.entropy != "none"),
+            entropy=setting.entropy,
+            entropy_beta=setting.entropy_beta,
+        )
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

@@ -12,8 +12,9 @@ response token. Like Megatron's it overwrites the logits: tensors of this size a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,11 @@ class Backwards:
     last: bool
 
 
+# Of the entropy of a token's distribution: not computed, computed without a graph, or with one.
+Entropy = Literal["none", "measured", "trained"]
+
+_CHUNK = 2**23  # elements of the logits whose logarithms are in memory at once
+
 SEVERAL = Backwards(last=False)  # whoever knows when the last one comes has an object of their own
 
 
@@ -76,11 +82,12 @@ class _Edits:
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities ``[N]`` float32.
+    """``logits [N, V/tensor]``, targets ``[N]`` (global ids) -> log-probabilities, entropies ``[N]`` float32.
 
     Dropped columns have probability 0 and gradient 0. The forward takes three all-reduces of one number per
-    position over the tensor ranks, the backward none. One tensor of the logits' size in float32 is all that
-    the forward needs, and the last backward, too; autograd refuses another one then.
+    position over the tensor ranks, a fourth one for the entropy, the backward none. One tensor of the logits'
+    size in float32 is all that the forward needs, and the last backward, too; autograd refuses another one
+    then. Entropies that are not asked for are 0.
     """
 
     @staticmethod
@@ -92,7 +99,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         edits: _Edits,
         group: dist.ProcessGroup,
         backwards: Backwards,
-    ) -> Tensor:
+        entropy: Entropy,
+    ) -> tuple[Tensor, Tensor]:
         weights_NV, factors_P = edits.apply(logits_NV)
         maximum_N1 = weights_NV.amax(dim=-1, keepdim=True)
         dist.all_reduce(maximum_N1, op=dist.ReduceOp.MAX, group=group)
@@ -106,22 +114,48 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             weights_NV.div_(edits.temperature)
         total_N1 = weights_NV.exp_().sum(dim=-1, keepdim=True)
         dist.all_reduce(total_N1, group=group)
-        ctx.save_for_backward(weights_NV, total_N1, local_N1, mine_N1)
+        entropy_N1 = torch.zeros_like(total_N1)
+        if entropy != "none":
+            # - sum p log p with p = w / total
+            for rows in _chunks(weights_NV):
+                entropy_N1[rows] = torch.special.entr(weights_NV[rows]).sum(dim=-1, keepdim=True)
+            dist.all_reduce(entropy_N1, group=group)
+            entropy_N1 = total_N1.log() + entropy_N1 / total_N1
+        ctx.save_for_backward(weights_NV, total_N1, local_N1, mine_N1, entropy_N1)
         ctx.temperature, ctx.penalized, ctx.factors_P = edits.temperature, edits.penalized, factors_P
-        ctx.backwards = backwards
-        return ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
+        ctx.backwards, ctx.trained = backwards, entropy == "trained"
+        values_N = ((target_N1 - maximum_N1) / edits.temperature - total_N1.log()).squeeze(-1)
+        entropy_N = entropy_N1.squeeze(-1).clone()
+        if not ctx.trained:
+            ctx.mark_non_differentiable(entropy_N)
+        return values_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        weights_NV, total_N1, local_N1, mine_N1 = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        weights_NV, total_N1, local_N1, mine_N1, entropy_N1 = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(-1) / ctx.temperature
         # The weights over their total are the probabilities.
         factor_N1 = -grad_N1 / total_N1
-        grad_NV = weights_NV.mul_(factor_N1) if ctx.backwards.last else weights_NV * factor_N1
+        if not ctx.trained:
+            grad_NV = weights_NV.mul_(factor_N1) if ctx.backwards.last else weights_NV * factor_N1
+        else:
+            # dH / dz_j = -p_j (log p_j + H), and w log w is there only before w is overwritten.
+            slope_N1 = -grads[1].unsqueeze(-1) / ctx.temperature / total_N1
+            factor_N1 = factor_N1 + slope_N1 * (entropy_N1 - total_N1.log())
+            grad_NV = weights_NV if ctx.backwards.last else weights_NV.clone()
+            for rows in _chunks(grad_NV):
+                part_NV = torch.special.entr(grad_NV[rows]).mul_(slope_N1[rows])
+                grad_NV[rows] = grad_NV[rows].mul_(factor_N1[rows]).sub_(part_NV)
         grad_NV.scatter_add_(-1, local_N1, grad_N1 * mine_N1)
         if ctx.factors_P is not None:
             grad_NV.index_put_(ctx.penalized, grad_NV[ctx.penalized] * ctx.factors_P)
-        return grad_NV, None, None, None, None, None
+        return grad_NV, None, None, None, None, None, None
+
+
+def _chunks(values_NV: Tensor) -> Iterator[slice]:
+    rows, columns = values_NV.shape
+    step = max(1, _CHUNK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
@@ -136,7 +170,11 @@ def before_response(values_BTX: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def logprobs_of(
-    logits_NV: Tensor, batch: TokenBatch, distribution: Distribution, backwards: Backwards = SEVERAL
+    logits_NV: Tensor,
+    batch: TokenBatch,
+    distribution: Distribution,
+    backwards: Backwards = SEVERAL,
+    entropy: Entropy = "none",
 ) -> Tensor:
     """Log-probability of every response token given the tokens before it; 0 elsewhere.
 
@@ -147,22 +185,28 @@ def logprobs_of(
         batch: column 0 of the mask must be False.
         distribution: what the tokens were drawn from.
         backwards: whether the next backward is the last.
+        entropy: of the distribution that every response token was drawn from, in nats.
 
-    Returns float32 ``[B, T]`` with a graph.
+    Returns float32 ``[B, T]`` with a graph. With entropies it is ``[B, 2 T]``: those of the positions follow
+    the log-probabilities, so that whoever takes gradients of losses takes them as more of the same.
     """
     tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
     columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
-    values_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
+    values_N, entropy_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
         logits_NV,
         tokens_BT[:, 1:][mask_BT[:, 1:]],
         start,
         _edits(batch, distribution, start, columns),
         parallel_state.get_tensor_model_parallel_group(),
         backwards,
+        entropy,
     )
     zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
-    return zeros_BT.masked_scatter(mask_BT, values_N)
+    logprobs_BT = zeros_BT.masked_scatter(mask_BT, values_N)
+    if entropy == "none":
+        return logprobs_BT
+    return torch.cat([logprobs_BT, zeros_BT.masked_scatter(mask_BT, entropy_N)], dim=1)
 
 
 def _edits(batch: TokenBatch, distribution: Distribution, start: int, columns: int) -> _Edits:

@@ -16,13 +16,19 @@ from transformers.generation.logits_process import LogitsProcessorList
 from gapo_mega import aggregation
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
-from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, logprobs_of
+from gapo_mega.engine.megatron.model import logprobs
+from gapo_mega.engine.megatron.model.logprobs import (
+    Backwards,
+    Distribution,
+    before_response,
+    logprobs_of,
+)
 from gapo_mega.losses import Ppo
 from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.types import Experience, KeptTokens, TokenBatch
 from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import check_engine, worlds
-from tests.helpers.sampled import processors, random_kept, sampled_logprobs
+from tests.helpers.sampled import processors, random_kept, sampled_distributions, sampled_logprobs
 from tests.helpers.tiny import tiny_llama
 
 VOCABULARY, PADDED = 101, 128
@@ -121,6 +127,65 @@ def test_one_backward_gives_the_same_and_is_the_only_one(dtype: torch.dtype) -> 
     assert torch.equal(value, many) and torch.equal(found, expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(value, own_NV)
+
+
+@pytest.mark.usefixtures("_world")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 3 * PADDED, 2**23])
+@pytest.mark.parametrize("kept", [False, True])
+def test_entropies_and_their_gradients_are_those_of_transformers(
+    kept: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside log-probabilities in one loss; in one backward and in several."""
+    monkeypatch.setattr(logprobs, "_CHUNK", chunk)
+    batch, dropped_BTV = random_batch(kept)
+    mask_BT = batch.response_mask_BT
+    generator = torch.Generator().manual_seed(8)
+    logits_BTV = (3 * torch.randn(ROWS, COLUMNS, PADDED, generator=generator)).to(dtype)
+    weight_BX = torch.randn(ROWS, 2 * COLUMNS, generator=generator)
+    found: list[tuple[Tensor, Tensor]] = []
+    for last in (False, True):
+        own_BTV = logits_BTV.clone().requires_grad_()
+        policy_BX = logprobs_of(
+            before_response(own_BTV, mask_BT),
+            batch,
+            Distribution(VOCABULARY, 0.7, 1.3),
+            Backwards(last=last),
+            "trained",
+        )
+        found.append((policy_BX.detach(), torch.autograd.grad((policy_BX * weight_BX).sum(), own_BTV)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    exact_BTV = logits_BTV[..., :VOCABULARY].double().requires_grad_()
+    chain = processors(0.7, 1.3)
+    logs_BTV = sampled_distributions(exact_BTV, batch.tokens_BT, chain, dropped_BTV)
+    chosen_BT = logs_BTV.gather(-1, batch.tokens_BT[:, :, None]).squeeze(-1)
+    entropy_BT = -(logs_BTV.exp() * logs_BTV.masked_fill(logs_BTV.isinf(), 0.0)).sum(dim=-1)
+    expected_BX = torch.cat([chosen_BT * mask_BT, entropy_BT * mask_BT], dim=1)
+    (expected,) = torch.autograd.grad((expected_BX * weight_BX).sum(), exact_BTV)
+    policy_BX, gradient = found[0]
+    # float32 of log-probabilities up to 20.
+    torch.testing.assert_close(policy_BX.double(), expected_BX, rtol=1e-6, atol=5e-6)
+    # float32; bf16 rounds the result to 8 bits.
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    error = (gradient[..., :VOCABULARY].double() - expected).abs().max() / expected.abs().max()
+    assert float(error) <= rounding
+    assert not gradient[..., VOCABULARY:].any()
+
+
+@pytest.mark.usefixtures("_world")
+def test_a_measured_entropy_has_no_gradient() -> None:
+    batch, _ = random_batch(kept=True)
+    generator = torch.Generator().manual_seed(9)
+    count = int(batch.response_mask_BT.sum())
+    logits_NV = torch.randn(count, PADDED, generator=generator, requires_grad=True)
+    policy_BX = logprobs_of(logits_NV * 1, batch, Distribution(VOCABULARY), entropy="measured")
+    plain_BT = logprobs_of(logits_NV * 1, batch, Distribution(VOCABULARY))
+    values_BT, entropy_BT = policy_BX.chunk(2, dim=1)
+    assert torch.equal(values_BT, plain_BT) and bool((entropy_BT[batch.response_mask_BT] > 0).all())
+    (found,) = torch.autograd.grad(policy_BX.sum(), logits_NV)
+    (expected,) = torch.autograd.grad(plain_BT.sum(), logits_NV)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("_world")
