@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,9 @@ ROUND_TRIP = 1e-9
 
 
 def write_run(
-    directory: Path,
-    grams: Sequence[Tensor],
-    method: dict[str, Any] = GAPO,
-    averaged: Sequence[Tensor] | None = None,
-    **sections: Any,
+    directory: Path, grams: Sequence[Tensor], method: dict[str, Any] = GAPO, **sections: Any
 ) -> Path:
-    """The run directory of a run that saw ``grams``; a matrix with NaN was a skipped step.
-
-    ``averaged``: the matrices of running means, from which the weights then are.
-    """
+    """The run directory of a run that saw ``grams``; a matrix with NaN was a skipped step."""
     names = NAMES[: len(grams[0])]
     config = Config(
         output_dir=str(directory),
@@ -65,12 +57,10 @@ def write_run(
     aggregator = aggregation.build(method["name"], **method["options"])
     log = JsonLines(directory / "metrics.jsonl")
     log.restart(0)
-    for step, (gram, seen) in enumerate(zip(grams, averaged or grams, strict=True), start=1):
+    for step, gram in enumerate(grams, start=1):
         skipped = not bool(gram.isfinite().all())
-        weights = torch.zeros(len(names), dtype=torch.float64) if skipped else aggregator(seen)
+        weights = torch.zeros(len(names), dtype=torch.float64) if skipped else aggregator(gram)
         report = GradientReport([0.0] * len(names), gram, weights, 1.0, 1.0, 1e-6, skipped=skipped)
-        if averaged is not None:
-            report = replace(report, averaged_gram=seen)
         facts: dict[str, Any] = {"kl": 0.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1, "seconds": {}}
         log.write(step, step_metrics(report, names, rewards=[0.0] * len(names), **facts))
     log.close()
@@ -322,21 +312,6 @@ def test_a_method_with_memory_remembers_the_steps_of_the_run(tmp_path: Path) -> 
         squares = gram.diagonal() + 0.5 * squares
         expected = torch.where(gram.diagonal() > 0, squares.rsqrt(), 0.0)
         torch.testing.assert_close(weights, expected, rtol=1e-14, atol=0)
-
-
-def test_a_run_with_weights_from_running_means(tmp_path: Path) -> None:
-    """Methods see the matrix that the run's own saw, and are judged by the gradients themselves."""
-    grams, means = random_grams(3)[:2], random_grams(3)[4:6]
-    method = {"name": "gapo", "options": {"p": 1.0}, "average": 0.9}
-    audit = audit_run(write_run(tmp_path, grams, method, averaged=means))
-    assert audit.warning is None
-    assert audit.recording.averaged is not None
-    torch.testing.assert_close(audit.recording.averaged, torch.stack(means), rtol=1e-9, atol=1e-18)
-    own = audit.verdicts[0]
-    for step, (gram, mean) in enumerate(zip(grams, means, strict=True)):
-        weights = aggregation.build("gapo", p=1.0)(mean)
-        np.testing.assert_allclose(own.weights[step], weights.numpy(), rtol=1e-9)
-        np.testing.assert_allclose(own.predicted_change[step], (gram @ weights).numpy(), rtol=1e-6)
 
 
 def test_long_runs_have_a_progress_bar(
