@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gapo_mega import losses
 from gapo_mega.losses import Ppo
 from gapo_mega.losses.kl import kl_estimates
 from gapo_mega.losses.statistics import policy_statistics
@@ -71,6 +72,32 @@ def test_the_loss_of_every_row(tmp_path: Path, kl: str, estimator: Any) -> None:
     coefficient.value = 0.0
     if kl == "loss":
         assert [float(loss(logprobs_BT, part, k)) for k in range(2)] == alone
+
+
+@pytest.mark.parametrize("kl", ["loss", "objective", "apart"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo"])
+def test_the_kl_is_divided_as_the_loss_is(tmp_path: Path, name: str, kl: str) -> None:
+    """Responses of two and three tokens: per response for ``grpo``, else one sum."""
+    config = configuration(tmp_path, algorithm={"kl": kl, "kl_estimator": "k2"})
+    base = losses.build(name)
+    loss = loss_with_kl(base, config, KlCoefficient(1.0))
+    part = batch()
+    logprobs_BT = part.old_logprobs_BT + 0.5  # beyond the upper bound
+    ratio_BT = (logprobs_BT - part.ref_logprobs_BT) * part.response_mask_BT
+    sums_B = (ratio_BT.square() / 2).sum(dim=1)
+    per_response = float((sums_B / torch.tensor([3.0, 2.0])).sum())
+    expected = per_response if name == "grpo" else float(sums_B.sum())
+    if kl == "loss":
+        found = float(loss(logprobs_BT, part, 0)) - float(base(logprobs_BT, part, 0))
+    else:
+        found = float(loss(logprobs_BT, part, 2))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert loss.normalization == base.normalization
+    # The log's clip fractions are the loss's own, and 0 for the KL's row.
+    statistics = policy_statistics(loss, logprobs_BT, part, len(config.rows))
+    own = policy_statistics(base, logprobs_BT, part, 2)
+    assert torch.equal(statistics.clipped_MC[:2], own.clipped_MC) and bool(own.clipped_MC.any())
+    assert not statistics.clipped_MC[2:].any()
 
 
 @pytest.mark.parametrize("kl", MODES)

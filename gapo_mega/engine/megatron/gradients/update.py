@@ -80,6 +80,8 @@ class Setting:
     shared: bool  # all objectives' backwards share one forward's graph per microbatch
     adam: bool  # inner products in Adam's metric
     longest: int  # tokens that a response may have
+    average: float = 0.0  # decay of the gradients' running means; 0: none are kept
+    average_dtype: torch.dtype = torch.float32
     entropy_beta: float = 0.0  # of the bonus in every objective's loss
     measures_entropy: bool = False
     average: float = 0.0  # decay of the gradients' running means; 0: none are kept

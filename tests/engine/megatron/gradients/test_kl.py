@@ -105,6 +105,25 @@ def test_against_autograd(
     assert float((flat(tmp_path / "after") - start + expected).norm() / expected.norm()) <= 2e-4
 
 
+@pytest.mark.parametrize("forward", ["separate", "one_pass"])
+def test_the_kl_row_has_no_entropy_bonus(model: Path, forward: str) -> None:
+    """The bonus belongs to the objectives: else it would count once more through the KL's weight."""
+    coefficient = KlCoefficient(BETA)
+    reports = []
+    for entropy_beta in (0.0, 0.5):
+        algorithm = {"kl": "apart", "kl_beta": BETA, "entropy_beta": entropy_beta}
+        with engine_of(model, {"forward": forward}, PARTS, SGD, algorithm=algorithm) as engine:
+            config = engine._config
+            method = method_with_kl(aggregation.build("gapo"), config, coefficient)
+            loss = loss_with_kl(Ppo(), config, coefficient)
+            reports.append(engine.update_policy(batch_with_reference(engine), loss, method))
+    without, with_bonus = reports
+    assert with_bonus.losses[-1] == pytest.approx(without.losses[-1], rel=1e-5)
+    assert float(with_bonus.gram[-1, -1]) == pytest.approx(float(without.gram[-1, -1]), rel=1e-4)
+    for k in range(check_engine.OBJECTIVES):
+        assert abs(with_bonus.losses[k] - without.losses[k]) > 0.1
+
+
 @pytest.mark.parametrize("kl", ["loss", "objective", "apart"])
 def test_one_pass_takes_two_directions(model: Path, kl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward's and the KL's: one backward more for any number of objectives."""
