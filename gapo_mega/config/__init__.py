@@ -22,6 +22,7 @@ from gapo_mega.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    ScalarizationConfig,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RolloutConfig",
+    "ScalarizationConfig",
     "Section",
     "TemplatePath",
 ]

@@ -154,6 +154,13 @@ class AggregationConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the method")
 
 
+class ScalarizationConfig(Section):
+    """What makes one reward or advantage of all scores, so that an update has one gradient."""
+
+    name: Code = Field(description="an entry of gapo_mega.scalarization, or a class of one's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the scalarizer")
+
+
 class AdvantageConfig(Section):
     """``gae`` (needs the critic) or ``group`` (critic-free: against the other samples of the prompt)."""
 
@@ -291,6 +298,13 @@ class GradientConfig(Section):
         "the parameters (a copy of this rank's parameters during the step); none: with metric adam only",
     )
     max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+    audit_every: int = Field(
+        0,
+        ge=0,
+        description="with a scalarizer: every such update also measures the gradient of each objective, "
+        "which tells whom the step hurts and changes nothing of it (rows and passes of all objectives and one "
+        "more); 0: never",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> GradientConfig:
@@ -337,6 +351,9 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     objectives: list[ObjectiveConfig] = Field(min_length=1, max_length=16, description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
+    scalarization: ScalarizationConfig | None = Field(
+        None, description="none: a gradient for every objective, combined by aggregation"
+    )
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -355,7 +372,16 @@ class Config(Section):
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
+        if self.scalarization is not None:
+            return (self.scalarization.name.rpartition(":")[2],)
         return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def audited_rows(self) -> tuple[str, ...]:
+        """Rows of an audited update: the objectives, then the scalarizer's. Empty where there is none."""
+        if not self.gradients.audit_every:
+            return ()
+        return (*(objective.name for objective in self.objectives), *self.rows)
 
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""
@@ -366,6 +392,31 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_signal(self) -> Config:
+        """A scalarizer leaves one gradient, and so nothing to aggregate."""
+        every = self.gradients.audit_every
+        if self.scalarization is None:
+            if every:
+                raise ValueError(
+                    f"gradients.audit_every: found {every} without scalarization, accepted: 0 (every update "
+                    "measures the gradients of all objectives)"
+                )
+            return self
+        if self.aggregation != AggregationConfig():
+            raise ValueError(
+                f"aggregation: found {self.aggregation.name} beside scalarization {self.scalarization.name}, "
+                "accepted: one of them (a scalarizer leaves one gradient; method=NAME sets one and resets "
+                "the other)"
+            )
+        (name,) = self.rows
+        if name in (objective.name for objective in self.objectives):
+            raise ValueError(
+                f"objectives: found the name {name!r}, which the log gives to the scalarizer's gradient; "
+                "accepted: another one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from gapo_mega.advantages.rewards import whiten
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
+from gapo_mega.rollout.scalarized import Scalarized
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt
 
@@ -22,6 +23,7 @@ class ExperienceMaker:
 
     Args:
         names: of the objectives.
+        scalarized: makes one set of advantages, if the run has a scalarizer; None: one an objective.
         samples: responses per prompt.
         whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
         timer: measures the phase ``rollout``; the scorer measures its own.
@@ -38,6 +40,7 @@ class ExperienceMaker:
         samples: int,
         whitened: bool,
         timer: Timer,
+        scalarized: Scalarized | None = None,
     ) -> None:
         self._engine = engine
         self._collector = collector
@@ -47,6 +50,7 @@ class ExperienceMaker:
         self._samples = samples
         self._whitened = whitened
         self._timer = timer
+        self._scalarized = scalarized
 
     def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
         """The experience with advantages, and the facts that the log takes. Collective.
@@ -58,17 +62,33 @@ class ExperienceMaker:
             self._engine.generator.update_weights()
             own_seed = seed * layout.data + layout.data_rank
             rollout = self._collector.collect(prompts, self._samples, own_seed)
-        experience = self._estimator(self._scorer.score(rollout))
+        experience, told = self._estimate(self._scorer.score(rollout))
         self._tell_infinite(experience)
         if self._whitened:
             experience = self._whiten(experience)
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
-        return experience, facts
+        return experience, dataclasses.replace(facts, extra=facts.extra | told)
+
+    def _estimate(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
+        """The experience with advantages, and what a scalarizer says of it."""
+        if self._scalarized is None:
+            return self._estimator(experience), {}
+        return self._scalarized(experience)
 
     def _tell_infinite(self, experience: Experience) -> None:
         """Name finite scores whose advantages are not: else the log would blame the gradient alone."""
         assert experience.advantages_MBT is not None
         wrong_MB = ~experience.advantages_MBT.isfinite().all(dim=2)
+        if self._scalarized is not None and bool(wrong_MB[-1].any()):
+            row = int(wrong_MB[-1].nonzero()[0])
+            logger.warning(
+                "scalarization: found the scores %s in row %d, whose advantage is not finite (%d rows in "
+                "all); accepted: scores whose differences float32 holds",
+                experience.scores_MB[:, row].tolist(),
+                row,
+                int(wrong_MB[-1].sum()),
+            )
+            return
         for index, row in wrong_MB.nonzero()[:1].tolist():
             logger.warning(
                 "objective %s: found the score %s in row %d, whose advantage is not finite (%d rows in all); "

@@ -31,6 +31,7 @@ from gapo_mega.config import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    ScalarizationConfig,
     Section,
 )
 from gapo_mega.config.supervised import (
@@ -67,6 +68,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "seed": FIXED,
         "steps": FREE,
         "micro_batch_size": FREE,
+        "scalarization": FIXED,  # where there is none
     },
     ModelConfig: {
         "path": Rule.MODEL,
@@ -115,6 +117,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "clip": FIXED,
     },
     AggregationConfig: {"name": CODE, "options": FIXED},
+    ScalarizationConfig: {"name": CODE, "options": FIXED},
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {
@@ -149,6 +152,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "metric": FIXED,
         "actual_change": FREE,
         "max_nonfinite_steps": FREE,
+        "audit_every": FREE,
     },
     CheckpointConfig: {
         "every_steps": FREE,

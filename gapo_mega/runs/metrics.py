@@ -15,6 +15,7 @@ def step_metrics(
     report: GradientReport,
     names: Sequence[str],
     *,
+    rows: Sequence[str] | None = None,
     rewards: Sequence[float],
     kl: float,
     tokens_per_second: float,
@@ -24,6 +25,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything that an update measured, by the log's names.
 
+    ``names`` are the objectives, ``rows`` the gradients of the report if they are others: a scalarizer's,
+    which then is the last, alone or behind the objectives in an audited update.
+
     ``rewards`` are batch means in the order of ``names``; ``seconds`` are the trainer's phases, to
     which those of the gradient report are added; ``extra`` (the critic's losses, say) is taken as is.
 
@@ -32,15 +36,18 @@ def step_metrics(
     first-order gain of objective i for a plain gradient step of learning rate 1 along the combined
     direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
     where it was measured, is the gain from the change that the optimizer really made. ``corner`` is 1 where
-    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
+    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative. With a
+    scalarizer there is no ``corner``, and ``conflict`` is known of audited updates only.
     """
+    assert len(rewards) == len(names), (names, rewards)
+    scalarized, names, objectives = rows is not None, rows or names, names
     count = len(names)
-    assert len(rewards) == count and len(report.losses) == count, (names, rewards, report.losses)
+    assert len(report.losses) == count, (names, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
     found = diagnose(gram, report.weights)
-    metrics = _per_objective("reward", names, rewards)
+    metrics = _per_objective("reward", objectives, rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
     metrics |= _cosines(gram, norms, names)
     metrics |= _per_objective("weight", names, report.weights.tolist())
@@ -55,9 +62,11 @@ def step_metrics(
         "padding": report.padding,
         "learning_rate": report.learning_rate,
         "skipped": float(report.skipped),
-        "corner": float(not report.skipped and found.corner),
-        "conflict": float(not report.skipped and found.conflict),
     }
+    if not scalarized:
+        metrics["corner"] = float(not report.skipped and found.corner)
+    if not scalarized or count > len(objectives):
+        metrics["conflict"] = float(not report.skipped and found.conflict)
     metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
     metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
     metrics |= dict(extra or {})

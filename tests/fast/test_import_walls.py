@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"rollout", "evaluation", "engine"},
     {"engine.base"},  # the protocols that the layers above share
     {"planning"},
+    {"scalarization"},
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},

@@ -119,12 +119,12 @@ class FakeEngine:
         return lambda tokens: [float(len(row)) for row in tokens]
 
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator, *, audit: bool = False
     ) -> GradientReport:
         """Losses at the policy that sampled; a Gram matrix of advantages. Moves the policy."""
         self._called("update_policy")
         assert minibatch.advantages_MBT is not None
-        count = len(minibatch.scores_MB)
+        count = len(minibatch.advantages_MBT)
         losses = [float(loss(minibatch.old_logprobs_BT, minibatch, k)) for k in range(count)]
         rows = minibatch.advantages_MBT.double().flatten(1)
         gram = rows @ rows.t() + torch.eye(count, dtype=torch.float64)
