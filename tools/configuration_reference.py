@@ -21,7 +21,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from gapo_mega import advantages, aggregation, losses, objectives
+from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
 from gapo_mega.config.supervised import RewardModelConfig, SftConfig
@@ -63,6 +63,7 @@ def page() -> str:
         parts += sections(command, kind, seen)
     parts.append(PLUGIN_HEAD)
     parts += methods("aggregation", aggregation.methods(), Aggregator)
+    parts += methods("scalarization", scalarization.scalarizers(), None)
     parts += methods("advantages", advantages.estimators(), None)
     parts += methods("loss", losses.losses(), None)
     parts += objective_kinds()

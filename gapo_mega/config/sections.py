@@ -302,8 +302,8 @@ class GradientConfig(Section):
         0,
         ge=0,
         description="with a scalarizer: every such update also measures the gradient of each objective, "
-        "which tells whom the step hurts and changes nothing of it (rows and passes of all objectives and one "
-        "more); 0: never",
+        "which tells whom the step hurts and changes nothing of it (rows and passes of all objectives and "
+        "one more); 0: never",
     )
 
     @model_validator(mode="after")

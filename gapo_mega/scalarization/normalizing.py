@@ -28,18 +28,20 @@ def others_normalized(x_MB: Tensor, group_B: Tensor, epsilon: float) -> Tensor:
     The others are the prompt's samples but this one, with n - 2 in the variance. Where they do not spread,
     the deviation is not divided, as in NeMo-RL.
     """
-    from_all_MB = group_deviations(x_MB, group_B, "mean")
-    _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
-    count_B = counts_G[member_B].double()
-    squares_MG = from_all_MB.new_zeros(len(x_MB), len(counts_G))
-    squares_MB = squares_MG.index_add(1, member_B, from_all_MB.square())[:, member_B]
-    # Without sample i, the sum of squares about the new mean falls by d_i^2 n / (n - 1).
-    left_MB = squares_MB - from_all_MB.square() * count_B / (count_B - 1)
-    left_MB = torch.where(left_MB > _ROUNDING * squares_MB, left_MB, 0.0)
-    spread_MB = (left_MB / (count_B - 2).clamp(min=1)).sqrt()
-    deviation_MB = from_all_MB * count_B / (count_B - 1)
-    deviation_MB = torch.where(group_spreads(x_MB, group_B) == 0, 0.0, deviation_MB)
-    return torch.where(spread_MB == 0, deviation_MB, deviation_MB / (spread_MB + epsilon))
+    found_MB = torch.zeros(x_MB.shape, dtype=torch.float64)
+    alike_MB = group_spreads(x_MB, group_B) == 0
+    for number in torch.unique(group_B):
+        rows_N = (group_B == number).nonzero().flatten()
+        count = len(rows_N)
+        own_MN = x_MB[:, rows_N].double()
+        # Not from sums over all samples: where the others are close together, their spread would cancel.
+        others_MNK = own_MN[:, None, :].expand(-1, count, -1)[:, ~torch.eye(count, dtype=torch.bool)]
+        others_MNK = others_MNK.view(len(x_MB), count, count - 1)
+        spread_MN = others_MNK.std(dim=2) if count > 2 else torch.zeros_like(own_MN)
+        deviation_MN = own_MN - others_MNK.mean(dim=2)
+        divided_MN = deviation_MN / (spread_MN + epsilon)
+        found_MB[:, rows_N] = torch.where(spread_MN == 0, deviation_MN, divided_MN)
+    return torch.where(alike_MB, 0.0, found_MB)
 
 
 def batch_normalized(x_B: Tensor, epsilon: float) -> Tensor:
