@@ -193,7 +193,7 @@ def methods(section: str, found: Mapping[str, type], base: type | None) -> Itera
     for name, method in sorted(found.items()):
         yield f"#### `{section}.name: {name}`\n"
         yield f"{sentences(method)}\n"
-        if any(field.name not in common for field in dataclasses.fields(method)):
+        if any(field.init and field.name not in common for field in dataclasses.fields(method)):
             yield options(method, common)
         else:
             yield "It has no options of its own.\n"
@@ -212,7 +212,7 @@ def options(method: type, common: set[str]) -> str:
     rows = [
         [f"`{field.name}`", type_name(hints[field.name]), code(field.default)]
         for field in dataclasses.fields(method)
-        if field.name not in common
+        if field.init and field.name not in common
     ]
     return grid(["option", "type", "default"], rows)
 

@@ -5,15 +5,15 @@ the sections of reward models and fine-tuning.
 """
 
 from gapo_mega.config.fields import LocalPath, Section, TemplatePath
+from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.scalarization import ScalarizationConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
     AlgorithmConfig,
-    CheckpointConfig,
     Config,
     CriticConfig,
     DataConfig,
-    EvaluationConfig,
     GradientConfig,
     LoggingConfig,
     LossConfig,
@@ -22,7 +22,6 @@ from gapo_mega.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
-    ScalarizationConfig,
 )
 
 __all__ = [

@@ -14,6 +14,8 @@ from pydantic_core import PydanticKnownError
 
 from gapo_mega.config import strategies
 from gapo_mega.config.fields import Code, LocalPath, Section
+from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.scalarization import ScalarizationConfig, check_one_signal
 
 
 class ModelConfig(Section):
@@ -152,13 +154,6 @@ class AggregationConfig(Section):
 
     name: Code = Field("gapo", description="a method of gapo_mega.aggregation, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the method")
-
-
-class ScalarizationConfig(Section):
-    """What makes one reward or advantage of all scores, so that an update has one gradient."""
-
-    name: Code = Field(description="an entry of gapo_mega.scalarization, or a class of one's own")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the scalarizer")
 
 
 class AdvantageConfig(Section):
@@ -312,23 +307,6 @@ class GradientConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
-    """Resumable state in Megatron's torch_dist format."""
-
-    every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
-    keep: int = Field(2, ge=1, description="complete checkpoints kept")
-    resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
-    save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
-    export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
-
-
-class EvaluationConfig(Section):
-    """Held-out scores before and after training: paired, same prompts, same sampling seed."""
-
-    samples_per_prompt: int = Field(1, ge=1, description="responses to every held-out prompt")
-    shown: int = Field(6, ge=0, description="sample responses shown in the report")
-
-
 class LoggingConfig(Section):
     """Where the numbers of a step go, besides metrics.jsonl."""
 
@@ -373,7 +351,7 @@ class Config(Section):
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
         if self.scalarization is not None:
-            return (self.scalarization.name.rpartition(":")[2],)
+            return (self.scalarization.row,)
         return tuple(objective.name for objective in self.objectives)
 
     @property
@@ -396,27 +374,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_signal(self) -> Config:
-        """A scalarizer leaves one gradient, and so nothing to aggregate."""
-        every = self.gradients.audit_every
-        if self.scalarization is None:
-            if every:
-                raise ValueError(
-                    f"gradients.audit_every: found {every} without scalarization, accepted: 0 (every update "
-                    "measures the gradients of all objectives)"
-                )
-            return self
-        if self.aggregation != AggregationConfig():
-            raise ValueError(
-                f"aggregation: found {self.aggregation.name} beside scalarization {self.scalarization.name}, "
-                "accepted: one of them (a scalarizer leaves one gradient; method=NAME sets one and resets "
-                "the other)"
-            )
-        (name,) = self.rows
-        if name in (objective.name for objective in self.objectives):
-            raise ValueError(
-                f"objectives: found the name {name!r}, which the log gives to the scalarizer's gradient; "
-                "accepted: another one"
-            )
+        names = [objective.name for objective in self.objectives]
+        beside = None if self.aggregation == AggregationConfig() else self.aggregation.name
+        check_one_signal(self.scalarization, beside, names, self.gradients.audit_every)
         return self
 
     @model_validator(mode="after")
