@@ -56,8 +56,9 @@ def load(
     The file is YAML by ``core_schema.parse_document``, an override's value what ``core_schema.parse_value``
     makes of it; list items are reached by index (``objectives.0.name=x``). ``kind`` is the class that the
     whole file describes. ``expand`` makes sections of the key ``method`` of a training configuration, before
-    any override but ``method=`` is applied (``planning.methods.load`` passes it). Users' own code is looked
-    for in the working directory, then in the file's folder, and its absolute path goes into the configuration.
+    any override but ``method=`` is applied (``planning.methods.load`` passes it). It looks for the user's own
+    code in the working directory, then in the file's folder, and puts the absolute path into the
+    configuration.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
     file = local(path)
