@@ -29,7 +29,8 @@ def row_colour(row: str, names: Sequence[str]) -> str:
 def dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:
     """The steps' values as dots, and their moving average as a line."""
     axes.plot(series.steps, series[key], "o", color=shade, alpha=0.3, markersize=3.5, markeredgewidth=0)
-    axes.plot(series.steps, series.smooth(key), color=shade, label=label, marker=point_marker(series))
+    line = series.smooth(key)
+    axes.plot(series.steps, line, color=shade, label=label, marker="o" if has_lone_points(line) else "")
 
 
 def where_taken(series: Series, values: Array) -> Array:

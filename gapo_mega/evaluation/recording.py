@@ -27,11 +27,31 @@ class Recording:
     grams: Tensor  # [S, M, M] float64
     weights: Array  # [S, M] as logged
 
+    def first(self, count: int) -> Recording:
+        """The same of the first ``count`` names."""
+        return Recording(
+            self.names[:count],
+            self.steps,
+            self.left_out,
+            self.grams[:, :count, :count],
+            self.weights[:, :count],
+        )
 
-def read_recording(run_dir: Path, names: Sequence[str]) -> Recording:
-    """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none."""
+
+def read_recording(run_dir: Path, names: Sequence[str], audited: bool = False) -> Recording:
+    """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none.
+
+    ``audited``: a run with a scalarizer, of which steps without ``names[0]``'s gradient are left aside.
+    """
     path = run_dir / METRICS_FILE
     rows = read_rows(path)
+    if audited:
+        rows = [row for row in rows if f"grad_norm/{names[0]}" in row]
+        if not rows:
+            raise ValueError(
+                f"run directory: found no audited step in {path}, accepted: a run with a scalarizer and "
+                "gradients.audit_every"
+            )
     for row in rows:
         _check(row, names, path)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]

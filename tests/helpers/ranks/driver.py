@@ -23,6 +23,7 @@ _NAMES = (
     "generation",
     "gradient",
     "memory",
+    "methods",
     "supervised",
     "weights",
 )
