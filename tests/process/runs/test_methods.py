@@ -14,7 +14,7 @@ import yaml
 from gapo_mega.planning.methods import names
 from tests.helpers.environment import ROOT, environment
 from tests.helpers.ranks.launch import launch
-from tests.helpers.tiny import tiny_chat_model
+from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
 METHODS = names()
 OBJECTIVES = ("short", "vowels")
@@ -29,10 +29,11 @@ MEASURED: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
-    """Two objectives, a tiny model with a real tokenizer, and a method to replace."""
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two objectives, a tiny model, and a method to replace."""
     folder = tmp_path_factory.mktemp("methods")
-    tiny_chat_model(folder / "model", smollm2)
+    tiny_llama(folder / "model", vocab=101, tied=True)
+    byte_tokenizer(folder / "model", CHAT_TEMPLATE)
     lines = [json.dumps({"prompt": f"What is {i} plus {7 * i}?"}) for i in range(12)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     settings = {
@@ -40,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
         "steps": 2,
         "micro_batch_size": 4,
         "model": {"path": str(folder / "model")},
-        "data": {"source": str(folder / "prompts.jsonl"), "heldout_prompts": 0, "max_prompt_tokens": 60},
+        "data": {"source": str(folder / "prompts.jsonl"), "heldout_prompts": 0, "max_prompt_tokens": 90},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 6},
         "objectives": [{"name": n, "function": f"tests.helpers.rewards:{n}"} for n in OBJECTIVES],
         "aggregation": {"name": "gapo", "options": {"p": 1}},
@@ -113,6 +114,7 @@ def test_the_command_takes_a_method_by_name(config: Path, tmp_path: Path) -> Non
         "data.heldout_prompts=2",
         "evaluation.samples_per_prompt=1",
         "rollout.max_new_tokens=6",
+        "data.max_prompt_tokens=120",
         "rollout.samples_per_prompt=2",
         "micro_batch_size=4",
         "logging.tensorboard=false",
