@@ -14,7 +14,7 @@ from gapo_mega.advantages.group import group_deviations
 from gapo_mega.advantages.rewards import kl_returns, with_scores
 from gapo_mega.rollout.scalarized import Scalarized
 from gapo_mega.types import Experience
-from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.fake_runs import PROMPTS, trainer
 from tests.helpers.team import Team
 
@@ -120,8 +120,6 @@ def test_scores_are_those_of_all_data_ranks(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_a_scalarizer_is_resumed(tmp_path: Path) -> None:
-    from tests.helpers.fake_engine import terminate
-
     settings: dict[str, Any] = {"scalarization": {"name": "safe_rlhf"}, "gradients": {"audit_every": 2}}
     straight = trainer(tmp_path / "straight", **settings)
     assert straight.run()
