@@ -35,8 +35,8 @@ def main(
 
 def run(config: Path, overrides: list[str], steps: int, out: Path) -> None:
     """Train for a few steps in a temporary directory beside ``out`` and report on rank 0."""
-    from gapo_mega.config.loading import load
     from gapo_mega.measuring.throughput import benchmark_config, measure, print_table
+    from gapo_mega.planning.methods import load
     from gapo_mega.runs.preflight import resolve
     from gapo_mega.runs.processes import is_main_rank, peers, world_size
     from gapo_mega.runs.start import run_training

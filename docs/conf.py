@@ -65,6 +65,7 @@ docs/rewards
 docs/conversion
 docs/layouts
 docs/audit
+docs/scalarizers
 docs/glossary
 docs/memory
 docs/gpu

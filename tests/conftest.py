@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gapo_mega import advantages, aggregation, losses, objectives
+from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.user_code import resolve
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "models" / "SmolLM2-135M-Instruct"
@@ -17,6 +17,7 @@ PLUGINS: dict[str, Callable[[], Mapping[str, type]]] = {
     "aggregation": aggregation.methods,
     "losses": losses.losses,
     "objectives": objectives.kinds,
+    "scalarization": scalarization.scalarizers,
 }
 
 

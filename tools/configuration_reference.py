@@ -21,7 +21,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from gapo_mega import advantages, aggregation, losses, objectives
+from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
@@ -64,6 +64,7 @@ def page() -> str:
         parts += sections(command, kind, seen)
     parts.append(PLUGIN_HEAD)
     parts += methods("aggregation", aggregation.methods(), Aggregator)
+    parts += methods("scalarization", scalarization.scalarizers(), None)
     parts += methods("advantages", advantages.estimators(), None)
     parts += methods("loss", losses.losses(), None)
     parts += objective_kinds()
@@ -193,7 +194,7 @@ def methods(section: str, found: Mapping[str, type], base: type | None) -> Itera
     for name, method in sorted(found.items()):
         yield f"#### `{section}.name: {name}`\n"
         yield f"{sentences(method)}\n"
-        if any(field.name not in common for field in dataclasses.fields(method)):
+        if any(field.init and field.name not in common for field in dataclasses.fields(method)):
             yield options(method, common)
         else:
             yield "It has no options of its own.\n"
@@ -212,7 +213,7 @@ def options(method: type, common: set[str]) -> str:
     rows = [
         [f"`{field.name}`", type_name(hints[field.name]), code(field.default)]
         for field in dataclasses.fields(method)
-        if field.name not in common
+        if field.init and field.name not in common
     ]
     return grid(["option", "type", "default"], rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,6 +46,20 @@ def token_rewards(
             f"accepted: a sum that is finite in {rewards_MBT.dtype}"
         )
     return rewards_MBT
+
+
+def with_scores(experience: Experience, scores_MB: Tensor) -> Experience:
+    """``experience`` with other scores, of any number of objectives, and the token rewards that follow.
+
+    Raises ``ValueError`` as ``token_rewards`` does where a sum is not finite.
+    """
+    mask_BT = experience.response_mask_BT
+    kl_BT = experience.kl_rewards_BT
+    if kl_BT is None:
+        first_BT = torch.where(_is_last(mask_BT), experience.scores_MB[0][:, None], 0.0)
+        kl_BT = torch.where(mask_BT, experience.token_rewards_MBT[0] - first_BT, 0.0)
+    rewards_MBT = kl_BT + torch.where(_is_last(mask_BT), scores_MB[:, :, None], 0.0)
+    return replace(experience, scores_MB=scores_MB, token_rewards_MBT=rewards_MBT)
 
 
 def score_returns(experience: Experience) -> Tensor:

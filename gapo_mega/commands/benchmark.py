@@ -38,8 +38,8 @@ def step(
     nproc: Processes = None,
 ) -> None:
     """Time and memory of every gradient strategy, as a ratio to the step with one objective."""
-    from gapo_mega.config.loading import load
     from gapo_mega.measuring import step_report as report
+    from gapo_mega.planning.methods import load
     from gapo_mega.runs.preflight import resolve
 
     settings, counts = load(config, overrides or []), objectives or [2, 4]

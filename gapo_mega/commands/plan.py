@@ -35,7 +35,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes, for programs.")] = False,
 ) -> None:
     """Predict the memory of every rank in a layout, without the model's weights or any device."""
-    from gapo_mega.config.loading import load
+    from gapo_mega.planning.methods import load
 
     if device_gib is not None and not math.isfinite(device_gib):
         raise ValueError(f"--device-gib: found {device_gib}, accepted: a finite number of GiB, 0 or more")

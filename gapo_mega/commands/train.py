@@ -36,7 +36,7 @@ def train(
 
     Runs as one process, as a process of torchrun, or starts local processes itself (--nproc).
     """
-    from gapo_mega.config.loading import load
+    from gapo_mega.planning.methods import load
 
     settings = load(config, overrides or [])
     if world is not None and not dry_run:

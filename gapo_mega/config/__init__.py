@@ -8,14 +8,14 @@ from gapo_mega.config.fields import LocalPath, Section, TemplatePath
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.objective import ObjectiveConfig
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
+from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.scalarization import ScalarizationConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
     AggregationConfig,
     AlgorithmConfig,
-    CheckpointConfig,
     Config,
     DataConfig,
-    EvaluationConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -41,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RolloutConfig",
+    "ScalarizationConfig",
     "Section",
     "TemplatePath",
 ]

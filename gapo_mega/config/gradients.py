@@ -61,6 +61,13 @@ class GradientConfig(Section):
         "the parameters (a copy of this rank's parameters during the step); none: with metric adam only",
     )
     max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+    audit_every: int = Field(
+        0,
+        ge=0,
+        description="with a scalarizer: every such update also measures the gradient of each objective, "
+        "which tells whom the step hurts and changes nothing of it (rows and passes of all objectives and "
+        "one more); 0: never",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> GradientConfig:

@@ -10,7 +10,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, overload
 
@@ -23,6 +23,8 @@ from gapo_mega.files import local, read_text
 from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
+# (value of ``method``, folders with the user's own code) -> sections
+Expand = Callable[[object, Sequence[Path]], dict[str, Any]]
 Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
@@ -30,29 +32,40 @@ logger = logging.getLogger(__name__)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+SECTIONS_OF_METHOD = ("aggregation", "scalarization")
 # Where settings of a training run have moved; files and overrides may still use the old name.
 MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
 
 
 @overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
+def load(path: str | Path, overrides: Sequence[str] = (), *, expand: Expand | None = None) -> Config: ...
 
 
 @overload
 def load(path: str | Path, overrides: Sequence[str] = (), *, kind: type[Kind]) -> Kind: ...
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = Config) -> Section:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kind: type[Section] = Config,
+    expand: Expand | None = None,
+) -> Section:
     """The configuration in the YAML file ``path`` with ``key.sub=value`` overrides applied in order.
 
     The file is YAML by ``core_schema.parse_document``, an override's value what ``core_schema.parse_value``
     makes of it; list items are reached by index (``objectives.0.name=x``). ``kind`` is the class that the
-    whole file describes. It looks for the user's own code in the working directory, then in
-    the file's folder, and puts the absolute path into the configuration.
+    whole file describes. ``expand`` makes sections of the key ``method`` of a training configuration, before
+    any override but ``method=`` is applied (``planning.methods.load`` passes it). It looks for the user's own
+    code in the working directory, then in the file's folder, and puts the absolute path into the
+    configuration.
     Raises ``ValueError`` for a missing file, broken YAML, unknown keys, wrong types and ranges.
     """
     file = local(path)
-    return parse(_read(file, kind), overrides, kind, file, file.parent)
+    data = _read(file, kind)
+    if issubclass(kind, Config):
+        overrides = _take_method(data, overrides, file, expand)
+    return parse(data, overrides, kind, file, file.parent)
 
 
 def parse(
@@ -66,6 +79,7 @@ def parse(
 
     ``folder``: where to look for the user's own code after the working directory.
     """
+    folders = _folders(folder)
     moved = MOVED if issubclass(kind, Config) else {}
     told = _move(data, moved, source)
     applied: list[tuple[Location, str]] = []
@@ -77,14 +91,57 @@ def parse(
     for old, new in told.items():
         logger.warning("%s is now %s", old, new)
     _refuse_unusable(data, applied, source)
-    here = Path.cwd()
-    folders = [here] if folder is None or here == here / folder else [here, here / folder]
     try:
         # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
         return kind.model_validate(data, strict=True, context={"folders": folders})
     except ValidationError as error:
         message, location = explain(error, kind)
     raise ValueError(f"{message} ({_origin(location, applied, source)})")
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    """Where to look for the user's own code."""
+    here = Path.cwd()
+    return [here] if folder is None or here == here / folder else [here, here / folder]
+
+
+def _take_method(
+    data: dict[str, Any], overrides: Sequence[str], file: Path, expand: Expand | None
+) -> list[str]:
+    """Put the sections into ``data`` that ``method`` stands for; return the overrides without it.
+
+    Of several the last override wins, and any wins over the file.
+    """
+    rest: list[str] = []
+    wanted: list[str] = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key.startswith("method."):
+            raise ValueError(
+                f"{key}: found in the override {override!r}, accepted: method=NAME, and options by "
+                "aggregation.options.KEY or scalarization.options.KEY"
+            )
+        (wanted if key == "method" else rest).append(override)
+    if wanted:
+        _apply(data, wanted[-1])
+        for section in SECTIONS_OF_METHOD:
+            data.pop(section, None)
+    if "method" not in data:
+        return rest
+    method, source = data.pop("method"), f"override {wanted[-1]!r}" if wanted else f"{file}"
+    beside = [section for section in SECTIONS_OF_METHOD if section in data]
+    if beside:
+        raise ValueError(f"method: found beside {beside[0]}, accepted: one of them (from {source})")
+    if expand is None:
+        raise ValueError(
+            f"method: found {_shown(method)}, accepted: none (gapo_mega.planning.methods.load reads "
+            f"configurations with it; from {source})"
+        )
+    try:
+        data |= expand(method, _folders(file.parent))
+    except ValueError as error:
+        raise ValueError(f"{error} (from {source})") from None
+    return rest
 
 
 def dump(config: Section, path: str | Path) -> None:

@@ -16,6 +16,8 @@ from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
+from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.scalarization import ScalarizationConfig, check_one_signal
 
 
 class ModelConfig(Section):
@@ -217,23 +219,6 @@ class AlgorithmConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
-    """Resumable state in Megatron's torch_dist format."""
-
-    every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
-    keep: int = Field(2, ge=1, description="complete checkpoints kept")
-    resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
-    save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
-    export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
-
-
-class EvaluationConfig(Section):
-    """Held-out scores before and after training: paired, same prompts, same sampling seed."""
-
-    samples_per_prompt: int = Field(1, ge=1, description="responses to every held-out prompt")
-    shown: int = Field(6, ge=0, description="sample responses shown in the report")
-
-
 class LoggingConfig(Section):
     """Where the numbers of a step go, besides metrics.jsonl."""
 
@@ -261,6 +246,9 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     objectives: Objectives = Field(description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
+    scalarization: ScalarizationConfig | None = Field(
+        None, description="none: a gradient for every objective, combined by aggregation"
+    )
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -279,6 +267,8 @@ class Config(Section):
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
+        if self.scalarization is not None:
+            return (self.scalarization.row,)
         return self.aggregated + ((KL_ROW,) if self.algorithm.kl == "apart" else ())
 
     @property
@@ -296,6 +286,13 @@ class Config(Section):
             for column in objective.columns
         }
 
+    @property
+    def audited_rows(self) -> tuple[str, ...]:
+        """Rows of an audited update: the objectives, then the scalarizer's. Empty where there is none."""
+        if not self.gradients.audit_every:
+            return ()
+        return (*(objective.name for objective in self.objectives), *self.rows)
+
     def sequences(self, data_ranks: int = 1) -> int:
         """Responses of one step, on each of ``data_ranks`` ranks."""
         return self.rollout.prompts_per_step // data_ranks * self.rollout.samples_per_prompt
@@ -310,9 +307,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         algorithm = self.algorithm
+        names = [objective.name for objective in self.objectives]
         check_average(self.aggregation.average, self.gradients)
-        check_kl_row(algorithm.kl, [objective.name for objective in self.objectives])
+        check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
+        beside = None if self.aggregation == AggregationConfig() else self.aggregation.name
+        check_one_signal(self.scalarization, beside, names, self.gradients.audit_every, algorithm.kl)
         return self
 
     @model_validator(mode="after")

@@ -218,9 +218,12 @@ class Engine(RunEngine, Protocol):
         ...
 
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator, *, audit: bool = False
     ) -> GradientReport:
-        """One optimizer step on the aggregated gradient of all objectives."""
+        """One optimizer step on the aggregated gradient of the rows of the run's configuration.
+
+        ``audit``: of its ``audited_rows`` instead. The minibatch has advantages for each of the rows.
+        """
         ...
 
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:

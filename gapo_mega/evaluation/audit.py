@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from gapo_mega.aggregation import build, methods
-from gapo_mega.config import GradientConfig
+from gapo_mega.config import Config, GradientConfig
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.audit_plot import Curve, write_picture
 from gapo_mega.evaluation.files import config_file, replacing
 from gapo_mega.evaluation.recording import Recording, read_recording
 from gapo_mega.evaluation.series import Array
-from gapo_mega.evaluation.verdicts import Verdict, candidates, disagreement, judge
+from gapo_mega.evaluation.verdicts import Verdict, candidates, disagreement, judge, of_scalarizer
 from gapo_mega.registry import unknown
 
 _TABLE, _PICTURE = "audit.csv", "audit.png"
@@ -81,10 +81,10 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
     _check_run_dir(run_dir)
     config = load(config_file(run_dir))
+    if config.scalarization is not None:
+        return _of_scalarized(run_dir, config, only)
     known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
-    for name in only:
-        if name not in known:
-            raise ValueError(unknown("--method", name, sorted(known)))
+    _check_known(only, known)
     recording = read_recording(run_dir, config.aggregated, averaged=config.aggregation.average > 0)
     own, *others = candidates(config)
     wanted = [c for c in others if not only or c.aggregator.name in only]
@@ -93,6 +93,27 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     if only and own.aggregator.name not in only:
         verdicts = verdicts[1:]
     return Audit(recording, config.gradients, verdicts, warning)
+
+
+def _of_scalarized(run_dir: Path, config: Config, only: Sequence[str]) -> Audit:
+    """The audited steps of a run with a scalarizer: what its gradient did, and what methods would have."""
+    assert config.scalarization is not None
+    row = config.scalarization.row
+    _check_known(only, {*methods(), row})
+    names = [*(objective.name for objective in config.objectives), row]
+    whole = read_recording(run_dir, names, audited=True)
+    recording = whole.first(len(names) - 1)
+    wanted = [c for c in candidates(config) if not only or c.aggregator.name in only]
+    verdicts = judge(wanted, recording)
+    if not only or row in only:
+        verdicts.insert(0, of_scalarizer(row, whole))
+    return Audit(recording, config.gradients, verdicts, None)
+
+
+def _check_known(only: Sequence[str], known: Collection[str]) -> None:
+    for name in only:
+        if name not in known:
+            raise ValueError(unknown("--method", name, sorted(known)))
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -188,7 +209,7 @@ def audit_table(audit: Audit, title: str) -> Table:
         table.add_row(
             escape(candidate.label) + note,
             "\n".join(escape(name) for name in names),
-            "\n".join(f"{share:.3f}" for share in verdict.shares.mean(axis=0)),
+            "\n".join(_share(share) for share in verdict.shares.mean(axis=0)),
             "\n".join(_signed(cosine) for cosine in verdict.cosines.mean(axis=0)),
             "\n".join(_signed(cosine) for cosine in verdict.cosines.min(axis=0)),
             "\n".join(f"{hurt:.1%}" for hurt in verdict.hurt.mean(axis=0)),
@@ -196,6 +217,10 @@ def audit_table(audit: Audit, title: str) -> Table:
             f"{verdict.corner.mean():.1%}",
         )
     return table
+
+
+def _share(share: float) -> str:
+    return "–" if math.isnan(share) else f"{share:.3f}"
 
 
 def _signed(cosine: float) -> str:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.evaluation.files import replacing
-from gapo_mega.evaluation.plots import CONFLICT, FAINT, INK, MUTED, STYLE, colour
+from gapo_mega.evaluation.plot_parts import CONFLICT, FAINT, INK, MUTED, colour
+from gapo_mega.evaluation.plots import STYLE
 from gapo_mega.evaluation.series import Array, Series
 
 # Methods whose cosines differ by less than this at every step are one line.

@@ -20,13 +20,26 @@ from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.config import GradientConfig
 from gapo_mega.evaluation.files import replacing
-from gapo_mega.evaluation.series import Array, Series
+from gapo_mega.evaluation.plot_parts import (
+    FAINT,
+    INK,
+    MUTED,
+    colour,
+    dots_and_line,
+    has_lone_points,
+    mark_below_zero,
+    nested_width,
+    point_marker,
+    put_legend,
+    put_title,
+    ratio_of,
+    row_colour,
+    step_axis,
+    where_taken,
+)
+from gapo_mega.evaluation.series import Series
 from gapo_mega.evaluation.summary import Change, Summary
 from gapo_mega.evaluation.terms import cosines_with_direction, in_metric, parameters_measured
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"
-CONFLICT = "#D55E00"
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -60,19 +73,22 @@ class Picture:
     caption: str
 
 
-def colour(index: int) -> str:
-    """An objective's colour, the same in every picture."""
-    return PALETTE[index % len(PALETTE)]
-
-
 def write_pictures(
-    directory: Path, series: Series, names: Sequence[str], summary: Summary, gradients: GradientConfig
+    directory: Path,
+    series: Series,
+    names: Sequence[str],
+    summary: Summary,
+    gradients: GradientConfig,
+    rows: Sequence[str] | None = None,
 ) -> list[Picture]:
     """Every PNG of a run into ``directory``; the overview comes first.
 
-    ``gradients`` says over which parameters, and in which metric, norms and cosines were measured.
+    ``gradients`` says over which parameters, and in which metric, norms and cosines were measured, ``rows``
+    whose gradients were, if not the objectives' alone: a scalarizer's, beside the objectives' in audited
+    steps.
     """
-    pairs = list(combinations(names, 2))
+    scalarized, rows = rows is not None, list(rows or names)
+    pairs = list(combinations(rows, 2))
     over = f"over {parameters_measured(gradients)}{in_metric(gradients)}"
     height = 1.2 + 1.5 * len(names)
     plans: list[tuple[str, str, tuple[float, float], Callable[[FigureBase], None]]] = [
@@ -80,7 +96,7 @@ def write_pictures(
             "overview.png",
             "The run in one picture.",
             (12.0, 8.4),
-            lambda f: draw_overview(f, series, names, summary, gradients),
+            lambda f: draw_overview(f, series, names, summary, gradients, rows),
         ),
         (
             "rewards.png",
@@ -93,21 +109,7 @@ def write_pictures(
             "gradient_norms.png",
             f"Norm of each objective's gradient {over}, on a logarithmic scale.",
             (6.6, 3.8),
-            lambda f: draw_norms(f, series, names, gradients),
-        ),
-        (
-            "progress.png",
-            f"Cosine between the direction and each objective's gradient {over}: below zero, a step along "
-            "the direction hurts the objective to first order.",
-            (6.6, 3.8),
-            lambda f: draw_progress(f, series, names),
-        ),
-        (
-            "weights.png",
-            "Left: each objective's contribution to the direction, |w_i| ‖g_i‖ over the sum of all. Right: "
-            "the weights w_i.",
-            (6.6, 3.8),
-            lambda f: draw_weights(f, series, names),
+            lambda f: draw_norms(f, series, names, gradients, rows),
         ),
         (
             "kl.png",
@@ -117,6 +119,32 @@ def write_pictures(
             lambda f: draw_kl(f, series),
         ),
     ]
+    if set(names) <= set(rows):
+        progress = (
+            "progress.png",
+            f"Cosine between the direction and each objective's gradient {over}: below zero, a step along "
+            "the direction hurts the objective to first order.",
+            (6.6, 3.8),
+            lambda f: draw_progress(f, series, names, rows),
+        )
+        plans.insert(-1, progress)
+    if not scalarized:
+        weights = (
+            "weights.png",
+            "Left: each objective's contribution to the direction, |w_i| ‖g_i‖ over the sum of all. Right: "
+            "the weights w_i.",
+            (6.6, 3.8),
+            lambda f: draw_weights(f, series, names),
+        )
+        plans.insert(-1, weights)
+    elif f"reward_weight/{names[0]}" in series.values:
+        reward_weights = (
+            "reward_weights.png",
+            "The weight of each objective's score in the one reward that is trained on.",
+            (6.6, 3.8),
+            lambda f: draw_reward_weights(f, series, names),
+        )
+        plans.insert(-1, reward_weights)
     if pairs:
         cosines = (
             "cosines.png",
@@ -145,93 +173,113 @@ def write_pictures(
 
 
 def draw_overview(
-    figure: FigureBase, series: Series, names: Sequence[str], summary: Summary, gradients: GradientConfig
+    figure: FigureBase,
+    series: Series,
+    names: Sequence[str],
+    summary: Summary,
+    gradients: GradientConfig,
+    rows: Sequence[str],
 ) -> None:
-    """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines."""
+    """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines.
+
+    A run with a single gradient that is not an objective's has its KL in place of cosines.
+    """
     panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
     draw_rewards(panels[0, 0], series, names)
     if summary:
         draw_before_after(panels[0, 1], summary)
     else:
         draw_kl(panels[0, 1], series)
-    draw_norms(panels[1, 0], series, names, gradients)
-    pairs = list(combinations(names, 2))
+    draw_norms(panels[1, 0], series, names, gradients, rows)
+    pairs = list(combinations(rows, 2))
     if pairs:
         draw_cosines(panels[1, 1], series, pairs)
+    elif set(names) <= set(rows):
+        draw_progress(panels[1, 1], series, names, rows)
     else:
-        draw_progress(panels[1, 1], series, names)
+        draw_kl(panels[1, 1], series)
 
 
 def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
     """One panel per objective over a shared step axis, because their scales differ."""
     line = "steps" if series.window == 1 else f"mean of {series.window}"
-    _title(figure, "Reward while training", f"dots: steps · line: {line}")
+    put_title(figure, "Reward while training", f"dots: steps · line: {line}")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
-        _dots_and_line(axes, series, f"reward/{name}", colour(index))
+        dots_and_line(axes, series, f"reward/{name}", colour(index))
         axes.set_ylabel(name, color=colour(index), fontweight="bold")
         axes.yaxis.set_major_locator(MaxNLocator(4))
     figure.align_ylabels(list(panels))
-    _step_axis(panels[-1], series)
+    step_axis(panels[-1], series)
 
 
-def draw_norms(figure: FigureBase, series: Series, names: Sequence[str], gradients: GradientConfig) -> None:
-    """sqrt(G_ii) of every objective; logarithmic, because they may differ by orders of magnitude."""
-    _title(figure, "Gradient norm per objective", f"{parameters_measured(gradients)} · log scale")
+def draw_norms(
+    figure: FigureBase, series: Series, names: Sequence[str], gradients: GradientConfig, rows: Sequence[str]
+) -> None:
+    """sqrt(G_ii) of every gradient; logarithmic, because they may differ by orders of magnitude."""
+    put_title(
+        figure,
+        "Gradient norm per objective" if rows == names else "Gradient norm",
+        f"{parameters_measured(gradients)} · log scale",
+    )
     axes = figure.subplots()
-    for index, name in enumerate(names):
-        _dots_and_line(axes, series, f"grad_norm/{name}", colour(index), label=name)
-    if any((series[f"grad_norm/{name}"] > 0).any() for name in names):
+    for row in rows:
+        dots_and_line(axes, series, f"grad_norm/{row}", row_colour(row, names), label=row)
+    if any((series[f"grad_norm/{row}"] > 0).any() for row in rows):
         axes.set_yscale("log")
     axes.set_ylabel("‖g‖")
-    _step_axis(axes, series)
-    _legend(axes)
+    step_axis(axes, series)
+    put_legend(axes)
 
 
 def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, str]]) -> None:
     """Cosines between gradients, one line per pair of objectives."""
-    _title(figure, "Are the objectives opposed?", "cosine of their gradients")
+    put_title(figure, "Are the objectives opposed?", "cosine of their gradients")
     axes = figure.subplots()
     for index, (a, b) in enumerate(pairs):
         # A single pair would take the first objective's colour, so it gets a neutral one.
         shade = INK if len(pairs) == 1 else colour(index)
-        _dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
-    _mark_below_zero(axes, "opposed")
+        dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
+    mark_below_zero(axes, "opposed")
     axes.set_ylabel("cosine")
-    _step_axis(axes, series)
-    _legend(axes)
+    step_axis(axes, series)
+    put_legend(axes)
 
 
-def draw_progress(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+def draw_progress(
+    figure: FigureBase, series: Series, names: Sequence[str], rows: Sequence[str] | None = None
+) -> None:
     """cos(direction, g_i) = (G w)_i / (||g_i|| ||direction||), all in the inner product of G."""
-    _title(figure, "Does the direction hurt an objective?", "cosine: direction, gradient")
+    rows = list(rows or names)
+    put_title(figure, "Does the direction hurt an objective?", "cosine: direction, gradient")
     axes = figure.subplots()
     parts = ("grad_norm", "weight", "predicted_change")
     norms, weights, predicted = (
-        np.stack([series[f"{part}/{name}"] for name in names], axis=1) for part in parts
+        np.stack([series[f"{part}/{row}"] for row in rows], axis=1) for part in parts
     )
     cosines = cosines_with_direction(norms, weights, predicted)
     for index, name in enumerate(names):
+        taken = where_taken(series, cosines[:, rows.index(name)])
         axes.plot(
             series.steps,
-            _taken(series, cosines[:, index]),
+            taken,
             color=colour(index),
             label=name,
-            linewidth=_nested_width(index, len(names)),
-            marker=_marker(series),
+            linewidth=nested_width(index, len(names)),
+            marker="o" if has_lone_points(taken) else "",
         )
-    _mark_below_zero(axes, "hurt")
+    mark_below_zero(axes, "hurt")
     axes.set_ylabel("cosine")
-    _step_axis(axes, series)
-    _legend(axes)
+    step_axis(axes, series)
+    put_legend(axes)
 
 
 def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
     """Two panels: |w_i| ||g_i|| / sum_j |w_j| ||g_j||, and w_i itself."""
     left, right = figure.subplots(1, 2)
-    used = {name: _taken(series, series[f"weight/{name}"]) for name in names}
+    used = {name: where_taken(series, series[f"weight/{name}"]) for name in names}
     lengths = np.abs([used[name] * series[f"grad_norm/{name}"] for name in names])
-    shares = _ratio(lengths, lengths.sum(axis=0, keepdims=True))
+    shares = ratio_of(lengths, lengths.sum(axis=0, keepdims=True))
     # Each step owns the interval around it, so that a single step is visible and a skipped one leaves a gap.
     edges = np.concatenate([series.steps - 0.5, series.steps[-1:] + 0.5])
     floor = np.zeros(len(series.steps))
@@ -239,8 +287,10 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
         top = floor + shares[index]
         left.stairs(top, edges, baseline=floor, fill=True, color=colour(index), label=name)
         floor = top
-        width = _nested_width(index, len(names))
-        right.plot(series.steps, used[name], color=colour(index), linewidth=width, marker=_marker(series))
+        width = nested_width(index, len(names))
+        right.plot(
+            series.steps, used[name], color=colour(index), linewidth=width, marker=point_marker(series)
+        )
     left.set_ylim(0, 1)
     left.set_title("Contribution to the direction", loc="left", fontweight="bold", fontsize=11)
     weights = np.concatenate(list(used.values()))
@@ -249,24 +299,38 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
     if len(positive) == np.isfinite(weights).sum() > 0 and positive.max() > 10 * positive.min():
         right.set_yscale("log")
     right.set_title("Weight", loc="left", fontweight="bold", fontsize=11)
-    _step_axis(left, series)
-    _step_axis(right, series)
+    step_axis(left, series)
+    step_axis(right, series)
     left.legend(loc="lower left", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def draw_reward_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
+    """A scalarizer's weights over steps."""
+    put_title(figure, "Weights of the scores", "in the one reward")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        values = series[f"reward_weight/{name}"]
+        axes.plot(series.steps, values, color=colour(index), label=name, marker=point_marker(series))
+    axes.set_ylabel("weight")
+    step_axis(axes, series)
+    put_legend(axes)
 
 
 def draw_kl(figure: FigureBase, series: Series) -> None:
     """The KL estimate over steps."""
-    _title(figure, "Divergence from the reference policy", "estimate per sampled token")
+    put_title(figure, "Divergence from the reference policy", "estimate per sampled token")
     axes = figure.subplots()
-    _dots_and_line(axes, series, "kl", INK)
+    dots_and_line(axes, series, "kl", INK)
     axes.set_ylabel("KL (nats)")
-    _step_axis(axes, series)
+    step_axis(axes, series)
 
 
 def draw_before_after(figure: FigureBase, summary: Summary) -> None:
     """Two bars per objective, each objective on its own scale."""
     prompts = next(iter(summary.values())).samples
-    _title(figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors")
+    put_title(
+        figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors"
+    )
     panels = figure.subplots(1, len(summary), squeeze=False)[0]
     for index, ((name, found), axes) in enumerate(zip(summary.items(), panels, strict=True)):
         _bars(axes, found, colour(index))
@@ -301,58 +365,3 @@ def _bars(axes: Axes, found: Change, shade: str) -> None:
     axes.set_xlim(-0.6, 1.6)
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(5))
-
-
-def _dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:
-    axes.plot(series.steps, series[key], "o", color=shade, alpha=0.3, markersize=3.5, markeredgewidth=0)
-    axes.plot(series.steps, series.smooth(key), color=shade, label=label, marker=_marker(series))
-
-
-def _taken(series: Series, values: Array) -> Array:
-    """NaN in place of the values at steps that were skipped: no weight was used there."""
-    skipped = series.values.get("skipped")
-    return values if skipped is None else np.where(skipped > 0, np.nan, values)
-
-
-def _marker(series: Series) -> str:
-    """A dot for a single step, where a line would be invisible; else none."""
-    return "o" if len(series.steps) == 1 else ""
-
-
-def _nested_width(index: int, count: int) -> float:
-    """Thinner for later lines, so that lines that coincide (two unit gradients, say) stay visible."""
-    return 1.6 + 1.2 * (count - 1 - index)
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    part, whole = np.broadcast_arrays(part, whole)
-    result: Array = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
-    return result
-
-
-def _mark_below_zero(axes: Axes, text: str) -> None:
-    low, high = axes.get_ylim()
-    low, high = min(low, -0.1), max(high, 0.1)
-    axes.axhspan(low, 0, color=CONFLICT, alpha=0.07, linewidth=0)
-    axes.axhline(0, color="#9aa5b1", linewidth=1)
-    axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", va="bottom", color=CONFLICT, fontsize=9)
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-
-
-def _title(figure: FigureBase, title: str, detail: str) -> None:
-    """Bold title at the left, what the marks mean in grey at the right."""
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-    figure.text(0.98, 0.985, detail, ha="right", va="top", fontsize=8.5, color=MUTED)
-
-
-def _step_axis(axes: Axes, series: Series) -> None:
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    first, last = series.steps[0], series.steps[-1]
-    pad = max(0.5, 0.015 * (last - first))
-    axes.set_xlim(first - pad, last + pad)
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="best", fontsize=9)

@@ -38,15 +38,35 @@ class Recording:
         """The Gram matrices that the run's method saw [S, M, M]."""
         return self.grams if self.averaged is None else self.averaged
 
+    def first(self, count: int) -> Recording:
+        """The same of the first ``count`` names."""
+        return Recording(
+            self.names[:count],
+            self.steps,
+            self.left_out,
+            self.grams[:, :count, :count],
+            self.weights[:, :count],
+        )
 
-def read_recording(run_dir: Path, names: Sequence[str], averaged: bool = False) -> Recording:
-    """Every step's Gram matrix and weights; ``averaged``: and the matrix of the gradients' running means.
 
-    Raises ``ValueError`` where there are none.
+def read_recording(
+    run_dir: Path, names: Sequence[str], *, averaged: bool = False, audited: bool = False
+) -> Recording:
+    """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none.
+
+    ``averaged``: also the matrix of the gradients' running means. ``audited``: a run with a scalarizer, of
+    which steps without ``names[0]``'s gradient are left aside.
     """
     path = run_dir / METRICS_FILE
     rows = read_rows(path)
     kinds = [_GRADIENTS, _MEANS] if averaged else [_GRADIENTS]
+    if audited:
+        rows = [row for row in rows if f"grad_norm/{names[0]}" in row]
+        if not rows:
+            raise ValueError(
+                f"run directory: found no audited step in {path}, accepted: a run with a scalarizer and "
+                "gradients.audit_every"
+            )
     for row in rows:
         _check(row, names, path, kinds)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]

@@ -19,7 +19,8 @@ import numpy as np
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
 from gapo_mega.evaluation.files import config_file, write_text
-from gapo_mega.evaluation.plots import Picture, colour, write_pictures
+from gapo_mega.evaluation.plot_parts import colour
+from gapo_mega.evaluation.plots import Picture, write_pictures
 from gapo_mega.evaluation.series import Array, Series, read_series
 from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_resumed, read_summary
 from gapo_mega.evaluation.terms import in_metric, parameters_measured
@@ -56,7 +57,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     directory = run_dir / REPORT_FOLDER
     directory.mkdir(exist_ok=True)
     gradients = config.gradients
-    pictures = write_pictures(directory, series, names, summary, gradients)
+    pictures = write_pictures(directory, series, names, summary, gradients, _rows(config, series))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gapo_mega.evaluation", package_path=""),
         autoescape=True,
@@ -82,6 +83,20 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     return path
 
 
+def _rows(config: Config, series: Series) -> list[str] | None:
+    """Whose gradients the log of a run with a scalarizer has; None: those of the objectives."""
+    if config.scalarization is None:
+        return None
+    audited = [row for row in config.audited_rows if f"grad_norm/{row}" in series.values]
+    return audited or list(config.rows)
+
+
+def _method(config: Config) -> str:
+    chosen = config.scalarization or config.aggregation
+    options = ", ".join(f"{key}={value}" for key, value in chosen.options.items())
+    return f"{chosen.name}({options})" + (", one gradient" if config.scalarization else "")
+
+
 def _objective_rows(summary: Summary) -> list[dict[str, Any]]:
     return [
         {
@@ -100,10 +115,9 @@ def _objective_rows(summary: Summary) -> list[dict[str, Any]]:
 def _facts(config: Config, series: Series, seconds: float | None) -> list[tuple[str, str]]:
     """Label and text of what a reader wants to know about the run at a glance."""
     rollout, parallel = config.rollout, config.parallel
-    options = ", ".join(f"{key}={value}" for key, value in config.aggregation.options.items())
     facts = [
         ("Policy", config.model.path),
-        ("Method", f"{config.aggregation.name}({options})"),
+        ("Method", _method(config)),
         ("Optimizer steps", f"{len(series.steps)}"),
         ("Samples per rollout", f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt}"),
         ("Response length", f"at most {rollout.max_new_tokens} tokens"),

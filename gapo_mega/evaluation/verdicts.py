@@ -66,16 +66,45 @@ class Verdict:
 
 
 def candidates(config: Config) -> list[Candidate]:
-    """The run's own method with its options, then all others with their defaults."""
+    """The run's own method with its options, then all others with their defaults.
+
+    A run with a scalarizer has no method of its own among them: ``of_scalarizer`` judges it.
+    """
+    if config.scalarization is not None:
+        return _by_default()
     given = config.aggregation
     own = build(given.name, **given.options)
     found = [Candidate(_label(own, given.options), own, _note(own, given.options, "this run"))]
+    return found + [each for each in _by_default(given.name) if not _same_direction(each.aggregator, own)]
+
+
+def _by_default(but: str | None = None) -> list[Candidate]:
+    """All methods in the variants that they declare; ``but`` only if it declares some."""
+    found = []
     for name, method in sorted(methods().items()):
-        for options in method.variants or (() if name == given.name else ({},)):
+        for options in method.variants or (() if name == but else ({},)):
             aggregator = build(name, **options)
-            if not _same_direction(aggregator, own):
-                found.append(Candidate(_label(aggregator, options), aggregator, _note(aggregator, options)))
+            found.append(Candidate(_label(aggregator, options), aggregator, _note(aggregator, options)))
     return found
+
+
+def of_scalarizer(label: str, recording: Recording) -> Verdict:
+    """What a scalarizer's gradient, the last of the recording's names, did to the objectives before it.
+
+    It is no combination of their gradients with weights for all samples, so its weights are NaN.
+    """
+    count = len(recording.names) - 1
+    one_hot = torch.eye(count + 1, dtype=torch.float64)[-1]
+    candidate = Candidate(label, build("weighted_sum", weights=one_hot.tolist()), "this run, one gradient")
+    (found,) = judge([candidate], recording)
+    return replace(
+        found,
+        weights=np.full((len(recording.steps), count), math.nan),
+        predicted_change=found.predicted_change[:, :count],
+        cosines=found.cosines[:, :count],
+        hurt=found.hurt[:, :count],
+        corner=np.zeros(len(recording.steps), dtype=bool),
+    )
 
 
 def _same_direction(a: Aggregator, b: Aggregator) -> bool:

@@ -113,7 +113,8 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
     strategies.chosen(config.gradients).check_model(shape.num_layers)
-    reason = refusal_of_shared(config, microbatches(config, data_parallel))
+    rows = max(len(config.rows), len(config.audited_rows))
+    reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
     reason = refusal_of_one_pass()

@@ -180,9 +180,13 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
-    strategy, objectives = resolved.strategy, len(config.rows)
+    # Of every update, and of those that are audited.
+    measured = [len(rows) for rows in (config.rows, config.audited_rows) if rows]
     # A graph that serves only one backward is freed within it.
-    kept = resolved.shared and strategy.reuses_graph(objectives)
+    kept = any(
+        resolved.forward_of(rows) == "shared" and resolved.strategy_of(rows).reuses_graph(rows)
+        for rows in measured
+    )
     shard = count // data if config.optimizer.distributed else count
     sizes = rank_sizes(config.parallel, shape, shard, count, stage)
     offloaded = config.model.offload_reference
@@ -201,7 +205,8 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         parameters=count * item,
         gradients=count * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, count, data),
-        objective_rows=strategy.row_bytes(objectives, sizes) + average_bytes(resolved, sizes),
+        objective_rows=sum(resolved.strategy_of(rows).row_bytes(rows, sizes) for rows in measured)
+        + average_bytes(resolved, sizes),
         reference=0 if offloaded else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),

@@ -20,6 +20,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
 from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches
+from gapo_mega.scalarization.base import Scalarizer
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ResolvedRun:
     loss: PolicyLoss
     # Models of which only a packaged card was read, by what names them. A plan has such, a run has none.
     cards: Mapping[str, Card] = field(default_factory=dict)
+    scalarizer: Scalarizer | None = None  # None: every objective has a gradient of its own
 
     @property
     def shape(self) -> ModelShape:
@@ -71,9 +73,13 @@ class ResolvedRun:
 
     @property
     def strategy(self) -> StrategyDeclaration:
-        """How the engine measures and holds the gradients of objectives."""
+        """How the engine measures and holds the gradients of an update."""
+        return self.strategy_of(len(self.config.rows))
+
+    def strategy_of(self, rows: int) -> StrategyDeclaration:
+        """How the engine measures and holds ``rows`` gradients."""
         gradients = self.config.gradients
-        return strategies.chosen(gradients.model_copy(update={"forward": self.forward}))
+        return strategies.chosen(gradients.model_copy(update={"forward": self.forward_of(rows)}))
 
     @property
     def value_models(self) -> int:
@@ -95,9 +101,12 @@ class ResolvedRun:
     @property
     def forward(self) -> ForwardKind:
         """The kind of passes, where the configuration leaves it open by what else it asks for."""
-        return forward_kind(
-            self.config, self.data, by_token=self.critic is not None or self.estimator.by_token
-        )
+        return self.forward_of(len(self.config.rows))
+
+    def forward_of(self, rows: int) -> ForwardKind:
+        """The kind of passes of an update that measures ``rows`` gradients."""
+        by_token = self.critic is not None or self.estimator.by_token
+        return forward_kind(self.config, self.data, by_token=by_token, rows=rows)
 
     @property
     def shared(self) -> bool:

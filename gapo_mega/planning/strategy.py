@@ -19,8 +19,10 @@ def microbatches(config: Config, data_parallel: int) -> int:
 ForwardKind = Literal["one_pass", "shared", "separate"]
 
 
-def forward_kind(config: Config, data_parallel: int, by_token: bool = False) -> ForwardKind:
-    """The kind of passes that the run takes.
+def forward_kind(
+    config: Config, data_parallel: int, by_token: bool = False, rows: int | None = None
+) -> ForwardKind:
+    """The kind of passes of updates that measure ``rows`` gradients; None: those of the run.
 
     One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
     a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
@@ -30,10 +32,11 @@ def forward_kind(config: Config, data_parallel: int, by_token: bool = False) -> 
     asked = config.gradients.forward
     if asked != "auto":
         return asked
-    if len(config.rows) > 1 and not by_token and _one_pass_is_sure(config):
+    rows = len(config.rows) if rows is None else rows
+    if rows > 1 and not by_token and _one_pass_is_sure(config):
         return "one_pass"
     count = microbatches(config, data_parallel)
-    possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count) is None
+    possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count, rows) is None
     return "shared" if possible and (count == 1 or data_parallel == 1) else "separate"
 
 
@@ -59,9 +62,9 @@ def refusal_of_one_pass() -> str | None:
     return None
 
 
-def refusal_of_shared(config: Config, count: int) -> str | None:
-    """Why shared passes over ``count`` microbatches do not work with the other settings; None if they do."""
+def refusal_of_shared(config: Config, count: int, rows: int) -> str | None:
+    """Why shared passes over ``count`` microbatches do not give ``rows`` gradients; None if they do."""
     strategy = strategies.chosen(config.gradients)
-    if transformer_engine_layers() and strategy.reuses_graph(len(config.rows)):
+    if transformer_engine_layers() and strategy.reuses_graph(rows):
         return "Transformer Engine's layers (they drop what a second backward would need)"
     return strategy.refusal_of_shared(count, config.model.recompute)

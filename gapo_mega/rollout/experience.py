@@ -12,6 +12,7 @@ from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
+from gapo_mega.rollout.scalarized import Scalarized
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt
 
@@ -23,6 +24,7 @@ class ExperienceMaker:
 
     Args:
         names: of the objectives.
+        scalarized: makes one set of advantages, if the run has a scalarizer; None: one an objective.
         samples: responses per prompt.
         filtered: prompts whose scores are flat in every objective are left out.
         whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
@@ -41,6 +43,7 @@ class ExperienceMaker:
         whitened: bool,
         filtered: bool = False,
         timer: Timer,
+        scalarized: Scalarized | None = None,
     ) -> None:
         self._engine = engine
         self._collector = collector
@@ -48,9 +51,11 @@ class ExperienceMaker:
         self._estimator = estimator
         self._names = list(names)
         self._samples = samples
-        self._whitened = whitened or estimator.whitens
+        estimated = scalarized is None or scalarized.estimates
+        self._whitened = whitened or (estimated and estimator.whitens)
         self._filtered = filtered
         self._timer = timer
+        self._scalarized = scalarized
 
     def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
         """The experience with advantages, and the facts that the log takes. Collective.
@@ -65,12 +70,18 @@ class ExperienceMaker:
         experience = self._scorer.score(rollout)
         if self._estimator.needs_greedy:
             experience = self._with_greedy_scores(experience, prompts, own_seed)
-        experience = self._estimator(without_flat(experience) if self._filtered else experience)
+        experience, told = self._estimate(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)
         if self._whitened:
             experience = self._whiten(experience)
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
-        return experience, facts
+        return experience, dataclasses.replace(facts, extra=facts.extra | told)
+
+    def _estimate(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
+        """The experience with advantages, and what a scalarizer says of it."""
+        if self._scalarized is None:
+            return self._estimator(experience), {}
+        return self._scalarized(experience)
 
     def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
         with self._timer("greedy"):
@@ -83,6 +94,16 @@ class ExperienceMaker:
         """Name finite scores whose advantages are not: else the log would blame the gradient alone."""
         assert experience.advantages_MBT is not None
         wrong_MB = ~experience.advantages_MBT.isfinite().all(dim=2)
+        if self._scalarized is not None and bool(wrong_MB[-1].any()):
+            row = int(wrong_MB[-1].nonzero()[0])
+            logger.warning(
+                "scalarization: found the scores %s in row %d, whose advantage is not finite (%d rows in "
+                "all); accepted: scores whose differences float32 holds",
+                experience.scores_MB[:, row].tolist(),
+                row,
+                int(wrong_MB[-1].sum()),
+            )
+            return
         for index, row in wrong_MB.nonzero()[:1].tolist():
             logger.warning(
                 "objective %s: found the score %s in row %d, whose advantage is not finite (%d rows in all); "

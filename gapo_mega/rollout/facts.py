@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.flat import flat_counts
+from gapo_mega.rollout.whole_batch import whole_batch
 from gapo_mega.types import Experience, Rollout
-
-_MOST_PROMPTS = 1_000_000  # of one rank: group numbers of different ranks must differ
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,8 @@ def _gap(engine: Engine, rollout: Rollout, experience: Experience, tokens: float
 
 
 def _correlations(engine: Engine, names: Sequence[str], experience: Experience) -> dict[str, float]:
-    gathered = engine.gather_over_data((experience.scores_MB, experience.group_B))
-    groups = [group_B + _MOST_PROMPTS * rank for rank, (_, group_B) in enumerate(gathered)]
-    matrix = reward_correlation(torch.cat([scores for scores, _ in gathered], dim=1), torch.cat(groups))
+    batch = whole_batch(engine, experience)
+    matrix = reward_correlation(batch.scores_MB, batch.group_B)
     return {
         f"reward_correlation/{names[i]}/{names[j]}": float(matrix[i, j])
         for i, j in combinations(range(len(names)), 2)

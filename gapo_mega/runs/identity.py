@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from gapo_mega.config import (
     AdvantageConfig,
@@ -31,6 +31,7 @@ from gapo_mega.config import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    ScalarizationConfig,
     Section,
 )
 from gapo_mega.config.supervised import (
@@ -46,7 +47,7 @@ from gapo_mega.config.supervised import (
     SupervisedData,
 )
 from gapo_mega.files import local
-from gapo_mega.user_code import is_reference
+from gapo_mega.user_code import is_reference, is_subclass
 
 
 class Rule(Enum):
@@ -122,6 +123,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "clip": FIXED,
     },
     AggregationConfig: {"name": CODE, "options": FIXED, "average": FIXED, "average_dtype": FIXED},
+    ScalarizationConfig: {"name": CODE, "options": FIXED},
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED, "filter_flat": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
     AlgorithmConfig: {
@@ -161,6 +163,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "metric": FIXED,
         "actual_change": FREE,
         "max_nonfinite_steps": FREE,
+        "audit_every": FREE,
     },
     CheckpointConfig: {
         "every_steps": FREE,
@@ -255,8 +258,11 @@ def rule_of(section: type[Section], name: str) -> Rule:
 
 
 def fields_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Rule, Any]]:
-    """Dotted name, rule and value of every field of ``section`` and of those within it."""
-    for name in type(section).model_fields:
+    """Dotted name, rule and value of every field of ``section`` and of those within it.
+
+    Fields of a section that may be left out, and is, have the value None.
+    """
+    for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         key = prefix + name
         if isinstance(value, Section):
@@ -264,8 +270,15 @@ def fields_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Rule, A
         elif isinstance(value, list) and value and isinstance(value[0], Section):
             for index, item in enumerate(value):
                 yield from fields_of(item, f"{key}.{index}.")
+        elif absent := _section_in(field.annotation):
+            yield from ((f"{key}.{inner}", rule_of(absent, inner), None) for inner in absent.model_fields)
         else:
             yield key, rule_of(type(section), name), value
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section of an annotation ``Section | None``."""
+    return next((part for part in get_args(annotation) if is_subclass(part, Section)), None)
 
 
 def rules_of(config: Section) -> dict[str, Rule]:

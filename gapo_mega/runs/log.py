@@ -160,10 +160,13 @@ def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     if names:
         shown = "reward" if f"reward/{names[0]}" in metrics else "accuracy"  # of preference pairs
         parts = [f"{name} {metrics[f'{shown}/{name}']:.3g}" for name in names]
-        parts.append("w " + "/".join(f"{metrics[f'weight/{name}']:.2g}" for name in names))
+        weights = [metrics[f"weight/{name}"] for name in names if f"weight/{name}" in metrics]
+        if weights:  # none with a scalarizer, but in audited updates
+            parts.append("w " + "/".join(f"{weight:.2g}" for weight in weights))
     else:
         parts = [f"loss {metrics['loss']:.4g}"]
-    cosines = [metrics[f"cosine/{a}/{b}"] for a, b in combinations(names, 2)]
+    pairs = [f"cosine/{a}/{b}" for a, b in combinations(names, 2)]
+    cosines = [metrics[pair] for pair in pairs if pair in metrics]
     if cosines:
         parts.append("cos " + "/".join(f"{value:.2f}" for value in cosines))
     parts.append(f"{metrics['tokens_per_second']:.0f} tok/s")

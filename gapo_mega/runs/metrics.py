@@ -15,6 +15,7 @@ def step_metrics(
     report: GradientReport,
     names: Sequence[str],
     *,
+    rows: Sequence[str] | None = None,
     rewards: Sequence[float] | None = None,
     kl: float | None = None,
     tokens_per_second: float,
@@ -24,31 +25,34 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything that an update measured, by the log's names.
 
-    ``names`` are those of the Gram matrix's rows, the objectives first. ``rewards`` are batch means of the
-    objectives, in the same order; without rollouts there are none, and no ``kl``. ``seconds`` are the
-    trainer's phases, to which those of the gradient report are added; ``extra`` (the critic's losses, say)
-    is taken as is.
+    ``names`` are the objectives, and the KL's row behind them where it has one. ``rows``: the gradients of
+    the report in a run with a scalarizer, whose own is the last, alone or behind the objectives in an audited
+    update. ``rewards`` are batch means of the objectives, in their order; without rollouts there are none,
+    and no ``kl``. ``seconds`` are the trainer's phases, to which those of the gradient report are added;
+    ``extra`` (the critic's losses, say) is taken as is.
 
     All gradient facts come from the Gram matrix G and the weights w: norms are sqrt(G_ii), cosines
     G_ij / sqrt(G_ii G_jj) (NaN where a gradient is zero), and ``predicted_change/i`` is (G w)_i, the
     first-order gain of objective i for a plain gradient step of learning rate 1 along the combined
     direction, before clipping: negative means that the step hurts this objective. ``actual_change/i``,
     where it was measured, is the gain from the change that the optimizer really made. ``corner`` is 1 where
-    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative.
+    an objective with a gradient got weight 0, ``conflict`` where a predicted change is negative. With a
+    scalarizer there is no ``corner``, and ``conflict`` is known of audited updates only.
     ``clip_fraction_BOUND/i`` is the share of tokens that a bound of the loss held back, ``kl_old_new``
     estimates KL(old || new) per token, ``ratio_min`` and ``ratio_max`` are extremes over tokens, and
     ``entropy_estimate`` is the mean of -log pi over the sampled tokens.
     ``averaged_norm`` and ``averaged_cosine`` are those of the gradients' running means, where the weights
     follow from these (``aggregation.average``).
     """
+    assert rewards is None or len(rewards) <= len(names), (names, rewards)
+    scalarized, names, objectives = rows is not None, rows or names, names
     count = len(names)
-    assert rewards is None or len(rewards) <= count, (names, rewards)
     assert len(report.losses) == count, (names, report.losses)
     assert tuple(report.gram.shape) == (count, count), report.gram.shape
     gram = report.gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
     found = diagnose(gram, report.weights)
-    metrics = {} if rewards is None else _per_objective("reward", names[: len(rewards)], rewards)
+    metrics = {} if rewards is None else _per_objective("reward", objectives[: len(rewards)], rewards)
     metrics |= _per_objective("grad_norm", names, norms.tolist())
     metrics |= _cosines("cosine", gram, norms, names)
     if report.averaged_gram is not None:
@@ -69,9 +73,11 @@ def step_metrics(
         "padding": report.padding,
         "learning_rate": report.learning_rate,
         "skipped": float(report.skipped),
-        "corner": float(not report.skipped and found.corner),
-        "conflict": float(not report.skipped and found.conflict),
     }
+    if not scalarized:
+        metrics["corner"] = float(not report.skipped and found.corner)
+    if not scalarized or count > len(objectives):
+        metrics["conflict"] = float(not report.skipped and found.conflict)
     metrics |= {f"nonfinite/{name}": float(i in report.nonfinite) for i, name in enumerate(names)}
     metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
     if report.policy is not None:

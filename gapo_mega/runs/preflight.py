@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from gapo_mega import advantages, aggregation, losses, objectives
+from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
@@ -32,6 +32,7 @@ from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_model_split
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
+from gapo_mega.scalarization.base import Scalarizer, Weighted
 from gapo_mega.types import Experience
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
@@ -63,6 +64,7 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
         estimator=estimator,
         loss=loss,
         cards=models.cards,
+        scalarizer=_scalarizer(config, estimator),
     )
 
 
@@ -83,11 +85,58 @@ def preview(config: Config, *, shapes_only: bool = False) -> list[str]:
 
 def build_aggregator(config: Config) -> Aggregator:
     """The method, asked once: any Gram matrix exposes options for another number of objectives."""
+    if config.scalarization is not None:
+        return aggregation.build("weighted_sum")  # of one gradient
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
     with _errors_of(f"aggregation.options ({name})"):
         aggregator(torch.eye(len(config.aggregated), dtype=torch.float64))
     return aggregator
+
+
+def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | None:
+    """The run's scalarizer, told the objectives' names and asked once on a made-up batch."""
+    if config.scalarization is None:
+        return None
+    name, samples = config.scalarization.name, config.rollout.samples_per_prompt
+    scalarizer = scalarization.build(name, **config.scalarization.options)
+    with _errors_of(f"scalarization.options ({name})"):
+        scalarizer.prepare([objective.name for objective in config.objectives])
+    # One that gives advantages compares the KL reward with that of other samples.
+    least = max(scalarizer.least_samples, 2 if scalarizer.gives == "advantages" else 1)
+    if samples < least:
+        raise ValueError(
+            f"rollout.samples_per_prompt: found {samples}, accepted with scalarization.name {name}: {least} "
+            "or more, because a sample is compared with the others of its prompt"
+        )
+    if estimator.needs_values and not isinstance(scalarizer, Weighted):
+        raise ValueError(
+            f"advantages.name: found {config.advantages.name} with scalarization.name {name}, accepted: an "
+            "estimator without a critic (values are those of the objectives, and this scalarizer gives no "
+            "weights for them)"
+        )
+    if estimator.needs_greedy:
+        raise ValueError(
+            f"advantages.name: found {config.advantages.name} with scalarization.name {name}, accepted: an "
+            "estimator without greedy responses (their scores are those of the objectives)"
+        )
+    _ask(scalarizer, len(config.objectives), samples)
+    return scalarizer
+
+
+def _ask(scalarizer: Scalarizer, objectives: int, samples: int) -> None:
+    """Raise ``ValueError`` unless the scalarizer gives one finite number a response."""
+    generator = torch.Generator().manual_seed(0)
+    scores_MB = torch.randn(objectives, 2 * samples, generator=generator)
+    group_B = torch.arange(2).repeat_interleave(samples)
+    found: object = scalarizer(scores_MB, group_B, torch.arange(1, 2 * samples + 1))
+    fits = isinstance(found, Tensor) and found.shape == group_B.shape and bool(found.isfinite().all())
+    if not fits:
+        shown = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"scalarization.name: found {scalarizer.name}, which gives {shown}, accepted: a scalarizer that "
+            f"gives a tensor of one finite number a response, here {list(group_B.shape)}"
+        )
 
 
 def _loss(config: Config) -> PolicyLoss:

@@ -19,10 +19,14 @@ class Skips:
         self._limit = limit
         self.in_a_row = 0
 
-    def take(self, report: GradientReport, update: int) -> None:
-        """Take note of update ``update``. Raises ``RuntimeError`` at the limit."""
+    def take(self, report: GradientReport, update: int, rows: Sequence[str] | None = None) -> None:
+        """Take note of update ``update``. Raises ``RuntimeError`` at the limit.
+
+        ``rows``: names of the update's gradients, if they are not the objectives' alone.
+        """
+        rows = rows or self._names
         if report.excluded:
-            names = ", ".join(self._names[i] for i in report.excluded)
+            names = ", ".join(rows[i] for i in report.excluded)
             logger.warning(
                 "update %d: the gradient of %s is zero, left out of the combination", update, names
             )
@@ -30,7 +34,7 @@ class Skips:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        at_fault = ", ".join(self._names[i] for i in report.nonfinite) or "the combination"
+        at_fault = ", ".join(rows[i] for i in report.nonfinite) or "the combination"
         reason = report.reason or f"the gradient of {at_fault} is not finite"
         logger.warning("update %d skipped: %s", update, reason)
         if self.in_a_row >= self._limit:

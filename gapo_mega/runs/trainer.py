@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gapo_mega import aggregation
 from gapo_mega.advantages.rewards import token_rewards
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.data.order import PROMPTS, Order
@@ -24,6 +25,7 @@ from gapo_mega.rollout.experience import ExperienceMaker
 from gapo_mega.rollout.facts import BatchFacts
 from gapo_mega.rollout.heldout import Answers, HeldOut
 from gapo_mega.rollout.kl import KlCoefficient
+from gapo_mega.rollout.scalarized import Scalarized
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.runs.finish import finish
 from gapo_mega.runs.kl import loss_with_kl, method_with_kl
@@ -64,6 +66,10 @@ class Trainer:
         self.kl = KlCoefficient(algorithm.kl_beta, algorithm.kl_target, algorithm.kl_horizon)
         self._loss = loss_with_kl(resolved.loss, config, self.kl)
         self._method = method_with_kl(resolved.aggregator, config, self.kl)
+        self.scalarizer = resolved.scalarizer
+        # Of audited updates: the scalarizer's row, the last, and nothing of the objectives'.
+        one_hot = [float(row == config.rows[-1]) for row in config.audited_rows]
+        self._observing = aggregation.build("weighted_sum", weights=one_hot or None)
         self.phases = Phases()
         self.skips = Skips(self.rows, config.gradients.max_nonfinite_steps)
         self.prompts = train_prompts
@@ -113,10 +119,17 @@ class Trainer:
             whitened=config.advantages.whiten,
             filtered=config.advantages.filter_flat,
             timer=self.phases,
+            scalarized=self._scalarized(),
         )
         self.heldout = HeldOut(
             engine, collector, scorer, list(heldout_prompts), config.evaluation, config.seed
         )
+
+    def _scalarized(self) -> Scalarized | None:
+        if self.scalarizer is None:
+            return None
+        audited = bool(self.config.audited_rows)
+        return Scalarized(self.engine, self.scalarizer, self.resolved.estimator, audited)
 
     def run(self) -> bool:
         """Train to the end or to a signal; see ``RunLoop.run``."""
@@ -149,11 +162,13 @@ class Trainer:
         update = step * self.updates_per_step
         for _ in range(algorithm.ppo_epochs):
             for minibatch in experience.minibatches(algorithm.minibatches, order):
-                critic_losses = self._update_critic(minibatch)
-                report = self._update_policy(minibatch)
                 update += 1
-                self._record(update, report, facts, critic_losses)
-                self.skips.take(report, update)
+                critic_losses = self._update_critic(minibatch)
+                audit = self._is_audited(update)
+                report = self._update_policy(minibatch, audit)
+                rows = None if self.scalarizer is None else self._rows(audit)
+                self._record(update, report, facts, critic_losses, rows)
+                self.skips.take(report, update, rows)
                 self.phases.restart()
         self.kl.observe(facts.kl * facts.extra["response_length"], self.config.sequences())
 
@@ -166,11 +181,12 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Positions, memory of the aggregator, and the answers before training."""
+        """Positions, memory of aggregator and scalarizer, and the answers before training."""
         return {
             "schedule": dataclasses.asdict(self._position()),
             "aggregator": self.aggregator.state_dict(),
             "kl": self.kl.state_dict(),
+            "scalarizer": {} if self.scalarizer is None else self.scalarizer.state_dict(),
             "skipped_in_a_row": self.skips.in_a_row,
             "before": dataclasses.asdict(self.before) if self.before else None,
             "seconds": self._elapsed(),
@@ -181,6 +197,8 @@ class Trainer:
         self._position().check_same_prompts(PromptPosition(**state["schedule"]))
         self.aggregator.load_state_dict(state["aggregator"])
         self.kl.load_state_dict(state.get("kl", {}))
+        if self.scalarizer is not None:
+            self.scalarizer.load_state_dict(state["scalarizer"])
         self.skips.in_a_row = int(state["skipped_in_a_row"])
         self.before = Answers(**state["before"]) if state["before"] else None
         self._seconds_before_resume = float(state["seconds"])
@@ -189,7 +207,21 @@ class Trainer:
         return PromptPosition.of(self.prompts, self.order, self.loop.step)
 
     # -- one update ----------------------------------------------------------------------------------
-    def _update_policy(self, minibatch: Experience) -> GradientReport:
+    def _is_audited(self, update: int) -> bool:
+        every = self.config.gradients.audit_every
+        return every > 0 and update % every == 0
+
+    def _rows(self, audit: bool) -> Sequence[str]:
+        """Names of the gradients that an update measures."""
+        return self.config.audited_rows if audit else self.config.rows
+
+    def _update_policy(self, minibatch: Experience, audit: bool) -> GradientReport:
+        assert minibatch.advantages_MBT is not None
+        if audit:
+            return self.engine.update_policy(minibatch, self._loss, self._observing, audit=True)
+        if self.config.audited_rows:
+            own_MBT = minibatch.advantages_MBT[-len(self.config.rows) :]
+            minibatch = dataclasses.replace(minibatch, advantages_MBT=own_MBT)
         try:
             return self.engine.update_policy(minibatch, self._loss, self._method)
         except ZeroGradientError as error:
@@ -217,13 +249,19 @@ class Trainer:
             return self.engine.update_critic(minibatch, self._value_loss)
 
     def _record(
-        self, update: int, report: GradientReport, facts: BatchFacts, critic_losses: Sequence[float]
+        self,
+        update: int,
+        report: GradientReport,
+        facts: BatchFacts,
+        critic_losses: Sequence[float],
+        rows: Sequence[str] | None,
     ) -> None:
         seconds = self.phases.total()
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
         metrics = step_metrics(
             report,
-            self.rows,
+            self.rows if rows is None else self.names,
+            rows=rows,
             rewards=facts.rewards,
             kl=facts.kl,
             # Every update gets an equal share of the rollout's tokens; the first one holds its time.

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import SeedOssConfig, SeedOssForCausalLM
 
-from gapo_mega import advantages, aggregation, losses, objectives, ops
+from gapo_mega import advantages, aggregation, losses, objectives, ops, scalarization
 from gapo_mega.config import AggregationConfig, LossConfig, ObjectiveConfig
 from gapo_mega.config.loading import load
 from gapo_mega.models.registry import family_of, shape_of
@@ -66,7 +66,7 @@ def experience() -> Experience:
 
 def test_the_page_has_an_example_of_every_kind() -> None:
     folders = {path.rpartition("/")[0] for path in EXAMPLES}
-    kinds = ("aggregation", "objectives", "advantages", "losses", "models/families")
+    kinds = ("aggregation", "objectives", "advantages", "losses", "scalarization", "models/families")
     assert folders == {"", *(f"gapo_mega/{kind}" for kind in kinds)}
 
 
@@ -151,6 +151,13 @@ def test_loss(add_file: AddFile) -> None:
     assert not bool(gradient[~inside].any())
     with pytest.raises(ValueError, match=r"floor: found 1, accepted: a number < 0"):
         losses.build("reinforce", floor=1)
+
+
+def test_scalarizer(add_file: AddFile) -> None:
+    add_file(scalarization, "worst")
+    scores_MB = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
+    found_B = scalarization.build("worst", epsilon=0)(scores_MB, torch.zeros(2), torch.ones(2))
+    assert found_B.tolist() == pytest.approx([-(0.5**0.5), -(0.5**0.5)], rel=1e-14)
 
 
 def test_the_same_files_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,10 +31,11 @@ LAYERS: list[set[str]] = [
     {"rollout", "evaluation", "engine"},
     {"engine.base"},  # the protocols that the layers above share
     {"planning"},
+    {"scalarization"},
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},
-    {"types", "config", "registry", "optional", "files", "user_code", "versions", "demo"},
+    {"types", "config", "registry", "optional", "files", "progress", "user_code", "versions", "demo"},
 ]
 # Those at the bottom may import each other but nothing above.
 BOTTOM = len(LAYERS) - 1
@@ -45,6 +46,7 @@ ROOT_FILES = {
     "registry.py",
     "optional.py",
     "files.py",
+    "progress.py",
     "user_code.py",
     "versions.py",
     "py.typed",

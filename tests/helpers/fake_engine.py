@@ -120,7 +120,7 @@ class FakeEngine:
         return lambda tokens: [float(len(row)) for row in tokens]
 
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator, *, audit: bool = False
     ) -> GradientReport:
         """Losses at the policy that sampled; a Gram matrix of advantages. Moves the policy.
 
@@ -128,7 +128,7 @@ class FakeEngine:
         """
         self._called("update_policy")
         assert minibatch.advantages_MBT is not None
-        count = len(minibatch.scores_MB) + self.kl_rows
+        count = len(minibatch.advantages_MBT) + self.kl_rows
         losses = [float(loss(minibatch.old_logprobs_BT, minibatch, k)) for k in range(count)]
         drift_BT = (minibatch.old_logprobs_BT - minibatch.ref_logprobs_BT) * minibatch.response_mask_BT
         parts = [minibatch.advantages_MBT, *[drift_BT[None]] * self.kl_rows]

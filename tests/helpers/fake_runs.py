@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gapo_mega import advantages, aggregation, losses
+from gapo_mega import advantages, aggregation, losses, scalarization
 from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
@@ -79,6 +79,11 @@ def trainer(
     config = configuration(directory, **sections)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     policy = ModelSource("unused", SHAPE)
+    scalarizer, aggregator = None, aggregation.build(config.aggregation.name, **config.aggregation.options)
+    if config.scalarization is not None:
+        scalarizer = scalarization.build(config.scalarization.name, **config.scalarization.options)
+        scalarizer.prepare([objective.name for objective in config.objectives])
+        aggregator = aggregation.build("weighted_sum")
     resolved = ResolvedRun(
         config=config,
         world=1,
@@ -86,9 +91,10 @@ def trainer(
         critic=policy if estimator.needs_values else None,
         objectives=objectives or [Words("long"), Words("short", -1.0)],
         score_models=[],
-        aggregator=aggregation.build(config.aggregation.name, **config.aggregation.options),
+        aggregator=aggregator,
         estimator=estimator,
         loss=losses.build(config.loss.name, **config.loss.options),
+        scalarizer=scalarizer,
     )
     tokenizer: Any = FakeTokenizer()
     if not (directory / "config.yaml").exists():  # the report reads it

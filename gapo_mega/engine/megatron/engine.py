@@ -25,6 +25,7 @@ from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
+from gapo_mega.engine.megatron.gradients.update import GradientStrategy
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
 from gapo_mega.engine.megatron.model.forward import Chunks, forward_only, split
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
@@ -75,7 +76,8 @@ class MegatronEngine(groups.Collective):
             self._load([reference], self._source)
             self.reference = FrozenModel(reference, config.model.offload_reference)
             self.critics = None if critic is None else self._critics(resolved, critic)
-            self.gradients = strategies.build(resolved, self.policy, self.groups)
+            self.gradients = self._strategy(resolved, config.rows)
+            self.audited = self._strategy(resolved, config.audited_rows) if config.audited_rows else None
         self.generator = MegatronGenerator(
             self.policy.modules,
             self.groups,
@@ -89,6 +91,9 @@ class MegatronEngine(groups.Collective):
     def _load(self, chunks: Sequence[GPTModel], source: Path) -> None:
         for chunk in chunks:
             weights.load(chunk, self.shape, source)
+
+    def _strategy(self, resolved: ResolvedRun, rows: Sequence[str]) -> GradientStrategy:
+        return strategies.build(resolved, self.policy, self.groups, len(rows))
 
     def _critics(self, resolved: ResolvedRun, source: Path) -> Critics:
         config, heads = self._config, resolved.value_heads
@@ -138,10 +143,14 @@ class MegatronEngine(groups.Collective):
 
     # -- updates -----------------------------------------------------------------------------------
     def update_policy(
-        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator
+        self, minibatch: Experience, loss: PolicyLossSum, aggregator: Aggregator, *, audit: bool = False
     ) -> GradientReport:
+        strategy = self.gradients
+        if audit:
+            assert self.audited is not None, "gradients.audit_every asks for it"
+            strategy = self.audited
         with megatron_device():
-            return self.gradients.step(minibatch, loss, aggregator)
+            return strategy.step(minibatch, loss, aggregator)
 
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
         assert self.critics is not None
@@ -156,7 +165,7 @@ class MegatronEngine(groups.Collective):
     def take_strategy(self, resolved: ResolvedRun) -> int:
         del self.gradients  # frees the old rows before the new ones are allocated
         with megatron_device():
-            self.gradients = strategies.build(resolved, self.policy, self.groups)
+            self.gradients = self._strategy(resolved, resolved.config.rows)
         return self.gradients.row_bytes
 
     def resident(self) -> dict[str, int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 
-from gapo_mega import advantages, aggregation, losses, objectives
+from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.config import Config, Section
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.user_code import is_subclass
@@ -31,7 +31,9 @@ def fields(kind: type[Section], before: str = "") -> Iterator[str]:
             if is_subclass(candidate, Section)
         ]
         if below:
-            yield from fields(below[0], f"{before}{name}.{'' if below[0] is field.annotation else 'N.'}")
+            yield from fields(
+                below[0], f"{before}{name}.{'N.' if get_origin(field.annotation) is list else ''}"
+            )
         else:
             yield f"{before}{name}"
 
@@ -49,6 +51,7 @@ def test_page_has_every_field(kind: type[Section]) -> None:
 def test_page_has_every_method() -> None:
     for section, names in (
         ("aggregation.name", aggregation.methods()),
+        ("scalarization.name", scalarization.scalarizers()),
         ("advantages.name", advantages.estimators()),
         ("loss.name", losses.losses()),
         ("objectives.N.kind", objectives.kinds()),

@@ -210,6 +210,18 @@ def test_rows_of_every_gradient_strategy() -> None:
     assert rows(world=2, scope=[[0, 6]]) == 2 * 4 * (count // 2)
 
 
+def test_a_scalarizer_keeps_rows_only_for_its_audits() -> None:
+    """One gradient lies in Megatron's buffer; an audited update has those of three objectives beside it."""
+    shape = shape_of(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    count = stage_parameters(shape, 1, 1, 0)
+
+    def rows(every: int) -> int:
+        settings = config(scalarization={"name": "gdpo"}, gradients={"audit_every": every})
+        return predict(resolved_run(settings, shape=shape)).stages[0].objective_rows
+
+    assert (rows(0), rows(5)) == (0, 3 * 4 * count)
+
+
 def test_counter_of_blocks() -> None:
     blocks = [Block(saved=4, forward=5, backward=7), Block(saved=2, forward=9, backward=3)]
     counter = Counter()

@@ -188,3 +188,15 @@ def test_a_users_file_may_move_or_be_mended_but_not_both(tmp_path: Path) -> None
     assert renamed.refused[0].startswith("objectives.0.function: found ")
     mended = against(with_reward(tmp_path / "a", tmp_path, text + "# new\n"))
     assert not mended.refused and digest in mended.changed["objectives.0.function"][0]
+
+
+def test_a_scalarizer_cannot_be_taken_up_changed_or_left_in_a_resumed_run(tmp_path: Path) -> None:
+    """Also where the section is not there, on either side."""
+    choices: list[dict[str, Any] | None] = [None, {"name": "gdpo"}, {"name": "rvpo"}]
+    configs = [configuration(tmp_path, scalarization=choice) for choice in choices]
+    for i, saved in enumerate(configs):
+        for j, mine in enumerate(configs):
+            found = compare_settings(settings_of(saved), settings_of(mine), rules_of(mine), WHERE)
+            assert bool(found.refused) is (i != j), (i, j)
+            assert not found.refused or found.refused[0].startswith("scalarization.name: found ")
+            assert not found.unchecked

@@ -216,3 +216,42 @@ def test_a_plan_takes_packaged_cards_and_a_run_does_not(
         resolve(configuration(models, model={"path": "mistralai/other"}), 2, shapes_only=True)
     # What is here is read, in a plan too.
     assert not resolve(configuration(models), 1, shapes_only=True).cards
+
+
+def test_a_scalarizer_is_asked_before_the_run(models: Path) -> None:
+    """Its objectives' names, samples and critic; it then has one gradient of weight 1."""
+    two = [{"name": n, "function": "gapo_mega.demo.rewards:plain"} for n in ("plain", "harmless")]
+    safe = {"name": "safe_rlhf", "options": {"costs": ["harmless"]}}
+    resolved = resolve(configuration(models, objectives=two, scalarization=safe), 1)
+    assert resolved.scalarizer is not None and resolved.aggregator.name == "weighted_sum"
+    refused: list[tuple[dict[str, Any], str]] = [
+        (
+            {"scalarization": {"name": "safe_rlhf", "options": {"costs": ["harmles"]}}},
+            r"^scalarization\.options \(safe_rlhf\): costs: found 'harmles' \(did you mean 'harmless'\?\)",
+        ),
+        (
+            {"scalarization": {"name": "gdpo", "options": {"weights": [1, 2, 3]}}},
+            r"^scalarization\.options \(gdpo\): weights: found 3 numbers, accepted: one for each of the 2",
+        ),
+        (
+            {"scalarization": {"name": "gdpo"}, "advantages": {"name": "gae"}},
+            r"^advantages\.name: found gae with scalarization\.name gdpo, accepted: an estimator without",
+        ),
+        (
+            {"scalarization": {"name": "morlhf"}, "advantages": {"name": "remax"}},
+            r"^advantages\.name: found remax with scalarization\.name morlhf, accepted: an estimator wi",
+        ),
+        (
+            {
+                "scalarization": {"name": "gdpo"},
+                "advantages": {"name": "gae"},
+                "rollout": {"prompts_per_step": 8, "samples_per_prompt": 1, "max_new_tokens": 8},
+            },
+            r"^rollout\.samples_per_prompt: found 1, accepted with scalarization\.name gdpo: 2 or more",
+        ),
+    ]
+    for sections, said in refused:
+        with pytest.raises(ValueError, match=said):
+            resolve(configuration(models, objectives=two, **sections), 1)
+    critic = configuration(models, objectives=two, scalarization=safe, advantages={"name": "gae"})
+    assert resolve(critic, 1).value_heads == 2

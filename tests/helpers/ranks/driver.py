@@ -24,6 +24,7 @@ _NAMES = (
     "generation",
     "gradient",
     "memory",
+    "methods",
     "policy",
     "supervised",
     "weights",

@@ -19,17 +19,17 @@ from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.registry import implementations
 
 
-def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups) -> GradientStrategy:
-    """Build the run's strategy on this rank and allocate its rows."""
-    config, shape, declared = resolved.config, resolved.shape, resolved.strategy
+def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int) -> GradientStrategy:
+    """Build the run's strategy for updates that measure ``rows`` gradients, on this rank; allocate them."""
+    config, shape, declared = resolved.config, resolved.shape, resolved.strategy_of(rows)
     setting = Setting(
         trainable,
         groups,
-        objectives=len(config.rows),
+        objectives=rows,
         distribution=Distribution.of(shape.vocab, SamplingParameters.of(config.rollout)),
         layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
-        shared=resolved.shared,
+        shared=resolved.forward_of(rows) == "shared",
         adam=config.gradients.metric == "adam",
         longest=config.rollout.max_new_tokens,
         entropy_beta=config.algorithm.entropy_beta,

@@ -84,8 +84,6 @@ class Setting:
     average_dtype: torch.dtype = torch.float32
     entropy_beta: float = 0.0  # of the bonus in every objective's loss
     measures_entropy: bool = False
-    average: float = 0.0  # decay of the gradients' running means; 0: none are kept
-    average_dtype: torch.dtype = torch.float32
 
     @property
     def entropy(self) -> Entropy:

@@ -1,0 +1,58 @@
+"""The section of a run whose updates have one gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from gapo_mega.config.fields import Code, Section
+
+
+class ScalarizationConfig(Section):
+    """What makes one reward or advantage of all scores, so that an update has one gradient."""
+
+    name: Code = Field(description="an entry of gapo_mega.scalarization, or a class of one's own")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the scalarizer")
+
+    @property
+    def row(self) -> str:
+        """What the log calls the gradient."""
+        return self.name.rpartition(":")[2]
+
+
+def check_one_signal(
+    scalarization: ScalarizationConfig | None,
+    aggregation: str | None,
+    objectives: Sequence[str],
+    every: int,
+    kl: str,
+) -> None:
+    """Raise ``ValueError`` for settings of a run that its scalarizer, or having none, rules out.
+
+    ``aggregation``: the method's name, if the section is not as it is by default. ``every``:
+    ``gradients.audit_every``. ``kl``: ``algorithm.kl``.
+    """
+    if scalarization is None:
+        if every:
+            raise ValueError(
+                f"gradients.audit_every: found {every} without scalarization, accepted: 0 (every update "
+                "measures the gradients of all objectives)"
+            )
+        return
+    if aggregation is not None:
+        raise ValueError(
+            f"aggregation: found {aggregation} beside scalarization {scalarization.name}, accepted: one of "
+            "them (a scalarizer leaves one gradient; method=NAME sets one and resets the other)"
+        )
+    if kl not in ("reward", "loss"):
+        raise ValueError(
+            f"algorithm.kl: found {kl} with scalarization {scalarization.name}, accepted: reward, loss (a "
+            "scalarizer leaves one gradient, beside which there is no row for the KL)"
+        )
+    if scalarization.row in objectives:
+        raise ValueError(
+            f"objectives: found the name {scalarization.row!r}, which the log gives to the scalarizer's "
+            "gradient; accepted: another one"
+        )

@@ -1,0 +1,63 @@
+"""The verdict on a scalarizer, whose gradient is no combination of the objectives' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from gapo_mega import aggregation
+from gapo_mega.config import Config
+from gapo_mega.config.loading import dump
+from gapo_mega.engine.base import GradientReport
+from gapo_mega.evaluation.audit import audit_run, run_audit
+from gapo_mega.runs.log import JsonLines
+from gapo_mega.runs.metrics import step_metrics
+
+# Norms and cosines give the Gram matrix back to a few units in the last place, the solver adds a few more.
+ROUND_TRIP = 1e-9
+
+
+def test_a_scalarizer_is_judged_at_its_audited_steps(tmp_path: Path) -> None:
+    """By its own gradient, the last row of a Gram matrix; the methods by the objectives' part of it."""
+    names = ["helpful", "harmless"]
+    config = Config(
+        output_dir=str(tmp_path),
+        model={"path": "a/model"},  # type: ignore[arg-type]
+        data={"source": "prompts.jsonl"},  # type: ignore[arg-type]
+        objectives=[{"name": name, "function": "m:f"} for name in names],  # type: ignore[list-item]
+        scalarization={"name": "gdpo"},  # type: ignore[arg-type]
+        gradients={"audit_every": 2},  # type: ignore[arg-type]
+    )
+    dump(config, tmp_path / "config.yaml")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    facts: dict[str, Any] = {"kl": 0.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1, "seconds": {}}
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.restart(0)
+    for step, g in enumerate(rows, start=1):
+        own = [*names, "gdpo"] if step % 2 == 0 else ["gdpo"]
+        gram = (g @ g.T)[-len(own) :, -len(own) :]
+        weights = torch.eye(3, dtype=torch.float64)[-1][-len(own) :]
+        report = GradientReport([0.0] * len(own), gram, weights, 1.0, 1.0, 1e-6)
+        log.write(step, step_metrics(report, names, rows=own, rewards=[0.0] * 2, **facts))
+    log.close()
+    audit = audit_run(tmp_path)
+    assert audit.recording.steps == [2, 4] and audit.recording.names == names
+    scalarizer, *methods = audit.verdicts
+    audited = rows[1::2]
+    expected = torch.nn.functional.cosine_similarity(audited[:, :2], audited[:, 2:], dim=2).numpy()
+    np.testing.assert_allclose(scalarizer.cosines, expected, rtol=ROUND_TRIP)
+    assert (scalarizer.hurt == (expected < 0)).all() and scalarizer.hurt.any()
+    assert np.isnan(scalarizer.weights).all()
+    assert {v.candidate.aggregator.name for v in methods} >= set(aggregation.methods())
+    gapo = next(v for v in methods if v.candidate.label == "gapo p=1")
+    weights = aggregation.build("gapo")(audited[0, :2] @ audited[0, :2].T)
+    np.testing.assert_allclose(gapo.weights[0], weights.numpy(), rtol=ROUND_TRIP)
+    run_audit(tmp_path, out=tmp_path / "audit", console=Console(width=120))
+    assert (tmp_path / "audit" / "audit.png").exists()
+    only = audit_run(tmp_path, ["gdpo"])
+    assert [v.candidate.label for v in only.verdicts] == ["gdpo"]

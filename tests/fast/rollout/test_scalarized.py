@@ -1,0 +1,131 @@
+"""Advantages of a run with a scalarizer: over data ranks, beside the KL reward, with a critic, in audits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gapo_mega import advantages, scalarization
+from gapo_mega.advantages.group import group_deviations
+from gapo_mega.advantages.rewards import kl_returns, with_scores
+from gapo_mega.rollout.scalarized import Scalarized
+from gapo_mega.types import Experience
+from tests.helpers.fake_engine import FakeEngine, terminate
+from tests.helpers.fake_runs import PROMPTS, trainer
+from tests.helpers.team import Team
+
+NAMES = ["long", "short"]
+
+
+def experience(seed: int = 0, values: bool = False) -> Experience:
+    """Eight responses to four prompts, two objectives, a KL reward."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_BT = torch.zeros(8, 7, dtype=torch.bool)
+    for row in range(8):
+        mask_BT[row, 2 : 4 + row % 4] = True
+    kl_BT = 0.1 * torch.randn(8, 7, generator=generator) * mask_BT
+    blank = Experience(
+        tokens_BT=torch.zeros(8, 7, dtype=torch.int64),
+        response_mask_BT=mask_BT,
+        group_B=torch.arange(4).repeat_interleave(2),
+        old_logprobs_BT=torch.zeros(8, 7),
+        ref_logprobs_BT=torch.zeros(8, 7),
+        scores_MB=torch.zeros(2, 8),
+        token_rewards_MBT=kl_BT.expand(2, -1, -1),
+        values_MBT=torch.randn(2, 8, 7, generator=generator) * mask_BT if values else None,
+        kl_rewards_BT=kl_BT,
+    )
+    return with_scores(blank, torch.randn(2, 8, generator=generator))
+
+
+def scalarized(name: str, estimator: str = "group", audited: bool = False, **options: Any) -> Scalarized:
+    built = scalarization.build(name, **options)
+    built.prepare(NAMES)
+    return Scalarized(FakeEngine(), built, advantages.build(estimator), audited)
+
+
+def test_rewards_go_through_the_estimator_as_one_objective() -> None:
+    whole = experience()
+    found, facts = scalarized("morlhf", preference=[0.25, 0.75])(whole)
+    mixed_1B = (torch.tensor([[0.25, 0.75]]) @ whole.scores_MB).float()
+    expected = advantages.build("group")(with_scores(whole, mixed_1B))
+    assert found.advantages_MBT is not None and expected.advantages_MBT is not None
+    # float32 of the mixed scores.
+    torch.testing.assert_close(found.advantages_MBT, expected.advantages_MBT, rtol=0, atol=1e-6)
+    assert facts == {"reward_weight/long": 0.25, "reward_weight/short": 0.75}
+    assert torch.equal(found.scores_MB, whole.scores_MB), "the log has the objectives' own scores"
+
+
+def test_advantages_are_taken_as_they_are_beside_the_kl_reward() -> None:
+    whole = experience(1)
+    found, _ = scalarized("gdpo")(whole)
+    lengths_B = whole.response_mask_BT.sum(dim=1)
+    numbers_B = scalarization.build("gdpo")(whole.scores_MB, whole.group_B, lengths_B)
+    numbers_B = numbers_B + group_deviations(kl_returns(whole)[:1], whole.group_B, "leave_one_out")[0]
+    expected_BT = torch.where(whole.response_mask_BT, numbers_B.float()[:, None], 0.0)
+    assert found.advantages_MBT is not None
+    assert torch.equal(found.advantages_MBT, expected_BT[None])
+
+
+@pytest.mark.parametrize("name", ["morlhf", "gdpo"])
+def test_an_audit_has_the_objectives_own_advantages_first(name: str) -> None:
+    whole = experience(2)
+    found, _ = scalarized(name, audited=True)(whole)
+    alone, _ = scalarized(name)(whole)
+    own = advantages.build("group")(whole)
+    assert found.advantages_MBT is not None and alone.advantages_MBT is not None
+    assert own.advantages_MBT is not None
+    assert torch.equal(found.advantages_MBT, torch.cat([own.advantages_MBT, alone.advantages_MBT]))
+
+
+def test_with_a_critic_the_objectives_advantages_are_summed() -> None:
+    """(A_R - lambda A_C) / (1 + lambda), each with its own critic, as Safe RLHF has it."""
+    whole = experience(3, values=True)
+    found, facts = scalarized("safe_rlhf", "gae", lambda_init=2.0, lambda_lr=0.0)(whole)
+    own = advantages.build("gae")(whole)
+    assert own.advantages_MBT is not None and found.advantages_MBT is not None
+    expected_BT = (own.advantages_MBT[0] + 2.0 * own.advantages_MBT[1]) / 3.0
+    torch.testing.assert_close(found.advantages_MBT[0], expected_BT, rtol=1e-6, atol=1e-6)
+    assert found.returns_MBT is not None and own.returns_MBT is not None
+    assert torch.equal(found.returns_MBT, own.returns_MBT)
+    assert facts["lambda/short"] == pytest.approx(2.0)
+
+
+def test_scores_are_those_of_all_data_ranks(tmp_path: Path) -> None:
+    """Two ranks take their parts of what one number a response of the whole batch is."""
+    team = Team(world=2, data=2)
+
+    def parts_of(engine: Any) -> tuple[Experience, dict[str, Any]]:
+        run = trainer(tmp_path / str(engine.layout.rank), engine, scalarization={"name": "tchebycheff"})
+        made, _ = run.maker.make([PROMPTS[i] for i in run.order.items(0)], seed=5)
+        assert run.scalarizer is not None
+        return made, run.scalarizer.state_dict()
+
+    (first, state), (second, other) = team.run(parts_of)
+    assert state == other
+    together = dataclasses.replace(
+        first,
+        scores_MB=torch.cat([first.scores_MB, second.scores_MB], dim=1),
+    )
+    whole = scalarization.build("tchebycheff")
+    whole.prepare(NAMES)
+    lengths_B = torch.cat([part.response_mask_BT.sum(dim=1) for part in (first, second)])
+    group_B = torch.cat([first.group_B, 100 + second.group_B])
+    whole.commit(together.scores_MB, group_B, lengths_B)
+    assert whole.state_dict() == state
+
+
+def test_the_memory_of_a_scalarizer_is_resumed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"scalarization": {"name": "safe_rlhf"}, "gradients": {"audit_every": 2}}
+    straight = trainer(tmp_path / "straight", **settings)
+    assert straight.run()
+    assert not trainer(tmp_path / "run", FakeEngine(at={("update_policy", 2): terminate}), **settings).run()
+    again = trainer(tmp_path / "run", **settings)
+    assert again.run()
+    assert again.scalarizer is not None and straight.scalarizer is not None
+    assert again.scalarizer.state_dict() == straight.scalarizer.state_dict()
+    assert again.scalarizer.state_dict()["steps"] == 4
