@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},
-    {"types", "config", "registry", "optional", "files", "user_code", "versions", "demo"},
+    {"types", "config", "registry", "optional", "files", "progress", "user_code", "versions", "demo"},
 ]
 # Those at the bottom may import each other but nothing above.
 BOTTOM = len(LAYERS) - 1
@@ -45,6 +45,7 @@ ROOT_FILES = {
     "registry.py",
     "optional.py",
     "files.py",
+    "progress.py",
     "user_code.py",
     "versions.py",
     "py.typed",
