@@ -91,6 +91,8 @@ class Aggregator(AggregationMethod):
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     always_shown: ClassVar[tuple[str, ...]] = ()
     equal_when_left_out: ClassVar[str | None] = None
+    # Whether the weights permute with the objectives. Not where the formula takes them in an order.
+    symmetric: ClassVar[bool] = True
 
     zero_gradient: ZeroGradient = "exclude"
     scale: Scale = "none"
@@ -162,6 +164,14 @@ class Aggregator(AggregationMethod):
         return ValueError(
             f"scale: found {self.scale!r}, with which {self.name} gives {beyond_range(found)}; {hint}"
         )
+
+    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        """Do nothing: most methods look at gradients alone.
+
+        Called once after every rollout, before its updates, on every rank with the same numbers: the means
+        and standard deviations of each objective's scores over all samples, [M]. A method that keeps them has
+        them in its ``state_dict``.
+        """
 
     def commit(self, found: Aggregated) -> None:
         """Do nothing: a method without memory has nothing to keep."""
