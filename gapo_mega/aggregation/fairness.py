@@ -15,8 +15,8 @@ from gapo_mega.ops import Status
 # the weights would grow without bound. With it the direction goes to 0 there.
 _RIDGE = 2.0**-40
 _MOST_STEPS = 500
-# Newton's last steps double the digits, so that this is reached or passed at once.
-_TOLERANCE = 1e-13
+# Of the summands of an equation. Newton's last steps double the digits, so that this is reached at once.
+_ROUNDING = 1e-14
 
 
 def alpha_fair(problem: Problem, alpha: float) -> Solution:
@@ -44,23 +44,21 @@ def _newton(cosines: Tensor, k: Tensor, power: float) -> Tensor | None:
     found = k ** (1 / (1 + power))  # the solution for orthogonal gradients
     for _ in range(_MOST_STEPS):
         pull = k * found**-power
-        slope = matrix @ found - pull
-        # In logarithms of b the matrix has the same scale in all places.
+        # In logarithms of b the equations have the same scale in all places.
+        slope = found * (matrix @ found - pull)
         curvature = matrix * found[:, None] * found[None, :] + torch.diag(power * pull * found)
         if not bool(curvature.isfinite().all()):
             return None
-        factor = torch.linalg.cholesky_ex(curvature)[0]
-        step = -torch.cholesky_solve((found * slope)[:, None], factor)[:, 0]
-        decrement = -float((found * slope) @ step)
-        size = float((pull * found).sum())
-        if not math.isfinite(decrement):
-            return None
-        # Relative steps below -0.9 would leave the positive numbers or come too near to their end.
-        shrink = max(1.0, float(-step.min()) / 0.9)
-        rate = _descend(matrix, k, power, found, step / shrink, decrement / shrink)
-        found = found * (1 + rate * step / shrink)
-        if decrement <= _TOLERANCE**2 * size or rate == 0.0:
+        if float(slope.abs().max()) <= _ROUNDING * float((found * (matrix.abs() @ found)).max()):
             return found
+        factor = torch.linalg.cholesky_ex(curvature)[0]
+        step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]
+        # Relative steps below -0.9 would leave the positive numbers or come too near to their end.
+        step = step / max(1.0, float(-step.min()) / 0.9)
+        rate = _descend(matrix, k, power, found, step, -float(slope @ step))
+        if rate == 0.0:  # rounding is all that is left to gain
+            return found
+        found = found * (1 + rate * step)
     return None
 
 

@@ -97,7 +97,7 @@ class Gapo(DeviceMethod):
         log_lengths = (1.0 - self.p) * norms.log()
         if numbers is not None:
             mean = torch.where(active, numbers, 0.0).sum() / active.sum()
-            log_lengths = log_lengths - (numbers / mean).log()
+            log_lengths = log_lengths - torch.where(active, (numbers / mean).log(), 0.0)
         found = rescaled_min_norm(gram, active, log_lengths)
         if self.eq17_literal:
             return TensorSolution(found.simplex, torch.zeros_like(found.log_shortest), found.status)

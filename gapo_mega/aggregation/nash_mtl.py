@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import cosine_matrix, is_number
-from gapo_mega.aggregation.canonical import Problem
+from gapo_mega.aggregation.base import is_number
+from gapo_mega.aggregation.canonical import Problem, in_canonical_order
 from gapo_mega.aggregation.fairness import alpha_fair
 from gapo_mega.aggregation.on_host import Solution
 from gapo_mega.aggregation.preference import PreferredMethod
@@ -88,13 +88,18 @@ class NashMtl(PreferredMethod):
 
 def _shortened(found: Solution, gram: Tensor, limit: float) -> Solution:
     """``found``, times a factor that makes its direction at most ``limit`` long."""
-    summands = found.weights * gram.diagonal().sqrt()
-    size = float(summands.abs().max())
-    if not 0 < size < math.inf:
-        return found
-    relative = summands / size
-    square = max(float(relative @ cosine_matrix(gram) @ relative), 0.0)
-    if square == 0.0:
-        return found
-    excess = found.log_factor + math.log(size) + math.log(square) / 2 - math.log(limit)
-    return found if excess <= 0 else replace(found, log_factor=found.log_factor - excess)
+
+    def shorten(problem: Problem) -> Solution:
+        summands = problem.numbers * problem.norms
+        size = float(summands.abs().max())
+        if not 0 < size < math.inf:
+            return Solution(problem.numbers, found.log_factor)
+        relative = summands / size
+        square = float(relative @ problem.cosines @ relative)
+        if square <= 0.0:
+            return Solution(problem.numbers, found.log_factor)
+        log_length = found.log_factor + math.log(size) + math.log(square) / 2
+        log_length += problem.exponent * math.log(2)
+        return Solution(problem.numbers, found.log_factor - max(log_length - math.log(limit), 0.0))
+
+    return replace(in_canonical_order(gram, found.weights, shorten), status=found.status)

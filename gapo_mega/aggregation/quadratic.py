@@ -23,9 +23,10 @@ def increments(cosines: Tensor, bounds: Tensor) -> Tensor:
     1974, chapter 23), in at most as many steps as there are supports, and in practice in some K: no iteration
     to a tolerance. It works on a factor of ``cosines``, which keeps the digits that normal equations lose.
     """
-    eigenvalues, vectors = np.linalg.eigh(np.asarray(cosines))
+    start = bounds.numpy()
+    eigenvalues, vectors = np.linalg.eigh(cosines.numpy())
     factor = (vectors * np.sqrt(np.maximum(eigenvalues, 0.0))).T  # columns are the u_i in K dimensions
-    return torch.from_numpy(_least_squares(factor, -factor @ np.asarray(bounds), np.abs(bounds).sum().item()))
+    return torch.from_numpy(_least_squares(factor, -factor @ start, float(np.abs(start).sum())))
 
 
 def _least_squares(factor: Array, target: Array, size: float) -> Array:

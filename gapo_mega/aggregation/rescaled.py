@@ -38,4 +38,4 @@ def rescaled_min_norm(gram: Tensor, active: Tensor, log_lengths: Tensor) -> Resc
     status = torch.empty(1, dtype=torch.int32, device=gram.device)
     matrix = cosine_matrix(gram) * lengths[:, None] * lengths[None, :]
     min_norm_(simplex, status, matrix.contiguous(), exclude_zero=True)
-    return Rescaled(simplex, lengths, cut - relative, shortest, status)
+    return Rescaled(simplex, lengths, torch.where(active, cut - relative, 0.0), shortest, status)
