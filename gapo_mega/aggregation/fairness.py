@@ -49,7 +49,7 @@ def _newton(cosines: Tensor, k: Tensor, power: float) -> Tensor | None:
         curvature = matrix * found[:, None] * found[None, :] + torch.diag(power * pull * found)
         if not bool(curvature.isfinite().all()):
             return None
-        if float(slope.abs().max()) <= _ROUNDING * float((found * (matrix.abs() @ found)).max()):
+        if bool((slope.abs() <= _ROUNDING * found * (matrix.abs() @ found)).all()):
             return found
         factor = torch.linalg.cholesky_ex(curvature)[0]
         step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]

@@ -59,24 +59,21 @@ class Gapo(DeviceMethod):
         self._check_rates()
 
     def _check_rates(self) -> None:
-        if self.rates is not None and self.eq17_literal:
-            raise ValueError(f"rates: found {self.rates!r} with eq17_literal, accepted: one of the two")
-        named = self.rates in ("preference", "adaptive")
-        if self.rates is not None and not named:
-            numbers = list(self.rates) if not isinstance(self.rates, str) else []
+        rates, named = self.rates, self.rates in ("preference", "adaptive")
+        if rates is not None and self.eq17_literal:
+            raise ValueError(f"rates: found {rates!r} with eq17_literal, accepted: one of the two")
+        if rates is not None and not named:
+            numbers = list(rates) if isinstance(rates, Sequence) else []
             if not numbers or not all(is_number(x) and x > 0 for x in numbers):
                 raise ValueError(
-                    f"rates: found {self.rates!r}, accepted: preference, adaptive, or a list of finite "
-                    "numbers > 0"
+                    f"rates: found {rates!r}, accepted: preference, adaptive, or a list of finite numbers > 0"
                 )
         if self.preference is not None:
             check_preference(self.preference, zeros=False)
-        if (self.preference is not None and not named) or (
-            self.preference is None and self.rates == "preference"
-        ):
+        if (self.preference is None and rates == "preference") or (self.preference is not None and not named):
             raise ValueError(
-                f"preference: found {self.preference!r} with rates {self.rates!r}, accepted: one number per "
-                "objective with rates: preference, or with rates: adaptive"
+                f"preference: found {self.preference!r} with rates {rates!r}, accepted: one number per objective "
+                "with rates: preference or adaptive"
             )
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
@@ -88,6 +85,11 @@ class Gapo(DeviceMethod):
         progress = self._progress.value
         if self.rates != "adaptive" or progress is None:
             return super().solution(gram, active)
+        if len(progress) != len(gram):
+            raise ValueError(
+                f"rates: found the progress of {len(progress)} objectives, accepted: of the {len(gram)} whose "
+                "gradients are combined"
+            )
         rates = adaptive_rates(self.preference, progress, float(self.eta))
         return self.formula(gram, active, rates.to(gram.device))
 

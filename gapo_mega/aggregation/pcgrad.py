@@ -38,7 +38,8 @@ class Pcgrad(HostMethod):
             raise ValueError(f"seed: found {self.seed!r}, accepted: an integer >= 0 and < 2^31")
 
     def solve(self, gram: Tensor, active: Sequence[int]) -> Solution:
-        generator = torch.Generator().manual_seed(self.seed << 32 | self._steps)
+        # The generator uses the lowest 32 bits.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._steps) % 2**32)
         cosines, norms = cosine_matrix(gram), gram.diagonal().sqrt()
         weights = torch.zeros_like(norms)
         for i in range(len(norms)):

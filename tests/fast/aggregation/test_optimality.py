@@ -84,7 +84,7 @@ def test_cagrad_is_the_papers_by_scipy(m: int, c: float) -> None:
 @pytest.mark.parametrize("c", [0.2, 0.7])
 @pytest.mark.parametrize("m", COUNTS)
 def test_cagrad_satisfies_the_optimality_conditions(m: int, c: float) -> None:
-    """On the sphere of radius c ||g_0|| around g_0, and all objectives with p_i > 0 gain the same least gain."""
+    """At the distance c ||g_0|| from g_0, and all objectives with p_i > 0 have the least gain."""
     for seed in range(6):
         rows = jacobian(m, seed)
         gram = rows @ rows.T
@@ -208,13 +208,18 @@ def test_mgda_decoupled_takes_the_coefficients_of_the_divided_gradients(m: int) 
 
 @pytest.mark.parametrize("m", COUNTS)
 def test_imtl_g_has_equal_projections_and_aligned_mtl_orthogonal_gradients_of_one_length(m: int) -> None:
-    rows = jacobian(m, 1) gram = rows @ rows.T direction = build("imtl_g", ascend=True)(gram) @ rows
-    projections = rows @ direction / rows.norm(dim=1) # Independent gradients of condition below 1e4.
-    torch.testing.assert_close(projections, projections[:1].expand(m), rtol=1e-8, atol=0) assert
-    float(projections[0]) > 0 aligned = torch.stack([build("aligned_mtl", preference=one)(gram) @ rows for one
-    in torch.eye(m).tolist()]) least = float(torch.linalg.svdvals(rows)[-1]) expected = least**2 *
-    torch.eye(m, dtype=torch.float64) torch.testing.assert_close(aligned @ aligned.T, expected, rtol=0,
-    atol=1e-7 * least**2)
+    rows = jacobian(m, 1)
+    gram = rows @ rows.T
+    direction = build("imtl_g", ascend=True)(gram) @ rows
+    projections = rows @ direction / rows.norm(dim=1)
+    # Independent gradients of condition below 1e4.
+    torch.testing.assert_close(projections, projections[:1].expand(m), rtol=1e-8, atol=0)
+    assert float(projections[0]) > 0
+    units = torch.eye(m).tolist()
+    aligned = torch.stack([build("aligned_mtl", preference=unit)(gram) @ rows for unit in units])
+    least = float(torch.linalg.svdvals(rows)[-1])
+    expected = least**2 * torch.eye(m, dtype=torch.float64)
+    torch.testing.assert_close(aligned @ aligned.T, expected, rtol=0, atol=1e-7 * least**2)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
