@@ -75,6 +75,7 @@ docs/reference/python
 ```{toctree}
 :hidden:
 :caption: How it works
+docs/methods
 docs/maths
 docs/gradients
 docs/kernels

@@ -63,7 +63,7 @@ class Gapo(DeviceMethod):
         if rates is not None and self.eq17_literal:
             raise ValueError(f"rates: found {rates!r} with eq17_literal, accepted: one of the two")
         if rates is not None and not named:
-            numbers = list(rates) if isinstance(rates, Sequence) else []
+            numbers: list[Any] = list(rates) if isinstance(rates, Sequence) else []
             if not numbers or not all(is_number(x) and x > 0 for x in numbers):
                 raise ValueError(
                     f"rates: found {rates!r}, accepted: preference, adaptive, or a list of finite numbers > 0"
@@ -72,8 +72,8 @@ class Gapo(DeviceMethod):
             check_preference(self.preference, zeros=False)
         if (self.preference is None and rates == "preference") or (self.preference is not None and not named):
             raise ValueError(
-                f"preference: found {self.preference!r} with rates {rates!r}, accepted: one number per objective "
-                "with rates: preference or adaptive"
+                f"preference: found {self.preference!r} with rates {rates!r}, accepted: one number per "
+                "objective with rates: preference or adaptive"
             )
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
@@ -87,8 +87,8 @@ class Gapo(DeviceMethod):
             return super().solution(gram, active)
         if len(progress) != len(gram):
             raise ValueError(
-                f"rates: found the progress of {len(progress)} objectives, accepted: of the {len(gram)} whose "
-                "gradients are combined"
+                f"rates: found the progress of {len(progress)} objectives, accepted: of the {len(gram)} "
+                "whose gradients are combined"
             )
         rates = adaptive_rates(self.preference, progress, float(self.eta))
         return self.formula(gram, active, rates.to(gram.device))

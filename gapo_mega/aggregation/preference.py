@@ -29,9 +29,9 @@ def check_preference(preference: object, *, zeros: bool) -> None:
 class PreferredMethod(CanonicalMethod):
     """A method of the host with a preference ``u``, which its formula finds in ``Problem.numbers``.
 
-    ``preference``: u, one number per objective with sum 1 (within 0.001, then normalised); 0 is accepted
-    where ``allows_zero``. If left out, every objective has 1/M. When objectives are excluded, u is
-    renormalised over the others; where all of those have 0, all of them have the same.
+    ``preference``: u, one number per objective with sum 1 (within 0.001, then normalised), all >= 0;
+    ``fairgrad`` and ``nash_mtl`` need > 0. If left out, every objective has 1/M. When objectives are
+    excluded, u is renormalised over the others; where all of those have 0, all of them have the same.
     """
 
     allows_zero: ClassVar[bool] = True

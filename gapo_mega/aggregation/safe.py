@@ -43,9 +43,10 @@ def nearest(problem: Problem) -> Solution:
 
 @dataclass(kw_only=True)
 class SafeMethod(DeviceMethod):
-    """A method that gives weights to start from; ``safe: true`` makes of them ``safe_weights``, on the host.
+    """A method that gives weights to start from, whatever conflicts there are.
 
-    Of all directions that hurt no objective to first order, the run then takes the nearest one.
+    ``safe``: true makes of these weights ``argmin v' G v subject to v >= w``: of all directions that hurt no
+    objective to first order, the nearest one. That is computed on the host.
     """
 
     safe: bool = False
