@@ -86,8 +86,10 @@ class Aggregator(AggregationMethod):
     """
 
     name: ClassVar[str]
-    # How the audit shows the method: the options to ask it with beside a run's own (none: the defaults),
-    # those that its label always names, and the one that, left out, gives every objective the same number.
+    # How the audit shows the method: whether without being asked for it, the options to ask it with beside a
+    # run's own (none: the defaults), those that its label always names, and the one that, left out, gives
+    # every objective the same number.
+    in_every_audit: ClassVar[bool] = True
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     always_shown: ClassVar[tuple[str, ...]] = ()
     equal_when_left_out: ClassVar[str | None] = None

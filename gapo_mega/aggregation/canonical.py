@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +106,8 @@ def _arranged(problem: Problem) -> tuple[list[int], list[list[int]]]:
 
 class CanonicalMethod(HostMethod):
     """A ``HostMethod`` whose formula sees a ``Problem``; every objective's number is 1/K."""
+
+    in_every_audit: ClassVar[bool] = False
 
     @abstractmethod
     def combine(self, problem: Problem) -> Solution:

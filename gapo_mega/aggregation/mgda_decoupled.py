@@ -26,6 +26,7 @@ class MgdaDecoupled(DeviceMethod):
     """
 
     name: ClassVar[str] = "mgda_decoupled"
+    in_every_audit: ClassVar[bool] = False
     equal_when_left_out: ClassVar[str | None] = "losses"
 
     losses: Sequence[float] | None = None

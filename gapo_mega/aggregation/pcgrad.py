@@ -27,6 +27,7 @@ class Pcgrad(HostMethod):
     """
 
     name: ClassVar[str] = "pcgrad"
+    in_every_audit: ClassVar[bool] = False
     symmetric: ClassVar[bool] = False
 
     seed: int = 0

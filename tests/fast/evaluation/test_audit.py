@@ -205,6 +205,15 @@ def test_curves_leave_a_gap_and_coinciding_methods_share_a_line(tmp_path: Path) 
     assert same_lines(found) == [0, 1, 2, 0, 4]
 
 
+def test_every_method_is_asked_where_it_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, random_grams(3))
+    names = sorted(aggregation.methods())
+    audit = audit_run(run, names)
+    assert sorted({v.candidate.aggregator.name for v in audit.verdicts}) == names
+    upgrad = next(v for v in audit.verdicts if v.candidate.aggregator.name == "upgrad")
+    assert not upgrad.hurt.any() and audit.warning is None
+
+
 def test_methods_can_be_limited(tmp_path: Path) -> None:
     run = write_run(tmp_path, opposing())
     shown = [v.candidate.label for v in audit_run(run, ["mgda", "weighted_sum"]).verdicts]
@@ -231,7 +240,7 @@ def test_the_runs_own_method_comes_first(
     assert audit.warning is None
     assert own.label.endswith(label) and own.note == note
     assert own.label not in [other.label for other in others]
-    assert {c.aggregator.name for c in [own, *others]} == set(aggregation.methods())
+    assert {c.aggregator.name for c in [own, *others]} == {"gapo", "mgda", "p_gapo", "weighted_sum"}
 
 
 def test_a_log_that_the_configuration_does_not_explain_is_told(tmp_path: Path, console: Console) -> None:
@@ -365,7 +374,9 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run directory: .*nowhere not found"):
         audit_run(tmp_path / "nowhere")
     run = write_run(tmp_path / "run", opposing())
-    with pytest.raises(ValueError, match=r"--method: found 'gap' .*'gapo'.*accepted: gapo, mgda, p_gapo"):
+    with pytest.raises(
+        ValueError, match=r"--method: found 'gap' .*'gapo'.*accepted: aligned_mtl, .*, gapo, .*mgda, .*p_gapo"
+    ):
         audit_run(run, ["gap"])
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out: cannot write to .*file \(File exists\)"):
