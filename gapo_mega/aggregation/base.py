@@ -167,6 +167,11 @@ class Aggregator(AggregationMethod):
             f"scale: found {self.scale!r}, with which {self.name} gives {beyond_range(found)}; {hint}"
         )
 
+    @property
+    def looks_at_scores(self) -> bool:
+        """Whether weights depend on what ``observe`` is told, which the log of gradients does not hold."""
+        return False
+
     def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
         """Do nothing: most methods look at gradients alone.
 

@@ -106,8 +106,12 @@ class Gapo(DeviceMethod):
         # a_i / (s_i ||g_i||^p) = (a_i ||g^N_i||) / ||g_i||
         return TensorSolution(found.simplex * found.lengths / norms, found.log_shortest, found.status)
 
+    @property
+    def looks_at_scores(self) -> bool:
+        return self.rates == "adaptive"
+
     def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
-        if self.rates == "adaptive":
+        if self.looks_at_scores:
             self._progress.observe(means_M, spreads_M)
 
     def state_dict(self) -> dict[str, Any]:
