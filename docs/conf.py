@@ -77,6 +77,7 @@ docs/reference/python
 ```{toctree}
 :hidden:
 :caption: How it works
+docs/methods
 docs/maths
 docs/fidelity
 docs/gradients

@@ -194,16 +194,26 @@ def methods(section: str, found: Mapping[str, type], base: type | None) -> Itera
     for name, method in sorted(found.items()):
         yield f"#### `{section}.name: {name}`\n"
         yield f"{sentences(method)}\n"
+        for parent in inherited(method, base):
+            yield f"{options_text(parent)}\n"
         if any(field.init and field.name not in common for field in dataclasses.fields(method)):
             yield options(method, common)
         else:
             yield "It has no options of its own.\n"
 
 
+def inherited(method: type, base: type | None) -> list[type]:
+    """The classes between a method and ``base`` that tell of options of theirs."""
+    if base is None:
+        return []
+    above = [parent for parent in method.__mro__[1:] if issubclass(parent, base) and parent is not base]
+    return [parent for parent in above if dataclasses.is_dataclass(parent) and options_text(parent)]
+
+
 def options_text(base: type) -> str:
     """The paragraphs of the docstring of ``base`` that begin with an option."""
     names = {field.name for field in dataclasses.fields(base)}
-    paragraphs = sentences(base).split("\n\n")
+    paragraphs = sentences(base).split("\n\n") if base.__doc__ else []
     return "\n\n".join(text for text in paragraphs if text.startswith(tuple(f"`{name}`" for name in names)))
 
 

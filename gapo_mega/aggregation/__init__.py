@@ -9,6 +9,7 @@ from gapo_mega.aggregation.diagnosis import Diagnosis, diagnose
 from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.aggregation.on_host import HostMethod, Solution
 from gapo_mega.aggregation.registry import build, methods
+from gapo_mega.aggregation.safe import safe_weights
 
 __all__ = [
     "Aggregator",
@@ -21,4 +22,5 @@ __all__ = [
     "build",
     "diagnose",
     "methods",
+    "safe_weights",
 ]

@@ -86,11 +86,15 @@ class Aggregator(AggregationMethod):
     """
 
     name: ClassVar[str]
-    # How the audit shows the method: the options to ask it with beside a run's own (none: the defaults),
-    # those that its label always names, and the one that, left out, gives every objective the same number.
+    # How the audit shows the method: whether without being asked for it, the options to ask it with beside a
+    # run's own (none: the defaults), those that its label always names, and the one that, left out, gives
+    # every objective the same number.
+    in_every_audit: ClassVar[bool] = True
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     always_shown: ClassVar[tuple[str, ...]] = ()
     equal_when_left_out: ClassVar[str | None] = None
+    # Whether the weights permute with the objectives. Not where the formula takes them in an order.
+    symmetric: ClassVar[bool] = True
 
     zero_gradient: ZeroGradient = "exclude"
     scale: Scale = "none"
@@ -162,6 +166,19 @@ class Aggregator(AggregationMethod):
         return ValueError(
             f"scale: found {self.scale!r}, with which {self.name} gives {beyond_range(found)}; {hint}"
         )
+
+    @property
+    def looks_at_scores(self) -> bool:
+        """Whether weights depend on what ``observe`` is told, which the log of gradients does not hold."""
+        return False
+
+    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        """Do nothing: most methods look at gradients alone.
+
+        Called once after every rollout, before its updates, on every rank with the same numbers: the means
+        and standard deviations of each objective's scores over all samples, [M]. A method that keeps them has
+        them in its ``state_dict``.
+        """
 
     def commit(self, found: Aggregated) -> None:
         """Do nothing: a method without memory has nothing to keep."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, cosine_matrix, is_number, require_bool
+from gapo_mega.aggregation.base import TensorSolution, is_number, require_bool
 from gapo_mega.aggregation.on_device import DeviceMethod
-from gapo_mega.ops import min_norm_
-
-# Rescaled gradients longer than this, relative to the shortest one, are treated as this long.
-_LONGEST = 1e20
+from gapo_mega.aggregation.preference import check_preference
+from gapo_mega.aggregation.rates import adaptive_rates
+from gapo_mega.aggregation.rescaled import rescaled_min_norm
+from gapo_mega.progress import Progress
 
 
 @dataclass(kw_only=True)
@@ -28,6 +27,15 @@ class Gapo(DeviceMethod):
 
     ``eq17_literal``: ``w_i = a_i``, the printed eq. 17, which weights the raw losses by ``a`` and leaves
     the factor ``1 / ||g_i||^p`` out. Theorem 3.2 does not hold for it.
+
+    ``rates``: s, with which ``g^N_i = g_i / (s_i ||g_i||^p)`` (s relative to its mean): objectives improve in
+    the ratio ``s_i ||g_i||^p``, and still none is hurt. A list of numbers > 0, one per objective;
+    ``preference``, which takes them from the option of that name; or ``adaptive``: ``s_i = u_i exp(-eta
+    (progress_i / (M u_i) - mean))``, cut to [0.02, 50] times the mean, with ``u`` from ``preference`` (equal
+    if left out) and progress the running mean of rewards in units of their spread at the start. If left out,
+    all rates are alike, as in the paper.
+
+    ``eta``: > 0, for ``adaptive``: how strongly who is behind is favoured. ``preference``: as in ``p_gapo``.
     """
 
     name: ClassVar[str] = "gapo"
@@ -36,26 +44,81 @@ class Gapo(DeviceMethod):
 
     p: float = 1.0
     eq17_literal: bool = False
+    rates: Sequence[float] | str | None = None
+    preference: Sequence[float] | None = None
+    eta: float = 1.0
+    _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_bool("eq17_literal", self.eq17_literal)
         if not is_number(self.p) or self.p < 0:
             raise ValueError(f"p: found {self.p!r}, accepted: a finite number >= 0")
+        if not is_number(self.eta) or self.eta <= 0:
+            raise ValueError(f"eta: found {self.eta!r}, accepted: a finite number > 0")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        rates, named = self.rates, self.rates in ("preference", "adaptive")
+        if rates is not None and self.eq17_literal:
+            raise ValueError(f"rates: found {rates!r} with eq17_literal, accepted: one of the two")
+        if rates is not None and not named:
+            numbers: list[Any] = list(rates) if isinstance(rates, Sequence) else []
+            if not numbers or not all(is_number(x) and x > 0 for x in numbers):
+                raise ValueError(
+                    f"rates: found {rates!r}, accepted: preference, adaptive, or a list of finite numbers > 0"
+                )
+        if self.preference is not None:
+            check_preference(self.preference, zeros=False)
+        if (self.preference is None and rates == "preference") or (self.preference is not None and not named):
+            raise ValueError(
+                f"preference: found {self.preference!r} with rates {rates!r}, accepted: one number per "
+                "objective with rates: preference or adaptive"
+            )
+
+    def per_objective(self) -> Mapping[str, Sequence[float]]:
+        if self.preference is not None:
+            return {"preference": self.preference}
+        return {"rates": self.rates} if self.rates and not isinstance(self.rates, str) else {}
+
+    def solution(self, gram: Tensor, active: Tensor) -> TensorSolution:
+        progress = self._progress.value
+        if self.rates != "adaptive" or progress is None:
+            return super().solution(gram, active)
+        if len(progress) != len(gram):
+            raise ValueError(
+                f"rates: found the progress of {len(progress)} objectives, accepted: of the {len(gram)} "
+                "whose gradients are combined"
+            )
+        rates = adaptive_rates(self.preference, progress, float(self.eta))
+        return self.formula(gram, active, rates.to(gram.device))
 
     def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
         norms = torch.where(active, gram.diagonal(), 1.0).sqrt()
-        # ||g^N_i|| = ||g_i||^(1-p), as logarithms relative to the shortest: nothing overflows.
+        # ||g^N_i|| = ||g_i||^(1-p) / s_i, as logarithms: nothing overflows.
         log_lengths = (1.0 - self.p) * norms.log()
-        shortest = torch.where(active, log_lengths, math.inf).min()
-        # Where lengths differ by more than 1e20 the long ones add less than 1e-20 to the constraint
-        # sum(a) = 1, so their exact length changes no digit of the direction.
-        lengths = (log_lengths - shortest).clamp(max=math.log(_LONGEST)).exp()
-        simplex = torch.empty_like(norms)
-        status = torch.empty(1, dtype=torch.int32, device=gram.device)
-        rescaled = cosine_matrix(gram) * lengths[:, None] * lengths[None, :]
-        min_norm_(simplex, status, rescaled.contiguous(), exclude_zero=True)
+        if numbers is not None:
+            mean = torch.where(active, numbers, 0.0).sum() / active.sum()
+            log_lengths = log_lengths - torch.where(active, (numbers / mean).log(), 0.0)
+        found = rescaled_min_norm(gram, active, log_lengths)
         if self.eq17_literal:
-            return TensorSolution(simplex, torch.zeros_like(shortest), status)
-        # a_i / ||g_i||^p = (a_i ||g^N_i||) / ||g_i||
-        return TensorSolution(simplex * lengths / norms, shortest, status)
+            return TensorSolution(found.simplex, torch.zeros_like(found.log_shortest), found.status)
+        # a_i / (s_i ||g_i||^p) = (a_i ||g^N_i||) / ||g_i||
+        return TensorSolution(found.simplex * found.lengths / norms, found.log_shortest, found.status)
+
+    @property
+    def looks_at_scores(self) -> bool:
+        return self.rates == "adaptive"
+
+    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        if self.looks_at_scores:
+            self._progress.observe(means_M, spreads_M)
+
+    def state_dict(self) -> dict[str, Any]:
+        progress = self._progress.state_dict()
+        return {"progress": progress} if progress else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.rates != "adaptive" or set(state) - {"progress"}:
+            return super().load_state_dict(state)
+        self._progress.load_state_dict(state.get("progress", {}))

@@ -9,15 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, is_number
-from gapo_mega.aggregation.on_device import DeviceMethod
-
-# People type preferences, and write 1/3 as 0.3333.
-_SUM_TOLERANCE = 1e-3
+from gapo_mega.aggregation.base import TensorSolution
+from gapo_mega.aggregation.preference import check_preference
+from gapo_mega.aggregation.safe import SafeMethod
 
 
 @dataclass(kw_only=True)
-class PGapo(DeviceMethod):
+class PGapo(SafeMethod):
     """``w_i = lambda_i / ||g_i||``; there is no minimisation.
 
     ``preference``: lambda, one number > 0 per objective with sum 1 (within 0.001, then normalised).
@@ -25,7 +23,8 @@ class PGapo(DeviceMethod):
     others.
 
     Not a common ascent direction in general: of two objectives, i loses to first order exactly when
-    ``cos(g_1, g_2) < -lambda_i / lambda_j``.
+    ``cos(g_1, g_2) < -lambda_i / lambda_j``. With ``safe: true`` it is one: the nearest direction that hurts
+    none.
     """
 
     name: ClassVar[str] = "p_gapo"
@@ -35,14 +34,8 @@ class PGapo(DeviceMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preference is None:
-            return
-        numbers = list(self.preference) if isinstance(self.preference, Sequence) else []
-        positive = bool(numbers) and all(is_number(x) and x > 0 for x in numbers)
-        if not positive or abs(sum(numbers) - 1.0) > _SUM_TOLERANCE:
-            raise ValueError(
-                f"preference: found {self.preference!r}, accepted: a list of numbers > 0 with sum 1"
-            )
+        if self.preference is not None:
+            check_preference(self.preference, zeros=False)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}

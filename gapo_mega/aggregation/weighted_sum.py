@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.base import TensorSolution, is_number
-from gapo_mega.aggregation.on_device import DeviceMethod
+from gapo_mega.aggregation.safe import SafeMethod
 
 
 @dataclass(kw_only=True)
-class WeightedSum(DeviceMethod):
+class WeightedSum(SafeMethod):
     """``w = weights``, whatever the gradients are.
 
-    ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. If left
-    out, every objective has weight 1/M. The weights of excluded objectives are dropped; the others
-    stay as they are (``scale: sum_to_one`` renormalises them).
+    ``weights``: one number >= 0 per objective, not all 0; ``[1, 0]`` trains the first one only. If left out,
+    every objective has weight 1/M. The weights of excluded objectives are dropped; the others stay as they
+    are (``scale: sum_to_one`` renormalises them). ``safe: true`` raises the weights of those that the sum
+    would hurt.
     """
 
     name: ClassVar[str] = "weighted_sum"

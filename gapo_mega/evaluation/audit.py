@@ -78,7 +78,7 @@ def target_of(run_dir: Path, out: Path | None) -> Path:
 
 
 def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
-    """Ask every method, or those in ``only``, what it would have done at each step of ``run_dir``."""
+    """Ask the paper's methods, or those in ``only``, what it would have done at each step of ``run_dir``."""
     _check_run_dir(run_dir)
     config = load(config_file(run_dir))
     if config.scalarization is not None:
@@ -87,7 +87,7 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     _check_known(only, known)
     recording = read_recording(run_dir, config.aggregated, averaged=config.aggregation.average > 0)
     own, *others = candidates(config)
-    wanted = [c for c in others if not only or c.aggregator.name in only]
+    wanted = [c for c in others if (c.aggregator.name in only if only else c.aggregator.in_every_audit)]
     verdicts = judge([own, *wanted], recording)
     warning = disagreement(verdicts[0], recording)
     if only and own.aggregator.name not in only:

@@ -169,6 +169,11 @@ def disagreement(own: Verdict, recording: Recording) -> str | None:
     The test compares what the difference changes, ``G (w - w')`` in units of the gradients: where gradients
     are nearly parallel, the weights may differ by far more than rounding while the direction does not.
     """
+    if own.candidate.aggregator.looks_at_scores:
+        return (
+            f"{own.candidate.label} also looks at scores, which the log has in part: it is asked as if every "
+            "objective had progressed alike, and its weights here are not those of the run"
+        )
     difference = torch.from_numpy(own.weights - recording.weights)
     norms = recording.grams.diagonal(dim1=1, dim2=2).sqrt()
     effect = (recording.grams @ difference[:, :, None])[:, :, 0].abs() / torch.where(norms > 0, norms, 1.0)

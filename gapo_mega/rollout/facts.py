@@ -20,6 +20,7 @@ class BatchFacts:
     """Means over a step's whole batch; the same on every rank."""
 
     rewards: list[float]  # per objective
+    spreads: list[float]  # per objective: standard deviation over samples, 0 where all are alike
     kl: float  # per response token: log pi - log pi_ref of the sampled tokens
     tokens: float  # of prompts and responses
     extra: dict[str, float]  # what the log takes as it is, by the log's name
@@ -44,6 +45,7 @@ def batch_facts(
     ]
     sums = torch.cat([experience.scores_MB.double().sum(dim=1), torch.stack(counts)])
     *scores, kl, tokens, rows, prompt_tokens, finished = engine.sum_over_data(sums).tolist()
+    rewards = [score / rows for score in scores]
     extra = {
         "prompt_length": prompt_tokens / rows,
         "response_length": tokens / rows,
@@ -51,13 +53,25 @@ def batch_facts(
         **_gap(engine, rollout, experience, tokens),
     }
     return BatchFacts(
-        rewards=[score / rows for score in scores],
+        rewards=rewards,
+        spreads=_spreads(engine, experience.scores_MB, rewards, rows),
         kl=kl / max(tokens, 1.0),
         tokens=tokens + prompt_tokens,
         extra=extra
         | (_correlations(engine, names, experience) if several else {})
         | (flat_counts(engine, names, experience) if samples > 1 else {}),
     )
+
+
+def _spreads(engine: Engine, scores_MB: Tensor, means: Sequence[float], rows: float) -> list[float]:
+    scores = scores_MB.double()
+    centred = scores - torch.tensor(means, dtype=torch.float64)[:, None]
+    sums = torch.stack([centred.square().sum(dim=1), scores.square().sum(dim=1)])
+    deviation, size = (engine.sum_over_data(sums.flatten()) / rows).sqrt().view(2, -1)
+    # Scores are float32 numbers: what spreads by less than their distance is constant.
+    constant = deviation <= torch.finfo(torch.float32).eps * size
+    spreads: list[float] = deviation.masked_fill(constant, 0.0).tolist()
+    return spreads
 
 
 def _gap(engine: Engine, rollout: Rollout, experience: Experience, tokens: float) -> dict[str, float]:

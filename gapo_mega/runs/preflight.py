@@ -91,6 +91,11 @@ def build_aggregator(config: Config) -> Aggregator:
     aggregator = aggregation.build(name, **config.aggregation.options)
     with _errors_of(f"aggregation.options ({name})"):
         aggregator(torch.eye(len(config.aggregated), dtype=torch.float64))
+    if aggregator.looks_at_scores and len(config.aggregated) > len(config.objectives):
+        raise ValueError(
+            f"algorithm.kl: found {config.algorithm.kl} with aggregation.options ({name}) that look at "
+            "scores, accepted: reward, loss, apart (the KL's row has no scores)"
+        )
     return aggregator
 
 

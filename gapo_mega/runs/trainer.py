@@ -158,6 +158,7 @@ class Trainer:
         seed = self.config.seed * 1_000_003 + step
         prompts = [self.prompts[i] for i in self.order.items(step)]
         experience, facts = self.maker.make(prompts, seed)
+        self.aggregator.observe(*torch.tensor([facts.rewards, facts.spreads], dtype=torch.float64))
         order = torch.Generator().manual_seed(generator_seed(seed))
         update = step * self.updates_per_step
         for _ in range(algorithm.ppo_epochs):

@@ -254,7 +254,7 @@ def test_a_subclass_has_a_name_of_its_own() -> None:
         ("gapo_mega.losses.ppo:Ppo", {}, "found gapo_mega.losses.ppo:Ppo, a class of another kind"),
         ("{file}:Fixed", {"frist": 1}, "options ({file}:Fixed): found 'frist' (did you mean 'first'?)"),
         ("{file}:Needy", {}, "options ({file}:Needy): missing a required argument: 'first'"),
-        ("mine", {}, "p_gapo, weighted_sum, module:Class, path/to/file.py:Class"),
+        ("mine", {}, "upgrad, weighted_sum, module:Class, path/to/file.py:Class"),
     ],
 )
 def test_mistakes_are_one_line(write: Write, name: str, options: dict[str, object], message: str) -> None:

@@ -22,8 +22,13 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gapo", {"p": 0}),
     ("gapo", {"p": 2}),
     ("gapo", {"p": 2.5, "eq17_literal": True}),
+    ("gapo", {"rates": [0.1, 3, 1, 2]}),
+    ("gapo", {"p": 2, "rates": "preference", "preference": [0.1, 0.2, 0.3, 0.4]}),
+    ("mgda_decoupled", {"losses": [0.1, 2, 3, 0.4]}),
     ("p_gapo", {"preference": [0.1, 0.2, 0.3, 0.4]}),
+    ("p_gapo", {"preference": [0.1, 0.2, 0.3, 0.4], "safe": True}),
     ("weighted_sum", {"weights": [1, 0, 2, 0.5]}),
+    ("weighted_sum", {"weights": [1, 0, 2, 0.5], "safe": True}),
 ]
 
 
@@ -44,7 +49,9 @@ def device_method(name: str, **options: Any) -> DeviceMethod:
 def options_of(options: dict[str, Any], active: list[int]) -> dict[str, Any]:
     """The same for the objectives ``active`` alone; a preference has to have sum 1."""
     picked = dict(options)
-    for option in {"preference", "weights"} & set(options):
+    for option in {"preference", "weights", "losses", "rates"} & {
+        key for key, value in options.items() if isinstance(value, list)
+    }:
         picked[option] = [options[option][i] for i in active]
     if "preference" in options:
         picked["preference"] = [x / sum(picked["preference"]) for x in picked["preference"]]
@@ -110,7 +117,7 @@ def test_options_of_another_number_of_objectives_are_refused() -> None:
         device_method("p_gapo", preference=[0.5, 0.5]).weigh(gram_of(0))
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"gapo", "mgda"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"gapo", "mgda", "mgda_decoupled"}))
 def test_it_never_reads_a_value_on_the_host(name: str) -> None:
     """Fake tensors have no values, so reading one raises. Methods that call the compiled solver cannot be
     traced (it takes addresses): tests/gpu captures them in a CUDA graph, which is the same check."""

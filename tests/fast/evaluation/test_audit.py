@@ -21,63 +21,16 @@ from typer.testing import CliRunner
 
 from gapo_mega import aggregation
 from gapo_mega.cli import app
-from gapo_mega.config import Config
-from gapo_mega.config.loading import dump
-from gapo_mega.engine.base import GradientReport
 from gapo_mega.evaluation import verdicts
 from gapo_mega.evaluation.audit import audit_run, curves, print_audit, run_audit
 from gapo_mega.evaluation.audit_plot import same_lines
 from gapo_mega.evaluation.recording import read_recording
 from gapo_mega.evaluation.verdicts import Candidate, judge
-from gapo_mega.runs.log import JsonLines
-from gapo_mega.runs.metrics import step_metrics
 from tests.helpers.aggregators import OnHost
+from tests.helpers.audited_runs import GAPO, NAMES, SKIPPED, random_grams, write_run
 
-NAMES = ["helpful", "harmless", "honest", "brief"]
-GAPO = {"name": "gapo", "options": {"p": 1, "scale": "mean_norm"}}
-SKIPPED = 3
 # Norms and cosines give the Gram matrix back to a few units in the last place, the solver adds a few more.
 ROUND_TRIP = 1e-9
-
-
-def write_run(
-    directory: Path, grams: Sequence[Tensor], method: dict[str, Any] = GAPO, **sections: Any
-) -> Path:
-    """The run directory of a run that saw ``grams``; a matrix with NaN was a skipped step."""
-    names = NAMES[: len(grams[0])]
-    config = Config(
-        output_dir=str(directory),
-        model={"path": "a/model"},  # type: ignore[arg-type]
-        data={"source": "prompts.jsonl"},  # type: ignore[arg-type]
-        objectives=[{"name": name, "function": "module:function"} for name in names],  # type: ignore[list-item]
-        aggregation=method,  # type: ignore[arg-type]
-        **sections,
-    )
-    dump(config, directory / "config.yaml")
-    aggregator = aggregation.build(method["name"], **method["options"])
-    log = JsonLines(directory / "metrics.jsonl")
-    log.restart(0)
-    for step, gram in enumerate(grams, start=1):
-        skipped = not bool(gram.isfinite().all())
-        weights = torch.zeros(len(names), dtype=torch.float64) if skipped else aggregator(gram)
-        report = GradientReport([0.0] * len(names), gram, weights, 1.0, 1.0, 1e-6, skipped=skipped)
-        facts: dict[str, Any] = {"kl": 0.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1, "seconds": {}}
-        log.write(step, step_metrics(report, names, rewards=[0.0] * len(names), **facts))
-    log.close()
-    return directory
-
-
-def random_grams(m: int, steps: int = 8) -> list[Tensor]:
-    """Norms that differ by orders of magnitude; at step 2 the last gradient is zero, step 3 was skipped."""
-    generator = torch.Generator().manual_seed(m)
-    lengths = torch.logspace(-3, 2, m, dtype=torch.float64)
-    rows = [
-        torch.randn(m, m + 2, generator=generator, dtype=torch.float64) * lengths[:, None]
-        for _ in range(steps)
-    ]
-    rows[1][-1] = 0
-    rows[SKIPPED - 1][0, 0] = math.nan
-    return [r @ r.T for r in rows]
 
 
 def opposing() -> list[Tensor]:
@@ -231,7 +184,7 @@ def test_the_runs_own_method_comes_first(
     assert audit.warning is None
     assert own.label.endswith(label) and own.note == note
     assert own.label not in [other.label for other in others]
-    assert {c.aggregator.name for c in [own, *others]} == set(aggregation.methods())
+    assert {c.aggregator.name for c in [own, *others]} == {"gapo", "mgda", "p_gapo", "weighted_sum"}
 
 
 def test_a_log_that_the_configuration_does_not_explain_is_told(tmp_path: Path, console: Console) -> None:
@@ -365,7 +318,9 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run directory: .*nowhere not found"):
         audit_run(tmp_path / "nowhere")
     run = write_run(tmp_path / "run", opposing())
-    with pytest.raises(ValueError, match=r"--method: found 'gap' .*'gapo'.*accepted: gapo, mgda, p_gapo"):
+    with pytest.raises(
+        ValueError, match=r"--method: found 'gap' .*'gapo'.*accepted: aligned_mtl, .*, gapo, .*mgda, .*p_gapo"
+    ):
         audit_run(run, ["gap"])
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out: cannot write to .*file \(File exists\)"):

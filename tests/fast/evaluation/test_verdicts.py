@@ -1,4 +1,4 @@
-"""The verdict on a scalarizer, whose gradient is no combination of the objectives' own."""
+"""Verdicts beyond the paper's methods: on a scalarizer, and on methods that have to be named."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gapo_mega.engine.base import GradientReport
 from gapo_mega.evaluation.audit import audit_run, run_audit
 from gapo_mega.runs.log import JsonLines
 from gapo_mega.runs.metrics import step_metrics
+from tests.helpers.audited_runs import random_grams, write_run
 
 # Norms and cosines give the Gram matrix back to a few units in the last place, the solver adds a few more.
 ROUND_TRIP = 1e-9
@@ -53,7 +54,8 @@ def test_a_scalarizer_is_judged_at_its_audited_steps(tmp_path: Path) -> None:
     np.testing.assert_allclose(scalarizer.cosines, expected, rtol=ROUND_TRIP)
     assert (scalarizer.hurt == (expected < 0)).all() and scalarizer.hurt.any()
     assert np.isnan(scalarizer.weights).all()
-    assert {v.candidate.aggregator.name for v in methods} >= set(aggregation.methods())
+    asked = {name for name, method in aggregation.methods().items() if method.in_every_audit}
+    assert {v.candidate.aggregator.name for v in methods} >= asked >= {"gapo", "mgda", "p_gapo"}
     gapo = next(v for v in methods if v.candidate.label == "gapo p=1")
     weights = aggregation.build("gapo")(audited[0, :2] @ audited[0, :2].T)
     np.testing.assert_allclose(gapo.weights[0], weights.numpy(), rtol=ROUND_TRIP)
@@ -61,3 +63,22 @@ def test_a_scalarizer_is_judged_at_its_audited_steps(tmp_path: Path) -> None:
     assert (tmp_path / "audit" / "audit.png").exists()
     only = audit_run(tmp_path, ["gdpo"])
     assert [v.candidate.label for v in only.verdicts] == ["gdpo"]
+
+
+def test_every_method_is_asked_where_it_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, random_grams(3))
+    names = sorted(aggregation.methods())
+    audit = audit_run(run, names)
+    assert sorted({v.candidate.aggregator.name for v in audit.verdicts}) == names
+    upgrad = next(v for v in audit.verdicts if v.candidate.aggregator.name == "upgrad")
+    assert not upgrad.hurt.any() and audit.warning is None
+
+
+def test_a_method_that_looks_at_scores_is_told_to_be_asked_without_them(tmp_path: Path) -> None:
+    """Its weights differ from the log's, which nobody has edited."""
+    method = {"name": "gapo", "options": {"rates": "adaptive"}}
+    audit = audit_run(write_run(tmp_path, random_grams(2), method))
+    assert audit.warning is not None and audit.warning.startswith(
+        "gapo p=1 rates=adaptive also looks at scores"
+    )
+    assert audit.verdicts[0].candidate.note == "this run"

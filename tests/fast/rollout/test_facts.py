@@ -71,3 +71,15 @@ def test_there_is_no_difference_to_measure_from_the_generator_s_own() -> None:
     same = dataclasses.replace(experience, old_logprobs_BT=rollout.logprobs_BT)
     extra = batch_facts(FakeEngine(), ["a"], rollout, same, 2).extra
     assert not any(name.startswith("logprob_difference") for name in extra)
+
+
+def test_spreads_are_those_of_numpy_and_exactly_0_where_all_scores_are_alike() -> None:
+    rollout, experience = rollout_and_experience()
+    tenth = float(torch.tensor(0.1))  # no binary fraction: the mean is rounded
+    scores_MB = torch.tensor([[1.0, 2.0], [tenth, tenth], [-(2.0**100), 2.0**100], [1e6, 1e6 + 0.25]])
+    facts = batch_facts(
+        FakeEngine(), ["a", "b", "c", "d"], rollout, dataclasses.replace(experience, scores_MB=scores_MB), 1
+    )
+    assert facts.rewards == pytest.approx([1.5, tenth, 0.0, 1e6 + 0.125], rel=1e-14)
+    assert facts.spreads[1] == 0.0
+    assert facts.spreads == pytest.approx([0.5, 0.0, 2.0**100, 0.125], rel=1e-9)

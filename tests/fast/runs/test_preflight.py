@@ -255,3 +255,13 @@ def test_a_scalarizer_is_asked_before_the_run(models: Path) -> None:
             resolve(configuration(models, objectives=two, **sections), 1)
     critic = configuration(models, objectives=two, scalarization=safe, advantages={"name": "gae"})
     assert resolve(critic, 1).value_heads == 2
+
+
+def test_a_method_that_looks_at_scores_has_them_of_every_row(models: Path) -> None:
+    adaptive = {"name": "gapo", "options": {"rates": "adaptive"}}
+    for kl in ("reward", "loss", "apart"):
+        resolve(configuration(models, aggregation=adaptive, algorithm={"kl": kl}), 1)
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.kl: found objective with .*accepted: reward, loss, apart"
+    ):
+        resolve(configuration(models, aggregation=adaptive, algorithm={"kl": "objective"}), 1)
