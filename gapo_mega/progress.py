@@ -57,6 +57,24 @@ class Progress:
         calibrated = torch.where(known, moved, 0.0)
         self._value = self._decay * self._value + (1 - self._decay) * calibrated
 
+    def steered(self, preference_M: Tensor, mu: float) -> Tensor:
+        """Smooth Tchebycheff weights ``v_i / unit_i``, ``v_i`` proportional to ``u_i exp(-progress_i / mu)``.
+
+        The v have sum 1. Float64 [M] on the device of the preference, which is >= 0; an objective without a
+        unit has 1. Before the first ``observe`` progress is 0 and the units are 1.
+
+        Raises ``ValueError`` for another number of objectives than the progress has.
+        """
+        u = preference_M.to(torch.float64)
+        if self._value is None or self._unit is None:
+            return u / u.sum()
+        if len(u) != len(self._value):
+            raise ValueError(
+                f"progress: found {len(self._value)} objectives, accepted: the {len(u)} that are weighted"
+            )
+        unit = torch.where(self._unit > 0, self._unit, 1.0).to(u.device)
+        return (u.log() - self._value.to(u.device) / mu).softmax(dim=0) / unit
+
     def state_dict(self) -> dict[str, Any]:
         """``baseline``, ``unit`` and ``value`` as lists of M numbers; empty before the first ``observe``."""
         if self._baseline is None or self._unit is None or self._value is None:

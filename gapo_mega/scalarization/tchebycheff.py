@@ -41,12 +41,8 @@ class Tchebycheff(Weighted):
         return {} if self.preference is None else {"preference": self.preference}
 
     def coefficients(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> Tensor:
-        after = self._after(scores_MB)
-        assert after.value is not None
-        unit = torch.tensor(after.state_dict()["unit"], dtype=torch.float64)
         preference = preference_of(self.preference, len(scores_MB))
-        weights = (preference.log() - after.value / self.mu).softmax(dim=0)
-        return weights / torch.where(unit > 0, unit, 1.0)
+        return self._after(scores_MB).steered(preference, float(self.mu))
 
     def facts(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> dict[str, float]:
         """Also every objective's progress, as ``progress/NAME``."""

@@ -1,0 +1,69 @@
+"""Smooth Tchebycheff weights (after Lin et al., arXiv 2402.19078), steered by progress, that hurt nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.preference import check_preference
+from gapo_mega.aggregation.safe import SafeMethod
+from gapo_mega.progress import Progress
+
+
+@dataclass(kw_only=True)
+class TchebycheffSafe(SafeMethod):
+    """Start from ``w0_i = v_i / unit_i``, ``v_i`` proportional to ``u_i exp(-progress_i / mu)`` with sum 1.
+
+    ``progress_i`` is the running mean of how far the scores of objective i have come since the start, and
+    ``unit_i`` their spread there, as for the scalarizer ``tchebycheff``: whoever lags gets the weight.
+    Then, with ``safe`` (the default here), ``w = argmin v' G v subject to v >= w0``, so that no objective is
+    hurt to first order. With ``safe: false`` the direction is the scalarizer's, from gradients.
+
+    ``preference``: u, as in ``p_gapo``. ``mu``: > 0; small: the one that lags most alone, large: u.
+    """
+
+    name: ClassVar[str] = "tchebycheff_safe"
+    equal_when_left_out: ClassVar[str | None] = "preference"
+    in_every_audit: ClassVar[bool] = False
+
+    safe: bool = True
+    preference: Sequence[float] | None = None
+    mu: float = 0.1
+    _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preference is not None:
+            check_preference(self.preference, zeros=False)
+        if not is_number(self.mu) or self.mu <= 0:
+            raise ValueError(f"mu: found {self.mu!r}, accepted: a finite number > 0")
+
+    def per_objective(self) -> Mapping[str, Sequence[float]]:
+        return {} if self.preference is None else {"preference": self.preference}
+
+    def formula(self, gram: Tensor, active: Tensor, numbers: Tensor | None) -> TensorSolution:
+        preference = torch.where(active, 1.0 if numbers is None else numbers, 0.0).to(torch.float64)
+        weights = torch.where(active, self._progress.steered(preference, float(self.mu)), 0.0)
+        status = torch.zeros(1, dtype=torch.int32, device=gram.device)
+        return TensorSolution(weights, gram.new_zeros(()), status)
+
+    @property
+    def looks_at_scores(self) -> bool:
+        return True
+
+    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        self._progress.observe(means_M, spreads_M)
+
+    def state_dict(self) -> dict[str, Any]:
+        progress = self._progress.state_dict()
+        return {"progress": progress} if progress else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) - {"progress"}:
+            return super().load_state_dict(state)
+        self._progress.load_state_dict(state.get("progress", {}))
