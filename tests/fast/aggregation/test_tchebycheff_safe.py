@@ -26,7 +26,7 @@ def numbers(values: object) -> Tensor:
 
 
 def steered(mu: float) -> np.ndarray:
-    """After ``STEPS``: the third objective's samples were all alike at first, so its unit is the second spread."""
+    """After ``STEPS``. The samples of the third were all alike at first: its unit is the second spread."""
     start, unit = np.array(STEPS[0][0]), np.array([2.0, 100.0, 0.05])
     progress = np.zeros(3)
     for means, _ in STEPS[1:]:
@@ -97,11 +97,11 @@ def test_a_checkpoint_holds_the_progress() -> None:
 
 def test_wrong_options_are_named() -> None:
     for mu in (0, -1, "small", float("nan")):
-        with pytest.raises(ValueError, match="^aggregation.*mu: found .*accepted: a finite number > 0"):
+        with pytest.raises(ValueError, match=r"^aggregation.*mu: found .*accepted: a finite number > 0"):
             build("tchebycheff_safe", mu=mu)
     with pytest.raises(ValueError, match="preference: found"):
         build("tchebycheff_safe", preference=[1.0, 0.0])
     method = build("tchebycheff_safe")
     method.observe(numbers([1.0, 2.0]), numbers([1.0, 1.0]))
-    with pytest.raises(ValueError, match="^progress: found 2 objectives, accepted: the 3"):
+    with pytest.raises(ValueError, match=r"^progress: found 2 objectives, accepted: the 3"):
         method(torch.eye(3, dtype=torch.float64))
