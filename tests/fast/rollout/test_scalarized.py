@@ -107,6 +107,24 @@ def test_prompts_that_are_left_out_count_in_no_normalization(name: str, options:
     torch.testing.assert_close(found.advantages_MBT[:, 2:], alone.advantages_MBT, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["gdpo", "morlhf"])
+def test_an_audit_has_the_objectives_advantages_of_a_run_without_a_scalarizer(
+    tmp_path: Path, name: str
+) -> None:
+    """Whitened where the estimator whitens, though the signal beside them may not be."""
+    prompts = PROMPTS[:4]
+
+    def advantages_of(folder: str, **settings: Any) -> torch.Tensor:
+        run = trainer(tmp_path / folder, advantages={"name": "reinforce_pp"}, **settings)
+        found = run.maker.make(prompts, seed=5)[0].advantages_MBT
+        assert found is not None
+        return found
+
+    plain: dict[str, Any] = {"scalarization": {"name": name}}
+    audited = advantages_of("audited", **plain, gradients={"audit_every": 1})
+    assert torch.equal(audited, torch.cat([advantages_of("own"), advantages_of("plain", **plain)]))
+
+
 def test_with_a_critic_the_objectives_advantages_are_summed() -> None:
     """(A_R - lambda A_C) / (1 + lambda), each with its own critic, as Safe RLHF has it."""
     whole = experience(3, values=True)
