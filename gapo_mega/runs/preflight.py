@@ -30,6 +30,7 @@ from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_model_split
+from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
 from gapo_mega.scalarization.base import Scalarizer, Weighted
@@ -51,6 +52,9 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
+    check_kind("aggregation", config.aggregation.name)
+    if config.scalarization is not None:
+        check_kind("scalarization", config.scalarization.name)
     aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
@@ -89,7 +93,8 @@ def build_aggregator(config: Config) -> Aggregator:
         return aggregation.build("weighted_sum")  # of one gradient
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
-    with _errors_of(f"aggregation.options ({name})"):
+    aside = f"; algorithm.kl objective has the rows {', '.join(config.aggregated)}"
+    with _errors_of(f"aggregation.options ({name})", aside if config.algorithm.kl == "objective" else ""):
         aggregator(torch.eye(len(config.aggregated), dtype=torch.float64))
     return aggregator
 
@@ -259,12 +264,15 @@ def _check_weights(path: str) -> HFDirectory | None:
 
 
 @contextmanager
-def _errors_of(what: str) -> Iterator[None]:
-    """Let errors in the block begin with ``what``; those who read models know no name but ``model.path``."""
+def _errors_of(what: str, aside: str = "") -> Iterator[None]:
+    """Let errors in the block begin with ``what``; those who read models know no name but ``model.path``.
+
+    ``aside`` follows them.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}") from error
+        raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}{aside}") from error
 
 
 def _policy_shape(models: _Configurations, path: str) -> ModelShape:

@@ -184,7 +184,25 @@ def test_a_loss_that_cannot_be_trained_on(models: Path, tmp_path: Path, name: st
         ),
         (
             {"aggregation": {"name": "p_gapo", "options": {"preference": [0.5, 0.5]}}},
-            r"^aggregation\.options \(p_gapo\): preference: found 2 numbers, accepted: one for each of the 1",
+            r"^aggregation\.options \(p_gapo\): preference: found 2 numbers, accepted: one for each of the 1 "
+            "objectives$",
+        ),
+        (
+            {
+                "aggregation": {"name": "p_gapo", "options": {"preference": [1.0]}},
+                "algorithm": {"kl": "objective"},
+            },
+            r"^aggregation\.options \(p_gapo\): preference: found 1 numbers, accepted: one for each of the 2 "
+            "objectives; algorithm.kl objective has the rows [a-z]+, kl$",
+        ),
+        (
+            {"aggregation": {"name": "gdpo"}},
+            r"^aggregation\.name: found gdpo, which is a scalarizer; accepted: scalarization\.name gdpo, or "
+            "method=gdpo in place of both sections$",
+        ),
+        (
+            {"scalarization": {"name": "gapo"}},
+            r"^scalarization\.name: found gapo, which is an aggregator; accepted: aggregation\.name gapo",
         ),
     ],
 )
