@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from gapo_mega.planning.layout import check_layout, check_model_split
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
-from gapo_mega.scalarization.base import Scalarizer, Weighted
+from gapo_mega.scalarization.base import Gives, Scalarizer, Weighted
 from gapo_mega.types import Experience
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
@@ -107,6 +108,12 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
     scalarizer = scalarization.build(name, **config.scalarization.options)
     with _errors_of(f"scalarization.options ({name})"):
         scalarizer.prepare([objective.name for objective in config.objectives])
+    gives = getattr(type(scalarizer), "gives", None)
+    if gives not in get_args(Gives):
+        raise ValueError(
+            f"scalarization.name: found {name}, whose class attribute gives is {gives!r}; accepted: "
+            f"{', '.join(get_args(Gives))}"
+        )
     # One that gives advantages compares the KL reward with that of other samples.
     least = max(scalarizer.least_samples, 2 if scalarizer.gives == "advantages" else 1)
     if samples < least:
@@ -134,14 +141,25 @@ def _ask(scalarizer: Scalarizer, objectives: int, samples: int) -> None:
     generator = torch.Generator().manual_seed(0)
     scores_MB = torch.randn(objectives, 2 * samples, generator=generator)
     group_B = torch.arange(2).repeat_interleave(samples)
-    found: object = scalarizer(scores_MB, group_B, torch.arange(1, 2 * samples + 1))
+    lengths_B = torch.arange(1, 2 * samples + 1)
+    if isinstance(scalarizer, Weighted):
+        coefficients: object = scalarizer.coefficients(scores_MB, group_B, lengths_B)
+        if not isinstance(coefficients, Tensor) or coefficients.shape != (objectives,):
+            raise ValueError(
+                f"scalarization.name: found {scalarizer.name}, whose coefficients are "
+                f"{_shown(coefficients)}, accepted: a tensor of one number an objective, here {[objectives]}"
+            )
+    found: object = scalarizer(scores_MB, group_B, lengths_B)
     fits = isinstance(found, Tensor) and found.shape == group_B.shape and bool(found.isfinite().all())
     if not fits:
-        shown = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"scalarization.name: found {scalarizer.name}, which gives {shown}, accepted: a scalarizer that "
-            f"gives a tensor of one finite number a response, here {list(group_B.shape)}"
+            f"scalarization.name: found {scalarizer.name}, which gives {_shown(found)}, accepted: a "
+            f"scalarizer that gives a tensor of one finite number a response, here {list(group_B.shape)}"
         )
+
+
+def _shown(found: object) -> str:
+    return f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
 def _loss(config: Config) -> PolicyLoss:

@@ -273,3 +273,46 @@ def test_a_scalarizer_is_asked_before_the_run(models: Path) -> None:
             resolve(configuration(models, objectives=two, **sections), 1)
     critic = configuration(models, objectives=two, scalarization=safe, advantages={"name": "gae"})
     assert resolve(critic, 1).value_heads == 2
+
+
+OWN_SCALARIZERS = """
+import torch
+from gapo_mega.scalarization.base import Scalarizer, Weighted
+
+class NoGives(Scalarizer):
+    def __call__(self, scores_MB, group_B, lengths_B):
+        return scores_MB.double().mean(dim=0)
+
+class Reward(NoGives):
+    gives = "reward"
+
+class ThreeNumbers(Weighted):
+    def coefficients(self, scores_MB, group_B, lengths_B):
+        return torch.ones(3)
+
+class Single(Weighted):
+    def coefficients(self, scores_MB, group_B, lengths_B):
+        return torch.ones(len(scores_MB))  # float32
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NoGives", "whose class attribute gives is None; accepted: rewards, advantages$"),
+        ("Reward", "whose class attribute gives is 'reward'; accepted: rewards, advantages$"),
+        ("ThreeNumbers", r"whose coefficients are shape \[3\], accepted: .* here \[2\]$"),
+    ],
+)
+def test_a_scalarizer_of_ones_own_keeps_the_contract(
+    models: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / "own.py").write_text(OWN_SCALARIZERS)
+    two = [{"name": n, "function": "gapo_mega.demo.rewards:plain"} for n in ("plain", "harmless")]
+
+    def run(name: str) -> Config:
+        return configuration(models, objectives=two, scalarization={"name": f"{tmp_path}/own.py:{name}"})
+
+    with pytest.raises(ValueError, match=rf"^scalarization\.name: found .*{name}, {said}"):
+        resolve(run(name), 1)
+    assert resolve(run("Single"), 1).scalarizer is not None
