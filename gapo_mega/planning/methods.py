@@ -41,6 +41,17 @@ def names() -> dict[str, str]:
     return found
 
 
+def check_kind(section: str, name: str) -> None:
+    """Raise ``ValueError`` for a shipped method whose section is the other one."""
+    own = names().get(name, section)
+    if own != section:
+        kind = {"aggregation": "an aggregator", "scalarization": "a scalarizer"}[own]
+        raise ValueError(
+            f"{section}.name: found {name}, which is {kind}; accepted: {own}.name {name}, or method={name} "
+            "in place of both sections"
+        )
+
+
 def expanded(method: object, folders: Sequence[Path]) -> dict[str, Any]:
     """The sections of a configuration that ``method`` stands for: ``NAME``, or a mapping with its options.
 

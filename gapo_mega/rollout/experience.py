@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.advantages.rewards import whiten
 from gapo_mega.engine.base import Engine
@@ -51,8 +53,7 @@ class ExperienceMaker:
         self._estimator = estimator
         self._names = list(names)
         self._samples = samples
-        estimated = scalarized is None or scalarized.estimates
-        self._whitened = whitened or (estimated and estimator.whitens)
+        self._whitened = whitened
         self._filtered = filtered
         self._timer = timer
         self._scalarized = scalarized
@@ -72,8 +73,7 @@ class ExperienceMaker:
             experience = self._with_greedy_scores(experience, prompts, own_seed)
         experience, told = self._estimate(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)
-        if self._whitened:
-            experience = self._whiten(experience)
+        experience = self._whiten(experience)
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
         return experience, dataclasses.replace(facts, extra=facts.extra | told)
 
@@ -115,8 +115,15 @@ class ExperienceMaker:
             )
 
     def _whiten(self, experience: Experience) -> Experience:
-        assert experience.advantages_MBT is not None
-        advantages_MBT = whiten(
-            experience.advantages_MBT, experience.response_mask_BT, self._engine.sum_over_data
-        )
+        """Every set of advantages that the run or the estimator that made it wants whitened."""
+        made_MBT = experience.advantages_MBT
+        assert made_MBT is not None
+        by_estimator = [True] * len(made_MBT)
+        if self._scalarized is not None:
+            by_estimator[-1] = self._scalarized.estimates
+        wanted = [self._whitened or (own and self._estimator.whitens) for own in by_estimator]
+        if not any(wanted):
+            return experience
+        whitened_MBT = whiten(made_MBT, experience.response_mask_BT, self._engine.sum_over_data)
+        advantages_MBT = torch.where(torch.tensor(wanted)[:, None, None], whitened_MBT, made_MBT)
         return dataclasses.replace(experience, advantages_MBT=advantages_MBT)

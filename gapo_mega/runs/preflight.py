@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_model_split
+from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
-from gapo_mega.scalarization.base import Scalarizer, Weighted
+from gapo_mega.scalarization.base import Gives, Scalarizer, Weighted
 from gapo_mega.types import Experience
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
@@ -51,6 +53,9 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_logging(config.logging)
+    check_kind("aggregation", config.aggregation.name)
+    if config.scalarization is not None:
+        check_kind("scalarization", config.scalarization.name)
     aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
@@ -89,7 +94,8 @@ def build_aggregator(config: Config) -> Aggregator:
         return aggregation.build("weighted_sum")  # of one gradient
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
-    with _errors_of(f"aggregation.options ({name})"):
+    aside = f"; algorithm.kl objective has the rows {', '.join(config.aggregated)}"
+    with _errors_of(f"aggregation.options ({name})", aside if config.algorithm.kl == "objective" else ""):
         aggregator(torch.eye(len(config.aggregated), dtype=torch.float64))
     if aggregator.looks_at_scores and len(config.aggregated) > len(config.objectives):
         raise ValueError(
@@ -107,6 +113,12 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
     scalarizer = scalarization.build(name, **config.scalarization.options)
     with _errors_of(f"scalarization.options ({name})"):
         scalarizer.prepare([objective.name for objective in config.objectives])
+    gives = getattr(type(scalarizer), "gives", None)
+    if gives not in get_args(Gives):
+        raise ValueError(
+            f"scalarization.name: found {name}, whose class attribute gives is {gives!r}; accepted: "
+            f"{', '.join(get_args(Gives))}"
+        )
     # One that gives advantages compares the KL reward with that of other samples.
     least = max(scalarizer.least_samples, 2 if scalarizer.gives == "advantages" else 1)
     if samples < least:
@@ -134,14 +146,25 @@ def _ask(scalarizer: Scalarizer, objectives: int, samples: int) -> None:
     generator = torch.Generator().manual_seed(0)
     scores_MB = torch.randn(objectives, 2 * samples, generator=generator)
     group_B = torch.arange(2).repeat_interleave(samples)
-    found: object = scalarizer(scores_MB, group_B, torch.arange(1, 2 * samples + 1))
+    lengths_B = torch.arange(1, 2 * samples + 1)
+    if isinstance(scalarizer, Weighted):
+        coefficients: object = scalarizer.coefficients(scores_MB, group_B, lengths_B)
+        if not isinstance(coefficients, Tensor) or coefficients.shape != (objectives,):
+            raise ValueError(
+                f"scalarization.name: found {scalarizer.name}, whose coefficients are "
+                f"{_shown(coefficients)}, accepted: a tensor of one number an objective, here {[objectives]}"
+            )
+    found: object = scalarizer(scores_MB, group_B, lengths_B)
     fits = isinstance(found, Tensor) and found.shape == group_B.shape and bool(found.isfinite().all())
     if not fits:
-        shown = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"scalarization.name: found {scalarizer.name}, which gives {shown}, accepted: a scalarizer that "
-            f"gives a tensor of one finite number a response, here {list(group_B.shape)}"
+            f"scalarization.name: found {scalarizer.name}, which gives {_shown(found)}, accepted: a "
+            f"scalarizer that gives a tensor of one finite number a response, here {list(group_B.shape)}"
         )
+
+
+def _shown(found: object) -> str:
+    return f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
 def _loss(config: Config) -> PolicyLoss:
@@ -264,12 +287,15 @@ def _check_weights(path: str) -> HFDirectory | None:
 
 
 @contextmanager
-def _errors_of(what: str) -> Iterator[None]:
-    """Let errors in the block begin with ``what``; those who read models know no name but ``model.path``."""
+def _errors_of(what: str, aside: str = "") -> Iterator[None]:
+    """Let errors in the block begin with ``what``; those who read models know no name but ``model.path``.
+
+    ``aside`` follows them.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}") from error
+        raise ValueError(f"{what}: {str(error).removeprefix('model.path: ')}{aside}") from error
 
 
 def _policy_shape(models: _Configurations, path: str) -> ModelShape:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+Gives = Literal["rewards", "advantages"]
+
 
 @dataclass(kw_only=True)
 class Scalarizer(ABC):
@@ -28,7 +30,7 @@ class Scalarizer(ABC):
     """
 
     name: ClassVar[str]
-    gives: ClassVar[Literal["rewards", "advantages"]]
+    gives: ClassVar[Gives]
     least_samples: ClassVar[int] = 1  # fewest samples of a prompt (``rollout.samples_per_prompt``)
 
     _names: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -94,14 +96,14 @@ class Weighted(Scalarizer):
     coefficients, ``A = sum_k c_k A_k``, as Safe RLHF does.
     """
 
-    gives: ClassVar[Literal["rewards", "advantages"]] = "rewards"
+    gives: ClassVar[Gives] = "rewards"
 
     @abstractmethod
     def coefficients(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> Tensor:
         """``c`` for this batch, float64 [M]."""
 
     def __call__(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> Tensor:
-        return self.coefficients(scores_MB, group_B, lengths_B) @ scores_MB.double()
+        return self.coefficients(scores_MB, group_B, lengths_B).double() @ scores_MB.double()
 
     def facts(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> dict[str, float]:
         """The coefficients, as ``reward_weight/NAME``."""

@@ -69,8 +69,8 @@ class Gdpo(Scalarizer):
         if self.variant == "sum_then_normalize":
             return group_normalized((weights @ scores_MB)[None], group_B, 1e-4)[0]
         if self.variant == "trl":
-            return batch_normalized(weights @ group_normalized(scores_MB, group_B, 1e-4), 1e-4)
+            return batch_normalized(weights @ group_normalized(scores_MB, group_B, 1e-4), lengths_B, 1e-4)
         if self.variant == "verl":
             return token_whitened(weights @ group_normalized(scores_MB, group_B, 1e-6), lengths_B)
         normalized = others_normalized if self.leave_one_out else group_normalized
-        return batch_normalized(weights @ normalized(scores_MB, group_B, 1e-6), 0.0)
+        return batch_normalized(weights @ normalized(scores_MB, group_B, 1e-6), lengths_B, 0.0)

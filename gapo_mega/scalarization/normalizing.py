@@ -44,14 +44,19 @@ def others_normalized(x_MB: Tensor, group_B: Tensor, epsilon: float) -> Tensor:
     return torch.where(alike_MB, 0.0, found_MB)
 
 
-def batch_normalized(x_B: Tensor, epsilon: float) -> Tensor:
-    """``(x - mean) / (std + epsilon)`` [B] of the samples, n - 1 in the variance; 0 where nothing spreads."""
-    if len(x_B) < 2:
-        return torch.zeros_like(x_B)
-    centred_B, spread = x_B - x_B.mean(), x_B.std()
-    if float(spread) <= _ROUNDING * float(x_B.abs().max()):
-        return torch.zeros_like(x_B)
-    return centred_B / (spread + epsilon)
+def batch_normalized(x_B: Tensor, lengths_B: Tensor, epsilon: float) -> Tensor:
+    """``(x - mean) / (std + epsilon)`` [B] of the samples, n - 1 in the variance; 0 where nothing spreads.
+
+    Responses of length 0, such as those of prompts that were left out, do not count and get 0.
+    """
+    counted_B = lengths_B > 0
+    found_B, counted = torch.zeros_like(x_B), x_B[counted_B]
+    if len(counted) < 2:
+        return found_B
+    spread = counted.std()
+    if float(spread) > _ROUNDING * float(counted.abs().max()):
+        found_B[counted_B] = (counted - counted.mean()) / (spread + epsilon)
+    return found_B
 
 
 def token_whitened(x_B: Tensor, lengths_B: Tensor) -> Tensor:

@@ -42,5 +42,5 @@ class Rvpo(Scalarizer):
         summed_B = (-self.k * normalized_MB).logsumexp(dim=0) - math.log(len(scores_MB))
         advantages_B = -summed_B / self.k
         if self.whiten == "samples":
-            return batch_normalized(advantages_B, self.epsilon)
+            return batch_normalized(advantages_B, lengths_B, self.epsilon)
         return token_whitened(advantages_B, lengths_B) if self.whiten == "tokens" else advantages_B

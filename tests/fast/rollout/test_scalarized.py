@@ -12,6 +12,7 @@ import torch
 from gapo_mega import advantages, scalarization
 from gapo_mega.advantages.group import group_deviations
 from gapo_mega.advantages.rewards import kl_returns, with_scores
+from gapo_mega.rollout.flat import without_flat
 from gapo_mega.rollout.scalarized import Scalarized
 from gapo_mega.types import Experience
 from tests.helpers.fake_engine import FakeEngine, terminate
@@ -80,6 +81,48 @@ def test_an_audit_has_the_objectives_own_advantages_first(name: str) -> None:
     assert found.advantages_MBT is not None and alone.advantages_MBT is not None
     assert own.advantages_MBT is not None
     assert torch.equal(found.advantages_MBT, torch.cat([own.advantages_MBT, alone.advantages_MBT]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gdpo", {}),
+        ("gdpo", {"variant": "nemo"}),
+        ("gdpo", {"variant": "verl"}),
+        ("rvpo", {"whiten": "samples"}),
+        ("rvpo", {"whiten": "tokens"}),
+        ("gd2po", {}),
+        ("mo_grpo", {}),
+    ],
+)
+def test_prompts_that_are_left_out_count_in_no_normalization(name: str, options: dict[str, Any]) -> None:
+    scores_MB = experience(1).scores_MB.clone()
+    scores_MB[:, :2] = 0.5
+    whole = with_scores(experience(1), scores_MB)
+    found, _ = scalarized(name, **options)(without_flat(whole))
+    alone, _ = scalarized(name, **options)(whole.select(torch.arange(2, 8)))
+    assert found.advantages_MBT is not None and alone.advantages_MBT is not None
+    assert not found.advantages_MBT[:, :2].any()
+    # Float64 sums with and without zeros, rounded to float32.
+    torch.testing.assert_close(found.advantages_MBT[:, 2:], alone.advantages_MBT, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gdpo", "morlhf"])
+def test_an_audit_has_the_objectives_advantages_of_a_run_without_a_scalarizer(
+    tmp_path: Path, name: str
+) -> None:
+    """Whitened where the estimator whitens, though the signal beside them may not be."""
+    prompts = PROMPTS[:4]
+
+    def advantages_of(folder: str, **settings: Any) -> torch.Tensor:
+        run = trainer(tmp_path / folder, advantages={"name": "reinforce_pp"}, **settings)
+        found = run.maker.make(prompts, seed=5)[0].advantages_MBT
+        assert found is not None
+        return found
+
+    plain: dict[str, Any] = {"scalarization": {"name": name}}
+    audited = advantages_of("audited", **plain, gradients={"audit_every": 1})
+    assert torch.equal(audited, torch.cat([advantages_of("own"), advantages_of("plain", **plain)]))
 
 
 def test_with_a_critic_the_objectives_advantages_are_summed() -> None:

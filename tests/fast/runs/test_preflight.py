@@ -184,7 +184,25 @@ def test_a_loss_that_cannot_be_trained_on(models: Path, tmp_path: Path, name: st
         ),
         (
             {"aggregation": {"name": "p_gapo", "options": {"preference": [0.5, 0.5]}}},
-            r"^aggregation\.options \(p_gapo\): preference: found 2 numbers, accepted: one for each of the 1",
+            r"^aggregation\.options \(p_gapo\): preference: found 2 numbers, accepted: one for each of the 1 "
+            "objectives$",
+        ),
+        (
+            {
+                "aggregation": {"name": "p_gapo", "options": {"preference": [1.0]}},
+                "algorithm": {"kl": "objective"},
+            },
+            r"^aggregation\.options \(p_gapo\): preference: found 1 numbers, accepted: one for each of the 2 "
+            "objectives; algorithm.kl objective has the rows [a-z]+, kl$",
+        ),
+        (
+            {"aggregation": {"name": "gdpo"}},
+            r"^aggregation\.name: found gdpo, which is a scalarizer; accepted: scalarization\.name gdpo, or "
+            "method=gdpo in place of both sections$",
+        ),
+        (
+            {"scalarization": {"name": "gapo"}},
+            r"^scalarization\.name: found gapo, which is an aggregator; accepted: aggregation\.name gapo",
         ),
     ],
 )
@@ -265,3 +283,46 @@ def test_a_method_that_looks_at_scores_has_them_of_every_row(models: Path) -> No
         ValueError, match=r"^algorithm\.kl: found objective with .*accepted: reward, loss, apart"
     ):
         resolve(configuration(models, aggregation=adaptive, algorithm={"kl": "objective"}), 1)
+
+
+OWN_SCALARIZERS = """
+import torch
+from gapo_mega.scalarization.base import Scalarizer, Weighted
+
+class NoGives(Scalarizer):
+    def __call__(self, scores_MB, group_B, lengths_B):
+        return scores_MB.double().mean(dim=0)
+
+class Reward(NoGives):
+    gives = "reward"
+
+class ThreeNumbers(Weighted):
+    def coefficients(self, scores_MB, group_B, lengths_B):
+        return torch.ones(3)
+
+class Single(Weighted):
+    def coefficients(self, scores_MB, group_B, lengths_B):
+        return torch.ones(len(scores_MB))  # float32
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NoGives", "whose class attribute gives is None; accepted: rewards, advantages$"),
+        ("Reward", "whose class attribute gives is 'reward'; accepted: rewards, advantages$"),
+        ("ThreeNumbers", r"whose coefficients are shape \[3\], accepted: .* here \[2\]$"),
+    ],
+)
+def test_a_scalarizer_of_ones_own_keeps_the_contract(
+    models: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / "own.py").write_text(OWN_SCALARIZERS)
+    two = [{"name": n, "function": "gapo_mega.demo.rewards:plain"} for n in ("plain", "harmless")]
+
+    def run(name: str) -> Config:
+        return configuration(models, objectives=two, scalarization={"name": f"{tmp_path}/own.py:{name}"})
+
+    with pytest.raises(ValueError, match=rf"^scalarization\.name: found .*{name}, {said}"):
+        resolve(run(name), 1)
+    assert resolve(run("Single"), 1).scalarizer is not None
