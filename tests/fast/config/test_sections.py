@@ -65,6 +65,21 @@ def test_the_kl_row_needs_its_name_and_room(kl: str) -> None:
     assert config.aggregated == (config.rows if kl == "objective" else config.rows[:-1])
 
 
+def test_an_audited_update_has_one_row_more_than_objectives() -> None:
+    sixteen = [{"name": f"o{i}", "function": "m:f"} for i in range(16)]
+    run = {
+        "output_dir": "o",
+        "model": {"path": "m"},
+        "data": {"source": "d"},
+        "scalarization": {"name": "gdpo"},
+        "gradients": {"audit_every": 2},
+    }
+    with pytest.raises(ValidationError, match="found 16 with gradients.audit_every 2, accepted: up to 15"):
+        Config.model_validate({**run, "objectives": sixteen})
+    assert len(Config.model_validate({**run, "objectives": sixteen[:15]}).audited_rows) == 16
+    assert Config.model_validate({**run, "objectives": sixteen, "gradients": {}}).rows == ("gdpo",)
+
+
 @pytest.mark.parametrize("kl", ["reward", "loss"])
 def test_without_a_kl_row_nothing_is_taken(kl: str) -> None:
     section = {"objectives": objectives(15, "kl"), "algorithm": {"kl": kl}}
