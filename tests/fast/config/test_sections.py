@@ -66,18 +66,11 @@ def test_the_kl_row_needs_its_name_and_room(kl: str) -> None:
 
 
 def test_an_audited_update_has_one_row_more_than_objectives() -> None:
-    sixteen = [{"name": f"o{i}", "function": "m:f"} for i in range(16)]
-    run = {
-        "output_dir": "o",
-        "model": {"path": "m"},
-        "data": {"source": "d"},
-        "scalarization": {"name": "gdpo"},
-        "gradients": {"audit_every": 2},
-    }
-    with pytest.raises(ValidationError, match="found 16 with gradients.audit_every 2, accepted: up to 15"):
-        Config.model_validate({**run, "objectives": sixteen})
-    assert len(Config.model_validate({**run, "objectives": sixteen[:15]}).audited_rows) == 16
-    assert Config.model_validate({**run, "objectives": sixteen, "gradients": {}}).rows == ("gdpo",)
+    run = {**MINIMAL, "scalarization": {"name": "gdpo"}, "gradients": {"audit_every": 2}}
+    with pytest.raises(ValidationError, match=r"found 16 with gradients\.audit_every 2, accepted: up to 15"):
+        Config.model_validate({**run, "objectives": objectives(16)})
+    assert len(Config.model_validate({**run, "objectives": objectives(15)}).audited_rows) == 16
+    assert Config.model_validate({**run, "objectives": objectives(16), "gradients": {}}).rows == ("gdpo",)
 
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])
