@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from gapo_mega.config.checks import MOST_ROWS
 from gapo_mega.config.fields import Code, Section
 
 
@@ -55,4 +56,9 @@ def check_one_signal(
         raise ValueError(
             f"objectives: found the name {scalarization.row!r}, which the log gives to the scalarizer's "
             "gradient; accepted: another one"
+        )
+    if every and len(objectives) >= MOST_ROWS:
+        raise ValueError(
+            f"objectives: found {len(objectives)} with gradients.audit_every {every}, accepted: up to "
+            f"{MOST_ROWS - 1} (the scalarizer's gradient is one more row of an audited update)"
         )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gapo_mega import aggregation
 from gapo_mega.advantages.rewards import token_rewards
 from gapo_mega.aggregation.base import ZeroGradientError
+from gapo_mega.config.checks import KL_ROW
 from gapo_mega.data.order import PROMPTS, Order
 from gapo_mega.data.prompts import PromptPosition
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters, generator_seed
@@ -226,9 +227,10 @@ class Trainer:
         try:
             return self.engine.update_policy(minibatch, self._loss, self._method)
         except ZeroGradientError as error:
-            at_fault = ", ".join(self.rows[i] for i in error.objectives)
+            at_fault = [self.rows[i] for i in error.objectives]
+            why = "the policy is the reference" if at_fault == [KL_ROW] else "all its rewards are alike"
             raise RuntimeError(
-                f"stopped: the gradient of {at_fault} is zero (all its rewards are alike) and "
+                f"stopped: the gradient of {', '.join(at_fault)} is zero ({why}) and "
                 "aggregation.options.zero_gradient is 'stop'"
             ) from error
 

@@ -65,6 +65,14 @@ def test_the_kl_row_needs_its_name_and_room(kl: str) -> None:
     assert config.aggregated == (config.rows if kl == "objective" else config.rows[:-1])
 
 
+def test_an_audited_update_has_one_row_more_than_objectives() -> None:
+    run = {**MINIMAL, "scalarization": {"name": "gdpo"}, "gradients": {"audit_every": 2}}
+    with pytest.raises(ValidationError, match=r"found 16 with gradients\.audit_every 2, accepted: up to 15"):
+        Config.model_validate({**run, "objectives": objectives(16)})
+    assert len(Config.model_validate({**run, "objectives": objectives(15)}).audited_rows) == 16
+    assert Config.model_validate({**run, "objectives": objectives(16), "gradients": {}}).rows == ("gdpo",)
+
+
 @pytest.mark.parametrize("kl", ["reward", "loss"])
 def test_without_a_kl_row_nothing_is_taken(kl: str) -> None:
     section = {"objectives": objectives(15, "kl"), "algorithm": {"kl": kl}}

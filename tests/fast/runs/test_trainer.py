@@ -179,6 +179,17 @@ def test_a_zero_gradient_is_named_where_it_stops_the_run(tmp_path: Path) -> None
         trainer(tmp_path, engine).run()
 
 
+def test_a_zero_gradient_of_the_kl_is_not_put_down_to_rewards(tmp_path: Path) -> None:
+    error = aggregation.ZeroGradientError([2])
+
+    def fail() -> None:
+        raise error
+
+    engine = FakeEngine(at={("update_policy", 1): fail})
+    with pytest.raises(RuntimeError, match=r"the gradient of kl is zero \(the policy is the reference\)"):
+        trainer(tmp_path, engine, algorithm={"kl": "objective"}).run()
+
+
 def test_other_prompts_than_the_checkpoint_had_are_refused(tmp_path: Path) -> None:
     assert not trainer(tmp_path, FakeEngine(at={("update_policy", 1): terminate})).run()
     with pytest.raises(ValueError, match=r"^data or seed: the checkpoint was written with other prompts"):
