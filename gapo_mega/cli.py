@@ -20,6 +20,7 @@ from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
 from gapo_mega.commands.sft import sft
 from gapo_mega.commands.soup import soup
+from gapo_mega.commands.sweep import sweep
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
@@ -41,6 +42,7 @@ app.command()(train)
 app.command()(train_pairs)
 app.command()(train_reward)
 app.command()(sft)
+app.command()(sweep)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)
