@@ -14,6 +14,7 @@ import typer
 
 from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
+from gapo_mega.commands.compare import compare
 from gapo_mega.commands.convert import convert
 from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
@@ -43,6 +44,7 @@ app.command()(train_pairs)
 app.command()(train_reward)
 app.command()(sft)
 app.command()(sweep)
+app.command()(compare)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)

@@ -209,8 +209,22 @@ class _Plan:
         rows = [(point.index, point.name, states[point.name], None) for point in self.points]
         tables = [points_table(rows, warm)]
         print_tables(tables if results["front"] is None else [*tables, *front_table(results)])
+        if results["front"] is not None:
+            self._compare(states)
         print(self._counted(states))
         print(f"results: {results_file(self.settings)}")
+
+    def _compare(self, states: dict[str, StateName]) -> None:
+        """Tables and pictures of the points that have ended, as ``gapo-mega compare`` writes them."""
+        from gapo_mega.evaluation.compare import compare
+        from gapo_mega.evaluation.compare_files import write_comparison
+        from gapo_mega.evaluation.finished_run import read_run
+
+        ended = [point.directory for point in self.points if states[point.name] == "finished"]
+        folder = local(self.settings.output_dir) / "compare"
+        folder.mkdir(exist_ok=True)
+        for path in write_comparison(folder, compare([read_run(directory) for directory in ended])):
+            print(f"written: {path}")
 
     def _counted(self, states: dict[str, StateName]) -> str:
         names = [states[point.name] for point in self.points]

@@ -78,7 +78,9 @@ class Pool:
         waiting = deque(tasks)
         wake = threading.Event()
         looks = 0
-        bar: tqdm[Any] = tqdm(total=_total(tasks), unit="step", desc="sweep", dynamic_ncols=True, smoothing=0)
+        bar: tqdm[Any] = tqdm(
+            total=_total(tasks), unit="step", desc="sweep", dynamic_ncols=True, disable=None
+        )
         with bar, self._stopping(wake):
             while self._running or (waiting and not self.stopped):
                 while waiting and len(self._running) < self.room.jobs and not self.stopped:
@@ -138,6 +140,7 @@ class Pool:
         self.states[task.name] = state
         if state == "finished":
             self.ended(task)
+            tqdm.write(f"{task.name}: finished")
         elif state == "failed":
             log = self.log_file(task.name)
             tqdm.write(f"{task.name}: failed: {last_line(log)} (all of it: {log})")

@@ -16,8 +16,8 @@ from gapo_mega.evaluation.finished_run import FinishedRun, known, read_run
 from gapo_mega.evaluation.front import Candidate, judge
 from gapo_mega.files import local
 from gapo_mega.runs.lock import disk_errors
-from gapo_mega.runs.sweep_points import Point
-from gapo_mega.runs.sweep_states import StateName
+from gapo_mega.runs.sweep_points import POINTS_FOLDER, Point
+from gapo_mega.runs.sweep_states import StateName, state_of
 
 RESULTS_FILE = "results.json"
 BEFORE_TRAINING = "held-out means before training"
@@ -165,3 +165,21 @@ def _frozen(sweep: SweepConfig) -> dict[str, Any] | None:
             "move that file"
         ) from None
     return dict(found) if numbers else None
+
+
+def point_directories(directories: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Directories of runs, for a sweep those of its points; and of points that have not ended."""
+    ended: list[Path] = []
+    others: list[Path] = []
+    for directory in directories:
+        if not (directory / POINTS_FOLDER).is_dir():
+            ended.append(directory)  # who reads it says what is missing
+            continue
+        for point in sorted(path for path in (directory / POINTS_FOLDER).iterdir() if path.is_dir()):
+            (ended if state_of(point, None).name == "finished" else others).append(point)
+    if not ended:
+        raise ValueError(
+            f"run directory: found {len(others)} points in {', '.join(map(str, directories))}, of which none "
+            "has ended; accepted: runs that have"
+        )
+    return ended, others

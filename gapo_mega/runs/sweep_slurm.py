@@ -51,7 +51,7 @@ def script(*, name: str, logs: Path, arguments: str, points: int, nproc: int | N
         last=points - 1,
         nproc=nproc or 1,
         cores=_CORES * (nproc or 1),
-        logs=logs,
+        logs=shlex.quote(str(logs)),
         submit=submit,
         arguments=arguments,
     )
