@@ -23,7 +23,7 @@ from gapo_mega.evaluation.summary import CONFIDENCE
 from gapo_mega.planning.preference import method_of
 
 # What tells nothing about a run's numbers, or has a place of its own in the table.
-_LEFT_OUT = ("output_dir", "seed", "checkpoint.", "logging.", "evaluation.shown")
+_LEFT_OUT = ("output_dir", "seed", "checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
 # Scores are float32: differences that spread by less than a few of its units are all the same.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _LONGEST = 40  # characters of a value in a label

@@ -21,6 +21,9 @@ from gapo_mega.user_code import is_reference
 
 POINTS_FOLDER = "points"
 WARM_START = "warm_start"
+BEFORE_FOLDER = "before"  # of held-out answers before training
+
+_SHARED = "evaluation.shared"
 
 _LONGEST = 90  # characters of a folder's name
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -156,6 +159,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str
 
 def _settings(sweep: SweepConfig, values: Mapping[str, Any]) -> list[str]:
     chosen = {**sweep.settings, **{key: value for key, value in values.items() if key != PREFERENCE}}
+    chosen.setdefault(_SHARED, str((local(sweep.output_dir) / BEFORE_FOLDER).absolute()))
     if sweep.warm_start is not None:
         chosen["model.path"] = str((warm_start_directory(sweep) / EXPORT_FOLDER).absolute())
     return [override(key, value) for key, value in chosen.items()]

@@ -19,7 +19,7 @@ from gapo_mega.runs.lock import check_free
 StateName = Literal["new", "part", "running", "finished", "failed"]
 
 # Settings that say how, where or what else a run writes, and do not change its numbers.
-_ANY = ("output_dir", "checkpoint.", "logging.", "evaluation.shown")
+_ANY = ("output_dir", "checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
 
 
 @dataclass(frozen=True)
