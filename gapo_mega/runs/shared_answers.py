@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +83,10 @@ class SharedAnswers:
         if self._is_main:
             with disk_errors(self._path.parent, PARAMETER):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(self._path, json.dumps(dataclasses.asdict(made), ensure_ascii=False) + "\n")
+                # Runs that begin at the same time write the same file: each one a whole one of its own.
+                own = self._path.with_name(f".{uuid.uuid4().hex}.json")
+                write_text(own, json.dumps(dataclasses.asdict(made), ensure_ascii=False) + "\n")
+                own.replace(self._path)
         return made
 
     def _read(self) -> Answers | None:

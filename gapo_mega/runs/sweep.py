@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,12 +76,11 @@ class Pool:
     def run(self, tasks: Sequence[Task]) -> None:
         """Run ``tasks`` to their ends; after SIGTERM or SIGINT stop them, and return with ``stopped``."""
         waiting = deque(tasks)
-        wake = threading.Event()
         looks = 0
         bar: tqdm[Any] = tqdm(
             total=_total(tasks), unit="step", desc="sweep", dynamic_ncols=True, disable=None
         )
-        with bar, self._stopping(wake):
+        with bar, self._stopping():
             while self._running or (waiting and not self.stopped):
                 while waiting and len(self._running) < self.room.jobs and not self.stopped:
                     self._begin(waiting.popleft())
@@ -90,7 +89,7 @@ class Pool:
                     self._show(bar, tasks)
                 looks += 1
                 if self._running:
-                    wake.wait(_BETWEEN_LOOKS)
+                    time.sleep(_BETWEEN_LOOKS)
 
     def _begin(self, task: Task) -> None:
         state = task.state()
@@ -157,7 +156,7 @@ class Pool:
         bar.update(sum(lines_in(task.directory / METRICS_FILE) for task in tasks) - bar.n)
 
     @contextmanager
-    def _stopping(self, wake: threading.Event) -> Iterator[None]:
+    def _stopping(self) -> Iterator[None]:
         """Within: a signal is handed on to the runs, which write checkpoints."""
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -167,7 +166,6 @@ class Pool:
                     running.process.send_signal(signal.SIGTERM)
                 else:
                     running.left = True
-            wake.set()
 
         before: Mapping[int, object] = {
             number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)

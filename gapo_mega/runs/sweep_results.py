@@ -81,9 +81,10 @@ def write_results(
         "points": [_point(point, states[point.name], runs.get(point.name)) for point in points],
         "front": None,
     }
-    if runs:
+    candidates = _candidates(points, runs, names)
+    if candidates:
         origin = None if reference is None else [float(reference["values"][name]) for name in names]
-        front = judge(_candidates(points, runs, names), names, origin)
+        front = judge(candidates, names, origin)
         document |= {"hypervolume": front["hypervolume"], "front": front}
     with disk_errors(local(sweep.output_dir)):
         write_text(results_file(sweep), json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def test_the_second_run_does_not_ask_the_policy(tmp_path: Path) -> None:
         for name in ("first", "second")
     ]
     assert facts[0] == facts[1]
+
+
+def test_runs_that_answer_at_the_same_time(tmp_path: Path) -> None:
+    """Each writes, and none takes away what another one is writing."""
+    made = trainer(tmp_path / "run", FakeEngine(), steps=1).heldout.answer()
+    folder = tmp_path / "before"
+    everyone = [SharedAnswers(str(folder), record(tmp_path), 1, Alone()) for _ in range(8)]
+    with ThreadPoolExecutor(len(everyone)) as pool:
+        found = list(pool.map(lambda shared: shared.get(lambda: made), everyone))
+    assert found == [made] * len(everyone)
+    assert [path.name for path in folder.iterdir()] == [f"{digest(record(tmp_path), 1)}.json"]
+    assert SharedAnswers(str(folder), record(tmp_path), 1, Alone()).get(lambda: pytest.fail("asked")) == made
 
 
 @pytest.mark.parametrize(

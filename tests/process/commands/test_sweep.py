@@ -49,8 +49,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "logging": {"tensorboard": False, "progress": False},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    chats = [
+        [{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": f"Hi there, {i}"}]
+        for i in range(16)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    sft = {
+        "output_dir": "unused",
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "max_steps": 1,
+        "model": {"path": str(folder / "model"), "max_tokens": 64},
+        "data": {"source": str(folder / "chats.jsonl")},
+        "logging": {"tensorboard": False, "progress": False},
+    }
+    (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
     sweep = {
         "base": "base.yaml",
+        "warm_start": {"config": "sft.yaml"},
         "output_dir": str(folder / "out"),
         "seeds": [1],
         "jobs": 1,
@@ -76,7 +92,9 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def wait_for(process: subprocess.Popen[str], wanted: Path) -> None:
     until = time.monotonic() + PATIENCE
     while not wanted.exists():
-        assert process.poll() is None and time.monotonic() < until, wanted
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"{wanted} is not there; {process.communicate()[0][-4000:]}")
         time.sleep(0.02)
 
 
@@ -110,9 +128,24 @@ def test_finished_points_stay_and_others_resume(folder: Path, resumed: dict[str,
     assert [row["step"] for row in lines_of(half)] == list(range(1, STEPS + 1))
     log = (folder / "out" / "logs" / f"{POINTS[1]}.log").read_text()
     assert "resumed from" in log and "stopped by a signal" in log
-    assert "stopped by a signal" not in (folder / "out" / "logs" / f"{POINTS[0]}.log").read_text()
+    other = (folder / "out" / "logs" / f"{POINTS[0]}.log").read_text()
+    assert "stopped by a signal" not in other
+    # The second one did not answer again what the first one had, with the same model.
+    shared = "the held-out answers before training are those of"
+    assert shared in log and shared not in other and len(list((folder / "out" / "before").iterdir())) == 1
     for run in resumed["runs"]:
         check_free(run)
+
+
+def test_points_begin_with_the_warm_start(folder: Path, resumed: dict[str, Any]) -> None:
+    trained = folder / "out" / "warm_start" / "hf"
+    assert (trained / "model.safetensors").read_bytes() != (
+        folder / "model" / "model.safetensors"
+    ).read_bytes()
+    for run in resumed["runs"]:
+        assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == str(trained)
+    log = (folder / "out" / "logs" / "warm_start.log").read_text()
+    assert log.count(f"run: {folder}") == 1, "trained once"
 
 
 def test_results_are_there_after_every_point(resumed: dict[str, Any]) -> None:
@@ -140,6 +173,9 @@ def test_results_are_those_of_the_runs(folder: Path, resumed: dict[str, Any]) ->
     wanted = moocore.hypervolume(means, ref=reference, maximise=True)
     assert found["hypervolume"] == pytest.approx(wanted)
     assert "2 points: 2 finished" in resumed["output"]
+    table = json.loads((folder / "out" / "compare" / "compare.json").read_text())
+    assert [group["after"]["short"]["mean"] for group in table["groups"]] == means[:, 0].tolist()
+    assert {test["over_prompts"]["n"] for test in table["tests"]} == {12}
 
 
 def test_a_second_run_starts_nothing(folder: Path, resumed: dict[str, Any]) -> None:
