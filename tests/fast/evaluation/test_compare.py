@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gapo_mega.config import Config
-from gapo_mega.config.loading import dump
 from gapo_mega.evaluation.compare import compare, groups_of
 from gapo_mega.evaluation.compare_files import write_comparison
 from gapo_mega.evaluation.finished_run import FinishedRun, read_run
-from gapo_mega.evaluation.heldout_answers import write_heldout
-from gapo_mega.evaluation.summary import paired_summary, write_summary
-
-NAMES = ("concise", "plain")
-UPDATES = 20
-
-
-def write_run(folder: Path, name: str, seed: int, shift: float, **sections: Any) -> FinishedRun:
-    """A run directory as ``train`` leaves it, whose scores after training are moved by ``shift``."""
-    directory = folder / name
-    config = Config.model_validate(
-        {
-            "output_dir": str(directory),
-            "seed": seed,
-            "model": {"path": "model"},
-            "data": {"source": "package:prompts"},
-            "objectives": [{"name": n, "function": f"gapo_mega.demo.rewards:{n}"} for n in NAMES],
-            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 4},
-            **sections,
-        }
-    )
-    dump(config, directory / "config.yaml")
-    generator = np.random.default_rng(seed)
-    before, noise = generator.normal(size=(2, 2, 24))
-    after = (
-        before
-        + shift
-        + 0.1 * noise
-        + 0.1 * np.random.default_rng(zlib.crc32(name.encode())).normal(size=(2, 24))
-    )
-    write_summary(directory / "summary.json", paired_summary(before, after, NAMES, 2), 12.0)
-    prompts = [f"prompt {i // 2}" for i in range(24)]
-    texts = [f"answer {i}\u2028" for i in range(24)]
-    write_heldout(
-        directory / "heldout_answers.jsonl", NAMES, prompts, [texts, texts], [before.tolist(), after.tolist()]
-    )
-    rows = [{"step": i + 1, "kl": 0.01 * i, "response_length": 9.0} for i in range(UPDATES)]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_run(directory)
-
+from gapo_mega.evaluation.summary import write_summary
+from tests.helpers.finished_runs import UPDATES, write_run
 
 P_GAPO = {"aggregation": {"name": "p_gapo", "options": {"preference": [0.2, 0.8]}}}
 GDPO = {"scalarization": {"name": "gdpo"}}
