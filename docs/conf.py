@@ -59,6 +59,7 @@ docs/pipeline
 :caption: Use
 docs/commands
 docs/pairs
+docs/sweep
 docs/data
 docs/run_directories
 docs/rewards

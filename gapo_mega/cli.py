@@ -14,12 +14,14 @@ import typer
 
 from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
+from gapo_mega.commands.compare import compare
 from gapo_mega.commands.convert import convert
 from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
 from gapo_mega.commands.sft import sft
 from gapo_mega.commands.soup import soup
+from gapo_mega.commands.sweep import sweep
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
@@ -41,6 +43,8 @@ app.command()(train)
 app.command()(train_pairs)
 app.command()(train_reward)
 app.command()(sft)
+app.command()(sweep)
+app.command()(compare)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)

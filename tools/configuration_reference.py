@@ -25,6 +25,7 @@ from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
+from gapo_mega.config.sweep import SweepConfig
 from gapo_mega.user_code import is_subclass
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "configuration.md"
@@ -34,6 +35,7 @@ COMMANDS: list[tuple[str, type[Section]]] = [
     ("gapo-mega sft", SftConfig),
     ("gapo-mega train-reward", RewardModelConfig),
     ("gapo-mega train-pairs", PairsConfig),
+    ("gapo-mega sweep", SweepConfig),
 ]
 
 HEAD = """\

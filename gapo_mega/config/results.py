@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from gapo_mega.config.fields import Section
+from gapo_mega.config.fields import LocalPath, Section
 
 
 class CheckpointConfig(Section):
@@ -22,3 +22,8 @@ class EvaluationConfig(Section):
 
     samples_per_prompt: int = Field(1, ge=1, description="responses to every held-out prompt")
     shown: int = Field(6, ge=0, description="sample responses shown in the report")
+    shared: LocalPath | None = Field(
+        None,
+        description="directory where the answers before training are kept for, and taken from, runs that "
+        "begin alike: model, held-out rows, sampling, objectives, seed, layout; none: every run answers",
+    )

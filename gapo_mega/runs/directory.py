@@ -15,6 +15,7 @@ from typing import Any
 
 from gapo_mega.config import CheckpointConfig, LoggingConfig
 from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
@@ -29,7 +30,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = "wandb_id"
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
-_FILES = (METRICS_FILE, SUMMARY_FILE, WANDB_ID)
+_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID)
 _FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
@@ -52,6 +53,7 @@ class Wanted:
         optional = {
             EXPORT_FOLDER: self.checkpoint.export_hf,
             REPORT_FOLDER: self.report,
+            HELDOUT_FILE: self.report,  # of trainings, which answer held-out prompts
             TENSORBOARD_FOLDER: self.logging.tensorboard,
             WANDB_ID: self.logging.wandb,
         }

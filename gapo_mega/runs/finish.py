@@ -11,6 +11,7 @@ import torch
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine
 from gapo_mega.evaluation.console import print_summary
+from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE, write_heldout
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, paired_summary, write_summary
 from gapo_mega.rollout.heldout import Answers, HeldOut
@@ -43,6 +44,13 @@ def finish(
                 names,
                 heldout.samples,
                 [old == new for old, new in zip(before.responses, after.responses, strict=True)],
+            )
+            write_heldout(
+                directory / HELDOUT_FILE,
+                names,
+                after.prompts,
+                [before.responses, after.responses],
+                [before.scores, after.scores],
             )
         write_summary(directory / SUMMARY_FILE, summary, elapsed(), resumed)
         pairs = sample_pairs(before, after, names, config.evaluation.shown, heldout.samples)

@@ -172,7 +172,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "save_final": FREE,
         "export_hf": FREE,
     },
-    EvaluationConfig: {"samples_per_prompt": FIXED, "shown": FREE},
+    EvaluationConfig: {"samples_per_prompt": FIXED, "shown": FREE, "shared": FREE},
     LoggingConfig: {
         "tensorboard": FREE,
         "wandb": FREE,

@@ -90,7 +90,7 @@ class Session:
         self._wanted = wanted
         # A worker that torchrun starts again goes on; it does not begin once more.
         self._overwrite = overwrite and not is_restart()
-        self._everyone = peers() if everyone is None else everyone
+        self.everyone = peers() if everyone is None else everyone
         self._lock = DirectoryLock(self.directory, wanted.command)
         self._identity: Identity | None = None
         self._compared = Comparison()
@@ -99,8 +99,8 @@ class Session:
     def open(self) -> None:
         """Take the directory on every rank. Raises ``ValueError`` where it is not to be had."""
         try:
-            agree(self._everyone, self._take)
-            agree(self._everyone, self._see_one_directory)
+            agree(self.everyone, self._take)
+            agree(self.everyone, self._see_one_directory)
         except BaseException:
             self.close()
             raise
@@ -120,12 +120,12 @@ class Session:
 
     def _take(self) -> None:
         check_directory(self.directory, self._wanted, self._overwrite)
-        if self._everyone.is_main:
+        if self.everyone.is_main:
             self._lock.acquire()
             check_directory(self.directory, self._wanted, self._overwrite)  # it may have changed meanwhile
 
     def _see_one_directory(self) -> None:
-        where, token = self._everyone.gather([str(self.directory), self._lock.token])[0]
+        where, token = self.everyone.gather([str(self.directory), self._lock.token])[0]
         patience = time.monotonic() + VISIBLE_WITHIN
         while (found := token_in(self.directory)) != token and time.monotonic() < patience:
             time.sleep(0.1)
@@ -142,7 +142,7 @@ class Session:
         Raises ``ValueError`` naming setting and values.
         """
         self._identity = identity
-        agree(self._everyone, self._compare_settings)
+        agree(self.everyone, self._compare_settings)
 
     def check_contents(self, contents: Mapping[str, Any], steps: int, total_updates: int) -> None:
         """Refuse data and models that are not those of the newest checkpoint, or that ranks see otherwise.
@@ -155,7 +155,7 @@ class Session:
         self._identity.settings[TOTAL_UPDATES] = total_updates
         self._identity.contents.update(contents)
         settings = self._identity.settings
-        everyone = self._everyone.gather(dict(contents))
+        everyone = self.everyone.gather(dict(contents))
 
         def check() -> None:
             for other in everyone:
@@ -168,12 +168,12 @@ class Session:
             self._compare_contents()
             self._compare_counts(total_updates // steps)
 
-        agree(self._everyone, check)
+        agree(self.everyone, check)
         self._tell_fewer(steps)
 
     def _tell_fewer(self, steps: int) -> None:
         newest = self._newest
-        if self._everyone.is_main and newest and steps < newest[-1]:
+        if self.everyone.is_main and newest and steps < newest[-1]:
             logger.warning(
                 "the run has done %d steps and %d are asked for: nothing more is trained, and nothing of "
                 "what it has done is removed",
@@ -223,13 +223,13 @@ class Session:
         newest = self._newest
 
         def write() -> None:
-            if not self._everyone.is_main:
+            if not self.everyone.is_main:
                 return
             with disk_errors(self.directory):
                 begin(self.directory, self._wanted, self._overwrite)
                 record_config(self.config, self.directory)
 
-        agree(self._everyone, write)
+        agree(self.everyone, write)
         if newest:
             self._note_changes(newest[-1])
 
@@ -240,7 +240,7 @@ class Session:
 
     def end(self, steps: int) -> None:
         """Write down that the run has reached its end after ``steps``."""
-        if self._everyone.is_main:
+        if self.everyone.is_main:
             end(self.directory, steps)
 
     def _note_changes(self, step: int) -> None:
@@ -249,7 +249,7 @@ class Session:
         if changed:
             pairs = {key: list(values) for key, values in changed.items()}
             self.history.append({"step": step, "changed": pairs})
-        if not self._everyone.is_main:
+        if not self.everyone.is_main:
             return
         if changed:
             logger.warning("from step %d on with other settings: %s", step, told(changed))

@@ -32,6 +32,7 @@ from gapo_mega.runs.resume import (
     TRAINING_ROWS,
 )
 from gapo_mega.runs.session import Session, check_before_processes, compare_with_newest
+from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
 
@@ -91,6 +92,11 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         )
         session.check_contents(contents, config.steps, resolved.total_updates)
         session.begin()
+        shared = None
+        if config.evaluation.shared is not None:
+            shared = SharedAnswers(
+                config.evaluation.shared, session.record(), resolved.world, session.everyone
+            )
         engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
         trainer = Trainer(
             resolved,
@@ -100,6 +106,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
             heldout_prompts,
             with_report=with_report,
             session=session,
+            shared=shared,
         )
         if trainer.run():
             session.end(trainer.loop.step)

@@ -35,6 +35,7 @@ from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.metrics import step_metrics
 from gapo_mega.runs.phases import Phases
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.skips import Skips
 from gapo_mega.types import Experience, Prompt
 
@@ -52,10 +53,12 @@ class Trainer:
         *,
         with_report: bool = True,
         session: Session | None = None,
+        shared: SharedAnswers | None = None,
     ) -> None:
         """``with_report`` false leaves out what follows the last step: export, held-out answers, report.
 
         ``session``: the run's hold on its directory; checkpoints say what it tells them that they belong to.
+        ``shared``: where answers before training may be had without asking the policy.
         """
         self.resolved = resolved
         self.config = config = resolved.config
@@ -89,6 +92,7 @@ class Trainer:
         self.log = RunLog(directory, self.names, config.logging, total, engine.layout.is_main)
         record = None if session is None else session.record()
         self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record)
+        self._shared = shared
         self._resumed = [] if session is None else session.history
         self.before: Answers | None = None
         self._with_report = with_report
@@ -150,7 +154,8 @@ class Trainer:
     def begin(self) -> None:
         """Answer the held-out prompts with the policy as it was given, if no checkpoint has the answers."""
         if self.before is None:
-            self.before = self.heldout.answer()
+            answer = self.heldout.answer
+            self.before = answer() if self._shared is None else self._shared.get(answer)
 
     def train_step(self, step: int) -> None:
         """Roll out, score, estimate advantages, and update once per minibatch."""

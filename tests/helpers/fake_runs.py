@@ -13,6 +13,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
@@ -73,6 +74,7 @@ def trainer(
     with_report: bool = False,
     held_out: list[Prompt] = HELD_OUT,
     session: Session | None = None,
+    shared: SharedAnswers | None = None,
     **sections: Any,
 ) -> Trainer:
     """A trainer of four steps with two objectives; ``sections`` of the configuration differ."""
@@ -108,4 +110,5 @@ def trainer(
         held_out,
         with_report=with_report,
         session=session,
+        shared=shared,
     )

@@ -56,3 +56,15 @@ def test_the_first_sample_of_the_first_prompts_is_shown() -> None:
         ("p1", "b2", "a2"),
     ]
     assert [pair.scores_after for pair in pairs] == [{"o": 0.0}, {"o": -2.0}]
+
+
+def test_every_held_out_answer_is_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, FakeEngine(), steps=2, with_report=True)
+    assert run.run()
+    assert run.before is not None
+    rows = [json.loads(line) for line in (tmp_path / "heldout_answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == run.before.prompts
+    assert [row["before"]["response"] for row in rows] == run.before.responses
+    for when in ("before", "after"):
+        scores = [row[when]["scores"]["long"] for row in rows]
+        assert sum(scores) / len(rows) == pytest.approx(summary(tmp_path)["objectives"]["long"][when])

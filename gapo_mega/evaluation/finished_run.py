@@ -1,0 +1,130 @@
+"""What a finished training run found out and cost, read from its directory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gapo_mega.config import Config
+from gapo_mega.config.loading import load
+from gapo_mega.evaluation.files import config_file
+from gapo_mega.evaluation.series import METRICS_FILE, Series, read_series
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
+from gapo_mega.planning.backwards import backwards_of_run
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    updates: int  # optimizer steps, skipped ones included
+    samples: int  # responses trained on
+    backwards: int  # of the policy, each over one minibatch
+    seconds: float  # wall-clock, those before it was resumed included
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A training that has ended."""
+
+    directory: Path
+    config: Config
+    summary: Summary  # by objective
+    kl: float  # mean log pi - log pi_ref of a token over the last tenth of the steps
+    response_length: float  # tokens, mean over the same steps
+    cost: Cost
+
+    @property
+    def names(self) -> list[str]:
+        """The objectives, in the configuration's order."""
+        return [objective.name for objective in self.config.objectives]
+
+    def after(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Held-out means after training."""
+        return tuple(self.summary[name].after for name in names)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it; a number that is not known is null."""
+        heldout = {
+            name: {
+                "before": known(change.before),
+                "after": known(change.after),
+                "gain": known(change.difference),
+                "standard_error": known(change.standard_error),
+                "prompts": change.samples,
+            }
+            for name, change in self.summary.items()
+        }
+        return {
+            "heldout": heldout,
+            "kl": known(self.kl),
+            "response_length": known(self.response_length),
+            "seconds": self.cost.seconds,
+            "samples": self.cost.samples,
+            "backwards": self.cost.backwards,
+            "updates": self.cost.updates,
+        }
+
+
+def read_run(directory: Path) -> FinishedRun:
+    """The training in ``directory``. Raises ``ValueError`` where none has ended there."""
+    config_path = config_file(directory)
+    for path in (config_path, directory / METRICS_FILE, directory / SUMMARY_FILE):
+        if not path.is_file():
+            raise ValueError(
+                f"run directory: found no {path.name} in {directory}, accepted: the directory of a "
+                "gapo-mega train that has ended"
+            )
+    config = load(config_path)
+    summary, seconds = _summary(directory / SUMMARY_FILE)
+    missing = [objective.name for objective in config.objectives if objective.name not in summary]
+    if missing:
+        raise ValueError(
+            f"run directory: found no held-out score of {', '.join(missing)} in {directory / SUMMARY_FILE}, "
+            "accepted: a run with data.heldout_prompts"
+        )
+    series = read_series(directory)
+    updates = len(series.steps)
+    of_a_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
+    return FinishedRun(
+        directory=directory,
+        config=config,
+        summary=summary,
+        kl=_last(series, "kl"),
+        response_length=_last(series, "response_length"),
+        cost=Cost(
+            updates=updates,
+            samples=updates // of_a_step * config.sequences(),
+            backwards=backwards_of_run(config, updates),
+            seconds=seconds,
+        ),
+    )
+
+
+def known(value: float) -> float | None:
+    """``value`` for JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _summary(path: Path) -> tuple[Summary, float]:
+    try:
+        return read_summary(path)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"run directory: found {path}, which is not as gapo-mega train writes it; accepted: the "
+            "directory of a training that has ended"
+        ) from None
+
+
+def _last(series: Series, key: str) -> float:
+    """The mean of a metric over the last tenth of the steps; NaN where it is not known."""
+    if key not in series.values:
+        return math.nan
+    values = series.values[key][-series.window :]
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan

@@ -1,0 +1,28 @@
+"""How many backward passes a run takes, from its configuration alone."""
+
+from __future__ import annotations
+
+from gapo_mega import advantages
+from gapo_mega.config import Config, strategies
+from gapo_mega.planning.strategy import forward_kind
+
+
+def backwards_of_run(config: Config, updates: int) -> int:
+    """Full backward passes of the policy over a minibatch in ``updates`` optimizer steps.
+
+    Partial passes (of a scope) and further passes of ``one_pass`` where sequences need several directions are
+    not counted; ``planning.resolved`` has the same numbers for one update.
+    """
+    every = config.gradients.audit_every
+    audits = updates // every if every and config.audited_rows else 0
+    plain = (updates - audits) * _of_update(config, len(config.rows))
+    return plain + (audits * _of_update(config, len(config.audited_rows)) if audits else 0)
+
+
+def _of_update(config: Config, rows: int) -> int:
+    estimator = advantages.build(config.advantages.name, **config.advantages.options)
+    by_token = estimator.needs_values or estimator.by_token
+    # Over how many replicas a minibatch is spread decides between shared and separate forwards only.
+    forward = forward_kind(config, 1, by_token=by_token, rows=rows)
+    gradients = config.gradients.model_copy(update={"forward": forward})
+    return strategies.chosen(gradients).passes(rows, forward == "shared").backwards

@@ -1,0 +1,108 @@
+"""Held-out answers before training, shared by runs that begin alike: a sweep answers once a seed.
+
+A file's name is a digest of all that the answers follow from: weights, rows, template, sampling, objectives,
+seed, layout. Whoever has the same digest has the same answers, whatever it trains with afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gapo_mega.evaluation.files import write_text
+from gapo_mega.files import local
+from gapo_mega.rollout.heldout import Answers
+from gapo_mega.runs.identity import TOTAL_UPDATES
+from gapo_mega.runs.lock import disk_errors
+from gapo_mega.runs.processes import Peers, agree
+
+logger = logging.getLogger(__name__)
+
+PARAMETER = "evaluation.shared"
+# Settings that begin to matter with the first update, and places of what counts by its contents.
+_LATER = (
+    *(
+        "output_dir",
+        "steps",
+        TOTAL_UPDATES,
+        "model.path",
+        "checkpoint.",
+        "logging.",
+        "evaluation.shown",
+        PARAMETER,
+    ),
+    *(
+        "aggregation.",
+        "scalarization.",
+        "advantages.",
+        "loss.",
+        "algorithm.",
+        "optimizer.",
+        "critic.",
+        "gradients.",
+    ),
+)
+
+
+class SharedAnswers:
+    """The answers of one digest: those that were there, or those that this run makes and leaves."""
+
+    def __init__(self, directory: str, record: Mapping[str, Any], world: int, everyone: Peers) -> None:
+        """Look for the answers; every rank gets what rank 0 sees.
+
+        Args:
+            directory: where they are kept; made if need be.
+            record: ``settings`` and ``contents`` of the run's ``Identity``.
+            world: processes of the run.
+            everyone: the run's ranks.
+        """
+        self._path = local(directory) / f"{digest(record, world)}.json"
+        self._is_main = everyone.is_main
+        seen: list[Answers | None] = [None]
+
+        def look() -> None:
+            if everyone.is_main:
+                seen[0] = self._read()
+
+        agree(everyone, look)
+        first = everyone.gather(None if seen[0] is None else dataclasses.asdict(seen[0]))[0]
+        self._found = None if first is None else Answers(**first)
+
+    def get(self, make: Callable[[], Answers]) -> Answers:
+        """The answers that were there, or else what ``make`` gives, which is kept for others."""
+        if self._found is not None:
+            if self._is_main:
+                logger.info("the held-out answers before training are those of %s", self._path)
+            return self._found
+        made = make()
+        if self._is_main:
+            with disk_errors(self._path.parent, PARAMETER):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Runs that begin at the same time write the same file: each one a whole one of its own.
+                own = self._path.with_name(f".{uuid.uuid4().hex}.json")
+                write_text(own, json.dumps(dataclasses.asdict(made), ensure_ascii=False) + "\n")
+                own.replace(self._path)
+        return made
+
+    def _read(self) -> Answers | None:
+        if not self._path.is_file():
+            return None
+        try:
+            return Answers(**json.loads(self._path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{PARAMETER}: found {self._path}, which no run has written so; accepted: another directory, "
+                "or to remove that file"
+            ) from None
+
+
+def digest(record: Mapping[str, Any], world: int) -> str:
+    """Of all that the answers of a policy before its first update follow from."""
+    settings = {key: value for key, value in record["settings"].items() if not key.startswith(_LATER)}
+    about = {"settings": settings, "contents": record["contents"], "world": world}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
