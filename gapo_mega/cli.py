@@ -15,6 +15,7 @@ import typer
 from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
 from gapo_mega.commands.convert import convert
+from gapo_mega.commands.evaluate import evaluate
 from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
@@ -41,6 +42,7 @@ app.command()(train)
 app.command()(train_pairs)
 app.command()(train_reward)
 app.command()(sft)
+app.command()(evaluate)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)
