@@ -64,6 +64,14 @@ def evaluate(
     refusals: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="Phrases of a refusal: gcg, first_person, or a file.")
     ] = "gcg",
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local,
+            metavar="PATH",
+            help="YAML file of a judge behind an OpenAI-compatible endpoint, which compares pairs. [none]",
+        ),
+    ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="The most likely token, in place of samples; without KL.")
     ] = False,
@@ -78,14 +86,16 @@ def evaluate(
     Goes on where an earlier call with the same settings stopped, and adds models and objectives to what is
     there. Runs as one process, as a process of torchrun, or starts local processes itself (--nproc).
     """
+    from gapo_mega.config.loading import load
     from gapo_mega.evaluation.intervals import Resampling
     from gapo_mega.evaluation.refusals import phrases
-    from gapo_mega.planning.methods import load
+    from gapo_mega.objectives.pairwise import PairwiseOptions
+    from gapo_mega.planning import methods
     from gapo_mega.runs.evaluate import Evaluation, Request
     from gapo_mega.runs.evaluated_models import find_models, find_reference
     from gapo_mega.runs.processes import Alone
 
-    settings = load(config, overrides or [])
+    settings = methods.load(config, overrides or [])
     if judges is not None:
         settings = _with_judges(settings, judges)
     if limit is not None and prompts is None:
@@ -107,6 +117,7 @@ def evaluate(
         overwrite=overwrite,
         thresholds=thresholds,
         how=Resampling(resamples=resamples, seed=settings.seed),
+        judge=None if judge is None else (load(judge, [], kind=PairwiseOptions), f"--judge {judge}"),
     )
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
@@ -123,6 +134,7 @@ def evaluate(
             "--threshold": threshold or [],
             "--refusals": [refusals],
             "--resamples": [resamples],
+            "--judge": [judge],
         }
         flags = [flag for flag, wanted in (("--greedy", greedy), (OVERWRITE, overwrite)) if wanted]
         launch.start(nproc, ["evaluate", *_written(options), *flags, *(overrides or [])])

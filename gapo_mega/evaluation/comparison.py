@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from gapo_mega.evaluation.answers import Answer
 from gapo_mega.evaluation.intervals import Array, Estimate, Resampling, estimates
+from gapo_mega.evaluation.judged import Judged
 from gapo_mega.evaluation.refusals import refuses
 from gapo_mega.evaluation.summary import LEAST_PROMPTS
 
-Finding = Literal["higher", "lower", "unclear", "equal", "too few prompts"]
+Finding = Literal["higher", "lower", "unclear", "equal", "same on every prompt", "too few prompts"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class Difference:
         low, high = self.estimate.low, self.estimate.high
         if self.equal == 1:
             return "equal"
-        if self.prompts < LEAST_PROMPTS or low is None or high is None:
+        if self.prompts < LEAST_PROMPTS:
             return "too few prompts"
+        if low is None or high is None:
+            return "same on every prompt"
         return "higher" if low > 0 else "lower" if high < 0 else "unclear"
 
 
@@ -79,6 +82,7 @@ class Comparison:
     measures: dict[str, str]
     models: list[ModelResult]
     differences: list[Difference]  # of every later model to every earlier one
+    judged: list[Judged] = field(default_factory=list)
 
     def of(self, model: str, against: str) -> list[Difference]:
         """The differences of one pair, in the order of the measures."""

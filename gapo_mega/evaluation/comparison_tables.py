@@ -12,6 +12,7 @@ from typing import Any
 
 from gapo_mega.evaluation.comparison import Comparison, Difference
 from gapo_mega.evaluation.intervals import Estimate
+from gapo_mega.evaluation.judged import Judged
 
 _CSV_COLUMNS = (
     *(
@@ -48,6 +49,8 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
     tables = [_of_models(comparison)]
     if others:
         tables.append(_of_differences(comparison, first, others))
+    if comparison.judged:
+        tables.append(_of_judge(comparison.judged))
     return tables
 
 
@@ -65,6 +68,12 @@ def notes(comparison: Comparison) -> list[str]:
             "Differences are paired: the same prompts. The shares are those of the prompts on which the "
             "measure is higher / equal / lower. Higher or lower: the interval leaves out 0, which by chance "
             "one in twenty does; nothing is corrected for the number of comparisons."
+        )
+    if comparison.judged:
+        lines.append(
+            "The judge saw every pair of first responses in both orders. Preferred: 1 in both, 0.5 for a "
+            "draw. A win needs both orders. Consistent: the same preference in both. First: verdicts for the "
+            "one that came first; 50% is a judge without that bias."
         )
     return lines
 
@@ -87,6 +96,22 @@ def _of_differences(comparison: Comparison, against: str, others: Sequence[str])
         for key, label in comparison.measures.items()
     ]
     return TextTable(f"Differences from {against}", ["", *others], rows)
+
+
+def _of_judge(found: Sequence[Judged]) -> TextTable:
+    columns = ["", "preferred", "won / tied / lost", "consistent", "first", "no verdict"]
+    rows = [
+        [
+            f"{each.rubric}: {each.model} against {each.against}",
+            interval(each.share),
+            " / ".join(f"{share:.0%}" for share in (each.wins, each.ties, each.losses)),
+            number(each.consistent, ".0%"),
+            number(each.first, ".0%"),
+            f"{each.silent}",
+        ]
+        for each in found
+    ]
+    return TextTable("Judge", columns, rows)
 
 
 def number(value: float | None, form: str = ".4g") -> str:
@@ -160,6 +185,10 @@ def csv_text(comparison: Comparison) -> str:
     for difference in comparison.differences:
         facts = {key: getattr(difference, key) for key in _FACTS}
         writer.writerow(facts | _numbers(difference.estimate, difference.prompts))
+    for each in comparison.judged:
+        line = {"model": each.model, "against": each.against, "measure": f"judge/{each.rubric}"}
+        line |= {"higher": each.wins, "equal": each.ties, "lower": each.losses}
+        writer.writerow(line | _numbers(each.share, each.prompts))
     return file.getvalue()
 
 
@@ -188,6 +217,7 @@ def as_json(comparison: Comparison, about: Mapping[str, Any]) -> str:
         "differences": [
             {**asdict(difference), "finding": difference.finding} for difference in comparison.differences
         ],
+        "judge": [asdict(each) for each in comparison.judged],
     }
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 

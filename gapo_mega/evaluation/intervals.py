@@ -25,7 +25,7 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its interval; None for both ends where one prompt tells none."""
+    """A mean over prompts and its interval; None for both ends where all prompts are alike."""
 
     mean: float
     low: float | None
@@ -36,14 +36,12 @@ def estimates(values_KP: Array, how: Resampling) -> list[Estimate]:
     """The means of K rows over the same P prompts, each with its BCa interval (Efron 1987).
 
     All rows see the same draws, and a row's interval does not depend on the others. A row of equal numbers
-    has an interval of length 0, which says nothing about other prompts.
+    has no interval: it has no spread to make one of.
     """
     means_K = values_KP.mean(axis=1)
-    if values_KP.shape[1] < 2:
-        return [Estimate(float(mean), None, None) for mean in means_K]
-    low_K, high_K = means_K.copy(), means_K.copy()
-    varying_K = np.ptp(values_KP, axis=1) > 0
-    if varying_K.any():
+    ends_K: list[tuple[float, float] | None] = [None] * len(values_KP)
+    varying_K = np.flatnonzero(np.ptp(values_KP, axis=1) > 0)
+    if len(varying_K):
         found: Any = bootstrap(
             (values_KP[varying_K],),
             np.mean,
@@ -55,6 +53,8 @@ def estimates(values_KP: Array, how: Resampling) -> list[Estimate]:
             batch=max(1, _AT_ONCE // values_KP.shape[1]),
             rng=np.random.default_rng(how.seed),
         ).confidence_interval
-        low_K[varying_K], high_K[varying_K] = found.low, found.high
-    rows = zip(means_K, low_K, high_K, strict=True)
-    return [Estimate(float(mean), float(low), float(high)) for mean, low, high in rows]
+        for row, low, high in zip(varying_K, found.low, found.high, strict=True):
+            ends_K[row] = float(low), float(high)
+    return [
+        Estimate(float(mean), *(ends or (None, None))) for mean, ends in zip(means_K, ends_K, strict=True)
+    ]

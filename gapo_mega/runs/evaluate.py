@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gapo_mega.models.huggingface.location import companions_of
 from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.response_scores import ResponseScorer
@@ -31,6 +32,7 @@ from gapo_mega.runs import fingerprints
 from gapo_mega.runs.answer_store import AnswerStore, Belonging
 from gapo_mega.runs.answering import BatchAnswerer, Divergence, Manner, batches
 from gapo_mega.runs.evaluated_models import NamedModel
+from gapo_mega.runs.judging import JUDGEMENTS_FILE, Judging
 from gapo_mega.runs.lock import DirectoryLock, check_free
 from gapo_mega.runs.preflight import check_answering, check_score_models
 from gapo_mega.runs.processes import Peers, agree, peers, world_size
@@ -54,6 +56,7 @@ class Request:
         limit: most prompts of that source; None: all.
         greedy: the most likely token in place of a sample.
         overwrite: generate anew what is there.
+        judge: of pairs of responses, and what errors call it; None: nobody is asked.
     """
 
     models: Sequence[NamedModel]
@@ -66,6 +69,7 @@ class Request:
     overwrite: bool = False
     thresholds: dict[str, float] = field(default_factory=dict)
     how: Resampling = field(default_factory=Resampling)
+    judge: tuple[PairwiseOptions, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,10 @@ class Evaluation:
         for name in request.thresholds:
             if name not in self._names:
                 raise ValueError(f"--threshold: found {name!r}, accepted: {', '.join(self._names)}")
+        if request.judge is not None:
+            PairwiseJudge(*request.judge)  # whose credentials are there
+            if len(request.models) < 2:
+                raise ValueError("--judge: found one model, accepted: two or more, which it compares")
         check_score_models(self.config, self._objectives, self._world)
         self._candidates = [self._candidate(named) for named in request.models]
         self._check_prompts()
@@ -215,6 +223,8 @@ class Evaluation:
         if not self.request.overwrite:
             for store in stores:  # all, before any is changed
                 store.check()
+        if self.request.overwrite:
+            (self.request.out / JUDGEMENTS_FILE).unlink(missing_ok=True)
         for store in stores:
             store.open(self.request.overwrite)
 
@@ -312,6 +322,16 @@ class Evaluation:
         by_name = dict(zip(names, answers, strict=True))
         asked = Asked(self._names, self._samples, self.request.thresholds, self.request.refusals)
         comparison = compare(by_name, asked, self.request.how)
+        self._write(comparison, by_name)  # before the judge, which may fail
+        if self.request.judge is not None:
+            judging = Judging(*self.request.judge, self.request.out / JUDGEMENTS_FILE)
+            prompts = self._candidates[0].prompts
+            found = judging.judge(prompts, by_name, self._samples, self.request.how)
+            comparison = replace(comparison, judged=found)
+            self._write(comparison, by_name)
+        return comparison
+
+    def _write(self, comparison: Comparison, answers: Mapping[str, Sequence[Answer]]) -> None:
         reference = self._reference
         about = {
             "paths": {each.named.name: str(each.named.source) for each in self._candidates},
@@ -319,8 +339,7 @@ class Evaluation:
             "prompt_source": self.request.prompts or "held-out prompts of the configuration",
             "sampling": {"greedy": self.request.greedy, **self.config.rollout.model_dump(mode="json")},
         }
-        write_comparison(self.request.out, comparison, by_name, about, self.config.evaluation.shown)
-        return comparison
+        write_comparison(self.request.out, comparison, answers, about, self.config.evaluation.shown)
 
 
 def _of_all(store: AnswerStore, numbers: Sequence[int]) -> list[Answer] | None:

@@ -75,6 +75,12 @@ def test_findings(shift: float, prompts: int, finding: str) -> None:
     assert comparison.of("b", "a")[0].finding == finding
 
 
+def test_a_difference_without_a_spread_is_no_finding() -> None:
+    by_name = {"a": answers([0.0] * 12), "b": answers([1.0] * 12)}
+    comparison = compare(by_name, asked(objectives=["kind"], samples=1), HOW)
+    assert comparison.of("b", "a")[0].finding == "same on every prompt"
+
+
 def test_every_pair_is_compared() -> None:
     by_name = {name: answers([1.0, 2.0]) for name in "abc"}
     comparison = compare(by_name, asked(objectives=["kind"], samples=1), HOW)

@@ -38,7 +38,8 @@ def test_json_and_csv_hold_every_number(tmp_path: Path, comparison: Comparison) 
     for name, model in document["models"].items():
         for key, found in model["measures"].items():
             row = by_key[name, "", key]
-            assert [float(row[end]) for end in ("value", "low", "high")] == list(found.values())
+            cells = [row[end] for end in ("value", "low", "high")]
+            assert [float(cell) if cell else None for cell in cells] == list(found.values())
     (difference,) = [d for d in document["differences"] if d["measure"] == "objective/kind"]
     row = by_key["new|2", "base_1", "objective/kind"]
     assert float(row["value"]) == difference["estimate"]["mean"] == pytest.approx(-8.5 / 3)

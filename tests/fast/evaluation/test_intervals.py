@@ -36,8 +36,8 @@ def test_rows_do_not_depend_on_each_other() -> None:
     values_KP[1] = 4.0
     how = Resampling(resamples=500, seed=7)
     together = estimates(values_KP, how)
-    assert together[1] == Estimate(4.0, 4.0, 4.0)
-    for k in range(3):
+    assert together[1] == Estimate(4.0, None, None)
+    for k in (0, 2):
         (alone,) = estimates(values_KP[k : k + 1], how)
         # The order of a sum depends on how many rows there are.
         assert astuple(alone) == pytest.approx(astuple(together[k]), rel=1e-12)
