@@ -16,6 +16,7 @@ from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
 from gapo_mega.commands.compare import compare
 from gapo_mega.commands.convert import convert
+from gapo_mega.commands.evaluate import evaluate
 from gapo_mega.commands.info import info, installed
 from gapo_mega.commands.plan import plan
 from gapo_mega.commands.serve_reward import serve_reward
@@ -45,6 +46,7 @@ app.command()(train_reward)
 app.command()(sft)
 app.command()(sweep)
 app.command()(compare)
+app.command()(evaluate)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)

@@ -81,6 +81,26 @@ def load_prompts(
     return kept, heldout
 
 
+def load_questions(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """The distinct prompts of the source ``name``, its first ``limit`` if that is given, in its order.
+
+    ``data`` says how they are read; its split and subset are those of held-out prompts. Errors as
+    ``load_prompts``.
+    """
+    packaged = name.startswith(PACKAGE_PREFIX)
+    source = replace(
+        heldout_source(name, PACKAGED_HELDOUT if packaged else data.heldout_split, data.heldout_subset),
+        parameter="--prompts",
+    )
+    return _distinct(_read(PromptEncoder(data, tokenizer, columns), source))[:limit]
+
+
 @dataclass(frozen=True)
 class PromptPosition:
     """Where a run stands in its prompts, as its checkpoint holds it. The same on every rank."""

@@ -7,7 +7,7 @@ every rank of the world calls them in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from gapo_mega.config import RolloutConfig
 from gapo_mega.models.score_head import ScoreHead
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.planning.setups import AnsweringSetup
+from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
 from gapo_mega.types import Experience, Generation, TokenBatch
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
@@ -190,8 +191,8 @@ class RunEngine(Ranks, Protocol):
         ...
 
 
-class Engine(RunEngine, Protocol):
-    """Policy, reference and critic on this world of ranks."""
+class Answering(Ranks, Protocol):
+    """A policy that answers and is scored, and its reference."""
 
     @property
     def generator(self) -> Generator:
@@ -206,15 +207,31 @@ class Engine(RunEngine, Protocol):
         """
         ...
 
-    def values(self, batch: TokenBatch) -> Tensor:
-        """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is sampled."""
-        ...
-
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
         """The frozen score model that an objective requests, in the policy's layout.
 
         Raises ``ValueError`` if it is not a score model or does not fit the layout.
         """
+        ...
+
+
+class AnsweringEngine(Answering, Protocol):
+    """Policies that answer and never learn, one after another."""
+
+    def take(self, setup: AnsweringSetup) -> None:
+        """Load these models in place of the earlier ones, in the same layout; score models stay."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
+
+class Engine(RunEngine, Answering, Protocol):
+    """Policy, reference and critic on this world of ranks."""
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is sampled."""
         ...
 
     def update_policy(
@@ -254,33 +271,6 @@ class BenchmarkEngine(Engine, Protocol):
     def largest(self, value: int) -> int:
         """All-reduce: the maximum of all ranks' values."""
         ...
-
-
-@dataclass(frozen=True)
-class SupervisedSetup:
-    """What it takes to build a supervised engine.
-
-    Attributes:
-        shape: of the model; with fewer layers than the source has, the model takes the first ones.
-        source: Hugging Face directory or Megatron checkpoint.
-        model, parallel, optimizer: sections of the configuration.
-        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
-        micro_batch: rows of a microbatch.
-        seed: of the model-parallel random numbers.
-        config: entries of the trained model's ``config.json`` that differ from the source's.
-        chat_template: Jinja text to store with the trained model; None: the source's own.
-    """
-
-    shape: ModelShape
-    source: Path
-    model: ModelConfig
-    parallel: ParallelConfig
-    optimizer: OptimizerConfig
-    total_steps: int
-    micro_batch: int
-    seed: int
-    config: Mapping[str, object]
-    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -327,6 +317,13 @@ def build_benchmark_engine(resolved: ResolvedRun) -> BenchmarkEngine:
     from gapo_mega.engine.megatron.engine import MegatronEngine
 
     return MegatronEngine(resolved, pad_id=0, eos_ids=[0])
+
+
+def build_answering_engine(setup: AnsweringSetup) -> AnsweringEngine:
+    """Build models that answer, without gradients and optimizers, and load them."""
+    from gapo_mega.engine.megatron.answering import MegatronAnswers
+
+    return MegatronAnswers(setup)
 
 
 def build_pair_engine(

@@ -37,7 +37,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     _check_batches(config, data_parallel)
     check_interleaving(config.parallel, shape, microbatches(config, data_parallel))
     check_gradients(config, shape, data_parallel)
-    _check_lengths(config, shape)
+    check_lengths(config, shape)
     _check_samples(config, estimator)
 
 
@@ -122,7 +122,8 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 
 
-def _check_lengths(config: Config, shape: ModelShape) -> None:
+def check_lengths(config: Config, shape: ModelShape) -> None:
+    """Raise a one-line ``ValueError`` for sequences that are longer than the model's."""
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     if prompt + response > shape.max_positions:
         raise ValueError(

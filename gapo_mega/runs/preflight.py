@@ -30,7 +30,7 @@ from gapo_mega.models.registry import shape_of
 from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective
-from gapo_mega.planning.layout import check_layout, check_model_split
+from gapo_mega.planning.layout import check_layout, check_lengths, check_model_split
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
@@ -71,6 +71,24 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
         cards=models.cards,
         scalarizer=_scalarizer(config, estimator),
     )
+
+
+def check_answering(config: Config, path: str, parameter: str, world_size: int) -> ModelShape:
+    """The shape of a language model that answers in the configuration's layout and lengths.
+
+    Raises ``ValueError``, beginning with ``parameter``, where it does not fit.
+    """
+    with _errors_of(parameter):
+        shape = _policy_shape(_Configurations(False), path)
+        _check_weights(path)
+        check_model_split(config.parallel, shape, world_size)
+        check_lengths(config, shape)
+    return shape
+
+
+def check_score_models(config: Config, built: Sequence[Objective], world_size: int) -> None:
+    """Raise ``ValueError`` for a score model of the objectives that is none or does not fit the layout."""
+    _score_models(_Configurations(False), config, built, world_size)
 
 
 def preview(config: Config, *, shapes_only: bool = False) -> list[str]:

@@ -1,0 +1,74 @@
+"""Scores of responses by every objective, checked, the same on every rank of a replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gapo_mega.engine.base import Ranks
+from gapo_mega.objectives.base import Objective
+from gapo_mega.types import Prompt, ResponseFacts
+
+
+def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> list[float]:
+    """The scores of one objective, one for each of ``prompts``, as numbers that are finite in float32."""
+    if len(scores) != len(prompts):
+        raise ValueError(
+            f"objective {name!r}: found {len(scores)} scores, accepted: {len(prompts)}, one for each response"
+        )
+    limit = torch.finfo(torch.float32).max
+    for i, score in enumerate(scores):
+        number = isinstance(score, int | float)
+        if not number or not abs(score) <= limit:  # a comparison, so that NaN is refused as well
+            raise ValueError(
+                f"objective {name!r}: found the score {score!r} for response {i}, an answer to prompt "
+                f"{prompts[i].index}, accepted: a finite number within {limit:.3g}, the range of float32"
+            )
+    return [float(score) for score in scores]
+
+
+class ResponseScorer:
+    """Asks every objective."""
+
+    def __init__(self, ranks: Ranks, objectives: Sequence[Objective]) -> None:
+        self._ranks = ranks
+        self._objectives = objectives
+
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> Tensor:
+        """``[M, B]`` float32. Each response is scored once per replica, not once per rank.
+
+        ``facts``: without them, an objective that asks for token counts or ``finished`` refuses to score.
+        Raises ``ValueError``, on every rank of the replica, unless every objective gives one number per
+        response that is finite in float32.
+        """
+        local = [objective for objective in self._objectives if objective.wanted_model is None]
+        by_name = self._on_first_rank(local, prompts, responses, facts)
+        for objective in self._objectives:
+            if objective.wanted_model is not None:  # a model over all ranks of the replica
+                by_name[objective.name] = objective.score(prompts, responses, facts)
+        rows = [_checked(objective.name, by_name[objective.name], prompts) for objective in self._objectives]
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(responses))
+
+    def _on_first_rank(
+        self,
+        objectives: Sequence[Objective],
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        facts: ResponseFacts | None,
+    ) -> dict[str, list[float]]:
+        """Scores by objective on every rank; the replica's first rank computes them."""
+        first = self._ranks.layout.tensor_rank == 0 and self._ranks.layout.pipeline_rank == 0
+        outcome: dict[str, list[float]] | Exception = {}
+        if first:
+            try:
+                outcome = {each.name: each.score(prompts, responses, facts) for each in objectives}
+            except Exception as error:  # every rank must learn of it, or the others wait for ever
+                outcome = error
+        outcome = self._ranks.broadcast_in_replica(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome

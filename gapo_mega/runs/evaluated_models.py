@@ -1,0 +1,96 @@
+"""The models that an evaluation names: where they are, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gapo_mega.files import local
+from gapo_mega.models.huggingface import location
+from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, checkpoint_path, complete_steps
+from gapo_mega.runs.directory import EXPORT_FOLDER, MANIFEST_FILE, read_manifest
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_MODEL, _REFERENCE = "--model", "--reference"
+_RESERVED = {".", ".."}
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model, and where it lies: a Hugging Face directory or a checkpoint."""
+
+    name: str
+    given: str  # as the user named it
+    source: Path
+    parameter: str = _MODEL
+
+
+def find_models(given: Sequence[str]) -> list[NamedModel]:
+    """The models of ``PATH`` or ``NAME=PATH``: directory or hub name, checkpoint, run directory.
+
+    Of a run it takes the newest of its checkpoints and the exported model. Raises ``ValueError`` for what is
+    none of these, and for two models of one name.
+    """
+    if not given:
+        raise ValueError(f"{_MODEL}: found none, accepted: one or more")
+    found = [find_model(text) for text in given]
+    twice = [name for name, count in Counter(model.name for model in found).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{_MODEL}: found two models called {twice[0]!r}, accepted: NAME=PATH with names that differ"
+        )
+    return found
+
+
+def find_reference(given: str, models: Sequence[NamedModel]) -> NamedModel:
+    """The model of ``models`` that is called ``given``, or else another one, by its place."""
+    named = next((model for model in models if given in (model.name, model.given)), None)
+    return named or find_model(given, _REFERENCE)
+
+
+def find_model(text: str, parameter: str = _MODEL) -> NamedModel:
+    """One model; errors as ``find_models``."""
+    name, equals, path = text.partition("=")
+    if not equals or local(text).exists():  # "=" may be a character of a path
+        name, path = "", text
+    elif not _NAME.fullmatch(name) or name in _RESERVED:
+        raise ValueError(
+            f"{parameter}: found the name {name!r} in {text!r}, accepted: letters, digits, '_', '.' and '-'"
+        )
+    directory = local(path)
+    called = name or _called(directory)
+    if not (directory / MANIFEST_FILE).is_file():
+        return NamedModel(called, text, location.resolve(path, parameter), parameter)
+    return NamedModel(called, text, _of_run(directory, parameter), parameter)
+
+
+def _called(directory: Path) -> str:
+    """A name from the last part of a path; of what a run keeps below its directory, with the run's name."""
+    parts = directory.absolute().parts
+    if len(parts) > 2 and parts[-2] == CHECKPOINTS_FOLDER:
+        name = f"{parts[-3]}-{parts[-1]}"
+    elif len(parts) > 2 and parts[-1] == EXPORT_FOLDER:
+        name = parts[-2]
+    else:
+        name = parts[-1]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+
+
+def _of_run(run: Path, parameter: str) -> Path:
+    manifest = read_manifest(run)
+    assert manifest is not None
+    steps = complete_steps(run / CHECKPOINTS_FOLDER)
+    export = run / EXPORT_FOLDER
+    exported = (export / "config.json").is_file()
+    # Without its end the run has gone on since it exported.
+    if exported and (not steps or (manifest.finished is not None and steps[-1] <= manifest.finished)):
+        return export
+    if not steps:
+        raise ValueError(
+            f"{parameter}: found {run}, a run without a checkpoint or an exported model, accepted: one that "
+            "has written one"
+        )
+    return checkpoint_path(run / CHECKPOINTS_FOLDER, steps[-1])
