@@ -150,11 +150,10 @@ def evaluate(
 def _written(options: Mapping[str, Sequence[object]]) -> list[str]:
     """Options as they stand on a command line; one that is None does not."""
     return [
-        text
+        f"{option}={value}"  # in one word, because a value may begin with "-"
         for option, values in options.items()
         for value in values
         if value is not None
-        for text in (option, str(value))
     ]
 
 

@@ -41,7 +41,8 @@ def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
             found = Path(snapshot_download(str(name_or_path), allow_patterns=_PICKLED_PATTERNS))
         return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"{parameter}: found {str(name_or_path)!r}, which is neither a local directory (looked at "
-            f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {error}"
+            f"{path.absolute()}) nor a Hugging Face repository, cached or within reach: {reason}"
         ) from error
