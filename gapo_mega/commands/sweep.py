@@ -157,8 +157,14 @@ class _Plan:
             raise typer.Exit(UNFINISHED)
 
     def collect(self) -> None:
-        """Write the results of what has ended."""
-        self._report({task.name: task.state().name for task in self._all}, final=False)
+        """Write the results of what has ended. Raises ``ValueError`` for a run of other settings."""
+        from gapo_mega.runs.sweep_states import check_same
+
+        states = {task.name: task.state().name for task in self._all}
+        for task in self.tasks:
+            if states[task.name] == "finished":
+                check_same(task.directory, task.config)
+        self._report(states, final=False)
 
     def run_point(self, wanted: str) -> None:
         """Become the run of one point, or return where it has ended."""

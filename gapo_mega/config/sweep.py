@@ -13,6 +13,9 @@ METHOD, PREFERENCE = "method", "preference"
 # What a sweep itself sets in every point, and where its file says it.
 _OWN = {"seed": "seeds", "output_dir": "output_dir"}
 
+# Of where and what a run writes: points that differ in nothing else could not be told apart.
+_WITHOUT_EFFECT = ("checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+
 
 class WarmStart(Section):
     """A run that is trained once; its exported model is the ``model.path`` of every point."""
@@ -63,6 +66,10 @@ class SweepConfig(Section):
         for key, values in grid.items():
             if key in _OWN:
                 raise ValueError(f"found the key {key}, accepted: {_OWN[key]} of the sweep")
+            if key.startswith(_WITHOUT_EFFECT):
+                raise ValueError(
+                    f"found the key {key}, which changes no number; accepted: settings of the sweep"
+                )
             if not values:
                 raise ValueError(f"found no value for {key}, accepted: one or more")
             texts = [json.dumps(value, sort_keys=True, default=str) for value in values]

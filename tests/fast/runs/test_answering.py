@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.evaluation.answers import Answer
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.response_scores import ResponseScorer
 from gapo_mega.runs.answering import BatchAnswerer, Divergence, Manner, batches
 from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
 from tests.helpers.fake_runs import PROMPTS
 from tests.helpers.scoring import Length
+from tests.helpers.team import Member, Team
 
 
 def answerer(
@@ -84,3 +86,21 @@ def test_scores_that_are_there_stay() -> None:
 )
 def test_batches(arguments: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
     assert [(each.start, each.stop) for each in batches(*arguments)] == expected
+
+
+def test_ranks_share_a_batch_and_have_all_of_it() -> None:
+    """Two replicas of two ranks each; the last batch has a prompt for one of them alone."""
+    team = Team(world=4, data=2)
+
+    def work(member: Member) -> list[list[Answer] | None]:
+        asked = answerer(member)
+        first = asked.answer(range(0, 3))
+        told = asked.told(first[:2] if member.layout.is_main else None)
+        return [first, asked.answer(range(3, 4)), told, asked.score(first)]
+
+    first, *others = team.run(work)
+    assert others == [first] * 3
+    assert first[0] is not None and first[1] is not None
+    assert [(a.number, a.sample) for a in first[0] + first[1]] == [divmod(i, 2) for i in range(8)]
+    assert first[2] == first[0][:2] and first[3] == first[0]
+    assert [len(member.prompts) for member in team.members] == [4 + 2, 4 + 2, 2, 2]

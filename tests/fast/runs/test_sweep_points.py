@@ -143,6 +143,7 @@ def test_values_arrive_as_they_are(tmp_path: Path) -> None:
         ({"grid": {"optimizer.lrr": [1.0]}}, "the nearest is 'lr'"),
         ({"grid": {"seed": [1, 2]}}, "found the key seed, accepted: seeds"),
         ({"grid": {"method": []}}, "no value for method"),
+        ({"grid": {"checkpoint.keep": [1, 2]}}, "found the key checkpoint.keep, which changes no number"),
         ({"grid": {"preference": [0.5]}}, "found the preference 0.5"),
         ({"grid": {"optimizer.lr": [1e-5, 1e-5]}}, "found a value of optimizer.lr twice"),
         ({"seeds": [1, 1]}, "accepted: each once"),
