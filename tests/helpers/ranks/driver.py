@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.helpers.ranks import worlds
 
 _NAMES = (
+    "answering",
     "assumptions",
     "averages",
     "checkpoint",
