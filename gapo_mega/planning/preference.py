@@ -41,11 +41,15 @@ def preference_key(config: Config) -> str | None:
     else:
         kind = find("scalarization.name", scalarization.scalarizers(), Scalarizer, name)
     accepted = inspect.signature(kind).parameters
+    build = aggregation.build if section == "aggregation" else scalarization.build
+    build(name, **options)
     for option in candidates:
         if option not in accepted:
             continue
-        build = aggregation.build if section == "aggregation" else scalarization.build
-        built = build(name, **{**options, option: equal})
+        try:
+            built = build(name, **{**options, option: equal})
+        except ValueError:  # an option that these others rule out, as that of gapo without rates
+            continue
         if option in built.per_objective():
             return f"{section}.options.{option}"
     return None

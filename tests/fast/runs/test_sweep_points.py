@@ -73,6 +73,12 @@ def test_the_preference_goes_where_the_method_takes_it(
     assert chosen.name == method and chosen.options[option] == [0.3, 0.7]
 
 
+def test_gapo_takes_a_preference_with_rates(tmp_path: Path) -> None:
+    method = {"name": "gapo", "options": {"rates": "adaptive"}}
+    (point,), notes = expand(tmp_path, grid={"method": [method], "preference": [[0.3, 0.7]]})
+    assert point.config.aggregation.options["preference"] == [0.3, 0.7] and not notes
+
+
 def test_a_preference_of_the_base_s_own_method(tmp_path: Path) -> None:
     settings = {"aggregation": {"name": "p_gapo", "options": {"scale": "mean_norm"}}}
     (point,), _ = expand(tmp_path, settings=settings, grid={"preference": [[0.3, 0.7]]})
