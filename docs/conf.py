@@ -60,6 +60,7 @@ docs/pipeline
 docs/commands
 docs/pairs
 docs/sweep
+docs/evaluate
 docs/data
 docs/run_directories
 docs/rewards
@@ -70,6 +71,7 @@ docs/scalarizers
 docs/glossary
 docs/memory
 docs/gpu
+docs/versions
 docs/extending
 docs/reference/configuration
 docs/reference/python
@@ -80,6 +82,8 @@ docs/reference/python
 :caption: How it works
 docs/methods
 docs/maths
+docs/losses
+docs/kl
 docs/fidelity
 docs/gradients
 docs/kernels
