@@ -33,7 +33,7 @@ autodoc_typehints = "signature"
 # have a page of their own, docs/reference/configuration.md.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!gapo_mega).*"),
-    (r"py:class", r"gapo_mega\.(config\..*|types\.AnyBatch|objectives\.base\.Objective)"),
+    (r"py:class", r"gapo_mega\.(config\..*|types\.AnyBatch|objectives\.base\.(Objective|SharedCall))"),
 ]
 
 html_theme = "furo"
