@@ -48,43 +48,53 @@ def each_alone(cotangents_MBT: Tensor) -> list[Factor]:
     ]
 
 
-def rank(cotangents_MBT: Tensor) -> int:
-    """The least R for these cotangents, at most M; M if one is NaN or Inf.
+class Directions:
+    """The principal directions of every sequence's cotangents over the objectives, found once.
 
-    Waits for the device once.
+    Every objective is first scaled to its largest cotangent: a small one's gradient is as exact as a large
+    one's.
     """
-    if not bool(cotangents_MBT.isfinite().all()):
-        return len(cotangents_MBT)
-    scaled_MBT, _ = _scaled(cotangents_MBT)
-    basis_BMM = _basis(scaled_MBT)
-    errors = [
-        _projection(scaled_MBT, basis_BMM[:, :, :count]).sub_(scaled_MBT).abs_().amax()
-        for count in range(1, len(cotangents_MBT))
-    ]
-    for index, error in enumerate(torch.stack(errors).tolist() if errors else []):
-        if error <= TOLERANCE:
-            return index + 1
-    return len(cotangents_MBT)
 
+    def __init__(self, cotangents_MBT: Tensor) -> None:
+        """Waits for the device."""
+        self._cotangents_MBT = cotangents_MBT
+        # Where a cotangent is NaN or Inf, every objective has a pass of its own, and there are no directions.
+        self._known = len(cotangents_MBT) > 1 and bool(cotangents_MBT.isfinite().all())
+        if self._known:
+            self._scaled_MBT, self._scale_M = _scaled(cotangents_MBT)
+            self._basis_BMM = _basis(self._scaled_MBT)
 
-def factors(cotangents_MBT: Tensor, count: int) -> list[Factor]:
-    """``count`` passes, of which those with the most of every sequence's cotangents come first.
+    @property
+    def rank(self) -> int:
+        """The least R for these cotangents, at most M; M if one is NaN or Inf. Waits for the device."""
+        most = len(self._cotangents_MBT)
+        if not self._known:
+            return most
+        errors = [
+            _projection(self._scaled_MBT, self._basis_BMM[:, :, :count]).sub_(self._scaled_MBT).abs_().amax()
+            for count in range(1, most)
+        ]
+        for index, error in enumerate(torch.stack(errors).tolist()):
+            if error <= TOLERANCE:
+                return index + 1
+        return most
 
-    ``count`` of M or more gives ``each_alone``. Otherwise each sequence is projected on its ``count``
-    principal directions over the objectives, after every objective is scaled to its largest cotangent: a
-    small objective's gradient is as exact as a large one's.
-    """
-    if count >= len(cotangents_MBT):
-        return each_alone(cotangents_MBT)
-    scaled_MBT, scale_M = _scaled(cotangents_MBT)
-    basis_BMM = _basis(scaled_MBT)
-    found = []
-    for index in range(count):
-        direction_BM = basis_BMM[:, :, index]
-        cotangent_BT = torch.einsum("bm,mbt->bt", direction_BM, scaled_MBT)
-        coefficients_MB = (direction_BM.t() * scale_M[:, None]).cpu()
-        found.append(Factor(coefficients_MB, cotangent_BT.float()))
-    return found
+    def factors(self, count: int) -> list[Factor]:
+        """``count`` passes, of which those with the most of every sequence's cotangents come first.
+
+        ``count`` is at least ``rank``; M or more gives ``each_alone``. Otherwise each sequence is projected
+        on its ``count`` principal directions.
+        """
+        if count >= len(self._cotangents_MBT):
+            return each_alone(self._cotangents_MBT)
+        assert self._known, "cotangents that are not finite have a pass of their own each"
+        found = []
+        for index in range(count):
+            direction_BM = self._basis_BMM[:, :, index]
+            cotangent_BT = torch.einsum("bm,mbt->bt", direction_BM, self._scaled_MBT)
+            coefficients_MB = (direction_BM.t() * self._scale_M[:, None]).cpu()
+            found.append(Factor(coefficients_MB, cotangent_BT.float()))
+        return found
 
 
 def along(cotangents_MBT: Tensor, coefficients_MB: Tensor) -> tuple[Tensor, bool]:

@@ -98,7 +98,8 @@ class OnePass(Shards):
         del logits_NV
         losses_M, cotangents_MBX = _cotangents(task, policy_BX, batch)
         clock.lap("forward")
-        passes = cotangents.factors(cotangents_MBX, self._rank(cotangents_MBX))
+        directions = cotangents.Directions(cotangents_MBX)
+        passes = directions.factors(self._agreed_rank(directions.rank))
         for number, factor in enumerate(passes, start=1):
             self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only)
             backwards.last = number == len(passes)
@@ -106,9 +107,8 @@ class OnePass(Shards):
         clock.lap("backward")
         return losses_M
 
-    def _rank(self, cotangents_MBX: Tensor) -> int:
+    def _agreed_rank(self, found: int) -> int:
         """The number of passes; all tensor ranks take equally many."""
-        found = cotangents.rank(cotangents_MBX)
         if self.groups.layout.tensor == 1:
             return found
         largest = torch.tensor(found)

@@ -33,8 +33,8 @@ def test_as_many_factors_as_the_fullest_sequence_has_directions(rank: int) -> No
     numpys = max(
         np.linalg.matrix_rank((found / SIZES)[:, s].double().numpy(), tol=1e-5) for s in range(SEQUENCES)
     )
-    assert cotangents.rank(found) == rank == numpys
-    error = (rebuilt(cotangents.factors(found, rank)) - found).abs().amax(dim=(1, 2))
+    assert cotangents.Directions(found).rank == rank == numpys
+    error = (rebuilt(cotangents.Directions(found).factors(rank)) - found).abs().amax(dim=(1, 2))
     # float32 of the cotangents; every objective against its own size.
     assert bool((error <= 1e-6 * found.abs().amax(dim=(1, 2))).all())
 
@@ -42,25 +42,26 @@ def test_as_many_factors_as_the_fullest_sequence_has_directions(rank: int) -> No
 def test_too_few_factors_are_noticed_in_the_smallest_objective() -> None:
     """One element of one sequence, by a hundred thousandth of its objective's size."""
     found = made(1)
-    assert cotangents.rank(found) == 1
+    assert cotangents.Directions(found).rank == 1
     found[1, 2, 5] += 1e-5 * found[1].abs().max()
-    assert cotangents.rank(found) == 2
+    assert cotangents.Directions(found).rank == 2
 
 
 def test_an_objective_without_any_cotangents_has_coefficients_of_zero() -> None:
     found = made(1)
     found[2] = 0.0
-    (factor,) = cotangents.factors(found, cotangents.rank(found))
+    directions = cotangents.Directions(found)
+    (factor,) = directions.factors(directions.rank)
     assert not factor.coefficients_MB[2].any() and factor.coefficients_MB[0].all()
-    assert cotangents.rank(torch.zeros(OBJECTIVES, SEQUENCES, LENGTH)) == 1
+    assert cotangents.Directions(torch.zeros(OBJECTIVES, SEQUENCES, LENGTH)).rank == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_with_its_objective(value: float) -> None:
     found = made(1)
     found[3, 0, 0] = value
-    assert cotangents.rank(found) == OBJECTIVES
-    for index, factor in enumerate(cotangents.factors(found, OBJECTIVES)):
+    assert cotangents.Directions(found).rank == OBJECTIVES
+    for index, factor in enumerate(cotangents.Directions(found).factors(OBJECTIVES)):
         assert factor.only == index
         torch.testing.assert_close(factor.cotangent_BT, found[index], rtol=0, atol=0, equal_nan=True)
         assert factor.coefficients_MB.tolist() == [[float(k == index)] * SEQUENCES for k in range(OBJECTIVES)]
@@ -68,14 +69,15 @@ def test_what_is_not_finite_stays_with_its_objective(value: float) -> None:
 
 def test_one_objective() -> None:
     found = made(1)[:1]
-    (factor,) = cotangents.factors(found, cotangents.rank(found))
+    directions = cotangents.Directions(found)
+    (factor,) = directions.factors(directions.rank)
     assert factor.only == 0 and torch.equal(factor.cotangent_BT, found[0])
 
 
 class TestAlong:
     def test_given_coefficients_up_to_a_factor(self) -> None:
         found = made(1)
-        (factor,) = cotangents.factors(found, 1)
+        (factor,) = cotangents.Directions(found).factors(1)
         cotangent_BT, fits = cotangents.along(found, 0.01 * factor.coefficients_MB)
         assert fits
         again = rebuilt([cotangents.Factor(0.01 * factor.coefficients_MB, cotangent_BT)])
@@ -85,7 +87,7 @@ class TestAlong:
     @pytest.mark.parametrize("what", ["direction", "coefficient", "nan", "zero"])
     def test_what_does_not_fit(self, what: str) -> None:
         found = made(1)
-        (factor,) = cotangents.factors(found, 1)
+        (factor,) = cotangents.Directions(found).factors(1)
         coefficients_MB = factor.coefficients_MB.clone()
         if what == "direction":
             found[0, 0] = found[0, 0].flip(0)
@@ -100,7 +102,7 @@ class TestAlong:
     def test_sequences_without_advantages(self) -> None:
         found = made(1)
         found[:, 0] = 0.0
-        (factor,) = cotangents.factors(found, 1)
+        (factor,) = cotangents.Directions(found).factors(1)
         coefficients_MB = factor.coefficients_MB.clone()
         coefficients_MB[:, 0] = 0.0
         cotangent_BT, fits = cotangents.along(found, coefficients_MB)
