@@ -14,6 +14,7 @@ from gapo_mega import commands, optional
 from gapo_mega.cli import app, main
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
+from tests.helpers.here import Here
 from tests.helpers.run_files import write_run_file
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -22,31 +23,6 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_file(tmp_path_factory.mktemp("cli"))
-
-
-class Here:
-    """The command inside this process, where heavy imports have been paid for already."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
-        self._capture.readouterr()
-        self._patch.setattr(sys, "argv", ["gapo-mega", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = self._capture.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, output.out, output.err
-
-    def refused(self, *arguments: str) -> str:
-        """The one line that a user error prints."""
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, "")
-        (line,) = err.strip().splitlines()
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from gapo_mega.cli import main
 from gapo_mega.runs.lock import DirectoryLock
+from tests.helpers.here import Here
 from tests.helpers.run_files import write_run_file
 
 GRID = {"method": ["p_gapo", "gapo"], "preference": [[0.2, 0.8], [0.8, 0.2]]}
@@ -29,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Here:
-    """The command inside this process."""
+class Sweeps:
+    """The command inside this process, on files that it writes for sweeps."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._patch, self._capture = folder, patch, capture
+    def __init__(self, folder: Path, call: Here) -> None:
+        self.folder, self._call = folder, call
 
     def sweep(self, *options: str, out: str = "out", **keys: Any) -> str:
         """Standard output of a command that ends well."""
@@ -54,23 +53,14 @@ class Here:
         path.write_text(yaml.safe_dump({**settings, **keys}))
         return str(path)
 
-    def _call(self, *arguments: str) -> tuple[int, str, str]:
-        self._capture.readouterr()
-        self._patch.setattr(sys, "argv", ["gapo-mega", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = self._capture.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, output.out, output.err
-
 
 @pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweeps:
     monkeypatch.setenv("COLUMNS", "120")
-    return Here(folder, monkeypatch, capsys)
+    return Sweeps(folder, Here(monkeypatch, capsys))
 
 
-def test_a_dry_run_lists_every_point_and_writes_nothing(here: Here) -> None:
+def test_a_dry_run_lists_every_point_and_writes_nothing(here: Sweeps) -> None:
     output = here.sweep("--dry-run")
     assert "gapo takes no preference: one point a seed in place of 2" in output
     assert "p_gapo-0.2_0.8-seed1" in output and "gapo-seed2" in output
@@ -78,7 +68,7 @@ def test_a_dry_run_lists_every_point_and_writes_nothing(here: Here) -> None:
     assert not (here.folder / "out").exists()
 
 
-def test_every_point_is_checked_as_its_run_would(here: Here) -> None:
+def test_every_point_is_checked_as_its_run_would(here: Sweeps) -> None:
     line = here.refused("--dry-run", grid={"method": ["p_gapo"], "preference": [[0.5, 0.5], [0.2, 0.2, 0.6]]})
     assert line.startswith("point 2 (p_gapo-0.2_0.2_0.6-seed1): aggregation.options")
     assert "found 3 numbers" in line and line.endswith("; 1 more like this")
@@ -88,14 +78,14 @@ def test_every_point_is_checked_as_its_run_would(here: Here) -> None:
     assert "model.path" in line and "point 0" in line
 
 
-def test_what_the_front_needs(here: Here) -> None:
+def test_what_the_front_needs(here: Sweeps) -> None:
     assert "front.objectives: found harmless" in here.refused("--dry-run", front={"objectives": ["harmless"]})
     line = here.refused("--dry-run", front={"reference_point": {"concise": 0.0}})
     assert "front.reference_point: found concise, accepted: one number for each of concise, plain" in line
     assert "data.heldout_prompts: found 0" in here.refused("--dry-run", settings={"data.heldout_prompts": 0})
 
 
-def test_a_frozen_reference_point_does_not_move(here: Here) -> None:
+def test_a_frozen_reference_point_does_not_move(here: Sweeps) -> None:
     frozen = {"values": {"concise": -0.5, "plain": 0.25}, "from": "elsewhere"}
     (here.folder / "frozen").mkdir()
     (here.folder / "frozen" / "results.json").write_text(json.dumps({"reference_point": frozen}))
@@ -109,24 +99,24 @@ def test_a_frozen_reference_point_does_not_move(here: Here) -> None:
     assert [point["state"] for point in found["points"]] == ["new"] * 6
 
 
-def test_a_point_in_use_is_seen(here: Here) -> None:
+def test_a_point_in_use_is_seen(here: Sweeps) -> None:
     with DirectoryLock(here.folder / "busy" / "points" / "gapo-seed1", "gapo-mega train"):
         assert "6 points: 1 running, 5 new" in here.sweep("--dry-run", out="busy")
 
 
-def test_a_slurm_job_has_a_task_for_every_point(here: Here) -> None:
+def test_a_slurm_job_has_a_task_for_every_point(here: Sweeps) -> None:
     script = here.sweep("--slurm", "--nproc", "2", out="a sweep")
     assert "#SBATCH --array=0-5" in script and "#SBATCH --gpus-per-node=2" in script
     assert "#SBATCH --job-name=a-sweep" in script
     assert "POINT=warm_start" not in script
 
 
-def test_a_point_that_is_none(here: Here) -> None:
+def test_a_point_that_is_none(here: Sweeps) -> None:
     assert "--point: found 6, accepted: 0 to 5" in here.refused("--point", "6")
     assert "--collect: found beside --point" in here.refused("--point", "1", "--collect")
 
 
-def test_points_wait_for_the_warm_start(here: Here) -> None:
+def test_points_wait_for_the_warm_start(here: Sweeps) -> None:
     chats = here.folder / "chats.jsonl"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     chats.write_text((json.dumps({"messages": messages}) + "\n") * 20)

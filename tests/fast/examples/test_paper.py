@@ -15,13 +15,10 @@ from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "examples" / "paper"
 NAMES = ["fast_rl", "gapo_p1", "gapo_p2", "mgda", "p_gapo", "ppo_h", "ppo_s", "safe_rlhf"]
-SCALARIZED = ["fast_rl", "safe_rlhf"]
 
 
 @pytest.fixture(params=NAMES)
 def config(request: pytest.FixtureRequest) -> Config:
-    if request.param in SCALARIZED and "scalarization" not in Config.model_fields:
-        pytest.skip("scalarizers are not there")
     return load(FOLDER / f"{request.param}.yaml")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
 from tests.helpers.aggregators import OnDevice, OnHost, Recorded, Remembering
 from tests.helpers.policy_gradients import PARTS, SGD, WHOLE, engine_of
-from tests.helpers.ranks import check_engine, worlds
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.ranks import check_engine
 
 STRATEGIES = [
     pytest.param({"forward": "separate"}, PARTS, id="separate"),
@@ -27,19 +26,6 @@ STRATEGIES = [
     pytest.param({"scope": "last_layer", "forward": "shared"}, WHOLE, id="last layer"),
 ]
 LAST_LAYER = {"scope": "last_layer", "forward": "shared"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("asking") / "model"
-    tiny_llama(directory)
-    return directory
 
 
 def broken(logprobs_BT: Tensor, part: Experience, objective: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from tests.helpers.averages import assert_as_reference
 from tests.helpers.policy_gradients import PARTS, SGD, WHOLE, engine_of
-from tests.helpers.ranks import check_averages, worlds
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.ranks import check_averages
 
 FORWARDS = [
     pytest.param({"forward": "separate"}, PARTS, id="separate"),
@@ -25,19 +23,6 @@ FORWARDS = [
     # Its row of Megatron's buffer changes places with another one before it is overwritten.
     pytest.param({"forward": "separate", "actual_change": True}, PARTS, id="actual change"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("averages") / "model"
-    tiny_llama(directory)
-    return directory
 
 
 def run(model: Path, gradients: dict[str, Any], micro_batch: int, **more: Any) -> dict[str, Any]:

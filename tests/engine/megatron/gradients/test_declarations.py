@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,24 +21,10 @@ from gapo_mega.planning.memory import rank_sizes
 from gapo_mega.registry import implementations
 from tests.helpers.plugin_files import file_in
 from tests.helpers.policy_gradients import SGD, WHOLE, engine_of
-from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.ranks import check_engine
 from tests.helpers.sum_only import DECLARATION, IMPLEMENTATION
-from tests.helpers.tiny import tiny_llama
 
 ADAM = {"name": "adam", "distributed": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("declarations") / "model"
-    tiny_llama(directory)
-    return directory
 
 
 def test_each_declaration_has_one_implementation() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from gapo_mega.runs.kl import loss_with_kl, method_with_kl
 from gapo_mega.types import Experience
 from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.policy_gradients import PARTS, RATE, SGD, WHOLE, Reference, engine_of, flat
-from tests.helpers.ranks import check_engine, worlds
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.ranks import check_engine
 
 BETA = 0.4
 STRATEGIES = [
@@ -32,19 +30,6 @@ STRATEGIES = [
     pytest.param({"scope": "last_layer", "forward": "shared"}, WHOLE, id="last layer"),
     pytest.param({"scope": "last_block", "forward": "separate"}, PARTS, id="last block"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("kl") / "model"
-    tiny_llama(directory)
-    return directory
 
 
 class WithKl(Reference):

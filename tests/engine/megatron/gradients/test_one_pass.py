@@ -22,7 +22,7 @@ from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.losses import Ppo
 from gapo_mega.types import Experience
 from tests.helpers.policy_gradients import PARTS, SGD, WHOLE, engine_of
-from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.ranks import check_engine
 from tests.helpers.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
 
 OBJECTIVES, VOCABULARY = check_engine.OBJECTIVES, 200
@@ -34,12 +34,6 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "qwen2": tiny_qwen2,  # biases
     "qwen3": tiny_qwen3,  # norms of queries and keys
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
 
 
 @pytest.fixture(scope="module", params=MODELS)

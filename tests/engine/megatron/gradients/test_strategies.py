@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from gapo_mega.engine.megatron.gradients.passes import SeparatePasses
 from gapo_mega.types import Experience
 from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.policy_gradients import PARTS, RATE, SGD, WHOLE, Reference, engine_of, flat
-from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.ranks import check_engine
 from tests.helpers.tiny import tiny_llama
 
 # (gradients section, microbatch size, share of ||g_i|| ||g_j|| that the Gram matrix may be off by).
@@ -42,12 +41,6 @@ SCOPED: list[tuple[str, dict[str, Any], int, float]] = [
     ("layers shared", {"scope": [[0, 1], [2, 3]], "forward": "shared"}, WHOLE, 1e-5),
 ]
 CASES = [pytest.param(*case[1:], id=case[0]) for case in FULL + SCOPED]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
