@@ -51,7 +51,7 @@ def token_rewards(
 def with_scores(experience: Experience, scores_MB: Tensor) -> Experience:
     """``experience`` with other scores, of any number of objectives, and the token rewards that follow.
 
-    Raises ``ValueError`` as ``token_rewards`` does where a sum is not finite.
+    Unlike ``token_rewards`` it does not check that the rewards are finite.
     """
     mask_BT = experience.response_mask_BT
     kl_BT = experience.kl_rewards_BT
