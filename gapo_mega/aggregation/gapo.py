@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.base import TensorSolution, is_number, require_bool
+from gapo_mega.aggregation.follows_progress import FollowsProgress
 from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.aggregation.preference import check_preference
 from gapo_mega.aggregation.rates import adaptive_rates
 from gapo_mega.aggregation.rescaled import rescaled_min_norm
-from gapo_mega.progress import Progress
 
 
 @dataclass(kw_only=True)
-class Gapo(DeviceMethod):
+class Gapo(FollowsProgress, DeviceMethod):
     """``g^N_i = g_i / ||g_i||^p``, ``a = argmin over the simplex of ||sum_i a_i g^N_i||^2``, and
     ``w_i = a_i / ||g_i||^p``, so that the direction is ``sum_i a_i g^N_i``.
 
@@ -47,7 +47,6 @@ class Gapo(DeviceMethod):
     rates: Sequence[float] | str | None = None
     preference: Sequence[float] | None = None
     eta: float = 1.0
-    _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,16 +108,3 @@ class Gapo(DeviceMethod):
     @property
     def looks_at_scores(self) -> bool:
         return self.rates == "adaptive"
-
-    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
-        if self.looks_at_scores:
-            self._progress.observe(means_M, spreads_M)
-
-    def state_dict(self) -> dict[str, Any]:
-        progress = self._progress.state_dict()
-        return {"progress": progress} if progress else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.rates != "adaptive" or set(state) - {"progress"}:
-            return super().load_state_dict(state)
-        self._progress.load_state_dict(state.get("progress", {}))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.follows_progress import FollowsProgress
 from gapo_mega.aggregation.preference import check_preference
 from gapo_mega.aggregation.safe import SafeMethod
-from gapo_mega.progress import Progress
 
 
 @dataclass(kw_only=True)
-class TchebycheffSafe(SafeMethod):
+class TchebycheffSafe(FollowsProgress, SafeMethod):
     """Start from ``w0_i = v_i / unit_i``, ``v_i`` proportional to ``u_i exp(-progress_i / mu)`` with sum 1.
 
     ``progress_i`` is the running mean of how far the scores of objective i have come since the start, and
@@ -34,7 +34,6 @@ class TchebycheffSafe(SafeMethod):
     safe: bool = True
     preference: Sequence[float] | None = None
     mu: float = 0.1
-    _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,15 +54,3 @@ class TchebycheffSafe(SafeMethod):
     @property
     def looks_at_scores(self) -> bool:
         return True
-
-    def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
-        self._progress.observe(means_M, spreads_M)
-
-    def state_dict(self) -> dict[str, Any]:
-        progress = self._progress.state_dict()
-        return {"progress": progress} if progress else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) - {"progress"}:
-            return super().load_state_dict(state)
-        self._progress.load_state_dict(state.get("progress", {}))
