@@ -30,7 +30,7 @@ def group_deviations(x_MB: Tensor, group_B: Tensor, baseline: Baseline) -> Tenso
 
     Raises ``ValueError`` for a group of a single sample: nothing is left to compare it with.
     """
-    member_B, counts_G = _groups(group_B)
+    member_B, counts_G = groups_of(group_B)
     deviation_MB = _centred(x_MB.double(), member_B, counts_G)
     if baseline == "mean":
         return deviation_MB
@@ -44,7 +44,7 @@ def group_spreads(x_MB: Tensor, group_B: Tensor) -> Tensor:
 
     It is 0 where the group's values are equal up to the rounding of float32, whatever is left of them then.
     """
-    member_B, counts_G = _groups(group_B)
+    member_B, counts_G = groups_of(group_B)
     x_MB = x_MB.double()
     squares_MG = _sums(_centred(x_MB, member_B, counts_G).square(), member_B, counts_G)
     spread_MB = (squares_MG / (counts_G - 1)).sqrt()[:, member_B]
@@ -57,8 +57,11 @@ def group_spreads(x_MB: Tensor, group_B: Tensor) -> Tensor:
     return torch.where(equal_MG[:, member_B], 0.0, spread_MB)
 
 
-def _groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's group as a number from 0, and the groups' sizes, at least 2."""
+def groups_of(group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's group as a number from 0 [B], and the groups' sizes [G].
+
+    Raises ``ValueError`` for a group of a single sample.
+    """
     _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
     if bool((counts_G < 2).any()):
         alone = int((counts_G < 2).sum())
@@ -70,7 +73,12 @@ def _groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
-    return x_MB - (_sums(x_MB, member_B, counts_G) / counts_G)[:, member_B]
+    return x_MB - group_means(x_MB, member_B, counts_G)[:, member_B]
+
+
+def group_means(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:
+    """The mean over each of ``groups_of``, [M, G]."""
+    return _sums(x_MB, member_B, counts_G) / counts_G
 
 
 def _sums(x_MB: Tensor, member_B: Tensor, counts_G: Tensor) -> Tensor:

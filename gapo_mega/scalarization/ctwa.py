@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.advantages.group import group_deviations
+from gapo_mega.advantages.group import group_deviations, group_means, groups_of
 from gapo_mega.aggregation.base import require_bool
 from gapo_mega.scalarization.base import Weighted
 from gapo_mega.scalarization.normalizing import group_normalized
@@ -92,19 +92,14 @@ def within_prompts(scores_MB: Tensor, weights_B: Tensor, group_B: Tensor, correl
 
     Correlations are of the prompts in which both spread; 0 where there is none.
     """
-    _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
-
-    def means(x_MB: Tensor) -> Tensor:
-        sums_MG = x_MB.new_zeros(len(x_MB), len(counts_G)).index_add(1, member_B, x_MB)
-        means_MG: Tensor = sums_MG / counts_G
-        return means_MG
-
+    groups = groups_of(group_B)
     centred_MB = group_deviations(scores_MB, group_B, "mean")
     weight_1B = group_deviations(weights_B[None], group_B, "mean")
-    covariance_MG = means(centred_MB * weight_1B)
+    covariance_MG = group_means(centred_MB * weight_1B, *groups)
     if not correlation:
         return covariance_MG.mean(dim=1)
-    spreads_MG = (means(centred_MB.square()) * means(weight_1B.square())).sqrt()
+    squares_MG = group_means(centred_MB.square(), *groups)
+    spreads_MG = (squares_MG * group_means(weight_1B.square(), *groups)).sqrt()
     valid_MG = spreads_MG > _EPSILON
     correlation_MG = torch.where(valid_MG, covariance_MG / spreads_MG.where(valid_MG, 1.0), 0.0)
     return correlation_MG.sum(dim=1) / valid_MG.sum(dim=1).clamp(min=1)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from gapo_mega.advantages.group import group_means, groups_of
 from gapo_mega.aggregation.base import require_bool, require_choice
 from gapo_mega.scalarization.base import Scalarizer
 from gapo_mega.scalarization.normalizing import group_normalized, token_whitened
@@ -75,7 +76,5 @@ class Gd2po(Scalarizer):
 
 def _share_of_group(kept_B: Tensor, group_B: Tensor) -> Tensor:
     """The share of each response's prompt that is kept, float64 [B]."""
-    _, member_B, counts_G = torch.unique(group_B, return_inverse=True, return_counts=True)
-    kept_G = torch.zeros(len(counts_G), dtype=torch.float64).index_add(0, member_B, kept_B.double())
-    share_G: Tensor = kept_G / counts_G
-    return share_G[member_B]
+    member_B, counts_G = groups_of(group_B)
+    return group_means(kept_B.double()[None], member_B, counts_G)[0, member_B]
