@@ -159,9 +159,9 @@ def _written(options: Mapping[str, Sequence[object]]) -> list[str]:
 
 def _with_judges(settings: Config, file: Path) -> Config:
     """``settings`` with the objectives of ``file`` after its own."""
+    from gapo_mega.config.fields import MOST_ROWS
     from gapo_mega.config.judges import JudgesConfig
     from gapo_mega.config.loading import load
-    from gapo_mega.config.objective import MOST_OBJECTIVES
 
     further = load(file, [], kind=JudgesConfig).objectives
     names = {objective.name for objective in settings.objectives}
@@ -172,10 +172,8 @@ def _with_judges(settings: Config, file: Path) -> Config:
                 "the file already; accepted: another name"
             )
         names.add(objective.name)
-    if len(names) > MOST_OBJECTIVES:
-        raise ValueError(
-            f"--objectives: found {len(names)} with those of the run, accepted: {MOST_OBJECTIVES}"
-        )
+    if len(names) > MOST_ROWS:
+        raise ValueError(f"--objectives: found {len(names)} with those of the run, accepted: {MOST_ROWS}")
     return settings.model_copy(update={"objectives": [*settings.objectives, *further]})
 
 

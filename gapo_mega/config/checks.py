@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gapo_mega.config import strategies
+from gapo_mega.config.fields import MOST_ROWS
 from gapo_mega.config.gradients import GradientConfig
 
 KL_ROW = "kl"  # the log's name for the divergence from the reference as a row
-MOST_ROWS = 16  # that a combination takes
 
 
 def check_average(average: float, gradients: GradientConfig) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gapo_mega.files import expanded
 from gapo_mega.user_code import resolve
+
+MOST_ROWS = 16  # that a combination takes: so many objectives
+
+# Of an objective, or of what stands for one: keys of the log are made of it.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 class Section(BaseModel):

@@ -6,17 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gapo_mega.config.fields import Code, Section
-
-MOST_OBJECTIVES = 16
-_NAME = r"^[A-Za-z0-9_.-]+$"
-OutputName = Annotated[str, Field(pattern=_NAME)]
+from gapo_mega.config.fields import MOST_ROWS, Code, Name, Section
 
 
 class ObjectiveConfig(Section):
     """One reward. Higher is better; flip the sign of costs in the function."""
 
-    name: str = Field(pattern=_NAME, description="what the log calls it")
+    name: Name = Field(description="what the log calls it")
     kind: Code = Field("python", description="an entry of gapo_mega.objectives, or a class of one's own")
     function: Code | None = Field(
         None, description="module:function or path/to/file.py:function over (prompts, responses) -> scores"
@@ -29,12 +25,12 @@ class ObjectiveConfig(Section):
     per_sample: bool = Field(
         False, description="the function scores one response a call, (prompt, response) -> score"
     )
-    outputs: Annotated[list[OutputName], Field(min_length=1)] | None = Field(
+    outputs: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None,
         description="in place of name: names in the mapping that the function gives; each becomes an "
         "objective of that name, and the function runs once for all",
     )
-    output: OutputName | None = Field(
+    output: Name | None = Field(
         None, description="the one name of that mapping which this objective reads; none: it is no mapping"
     )
     clip: float | None = Field(None, gt=0, description="scores are clipped to [-clip, clip]")
@@ -72,11 +68,11 @@ class ObjectiveConfig(Section):
 def split_outputs(objectives: list[ObjectiveConfig]) -> list[ObjectiveConfig]:
     """Objectives with ``outputs`` become one each, after validation so that errors have the file's places."""
     found = [one for objective in objectives for one in objective.split()]
-    if len(found) > MOST_OBJECTIVES:
-        raise ValueError(f"objectives: found {len(found)} with their outputs, accepted: {MOST_OBJECTIVES}")
+    if len(found) > MOST_ROWS:
+        raise ValueError(f"objectives: found {len(found)} with their outputs, accepted: {MOST_ROWS}")
     return found
 
 
 Objectives = Annotated[
-    list[ObjectiveConfig], Field(min_length=1, max_length=MOST_OBJECTIVES), AfterValidator(split_outputs)
+    list[ObjectiveConfig], Field(min_length=1, max_length=MOST_ROWS), AfterValidator(split_outputs)
 ]

@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gapo_mega.config.checks import MOST_ROWS
-from gapo_mega.config.fields import Code, Section
+from gapo_mega.config.fields import MOST_ROWS, Code, Section
 
 
 class ScalarizationConfig(Section):

@@ -22,6 +22,7 @@ from gapo_mega.config import (
     Section,
     TemplatePath,
 )
+from gapo_mega.config.fields import MOST_ROWS, Name
 
 
 class SupervisedData(Section):
@@ -177,7 +178,7 @@ class SftConfig(SupervisedConfig):
 class PairObjective(Section):
     """One objective: its own pairs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what the log calls it")
+    name: Name = Field(description="what the log calls it")
     data: ObjectivePairs
     weight: float = Field(
         1.0, gt=0, description="divides z (see loss): the objective's own weight in MODPO, 1 in DPO"
@@ -225,7 +226,7 @@ class PairsConfig(SupervisedConfig):
     others begin again meanwhile.
     """
 
-    objectives: list[PairObjective] = Field(min_length=1, max_length=16, description="the data sets")
+    objectives: list[PairObjective] = Field(min_length=1, max_length=MOST_ROWS, description="the data sets")
     loss: PairLossConfig = PairLossConfig()
     aggregation: AggregationConfig = AggregationConfig()
     gradients: GradientConfig = GradientConfig()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gapo_mega.config.fields import Name
 from gapo_mega.objectives.json_service import JsonService, ServiceOptions
 from gapo_mega.types import Message
 
@@ -33,7 +34,7 @@ class PairwiseOptions(ServiceOptions):
     """The judge of ``gapo-mega evaluate --judge``; ``url`` ends before ``/chat/completions``."""
 
     model: str = Field(min_length=1, description="what the endpoint calls the model")
-    rubrics: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Rubric] = Field(
+    rubrics: dict[Name, Rubric] = Field(
         min_length=1, description="by name, what makes a response the better one"
     )
     max_tokens: int = Field(512, ge=1, description="longest answer of the judge")
