@@ -8,7 +8,6 @@ took. Asking for weights changes nothing.
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,11 @@ import torch
 from torch import Tensor
 
 from gapo_mega.ops import Aggregated, AggregationMethod, Status, beyond_range
+
+# Again under these names: users' own methods import them from here.
+from gapo_mega.option_checks import is_number as is_number
+from gapo_mega.option_checks import require_bool as require_bool
+from gapo_mega.option_checks import require_choice as require_choice
 
 ZeroGradient = Literal["exclude", "stop"]
 Scale = Literal["none", "sum_to_one", "mean_norm"]
@@ -254,22 +258,3 @@ def cosine_matrix(gram: Tensor) -> Tensor:
     cosines = gram / safe[:, None] / safe[None, :]
     cosines.diagonal().copy_(torch.where(norms == 0, norms, norms / safe))
     return cosines
-
-
-def require_choice(option: str, value: object, accepted: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
-    if value not in accepted:
-        raise ValueError(f"{option}: found {value!r}, accepted: {', '.join(accepted)}")
-
-
-def require_bool(option: str, value: object) -> None:
-    """Raise ``ValueError`` unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{option}: found {value!r}, accepted: true, false")
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite int or float; bool and text are not numbers here."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float holds

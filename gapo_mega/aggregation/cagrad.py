@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from gapo_mega.aggregation.base import is_number
 from gapo_mega.aggregation.canonical import Problem
 from gapo_mega.aggregation.on_host import Solution
 from gapo_mega.aggregation.preference import PreferredMethod
 from gapo_mega.aggregation.safe import nearest
 from gapo_mega.ops import min_norm_
+from gapo_mega.option_checks import is_number
 
 # Of the size of its summands: a combination shorter than this is rounding. The Gram matrix has the squares.
 _ROUNDING = 2.0**-25

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gapo_mega.aggregation.base import is_number
 from gapo_mega.aggregation.canonical import Problem
 from gapo_mega.aggregation.fairness import alpha_fair
 from gapo_mega.aggregation.on_host import Solution
 from gapo_mega.aggregation.preference import PreferredMethod
+from gapo_mega.option_checks import require_number
 
 
 @dataclass(kw_only=True)
@@ -32,8 +32,7 @@ class Fairgrad(PreferredMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.alpha) or self.alpha <= 0:
-            raise ValueError(f"alpha: found {self.alpha!r}, accepted: a finite number > 0")
+        require_number("alpha", self.alpha, 0, above=True)
 
     def combine(self, problem: Problem) -> Solution:
         return alpha_fair(problem, float(self.alpha))

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, is_number, require_bool
+from gapo_mega.aggregation.base import TensorSolution
 from gapo_mega.aggregation.follows_progress import FollowsProgress
 from gapo_mega.aggregation.on_device import DeviceMethod
-from gapo_mega.aggregation.preference import check_preference
 from gapo_mega.aggregation.rates import adaptive_rates
 from gapo_mega.aggregation.rescaled import rescaled_min_norm
+from gapo_mega.option_checks import numbers_in, require_bool, require_number, require_preference
 
 
 @dataclass(kw_only=True)
@@ -51,24 +51,19 @@ class Gapo(FollowsProgress, DeviceMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_bool("eq17_literal", self.eq17_literal)
-        if not is_number(self.p) or self.p < 0:
-            raise ValueError(f"p: found {self.p!r}, accepted: a finite number >= 0")
-        if not is_number(self.eta) or self.eta <= 0:
-            raise ValueError(f"eta: found {self.eta!r}, accepted: a finite number > 0")
+        require_number("p", self.p, 0)
+        require_number("eta", self.eta, 0, above=True)
         self._check_rates()
 
     def _check_rates(self) -> None:
         rates, named = self.rates, self.rates in ("preference", "adaptive")
         if rates is not None and self.eq17_literal:
             raise ValueError(f"rates: found {rates!r} with eq17_literal, accepted: one of the two")
-        if rates is not None and not named:
-            numbers: list[Any] = list(rates) if isinstance(rates, Sequence) else []
-            if not numbers or not all(is_number(x) and x > 0 for x in numbers):
-                raise ValueError(
-                    f"rates: found {rates!r}, accepted: preference, adaptive, or a list of finite numbers > 0"
-                )
-        if self.preference is not None:
-            check_preference(self.preference, zeros=False)
+        if rates is not None and not named and not numbers_in(rates, zeros=False):
+            raise ValueError(
+                f"rates: found {rates!r}, accepted: preference, adaptive, or a list of finite numbers > 0"
+            )
+        require_preference("preference", self.preference, zeros=False)
         if (self.preference is None and rates == "preference") or (self.preference is not None and not named):
             raise ValueError(
                 f"preference: found {self.preference!r} with rates {rates!r}, accepted: one number per "

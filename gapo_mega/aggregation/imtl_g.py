@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import require_bool
 from gapo_mega.aggregation.canonical import CanonicalMethod, Problem
 from gapo_mega.aggregation.on_host import Solution
+from gapo_mega.option_checks import require_bool
 
 # Of the sum of the sizes: a sum of either sign below this is rounding.
 _ROUNDING = 1e-12

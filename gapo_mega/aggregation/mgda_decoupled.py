@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.base import TensorSolution
 from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.aggregation.rescaled import rescaled_min_norm
+from gapo_mega.option_checks import numbers_in
 
 
 @dataclass(kw_only=True)
@@ -33,10 +34,7 @@ class MgdaDecoupled(DeviceMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.losses is None:
-            return
-        numbers = list(self.losses) if isinstance(self.losses, Sequence) else []
-        if not numbers or not all(is_number(x) and x > 0 for x in numbers):
+        if self.losses is not None and not numbers_in(self.losses, zeros=False):
             raise ValueError(f"losses: found {self.losses!r}, accepted: a list of finite numbers > 0")
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import is_number
 from gapo_mega.aggregation.canonical import Problem, in_canonical_order
 from gapo_mega.aggregation.fairness import alpha_fair
 from gapo_mega.aggregation.on_host import Solution
 from gapo_mega.aggregation.preference import PreferredMethod
 from gapo_mega.ops import Aggregated
+from gapo_mega.option_checks import is_number
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gapo_mega.aggregation.base import TensorSolution
-from gapo_mega.aggregation.preference import check_preference
 from gapo_mega.aggregation.safe import SafeMethod
+from gapo_mega.option_checks import require_preference
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,7 @@ class PGapo(SafeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preference is not None:
-            check_preference(self.preference, zeros=False)
+        require_preference("preference", self.preference, zeros=False)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}

@@ -9,20 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import is_number
 from gapo_mega.aggregation.canonical import CanonicalMethod
-
-# People type preferences, and write 1/3 as 0.3333.
-_SUM_TOLERANCE = 1e-3
-
-
-def check_preference(preference: object, *, zeros: bool) -> None:
-    """Raise ``ValueError`` unless ``preference`` is a list of numbers > 0 (``zeros``: >= 0) with sum 1."""
-    numbers = list(preference) if isinstance(preference, Sequence) else []
-    valid = bool(numbers) and all(is_number(x) and (x > 0 or (zeros and x == 0)) for x in numbers)
-    if not valid or abs(sum(numbers) - 1.0) > _SUM_TOLERANCE:
-        least = ">= 0" if zeros else "> 0"
-        raise ValueError(f"preference: found {preference!r}, accepted: a list of numbers {least} with sum 1")
+from gapo_mega.option_checks import require_preference
 
 
 @dataclass(kw_only=True)
@@ -41,8 +29,7 @@ class PreferredMethod(CanonicalMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preference is not None:
-            check_preference(self.preference, zeros=self.allows_zero)
+        require_preference("preference", self.preference, zeros=self.allows_zero)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, require_bool
+from gapo_mega.aggregation.base import TensorSolution
 from gapo_mega.aggregation.canonical import Problem, in_canonical_order
 from gapo_mega.aggregation.on_device import DeviceMethod
 from gapo_mega.aggregation.on_host import Solution
 from gapo_mega.aggregation.quadratic import increments
 from gapo_mega.ops import Status
+from gapo_mega.option_checks import require_bool
 
 
 def safe_weights(gram: Tensor, weights: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.base import TensorSolution
 from gapo_mega.aggregation.follows_progress import FollowsProgress
-from gapo_mega.aggregation.preference import check_preference
 from gapo_mega.aggregation.safe import SafeMethod
+from gapo_mega.option_checks import require_number, require_preference
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,8 @@ class TchebycheffSafe(FollowsProgress, SafeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preference is not None:
-            check_preference(self.preference, zeros=False)
-        if not is_number(self.mu) or self.mu <= 0:
-            raise ValueError(f"mu: found {self.mu!r}, accepted: a finite number > 0")
+        require_preference("preference", self.preference, zeros=False)
+        require_number("mu", self.mu, 0, above=True)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.preference is None else {"preference": self.preference}

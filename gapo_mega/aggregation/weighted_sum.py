@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gapo_mega.aggregation.base import TensorSolution, is_number
+from gapo_mega.aggregation.base import TensorSolution
 from gapo_mega.aggregation.safe import SafeMethod
+from gapo_mega.option_checks import require_weights
 
 
 @dataclass(kw_only=True)
@@ -30,13 +31,7 @@ class WeightedSum(SafeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None:
-            return
-        numbers = list(self.weights) if isinstance(self.weights, Sequence) else []
-        if not numbers or not all(is_number(x) and x >= 0 for x in numbers) or not any(numbers):
-            raise ValueError(
-                f"weights: found {self.weights!r}, accepted: a list of finite numbers >= 0, not all 0"
-            )
+        require_weights("weights", self.weights)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:
         return {} if self.weights is None else {"weights": self.weights}

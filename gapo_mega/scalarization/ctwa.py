@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gapo_mega.advantages.group import group_deviations, group_means, groups_of
-from gapo_mega.aggregation.base import require_bool
+from gapo_mega.option_checks import require_bool, require_number, require_preference
 from gapo_mega.scalarization.base import Weighted
 from gapo_mega.scalarization.normalizing import group_normalized
-from gapo_mega.scalarization.options import preference_of, require_number, require_preference
+from gapo_mega.scalarization.options import preference_of
 
 _EPSILON = 1e-8  # prompts whose spreads have a smaller product say nothing about correlation
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gapo_mega.option_checks import require_number
 from gapo_mega.scalarization.base import Weighted
-from gapo_mega.scalarization.options import require_number
 
 
 @dataclass(kw_only=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gapo_mega.advantages.group import group_means, groups_of
-from gapo_mega.aggregation.base import require_bool, require_choice
+from gapo_mega.option_checks import require_bool, require_choice, require_number, require_weights
 from gapo_mega.scalarization.base import Scalarizer
 from gapo_mega.scalarization.normalizing import group_normalized, token_whitened
-from gapo_mega.scalarization.options import require_number, require_weights, weights_of
+from gapo_mega.scalarization.options import weights_of
 
 Filter = Literal["hard", "snr"]
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from gapo_mega.aggregation.base import require_bool, require_choice
+from gapo_mega.option_checks import require_bool, require_choice, require_weights
 from gapo_mega.scalarization.base import Scalarizer
 from gapo_mega.scalarization.normalizing import (
     batch_normalized,
@@ -19,7 +19,7 @@ from gapo_mega.scalarization.normalizing import (
     others_normalized,
     token_whitened,
 )
-from gapo_mega.scalarization.options import require_weights, weights_of
+from gapo_mega.scalarization.options import weights_of
 
 Variant = Literal["trl", "verl", "nemo", "sum_then_normalize"]
 

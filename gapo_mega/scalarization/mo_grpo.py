@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from gapo_mega.option_checks import require_number, require_weights
 from gapo_mega.scalarization.base import Scalarizer
 from gapo_mega.scalarization.normalizing import group_normalized
-from gapo_mega.scalarization.options import require_number, require_weights, weights_of
+from gapo_mega.scalarization.options import weights_of
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gapo_mega.option_checks import require_preference
 from gapo_mega.scalarization.base import Weighted
-from gapo_mega.scalarization.options import preference_of, require_preference
+from gapo_mega.scalarization.options import preference_of
 
 
 @dataclass(kw_only=True)

@@ -8,10 +8,9 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from gapo_mega.aggregation.base import require_choice
+from gapo_mega.option_checks import require_choice, require_number
 from gapo_mega.scalarization.base import Scalarizer
 from gapo_mega.scalarization.normalizing import batch_normalized, group_normalized, token_whitened
-from gapo_mega.scalarization.options import require_number
 
 Whiten = Literal["none", "samples", "tokens"]
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gapo_mega.option_checks import require_number, require_preference
 from gapo_mega.progress import Progress
 from gapo_mega.scalarization.base import Weighted
-from gapo_mega.scalarization.options import preference_of, require_number, require_preference
+from gapo_mega.scalarization.options import preference_of
 
 
 @dataclass(kw_only=True)

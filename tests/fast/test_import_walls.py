@@ -35,7 +35,18 @@ LAYERS: list[set[str]] = [
     {"aggregation", "objectives", "losses", "advantages"},
     {"models", "data"},
     {"ops"},
-    {"types", "config", "registry", "optional", "files", "progress", "user_code", "versions", "demo"},
+    {
+        "types",
+        "config",
+        "registry",
+        "optional",
+        "option_checks",
+        "files",
+        "progress",
+        "user_code",
+        "versions",
+        "demo",
+    },
 ]
 # Those at the bottom may import each other but nothing above.
 BOTTOM = len(LAYERS) - 1
@@ -45,6 +56,7 @@ ROOT_FILES = {
     "types.py",
     "registry.py",
     "optional.py",
+    "option_checks.py",
     "files.py",
     "progress.py",
     "user_code.py",

@@ -1,0 +1,68 @@
+"""Checks of the options of methods, which a user gives. All raise a one-line ``ValueError``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# People type preferences, and write 1/3 as 0.3333.
+_SUM_TOLERANCE = 1e-3
+
+
+def require_choice(option: str, value: object, accepted: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{option}: found {value!r}, accepted: {', '.join(accepted)}")
+
+
+def require_bool(option: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}: found {value!r}, accepted: true, false")
+
+
+def require_number(
+    option: str, value: float, least: float | None = None, most: float | None = None, *, above: bool = False
+) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number from ``least`` (or above it) to ``most``."""
+    fits = is_number(value) and (least is None or (value > least if above else value >= least))
+    if fits and (most is None or value <= most):
+        return
+    limits = [] if least is None else [f"{'>' if above else '>='} {least:g}"]
+    limits += [] if most is None else [f"<= {most:g}"]
+    raise ValueError(f"{option}: found {value!r}, accepted: a finite number {' and '.join(limits)}".rstrip())
+
+
+def require_preference(option: str, value: object, *, zeros: bool) -> None:
+    """Raise ``ValueError`` unless ``value`` is None or one number per objective, with sum 1 within 0.001.
+
+    ``zeros``: whether numbers may be 0; they may not be negative.
+    """
+    if value is None:
+        return
+    numbers = numbers_in(value, zeros=zeros)
+    if not numbers or abs(sum(numbers) - 1.0) > _SUM_TOLERANCE:
+        raise ValueError(
+            f"{option}: found {value!r}, accepted: a list of numbers {'>=' if zeros else '>'} 0 with sum 1"
+        )
+
+
+def require_weights(option: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is None or one number >= 0 per objective, not all 0."""
+    if value is not None and not any(numbers_in(value, zeros=True)):
+        raise ValueError(f"{option}: found {value!r}, accepted: a list of finite numbers >= 0, not all 0")
+
+
+def numbers_in(value: object, *, zeros: bool) -> list[float]:
+    """The list ``value`` if all it holds are finite numbers > 0 (``zeros``: >= 0), else an empty one."""
+    numbers: list[Any] = list(value) if isinstance(value, Sequence) else []
+    fits = all(is_number(x) and (x >= 0 if zeros else x > 0) for x in numbers)
+    return numbers if fits else []
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite int or float; bool and text are not numbers here."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float holds
