@@ -6,7 +6,6 @@ deviation, is GRPO (Shao et al. 2024).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.advantages.rewards import kl_returns, score_returns
+from gapo_mega.option_checks import require_bool, require_choice, require_number
 from gapo_mega.types import Experience
 
 Baseline = Literal["leave_one_out", "mean"]
@@ -104,13 +104,10 @@ def group_advantages(experience: Experience, baseline: Baseline, epsilon: float 
     )
 
 
-def check_normalization(normalize: object, epsilon: object) -> None:
+def check_normalization(normalize: bool, epsilon: float) -> None:
     """Raise ``ValueError`` unless they are true or false, and a finite number >= 0."""
-    if not isinstance(normalize, bool):
-        raise ValueError(f"normalize: found {normalize!r}, accepted: true, false")
-    number = isinstance(epsilon, int | float) and not isinstance(epsilon, bool)
-    if not number or not 0 <= epsilon < math.inf:  # type: ignore[operator]
-        raise ValueError(f"epsilon: found {epsilon!r}, accepted: a finite number >= 0")
+    require_bool("normalize", normalize)
+    require_number("epsilon", epsilon, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +133,7 @@ class Group(AdvantageEstimator):
     epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.baseline not in get_args(Baseline):
-            raise ValueError(f"baseline: found {self.baseline!r}, accepted: {', '.join(get_args(Baseline))}")
+        require_choice("baseline", self.baseline, get_args(Baseline))
         check_normalization(self.normalize, self.epsilon)
 
     def __call__(self, experience: Experience) -> Experience:

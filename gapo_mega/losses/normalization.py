@@ -7,7 +7,7 @@ number that all ranks share. So no mean depends on which rows share a microbatch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -47,9 +47,3 @@ def divisor(normalization: Normalization, counts: ResponseCounts) -> float:
         return max(counts.tokens, 1.0)
     sequences = max(counts.sequences, 1.0)
     return sequences if normalization == "sequence_mean" else sequences * counts.longest
-
-
-def check_normalization(value: object) -> None:
-    """Raise ``ValueError`` unless it is one of the three."""
-    if value not in get_args(Normalization):
-        raise ValueError(f"normalization: found {value!r}, accepted: {', '.join(get_args(Normalization))}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gapo_mega.losses.normalization import total
-from gapo_mega.losses.ratio import Clipped, advantages_of, check_above, log_ratio_of, ratio_of
+from gapo_mega.losses.ratio import Clipped, advantages_of, log_ratio_of, ratio_of
+from gapo_mega.option_checks import require_number
 from gapo_mega.types import Experience
 
 
@@ -29,7 +30,7 @@ class Ppo(Clipped):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dual_clip is not None:
-            check_above("dual_clip", self.dual_clip, 1)
+            require_number("dual_clip", self.dual_clip, 1, above=True)
 
     def __call__(self, logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
         ratio_BT = ratio_of(log_ratio_of(logprobs_BT, batch))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from gapo_mega.losses.base import PolicyLoss
-from gapo_mega.losses.normalization import Normalization, check_normalization
+from gapo_mega.losses.normalization import Normalization
+from gapo_mega.option_checks import require_choice, require_number
 from gapo_mega.types import Experience
 
 # exp(80) is about the largest ratio that float32 holds with room to multiply it by an advantage. An
@@ -46,10 +47,10 @@ class Clipped(PolicyLoss):
     normalization: Normalization = "token_mean"
 
     def __post_init__(self) -> None:
-        check_above("clip_epsilon", self.clip_epsilon, 0)
+        require_number("clip_epsilon", self.clip_epsilon, 0, above=True)
         if self.clip_epsilon_high is not None:
-            check_above("clip_epsilon_high", self.clip_epsilon_high, 0)
-        check_normalization(self.normalization)
+            require_number("clip_epsilon_high", self.clip_epsilon_high, 0, above=True)
+        require_choice("normalization", self.normalization, get_args(Normalization))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -71,10 +72,3 @@ class Clipped(PolicyLoss):
         """Where ``surrogate`` has no gradient: below the lower bound, and above the upper one."""
         low, high = self.bounds
         return [(ratio_BT < low) & (advantages_BT < 0), (ratio_BT > high) & (advantages_BT > 0)]
-
-
-def check_above(option: str, value: object, least: float) -> None:
-    """Raise ``ValueError`` unless it is a finite number > ``least``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not least < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{option}: found {value!r}, accepted: a finite number > {least}")
