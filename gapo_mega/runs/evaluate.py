@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class Evaluation:
         self._check_prompts()
         self._reference = None if request.reference is None else self._reference_of(request.reference)
         self._samples = config.evaluation.samples_per_prompt
+        self._fingerprints: dict[Path, fingerprints.Fingerprint] = {}
         self._engine: AnsweringEngine | None = None
 
     # -- before anything is loaded -------------------------------------------------------------------
@@ -173,7 +175,12 @@ class Evaluation:
         known = next((each for each in self._candidates if each.named.source == named.source), None)
         return self._candidate(named) if known is None else known
 
-    def _divergence(self, candidate: _Candidate) -> Divergence:
+    @cached_property
+    def _divergences(self) -> dict[str, Divergence]:
+        """Every candidate's, by its name."""
+        return {each.named.name: self._divergence_of(each) for each in self._candidates}
+
+    def _divergence_of(self, candidate: _Candidate) -> Divergence:
         reference = self._reference
         if reference is None or self.request.greedy:
             return "none"  # one greedy response is no sample of anything
@@ -214,7 +221,7 @@ class Evaluation:
     def _store(self, candidate: _Candidate) -> AnswerStore:
         belonging = Belonging({}, {})
         if self._everyone.is_main:
-            belonging = Belonging(self._generation(candidate), self._scoring())
+            belonging = Belonging(self._generation(candidate), self._scoring)
         return AnswerStore(self.request.out / candidate.named.name, belonging, self._samples)
 
     def _open(self, stores: Sequence[AnswerStore]) -> None:
@@ -232,9 +239,9 @@ class Evaluation:
         config, reference = self.config, self._reference
         sampling = SamplingParameters.of(config.rollout)
         template = candidate.tokenizer.chat_template if config.data.chat_template else None
-        measured = self._divergence(candidate) != "none" and reference is not None
+        measured = self._divergences[candidate.named.name] != "none" and reference is not None
         return {
-            "weights": fingerprints.of_weights(candidate.model.source),
+            "weights": self._weights(candidate),
             "configuration": fingerprints.of_shape(
                 candidate.model.shape, end_of_sequence=sorted(candidate.eos_ids), padding=candidate.pad_id
             ),
@@ -247,9 +254,16 @@ class Evaluation:
             **{key: getattr(sampling, key) for key in sampling.__dataclass_fields__},
             "seed": config.seed,
             "dtype": config.model.dtype,
-            "reference": fingerprints.of_weights(reference.model.source) if measured and reference else None,
+            "reference": self._weights(reference) if measured and reference else None,
         }
 
+    def _weights(self, candidate: _Candidate) -> fingerprints.Fingerprint:
+        source = candidate.model.source
+        if source not in self._fingerprints:
+            self._fingerprints[source] = fingerprints.of_weights(source)
+        return self._fingerprints[source]
+
+    @cached_property
     def _scoring(self) -> dict[str, Any]:
         models = score_models_in(self.config)
         return {
@@ -270,7 +284,7 @@ class Evaluation:
             ResponseScorer(engine, self._objectives),
             self._names,
             prompts,
-            Manner(self._samples, config.seed, self.request.greedy, self._divergence(candidate)),
+            Manner(self._samples, config.seed, self.request.greedy, self._divergences[candidate.named.name]),
         )
         sequences = config.rollout.batch_size
         for numbers in batches(done, len(prompts), self._samples, sequences, engine.layout.data):
@@ -283,7 +297,7 @@ class Evaluation:
     def _engine_for(self, candidate: _Candidate) -> AnsweringEngine:
         """The engine with the candidate's weights, built when it is first needed."""
         config, reference = self.config, None
-        if self._divergence(candidate) == "measured":
+        if self._divergences[candidate.named.name] == "measured":
             assert self._reference is not None
             reference = self._reference.model
         setup = AnsweringSetup(
