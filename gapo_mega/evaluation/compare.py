@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from gapo_mega.config import Config
+from gapo_mega.config.results import WITHOUT_EFFECT
 from gapo_mega.evaluation.finished_run import FinishedRun, known
 from gapo_mega.evaluation.heldout_answers import scores_by_prompt
 from gapo_mega.evaluation.series import Array
@@ -23,7 +24,7 @@ from gapo_mega.evaluation.summary import CONFIDENCE
 from gapo_mega.planning.preference import method_of
 
 # What tells nothing about a run's numbers, or has a place of its own in the table.
-_LEFT_OUT = ("output_dir", "seed", "checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+_LEFT_OUT = ("output_dir", "seed", *WITHOUT_EFFECT)
 # Scores are float32: differences that spread by less than a few of its units are all the same.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _LONGEST = 40  # characters of a value in a label
