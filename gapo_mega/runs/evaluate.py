@@ -89,17 +89,6 @@ class _Candidate:
         return int(found) if found is not None else self.eos_ids[0]
 
 
-def evaluate(config: Config, request: Request) -> Comparison | None:
-    """Answer, score, compare, and write everything to ``request.out``. Collective.
-
-    The main rank has the comparison, the others None.
-
-    What an earlier call has done there with the same settings is not done again. Raises ``ValueError`` for
-    whatever can be refused before a model is built.
-    """
-    return Evaluation(config, request).run()
-
-
 class Evaluation:
     """One call of the command, on this process's share of the world."""
 
@@ -200,7 +189,11 @@ class Evaluation:
                 self._store(candidate).check()
 
     def run(self) -> Comparison | None:
-        """Do what is left to do, and write the results; the main rank returns them."""
+        """Answer, score, compare, and write everything to ``request.out``. Collective.
+
+        The main rank has the comparison, the others None. What an earlier call has done there with the same
+        settings is not done again. Raises ``ValueError`` where other responses are there.
+        """
         lock = DirectoryLock(self.request.out, COMMAND, "--out")
         agree(self._everyone, lambda: lock.acquire() if self._everyone.is_main else None)
         try:
