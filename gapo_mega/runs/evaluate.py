@@ -22,7 +22,7 @@ from gapo_mega.evaluation.comparison_files import write_comparison
 from gapo_mega.evaluation.intervals import Resampling
 from gapo_mega.files import read_text
 from gapo_mega.models.huggingface.location import companions_of
-from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
+from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids, padding_id
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
@@ -85,8 +85,7 @@ class _Candidate:
 
     @property
     def pad_id(self) -> int:
-        found = self.tokenizer.pad_token_id
-        return int(found) if found is not None else self.eos_ids[0]
+        return padding_id(self.tokenizer, self.eos_ids)
 
 
 class Evaluation:
@@ -231,17 +230,14 @@ class Evaluation:
     def _generation(self, candidate: _Candidate) -> dict[str, Any]:
         config, reference = self.config, self._reference
         sampling = SamplingParameters.of(config.rollout)
-        template = candidate.tokenizer.chat_template if config.data.chat_template else None
         measured = self._divergences[candidate.named.name] != "none" and reference is not None
         return {
             "weights": self._weights(candidate),
             "configuration": fingerprints.of_shape(
                 candidate.model.shape, end_of_sequence=sorted(candidate.eos_ids), padding=candidate.pad_id
             ),
-            "chat template": fingerprints.of_text(None if template is None else str(template)),
-            "prompts": fingerprints.of_rows(
-                (p.token_ids, p.text, p.messages, *sorted(p.columns.items())) for p in candidate.prompts
-            ),
+            "chat template": fingerprints.of_template(candidate.tokenizer, config.data.chat_template),
+            "prompts": fingerprints.of_prompts(candidate.prompts),
             "samples": self._samples,
             "greedy": self.request.greedy,
             **{key: getattr(sampling, key) for key in sampling.__dataclass_fields__},
