@@ -31,6 +31,11 @@ class State:
     steps: int  # that its log, or its newest checkpoint, holds
     checkpoint: bool = False  # whether there is one to go on from
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a run left a part, and no checkpoint to go on from."""
+        return self.name == "part" and not self.checkpoint
+
 
 def state_of(directory: Path, steps: int | None) -> State:
     """The state of the run of ``steps`` in ``directory``; None: however many it takes.
