@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 from gapo_mega.commands import launch
+from gapo_mega.commands.options import DTYPES
 from gapo_mega.files import local
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 Kind = Literal["hf", "megatron", "gguf"]
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of torch
 _TARGETS = ("hf", "megatron")
 
 
@@ -78,7 +78,7 @@ class Conversion:
 
         kind = self._source_kind()
         for option, found, accepted in (
-            ("--dtype", self.dtype, tuple(_DTYPES)),
+            ("--dtype", self.dtype, tuple(DTYPES)),
             ("--format", self.target_kind, _TARGETS),
         ):
             if found is not None and found not in accepted:
@@ -141,7 +141,7 @@ class Conversion:
             import_gguf(self.source, self.target, overwrite=self.overwrite)
             return
         converter = checkpoint_converter()
-        dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, _DTYPES[self.dtype])
+        dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, DTYPES[self.dtype])
         if target == "hf":
             converter.to_hf(local(self.source), self.target, dtype=dtype, overwrite=self.overwrite)
             return
@@ -171,6 +171,8 @@ class Conversion:
         return options + (["--overwrite"] if self.overwrite else [])
 
     def _source_kind(self) -> Kind:
+        from gapo_mega.models.huggingface.location import is_megatron_checkpoint
+
         path = local(self.source)
         if path.suffix == ".gguf":
             if not path.is_file():
@@ -180,7 +182,7 @@ class Conversion:
             raise ValueError(
                 f"--from: found the file {path}, accepted: a directory, a hub name or a .gguf file"
             )
-        if (path / "metadata.json").is_file() and not (path / "config.json").is_file():
+        if is_megatron_checkpoint(path):
             return "megatron"
         if path.is_absolute() and not path.is_dir():
             raise ValueError(f"--from: {path} not found; accepted: a directory, a hub name or a .gguf file")

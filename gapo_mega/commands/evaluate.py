@@ -11,7 +11,6 @@ import typer
 from gapo_mega.commands import launch
 from gapo_mega.commands.options import OVERWRITE, ConfigFile, Overrides, Processes
 from gapo_mega.files import local
-from gapo_mega.runs.processes import is_main_rank
 
 if TYPE_CHECKING:
     from gapo_mega.config import Config
@@ -140,7 +139,7 @@ def evaluate(
         launch.start(nproc, ["evaluate", *_written(options), *flags, *(overrides or [])])
     launch.quiet_other_ranks()
     comparison = Evaluation(settings, request).run()
-    if comparison is not None and is_main_rank():
+    if comparison is not None:  # of the main rank
         from gapo_mega.evaluation.comparison_tables import markdown
 
         print(markdown(comparison))

@@ -23,3 +23,4 @@ Overwrite = Annotated[
     typer.Option("--overwrite", help="Remove what an earlier run wrote in output_dir, and begin anew."),
 ]
 OVERWRITE = "--overwrite"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of --dtype, and their names in torch

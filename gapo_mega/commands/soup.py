@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from gapo_mega.commands.options import DTYPES
 from gapo_mega.files import local
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of torch
 _ROUNDING = 1e-9  # by which weights that a program printed may miss 1
 
 
@@ -85,8 +85,8 @@ def _check(models: list[str], out: Path, dtype: str | None, overwrite: bool) -> 
     """Refuse what can be refused before a model is looked at."""
     from gapo_mega.models.huggingface.writing import refuse_inside
 
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype: found {dtype!r}, accepted: {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: found {dtype!r}, accepted: {', '.join(DTYPES)}")
     for model in models:
         refuse_inside(local(model), out, "--out")
     if out.exists() and not overwrite:
@@ -97,7 +97,7 @@ def _write(models: list[str], weights: list[float], out: Path, dtype: str | None
     import torch
 
     from gapo_mega.engine.base import checkpoint_converter
-    from gapo_mega.models.huggingface.location import resolve
+    from gapo_mega.models.huggingface.location import is_megatron_checkpoint, resolve
     from gapo_mega.models.huggingface.soup import write_soup
 
     found = [resolve(model, "--model") for model in models]
@@ -109,10 +109,10 @@ def _write(models: list[str], weights: list[float], out: Path, dtype: str | None
     with scratch as folder:
         sources = []
         for number, path in enumerate(found):
-            if (path / "metadata.json").is_file() and not (path / "config.json").is_file():
+            if is_megatron_checkpoint(path):
                 converted = Path(folder) / str(number)
                 checkpoint_converter().to_hf(path, converted)
                 path = converted
             sources.append(path)
-        kind: torch.dtype | None = None if dtype is None else getattr(torch, _DTYPES[dtype])
+        kind: torch.dtype | None = None if dtype is None else getattr(torch, DTYPES[dtype])
         write_soup(sources, weights, out, dtype=kind, overwrite=overwrite)

@@ -185,10 +185,11 @@ class _Plan:
     def slurm_script(self, arguments: list[str]) -> str:
         """An array job with a task for every point."""
         from gapo_mega.runs.sweep_slurm import script
+        from gapo_mega.runs.sweep_tasks import LOGS_FOLDER
 
         return script(
             name=Path(self.settings.output_dir).name,
-            logs=local(self.settings.output_dir) / "logs",
+            logs=local(self.settings.output_dir) / LOGS_FOLDER,
             arguments=shlex.join(arguments),
             points=len(self.points),
             nproc=self.settings.nproc,

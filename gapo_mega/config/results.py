@@ -6,6 +6,9 @@ from pydantic import Field
 
 from gapo_mega.config.fields import LocalPath, Section
 
+# Prefixes of settings that say where and what a run writes, and change no number.
+WITHOUT_EFFECT = ("checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+
 
 class CheckpointConfig(Section):
     """Resumable state in Megatron's torch_dist format."""

@@ -8,13 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gapo_mega.config.fields import LocalPath, Section
+from gapo_mega.config.results import WITHOUT_EFFECT
 
 METHOD, PREFERENCE = "method", "preference"
 # What a sweep itself sets in every point, and where its file says it.
 _OWN = {"seed": "seeds", "output_dir": "output_dir"}
-
-# Of where and what a run writes: points that differ in nothing else could not be told apart.
-_WITHOUT_EFFECT = ("checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
 
 
 class WarmStart(Section):
@@ -66,7 +64,8 @@ class SweepConfig(Section):
         for key, values in grid.items():
             if key in _OWN:
                 raise ValueError(f"found the key {key}, accepted: {_OWN[key]} of the sweep")
-            if key.startswith(_WITHOUT_EFFECT):
+            # Points that differ in nothing else could not be told apart.
+            if key.startswith(WITHOUT_EFFECT):
                 raise ValueError(
                     f"found the key {key}, which changes no number; accepted: settings of the sweep"
                 )

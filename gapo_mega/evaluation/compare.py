@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy import stats
 
 from gapo_mega.config import Config
+from gapo_mega.config.results import WITHOUT_EFFECT
 from gapo_mega.evaluation.finished_run import FinishedRun, known
 from gapo_mega.evaluation.heldout_answers import scores_by_prompt
 from gapo_mega.evaluation.series import Array
@@ -23,7 +25,7 @@ from gapo_mega.evaluation.summary import CONFIDENCE
 from gapo_mega.planning.preference import method_of
 
 # What tells nothing about a run's numbers, or has a place of its own in the table.
-_LEFT_OUT = ("output_dir", "seed", "checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+_LEFT_OUT = ("output_dir", "seed", *WITHOUT_EFFECT)
 # Scores are float32: differences that spread by less than a few of its units are all the same.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _LONGEST = 40  # characters of a value in a label
@@ -32,6 +34,8 @@ _OF_METHODS = (
     "aggregation.options",
     "scalarization",
 )
+# The scores after training by prompt, of the run with a seed; None where nobody kept them.
+_ScoresOf: TypeAlias = Callable[[int], Mapping[str, tuple[float, ...]] | None]
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,18 @@ def compare(runs: Sequence[FinishedRun], baseline: str | None = None) -> dict[st
     """
     groups, names = groups_of(runs), common_objectives(runs)
     base = _baseline(groups, baseline)
+    # Read once, however many groups are compared with them.
+    scores_of_base = cache(lambda seed: scores_by_prompt(base.runs[seed].directory, names))
     return {
         "objectives": names,
         "baseline": base.label,
         "groups": [_as_dict(group, names) for group in groups],
-        "tests": [test for group in groups if group is not base for test in _tests(group, base, names)],
+        "tests": [
+            test
+            for group in groups
+            if group is not base
+            for test in _tests(group, base, names, scores_of_base)
+        ],
         "runs": [
             {
                 "group": group.label,
@@ -184,12 +195,14 @@ def _as_dict(group: Group, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _tests(group: Group, base: Group, names: Sequence[str]) -> list[dict[str, Any]]:
+def _tests(
+    group: Group, base: Group, names: Sequence[str], scores_of_base: _ScoresOf
+) -> list[dict[str, Any]]:
     seeds = [seed for seed in group.runs if seed in base.runs]
     by_seed = np.array(
         [np.subtract(group.runs[s].after(names), base.runs[s].after(names)) for s in seeds]
     ).reshape(len(seeds), len(names))
-    by_prompt = _over_prompts(group, base, seeds, names)
+    by_prompt = _over_prompts(group, scores_of_base, seeds, names)
     return [
         {
             "group": group.label,
@@ -202,12 +215,14 @@ def _tests(group: Group, base: Group, names: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def _over_prompts(group: Group, base: Group, seeds: Sequence[int], names: Sequence[str]) -> Array | None:
+def _over_prompts(
+    group: Group, scores_of_base: _ScoresOf, seeds: Sequence[int], names: Sequence[str]
+) -> Array | None:
     """A row of differences for every prompt that both answered with one of the seeds; None without any."""
     found: dict[str, list[Array]] = {}
     for seed in seeds:
         ours = scores_by_prompt(group.runs[seed].directory, names)
-        theirs = scores_by_prompt(base.runs[seed].directory, names)
+        theirs = scores_of_base(seed)
         for prompt, scores in ({} if ours is None or theirs is None else ours).items():
             if theirs is not None and prompt in theirs:
                 found.setdefault(prompt, []).append(np.subtract(scores, theirs[prompt]))

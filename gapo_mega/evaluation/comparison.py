@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 
 from gapo_mega.evaluation.answers import Answer
-from gapo_mega.evaluation.intervals import Array, Estimate, Resampling, estimates
+from gapo_mega.evaluation.intervals import Estimate, Resampling, estimates
 from gapo_mega.evaluation.judged import Judged
 from gapo_mega.evaluation.refusals import refuses
+from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.summary import LEAST_PROMPTS
 
 Finding = Literal["higher", "lower", "unclear", "equal", "same on every prompt", "too few prompts"]

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from gapo_mega.evaluation.answers import Answer
 from gapo_mega.evaluation.comparison import Comparison
 from gapo_mega.evaluation.comparison_tables import FORMATS, as_json, interval, notes, text_tables
 from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.intervals import Estimate
+from gapo_mega.evaluation.pages import page_of
 from gapo_mega.evaluation.plot_parts import colour
-from gapo_mega.types import well_formed
 
 JSON_FILE, PAGE = "evaluation.json", "index.html"
 
@@ -44,15 +42,9 @@ def page(
     shown: int,
 ) -> str:
     """One HTML page that needs nothing else: no script, nothing fetched."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gapo_mega.evaluation", package_path=""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     names = [model.name for model in comparison.models]
-    text = environment.get_template("comparison.html.jinja").render(
+    return page_of(
+        "comparison.html.jinja",
         title=title,
         names=names,
         colours={name: colour(index) for index, name in enumerate(names)},
@@ -62,7 +54,6 @@ def page(
         notes=notes(comparison),
         prompts=_shown(answers, comparison.samples, shown),
     )
-    return well_formed(text)
 
 
 def _charts(comparison: Comparison) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapo_mega.evaluation.series import Array
+from gapo_mega.evaluation.summary import CONFIDENCE
 
 DRAWS = 2000
 _SEED = 1
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)

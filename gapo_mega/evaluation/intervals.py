@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-Array = NDArray[np.float64]
+from gapo_mega.evaluation.series import Array
 
 _AT_ONCE = 200_000  # drawn prompts that are held at a time, for each mean
 

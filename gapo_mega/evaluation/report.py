@@ -13,18 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
 from gapo_mega.evaluation.files import config_file, write_text
+from gapo_mega.evaluation.pages import page_of
 from gapo_mega.evaluation.plot_parts import colour
 from gapo_mega.evaluation.plots import Picture, write_pictures
 from gapo_mega.evaluation.series import Array, Series, read_series
 from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_resumed, read_summary
 from gapo_mega.evaluation.terms import in_metric, parameters_measured
-from gapo_mega.types import well_formed
 
 REPORT_FOLDER = "report"
 REPORT_PAGE = "index.html"
@@ -58,14 +57,8 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     directory.mkdir(exist_ok=True)
     gradients = config.gradients
     pictures = write_pictures(directory, series, names, summary, gradients, _rows(config, series))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gapo_mega.evaluation", package_path=""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = page_of(
+        "report.html.jinja",
         title=run_dir.resolve().name,
         measured_over=parameters_measured(gradients) + in_metric(gradients),
         one_run=ONE_RUN,
@@ -79,7 +72,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
         config_text=config_text,
     )
     path = directory / REPORT_PAGE
-    write_text(path, well_formed(page))
+    write_text(path, page)
     return path
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gapo_mega.evaluation.comparison_files import write_comparison
 from gapo_mega.evaluation.intervals import Resampling
 from gapo_mega.files import read_text
 from gapo_mega.models.huggingface.location import companions_of
-from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
+from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids, padding_id
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
@@ -84,19 +85,7 @@ class _Candidate:
 
     @property
     def pad_id(self) -> int:
-        found = self.tokenizer.pad_token_id
-        return int(found) if found is not None else self.eos_ids[0]
-
-
-def evaluate(config: Config, request: Request) -> Comparison | None:
-    """Answer, score, compare, and write everything to ``request.out``. Collective.
-
-    The main rank has the comparison, the others None.
-
-    What an earlier call has done there with the same settings is not done again. Raises ``ValueError`` for
-    whatever can be refused before a model is built.
-    """
-    return Evaluation(config, request).run()
+        return padding_id(self.tokenizer, self.eos_ids)
 
 
 class Evaluation:
@@ -129,6 +118,7 @@ class Evaluation:
         self._check_prompts()
         self._reference = None if request.reference is None else self._reference_of(request.reference)
         self._samples = config.evaluation.samples_per_prompt
+        self._fingerprints: dict[Path, fingerprints.Fingerprint] = {}
         self._engine: AnsweringEngine | None = None
 
     # -- before anything is loaded -------------------------------------------------------------------
@@ -173,7 +163,12 @@ class Evaluation:
         known = next((each for each in self._candidates if each.named.source == named.source), None)
         return self._candidate(named) if known is None else known
 
-    def _divergence(self, candidate: _Candidate) -> Divergence:
+    @cached_property
+    def _divergences(self) -> dict[str, Divergence]:
+        """Every candidate's, by its name."""
+        return {each.named.name: self._divergence_of(each) for each in self._candidates}
+
+    def _divergence_of(self, candidate: _Candidate) -> Divergence:
         reference = self._reference
         if reference is None or self.request.greedy:
             return "none"  # one greedy response is no sample of anything
@@ -193,7 +188,11 @@ class Evaluation:
                 self._store(candidate).check()
 
     def run(self) -> Comparison | None:
-        """Do what is left to do, and write the results; the main rank returns them."""
+        """Answer, score, compare, and write everything to ``request.out``. Collective.
+
+        The main rank has the comparison, the others None. What an earlier call has done there with the same
+        settings is not done again. Raises ``ValueError`` where other responses are there.
+        """
         lock = DirectoryLock(self.request.out, COMMAND, "--out")
         agree(self._everyone, lambda: lock.acquire() if self._everyone.is_main else None)
         try:
@@ -214,7 +213,7 @@ class Evaluation:
     def _store(self, candidate: _Candidate) -> AnswerStore:
         belonging = Belonging({}, {})
         if self._everyone.is_main:
-            belonging = Belonging(self._generation(candidate), self._scoring())
+            belonging = Belonging(self._generation(candidate), self._scoring)
         return AnswerStore(self.request.out / candidate.named.name, belonging, self._samples)
 
     def _open(self, stores: Sequence[AnswerStore]) -> None:
@@ -231,25 +230,29 @@ class Evaluation:
     def _generation(self, candidate: _Candidate) -> dict[str, Any]:
         config, reference = self.config, self._reference
         sampling = SamplingParameters.of(config.rollout)
-        template = candidate.tokenizer.chat_template if config.data.chat_template else None
-        measured = self._divergence(candidate) != "none" and reference is not None
+        measured = self._divergences[candidate.named.name] != "none" and reference is not None
         return {
-            "weights": fingerprints.of_weights(candidate.model.source),
+            "weights": self._weights(candidate),
             "configuration": fingerprints.of_shape(
                 candidate.model.shape, end_of_sequence=sorted(candidate.eos_ids), padding=candidate.pad_id
             ),
-            "chat template": fingerprints.of_text(None if template is None else str(template)),
-            "prompts": fingerprints.of_rows(
-                (p.token_ids, p.text, p.messages, *sorted(p.columns.items())) for p in candidate.prompts
-            ),
+            "chat template": fingerprints.of_template(candidate.tokenizer, config.data.chat_template),
+            "prompts": fingerprints.of_prompts(candidate.prompts),
             "samples": self._samples,
             "greedy": self.request.greedy,
             **{key: getattr(sampling, key) for key in sampling.__dataclass_fields__},
             "seed": config.seed,
             "dtype": config.model.dtype,
-            "reference": fingerprints.of_weights(reference.model.source) if measured and reference else None,
+            "reference": self._weights(reference) if measured and reference else None,
         }
 
+    def _weights(self, candidate: _Candidate) -> fingerprints.Fingerprint:
+        source = candidate.model.source
+        if source not in self._fingerprints:
+            self._fingerprints[source] = fingerprints.of_weights(source)
+        return self._fingerprints[source]
+
+    @cached_property
     def _scoring(self) -> dict[str, Any]:
         models = score_models_in(self.config)
         return {
@@ -270,7 +273,7 @@ class Evaluation:
             ResponseScorer(engine, self._objectives),
             self._names,
             prompts,
-            Manner(self._samples, config.seed, self.request.greedy, self._divergence(candidate)),
+            Manner(self._samples, config.seed, self.request.greedy, self._divergences[candidate.named.name]),
         )
         sequences = config.rollout.batch_size
         for numbers in batches(done, len(prompts), self._samples, sequences, engine.layout.data):
@@ -283,7 +286,7 @@ class Evaluation:
     def _engine_for(self, candidate: _Candidate) -> AnsweringEngine:
         """The engine with the candidate's weights, built when it is first needed."""
         config, reference = self.config, None
-        if self._divergence(candidate) == "measured":
+        if self._divergences[candidate.named.name] == "measured":
             assert self._reference is not None
             reference = self._reference.model
         setup = AnsweringSetup(

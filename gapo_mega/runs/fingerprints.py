@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.types import Prompt
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")
 _WHOLE = 1 << 30  # bytes of a file up to which it is read whole
@@ -32,6 +34,17 @@ def of_rows(rows: Iterable[object]) -> Fingerprint:
         digest.update(b"\n")
         count += 1
     return {"rows": count, "sha256": digest.hexdigest()[:16]}
+
+
+def of_prompts(prompts: Iterable[Prompt]) -> Fingerprint:
+    """A prompt's number in its file does not matter, its place does."""
+    return of_rows((p.token_ids, p.text, p.messages, *sorted(p.columns.items())) for p in prompts)
+
+
+def of_template(tokenizer: PreTrainedTokenizerBase, used: bool) -> Fingerprint:
+    """Of the tokenizer's chat template; of none where none is ``used``."""
+    template = tokenizer.chat_template if used else None
+    return of_text(None if template is None else str(template))
 
 
 def of_text(text: str | None) -> Fingerprint:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gapo_mega.config.results import WITHOUT_EFFECT
 from gapo_mega.evaluation.files import write_text
 from gapo_mega.files import local
 from gapo_mega.rollout.heldout import Answers
@@ -26,16 +27,7 @@ logger = logging.getLogger(__name__)
 PARAMETER = "evaluation.shared"
 # Settings that begin to matter with the first update, and places of what counts by its contents.
 _LATER = (
-    *(
-        "output_dir",
-        "steps",
-        TOTAL_UPDATES,
-        "model.path",
-        "checkpoint.",
-        "logging.",
-        "evaluation.shown",
-        PARAMETER,
-    ),
+    *("output_dir", "steps", TOTAL_UPDATES, "model.path", *WITHOUT_EFFECT),
     *(
         "aggregation.",
         "scalarization.",

@@ -15,7 +15,7 @@ from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.files import local
 from gapo_mega.models.huggingface import location
-from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids
+from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids, padding_id
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs import fingerprints
@@ -85,7 +85,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
         Order(len(train_prompts), config.rollout.prompts_per_step, 0, 1, config.seed, wording=PROMPTS)
         eos_ids = end_of_sequence_ids(companions, tokenizer)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+        pad_id = padding_id(tokenizer, eos_ids)
         contents = contents_of(resolved, tokenizer, train_prompts, heldout_prompts)
         contents[CONFIGURATION] = fingerprints.of_shape(
             resolved.shape, end_of_sequence=sorted(eos_ids), padding=pad_id
@@ -120,19 +120,12 @@ def contents_of(
     train_prompts: Sequence[Prompt],
     heldout_prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
-    """Fingerprints of what the run reads; a prompt's number in its file does not matter, its place does."""
-
-    def of_prompts(prompts: Sequence[Prompt]) -> fingerprints.Fingerprint:
-        return fingerprints.of_rows(
-            (p.token_ids, p.text, p.messages, *sorted(p.columns.items())) for p in prompts
-        )
-
-    template = tokenizer.chat_template if resolved.config.data.chat_template else None
+    """Fingerprints of what the run reads."""
     found = {
-        TEMPLATE: fingerprints.of_text(None if template is None else str(template)),
+        TEMPLATE: fingerprints.of_template(tokenizer, resolved.config.data.chat_template),
         POLICY: fingerprints.of_weights(resolved.policy.directory()),
-        TRAINING_ROWS: of_prompts(train_prompts),
-        HELDOUT_ROWS: of_prompts(heldout_prompts),
+        TRAINING_ROWS: fingerprints.of_prompts(train_prompts),
+        HELDOUT_ROWS: fingerprints.of_prompts(heldout_prompts),
     }
     if resolved.critic is not None:
         found[CRITIC] = fingerprints.of_weights(resolved.critic.directory())

@@ -63,7 +63,8 @@ def room(jobs: int | None, nproc: int | None, cores: int) -> Room:
 class Pool:
     """Runs tasks.
 
-    ``log_file``: where a task's output goes, by its name. ``ended``: called with a task that has finished.
+    ``log_file``: where a task's output goes, by its name. ``ended``: called with a task that has finished,
+    unless ``states`` had it so from the first.
     """
 
     room: Room
@@ -136,9 +137,10 @@ class Pool:
                 self._end(task, "failed")
 
     def _end(self, task: Task, state: StateName) -> None:
-        self.states[task.name] = state
+        before, self.states[task.name] = self.states.get(task.name), state
         if state == "finished":
-            self.ended(task)
+            if before != "finished":
+                self.ended(task)
             tqdm.write(f"{task.name}: finished")
         elif state == "failed":
             log = self.log_file(task.name)

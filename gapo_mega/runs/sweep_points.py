@@ -16,14 +16,13 @@ from gapo_mega.config.sweep import METHOD, PREFERENCE, SweepConfig
 from gapo_mega.files import local
 from gapo_mega.planning.methods import load
 from gapo_mega.planning.preference import method_of, preference_key
+from gapo_mega.runs import shared_answers
 from gapo_mega.runs.directory import EXPORT_FOLDER
 from gapo_mega.user_code import is_reference
 
 POINTS_FOLDER = "points"
 WARM_START = "warm_start"
 BEFORE_FOLDER = "before"  # of held-out answers before training
-
-_SHARED = "evaluation.shared"
 
 _LONGEST = 90  # characters of a folder's name
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -159,7 +158,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str
 
 def _settings(sweep: SweepConfig, values: Mapping[str, Any]) -> list[str]:
     chosen = {**sweep.settings, **{key: value for key, value in values.items() if key != PREFERENCE}}
-    chosen.setdefault(_SHARED, str((local(sweep.output_dir) / BEFORE_FOLDER).absolute()))
+    chosen.setdefault(shared_answers.PARAMETER, str((local(sweep.output_dir) / BEFORE_FOLDER).absolute()))
     if sweep.warm_start is not None:
         chosen["model.path"] = str((warm_start_directory(sweep) / EXPORT_FOLDER).absolute())
     return [override(key, value) for key, value in chosen.items()]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gapo_mega.config import Config, Section
 from gapo_mega.config.loading import load
+from gapo_mega.config.results import WITHOUT_EFFECT
 from gapo_mega.evaluation.files import config_file
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
@@ -18,8 +19,8 @@ from gapo_mega.runs.lock import check_free
 
 StateName = Literal["new", "part", "running", "finished", "failed"]
 
-# Settings that say how, where or what else a run writes, and do not change its numbers.
-_ANY = ("output_dir", "checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+# Settings that a run which has ended may have had otherwise.
+_ANY = ("output_dir", *WITHOUT_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class State:
     name: StateName
     steps: int  # that its log, or its newest checkpoint, holds
     checkpoint: bool = False  # whether there is one to go on from
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a run left a part, and no checkpoint to go on from."""
+        return self.name == "part" and not self.checkpoint
 
 
 def state_of(directory: Path, steps: int | None) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gapo_mega.config import Config, Section
 from gapo_mega.config.loading import load
@@ -13,6 +14,8 @@ from gapo_mega.config.sweep import SweepConfig
 from gapo_mega.data.preview import preview_supervised
 from gapo_mega.files import local
 from gapo_mega.planning import methods
+from gapo_mega.runs.data_run import DataRun
+from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.pairs import PairsRun
 from gapo_mega.runs.preflight import preview, resolve
@@ -54,7 +57,7 @@ class Task:
         killed while it wrote its results would otherwise pass for one that has ended.
         """
         state = self.state()
-        again = ["--overwrite"] if state.name == "part" and not state.checkpoint else []
+        again = ["--overwrite"] if state.begins_anew else []
         processes = [] if nproc is None else ["--nproc", str(nproc)]
         return [self.command, "--config", str(self.file), *processes, *again, *self.overrides]
 
@@ -108,12 +111,7 @@ class Checks:
             read = config.model_copy(
                 update={"model": config.model.model_copy(update={"path": self._stand_in})}
             )
-        identity = identity_of(resolve(read, self._processes))
-        if state.name != "running":
-            overwrite = state.name == "part" and not state.checkpoint
-            check_before_processes(task.directory, wanted(config), overwrite)
-            if state.checkpoint:
-                compare_with_newest(config, identity, task.directory)
+        _check_directory(task, state, wanted(config), identity_of(resolve(read, self._processes)))
         data = f"{read.data!r} {read.model.path} {sorted(read.columns.items())}"
         if data not in self._previewed:
             preview(read)
@@ -122,17 +120,20 @@ class Checks:
     def _check_data_run(self, task: Task, state: State) -> None:
         config = task.config
         assert isinstance(config, SftConfig | PairsConfig)
-        kind = SftRun if isinstance(config, SftConfig) else PairsRun
-        if state.name != "running":
-            overwrite = state.name == "part" and not state.checkpoint
-            check_before_processes(task.directory, kind.wanted(config), overwrite)
-            if state.checkpoint:
-                compare_with_newest(config, Identity(kind.command, settings_of(config)), task.directory)
-        if isinstance(config, SftConfig):
-            tokenizer = SftRun.check(config, self._processes).tokenizer
-        else:
-            tokenizer = PairsRun.check(config, self._processes).tokenizer
+        kind: type[DataRun[Any, Any]] = SftRun if isinstance(config, SftConfig) else PairsRun
+        identity = Identity(kind.command, settings_of(config))
+        _check_directory(task, state, kind.wanted(config), identity)
+        tokenizer = kind.check(config, self._processes).tokenizer
         preview_supervised(config, lambda: tokenizer)
+
+
+def _check_directory(task: Task, state: State, wanted: Wanted, identity: Identity) -> None:
+    """Raise ``ValueError`` for what a run would refuse in its directory, unless another one is there now."""
+    if state.name == "running":
+        return
+    check_before_processes(task.directory, wanted, state.begins_anew)
+    if state.checkpoint:
+        compare_with_newest(task.config, identity, task.directory)
 
 
 def check_all(tasks: Sequence[Task], checks: Checks) -> list[State]:

@@ -18,6 +18,11 @@ def companions_of(path: Path) -> Path:
     return path / COMPANIONS if (path / COMPANIONS / "config.json").is_file() else path
 
 
+def is_megatron_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a Megatron checkpoint, and no Hugging Face directory."""
+    return (path / "metadata.json").is_file() and not (path / "config.json").is_file()
+
+
 def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
     """The local directory of a model: ``name_or_path`` itself, or a download of that hub repository.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def check_named_ids(companions: Path, vocab: int, parameter: str = "model.path")
             content = _read(companions / file, parameter)
             for field in _NAMED:
                 _check_ids(content.get(field), vocab, field, f"{parameter}: {companions / file} {field}")
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
+    """The id that pads prompts and responses: the tokenizer's, or the first of ``eos_ids``."""
+    found = tokenizer.pad_token_id
+    return int(found) if found is not None else eos_ids[0]
 
 
 def end_of_sequence_ids(

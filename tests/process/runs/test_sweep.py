@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from gapo_mega.config import Config
+from gapo_mega.runs.directory import begin, end
 from gapo_mega.runs.lock import DirectoryLock
+from gapo_mega.runs.start import wanted
 from gapo_mega.runs.sweep import Pool, Room, room
 from gapo_mega.runs.sweep_tasks import Task
 from tests.helpers.environment import environment
@@ -66,6 +68,23 @@ def test_a_point_that_another_process_has_is_waited_for(
     pool.run([task(tmp_path, "1")])
     assert "another process has it; waiting" in capsys.readouterr().out
     assert pool.states == {"1": "failed"} and "1" in looked
+
+
+def test_only_what_has_finished_since_is_handed_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = [task(tmp_path, name) for name in ("1", "2")]
+    for each in tasks:
+        assert isinstance(each.config, Config)
+        each.directory.mkdir()
+        begin(each.directory, wanted(each.config), overwrite=False)
+        (each.directory / "summary.json").write_text("{}")
+        end(each.directory, each.config.steps)
+    ended: list[Task] = []
+    pool = Pool(Room(1, None, 1), lambda name: tmp_path / name, ended.append, {"1": "finished", "2": "new"})
+    pool.run(tasks)
+    assert ended == [tasks[1]] and pool.states == {"1": "finished", "2": "finished"}
+    assert capsys.readouterr().out.splitlines() == ["1: finished", "2: finished"]
 
 
 def test_every_run_has_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
