@@ -66,9 +66,12 @@ class Shards(GradientStrategy):
         losses = self.measure(task, clock)
         gram, averaged = self._grams()
         aggregated = ops.solve(gram if averaged is None else averaged, aggregator)
-        refused = self._add_to_averages(gram, aggregated)
+        euclidean = gram
+        if self._setting.adam and (self._before is not None or self.averages is not None):
+            euclidean = self.global_gram(inner_products(self.shard, self._rows))
+        refused = self._add_to_averages(gram, euclidean, aggregated)
         if self._before is not None:
-            self._put_large_part_last(gram, aggregated.weights)
+            self._put_large_part_last(euclidean, aggregated.weights)
         ops.combine_(self.shard.pieces, self._rows, aggregated.weights)
         found = Direction.of(losses, aggregated)
         if averaged is not None:
@@ -120,7 +123,7 @@ class Shards(GradientStrategy):
         if self._setting.adam:
             return super().predicted_norm(found)
         square = float(found.weights @ found.gram @ found.weights)
-        return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())
+        return math.sqrt(max(square, 0.0)), summands(found.weights, found.gram)
 
     # -- running means -------------------------------------------------------------------------------
     def _grams(self) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +134,7 @@ class Shards(GradientStrategy):
         both = self.global_gram(inner_products(self.shard, [*self.averages.rows, *self._rows], metric))
         return self.averages.grams(both)
 
-    def _add_to_averages(self, gram: Tensor, aggregated: ops.Aggregated) -> str | None:
+    def _add_to_averages(self, gram: Tensor, euclidean: Tensor, aggregated: ops.Aggregated) -> str | None:
         """Add the gradients to their running means if the optimizer is going to step.
 
         The combination is about to overwrite a gradient, so this cannot wait for the step. Returns why there
@@ -140,25 +143,21 @@ class Shards(GradientStrategy):
         """
         if self.averages is None or not aggregated.ok() or not bool(gram.isfinite().all()):
             return None
-        if self._setting.adam:
-            gram = self.global_gram(inner_products(self.shard, self._rows))
-        size = summands(aggregated.weights.cpu(), gram.cpu())
+        size = summands(aggregated.weights.cpu(), euclidean.cpu())
         refused = why_unmeasured(size) if size else None
         if refused is None:
             self.averages.add(self._rows)
         return refused
 
     # -- the change that the optimizer made ----------------------------------------------------------
-    def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
+    def _put_large_part_last(self, euclidean: Tensor, weights: Tensor) -> None:
         """Move a row that makes up a good part of the combination into Megatron's buffer.
 
         The combination overwrites the buffer's row, and ``change`` recovers that gradient from the
         combination. The rounding of the combination would swallow a small part, and a weight of 0 leaves
         nothing to recover.
         """
-        if self._setting.adam:
-            gram = self.global_gram(inner_products(self.shard, self._rows))
-        shares = (weights.abs() * gram.diagonal().sqrt()).tolist()
+        shares = (weights.abs() * euclidean.diagonal().sqrt()).tolist()
         held = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         largest = max(range(self.objectives), key=shares.__getitem__)
         if shares[held] < _SMALL_PART * shares[largest]:
