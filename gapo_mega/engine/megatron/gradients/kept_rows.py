@@ -6,7 +6,6 @@ One row is Megatron's buffer itself, and the combination overwrites it. Extra me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from gapo_mega import ops
 from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
-from gapo_mega.engine.megatron.gradients.metric import MOST_ROWS, inner_products
+from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
 from gapo_mega.engine.megatron.gradients.shard import bytes_of, exchange
@@ -181,7 +180,8 @@ class Shards(GradientStrategy):
             return None
         for view, values in self._parameters(self._before):
             view.sub_(values)
-        products = self._products_with(self._before)
+        gram = self.global_gram(inner_products(self.shard, [self._before, *self._rows]))
+        products: list[float] = gram[0, 1:].tolist()
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the buffer's norm shows whether it holds the clipped gradient.
         square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
@@ -190,15 +190,6 @@ class Shards(GradientStrategy):
         others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
         weight = float(weights[last])
         products[last] = (products[last] / scale - others) / weight if scale and weight else math.nan
-        return products
-
-    def _products_with(self, row: Sequence[Tensor]) -> list[float]:
-        """Inner products of ``row`` with all objectives' rows over all ranks; one all-reduce per 15 rows."""
-        products: list[float] = []
-        for start in range(0, self.objectives, MOST_ROWS - 1):
-            block = [row, *self._rows[start : start + MOST_ROWS - 1]]
-            gram = self.global_gram(inner_products(self.shard, block))
-            products += gram[0, 1:].tolist()
         return products
 
     def _parameters(self, row: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
