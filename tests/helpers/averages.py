@@ -7,26 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
+from gapo_mega.types import Experience
 from tests.helpers.combinations.comparison import gram_error
+from tests.helpers.logits import chosen_logprobs
+from tests.helpers.policy_gradients import Reference
 from tests.helpers.ranks import check_averages
 
 
-def gradient_rows(directory: Path, step: int) -> Tensor:
-    """The gradients of the losses of ``check_averages`` at the parameters in ``directory``, [M, N]."""
-    model = LlamaForCausalLM.from_pretrained(directory).double()
-    batch = check_averages.batch_of(step)
-    assert batch.advantages_MBT is not None
-    logits = model(input_ids=batch.tokens_BT).logits
-    chosen = logits.log_softmax(-1)[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1)
-    mask = batch.response_mask_BT[:, 1:]
-    rows = []
-    for advantages_BT in batch.advantages_MBT.double():
-        loss = -(advantages_BT[:, 1:] * chosen)[mask].mean()
-        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        rows.append(torch.cat([grad.flatten() for grad in grads]))
-    return torch.stack(rows)
+class Reinforce(Reference):
+    """The gradients of ``check_averages.reinforce``, written down anew."""
+
+    @staticmethod
+    def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
+        assert batch.advantages_MBT is not None
+        chosen = chosen_logprobs(logits, batch.tokens_BT)
+        mask = batch.response_mask_BT[:, 1:]
+        return [
+            -(advantages_BT[:, 1:] * chosen)[mask].mean() for advantages_BT in batch.advantages_MBT.double()
+        ]
 
 
 def assert_as_reference(found: dict[str, Any], exported: Path, tolerance: float) -> None:
@@ -34,7 +33,7 @@ def assert_as_reference(found: dict[str, Any], exported: Path, tolerance: float)
     beta, mean = check_averages.AVERAGE, torch.zeros(())
     assert found["skipped"] == [False] * check_averages.STEPS
     for step in range(check_averages.STEPS):
-        rows = gradient_rows(exported / str(step), step)
+        rows = Reinforce(exported / str(step), check_averages.batch_of(step)).rows()
         mean = beta * mean + (1 - beta) * rows
         corrected = mean / (1 - beta ** (step + 1))
         gram = torch.tensor(found["gram"][step], dtype=torch.float64)

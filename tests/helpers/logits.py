@@ -23,6 +23,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def chosen_logprobs(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """The log-probability of every token but the first, [B, T - 1]."""
+    return logits_BTV.log_softmax(-1)[:, :-1].gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
+
+
 def response_logprobs(logits_BTV: Tensor, batch: TokenBatch, distribution: Distribution) -> Tensor:
     """``logprobs_of`` from logits at all positions, which it leaves as they are."""
     return logprobs_of(before_response(logits_BTV, batch.response_mask_BT), batch, distribution)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
 from tests.helpers.combinations.reference import in_scope
+from tests.helpers.logits import chosen_logprobs
 from tests.helpers.ranks import check_engine
 
 RATE = 0.05
@@ -54,7 +55,7 @@ class Reference:
     @staticmethod
     def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
         assert batch.advantages_MBT is not None
-        chosen = logits.log_softmax(-1)[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1)
+        chosen = chosen_logprobs(logits, batch.tokens_BT)
         mask = batch.response_mask_BT[:, 1:]
         ratio = (chosen - batch.old_logprobs_BT[:, 1:].double())[mask].exp()
         return [

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import Generator, SamplingParameters
 from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model.build import build_gpt
-from gapo_mega.engine.megatron.model.forward import forward_only, split
+from gapo_mega.engine.megatron.model.forward import batch_logprobs
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
-from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
 from gapo_mega.types import TokenBatch
@@ -67,24 +65,10 @@ class MegatronAnswers(groups.Collective):
         chosen = self._setup.policy if model == "policy" else self._setup.reference
         assert chosen is not None
         distribution = Distribution.of(chosen.shape.vocab, SamplingParameters.of(self._setup.rollout))
-
-        def output_of(logits_NV: Tensor, part: TokenBatch) -> Tensor:
-            return logprobs_of(logits_NV, part, distribution).cpu()
-
         with megatron_device(), self._models[model].on_device() as built:
-            pieces = split([built], batch, self._setup.micro_batch)
-            parts = forward_only([built], pieces.parts, output_of, at_responses=True)
-            local_BT = pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)
+            local_BT = batch_logprobs([built], batch, self._setup.micro_batch, distribution)
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
-        settings = self._setup.model.model_copy(update={"path": request.path, "dtype": request.dtype})
         with megatron_device():
-            return ScoreModel(
-                model_location.resolve(request.path),
-                settings,
-                self._setup.parallel,
-                self.groups,
-                request.micro_batch_size,
-                request.offload,
-            )
+            return ScoreModel.requested(request, self._setup.model, self._setup.parallel, self.groups)

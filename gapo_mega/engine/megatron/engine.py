@@ -27,9 +27,9 @@ from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
-from gapo_mega.engine.megatron.model.forward import Chunks, forward_only, split
+from gapo_mega.engine.megatron.model.forward import batch_logprobs
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
@@ -107,34 +107,18 @@ class MegatronEngine(groups.Collective):
     # -- forward -----------------------------------------------------------------------------------
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
-
-        def output_of(logits_NV: Tensor, part: TokenBatch) -> Tensor:
-            return logprobs_of(logits_NV, part, distribution).cpu()
-
-        def of(chunks: Chunks) -> Tensor:
-            pieces = split(chunks, batch, self._config.micro_batch_size)
-            parts = forward_only(chunks, pieces.parts, output_of, at_responses=True)
-            return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)
-
+        size = self._config.micro_batch_size
         with megatron_device():
             if model == "policy":
-                local_BT = of(self.policy.chunks)
+                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution)
             else:
                 with self.reference.on_device() as reference:
-                    local_BT = of([reference])
+                    local_BT = batch_logprobs([reference], batch, size, distribution)
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
-        settings = self._config.model.model_copy(update={"path": request.path, "dtype": request.dtype})
         with megatron_device():
-            return ScoreModel(
-                model_location.resolve(request.path),
-                settings,
-                self._config.parallel,
-                self.groups,
-                request.micro_batch_size,
-                request.offload,
-            )
+            return ScoreModel.requested(request, self._config.model, self._config.parallel, self.groups)
 
     def values(self, batch: TokenBatch) -> Tensor:
         assert self.critics is not None

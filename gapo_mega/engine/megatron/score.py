@@ -21,6 +21,7 @@ from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.score_head import KEPT
+from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.types import TokenBatch
 
 
@@ -64,6 +65,15 @@ class ScoreModel:
         weights.load(model, shape, source, self._head)
         self._model = FrozenModel(model, offload)
         self._mean, self._deviation = self._statistics(source)
+
+    @classmethod
+    def requested(
+        cls, request: ScoreModelRequest, policy: ModelConfig, parallel: ParallelConfig, groups: Groups
+    ) -> ScoreModel:
+        """The model that ``request`` names; its other settings are those of the policy."""
+        settings = policy.model_copy(update={"path": request.path, "dtype": request.dtype})
+        source = model_location.resolve(request.path)
+        return cls(source, settings, parallel, groups, request.micro_batch_size, request.offload)
 
     def __call__(self, tokens: Sequence[Sequence[int]]) -> list[float]:
         """Scores of token-id sequences (at least one token each), in their order; higher is better."""

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gapo_mega.config.supervised import PairsConfig
 from gapo_mega.runs.pairs import PairsRun
+from tests.helpers.metrics_log import metrics
 from tests.helpers.tiny import tiny_chat_model
 
-VARYING = ("time/", "tokens_per_second", "memory/")
 NAMES = ("kind", "short")
 BETA = 0.3
 # fp32 against float64: sums of some dozen log-probabilities, and three steps whose errors add up.
@@ -72,11 +72,6 @@ def train(config: PairsConfig) -> tuple[PairsRun, dict[str, float]]:
         return run, run.run()
     finally:
         run.engine.close()
-
-
-def records(directory: Path) -> list[dict[str, Any]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VARYING)} for line in lines]
 
 
 # -- against autograd ----------------------------------------------------------------------------------
@@ -153,7 +148,7 @@ def test_losses_gradients_and_weights_are_those_of_autograd(folder: Path, name: 
     config = settings(folder, f"autograd-{name}", **json.loads(json.dumps({**SGD, **CASES[name]})))
     run, _ = train(config)
     reference = Reference(config)
-    for step, record in enumerate(records(Path(config.output_dir))):
+    for step, record in enumerate(metrics(Path(config.output_dir))):
         sets = [
             [pairs[i] for i in order.items(step)] for pairs, order in zip(run._train, run.orders, strict=True)
         ]
@@ -180,7 +175,7 @@ def test_both_objectives_are_learned_and_a_run_is_resumed(folder: Path) -> None:
         assert measured[f"margin/{name}"] == pytest.approx(
             measured[f"chosen_reward/{name}"] - measured[f"rejected_reward/{name}"]
         )
-    whole = records(directory)
+    whole = metrics(directory)
     assert [r["step"] for r in whole] == list(range(1, 13))
     first = whole[0]  # policy and reference are one
     assert first["loss/kind"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy/kind"] == 0.5
@@ -194,7 +189,7 @@ def test_both_objectives_are_learned_and_a_run_is_resumed(folder: Path) -> None:
     for path in (directory / "hf", directory / "checkpoints" / "step_00000012"):
         shutil.rmtree(path)
     assert train(settings(folder, "learned", **options))[1] == measured
-    assert records(directory) == whole
+    assert metrics(directory) == whole
     again = load_file(directory / "hf" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in exported.items())
 

@@ -17,9 +17,9 @@ from gapo_mega.config.supervised import RewardModelConfig, SftConfig
 from gapo_mega.objectives import build
 from gapo_mega.runs.supervised import RewardRun, SftRun
 from gapo_mega.types import Prompt
+from tests.helpers.metrics_log import CLOCKED, metrics
 from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
-VARYING = ("time/", "tokens_per_second")
 GOOD, BAD = "yes of course", "no never"
 
 
@@ -57,18 +57,13 @@ def reward_run(folder: Path, name: str, **changes: Any) -> dict[str, float]:
         run.engine.close()
 
 
-def records(directory: Path) -> list[dict[str, Any]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VARYING)} for line in lines]
-
-
 def test_a_reward_model_learns_is_resumed_and_scores_as_an_objective(folder: Path) -> None:
     options = {"checkpoint": {"every_steps": 5}, "evaluate_every": 4, "model": {"keep_layers": 2}}
     measured = reward_run(folder, "reward", **options)
     directory = folder / "reward"
     assert measured["pairs"] == 24 and measured["accuracy"] >= 0.9  # guessing gives 0.5 +- 0.1
     assert json.loads((directory / "summary.json").read_text())["heldout"] == measured
-    whole = records(directory)
+    whole = metrics(directory, CLOCKED)
     assert [r["step"] for r in whole] == list(range(1, 13))
     assert whole[-1]["loss"] < 0.5 * whole[0]["loss"]
     assert [r["step"] for r in whole if "heldout/accuracy" in r] == [4, 8]
@@ -78,7 +73,7 @@ def test_a_reward_model_learns_is_resumed_and_scores_as_an_objective(folder: Pat
     for path in (directory / "hf", directory / "checkpoints" / "step_00000012"):
         shutil.rmtree(path)
     assert reward_run(folder, "reward", **options) == measured
-    assert records(directory) == whole
+    assert metrics(directory, CLOCKED) == whole
     again = load_file(directory / "hf" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in exported.items())
 

@@ -12,17 +12,8 @@ import torch
 from gapo_mega import advantages, aggregation, losses
 from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.fake_runs import HELD_OUT, PROMPTS, Words, trainer
+from tests.helpers.metrics_log import CLOCKED, metrics
 from tests.helpers.team import Team
-
-VARYING = ("time/", "tokens_per_second")
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    text = (directory / "metrics.jsonl").read_text()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(VARYING)}
-        for line in text.splitlines()
-    ]
 
 
 def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
@@ -69,7 +60,7 @@ def test_names_stand_for_the_numbers_of_objectives(tmp_path: Path) -> None:
 def whole(tmp_path: Path) -> tuple[list[dict[str, Any]], FakeEngine]:
     engine = FakeEngine()
     assert trainer(tmp_path / "whole", engine, algorithm={"minibatches": 2}).run()
-    return metrics(tmp_path / "whole"), engine
+    return metrics(tmp_path / "whole", CLOCKED), engine
 
 
 STEP_CALLS = ("update_weights", "generate", "logprobs policy", "logprobs reference", "update_policy")
@@ -94,7 +85,7 @@ def test_a_signal_at_every_point_of_every_step(
         assert trainer(tmp_path / "run", last, algorithm={"minibatches": 2}).run()
         assert last.calls[0] == "load" and last.calls.count("generate") == 4 - step
         prompts = first.prompts + last.prompts
-    assert metrics(tmp_path / "run") == expected
+    assert metrics(tmp_path / "run", CLOCKED) == expected
     assert prompts == undisturbed.prompts
     assert last.policy == undisturbed.policy
 

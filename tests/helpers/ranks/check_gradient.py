@@ -25,6 +25,7 @@ from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Experience
+from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.ranks import worlds
 from tests.helpers.sampled import processors, random_kept, sampled_logprobs
 
@@ -73,9 +74,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     found = load_file(export / "model.safetensors")
     expected_gram, expected = _transformers_gradients(directory)
     assert found.keys() == expected.keys()
-    norms = expected_gram.diagonal().sqrt()
     return {
-        "gram_error": float(((gram - expected_gram).abs() / torch.outer(norms, norms)).max()),
+        "gram_error": gram_error(gram, expected_gram),
         "errors": {n: float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items()},
     }
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation, losses
 from gapo_mega.types import Experience
+from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.ranks import check_engine
 
 LOW, HIGH = 0.03, 0.06  # of the ratio, whose logarithm differs by 0.05: some tokens are held on either side
@@ -106,12 +107,10 @@ def mean(values_BT: Tensor, mask_BT: Tensor, normalization: str) -> Tensor:
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     """By what was measured: the greatest difference over its size, of both updates."""
-    norms = wanted["gram"].diagonal().sqrt()
     size = max(map(abs, wanted["losses"]))
     worst: dict[str, float] = {"losses": 0.0, "gram": 0.0}
     for losses_M, gram, policy in zip(found["losses"], found["gram"], found["policy"], strict=True):
-        gram_error = (torch.tensor(gram).double() - wanted["gram"]).abs() / torch.outer(norms, norms)
-        worst["gram"] = max(worst["gram"], float(gram_error.max()))
+        worst["gram"] = max(worst["gram"], gram_error(torch.tensor(gram).double(), wanted["gram"]))
         loss_error = max(abs(a - b) for a, b in zip(losses_M, wanted["losses"], strict=True))
         worst["losses"] = max(worst["losses"], loss_error / size)
         for name, value in policy.items():

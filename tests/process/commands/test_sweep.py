@@ -18,6 +18,7 @@ import yaml
 from gapo_mega.evaluation.summary import read_summary
 from gapo_mega.runs.lock import check_free
 from tests.helpers.environment import environment
+from tests.helpers.metrics_log import metrics
 from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
 POINTS = ("p_gapo-0.2_0.8-seed1", "p_gapo-0.8_0.2-seed1")
@@ -98,13 +99,6 @@ def wait_for(process: subprocess.Popen[str], wanted: Path) -> None:
         time.sleep(0.02)
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    """What the log says of every step, times and memory aside."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    own = ("time/", "memory/", "tokens_per_second")
-    return [{key: value for key, value in row.items() if not key.startswith(own)} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> dict[str, Any]:
     """The sweep killed while its second point trains, then started again."""
@@ -125,7 +119,7 @@ def test_finished_points_stay_and_others_resume(folder: Path, resumed: dict[str,
     assert ((done / "summary.json").read_bytes(), (done / "metrics.jsonl").stat().st_mtime_ns) == resumed[
         "kept"
     ]
-    assert [row["step"] for row in lines_of(half)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in metrics(half)] == list(range(1, STEPS + 1))
     log = (folder / "out" / "logs" / f"{POINTS[1]}.log").read_text()
     assert "resumed from" in log and "stopped by a signal" in log
     other = (folder / "out" / "logs" / f"{POINTS[0]}.log").read_text()
@@ -164,7 +158,7 @@ def test_results_are_those_of_the_runs(folder: Path, resumed: dict[str, Any]) ->
         assert point["heldout"]["vowels"]["gain"] == summary["vowels"].difference
         assert (point["samples"], point["updates"]) == (STEPS * 8, STEPS)
         assert point["backwards"] == STEPS  # one pass for both objectives
-        assert point["kl"] == pytest.approx(lines_of(run)[-1]["kl"])
+        assert point["kl"] == pytest.approx(metrics(run)[-1]["kl"])
     means = np.array([[summary[name].after for name in ("short", "vowels")] for summary in summaries])
     # Both runs begin with the same answers, so that either one's is the base's.
     reference = [summaries[0][name].before for name in ("short", "vowels")]

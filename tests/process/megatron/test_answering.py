@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gapo_mega.engine.megatron.checkpoint import convert
+from tests.helpers.logits import chosen_logprobs
 from tests.helpers.perturbed import perturbed
 from tests.helpers.ranks.check_answering import PROMPTS, TEMPERATURE
 from tests.helpers.ranks.launch import launch
@@ -54,8 +55,7 @@ def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def logprobs_of(directory: Path, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Of the response tokens, in float64; rows are right padded, so that padding has no influence."""
     model = AutoModelForCausalLM.from_pretrained(directory).double().eval()
-    logprobs_BTV = (model(tokens_BT).logits / TEMPERATURE).log_softmax(dim=-1)
-    taken_BT = logprobs_BTV[:, :-1].gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
+    taken_BT = chosen_logprobs(model(tokens_BT).logits / TEMPERATURE, tokens_BT)
     return torch.nn.functional.pad(taken_BT, (1, 0)) * mask_BT
 
 

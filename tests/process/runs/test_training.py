@@ -18,10 +18,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers.environment import ROOT, environment
+from tests.helpers.metrics_log import metrics
 from tests.helpers.tiny import tiny_chat_model
 
 STEPS = 4
-VARYING = ("time/", "tokens_per_second", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-6000:]
     return output
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """What every step measured, without times and memory."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VARYING)} for line in lines]
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:

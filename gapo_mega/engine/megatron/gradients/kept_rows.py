@@ -6,7 +6,6 @@ One row is Megatron's buffer itself, and the combination overwrites it. Extra me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from gapo_mega import ops
 from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
-from gapo_mega.engine.megatron.gradients.metric import MOST_ROWS, inner_products
+from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
 from gapo_mega.engine.megatron.gradients.shard import bytes_of, exchange
@@ -66,9 +65,12 @@ class Shards(GradientStrategy):
         losses = self.measure(task, clock)
         gram, averaged = self._grams()
         aggregated = ops.solve(gram if averaged is None else averaged, aggregator)
-        refused = self._add_to_averages(gram, aggregated)
+        euclidean = gram
+        if self._setting.adam and (self._before is not None or self.averages is not None):
+            euclidean = self.global_gram(inner_products(self.shard, self._rows))
+        refused = self._add_to_averages(gram, euclidean, aggregated)
         if self._before is not None:
-            self._put_large_part_last(gram, aggregated.weights)
+            self._put_large_part_last(euclidean, aggregated.weights)
         ops.combine_(self.shard.pieces, self._rows, aggregated.weights)
         found = Direction.of(losses, aggregated)
         if averaged is not None:
@@ -120,7 +122,7 @@ class Shards(GradientStrategy):
         if self._setting.adam:
             return super().predicted_norm(found)
         square = float(found.weights @ found.gram @ found.weights)
-        return math.sqrt(max(square, 0.0)), float(found.weights.abs() @ found.gram.diagonal().sqrt())
+        return math.sqrt(max(square, 0.0)), summands(found.weights, found.gram)
 
     # -- running means -------------------------------------------------------------------------------
     def _grams(self) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +133,7 @@ class Shards(GradientStrategy):
         both = self.global_gram(inner_products(self.shard, [*self.averages.rows, *self._rows], metric))
         return self.averages.grams(both)
 
-    def _add_to_averages(self, gram: Tensor, aggregated: ops.Aggregated) -> str | None:
+    def _add_to_averages(self, gram: Tensor, euclidean: Tensor, aggregated: ops.Aggregated) -> str | None:
         """Add the gradients to their running means if the optimizer is going to step.
 
         The combination is about to overwrite a gradient, so this cannot wait for the step. Returns why there
@@ -140,25 +142,21 @@ class Shards(GradientStrategy):
         """
         if self.averages is None or not aggregated.ok() or not bool(gram.isfinite().all()):
             return None
-        if self._setting.adam:
-            gram = self.global_gram(inner_products(self.shard, self._rows))
-        size = summands(aggregated.weights.cpu(), gram.cpu())
+        size = summands(aggregated.weights.cpu(), euclidean.cpu())
         refused = why_unmeasured(size) if size else None
         if refused is None:
             self.averages.add(self._rows)
         return refused
 
     # -- the change that the optimizer made ----------------------------------------------------------
-    def _put_large_part_last(self, gram: Tensor, weights: Tensor) -> None:
+    def _put_large_part_last(self, euclidean: Tensor, weights: Tensor) -> None:
         """Move a row that makes up a good part of the combination into Megatron's buffer.
 
         The combination overwrites the buffer's row, and ``change`` recovers that gradient from the
         combination. The rounding of the combination would swallow a small part, and a weight of 0 leaves
         nothing to recover.
         """
-        if self._setting.adam:
-            gram = self.global_gram(inner_products(self.shard, self._rows))
-        shares = (weights.abs() * gram.diagonal().sqrt()).tolist()
+        shares = (weights.abs() * euclidean.diagonal().sqrt()).tolist()
         held = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         largest = max(range(self.objectives), key=shares.__getitem__)
         if shares[held] < _SMALL_PART * shares[largest]:
@@ -182,7 +180,8 @@ class Shards(GradientStrategy):
             return None
         for view, values in self._parameters(self._before):
             view.sub_(values)
-        products = self._products_with(self._before)
+        gram = self.global_gram(inner_products(self.shard, [self._before, *self._rows]))
+        products: list[float] = gram[0, 1:].tolist()
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the buffer's norm shows whether it holds the clipped gradient.
         square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
@@ -191,15 +190,6 @@ class Shards(GradientStrategy):
         others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
         weight = float(weights[last])
         products[last] = (products[last] / scale - others) / weight if scale and weight else math.nan
-        return products
-
-    def _products_with(self, row: Sequence[Tensor]) -> list[float]:
-        """Inner products of ``row`` with all objectives' rows over all ranks; one all-reduce per 15 rows."""
-        products: list[float] = []
-        for start in range(0, self.objectives, MOST_ROWS - 1):
-            block = [row, *self._rows[start : start + MOST_ROWS - 1]]
-            gram = self.global_gram(inner_products(self.shard, block))
-            products += gram[0, 1:].tolist()
         return products
 
     def _parameters(self, row: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -164,3 +165,17 @@ def forward_only(
         collect_non_loss_data=True,
     )
     return found[: len(microbatches)]
+
+
+def batch_logprobs(chunks: Chunks, batch: TokenBatch, size: int, distribution: Distribution) -> Tensor:
+    """Log-probabilities of response tokens ``[B, T]``, float32 on the CPU; ``size`` rows a microbatch.
+
+    Zeros elsewhere, and on all but the last pipeline stage.
+    """
+
+    def output_of(logits_NV: Tensor, part: TokenBatch) -> Tensor:
+        return logprobs_of(logits_NV, part, distribution).cpu()
+
+    pieces = split(chunks, batch, size)
+    parts = forward_only(chunks, pieces.parts, output_of, at_responses=True)
+    return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)

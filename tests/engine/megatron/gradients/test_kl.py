@@ -18,6 +18,7 @@ from gapo_mega.rollout.kl import KlCoefficient
 from gapo_mega.runs.kl import loss_with_kl, method_with_kl
 from gapo_mega.types import Experience
 from tests.helpers.combinations.comparison import gram_error
+from tests.helpers.logits import chosen_logprobs
 from tests.helpers.policy_gradients import PARTS, RATE, SGD, WHOLE, Reference, engine_of, flat
 from tests.helpers.ranks import check_engine
 
@@ -37,7 +38,7 @@ class WithKl(Reference):
 
     @staticmethod
     def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
-        chosen = logits.log_softmax(-1)[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1)
+        chosen = chosen_logprobs(logits, batch.tokens_BT)
         mask = batch.response_mask_BT[:, 1:]
         ratio = (batch.ref_logprobs_BT[:, 1:].double() - chosen)[mask]
         return [*Reference._losses(logits, batch), (ratio.exp() - 1 - ratio).mean()]

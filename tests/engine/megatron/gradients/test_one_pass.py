@@ -21,6 +21,7 @@ from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.losses import Ppo
 from gapo_mega.types import Experience
+from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.policy_gradients import PARTS, SGD, WHOLE, engine_of
 from tests.helpers.ranks import check_engine
 from tests.helpers.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
@@ -131,8 +132,7 @@ def test_rows(
     norms = alone.norm(dim=1)
     for together in measured:
         assert bool(((together - alone).norm(dim=1) <= ROW_ERROR * norms).all())
-        gram_error = (together @ together.T - alone @ alone.T).abs() / torch.outer(norms, norms)
-        assert float(gram_error.max()) <= GRAM_ERROR
+        assert gram_error(together @ together.T, alone @ alone.T) <= GRAM_ERROR
     assert len(taken) <= 2 * expected * len(task.microbatches)
     assert micro_batch == PARTS or len(taken) == 2 * expected
     expected_losses = torch.stack(found).view(-1, OBJECTIVES).double().sum(dim=0) / task.divisor

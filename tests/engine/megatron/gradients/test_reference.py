@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
+from tests.helpers.combinations.comparison import gram_error
+from tests.helpers.policy_gradients import Reference, flat
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.tiny import tiny_llama
 
@@ -26,39 +27,20 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MegatronE
     worlds.leave()
 
 
-def _autograd(model: LlamaForCausalLM, batch: Experience) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-objective losses and flat gradients [M, N], written down anew from eqs. 15 and 16."""
-    assert batch.advantages_MBT is not None
-    logits = model(input_ids=batch.tokens_BT).logits
-    chosen = logits.log_softmax(-1)[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1)
-    mask = batch.response_mask_BT[:, 1:]
-    ratio = (chosen - batch.old_logprobs_BT[:, 1:].double())[mask].exp()
-    losses, rows = [], []
-    for advantages_BT in batch.advantages_MBT.double():
-        advantage = advantages_BT[:, 1:][mask]
-        loss = -torch.min(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage).mean()
-        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        losses.append(loss.detach())
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    return torch.stack(losses), torch.stack(rows)
-
-
 def test_against_autograd(engine: MegatronEngine, tmp_path: Path) -> None:
     """fp32 against float64 through 4 layers: 1e-5 relative; a missing parameter would show at 1e-2."""
     batch = check_engine.local_part(check_engine.global_batch(200), engine)
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
     report = engine.update_policy(batch, check_engine.loss, aggregator)
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").double()
-    losses, rows = _autograd(model, batch)
-    torch.testing.assert_close(torch.tensor(report.losses).double(), losses, rtol=1e-5, atol=1e-6)
+    reference = Reference(tmp_path / "model", batch)
+    rows = reference.rows()
+    torch.testing.assert_close(torch.tensor(report.losses).double(), reference.losses, rtol=1e-5, atol=1e-6)
     gram = rows @ rows.T
-    norms = gram.diagonal().sqrt()
-    assert float(((report.gram - gram).abs() / torch.outer(norms, norms)).max()) <= 1e-5
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert gram_error(report.gram, gram) <= 1e-5
+    start = flat(tmp_path / "model")
     expected = start - LEARNING_RATE * (aggregator(gram) @ rows)
     engine.export_hf(tmp_path / "out")
-    after = LlamaForCausalLM.from_pretrained(tmp_path / "out").double()
-    got = torch.cat([p.detach().flatten() for p in after.parameters()])
+    got = flat(tmp_path / "out")
     assert float((got - expected).norm()) <= 1e-4 * float((expected - start).norm())
 
 
@@ -69,10 +51,8 @@ def test_second_step_counts_every_microbatch_once(engine: MegatronEngine, tmp_pa
     engine.update_policy(batch, check_engine.loss, aggregator)
     engine.export_hf(tmp_path / "one")
     report = engine.update_policy(batch, check_engine.loss, aggregator)
-    _, rows = _autograd(LlamaForCausalLM.from_pretrained(tmp_path / "one").double(), batch)
-    gram = rows @ rows.T
-    norms = gram.diagonal().sqrt()
-    assert float(((report.gram - gram).abs() / torch.outer(norms, norms)).max()) <= 1e-5
+    rows = Reference(tmp_path / "one", batch).rows()
+    assert gram_error(report.gram, rows @ rows.T) <= 1e-5
 
 
 def test_nonfinite_gradient_is_skipped_and_named(engine: MegatronEngine) -> None:

@@ -13,6 +13,7 @@ from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.types import TokenBatch
+from tests.helpers.logits import chosen_logprobs
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.tiny import tiny_llama
 
@@ -101,6 +102,6 @@ def test_the_engine_computes_no_column_behind_a_microbatchs_longest(
     with torch.no_grad():
         logits_BTV = LlamaForCausalLM.from_pretrained(tmp_path / "model").double()(tokens_BT).logits
     expected_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
-    expected_BT[:, 1:] = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
+    expected_BT[:, 1:] = chosen_logprobs(logits_BTV, tokens_BT)
     # fp32 through four layers.
     torch.testing.assert_close(found_BT.double(), expected_BT * mask_BT, rtol=1e-5, atol=1e-5)

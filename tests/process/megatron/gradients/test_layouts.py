@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.ranks.check_engine import parameters
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import tiny_llama
@@ -340,9 +341,7 @@ def test_bf16_against_fp32(runs: dict[str, Any], case: Case) -> None:
     """Losses, Gram and norm of the first step in bf16 against the single fp32 process."""
     result, single = _result(runs, case.name), _result(runs, case.reference)
     gram, expected = (torch.tensor(r["gram"][0], dtype=torch.float64) for r in (result, single))
-    norms = expected.diagonal().sqrt()
-    error = float(((gram - expected).abs() / torch.outer(norms, norms)).max())
-    assert 1e-7 < error <= BF16_ERROR, "outside what 8 bits explain"
+    assert 1e-7 < gram_error(gram, expected) <= BF16_ERROR, "outside what 8 bits explain"
     assert result["losses"][0] == pytest.approx(single["losses"][0], abs=BF16_ERROR)
     # The identity holds to fp32 whatever the gradients' type was, where both sides sum the same numbers;
     # `single` measures sums in passes of their own.
