@@ -26,7 +26,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 PAUSE_SECONDS = 0.02  # the previous contender's threads spin for a while after their work
 RESERVE = 1.2  # times the expected need of memory
-INSTALL_TORCHJD = 'torchjd is not installed: pip install -e ".[bench]"'
+INSTALL_TORCHJD = (
+    "TorchJD is left out, because of torchjd, qpsolvers and quadprog not all are installed: "
+    'pip install -e ".[bench]"'
+)
 LOOKS = ("look", "allocated", "resident")
 
 
@@ -113,8 +116,8 @@ def server() -> Iterator[None]:
         yield
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Measure everything, as it goes into the JSON file.
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure everything; what goes into the JSON file, again after every number of objectives.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -138,7 +141,7 @@ def run(settings: Settings) -> dict[str, Any]:
             records = Measurement(settings, prepared, entrants, m, bar).run()
             peer_figures.add_ratios(records, prepared["model"]["gradient_bytes"])
             result["records"] += records
-    return result
+            yield result
 
 
 def prepare(settings: Settings, folder: str) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def main(
     """Run, report, write."""
     import peer_report
     import peer_run
+    from peer_entries import has_torchjd
 
     try:
         settings = peer_run.Settings(
@@ -104,14 +105,14 @@ def main(
             leave_out=leave_out or [],
             size=parse_size(size),
         )
-        result = peer_run.run(settings)
+        if not has_torchjd():
+            typer.echo(peer_run.INSTALL_TORCHJD, err=True)
+        for result in peer_run.run(settings):
+            peer_report.write(result, out)
     except (ValueError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    if not result["torchjd"]:
-        typer.echo(peer_run.INSTALL_TORCHJD, err=True)
     peer_report.print_table(result)
-    peer_report.write(result, out)
     typer.echo(f"written: {out}")
     if plot is not None:
         import peer_plot
