@@ -35,6 +35,7 @@ from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
 from gapo_mega.scalarization.base import Gives, Scalarizer, Weighted
+from gapo_mega.scalarization.safe import SafeWeights
 from gapo_mega.types import Experience
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
@@ -108,8 +109,10 @@ def preview(config: Config, *, shapes_only: bool = False) -> list[str]:
 
 def build_aggregator(config: Config) -> Aggregator:
     """The method, asked once: any Gram matrix exposes options for another number of objectives."""
-    if config.scalarization is not None:
+    if config.one_signal is not None:
         return aggregation.build("weighted_sum")  # of one gradient
+    if config.scalarization is not None:
+        return SafeWeights()
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
     aside = f"; algorithm.kl objective has the rows {', '.join(config.aggregated)}"
@@ -137,6 +140,12 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
             f"scalarization.name: found {name}, whose class attribute gives is {gives!r}; accepted: "
             f"{', '.join(get_args(Gives))}"
         )
+    safe = isinstance(scalarizer, Weighted) and scalarizer.safe
+    if safe is not config.scalarization.safe:
+        raise ValueError(
+            f"scalarization.options.safe: found {safe!r} in the scalarizer {name}, accepted: true or false, "
+            "as the configuration has it"
+        )
     # One that gives advantages compares the KL reward with that of other samples.
     least = max(scalarizer.least_samples, 2 if scalarizer.gives == "advantages" else 1)
     if samples < least:
@@ -150,7 +159,7 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
             "estimator without a critic (values are those of the objectives, and this scalarizer gives no "
             "weights for them)"
         )
-    if estimator.needs_greedy:
+    if estimator.needs_greedy and config.one_signal is not None:
         raise ValueError(
             f"advantages.name: found {config.advantages.name} with scalarization.name {name}, accepted: an "
             "estimator without greedy responses (their scores are those of the objectives)"
