@@ -311,7 +311,7 @@ def draw_reward_weights(figure: FigureBase, series: Series, names: Sequence[str]
     if of_scores:
         put_title(figure, "Weights of the scores", "in the one reward")
     else:
-        put_title(figure, "Weights of the scalarizer", "before they hurt nobody")
+        put_title(figure, "Weights of the scalarizer", "where every update starts")
     axes = figure.subplots()
     for index, name in enumerate(names):
         values = series[f"reward_weight/{name}"]
