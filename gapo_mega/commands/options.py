@@ -22,5 +22,18 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Remove what an earlier run wrote in output_dir, and begin anew."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the data's first rows; print configuration and layout; stop."),
+]
+World = Annotated[int | None, typer.Option(min=1, help="With --dry-run: number of processes to plan for.")]
 OVERWRITE = "--overwrite"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of --dtype, and their names in torch
+
+
+def refuse_world_alone(world: int | None, dry_run: bool) -> None:
+    """Raise ``ValueError`` for ``--world`` where something runs."""
+    if world is not None and not dry_run:
+        raise ValueError(
+            f"--world: found {world} without --dry-run; a run has as many processes as are started"
+        )

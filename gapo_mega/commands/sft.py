@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapo_mega.commands.options import ConfigFile, Overrides, Overwrite, Processes
+from gapo_mega.commands.options import ConfigFile, DryRun, Overrides, Overwrite, Processes, World
 from gapo_mega.commands.supervised import run_supervised
 
 
@@ -11,6 +11,8 @@ def sft(
     overrides: Overrides = None,
     nproc: Processes = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    world: World = None,
 ) -> None:
     """Fine-tune a language model on conversations, as a warm start of a later training."""
     from gapo_mega.config.loading import load
@@ -19,4 +21,4 @@ def sft(
 
     settings = load(config, overrides or [], kind=SftConfig)
     arguments = ["sft", "--config", str(config), *(overrides or [])]
-    run_supervised(settings, SftRun, nproc, arguments, overwrite)
+    run_supervised(settings, SftRun, nproc, arguments, overwrite, dry_run=dry_run, world=world)

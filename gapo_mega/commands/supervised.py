@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import OVERWRITE
+from gapo_mega.commands.options import OVERWRITE, refuse_world_alone
+from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
     from gapo_mega.config.supervised import SupervisedConfig
@@ -22,10 +23,21 @@ def run_supervised(
     nproc: int | None,
     arguments: Sequence[str],
     overwrite: bool,
+    *,
+    dry_run: bool,
+    world: int | None,
 ) -> None:
-    """Run ``kind`` with ``settings``; given ``nproc``, become that many processes with ``arguments``."""
+    """Run ``kind`` with ``settings``; given ``nproc``, become that many processes with ``arguments``.
+
+    ``dry_run``: say what the run would be on ``world`` processes, and return.
+    """
+    refuse_world_alone(world, dry_run)
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
+    if dry_run:
+        _dry_run(kind, settings, world or nproc or world_size())
+        return
+    if nproc is not None:
         # Here, because torchrun buries the error of a worker.
         _check(kind, settings, nproc, overwrite)
         launch.start(nproc, [*arguments, OVERWRITE] if overwrite else arguments)
@@ -46,3 +58,26 @@ def _check(kind: type[DataRun[AnyConfig, Any]], config: AnyConfig, processes: in
         compare_with_newest(config, Identity(kind.command, settings_of(config)), directory)
     tokenizer = kind.check(config, processes).tokenizer
     preview_supervised(config, lambda: tokenizer)
+
+
+def _dry_run(kind: type[DataRun[AnyConfig, Any]], config: AnyConfig, processes: int) -> None:
+    """Print the resolved configuration as YAML, with layout and data as comments below it."""
+    from gapo_mega.config.loading import to_yaml
+    from gapo_mega.data.preview import preview_supervised
+    from gapo_mega.planning.layout import data_parallel_size
+
+    tokenizer = kind.check(config, processes).tokenizer
+    if not is_main_rank():
+        return
+    data = preview_supervised(config, lambda: tokenizer)
+    parallel, ranks = config.parallel, data_parallel_size(config.parallel, processes)
+    sets = f" of each of {config.data_sets} objectives" if config.data_sets > 1 else ""
+    print(to_yaml(config))
+    for line in (
+        f"layout: {processes} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{ranks}",
+        f"step: {config.batch_size} rows{sets}, {config.batch_size // ranks} on a data-parallel rank, in "
+        f"microbatches of {config.micro_batch_size}",
+        *data,
+    ):
+        print(f"# {line}")

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import OVERWRITE, ConfigFile, Overwrite, Processes
+from gapo_mega.commands.options import (
+    OVERWRITE,
+    ConfigFile,
+    Overwrite,
+    Processes,
+    World,
+    refuse_world_alone,
+)
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
@@ -28,9 +35,7 @@ def train(
             "--dry-run", help="Check the data's first rows; print configuration, layout and memory; stop."
         ),
     ] = False,
-    world: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: number of processes to plan for.")
-    ] = None,
+    world: World = None,
 ) -> None:
     """Train a policy on several objectives.
 
@@ -39,10 +44,7 @@ def train(
     from gapo_mega.planning.methods import load
 
     settings = load(config, overrides or [])
-    if world is not None and not dry_run:
-        raise ValueError(
-            f"--world: found {world} without --dry-run; a run has as many processes as are started"
-        )
+    refuse_world_alone(world, dry_run)
     if nproc is not None:
         launch.refuse_under_torchrun(nproc)
     if dry_run:

@@ -1,4 +1,4 @@
-"""The section of a run whose updates have one gradient."""
+"""The section of a run with a scalarizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from gapo_mega.config.fields import MOST_ROWS, Code, Section
 
 
 class ScalarizationConfig(Section):
-    """What makes one reward or advantage of all scores, so that an update has one gradient."""
+    """What makes one reward or advantage of all scores, so that an update has one gradient.
+
+    With the option ``safe`` it gives weights for the objectives' gradients instead.
+    """
 
     name: Code = Field(description="an entry of gapo_mega.scalarization, or a class of one's own")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the scalarizer")
@@ -21,8 +24,13 @@ class ScalarizationConfig(Section):
         """What the log calls the gradient."""
         return self.name.rpartition(":")[2]
 
+    @property
+    def safe(self) -> bool:
+        """Whether an update has a gradient of every objective, and weights that hurt nobody."""
+        return self.options.get("safe") is True
 
-def check_one_signal(
+
+def check_scalarization(
     scalarization: ScalarizationConfig | None,
     aggregation: str | None,
     objectives: Sequence[str],
@@ -31,16 +39,44 @@ def check_one_signal(
 ) -> None:
     """Raise ``ValueError`` for settings of a run that its scalarizer, or having none, rules out.
 
-    ``aggregation``: the method's name, if the section is not as it is by default. ``every``:
-    ``gradients.audit_every``. ``kl``: ``algorithm.kl``.
+    ``aggregation``: the method's name, if the section has settings that do not fit beside a scalarizer.
+    ``every``: ``gradients.audit_every``. ``kl``: ``algorithm.kl``.
     """
+    if every and (scalarization is None or scalarization.safe):
+        which = "without scalarization" if scalarization is None else "with scalarization.options.safe"
+        raise ValueError(
+            f"gradients.audit_every: found {every} {which}, accepted: 0 (every update measures the "
+            "gradients of all objectives)"
+        )
     if scalarization is None:
-        if every:
-            raise ValueError(
-                f"gradients.audit_every: found {every} without scalarization, accepted: 0 (every update "
-                "measures the gradients of all objectives)"
-            )
         return
+    if scalarization.safe:
+        _check_safe(scalarization.name, aggregation, kl)
+    else:
+        _check_one_signal(scalarization, aggregation, objectives, every, kl)
+
+
+def _check_safe(name: str, aggregation: str | None, kl: str) -> None:
+    if aggregation is not None:
+        raise ValueError(
+            f"aggregation: found {aggregation} or its options beside scalarization {name} with "
+            "scalarization.options.safe, accepted: average and average_dtype alone (the scalarizer gives "
+            "the weights)"
+        )
+    if kl == "objective":
+        raise ValueError(
+            f"algorithm.kl: found objective with scalarization {name} and scalarization.options.safe, "
+            "accepted: reward, loss, apart (the scalarizer has no weight for the KL's row)"
+        )
+
+
+def _check_one_signal(
+    scalarization: ScalarizationConfig,
+    aggregation: str | None,
+    objectives: Sequence[str],
+    every: int,
+    kl: str,
+) -> None:
     if aggregation is not None:
         raise ValueError(
             f"aggregation: found {aggregation} beside scalarization {scalarization.name}, accepted: one of "

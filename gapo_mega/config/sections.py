@@ -17,7 +17,7 @@ from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
-from gapo_mega.config.scalarization import ScalarizationConfig, check_one_signal
+from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
 
 
 class ModelConfig(Section):
@@ -247,7 +247,9 @@ class Config(Section):
     objectives: Objectives = Field(description="the rewards")
     aggregation: AggregationConfig = AggregationConfig()
     scalarization: ScalarizationConfig | None = Field(
-        None, description="none: a gradient for every objective, combined by aggregation"
+        None,
+        description="none: a gradient for every objective, combined by aggregation; with options.safe: a "
+        "gradient for every objective, combined by the scalarizer's weights",
     )
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -265,10 +267,15 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @property
+    def one_signal(self) -> ScalarizationConfig | None:
+        """The scalarizer that leaves one gradient; None where every objective has its own."""
+        return None if self.scalarization is None or self.scalarization.safe else self.scalarization
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """Names of the gradients that an update measures and combines: the rows of its Gram matrix."""
-        if self.scalarization is not None:
-            return (self.scalarization.row,)
+        if self.one_signal is not None:
+            return (self.one_signal.row,)
         return self.aggregated + ((KL_ROW,) if self.algorithm.kl == "apart" else ())
 
     @property
@@ -311,8 +318,12 @@ class Config(Section):
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
-        beside = None if self.aggregation == AggregationConfig() else self.aggregation.name
-        check_one_signal(self.scalarization, beside, names, self.gradients.audit_every, algorithm.kl)
+        given, scalarization = self.aggregation, self.scalarization
+        fits = given == AggregationConfig()
+        if scalarization is not None and scalarization.safe:
+            fits = (given.name, given.options) == (AggregationConfig().name, {})
+        beside = None if fits else given.name
+        check_scalarization(scalarization, beside, names, self.gradients.audit_every, algorithm.kl)
         return self
 
     @model_validator(mode="after")

@@ -81,24 +81,36 @@ def audit_run(run_dir: Path, only: Sequence[str] = ()) -> Audit:
     """Ask the paper's methods, or those in ``only``, what it would have done at each step of ``run_dir``."""
     _check_run_dir(run_dir)
     config = load(config_file(run_dir))
-    if config.scalarization is not None:
+    if config.one_signal is not None:
         return _of_scalarized(run_dir, config, only)
-    known = {*methods(), build(config.aggregation.name, **config.aggregation.options).name}
-    _check_known(only, known)
-    recording = read_recording(run_dir, config.aggregated, averaged=config.aggregation.average > 0)
-    own, *others = candidates(config)
+    name = _own_name(config)
+    _check_known(only, {*methods(), name})
+    recording = read_recording(
+        run_dir,
+        config.aggregated,
+        averaged=config.aggregation.average > 0,
+        given=config.scalarization is not None,
+    )
+    own, *others = candidates(config, recording.given)
     wanted = [c for c in others if (c.aggregator.name in only if only else c.aggregator.in_every_audit)]
     verdicts = judge([own, *wanted], recording)
     warning = disagreement(verdicts[0], recording)
-    if only and own.aggregator.name not in only:
+    if only and name not in only:
         verdicts = verdicts[1:]
     return Audit(recording, config.gradients, verdicts, warning)
 
 
+def _own_name(config: Config) -> str:
+    """What makes the weights of the run's updates: its aggregator, or a safe scalarizer."""
+    if config.scalarization is not None:
+        return config.scalarization.row
+    return build(config.aggregation.name, **config.aggregation.options).name
+
+
 def _of_scalarized(run_dir: Path, config: Config, only: Sequence[str]) -> Audit:
     """The audited steps of a run with a scalarizer: what its gradient did, and what methods would have."""
-    assert config.scalarization is not None
-    row = config.scalarization.row
+    assert config.one_signal is not None
+    row = config.one_signal.row
     _check_known(only, {*methods(), row})
     names = [*(objective.name for objective in config.objectives), row]
     whole = read_recording(run_dir, names, audited=True)

@@ -137,12 +137,14 @@ def write_pictures(
             lambda f: draw_weights(f, series, names),
         )
         plans.insert(-1, weights)
-    elif f"reward_weight/{names[0]}" in series.values:
+    if f"reward_weight/{names[0]}" in series.values:
+        of_scores = "The weight of each objective's score in the one reward that is trained on."
+        of_gradients = "The weights that the scalarizer starts from, before they are made to hurt nobody."
         reward_weights = (
             "reward_weights.png",
-            "The weight of each objective's score in the one reward that is trained on.",
+            of_scores if scalarized else of_gradients,
             (6.6, 3.8),
-            lambda f: draw_reward_weights(f, series, names),
+            lambda f: draw_reward_weights(f, series, names, scalarized),
         )
         plans.insert(-1, reward_weights)
     if pairs:
@@ -304,9 +306,12 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
     left.legend(loc="lower left", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
 
 
-def draw_reward_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
-    """A scalarizer's weights over steps."""
-    put_title(figure, "Weights of the scores", "in the one reward")
+def draw_reward_weights(figure: FigureBase, series: Series, names: Sequence[str], of_scores: bool) -> None:
+    """A scalarizer's weights over steps: of the scores in one reward, or for gradients to start from."""
+    if of_scores:
+        put_title(figure, "Weights of the scores", "in the one reward")
+    else:
+        put_title(figure, "Weights of the scalarizer", "where every update starts")
     axes = figure.subplots()
     for index, name in enumerate(names):
         values = series[f"reward_weight/{name}"]

@@ -18,6 +18,8 @@ from gapo_mega.evaluation.series import METRICS_FILE, Array, is_number, read_row
 
 # The log's names for norms and cosines of the gradients, and of their running means.
 _GRADIENTS, _MEANS = ("grad_norm", "cosine"), ("averaged_norm", "averaged_cosine")
+# And for the weights that a scalarizer gives.
+_GIVEN = "reward_weight"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Recording:
     averaged: Tensor | None = (
         None  # [S, M, M] of the gradients' running means, if the run's weights are of these
     )
+    given: Array | None = None  # [S, M] that a safe scalarizer started from
 
     @property
     def seen(self) -> Tensor:
@@ -50,16 +53,23 @@ class Recording:
 
 
 def read_recording(
-    run_dir: Path, names: Sequence[str], *, averaged: bool = False, audited: bool = False
+    run_dir: Path,
+    names: Sequence[str],
+    *,
+    averaged: bool = False,
+    audited: bool = False,
+    given: bool = False,
 ) -> Recording:
     """Every step's Gram matrix and weights. Raises ``ValueError`` where there are none.
 
     ``averaged``: also the matrix of the gradients' running means. ``audited``: a run with a scalarizer, of
-    which steps without ``names[0]``'s gradient are left aside.
+    which steps without ``names[0]``'s gradient are left aside. ``given``: also the weights that a safe
+    scalarizer started from.
     """
     path = run_dir / METRICS_FILE
     rows = read_rows(path)
     kinds = [_GRADIENTS, _MEANS] if averaged else [_GRADIENTS]
+    weights = ["weight", _GIVEN] if given else ["weight"]
     if audited:
         rows = [row for row in rows if f"grad_norm/{names[0]}" in row]
         if not rows:
@@ -68,7 +78,7 @@ def read_recording(
                 "gradients.audit_every"
             )
     for row in rows:
-        _check(row, names, path, kinds)
+        _check(row, names, path, kinds, weights)
     usable = [(row, gram) for row in rows if (gram := _gram(row, names)) is not None]
     if not usable:
         raise ValueError(
@@ -81,9 +91,14 @@ def read_recording(
         steps=steps,
         left_out=sorted({int(row["step"]) for row in rows} - set(steps)),
         grams=torch.stack([gram for _, gram in usable]),
-        weights=np.array([[row[f"weight/{name}"] for name in names] for row, _ in usable], dtype=float),
+        weights=_numbers([row for row, _ in usable], "weight", names),
         averaged=_means([row for row, _ in usable], names) if averaged else None,
+        given=_numbers([row for row, _ in usable], _GIVEN, names) if given else None,
     )
+
+
+def _numbers(rows: Sequence[dict[str, Any]], kind: str, names: Sequence[str]) -> Array:
+    return np.array([[row[f"{kind}/{name}"] for name in names] for row in rows], dtype=float)
 
 
 def _means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:
@@ -92,12 +107,18 @@ def _means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:
     return torch.stack([gram for gram in found if gram is not None])
 
 
-def _check(row: dict[str, Any], names: Sequence[str], path: Path, kinds: Sequence[tuple[str, str]]) -> None:
+def _check(
+    row: dict[str, Any],
+    names: Sequence[str],
+    path: Path,
+    kinds: Sequence[tuple[str, str]],
+    weights: Sequence[str],
+) -> None:
     """Raise ``ValueError`` unless norms, cosines and weights are there, each null or in its range."""
     most = 1 + 1e-6  # a logged cosine is rounded
     limits = {
         **{f"{norm}/{name}": (0.0, math.inf) for norm, _ in kinds for name in names},
-        **{f"weight/{name}": (-math.inf, math.inf) for name in names},
+        **{f"{kind}/{name}": (-math.inf, math.inf) for kind in weights for name in names},
         **{f"{cosine}/{a}/{b}": (-most, most) for _, cosine in kinds for a, b in combinations(names, 2)},
     }
     for key, (least, greatest) in limits.items():

@@ -78,7 +78,7 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
 
 def _rows(config: Config, series: Series) -> list[str] | None:
     """Whose gradients the log of a run with a scalarizer has; None: those of the objectives."""
-    if config.scalarization is None:
+    if config.one_signal is None:
         return None
     audited = [row for row in config.audited_rows if f"grad_norm/{row}" in series.values]
     return audited or list(config.rows)
@@ -87,7 +87,7 @@ def _rows(config: Config, series: Series) -> list[str] | None:
 def _method(config: Config) -> str:
     chosen = config.scalarization or config.aggregation
     options = ", ".join(f"{key}={value}" for key, value in chosen.options.items())
-    return f"{chosen.name}({options})" + (", one gradient" if config.scalarization else "")
+    return f"{chosen.name}({options})" + (", one gradient" if config.one_signal else "")
 
 
 def _objective_rows(summary: Summary) -> list[dict[str, Any]]:

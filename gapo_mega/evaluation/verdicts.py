@@ -24,6 +24,8 @@ from gapo_mega.evaluation.files import CONFIG_FILE
 from gapo_mega.evaluation.recording import Recording
 from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.terms import cosines_with_direction
+from gapo_mega.ops import Aggregated
+from gapo_mega.scalarization.safe import SafeWeights
 
 # Steps from which on the wait is worth a progress bar.
 MANY_STEPS = 1000
@@ -65,13 +67,32 @@ class Verdict:
         return shares
 
 
-def candidates(config: Config) -> list[Candidate]:
+class _Replayed(SafeWeights):
+    """What a run's ``SafeWeights`` started from at every step of its recording, [S, M]."""
+
+    def __init__(self, given_SM: Array) -> None:
+        super().__init__()
+        self._left = iter(torch.from_numpy(given_SM))
+        self.take(next(self._left))
+
+    def commit(self, found: Aggregated) -> None:
+        following = next(self._left, None)
+        if following is not None:
+            self.take(following)
+
+
+def candidates(config: Config, given_SM: Array | None = None) -> list[Candidate]:
     """The run's own method with its options, then all others with their defaults.
 
-    A run with a scalarizer has no method of its own among them: ``of_scalarizer`` judges it.
+    A run whose scalarizer leaves one gradient has no method of its own among them: ``of_scalarizer`` judges
+    it. ``given_SM``: what a safe scalarizer started from at each step, by the log.
     """
-    if config.scalarization is not None:
+    if config.one_signal is not None:
         return _by_default()
+    if config.scalarization is not None:
+        assert given_SM is not None
+        label = _labelled(config.scalarization.row, config.scalarization.options)
+        return [Candidate(label, _Replayed(given_SM), "this run"), *_by_default()]
     given = config.aggregation
     own = build(given.name, **given.options)
     found = [Candidate(_label(own, given.options), own, _note(own, given.options, "this run"))]
@@ -117,10 +138,14 @@ def _same_direction(a: Aggregator, b: Aggregator) -> bool:
 
 def _label(aggregator: Aggregator, options: Mapping[str, Any]) -> str:
     options = {name: getattr(aggregator, name) for name in aggregator.always_shown} | dict(options)
+    return _labelled(aggregator.name, options)
+
+
+def _labelled(name: str, options: Mapping[str, Any]) -> str:
     shown = [
         f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items()
     ]
-    return " ".join([aggregator.name, *shown])
+    return " ".join([name, *shown])
 
 
 def _note(aggregator: Aggregator, options: Mapping[str, Any], *notes: str) -> str:

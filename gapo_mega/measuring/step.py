@@ -95,12 +95,13 @@ def _variant(config: Config, objectives: int, settings: Mapping[str, Any]) -> Co
     named = [first.model_copy(update={"name": f"objective{i}"}) for i in range(objectives)]
     gradients = config.gradients.model_copy(
         update={"store": "shards", "store_dtype": "fp32", "forward": "auto", "scope": "full"}
-        | {"metric": "euclidean", "actual_change": False}
+        | {"metric": "euclidean", "actual_change": False, "audit_every": 0}
         | dict(settings)
     )
     # Rows of objectives alone, as the batch has them.
     plain = {
         "aggregation": config.aggregation.model_copy(update={"average": 0.0}),
+        "scalarization": None,
         "algorithm": config.algorithm.model_copy(update={"kl": "reward", "kl_target": None}),
     }
     return config.model_copy(update={"objectives": named, "gradients": gradients, **plain})

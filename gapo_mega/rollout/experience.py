@@ -14,7 +14,7 @@ from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
-from gapo_mega.rollout.scalarized import Scalarized
+from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt
 
@@ -27,6 +27,7 @@ class ExperienceMaker:
     Args:
         names: of the objectives.
         scalarized: makes one set of advantages, if the run has a scalarizer; None: one an objective.
+        weighing: asks a scalarizer for the weights of the objectives' gradients, if that is what it gives.
         samples: responses per prompt.
         filtered: prompts whose scores are flat in every objective are left out.
         whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
@@ -46,6 +47,7 @@ class ExperienceMaker:
         filtered: bool = False,
         timer: Timer,
         scalarized: Scalarized | None = None,
+        weighing: Weighing | None = None,
     ) -> None:
         self._engine = engine
         self._collector = collector
@@ -57,6 +59,7 @@ class ExperienceMaker:
         self._filtered = filtered
         self._timer = timer
         self._scalarized = scalarized
+        self._weighing = weighing
 
     def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
         """The experience with advantages, and the facts that the log takes. Collective.
@@ -79,9 +82,10 @@ class ExperienceMaker:
 
     def _estimate(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
         """The experience with advantages, and what a scalarizer says of it."""
-        if self._scalarized is None:
-            return self._estimator(experience), {}
-        return self._scalarized(experience)
+        if self._scalarized is not None:
+            return self._scalarized(experience)
+        told = {} if self._weighing is None else self._weighing(experience)
+        return self._estimator(experience), told
 
     def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
         with self._timer("greedy"):

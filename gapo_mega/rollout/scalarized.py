@@ -1,8 +1,9 @@
-"""Advantages of one signal in place of one set an objective: what a scalarizer makes of the scores."""
+"""What a scalarizer makes of a batch's scores: advantages of one signal, or weights for all gradients."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,6 +74,38 @@ class Scalarized:
         numbers_B = numbers_B + group_deviations(kl_1B, experience.group_B, "leave_one_out")[0]
         dtype = experience.token_rewards_MBT.dtype
         return torch.where(experience.response_mask_BT, numbers_B.to(dtype)[:, None], 0.0)
+
+
+class Weighing:
+    """Asks a safe scalarizer for the weights of the objectives' gradients in the updates on a rollout.
+
+    Args:
+        take: hears of the weights, float64 [M], the same on every rank.
+    """
+
+    def __init__(self, engine: Ranks, scalarizer: Weighted, take: Callable[[Tensor], None]) -> None:
+        self._engine = engine
+        self._scalarizer = scalarizer
+        self._take = take
+
+    def __call__(self, experience: Experience) -> dict[str, float]:
+        """Facts for the log. Collective over the data-parallel ranks. Tells the scalarizer of the batch.
+
+        Raises ``ValueError`` for weights that are not finite.
+        """
+        batch = whole_batch(self._engine, experience)
+        whole = batch.scores_MB, batch.group_B, batch.lengths_B
+        scalarizer = self._scalarizer
+        weights_M = scalarizer.coefficients(*whole).double()
+        if not bool(weights_M.isfinite().all()):
+            raise ValueError(
+                f"scalarization.name: found {scalarizer.name}, whose coefficients are {weights_M.tolist()} "
+                "for this rollout, accepted: a scalarizer that gives a finite number an objective"
+            )
+        self._take(weights_M)
+        facts = scalarizer.facts(*whole)
+        scalarizer.commit(*whole)
+        return facts
 
 
 def _weighted(own: Experience, coefficients_M: Tensor) -> Tensor:

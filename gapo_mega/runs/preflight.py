@@ -34,8 +34,9 @@ from gapo_mega.planning.layout import check_layout, check_lengths, check_model_s
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.runs.log import check_logging
+from gapo_mega.runs.plugins import check_estimator, made_up_batch, shown
 from gapo_mega.scalarization.base import Gives, Scalarizer, Weighted
-from gapo_mega.types import Experience
+from gapo_mega.scalarization.safe import SafeWeights
 
 # Fields in which a value model's backbone may differ from the policy: its head replaces the output layer, and
 # families of one shape store the same tensors. Only the lengths that occur must fit.
@@ -52,6 +53,7 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     shape = _policy_shape(models, config.model.path)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
+    check_estimator(config, estimator)
     check_logging(config.logging)
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
@@ -108,8 +110,10 @@ def preview(config: Config, *, shapes_only: bool = False) -> list[str]:
 
 def build_aggregator(config: Config) -> Aggregator:
     """The method, asked once: any Gram matrix exposes options for another number of objectives."""
-    if config.scalarization is not None:
+    if config.one_signal is not None:
         return aggregation.build("weighted_sum")  # of one gradient
+    if config.scalarization is not None:
+        return SafeWeights()
     name = config.aggregation.name
     aggregator = aggregation.build(name, **config.aggregation.options)
     aside = f"; algorithm.kl objective has the rows {', '.join(config.aggregated)}"
@@ -137,6 +141,12 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
             f"scalarization.name: found {name}, whose class attribute gives is {gives!r}; accepted: "
             f"{', '.join(get_args(Gives))}"
         )
+    safe = isinstance(scalarizer, Weighted) and scalarizer.safe
+    if safe is not config.scalarization.safe:
+        raise ValueError(
+            f"scalarization.options.safe: found {safe!r} in the scalarizer {name}, accepted: true or false, "
+            "as the configuration has it"
+        )
     # One that gives advantages compares the KL reward with that of other samples.
     least = max(scalarizer.least_samples, 2 if scalarizer.gives == "advantages" else 1)
     if samples < least:
@@ -150,7 +160,7 @@ def _scalarizer(config: Config, estimator: AdvantageEstimator) -> Scalarizer | N
             "estimator without a critic (values are those of the objectives, and this scalarizer gives no "
             "weights for them)"
         )
-    if estimator.needs_greedy:
+    if estimator.needs_greedy and config.one_signal is not None:
         raise ValueError(
             f"advantages.name: found {config.advantages.name} with scalarization.name {name}, accepted: an "
             "estimator without greedy responses (their scores are those of the objectives)"
@@ -170,52 +180,30 @@ def _ask(scalarizer: Scalarizer, objectives: int, samples: int) -> None:
         if not isinstance(coefficients, Tensor) or coefficients.shape != (objectives,):
             raise ValueError(
                 f"scalarization.name: found {scalarizer.name}, whose coefficients are "
-                f"{_shown(coefficients)}, accepted: a tensor of one number an objective, here {[objectives]}"
+                f"{shown(coefficients)}, accepted: a tensor of one number an objective, here {[objectives]}"
             )
     found: object = scalarizer(scores_MB, group_B, lengths_B)
     fits = isinstance(found, Tensor) and found.shape == group_B.shape and bool(found.isfinite().all())
     if not fits:
         raise ValueError(
-            f"scalarization.name: found {scalarizer.name}, which gives {_shown(found)}, accepted: a "
+            f"scalarization.name: found {scalarizer.name}, which gives {shown(found)}, accepted: a "
             f"scalarizer that gives a tensor of one finite number a response, here {list(group_B.shape)}"
         )
-
-
-def _shown(found: object) -> str:
-    return f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
 def _loss(config: Config) -> PolicyLoss:
     """The loss, called once on a made-up batch: one of the user's own may give anything."""
     loss = losses.build(config.loss.name, **config.loss.options)
     logprobs_BT = torch.full((2, 4), -1.0, requires_grad=True)
-    found: object = loss(logprobs_BT, _made_up_batch(len(config.objectives)), 0)
+    found: object = loss(logprobs_BT, made_up_batch(len(config.objectives)), 0)
     if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad:
         return loss
-    shown = type(found).__name__
-    if isinstance(found, Tensor):
-        shown = f"shape {list(found.shape)}{'' if found.requires_grad else ' without a graph'}"
+    gives = shown(found)
+    if isinstance(found, Tensor) and not found.requires_grad:
+        gives += " without a graph"
     raise ValueError(
-        f"loss.name: found {config.loss.name}, which gives {shown}, accepted: a loss that gives a scalar "
+        f"loss.name: found {config.loss.name}, which gives {gives}, accepted: a loss that gives a scalar "
         "with a graph to the log-probabilities"
-    )
-
-
-def _made_up_batch(objectives: int) -> Experience:
-    """Two responses of three tokens, one better than the other."""
-    mask_BT = torch.tensor([[False, True, True, True]] * 2)
-    signs_MBT = torch.tensor([1.0, -1.0]).view(1, 2, 1).expand(objectives, 2, 4) * mask_BT
-    return Experience(
-        tokens_BT=torch.ones(2, 4, dtype=torch.int64),
-        response_mask_BT=mask_BT,
-        group_B=torch.zeros(2, dtype=torch.int64),
-        old_logprobs_BT=torch.full((2, 4), -1.0) * mask_BT,
-        ref_logprobs_BT=torch.full((2, 4), -1.0) * mask_BT,
-        scores_MB=signs_MBT[:, :, 1],
-        token_rewards_MBT=signs_MBT,
-        values_MBT=torch.zeros(objectives, 2, 4),
-        advantages_MBT=signs_MBT,
-        returns_MBT=signs_MBT,
     )
 
 

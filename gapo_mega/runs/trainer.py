@@ -26,7 +26,7 @@ from gapo_mega.rollout.experience import ExperienceMaker
 from gapo_mega.rollout.facts import BatchFacts
 from gapo_mega.rollout.heldout import Answers, HeldOut
 from gapo_mega.rollout.kl import KlCoefficient
-from gapo_mega.rollout.scalarized import Scalarized
+from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.runs.finish import finish
 from gapo_mega.runs.kl import loss_with_kl, method_with_kl
@@ -37,6 +37,8 @@ from gapo_mega.runs.phases import Phases
 from gapo_mega.runs.session import Session
 from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.skips import Skips
+from gapo_mega.scalarization import Weighted
+from gapo_mega.scalarization.safe import SafeWeights
 from gapo_mega.types import Experience, Prompt
 
 
@@ -125,16 +127,23 @@ class Trainer:
             filtered=config.advantages.filter_flat,
             timer=self.phases,
             scalarized=self._scalarized(),
+            weighing=self._weighing(),
         )
         self.heldout = HeldOut(
             engine, collector, scorer, list(heldout_prompts), config.evaluation, config.seed
         )
 
     def _scalarized(self) -> Scalarized | None:
-        if self.scalarizer is None:
+        if self.scalarizer is None or self.config.one_signal is None:
             return None
         audited = bool(self.config.audited_rows)
         return Scalarized(self.engine, self.scalarizer, self.resolved.estimator, audited)
+
+    def _weighing(self) -> Weighing | None:
+        if self.scalarizer is None or self.config.one_signal is not None:
+            return None
+        assert isinstance(self.scalarizer, Weighted) and isinstance(self.aggregator, SafeWeights)
+        return Weighing(self.engine, self.scalarizer, self.aggregator.take)
 
     def run(self) -> bool:
         """Train to the end or to a signal; see ``RunLoop.run``."""
@@ -173,7 +182,7 @@ class Trainer:
                 critic_losses = self._update_critic(minibatch)
                 audit = self._is_audited(update)
                 report = self._update_policy(minibatch, audit)
-                rows = None if self.scalarizer is None else self._rows(audit)
+                rows = None if self.config.one_signal is None else self._rows(audit)
                 self._record(update, report, facts, critic_losses, rows)
                 self.skips.take(report, update, rows)
                 self.phases.restart()

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from gapo_mega.option_checks import require_bool
+
 Gives = Literal["rewards", "advantages"]
 
 
@@ -89,14 +91,23 @@ class Scalarizer(ABC):
         return None
 
 
+@dataclass(kw_only=True)
 class Weighted(Scalarizer):
     """Rewards that are a sum of the scores, ``sum_k c_k r_k``, with the same coefficients for a whole batch.
 
     An estimator with a critic values every objective apart: its advantages are summed with the
     coefficients, ``A = sum_k c_k A_k``, as Safe RLHF does.
+
+    ``safe``: true measures the gradient of every objective and takes, of all directions that hurt no
+    objective to first order, the nearest to ``sum_k c_k g_k`` (``safe.SafeWeights``).
     """
 
     gives: ClassVar[Gives] = "rewards"
+
+    safe: bool = False
+
+    def __post_init__(self) -> None:
+        require_bool("safe", self.safe)
 
     @abstractmethod
     def coefficients(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> Tensor:

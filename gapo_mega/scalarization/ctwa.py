@@ -47,6 +47,7 @@ class Ctwa(Weighted):
     _running: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_preference("preference", self.preference, zeros=False)
         require_number("rate", self.rate, 0)
         require_number("target", self.target)

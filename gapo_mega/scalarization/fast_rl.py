@@ -27,6 +27,7 @@ class FastRl(Weighted):
     _log_weights: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_number("rate", self.rate, 0)
 
     def coefficients(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> Tensor:

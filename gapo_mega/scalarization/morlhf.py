@@ -28,6 +28,7 @@ class Morlhf(Weighted):
     preference: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_preference("preference", self.preference, zeros=True)
 
     def per_objective(self) -> Mapping[str, Sequence[float]]:

@@ -47,6 +47,7 @@ class SafeRlhf(Weighted):
     _steps: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         costs = self.costs
         listed = costs is None or (isinstance(costs, list | tuple) and all(isinstance(x, str) for x in costs))
         if not listed or (costs is not None and (not costs or len(set(costs)) != len(costs))):

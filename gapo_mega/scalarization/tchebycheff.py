@@ -35,6 +35,7 @@ class Tchebycheff(Weighted):
     _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_preference("preference", self.preference, zeros=False)
         require_number("mu", self.mu, 0, above=True)
 

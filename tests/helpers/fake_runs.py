@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gapo_mega import advantages, aggregation, losses, scalarization
+from gapo_mega import advantages, losses, scalarization
 from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
+from gapo_mega.runs.preflight import build_aggregator
 from gapo_mega.runs.session import Session
 from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.trainer import Trainer
@@ -81,11 +82,10 @@ def trainer(
     config = configuration(directory, **sections)
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     policy = ModelSource("unused", SHAPE)
-    scalarizer, aggregator = None, aggregation.build(config.aggregation.name, **config.aggregation.options)
+    scalarizer = None
     if config.scalarization is not None:
         scalarizer = scalarization.build(config.scalarization.name, **config.scalarization.options)
         scalarizer.prepare([objective.name for objective in config.objectives])
-        aggregator = aggregation.build("weighted_sum")
     resolved = ResolvedRun(
         config=config,
         world=1,
@@ -93,7 +93,7 @@ def trainer(
         critic=policy if estimator.needs_values else None,
         objectives=objectives or [Words("long"), Words("short", -1.0)],
         score_models=[],
-        aggregator=aggregator,
+        aggregator=build_aggregator(config),
         estimator=estimator,
         loss=losses.build(config.loss.name, **config.loss.options),
         scalarizer=scalarizer,

@@ -111,3 +111,15 @@ def test_a_name_that_no_strategy_has() -> None:
     check_names(["one_pass", "row"])
     with pytest.raises(ValueError, match=r"^--only: found 'onepass', accepted: a part of .*'one_pass'"):
         check_names(["one_pass", "onepass"])
+
+
+def test_a_scalarizer_is_left_aside(tmp_path: Path) -> None:
+    """The batch has advantages for every objective, and so have the strategies rows."""
+    tiny_llama(tmp_path / "model")
+    plain = check_engine.make_config(str(tmp_path / "model"), {}, {"name": "adam"})
+    shape = shape_of(HFDirectory(tmp_path / "model").config)
+    sections = {"scalarization": {"name": "gdpo"}, "gradients": {"audit_every": 2}}
+    scalarized = type(plain).model_validate(plain.model_dump(exclude={"gradients"}) | sections)
+    found = contenders(scalarized, shape, 1, [2])
+    assert [c.name for c in found] == [c.name for c in contenders(plain, shape, 1, [2])]
+    assert {len(c.config.rows) for c in found if c.name != BASELINE} == {2}

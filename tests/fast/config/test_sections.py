@@ -91,3 +91,46 @@ def test_a_kl_target_needs_a_coefficient_to_steer(algorithm: dict[str, Any], sai
     with pytest.raises(ValidationError) as caught:
         Config.model_validate({**MINIMAL, "objectives": objectives(1), "algorithm": algorithm})
     assert f"algorithm.kl_target: {said}" in str(caught.value)
+
+
+def test_a_safe_scalarizer_has_the_rows_of_the_objectives() -> None:
+    safe = {"name": "ctwa", "options": {"safe": True}}
+    run = {**MINIMAL, "scalarization": safe, "objectives": objectives(2)}
+    assert Config.model_validate(run).rows == ("o0", "o1")
+    assert Config.model_validate({**run, "algorithm": {"kl": "apart"}}).rows == ("o0", "o1", "kl")
+    averaged = Config.model_validate({**run, "aggregation": {"average": 0.9, "average_dtype": "bf16"}})
+    assert averaged.one_signal is None and averaged.aggregated == ("o0", "o1")
+    plain = Config.model_validate({**run, "scalarization": {"name": "ctwa", "options": {"safe": False}}})
+    assert plain.rows == ("ctwa",)
+    # An objective may be called as the scalarizer is: it has no gradient of its own.
+    assert Config.model_validate({**run, "objectives": objectives(1, "ctwa")}).rows == ("o0", "ctwa")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"aggregation": {"name": "mgda"}},
+            "aggregation: found mgda or its options beside scalarization ctwa",
+        ),
+        (
+            {"aggregation": {"options": {"rates": "adaptive"}}},
+            "aggregation: found gapo or its options beside scalarization ctwa with scalarization.options."
+            "safe, accepted: average and average_dtype alone",
+        ),
+        ({"algorithm": {"kl": "objective"}}, "algorithm.kl: found objective with scalarization ctwa and"),
+        (
+            {"gradients": {"audit_every": 2}},
+            "gradients.audit_every: found 2 with scalarization.options.safe, accepted: 0",
+        ),
+        (
+            {"aggregation": {"average": 0.5}, "gradients": {"store": "single"}},
+            "aggregation.average: found 0.5 with gradients.store single",
+        ),
+    ],
+)
+def test_what_a_safe_scalarizer_rules_out(section: dict[str, Any], said: str) -> None:
+    safe = {"name": "ctwa", "options": {"safe": True}}
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**MINIMAL, "objectives": objectives(2), "scalarization": safe, **section})
+    assert said in str(caught.value)

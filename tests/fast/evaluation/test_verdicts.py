@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 
 from gapo_mega import aggregation
+from gapo_mega.aggregation import safe_weights
 from gapo_mega.config import Config
 from gapo_mega.config.loading import dump
 from gapo_mega.engine.base import GradientReport
@@ -82,3 +85,40 @@ def test_a_method_that_looks_at_scores_is_told_to_be_asked_without_them(tmp_path
         "gapo p=1 rates=adaptive also looks at scores"
     )
     assert audit.verdicts[0].candidate.note == "this run"
+
+
+def test_a_safe_scalarizer_is_asked_again_from_the_weights_in_the_log(tmp_path: Path) -> None:
+    """To the log's last digits; one step was skipped, in one a gradient was zero."""
+    grams = random_grams(3)
+    given = torch.rand(len(grams), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    safe = {"name": "ctwa", "options": {"safe": True}}
+    run = write_run(tmp_path, grams, {"name": "gapo", "options": {}}, scalarization=safe)
+    names = ["helpful", "harmless", "honest"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, gram, start in zip(lines, grams, given, strict=True):
+        weights = torch.zeros(3)
+        if bool(gram.isfinite().all()):
+            weights = safe_weights(gram, torch.where(gram.diagonal() > 0, start, 0.0))
+        for name, weight, number in zip(names, weights.tolist(), start.tolist(), strict=True):
+            line |= {f"weight/{name}": weight, f"reward_weight/{name}": number}
+    write = (run / "metrics.jsonl").write_text
+    write("".join(json.dumps(line) + "\n" for line in lines))
+    audit = audit_run(run)
+    own = audit.verdicts[0]
+    assert own.candidate.label == "ctwa safe=True" and audit.warning is None
+    assert not own.hurt.any() and {v.candidate.aggregator.name for v in audit.verdicts[1:]} >= {
+        "gapo",
+        "mgda",
+    }
+    np.testing.assert_allclose(own.weights, audit.recording.weights, rtol=ROUND_TRIP)
+    assert [v.candidate.label for v in audit_run(run, ["ctwa"]).verdicts] == ["ctwa safe=True"]
+    lines[3]["reward_weight/helpful"] *= 1.01
+    write("".join(json.dumps(line) + "\n" for line in lines))
+    warning = audit_run(run).warning
+    assert (
+        warning is not None and "at 1 of 7 steps the logged weights are not those of ctwa safe=T" in warning
+    )
+    del lines[3]["reward_weight/helpful"]
+    write("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"step 4 has no 'reward_weight/helpful'"):
+        audit_run(run)

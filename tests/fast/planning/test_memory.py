@@ -222,6 +222,20 @@ def test_a_scalarizer_keeps_rows_only_for_its_audits() -> None:
     assert (rows(0), rows(5)) == (0, 3 * 4 * count)
 
 
+def test_a_safe_scalarizer_keeps_the_rows_of_every_objective() -> None:
+    """As an aggregator does, with running means on top."""
+
+    def stage(**sections: Any) -> StagePlan:
+        shape = shape_of(LlamaConfig(**SIZES, tie_word_embeddings=False))
+        return predict(resolved_run(config(**sections), shape=shape)).stages[0]
+
+    safe = {"name": "fast_rl", "options": {"safe": True}}
+    for average in ({}, {"average": 0.9}):
+        found, own = stage(scalarization=safe, aggregation=average), stage(aggregation=average)
+        assert found == own and found.objective_rows > 0
+    assert stage(scalarization={"name": "fast_rl"}).objective_rows == 0
+
+
 def test_counter_of_blocks() -> None:
     blocks = [Block(saved=4, forward=5, backward=7), Block(saved=2, forward=9, backward=3)]
     counter = Counter()

@@ -66,6 +66,21 @@ def test_other_overrides_come_after_it(tmp_path: Path, overrides: list[str]) -> 
     assert config.aggregation.options == {"scale": "mean_norm", "p": 2}
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=ctwa", "scalarization.options.safe=true", "aggregation.average=0.9"],
+        ["method={name: ctwa, options: {safe: true}}", "aggregation.average=0.9"],
+    ],
+)
+def test_a_safe_scalarizer(tmp_path: Path, overrides: list[str]) -> None:
+    config = load(written(tmp_path, **ONE_SET), overrides)
+    assert config.scalarization is not None and config.scalarization.options == {"safe": True}
+    assert config.rows == ("a", "b") and config.aggregation.average == 0.9
+    dump(config, tmp_path / "resolved.yaml")
+    assert load_plain(tmp_path / "resolved.yaml") == config
+
+
 def test_in_a_file(tmp_path: Path) -> None:
     given = {"method": {"name": "gdpo", "options": {"variant": "verl"}}}
     config = load(written(tmp_path, **given))

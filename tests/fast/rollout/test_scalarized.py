@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 
 from gapo_mega import advantages, scalarization
 from gapo_mega.advantages.group import group_deviations
 from gapo_mega.advantages.rewards import kl_returns, with_scores
 from gapo_mega.rollout.flat import without_flat
-from gapo_mega.rollout.scalarized import Scalarized
+from gapo_mega.rollout.scalarized import Scalarized, Weighing
+from gapo_mega.scalarization import Weighted
 from gapo_mega.types import Experience
 from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.fake_runs import PROMPTS, trainer
@@ -172,3 +176,116 @@ def test_the_memory_of_a_scalarizer_is_resumed(tmp_path: Path) -> None:
     assert again.scalarizer is not None and straight.scalarizer is not None
     assert again.scalarizer.state_dict() == straight.scalarizer.state_dict()
     assert again.scalarizer.state_dict()["steps"] == 4
+
+
+UPDATES = {"algorithm": {"ppo_epochs": 2, "minibatches": 2}}
+
+
+def lines_of(run: Any) -> list[dict[str, Any]]:
+    assert run.run()
+    log = Path(run.config.output_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["morlhf", "safe_rlhf", "fast_rl", "ctwa", "tchebycheff"])
+def test_a_safe_scalarizer_gives_weights_to_start_from(tmp_path: Path, name: str) -> None:
+    """Every update's weights by SciPy, from the logged norms, cosines and weights of the rollout."""
+    safe = {"name": name, "options": {"safe": True}}
+    lines = lines_of(trainer(tmp_path / "safe", scalarization=safe, **UPDATES))
+    assert len(lines) == 16
+    raised = 0
+    for line in lines:
+        norms = np.array([line[f"grad_norm/{n}"] for n in NAMES])
+        cosine = line["cosine/long/short"]
+        rows = norms[:, None] * np.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]])
+        given = np.array([line[f"reward_weight/{n}"] for n in NAMES])
+        found, _ = nnls(rows.T, -rows.T @ given)
+        logged = np.array([line[f"weight/{n}"] for n in NAMES])
+        # The sine of nearly opposed gradients has lost half of the cosine's digits.
+        np.testing.assert_allclose(logged, given + found, rtol=1e-6)
+        raised += bool(found.any())
+        assert line["conflict"] == 0.0
+    assert raised > 0, "else the test shows nothing"
+    # The fake policy does not look at weights: scores, and so the scalarizer's memory, are the same.
+    plain = lines_of(trainer(tmp_path / "plain", scalarization={"name": name}, **UPDATES))
+    kinds = ("reward_weight/", "lambda/", "covariance/", "progress/")
+    for line, other in zip(lines, plain, strict=True):
+        facts = {key: value for key, value in other.items() if key.startswith(kinds)}
+        assert facts and facts == {key: value for key, value in line.items() if key.startswith(kinds)}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [("morlhf", "weighted_sum", {"safe": True}), ("tchebycheff", "tchebycheff_safe", {})],
+)
+def test_the_aggregators_that_start_from_the_same_weights_agree(
+    tmp_path: Path, name: str, method: str, options: dict[str, Any]
+) -> None:
+    safe = lines_of(trainer(tmp_path / "safe", scalarization={"name": name, "options": {"safe": True}}))
+    others = lines_of(trainer(tmp_path / "own", aggregation={"name": method, "options": options}))
+    for line, other in zip(safe, others, strict=True):
+        for key in ("weight", "predicted_change", "grad_norm"):
+            # Means of float32 scores, one taken in float32 and the other in float64.
+            assert [line[f"{key}/{n}"] for n in NAMES] == pytest.approx(
+                [other[f"{key}/{n}"] for n in NAMES], rel=1e-5
+            )
+
+
+def test_a_safe_run_is_resumed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"scalarization": {"name": "ctwa", "options": {"safe": True}}, **UPDATES}
+    straight = lines_of(trainer(tmp_path / "straight", **settings))
+    stopping = FakeEngine(at={("update_policy", 6): terminate})
+    assert not trainer(tmp_path / "run", stopping, **settings).run()
+    again = lines_of(trainer(tmp_path / "run", **settings))
+    keys = [key for key in straight[0] if key.startswith(("weight/", "reward_weight/", "grad_norm/"))]
+    assert [[line[key] for key in keys] for line in again] == [
+        [line[key] for key in keys] for line in straight
+    ]
+
+
+def test_a_safe_scalarizer_sees_all_data_ranks(tmp_path: Path) -> None:
+    team = Team(world=2, data=2)
+
+    def weights_of(engine: Any) -> list[float]:
+        safe = {"name": "fast_rl", "options": {"safe": True}}
+        run = trainer(tmp_path / str(engine.layout.rank), engine, scalarization=safe)
+        _, facts = run.maker.make([PROMPTS[i] for i in run.order.items(0)], seed=5)
+        gram = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+        weights = run.aggregator(gram).tolist()
+        assert weights == [facts.extra[f"reward_weight/{n}"] for n in NAMES]
+        return [*weights, *facts.rewards]
+
+    first, second = team.run(weights_of)
+    assert first == second
+    powers = np.exp(-0.1 * np.array(first[2:]))
+    # The log's means are of float32.
+    np.testing.assert_allclose(first[:2], powers / powers.sum(), rtol=1e-5)
+
+
+def test_a_safe_scalarizer_leaves_advantages_to_the_estimator(tmp_path: Path) -> None:
+    """One set an objective, whatever the estimator: with a critic, whitened, with a KL row apart."""
+    for number, estimator in enumerate(["gae", "reinforce_pp", "grpo"]):
+        found = []
+        for name, sections in (("own", {}), ("safe", {"scalarization": SAFE})):
+            folder = tmp_path / f"{number}{name}"
+            run = trainer(folder, advantages={"name": estimator}, algorithm={"kl": "apart"}, **sections)
+            found.append(run.maker.make(PROMPTS[:4], seed=5)[0].advantages_MBT)
+        own, safe = found
+        assert own is not None and safe is not None and torch.equal(own, safe)
+        assert run.rows == ["long", "short", "kl"]
+
+
+SAFE: dict[str, Any] = {"name": "safe_rlhf", "options": {"safe": True}}
+
+
+def test_weights_that_are_not_finite_stop_the_run() -> None:
+    class Broken(Weighted):
+        name = "broken"
+
+        def coefficients(self, *batch: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([float("nan"), 1.0])
+
+    taken: list[torch.Tensor] = []
+    with pytest.raises(ValueError, match=r"^scalarization\.name: found broken, whose coefficients are \[nan"):
+        Weighing(FakeEngine(), Broken(), taken.append)(experience())
+    assert not taken

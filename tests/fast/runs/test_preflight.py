@@ -10,6 +10,7 @@ import pytest
 
 from gapo_mega.config import Config, DataConfig
 from gapo_mega.runs.preflight import preview, resolve
+from gapo_mega.scalarization.safe import SafeWeights
 from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_llama, tiny_mistral
 
 
@@ -326,3 +327,39 @@ def test_a_scalarizer_of_ones_own_keeps_the_contract(
     with pytest.raises(ValueError, match=rf"^scalarization\.name: found .*{name}, {said}"):
         resolve(run(name), 1)
     assert resolve(run("Single"), 1).scalarizer is not None
+
+
+def test_a_safe_scalarizer_gives_the_aggregation_its_weights(models: Path, tmp_path: Path) -> None:
+    two = [{"name": n, "function": "gapo_mega.demo.rewards:plain"} for n in ("plain", "harmless")]
+
+    def run(name: str, **sections: Any) -> Config:
+        safe = {"name": name, "options": {"safe": True}}
+        return configuration(models, objectives=two, **({"scalarization": safe} | sections))
+
+    resolved = resolve(run("safe_rlhf"), 1)
+    assert isinstance(resolved.aggregator, SafeWeights) and resolved.scalarizer is not None
+    # Two objectives from one forward; m backwards where passes are separate.
+    assert (resolved.forward, resolved.passes.backwards) == ("one_pass", 1)
+    separate = resolve(run("fast_rl", gradients={"forward": "separate"}), 1)
+    assert (separate.passes.forwards, separate.passes.backwards) == (2, 2)
+    for estimator in ("gae", "remax", "grpo"):  # greedy responses have scores of every objective
+        resolve(run("morlhf", advantages={"name": estimator}), 1)
+    with pytest.raises(ValueError, match=r"^scalarization\.options\.safe: found true with gdpo, which"):
+        resolve(run("gdpo"), 1)
+    (tmp_path / "always.py").write_text(ALWAYS_SAFE)
+    own = {"name": f"{tmp_path}/always.py:Always", "options": {}}
+    with pytest.raises(ValueError, match=r"^scalarization\.options\.safe: found True in the scalarizer "):
+        resolve(run("", scalarization=own), 1)
+
+
+ALWAYS_SAFE = """
+import torch
+from dataclasses import dataclass
+from gapo_mega.scalarization.base import Weighted
+
+@dataclass(kw_only=True)
+class Always(Weighted):
+    safe: bool = True
+    def coefficients(self, scores_MB, group_B, lengths_B):
+        return torch.ones(len(scores_MB))
+"""

@@ -18,7 +18,8 @@ from tests.helpers.ranks import worlds
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: config, a file, and overrides; returns the log's lines and what the parameters are.
+    """``arguments``: config, a file, overrides, and the layout where it is not one rank a replica; returns
+    the log's lines and what the parameters are.
 
     With ``against``, other overrides, it trains again with those; ``apart`` is then the largest
     difference of parameters, over their largest size, on rank 0.
@@ -34,7 +35,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _train(path: str, overrides: list[str]) -> tuple[list[dict[str, Any]], list[Tensor]]:
     config = load(path, overrides)
-    existing = worlds.enter(1, 1, config.seed)
+    existing = worlds.enter(config.parallel.tensor, config.parallel.pipeline, config.seed)
     resolved = resolve(config, existing.layout.world)
     tokenizer = read_tokenizer(Path(config.model.path))
     train, held_out = load_prompts(config.data, tokenizer, config.seed)

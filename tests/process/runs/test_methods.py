@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.optimize import nnls
 
 from gapo_mega.planning.methods import names
 from tests.helpers.environment import ROOT, environment
@@ -26,6 +28,28 @@ MEASURED: dict[str, list[str]] = {
     "single": ["gradients.store=single"],
     "last layer": ["gradients.scope=last_layer"],
 }
+
+# Safe scalarizers, with what else an update can be.
+SAFE: dict[str, list[str]] = {
+    "safe_rlhf": [
+        "method=safe_rlhf",
+        "aggregation.average=0.9",
+        "algorithm.minibatches=2",
+        "micro_batch_size=2",
+    ],
+    "morlhf": ["method=morlhf", "algorithm.kl=apart", "gradients.forward=separate"],
+    "fast_rl": ["method={name: fast_rl, options: {rate: 0.5}}", "gradients.store=single"],
+    "ctwa": ["method=ctwa", "advantages.name=gae", "algorithm.ppo_epochs=2"],
+    "tchebycheff": ["method=tchebycheff", "gradients.scope=last_layer", "advantages.name=remax"],
+}
+
+# What has to be the same update in every layout of two replicas, by the log of rank 0.
+SPREAD = {"tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2"]}
+SCALARIZED = {
+    "gdpo": ["method=gdpo"],
+    "safe_rlhf": ["method=safe_rlhf", "scalarization.options.safe=true", "gradients.forward=separate"],
+}
+SGD = ["optimizer.name=sgd", "optimizer.distributed=false", "optimizer.clip_grad=0"]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +87,52 @@ def results(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         audits = ["gradients.audit_every=2"] if section == "scalarization" else []
         jobs[name] = [f"method={name}", f"output_dir={folder / name}", *audits]
     asked = [("check_methods", {"config": str(config), "overrides": job}) for job in jobs.values()]
+    for name, settings in SCALARIZED.items():
+        jobs[f"spread {name}"] = [*settings, *SGD, f"output_dir={folder / f'spread_{name}'}"]
+        asked.append(("check_methods", {"config": str(config), "overrides": jobs[f"spread {name}"]}))
     # SGD: Adam would divide by what is nearly 0, and show rounding as a whole step.
-    plain = ["method=gdpo", "optimizer.name=sgd", "optimizer.distributed=false", "optimizer.clip_grad=0"]
+    plain = ["method=gdpo", *SGD]
+    for name, settings in SAFE.items():
+        jobs[f"safe {name}"] = [
+            *settings,
+            "scalarization.options.safe=true",
+            f"output_dir={folder / f'safe_{name}'}",
+        ]
+        asked.append(("check_methods", {"config": str(config), "overrides": jobs[f"safe {name}"]}))
     for number, (way, settings) in enumerate(MEASURED.items()):
         audited = [*plain, *settings, "gradients.audit_every=1", f"output_dir={folder / f'audited{number}'}"]
         against = [*plain, *settings, f"output_dir={folder / f'plain{number}'}"]
         asked.append(("check_methods", {"config": str(config), "overrides": audited, "against": against}))
         jobs[f"measured {way}"] = audited
     return dict(zip(jobs, launch(2, asked, folder), strict=True))
+
+
+@pytest.fixture(scope="module")
+def spread(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of scalarizers on two replicas of two ranks, by layout and name, in one launch."""
+    folder = tmp_path_factory.mktemp("spread")
+    jobs: dict[tuple[str, str], dict[str, Any]] = {}
+    for kind, layout in SPREAD.items():
+        for name, settings in SCALARIZED.items():
+            overrides = [*settings, *SGD, *layout, f"output_dir={folder / f'{kind}_{name}'}"]
+            jobs[kind, name] = {"config": str(config), "overrides": overrides, "layout": {kind: 2}}
+    found = launch(4, [("check_methods", arguments) for arguments in jobs.values()], folder)
+    return dict(zip(jobs, found, strict=True))
+
+
+@pytest.mark.parametrize("name", SCALARIZED)
+@pytest.mark.parametrize("kind", SPREAD)
+def test_a_scalarizer_takes_the_same_steps_in_every_layout(
+    results: dict[str, dict[str, Any]], spread: dict[tuple[str, str], dict[str, Any]], kind: str, name: str
+) -> None:
+    """Two replicas on two ranks and on four sample the same responses, and measure the same gradients."""
+    found, alone = spread[kind, name], results[f"spread {name}"]
+    assert "error" not in found, found["error"]
+    kinds = ("reward/", "reward_weight/", "weight/", "grad_norm/", "cosine/", "lambda/", "gradient_norm")
+    for line, expected in zip(found["result"]["lines"], alone["result"]["lines"], strict=True):
+        keys = [key for key in expected if key.startswith(kinds)]
+        # Sums of fp32 in another order, whose difference moves the parameters of the second step.
+        assert [line[key] for key in keys] == pytest.approx([expected[key] for key in keys], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -98,6 +160,30 @@ def test_an_audited_update_takes_the_same_step(results: dict[str, dict[str, Any]
     assert "error" not in found, found["error"]
     assert found["result"]["apart"] < 1e-6
     assert all("grad_norm/short" in line for line in found["result"]["lines"])
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_a_safe_scalarizer_raises_the_weights_it_starts_from(
+    results: dict[str, dict[str, Any]], name: str
+) -> None:
+    """Two rollouts of ranks that agree; every objective measured, by every strategy and estimator."""
+    found = results[f"safe {name}"]
+    assert "error" not in found, found["error"]
+    lines = found["result"]["lines"]
+    assert len(lines) == {"safe_rlhf": 4, "ctwa": 4}.get(name, 2)
+    # The dual cone of the means' Gram matrix, where the weights follow from these.
+    norm, cosine = ("averaged_norm", "averaged_cosine") if name == "safe_rlhf" else ("grad_norm", "cosine")
+    for line in lines:
+        assert line["skipped"] == 0.0
+        norms = np.array([line[f"{norm}/{n}"] for n in OBJECTIVES])
+        angle = np.arccos(line[f"{cosine}/{'/'.join(OBJECTIVES)}"])
+        rows = norms[:, None] * np.array([[1.0, 0.0], [np.cos(angle), np.sin(angle)]])
+        given = np.array([line[f"reward_weight/{n}"] for n in OBJECTIVES])
+        added, _ = nnls(rows.T, -rows.T @ given)
+        weights = [line[f"weight/{n}"] for n in OBJECTIVES]
+        np.testing.assert_allclose(weights, given + added, rtol=1e-6)  # arccos loses half of the digits
+        if name == "morlhf":
+            assert line["weight/kl"] == pytest.approx(0.05 * sum(weights), rel=1e-9)
 
 
 def test_the_command_takes_a_method_by_name(config: Path, tmp_path: Path) -> None:
