@@ -15,7 +15,7 @@ from torch import Tensor
 from gapo_mega.engine.megatron.runtime import collectives
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 
-CHUNK = 1 << 18  # elements of float32
+CHUNK = 1 << 17  # elements of float32
 RANKS = (1, 2, 3, 4)
 # No element, one chunk and the edges around it, and many chunks.
 LENGTHS = (0, 1, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 17)
