@@ -7,9 +7,9 @@ data rank: 0.1 % of the smallest models). Rows of objectives: what the gradient 
 training pass holds.
 
 Not counted: a GPU's context, in which the driver keeps the stacks of our kernels (docs/gpu.md), what its
-allocator keeps in reserve, buffers of the communication library (gloo copies the gradient buffer in the
-reduction of the distributed optimizer), temporaries of the optimizer's step, and what scopes last_layer and
-last_block need to form the output layer's rows.
+allocator keeps in reserve, buffers of the communication library (gloo copies the gradient buffer where the
+distributed optimizer's reduction overlaps the backward), temporaries of the optimizer's step, and what scopes
+last_layer and last_block need to form the output layer's rows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Megatron-core names the device "cuda" literally in its schedules, optimizers, gradient clipping and
 random-number tracker. Without a GPU the same code works once those names mean the CPU. They do so only within
-``megatron_device()``, which patches nothing at import and restores everything on exit.
+``megatron_device()``, which patches nothing at import and restores everything on exit. There the data ranks
+also exchange shards by ``collectives.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gapo_mega.engine.megatron.runtime import collectives
 from gapo_mega.engine.megatron.runtime.releases import errors_only
 
 _CPU = torch.device("cpu")
@@ -86,6 +88,7 @@ def _re_entering(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _cpu_mode() -> Iterator[None]:
     # Imported here so that this module does not import Megatron.
+    from megatron.core.distributed import param_and_grad_buffer as buffers
     from megatron.core.fusions import fused_softmax
 
     causal = _re_entering(fused_softmax.get_default_causal_mask)
@@ -97,6 +100,8 @@ def _cpu_mode() -> Iterator[None]:
         patch.object(torch.cuda, "synchronize", lambda device=None: None),
         # Gradient reduction asks for it, and waits for it only where CUDA graphs were captured.
         patch.object(torch.cuda, "current_stream", torch.cpu.current_stream),
+        patch.object(buffers, "dist_reduce_scatter_func", collectives.reduce_scatter_tensor),
+        patch.object(buffers, "dist_all_gather_func", collectives.all_gather_into_tensor),
         _megatron_rng_on_cpu(),
         _CudaMeansCpu(),
     ):
