@@ -11,7 +11,6 @@ front. A *gain* is ``J_i / D_i``: 0 at the start (J_i(pi_0) = 0), 1 at the best 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,7 +102,8 @@ class Front:
             options={"ftol": 1e-9, "maxiter": 60},
         )
         weights: Array = np.maximum(solved.x, 1e-12)
-        return weights / weights.sum()
+        shares: Array = weights / weights.sum()
+        return shares
 
     def _best(self, instance: int, weights_M: Array) -> tuple[float, Array]:
         """The largest ``sum_i w_i J_i``, and the J [M] that reach it."""
@@ -122,5 +122,4 @@ class Front:
 
 def hypervolume(gains_KM: Array) -> float:
     """The volume between the starting policy (gains 0) and the points that are better everywhere."""
-    reference: Sequence[float] = np.zeros(gains_KM.shape[1])
-    return float(moocore.hypervolume(gains_KM, ref=reference, maximise=True))
+    return float(moocore.hypervolume(gains_KM, ref=np.zeros(gains_KM.shape[1]), maximise=True))

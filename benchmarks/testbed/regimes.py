@@ -1,4 +1,4 @@
-"""The kinds of conflict that methods are tried in: how rewards correlate, what they look like, their noise."""
+"""The kinds of conflict that methods are tried in: how rewards correlate, what they look like, noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Regime:
 
     @property
     def noises(self) -> NDArray[np.float64]:
-        """Standard deviations of the observation noise [M]; a verifiable reward (rare, saturating) has none."""
+        """Deviations of the observation noise [M]; verifiable rewards (rare, saturating) have none."""
         if self.noise is not None:
             return np.array(self.noise)
         return np.array([1.0 if kind in ("dense", "heavy") else 0.0 for kind in self.kinds])
@@ -44,13 +44,11 @@ class Regime:
         return found
 
 
-def _dense(count: int) -> tuple[Kind, ...]:
-    return ("dense",) * count
-
+_DENSE: tuple[Kind, ...] = ("dense", "dense", "dense")
 
 REGIMES: dict[str, Regime] = {
-    "benign": Regime("benign", _dense(3), (1, 1, 1)),
-    "scales": Regime("scales 1:10:1000", _dense(3), (1, 10, 1000)),
+    "benign": Regime("benign", _DENSE, (1, 1, 1)),
+    "scales": Regime("scales 1:10:1000", _DENSE, (1, 10, 1000)),
     "kinds3": Regime("different kinds, m = 3", ("dense", "rare", "heavy"), (1000, 1, 10), -0.2),
     "kinds2": Regime("different kinds, m = 2", ("dense", "rare"), (1000, 1), -0.4),
     "kinds5": Regime(
@@ -60,6 +58,6 @@ REGIMES: dict[str, Regime] = {
         -0.15,
     ),
     "saturating": Regime("saturating", ("dense", "dense", "saturating"), (1, 1, 1), -0.3),
-    "noisy": Regime("one noisy", _dense(3), (1, 1, 1), -0.2, noise=(1, 1, 5)),
-    "majority": Regime("majority against one", _dense(3), (1, 1, 1), against=(0.8, -0.7)),
+    "noisy": Regime("one noisy", _DENSE, (1, 1, 1), -0.2, noise=(1, 1, 5)),
+    "majority": Regime("majority against one", _DENSE, (1, 1, 1), against=(0.8, -0.7)),
 }

@@ -1,12 +1,12 @@
 """From a batch's scores to the direction of a step, through the package's own parts.
 
-Samples of all policies of all instances are one batch for the package's estimator, a prompt being a context of
-one policy; scalarizers and aggregators, which see one policy's batch or Gram matrix, are asked one by one.
+Samples of all policies of all instances are one batch for the package's estimator, a prompt being a context
+of one policy; scalarizers and aggregators, which see one policy's batch or Gram matrix, are asked one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,25 +47,39 @@ class Signal:
     """The directions of N policies under one method, and all that the method remembers."""
 
     def __init__(
-        self, method: Method, options: Sequence[dict[str, Any]], beta_N: Array, scales_M: Array, dimensions: int
+        self,
+        method: Method,
+        options: Sequence[dict[str, Any]],
+        beta_N: Array,
+        scales_M: Array,
+        spreads_M: Array,
+        dimensions: int,
     ) -> None:
-        """``options``: of every policy's method. ``beta_N``: what it takes for the weight of the KL."""
+        """Build the method of every policy.
+
+        ``options``: of every policy's method. ``beta_N``: what it takes for the weight of the KL.
+        ``spreads_M``: of the observed scores under pi_0, for those that may know them.
+        """
         self._method, self._beta_N, self._scales_M = method, beta_N, scales_M
         self._estimator = advantages.build("grpo" if method.normalized else "rloo")
         self._updates = 0
         self._scalarizers: list[scalarization.Scalarizer] = []
         self._aggregators: list[aggregation.Aggregator] = []
         self._weighing: list[ops.AggregationMethod] = []
-        names = [f"objective{i}" for i in range(len(scales_M))]
         for beta, chosen in zip(beta_N.tolist(), options, strict=True):
-            if not method.of_gradients:
-                scalarizer = scalarization.build(method.name, **chosen)
-                scalarizer.prepare(names)
+            remembers: scalarization.Scalarizer | aggregation.Aggregator
+            if method.of_gradients:
+                remembers = aggregator = aggregation.build(method.name, **chosen)
+                self._aggregators.append(aggregator)
+                self._weighing.append(Apart(aggregator, _constant(beta)) if method.apart else aggregator)
+            else:
+                remembers = scalarizer = scalarization.build(method.name, **chosen)
+                scalarizer.prepare([f"objective{i}" for i in range(len(scales_M))])
                 self._scalarizers.append(scalarizer)
-                continue
-            aggregator = aggregation.build(method.name, **chosen)
-            self._aggregators.append(aggregator)
-            self._weighing.append(Apart(aggregator, _constant(beta)) if method.apart else aggregator)
+            if method.start_known:
+                zeros = [0.0] * len(scales_M)
+                start = {"baseline": zeros, "unit": spreads_M.tolist(), "value": zeros}
+                remembers.load_state_dict({"progress": start})
         rows = (len(scales_M) + method.apart) if method.average else 0
         self._means = torch.zeros(len(beta_N), rows, dimensions)
 
@@ -76,9 +90,7 @@ class Signal:
         for aggregator, scores_RM in zip(self._aggregators, batch.scores_NRM, strict=True):
             aggregator.observe(torch.from_numpy(scores_RM.mean(0)), torch.from_numpy(scores_RM.std(0)))
         rows_NMD = self._rows(batch, self._by_objective(batch))
-        weights_NM = torch.stack(
-            [self._weights(n, gram) for n, gram in enumerate(self._grams(rows_NMD))]
-        )
+        weights_NM = torch.stack([self._weights(n, gram) for n, gram in enumerate(self._grams(rows_NMD))])
         return torch.einsum("nm,nmd->nd", weights_NM, rows_NMD.double()).numpy()
 
     def _weights(self, policy: int, gram: Tensor) -> Tensor:
@@ -124,9 +136,9 @@ class Signal:
             scores_MB=scores_MB,
             token_rewards_MBT=(scores_MB + kl_rewards_MB)[:, :, None],
         )
-        made = self._estimator(experience).advantages_MBT
-        assert made is not None
-        return made[:, :, 0]
+        made_MBT: Tensor | None = self._estimator(experience).advantages_MBT
+        assert made_MBT is not None
+        return made_MBT[:, :, 0]
 
     def _scalarized(self, batch: Batch) -> Tensor:
         """Advantages [1, N R] of one signal, as a run with a scalarizer has them."""
@@ -153,5 +165,5 @@ class Signal:
         return shaped @ torch.from_numpy(batch.slopes_NRD).to(torch.float32) / samples
 
 
-def _constant(value: float) -> Any:
+def _constant(value: float) -> Callable[[], float]:
     return lambda: value

@@ -25,7 +25,8 @@ class Outcome:
     gains_SCM: Array
     rewards_SCM: Array  # E[u_i]: of their spread at the start
     kl_SC: Array
-    hurt_SC: Array  # share of the probed steps under which some J_i falls to first order; NaN without probes
+    hurt_SCM: Array  # share of the probed steps under which J_i falls to first order; NaN without probes
+    hurt_SC: Array  # of those under which some J_i falls
     trace_TSCM: Array  # gains on the way, of the steps that were asked for
 
 
@@ -116,14 +117,15 @@ def train(
 ) -> Outcome:
     """Train every setting on every instance.
 
-    ``probe_every``: how often a step is held against the exact gradients. ``trace_every``: how often gains are
-    kept, the start and the end included.
+    ``probe_every``: how often a step is held against the exact gradients. ``trace_every``: how often
+    gains are kept, the start and the end included.
     """
     instances, count = problem.count, len(settings)
     options = [method.options_in(problem.regime, setting) for setting in settings]
     kl_N = np.tile([BETA * setting.kl for setting in settings], instances)
     rates_N1 = np.tile([setting.rate for setting in settings], instances)[:, None]
-    signal = Signal(method, options * instances, kl_N, problem.scales_M, problem.dimensions)
+    spreads_M = problem.scales_M * np.sqrt(1 + problem.regime.noises**2)
+    signal = Signal(method, options * instances, kl_N, problem.scales_M, spreads_M, problem.dimensions)
     sampler, adam = Sampler(problem, count, seed), Adam((instances * count, problem.dimensions))
     theta_ND = np.zeros((instances * count, problem.dimensions))
     hurt, trace = [], []
@@ -138,17 +140,17 @@ def train(
     gains, rewards, kl = _reached(problem, front, theta_ND.reshape(instances, count, -1))
     if trace_every:
         trace.append(gains)
-    share = np.mean(hurt, axis=0) if hurt else np.full((instances, count), np.nan)
-    return Outcome(gains, rewards, kl, share, np.array(trace))
+    fell_PSCM = np.array(hurt) if hurt else np.full((1, *gains.shape), np.nan)
+    return Outcome(gains, rewards, kl, fell_PSCM.mean(0), fell_PSCM.max(-1).mean(0), np.array(trace))
 
 
 def hurts(problem: Problem, theta_SCD: Array, change_SCD: Array) -> Array:
-    """Whether a change of the parameters lowers some exact J_i to first order [S, C]."""
-    found = np.empty(theta_SCD.shape[:2], dtype=bool)
+    """1 where a change of the parameters lowers the exact J_i to first order, else 0 [S, C, M]."""
+    found = []
     for c in range(theta_SCD.shape[1]):
         exact_SMD = objective_gradients(problem.gradients(theta_SCD[:, c]))
-        found[:, c] = (np.einsum("smd,sd->sm", exact_SMD, change_SCD[:, c]) < 0).any(1)
-    return found.astype(np.float64)
+        found.append(np.einsum("smd,sd->sm", exact_SMD, change_SCD[:, c]) < 0)
+    return np.stack(found, 1).astype(np.float64)
 
 
 def _reached(problem: Problem, front: Front, theta_SCD: Array) -> tuple[Array, Array, Array]:
