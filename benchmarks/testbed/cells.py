@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.testbed.front import Front
 from benchmarks.testbed.methods import (
-    CORE,
     HIGHEST_RATE,
     LEARNING_RATES,
     LOWEST_RATE,
@@ -23,7 +18,7 @@ from benchmarks.testbed.methods import (
 )
 from benchmarks.testbed.problem import Problem
 from benchmarks.testbed.regimes import REGIMES
-from benchmarks.testbed.training import STEPS, Outcome, train
+from benchmarks.testbed.training import STEPS, train
 
 TUNING_SEEDS = tuple(range(100, 103))
 PROBE_EVERY = 10
@@ -59,25 +54,33 @@ def measured(regime: str, name: str, plan: Plan) -> dict[str, Any]:
     """The cell, as JSON: what tuning tried and chose, and per seed what came of it."""
     method = METHODS[name]
     chosen, tried = tuned(regime, method, plan)
-    seeds = tuple(range(plan.seeds))
-    problem, front = instances(regime, seeds)
-    steps = {"equal_steps": plan.steps}
-    if name in CORE:
-        steps["equal_compute"] = round(plan.steps / ONE_PASS_COST) if method.of_gradients else plan.steps
-    found: dict[int, dict[str, Any]] = {}
-    for count in dict.fromkeys(steps.values()):
-        outcome = train(problem, front, method, [chosen], steps=count, probe_every=PROBE_EVERY)
-        found[count] = {"steps": count, **_by_seed(front, outcome)}
+    _, front = instances(regime, tuple(range(plan.seeds)))
     return {
-        "regime": regime,
-        "method": name,
-        "label": method.label,
-        "what": plan.told(method),
-        "tuned": asdict(chosen),
+        **_head(regime, name, plan.told(method), chosen),
         "tried": tried,
         "possible": [best.value for best in front.possible],
-        **{key: found[count] for key, count in steps.items()},
+        **_by_seed(regime, method, chosen, plan, plan.steps, PROBE_EVERY),
     }
+
+
+def at_equal_compute(regime: str, name: str, plan: Plan, chosen: Setting) -> dict[str, Any]:
+    """The same with as many steps as cost what ``plan.steps`` with a single gradient do."""
+    method = METHODS[name]
+    steps = round(plan.steps / ONE_PASS_COST) if method.of_gradients else plan.steps
+    return {
+        **_head(regime, name, told_with(plan, method, chosen), chosen),
+        **_by_seed(regime, method, chosen, plan, steps, 0),
+    }
+
+
+def told_with(plan: Plan, method: Method, chosen: Setting) -> dict[str, Any]:
+    """What must be the same for a result with a setting to count."""
+    return {**plan.told(method), "chosen": asdict(chosen)}
+
+
+def _head(regime: str, name: str, what: dict[str, Any], chosen: Setting) -> dict[str, Any]:
+    label = METHODS[name].label
+    return {"regime": regime, "method": name, "label": label, "what": what, "tuned": asdict(chosen)}
 
 
 def tuned(regime: str, method: Method, plan: Plan) -> tuple[Setting, list[dict[str, Any]]]:
@@ -111,39 +114,21 @@ def search(
     return best, [{**asdict(setting), "worst": round(value, 5)} for value, setting in tried]
 
 
-def _by_seed(front: Front, outcome: Outcome) -> dict[str, list[Any]]:
-    """Of the only setting's policies, by seed."""
+def _by_seed(
+    regime: str, method: Method, chosen: Setting, plan: Plan, steps: int, probe_every: int
+) -> dict[str, Any]:
+    """What the policies of all seeds came to."""
+    problem, front = instances(regime, tuple(range(plan.seeds)))
+    outcome = train(problem, front, method, [chosen], steps=steps, probe_every=probe_every)
     gains = outcome.gains_SCM[:, 0]
-    return {
+    found: dict[str, Any] = {
+        "steps": steps,
         "worst": gains.min(-1).tolist(),
         "mean": gains.mean(-1).tolist(),
         "distance": [front.distance(s, row) for s, row in enumerate(gains)],
-        "hurt": outcome.hurt_SCM[:, 0].mean(-1).tolist(),
-        "hurt_any": outcome.hurt_SC[:, 0].tolist(),
         "kl": outcome.kl_SC[:, 0].tolist(),
-        "gains": gains.tolist(),
     }
-
-
-def kept(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished cell of a file, if it was made from the same."""
-    if not path.exists():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["what"] == what else None
-
-
-def keep(path: Path, cell: dict[str, Any]) -> None:
-    """Write the cell whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(_rounded(cell)), encoding="utf-8")
-    whole.replace(path)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return round(value, 5) if isinstance(value, float | np.floating) else value
+    if probe_every:
+        found["hurt"] = outcome.hurt_SCM[:, 0].mean(-1).tolist()
+        found["hurt_any"] = outcome.hurt_SC[:, 0].tolist()
+    return found

@@ -37,7 +37,7 @@ class Method:
     ``average``: of ``aggregation.average``. ``apart``: ``algorithm.kl: apart``. ``normalized``: advantages by
     the estimator ``grpo``, in place of ``rloo``. ``start_known``: the progress begins with the true mean and
     spread of the scores in place of the first batch's. ``depends``: options that follow from the regime, such
-    as the scores' sizes. ``preferred``: the option with one number per objective, for fronts over preferences.
+    as the scores' sizes. ``preferred``: the option with a number per objective, for fronts over preferences.
     """
 
     label: str

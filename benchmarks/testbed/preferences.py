@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.testbed.cells import TUNING_SEEDS, Plan, instances
+from benchmarks.testbed.cells import TUNING_SEEDS, Plan, instances, told_with
 from benchmarks.testbed.front import hypervolume
 from benchmarks.testbed.methods import METHODS, Method, Setting
 from benchmarks.testbed.training import train
@@ -29,22 +29,6 @@ METHODS_OF_FRONTS = (
 TRUE_POINTS = 400  # of the true front's sample
 
 
-@dataclass(frozen=True)
-class FrontPlan:
-    """Which preferences and seeds; a regime's cell must have been tuned before."""
-
-    base: Plan
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Of the instances that are measured."""
-        return tuple(range(min(SEEDS, self.base.seeds)))
-
-    def told(self, method: Method, around: Setting) -> dict[str, Any]:
-        """What must be the same for a finished front to count."""
-        return {**self.base.told(method), "front_seeds": len(self.seeds), "around": asdict(around)}
-
-
 def preferences(count: int) -> list[list[float]]:
     """Ten of two objectives, evenly spaced, and ten of three: a grid whose numbers are all positive."""
     if count == 2:
@@ -54,7 +38,7 @@ def preferences(count: int) -> list[list[float]]:
     return [[(number + 0.25) / 3.75 for number in row] for row in grid]
 
 
-def front_of(regime: str, name: str, plan: FrontPlan, around: Setting) -> dict[str, Any]:
+def front_of(regime: str, name: str, plan: Plan, around: Setting) -> dict[str, Any]:
     """Hypervolumes by seed, over the true front's, of the method with the best of three learning rates.
 
     ``around``: what tuning chose for an equal preference.
@@ -62,7 +46,7 @@ def front_of(regime: str, name: str, plan: FrontPlan, around: Setting) -> dict[s
     method = METHODS[name]
     rates = [around.rate / 2, around.rate, around.rate * 2]
     by_rate = {
-        rate: _shares(regime, method, replace(around, rate=rate), TUNING_SEEDS[:2], 3, plan.base.steps)
+        rate: _shares(regime, method, replace(around, rate=rate), TUNING_SEEDS[:2], 3, plan.steps)
         for rate in rates
     }
     best = max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
@@ -71,9 +55,9 @@ def front_of(regime: str, name: str, plan: FrontPlan, around: Setting) -> dict[s
         "regime": regime,
         "method": name,
         "label": method.label,
-        "what": plan.told(method, around),
+        "what": told_with(plan, method, around),
         "tuned": asdict(chosen),
-        "hypervolume": _shares(regime, method, chosen, plan.seeds, 1, plan.base.steps),
+        "hypervolume": _shares(regime, method, chosen, range(min(SEEDS, plan.seeds)), 1, plan.steps),
         "tried": {str(rate): float(np.mean(shares)) for rate, shares in by_rate.items()},
     }
 

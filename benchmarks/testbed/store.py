@@ -1,0 +1,75 @@
+"""The finished results of a folder, a file each; what is not there is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.testbed import cells, preferences
+from benchmarks.testbed.cells import Plan
+from benchmarks.testbed.methods import METHODS, Setting
+
+COMPUTE, FRONT = "compute", "front"  # kinds of results, which end a file's name, beside the cells
+
+
+@dataclass(frozen=True)
+class Store:
+    """Results of one plan in a folder."""
+
+    folder: Path
+    plan: Plan
+
+    def get(self, regime: str, name: str, kind: str = "") -> dict[str, Any]:
+        """The cell, or what was measured with the setting that its tuning chose."""
+        if not kind:
+            what = self.plan.told(METHODS[name])
+            return self._kept(regime, name, kind, what, lambda: cells.measured(regime, name, self.plan))
+        setting = Setting(**self.get(regime, name)["tuned"])
+        what = cells.told_with(self.plan, METHODS[name], setting)
+        measure = cells.at_equal_compute if kind == COMPUTE else preferences.front_of
+        return self._kept(regime, name, kind, what, lambda: measure(regime, name, self.plan, setting))
+
+    def _kept(
+        self, regime: str, name: str, kind: str, what: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        path = path_of(self.folder, regime, name, kind)
+        found = read(path, what)
+        if found is None:
+            write(path, make())
+            found = read(path, what)
+            assert found is not None, path
+        return found
+
+
+def path_of(folder: Path, regime: str, method: str, kind: str) -> Path:
+    """The file of a result."""
+    return folder / ("--".join(filter(None, (regime, method, kind))) + ".json")
+
+
+def read(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    """The finished cell of a file, if it was made from the same."""
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["what"] == what else None
+
+
+def write(path: Path, cell: dict[str, Any]) -> None:
+    """Write the cell whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(_rounded(cell)), encoding="utf-8")
+    whole.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return round(value, 5) if isinstance(value, float | np.floating) else value
