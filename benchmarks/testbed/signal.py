@@ -162,7 +162,8 @@ class Signal:
         """Gradients [N, M, D] in fp32, as the engine has them."""
         count, samples = batch.kl_NR.shape
         shaped = advantages_MB.view(-1, count, samples).movedim(0, 1).to(torch.float32)
-        return torch.bmm(shaped, torch.from_numpy(batch.slopes_NRD).to(torch.float32)) / samples
+        summed: Tensor = torch.bmm(shaped, torch.from_numpy(batch.slopes_NRD).to(torch.float32))
+        return summed / int(samples)
 
 
 def _constant(value: float) -> Callable[[], float]:
