@@ -64,7 +64,7 @@ def test_results_follow_what_tuning_chose(tmp_path):
     assert (cell["steps"], compute["steps"]) == (3, round(3 / 1.13))
     front = store.get("benign", "p_gapo", FRONT)
     around = Setting(**store.get("benign", "p_gapo")["tuned"])
-    assert front["tuned"]["rate"] in pytest.approx([around.rate / 2, around.rate, around.rate * 2])
+    assert front["tuned"]["rate"] / around.rate in (0.5, 1.0, 2.0)
     assert len(front["hypervolume"]) == 2
     assert 0 <= min(front["hypervolume"]) <= max(front["hypervolume"]) <= 1
 

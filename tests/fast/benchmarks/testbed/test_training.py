@@ -70,10 +70,11 @@ def test_with_exact_gradients_safe_methods_hurt_nobody(problems, name, regime):
 
 def test_with_exact_gradients_a_weighted_sum_hurts_the_smaller_scales(problems):
     """It climbs the objective whose scores are a thousand times as large, against what the KL costs."""
-    gained = climbed(problems["scales"], "weighted_sum", {})[-1] - climbed(problems["scales"], "gapo", {})[-1]
-    assert climbed(problems["scales"], "weighted_sum", {})[-1][:, :2].min() < -0.01
-    assert gained[:, 2].min() > 0.05
-    assert gained[:, :2].max() < -0.05
+    reached = climbed(problems["scales"], "weighted_sum", {})[-1]
+    beyond = reached - climbed(problems["scales"], "gapo", {})[-1]
+    assert reached[:, :2].min() < -0.01
+    assert beyond[:, 2].min() > 0.02
+    assert beyond[:, :2].max() < -0.02
 
 
 def test_adam_is_torch_s():
@@ -178,7 +179,7 @@ def test_scales_ruin_a_weighted_sum_and_nothing_else(problems):
     assert worst("benign", "weighted_sum") > 0.1
     assert worst("scales", "weighted_sum") < -0.02
     for name in ("gdpo", "gapo", "p_gapo"):
-        assert worst("scales", name) > 0.1
+        assert worst("scales", name) > 0.05
         assert worst("scales", name) == pytest.approx(worst("benign", name), abs=0.02)
 
 
