@@ -37,6 +37,7 @@ def main(
     regime: Annotated[list[str] | None, typer.Option(help="only these, once each")] = None,
     method: Annotated[list[str] | None, typer.Option(help="only these, once each")] = None,
     fronts: Annotated[bool, typer.Option(help="also the fronts over preferences")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     picture: Annotated[bool, typer.Option(help="also the picture of trajectories")] = True,
 ) -> None:
     """Run, report, write."""
@@ -46,6 +47,7 @@ def main(
     from benchmarks.testbed.cells import Plan
     from benchmarks.testbed.methods import METHODS
     from benchmarks.testbed.regimes import REGIMES
+    from benchmarks.testbed.store import Store
 
     try:
         wanted = chosen("regime", regime, list(REGIMES)), chosen("method", method, list(METHODS))
@@ -53,7 +55,9 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     torch.set_num_threads(1)  # tensors of a few numbers
-    for path in run.everything(out, Plan(seeds, steps), *wanted, fronts=fronts, picture=picture):
+    store = Store(out / "cells", Plan(seeds, steps))
+    written = run.everything(store, out, *wanted, fronts=fronts, picture=picture, workers=workers)
+    for path in written:
         typer.echo(f"written: {path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def read(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
 def write(path: Path, cell: dict[str, Any]) -> None:
     """Write the cell whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".part")
+    whole = path.with_suffix(f".{os.getpid()}.part")  # several processes may write the same
     whole.write_text(json.dumps(_rounded(cell)), encoding="utf-8")
     whole.replace(path)
 
