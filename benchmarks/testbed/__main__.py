@@ -27,6 +27,13 @@ def chosen(option: str, wanted: list[str] | None, known: list[str]) -> list[str]
     return [name for name in known if not wanted or name in wanted]
 
 
+def require_folder(out: Path) -> None:
+    """Raise ``ValueError`` where ``out`` is, or lies in, something that is no folder."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out: found {path}, which is no folder; accepted: a folder, there or not yet")
+
+
 @app.command(help=__doc__)
 def main(
     out: Annotated[Path, typer.Option(help="folder for cells, tables and the picture")] = Path(
@@ -49,16 +56,16 @@ def main(
     from benchmarks.testbed.regimes import REGIMES
     from benchmarks.testbed.store import Store
 
+    torch.set_num_threads(1)  # tensors of a few numbers
     try:
         wanted = chosen("regime", regime, list(REGIMES)), chosen("method", method, list(METHODS))
+        require_folder(out)
+        store = Store(out / "cells", Plan(seeds, steps))
+        for path in run.everything(store, out, *wanted, fronts=fronts, picture=picture, workers=workers):
+            typer.echo(f"written: {path}")
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    torch.set_num_threads(1)  # tensors of a few numbers
-    store = Store(out / "cells", Plan(seeds, steps))
-    written = run.everything(store, out, *wanted, fronts=fronts, picture=picture, workers=workers)
-    for path in written:
-        typer.echo(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.testbed.cells import TUNING_SEEDS
 from benchmarks.testbed.methods import GDPO, METHODS, WEIGHTED_SUM
 from benchmarks.testbed.regimes import REGIMES
-from benchmarks.testbed.store import COMPUTE, FRONT, path_of
+from benchmarks.testbed.store import COMPUTE, FRONT, Store
 
 # A difference of so many standard errors is marked in the tables.
 _MARKED = 3.0
@@ -42,21 +43,16 @@ class Estimate:
         return f"{_short(self.mean)} ±{_short(self.error)}"
 
 
-def collected(folder: Path) -> Result:
-    """All finished results of ``folder``, in the order of the tables, with the numbers of every seed."""
+def collected(store: Store) -> Result:
+    """All finished results, in the order of the tables, with the numbers of every seed."""
     found: dict[str, list[dict[str, Any]]] = {"": [], COMPUTE: [], FRONT: []}
-    plans = set()
     for regime, method in itertools.product(REGIMES, METHODS):
         for kind, results in found.items():
-            path = path_of(folder, regime, method, kind)
-            if path.exists():
-                result = json.loads(path.read_text(encoding="utf-8"))
-                plans.add(
-                    json.dumps({key: result["what"][key] for key in ("seeds", "steps", "tuning_seeds")})
-                )
+            result = store.finished(regime, method, kind)
+            if result is not None:
                 results.append({key: value for key, value in result.items() if key not in ("what", "tried")})
     return {
-        "plans": [json.loads(plan) for plan in sorted(plans)],
+        "plan": {**asdict(store.plan), "tuning_seeds": list(TUNING_SEEDS)},
         "regimes": {name: regime.label for name, regime in REGIMES.items()},
         "cells": found[""],
         "equal_compute": found[COMPUTE],

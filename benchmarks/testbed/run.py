@@ -28,7 +28,7 @@ def everything(
     """Compute what is not there yet, then write results, tables and picture, whose paths come back."""
     work = [one for one in ordered(regimes, methods) if fronts or one[2] != FRONT]
     compute(store, work, workers)
-    result = report.collected(store.folder)
+    result = report.collected(store)
     yield report.write_results(result, out / "results.json")
     yield report.write_tables(result, out / "tables.md")
     if picture:

@@ -35,15 +35,21 @@ class Store:
         measure = cells.at_equal_compute if kind == COMPUTE else preferences.front_of
         return self._kept(regime, name, kind, what, lambda: measure(regime, name, self.plan, setting))
 
+    def finished(self, regime: str, name: str, kind: str = "") -> dict[str, Any] | None:
+        """The result in the folder, None where there is none of this plan and of the method as it is."""
+        found = read(path_of(self.folder, regime, name, kind))
+        wanted = self.plan.told(METHODS[name])
+        return found if found is not None and wanted.items() <= found["what"].items() else None
+
     def _kept(
         self, regime: str, name: str, kind: str, what: dict[str, Any], make: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         path = path_of(self.folder, regime, name, kind)
-        found = read(path, what)
-        if found is None:
+        found = read(path)
+        if found is None or found["what"] != what:
             write(path, make())
-            found = read(path, what)
-            assert found is not None, path
+            found = read(path)
+            assert found is not None and found["what"] == what, path
         return found
 
 
@@ -52,12 +58,20 @@ def path_of(folder: Path, regime: str, method: str, kind: str) -> Path:
     return folder / ("--".join(filter(None, (regime, method, kind))) + ".json")
 
 
-def read(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished cell of a file, if it was made from the same."""
-    if not path.exists():
+def read(path: Path) -> dict[str, Any] | None:
+    """The result in a file, None where there is no file.
+
+    Raises:
+        ValueError: something else lies there.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found["what"], dict)
+    except FileNotFoundError:
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["what"] == what else None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"out: found {path}, accepted: a result of the test bed; remove it") from error
+    return found
 
 
 def write(path: Path, cell: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def test_the_pages_show_rows_of_the_committed_tables(tables: list[str]) -> None:
 def test_the_committed_results_are_whole() -> None:
     """Twelve seeds and 200 steps, no method that is gone, no number that is missing."""
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert result["plans"] == [{"seeds": 12, "steps": 200, "tuning_seeds": [100, 101, 102]}]
+    assert result["plan"] == {"seeds": 12, "steps": 200, "tuning_seeds": [100, 101, 102]}
     assert {cell["method"] for cell in result["cells"]} <= set(METHODS)
     assert all(len(cell["worst"]) == 12 for cell in result["cells"])
     assert not re.search(r"\b(NaN|Infinity)\b", RESULTS.read_text(encoding="utf-8"))

@@ -70,8 +70,10 @@ def test_results_follow_what_tuning_chose(tmp_path):
 
 
 def test_tables_show_means_errors_and_paired_differences(tmp_path):
-    def write(name, worst):
-        head = {"regime": "benign", "method": name, "what": {"seeds": 3, "steps": 2, "tuning_seeds": [9]}}
+    store = Store(tmp_path, Plan(seeds=3, steps=2))
+
+    def write(name, worst, plan=store.plan):
+        head = {"regime": "benign", "method": name, "what": plan.told(METHODS[name])}
         numbers = {key: [0.1, 0.2, 0.3] for key in ("mean", "distance", "hurt", "hurt_any", "kl")}
         tuned = {"rate": 0.02, "kl": 1.4, "options": {}}
         cell = head | {"worst": worst, "possible": [0.5, 0.5, 0.8], "tuned": tuned} | numbers
@@ -80,7 +82,9 @@ def test_tables_show_means_errors_and_paired_differences(tmp_path):
     write("weighted_sum", [0.1, 0.2, 0.3])
     write("gdpo", [0.15, 0.25, 0.36])
     write("gapo", [0.1, 0.0, 0.5])
-    result = report.collected(tmp_path)
+    write("mgda", [9.0, 9.0, 9.0, 9.0], Plan(seeds=4, steps=2))  # of another plan: does not count
+    result = report.collected(store)
+    assert result["plan"]["seeds"] == 3 and len(result["cells"]) == 3
     text = "\n".join(report.tables(result))
     assert "| possible | .600 ±.100 |" in text
     assert "| GDPO | .253 ±.061 |" in text
@@ -120,6 +124,20 @@ def test_an_unknown_name_is_told_with_the_known_ones(tmp_path, option, known):
     assert text.startswith(f"error: {option}: found 'nonsense', accepted: ")
     assert all(name in text for name in known)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_in_the_way_is_told(tmp_path):
+    arguments = ["--regime", "kinds2", "--method", "mgda", "--seeds", "2", "--steps", "2", "--no-picture"]
+    path_of(tmp_path / "cells", "kinds2", "mgda", "").parent.mkdir()
+    for text in ("{", "[]", "{}", '{"what": 3}'):
+        path = path_of(tmp_path / "cells", "kinds2", "mgda", "")
+        path.write_text(text, encoding="utf-8")
+        found = CliRunner().invoke(app, ["--out", str(tmp_path), *arguments])
+        assert found.exit_code == 2
+        last = found.output.strip().splitlines()[-1]
+        assert last == f"error: out: found {path}, accepted: a result of the test bed; remove it"
+    found = CliRunner().invoke(app, ["--out", str(path), *arguments])
+    assert found.exit_code == 2 and "which is no folder" in found.output
 
 
 def test_the_command_writes_results_tables_and_a_picture(tmp_path):
