@@ -88,6 +88,8 @@ docs/fidelity
 docs/gradients
 docs/kernels
 docs/peers
+docs/testbed
+docs/choosing
 docs/architecture
 docs/adr/README
 ```

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo_mega import ops
+from gapo_mega.aggregation.averaging import averaged_grams
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 
 
@@ -36,14 +37,9 @@ class AveragedRows:
         """The Gram matrices of the gradients g, and of the means as they will be with g, [M, M] each.
 
         ``products``: inner products of ``[*rows, *g]``, [2 M, 2 M] float64. Nothing is written: a step may
-        yet turn out not to be taken, and the product of sums is a sum of products.
+        yet turn out not to be taken.
         """
-        count, beta = len(self.rows), self._beta
-        old, new = slice(count), slice(count, 2 * count)
-        gram = products[new, new].contiguous()
-        crossed = products[old, new] + products[new, old]
-        mean = beta**2 * products[old, old] + beta * (1 - beta) * crossed + (1 - beta) ** 2 * gram
-        return gram, mean / (1 - beta ** (self.updates + 1)) ** 2
+        return averaged_grams(products, self._beta, self.updates)
 
     def add(self, gradients: Sequence[Sequence[Tensor]]) -> None:
         """Add the gradients of an update to the means."""

@@ -1,0 +1,87 @@
+"""The picture that explains the methods: where they go from the start to the front of two objectives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.testbed.cells import instances
+from benchmarks.testbed.methods import METHODS, Setting
+from benchmarks.testbed.problem import Array
+from benchmarks.testbed.store import Store
+from benchmarks.testbed.training import train
+
+REGIME = "kinds2"
+TRACE_EVERY = 5
+# Colours that all eyes tell apart (Okabe and Ito), each with a mark of its own.
+SHOWN = {
+    "weighted_sum": ("#000000", "s"),
+    "mgda": ("#56B4E9", "v"),
+    "gapo": ("#CC79A7", "D"),
+    "gdpo": ("#E69F00", "^"),
+    "gapo_adaptive_averaged": ("#0072B2", "o"),
+    "tchebycheff_safe_averaged": ("#009E73", "*"),
+}
+_INK, _MUTED, _FAINT = "#1f2933", "#64707d", "#e4e8ec"
+
+
+def traced(store: Store) -> dict[str, Any]:
+    """Means over seeds: gains on the way of every shown method [T, 2], as tuned, and the front [K, 2]."""
+    problem, front = instances(REGIME, tuple(range(store.plan.seeds)))
+    ways = {}
+    for name in SHOWN:
+        setting = Setting(**store.get(REGIME, name)["tuned"])
+        outcome = train(
+            problem, front, METHODS[name], [setting], steps=store.plan.steps, trace_every=TRACE_EVERY
+        )
+        ways[name] = outcome.trace_TSCM[:, :, 0].mean(1)
+    weights = np.stack([np.linspace(0.001, 0.999, 80), np.linspace(0.999, 0.001, 80)], 1)
+    points = [[front.best(s, row).gains_M for row in weights] for s in range(problem.count)]
+    best = [possible.gains_M for possible in front.possible]
+    return {"ways": ways, "front": np.mean(points, axis=0), "best": np.mean(best, axis=0)}
+
+
+def draw(found: dict[str, Any], path: Path) -> Path:
+    """One panel, as wide as a README."""
+    figure = Figure(figsize=(8.4, 5.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    _ground(axes, found["front"], found["best"])
+    for name, (colour, mark) in SHOWN.items():
+        _way(axes, found["ways"][name], METHODS[name].label, colour, mark)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _ground(axes: Axes, front_K2: Array, best_2: Array) -> None:
+    """Where somebody loses, the front, and the start."""
+    axes.axhline(0, color=_MUTED, linewidth=1)
+    axes.axvline(0, color=_MUTED, linewidth=1)
+    axes.plot(*front_K2.T, color=_INK, linewidth=2.5, label="the true front")
+    axes.plot(*best_2, marker="P", markersize=11, color=_INK, linestyle="", label="best for the worse off")
+    axes.plot(0, 0, marker="o", markersize=9, color="white", markeredgecolor=_INK, linestyle="")
+    axes.annotate("start", (0, 0), xytext=(6, -14), textcoords="offset points", color=_MUTED, fontsize=9)
+    axes.grid(True, color=_FAINT)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("gain in the dense, noisy reward")
+    axes.set_ylabel("gain in the rare reward")
+
+
+def _way(axes: Axes, way_T2: Array, label: str, colour: str, mark: str) -> None:
+    axes.plot(*way_T2.T, color=colour, linewidth=1.8)
+    size = 15 if mark == "*" else 9
+    axes.plot(
+        *way_T2[-1],
+        marker=mark,
+        markersize=size,
+        color=colour,
+        linestyle="",
+        label=label,
+        markeredgecolor="white",
+    )
