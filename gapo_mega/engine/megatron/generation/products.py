@@ -49,7 +49,8 @@ def gated(weight_2OK: Tensor) -> Gated:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    onednn = torch.backends.mkldnn
+    if weight.device.type != "cpu" or not onednn.is_available() or not onednn.enabled:
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bf16
