@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 app = typer.Typer(add_completion=False)
 
@@ -46,27 +46,28 @@ class Record:
     tokens_per_cpu_second: float  # of the fastest round
 
 
-def ours(folder: Path, dtype: str, batch: int) -> Run:
-    """The generator over a model of one process."""
+def ours(folder: Path, dtype: str, world: Any) -> Run:
+    """The generator over a model of one process, whose groups are ``world``."""
     from gapo_mega.config import ModelConfig, ParallelConfig
     from gapo_mega.engine.base import SamplingParameters
     from gapo_mega.engine.megatron.checkpoint import weights
     from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
     from gapo_mega.engine.megatron.model import build
-    from gapo_mega.engine.megatron.runtime import groups
     from gapo_mega.engine.megatron.runtime.cpu import megatron_device
     from gapo_mega.models import HFDirectory, shape_of
 
-    world = groups.initialize(1, 1)
     shape = shape_of(HFDirectory(folder).config)
     with megatron_device():
         settings = ModelConfig.model_validate({"path": str(folder), "dtype": dtype})
         model = build.build_gpt(shape, settings, ParallelConfig())
         weights.load_hf(model, shape, folder)
-    generator = MegatronGenerator(
-        [model], world, vocabulary=shape.vocab, pad_id=0, eos_ids=[], batch_size=batch
-    )
-    return lambda prompts, new: generator.generate(prompts, SamplingParameters(new), seed=1)
+    settings_of_all = {"vocabulary": shape.vocab, "pad_id": 0, "eos_ids": []}
+
+    def run(prompts: list[list[int]], new: int) -> object:
+        generator = MegatronGenerator([model], world, batch_size=len(prompts), **settings_of_all)
+        return generator.generate(prompts, SamplingParameters(new), seed=1)
+
+    return run
 
 
 def peer(name: str, folder: Path, dtype: str) -> Run:
@@ -187,14 +188,16 @@ def main(
     if unknown:
         typer.echo(f"error: {unknown[0]}", err=True)
         raise typer.Exit(2)
+    from gapo_mega.engine.megatron.runtime import groups
+
     transformers.utils.logging.set_verbosity_error()
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    world = groups.initialize(1, 1)
     records: list[Record] = []
     for kind in dtype:
-        peers = {name: peer(name, model, kind) for name in contender or PEERS}
-        vocabulary = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
+        runs = {OURS: ours(model, kind, world)} | {n: peer(n, model, kind) for n in contender or PEERS}
         for count in threads:
             for rows in batch:
-                runs = {OURS: ours(model, kind, rows), **peers}
                 prompts = random_prompts(rows, longest_prompt, vocabulary)
                 records += measure(runs, prompts, new_tokens, rounds, kind, count)
                 typer.echo(json.dumps(ratios(records)[-1]))

@@ -10,6 +10,8 @@ channels of a head.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -40,7 +42,7 @@ class Decoder:
 
     def prefill(
         self, inputs: Tensor, padding_U: Tensor, inverse_B: Tensor, columns: int
-    ) -> tuple[Tensor, KeyValueCache]:
+    ) -> tuple[Tensor, DecodedRows]:
         x_SND = self._begin(inputs)
         seen, prompts = x_SND.shape[:2]
         cache = KeyValueCache(padding_U[inverse_B], columns, self._scale, self._dtype)
@@ -51,9 +53,10 @@ class Decoder:
             heads, values = self._heads(layer, x_ND, turn, prompts)
             mixed_SND = cache.read_prompts(heads, values, visible, inverse_B)
             x_ND = self._finish(layer, mixed_SND.flatten(0, 1), x_ND)
-        return self._end(x_ND.view(x_SND.shape)), cache
+        return self._end(x_ND.view(x_SND.shape)), DecodedRows(self, cache)
 
     def decode(self, inputs: Tensor, cache: KeyValueCache) -> Tensor:
+        """``Rows.decode`` of the rows that ``cache`` belongs to."""
         x_SND = self._begin(inputs)
         x_ND = x_SND[0]
         turn = self._turn(cache.filled, 1, x_ND.device)
@@ -111,6 +114,20 @@ class Decoder:
             return layer.down.plus(layer.gated(layer.mlp_norm(x_ND)), x_ND)
         x_ND = self._summed(layer.projection(mixed_ND)) + x_ND
         return self._summed(layer.down(layer.gated(layer.mlp_norm(x_ND)))) + x_ND
+
+
+@dataclass
+class DecodedRows:
+    """The ``Rows`` of a decoder."""
+
+    decoder: Decoder
+    cache: KeyValueCache
+
+    def decode(self, inputs: Tensor) -> Tensor:
+        return self.decoder.decode(inputs, self.cache)
+
+    def keep(self, index_B: Tensor) -> None:
+        self.cache.keep(index_B)
 
 
 def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.generation import layers
 from gapo_mega.engine.megatron.generation import sampling as sampler
-from gapo_mega.engine.megatron.generation.chunk import Cache, Chunk
+from gapo_mega.engine.megatron.generation.chunk import Chunk, Rows
 from gapo_mega.engine.megatron.generation.decoder import Decoder
 from gapo_mega.engine.megatron.generation.megatron_layers import (
     MegatronLayers,
@@ -58,7 +58,7 @@ class _Lane:
     history_BT: Tensor  # int64, device: left-padded prompts, responses so far, and room for the rest
     padding_B: Tensor  # int64, device: columns of padding on the left
     prompt_columns: int
-    caches: list[Cache] = field(default_factory=list)  # of this rank's chunks
+    parts: list[Rows] = field(default_factory=list)  # in this rank's chunks
     step: int = 0  # tokens sampled so far
     kept_BV: Tensor | None = None  # sampling rank: what the tokens being broadcast were drawn from
     packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities being broadcast
@@ -81,8 +81,8 @@ class _Lane:
             return
         on_device_B = index_B.to(self.history_BT.device)
         self.history_BT, self.padding_B = self.history_BT[on_device_B], self.padding_B[on_device_B]
-        for cache in self.caches:
-            cache.keep(on_device_B)
+        for part in self.parts:
+            part.keep(on_device_B)
 
 
 class MegatronGenerator:
@@ -307,15 +307,15 @@ class MegatronGenerator:
         if not chunk.takes_tokens:
             inputs = self._receive_hidden(lane, len(distinct_UC), columns)
         room = lane.history_BT.shape[1] - 1  # no chunk reads the last token
-        output, cache = chunk.prefill(inputs, distinct_UC[:, 0], inverse_B, room)
-        lane.caches.append(cache)
+        output, rows = chunk.prefill(inputs, distinct_UC[:, 0], inverse_B, room)
+        lane.parts.append(rows)
         return output[inverse_B] if chunk.gives_logits else output
 
     def _decode(self, lane: _Lane, chunk: Chunk, number: int) -> Tensor:
         inputs = lane.history_BT[:, lane.columns - 1 : lane.columns]
         if not chunk.takes_tokens:
             inputs = self._receive_hidden(lane, len(lane.rows_B), 1)
-        return chunk.decode(inputs, lane.caches[number])
+        return lane.parts[number].decode(inputs)
 
     def _pass_on(self, lane: _Lane, chunk: Chunk, output: Tensor) -> Tensor | None:
         """Send hidden states to the next stage. Returns logits ``[B, V]`` on the rank that samples."""

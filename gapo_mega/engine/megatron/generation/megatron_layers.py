@@ -24,61 +24,63 @@ def takes_padding(model: GPTModel) -> bool:
     return any(isinstance(module, DotProductAttention) for module in model.modules())
 
 
-class MegatronCache:
-    """Megatron's inference context, and the rows' padding."""
-
-    def __init__(self, padding_U: Tensor, columns: int) -> None:
-        self.context = StaticInferenceContext(len(padding_U), columns)
-        self.padding_B = padding_U
-
-    def keep(self, index_B: Tensor) -> None:
-        self.padding_B = self.padding_B[index_B]
-        # Megatron's own swap_key_value_dict permutes rows but cannot change their number.
-        kept = self.context.key_value_memory_dict
-        for layer, (keys, values) in kept.items():
-            kept[layer] = (keys[:, index_B], values[:, index_B])
-
-
 class MegatronLayers:
     """A ``Chunk``; run it within ``inference_state``."""
 
     def __init__(self, model: GPTModel) -> None:
         self.takes_tokens, self.gives_logits = bool(model.pre_process), bool(model.post_process)
         self._model = model
-        self._may_pad = takes_padding(model)
 
     def prefill(
         self, inputs: Tensor, padding_U: Tensor, inverse_B: Tensor, columns: int
-    ) -> tuple[Tensor, MegatronCache]:
-        cache = MegatronCache(padding_U, columns)
+    ) -> tuple[Tensor, MegatronRows]:
+        rows = MegatronRows(self._model, padding_U, columns)
         seen = inputs.shape[1] if self.takes_tokens else inputs.shape[0]
-        output = self._forward(inputs, cache, torch.arange(seen, device=padding_U.device))
-        cache.keep(inverse_B)
-        cache.context.enable_decode_mode()
-        return output, cache
+        output = rows.forward(inputs, torch.arange(seen, device=padding_U.device))
+        rows.keep(inverse_B)
+        rows.context.enable_decode_mode()
+        return output, rows
 
-    def decode(self, inputs: Tensor, cache: MegatronCache) -> Tensor:
-        column = cache.context.sequence_len_offset
-        return self._forward(inputs, cache, torch.tensor([column], device=cache.padding_B.device))
 
-    def _forward(self, inputs: Tensor, cache: MegatronCache, columns_S: Tensor) -> Tensor:
-        model, padding_B = self._model, cache.padding_B
+class MegatronRows:
+    """The ``Rows`` of Megatron's layers: its inference context, and the rows' padding."""
+
+    def __init__(self, model: GPTModel, padding_B: Tensor, columns: int) -> None:
+        self.context = StaticInferenceContext(len(padding_B), columns)
+        self._model = model
+        self._may_pad = takes_padding(model)
+        self._padding_B = padding_B
+
+    def keep(self, index_B: Tensor) -> None:
+        self._padding_B = self._padding_B[index_B]
+        # Megatron's own swap_key_value_dict permutes rows but cannot change their number.
+        kept = self.context.key_value_memory_dict
+        for layer, (keys, values) in kept.items():
+            kept[layer] = (keys[:, index_B], values[:, index_B])
+
+    def decode(self, inputs: Tensor) -> Tensor:
+        column = self.context.sequence_len_offset
+        return self.forward(inputs, torch.tensor([column], device=self._padding_B.device))
+
+    def forward(self, inputs: Tensor, columns_S: Tensor) -> Tensor:
+        """The chunk's output for these columns of the padded batch, which follow those before."""
+        model, padding_B = self._model, self._padding_B
         positions_BS = (columns_S - padding_B[:, None]).clamp(min=0)
-        if not self.takes_tokens:
+        if not model.pre_process:
             model.set_input_tensor(inputs)
         with megatron_device():
             output: Tensor = model(
-                # A later chunk reads hidden states, and of these only the shape.
-                input_ids=inputs if self.takes_tokens else positions_BS,
+                # A later chunk does not read tokens.
+                input_ids=inputs if model.pre_process else positions_BS,
                 position_ids=positions_BS,
                 attention_mask=_attention_mask(columns_S, padding_B) if self._may_pad else None,
-                inference_context=cache.context,
+                inference_context=self.context,
                 runtime_gather_output=True,
             )
-        cache.context.increment_sequence_len_offset(len(columns_S))
-        if not self.takes_tokens:
+        self.context.increment_sequence_len_offset(len(columns_S))
+        if not model.pre_process:
             model.set_input_tensor(None)
-        return output[:, -1].float() if self.gives_logits else output
+        return output[:, -1].float() if model.post_process else output
 
 
 def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:

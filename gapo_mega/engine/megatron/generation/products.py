@@ -50,7 +50,8 @@ def gated(weight_2OK: Tensor) -> Gated:
 
 def _can_pack(weight: Tensor) -> bool:
     onednn = torch.backends.mkldnn
-    if weight.device.type != "cpu" or not onednn.is_available() or not onednn.enabled:
+    available = onednn.is_available() and onednn.enabled  # type: ignore[no-untyped-call]
+    if weight.device.type != "cpu" or not available:
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bf16

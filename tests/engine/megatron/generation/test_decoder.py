@@ -55,9 +55,9 @@ def decoded(chunk: Chunk, lengths: tuple[int, ...] = PROMPTS) -> tuple[list[Tens
     padding_U = columns - torch.tensor(lengths)
     tokens_US, further_BN = random_tokens(len(lengths), columns), random_tokens(len(INVERSE), NEW)
     inverse_B = torch.tensor(INVERSE)
-    logits_UV, cache = chunk.prefill(tokens_US, padding_U, inverse_B, columns + NEW)
+    logits_UV, state = chunk.prefill(tokens_US, padding_U, inverse_B, columns + NEW)
     found = [logits_UV[inverse_B]]
-    found += [chunk.decode(further_BN[:, step : step + 1], cache) for step in range(NEW)]
+    found += [state.decode(further_BN[:, step : step + 1]) for step in range(NEW)]
     rows = [
         [*tokens_US[prompt, padding_U[prompt] :].tolist(), *further_BN[row].tolist()]
         for row, prompt in enumerate(INVERSE)
