@@ -85,6 +85,7 @@ class MegatronEngine(groups.Collective):
             pad_id=pad_id,
             eos_ids=eos_ids,
             batch_size=config.rollout.batch_size,
+            gather=self.policy.gather_parameters,
         )
 
     # -- building ----------------------------------------------------------------------------------

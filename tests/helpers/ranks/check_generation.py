@@ -21,6 +21,7 @@ from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation, TokenBatch
+from tests.helpers.generating import make_unknown
 from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import worlds
 
@@ -62,6 +63,8 @@ def training_logprobs(
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model (a folder), layout, batch_size, eos_ids, and runs, a list of sampling parameters.
 
+    ``megatron_layers``: pipeline stages that our decoder is not to know.
+
     Gives one entry per run: ``tokens``, ``mask``, ``logprobs`` and ``finished`` as nested lists,
     ``same`` (all ranks of the world agree) and ``logprob_error`` against the training forward.
     """
@@ -73,6 +76,9 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         chunks = build.build_chunks(shape, ModelConfig(path=str(directory)), layout)
         for chunk in chunks:
             weights.load_hf(chunk, shape, directory)
+    if world.layout.pipeline_rank in arguments["megatron_layers"]:
+        for chunk in chunks:
+            make_unknown(chunk)
     generator = MegatronGenerator(
         chunks,
         world,

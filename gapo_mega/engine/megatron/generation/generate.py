@@ -9,36 +9,44 @@ rows leave the lane.
 
 Rotary positions are columns of the padded batch. Attention depends on their differences alone, so left
 padding does not change it.
+
+Who computes a chunk of the model is ``chunk.Chunk``: our decoder, or Megatron's layers where they are others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.megatron.generation import layers
 from gapo_mega.engine.megatron.generation import sampling as sampler
+from gapo_mega.engine.megatron.generation.chunk import Chunk, Rows
+from gapo_mega.engine.megatron.generation.decoder import Decoder
+from gapo_mega.engine.megatron.generation.megatron_layers import (
+    MegatronLayers,
+    inference_state,
+    takes_padding,
+)
 from gapo_mega.engine.megatron.generation.results import Results
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation
 
-# Repack a lane once this share of its rows has finished: a copy of the KV cache costs less than a step.
-_REPACK_FROM = 0.25
-# Megatron's switches for sequence parallelism on the modules that communicate.
-_SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
+logger = logging.getLogger(__name__)
+
+# Repack a lane once this share of its rows has finished. A row that leaves costs a copy of one row's cache,
+# about as much as it saves in the next step; but oneDNN makes new kernels for every new number of rows.
+_REPACK_FROM = 0.125
 
 
 @dataclass
@@ -50,7 +58,7 @@ class _Lane:
     history_BT: Tensor  # int64, device: left-padded prompts, responses so far, and room for the rest
     padding_B: Tensor  # int64, device: columns of padding on the left
     prompt_columns: int
-    context: StaticInferenceContext
+    parts: list[Rows] = field(default_factory=list)  # in this rank's chunks
     step: int = 0  # tokens sampled so far
     kept_BV: Tensor | None = None  # sampling rank: what the tokens being broadcast were drawn from
     packet_2B: Tensor | None = None  # sampling rank: tokens and log-probabilities being broadcast
@@ -73,14 +81,8 @@ class _Lane:
             return
         on_device_B = index_B.to(self.history_BT.device)
         self.history_BT, self.padding_B = self.history_BT[on_device_B], self.padding_B[on_device_B]
-        _select_cache_rows(self.context, on_device_B)
-
-
-def _select_cache_rows(context: StaticInferenceContext, index_B: Tensor) -> None:
-    # Megatron's own swap_key_value_dict permutes rows but cannot change their number.
-    cache = context.key_value_memory_dict
-    for layer, (keys, values) in cache.items():
-        cache[layer] = (keys[:, index_B], values[:, index_B])
+        for part in self.parts:
+            part.keep(on_device_B)
 
 
 class MegatronGenerator:
@@ -95,6 +97,7 @@ class MegatronGenerator:
         pad_id: int,
         eos_ids: Sequence[int],
         batch_size: int,
+        gather: Callable[[], None] | None = None,
     ) -> None:
         """Allocates nothing before ``generate``.
 
@@ -105,6 +108,7 @@ class MegatronGenerator:
             pad_id: fills ``Generation.tokens_BT`` after a row's end.
             eos_ids: tokens that end a response, as its last token; may be empty.
             batch_size: rows in the model at once, over all lanes.
+            gather: called before every ``generate``, to bring the parameters up to date.
         """
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size: found {batch_size}, accepted: at least 1")
@@ -115,8 +119,22 @@ class MegatronGenerator:
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
         self._batch_size = batch_size
         self._samples_here = bool(self._chunks[-1].post_process) and groups.layout.tensor_rank == 0
-        # Only Megatron's own attention takes a padding mask on top of the causal one in prefill and decode.
-        self._may_pad = any(isinstance(m, DotProductAttention) for m in self._chunks[0].modules())
+        self._gather = gather
+        self._obstacles = [layers.obstacle(chunk) for chunk in self._chunks]
+        self._may_pad = all(
+            obstacle is None or takes_padding(chunk)
+            for chunk, obstacle in zip(self._chunks, self._obstacles, strict=True)
+        )
+        self._tell_obstacles()
+
+    def _tell_obstacles(self) -> None:
+        layout = self._groups.layout
+        for obstacle in sorted({obstacle for obstacle in self._obstacles if obstacle is not None}):
+            if layout.tensor_rank == layout.data_rank == 0:
+                logger.warning(
+                    "generation runs Megatron's layers, which takes longer than our decoder: it lacks %s",
+                    obstacle,
+                )
 
     def update_weights(self) -> None:
         """Does nothing: the generator shares the training model's weights."""
@@ -137,11 +155,10 @@ class MegatronGenerator:
         count, steps = len(prompts), sampling.max_new_tokens
         results = Results(count, sampling, self._pad_id, self._samples_here)
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
-        # Not inference_mode: Megatron caches rotary tables, which training uses, too.
-        with torch.no_grad(), megatron_device(), _inference_state(self._chunks):
+        with torch.no_grad(), self._prepared() as chunks:
             for batch in self._batches(prompts):
                 lanes = self._lanes(prompts, batch, steps)
-                self._run(lanes, results, uniform_BS, sampling)
+                self._run(chunks, lanes, results, uniform_BS, sampling)
         return results.assemble(prompts, self._broadcast)
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters) -> None:
@@ -160,6 +177,21 @@ class MegatronGenerator:
                 f"max_new_tokens: found {sampling.max_new_tokens} after a prompt of {longest} tokens, "
                 f"accepted: together at most {window[0] + 1}, the model's sliding window"
             )
+
+    @contextmanager
+    def _prepared(self) -> Iterator[list[Chunk]]:
+        """The chunks with the parameters of now. Not in inference mode: Megatron keeps rotary tables."""
+        if self._gather is not None:
+            with megatron_device():
+                self._gather()
+        if not any(self._obstacles):
+            yield [Decoder(model) for model in self._chunks]
+            return
+        with inference_state(self._chunks):
+            yield [
+                Decoder(model) if obstacle is None else MegatronLayers(model)
+                for model, obstacle in zip(self._chunks, self._obstacles, strict=True)
+            ]
 
     # -- batches -----------------------------------------------------------------------------------
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -191,21 +223,28 @@ class MegatronGenerator:
             history_BT=torch.tensor(history, device=device()),
             padding_B=torch.tensor(padding, device=device()),
             prompt_columns=columns,
-            context=StaticInferenceContext(len(own), columns + steps),
         )
 
     # -- the loop ----------------------------------------------------------------------------------
     def _run(
-        self, lanes: list[_Lane], results: Results, uniform_BS: Tensor, sampling: SamplingParameters
+        self,
+        chunks: list[Chunk],
+        lanes: list[_Lane],
+        results: Results,
+        uniform_BS: Tensor,
+        sampling: SamplingParameters,
     ) -> None:
         """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
-            for number in range(len(self._chunks)):
+            for number, chunk in enumerate(chunks):
                 for lane in lanes:
                     if number == 0 and step > 0 and not lane.done:
                         self._accept(lane, self._receive_packet(lane), results)
                     if step < sampling.max_new_tokens and not lane.done:
-                        logits_BV = self._prefill(lane, number) if step == 0 else self._decode(lane, number)
+                        output = (
+                            self._prefill(lane, chunk) if step == 0 else self._decode(lane, chunk, number)
+                        )
+                        logits_BV = self._pass_on(lane, chunk, output)
                         if logits_BV is not None:
                             uniform_B = uniform_BS[lane.rows_B, step].to(logits_BV.device)
                             history_BT = lane.history_BT[:, : lane.columns]
@@ -255,53 +294,38 @@ class MegatronGenerator:
         lane.step += 1
         left_B = (~results.finished_B[lane.rows_B]).nonzero().squeeze(-1)
         if len(left_B) <= (1 - _REPACK_FROM) * len(lane.rows_B):
-            lane.keep(left_B)
+            lane.keep(_closed_up(left_B))
 
     # -- the model ---------------------------------------------------------------------------------
-    def _prefill(self, lane: _Lane, number: int) -> Tensor | None:
-        """Prefill the KV cache of one chunk, with every distinct prompt of the lane once."""
+    def _prefill(self, lane: _Lane, chunk: Chunk) -> Tensor:
+        """Have a chunk read every different prompt of the lane once."""
         columns = lane.prompt_columns
         # The padding is part of the key, because its filler is a token. Equal prompts are neighbours.
         prompts_BC = torch.cat((lane.padding_B[:, None], lane.history_BT[:, :columns]), dim=1)
         distinct_UC, inverse_B = torch.unique_consecutive(prompts_BC, dim=0, return_inverse=True)
-        columns_S = torch.arange(columns, device=prompts_BC.device)
-        logits_UV = self._forward(lane, number, distinct_UC[:, 1:], columns_S, distinct_UC[:, 0])
-        if number == len(self._chunks) - 1:
-            _select_cache_rows(lane.context, inverse_B)
-            lane.context.enable_decode_mode()
-        return None if logits_UV is None else logits_UV[inverse_B]
+        inputs = distinct_UC[:, 1:]
+        if not chunk.takes_tokens:
+            inputs = self._receive_hidden(lane, len(distinct_UC), columns)
+        room = lane.history_BT.shape[1] - 1  # no chunk reads the last token
+        output, rows = chunk.prefill(inputs, distinct_UC[:, 0], inverse_B, room)
+        lane.parts.append(rows)
+        return output[inverse_B] if chunk.gives_logits else output
 
-    def _decode(self, lane: _Lane, number: int) -> Tensor | None:
-        last = lane.columns - 1
-        column_1 = torch.tensor([last], device=lane.history_BT.device)
-        return self._forward(lane, number, lane.history_BT[:, last:][:, :1], column_1, lane.padding_B)
+    def _decode(self, lane: _Lane, chunk: Chunk, number: int) -> Tensor:
+        inputs = lane.history_BT[:, lane.columns - 1 : lane.columns]
+        if not chunk.takes_tokens:
+            inputs = self._receive_hidden(lane, len(lane.rows_B), 1)
+        return lane.parts[number].decode(inputs)
 
-    def _forward(
-        self, lane: _Lane, number: int, tokens_BS: Tensor, columns_S: Tensor, padding_B: Tensor
-    ) -> Tensor | None:
-        """Run chunk ``number`` on columns ``columns_S``. Returns logits [B, V] on the sampling rank."""
-        model = self._chunks[number]
-        rows, new = tokens_BS.shape
-        if not model.pre_process:
-            model.set_input_tensor(self._receive_hidden(lane, number, rows, new))
-        output: Tensor = model(
-            input_ids=tokens_BS,
-            position_ids=(columns_S - padding_B[:, None]).clamp(min=0),
-            attention_mask=_attention_mask(columns_S, padding_B) if self._may_pad else None,
-            inference_context=lane.context,
-            runtime_gather_output=True,
-        )
-        if number == len(self._chunks) - 1:
-            lane.context.increment_sequence_len_offset(new)
-        if not model.pre_process:
-            model.set_input_tensor(None)
-        if not model.post_process:
+    def _pass_on(self, lane: _Lane, chunk: Chunk, output: Tensor) -> Tensor | None:
+        """Send hidden states to the next stage. Returns logits ``[B, V]`` on the rank that samples."""
+        if not chunk.gives_logits:
             self._send_hidden(lane, output)
             return None
-        return output[:, -1, : self._vocabulary].float() if self._samples_here else None
+        return output[:, : self._vocabulary] if self._samples_here else None
 
-    def _receive_hidden(self, lane: _Lane, number: int, rows: int, new: int) -> Tensor:
-        config = self._chunks[number].config
+    def _receive_hidden(self, lane: _Lane, rows: int, new: int) -> Tensor:
+        config = self._chunks[0].config
         hidden = torch.empty(new, rows, config.hidden_size, dtype=config.params_dtype, device=device())
         group, source = self._neighbour(-1)
         dist.recv(hidden, group=group, src=source, tag=lane.number)
@@ -329,44 +353,10 @@ class MegatronGenerator:
         return group, dist.get_global_rank(pipeline, position % pipeline.size())
 
 
-def _attention_mask(columns_S: Tensor, padding_B: Tensor) -> Tensor | None:
-    """bool ``[B, 1, S, K]``, True where a query (column of ``columns_S``) must not see a key.
-
-    ``None`` if no row is padded: Megatron's default is causal attention.
-    """
-    if not bool(padding_B.any()):
-        return None
-    key_K = torch.arange(int(columns_S[-1]) + 1, device=columns_S.device)
-    future_SK = key_K > columns_S[:, None]
-    return (future_SK | (key_K < padding_B[:, None, None]))[:, None]
-
-
-@contextmanager
-def _inference_state(chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """Evaluation mode without sequence parallelism and without sliding window, all restored on exit.
-
-    Sequence parallelism cannot split a single new token. Megatron's sliding window would replace the mask
-    that hides the padding, and ``generate`` accepts only sequences within the window.
-    """
-    training = [chunk.training for chunk in chunks]
-    config = chunks[0].config  # shared by all
-    sequence_parallel = config.sequence_parallel
-    saved: list[tuple[nn.Module, str, Any]] = []
-    for module in (module for chunk in chunks for module in chunk.modules()):
-        names = [name for name in _SEQUENCE_SWITCHES if name in vars(module)]
-        if isinstance(module, FusedScaleMaskSoftmax):
-            names.append("window_size")
-        saved.extend((module, name, vars(module)[name]) for name in names)
-    try:
-        for chunk in chunks:
-            chunk.eval()
-        config.sequence_parallel = False
-        for module, name, _ in saved:
-            setattr(module, name, None if name == "window_size" else False)
-        yield
-    finally:
-        for module, name, value in saved:
-            setattr(module, name, value)
-        config.sequence_parallel = sequence_parallel
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
+def _closed_up(left_B: Tensor) -> Tensor:
+    """The rows ``left_B`` (ascending) in an order in which as many as possible stay in their place."""
+    count = len(left_B)
+    order_B = torch.arange(count)
+    gaps_B = ~torch.isin(order_B, left_B)
+    order_B[gaps_B] = left_B[left_B >= count]
+    return order_B

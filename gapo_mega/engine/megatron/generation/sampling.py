@@ -86,7 +86,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     weights_BV = (logits_BV - maximum_B1).exp_()
     rows, columns = weights_BV.shape
     pieces_BKP = nn.functional.pad(weights_BV, (0, -columns % _BLOCK)).view(rows, -1, _BLOCK)
-    blocks_BK = pieces_BKP.sum(dim=-1, dtype=torch.float64).cumsum_(dim=-1)
+    # A block is short enough for its own type; only the running sum over blocks needs more.
+    blocks_BK = pieces_BKP.sum(dim=-1).double().cumsum_(dim=-1)
     block_B1 = _step(blocks_BK, uniform_B[:, None] * blocks_BK[:, -1:])
     before_B1 = nn.functional.pad(blocks_BK, (1, 0)).gather(1, block_B1)
     within_BP = pieces_BKP.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0]

@@ -12,38 +12,23 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.config import OptimizerConfig
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.engine.megatron.checkpoint import weights
-from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
-from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import run_model
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
-from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation, TokenBatch
+from tests.helpers.generating import MODELS, VOCABULARY, generator, load
 from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import worlds
-from tests.helpers.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import tiny_llama, tiny_mistral
 
 Pair = tuple[PreTrainedModel, GPTModel]
-VOCABULARY = 101  # not a multiple of anything: the model's table is padded
 LENGTHS = (5, 1, 9, 7, 3, 9, 2)
 GREEDY = SamplingParameters(max_new_tokens=12, temperature=0.0)
 SAMPLED = SamplingParameters(max_new_tokens=12)
-MODELS = {
-    "llama": lambda folder: tiny_llama(folder, vocab=VOCABULARY),
-    "llama_tied": lambda folder: tiny_llama(folder, vocab=VOCABULARY, tied=True),
-    "llama_groups_of_one": lambda folder: tiny_llama(folder, vocab=VOCABULARY, heads=4, groups=4),
-    "mistral": lambda folder: tiny_mistral(folder, vocab=VOCABULARY),
-    # The longest prompt and 12 new tokens just fit.
-    "mistral_window": lambda folder: tiny_mistral(folder, vocab=VOCABULARY, window=21),
-    "llama3": lambda folder: tiny_llama3(folder, vocab=VOCABULARY),
-    "qwen2": lambda folder: tiny_qwen2(folder, vocab=VOCABULARY),
-    "qwen3": lambda folder: tiny_qwen3(folder, vocab=VOCABULARY, seed=1),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,19 +48,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GPTModel:
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(folder, vocab=VOCABULARY)
     return load(folder)
-
-
-def load(folder: Path) -> GPTModel:
-    shape = shape_of(HFDirectory(folder).config)
-    with megatron_device():
-        model = build.build_gpt(shape, ModelConfig(path=str(folder)), ParallelConfig())
-        weights.load_hf(model, shape, folder)
-    return model
-
-
-def generator(model: GPTModel, world: groups.Groups, **options: Any) -> MegatronGenerator:
-    defaults: dict[str, Any] = {"vocabulary": VOCABULARY, "pad_id": 0, "eos_ids": [], "batch_size": 4}
-    return MegatronGenerator([model], world, **{**defaults, **options})
 
 
 def random_prompts(vocabulary: int = VOCABULARY, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:

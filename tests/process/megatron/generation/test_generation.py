@@ -35,8 +35,17 @@ CASES: dict[str, tuple[str, int, dict[str, Any], int]] = {
         5,
     ),
     "PP4": ("tied", 4, {"pipeline": 4}, 7),
+    "TP2xPP2-megatron-layers": ("tied", 4, {"tensor": 2, "pipeline": 2}, 5),
+    "PP2-interleaved-megatron-layers": ("tied", 2, {"pipeline": 2, "virtual_pipeline": 2}, 4),
+    "PP2-megatron-layers-on-one-stage": ("tied", 2, {"pipeline": 2}, 4),
     "single-tied": ("tied", 1, {}, 7),
     "single-three_groups": ("three_groups", 1, {}, 3),
+}
+# Pipeline stages whose layers our decoder is not to know.
+MEGATRON_LAYERS = {
+    "TP2xPP2-megatron-layers": [0, 1],
+    "PP2-interleaved-megatron-layers": [0, 1],
+    "PP2-megatron-layers-on-one-stage": [1],
 }
 
 
@@ -59,9 +68,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
                     "batch_size": rows,
                     "eos_ids": list(range(5, 200, 10)),
                     "runs": RUNS,
+                    "megatron_layers": MEGATRON_LAYERS.get(name, []),
                 },
             )
-            for model, _, layout, rows in cases.values()
+            for name, (model, _, layout, rows) in cases.items()
         ]
         for name, result in zip(cases, launch(ranks, jobs, folder), strict=True):
             assert "error" not in result, f"{name}: {result['error']}"
