@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from gapo_mega.evaluation.standing import Best
 from gapo_mega.rollout.heldout import Answers
 from gapo_mega.runs.evaluations import sample_pairs
 from gapo_mega.runs.trainer import Trainer
@@ -59,7 +60,7 @@ def playing(
 ) -> tuple[Trainer, Engine]:
     engine = Engine(at=at)
     objectives: list[Words] = [Playing(name, values, engine) for name, values in means.items()]
-    sections = {"steps": len(next(iter(means.values()))), "with_report": True, **sections}
+    sections = {"steps": len(next(iter(means.values()))), **sections}
     sections["evaluation"] = {"every_steps": every, **sections.get("evaluation", {})}
     return trainer(directory, engine, objectives, **sections), engine
 
@@ -122,15 +123,15 @@ def test_a_signal_at_every_point_leaves_the_same_run(tmp_path: Path, call: str, 
         "evaluation": {"every_steps": 2, "early_stopping_patience": 9},
         "checkpoint": {"best": "worst_gain", "keep": 1},
         "logging": {"responses": 1},
-        "with_report": True,
     }
-    assert trainer(tmp_path / "whole", **sections).run()
-    stopped = FakeEngine(at={(call, number): terminate})
-    if not trainer(tmp_path / "run", stopped, **sections).run():
-        assert trainer(tmp_path / "run", **sections).run()
+    whole = trainer(tmp_path / "whole", **sections)
+    assert whole.run()
+    run = trainer(tmp_path / "run", FakeEngine(at={(call, number): terminate}), **sections)
+    if not run.run():
+        run = trainer(tmp_path / "run", **sections)
+        assert run.run()
     assert metrics(tmp_path / "run", CLOCKED) == metrics(tmp_path / "whole", CLOCKED)
-    both = [summary(tmp_path / name) for name in ("whole", "run")]
-    assert {**both[0], "seconds": 0} == {**both[1], "seconds": 0}
+    assert run.evaluations.selection.best == whole.evaluations.selection.best
     kept = [
         {path.name: path.read_text() for path in (tmp_path / name / "responses").iterdir()}
         for name in ("whole", "run")
@@ -145,31 +146,44 @@ MEANS = {"long": [1.0, 3.0, 2.0, 4.0, 0.0], "short": [0.5, 2.0, -1.0, -2.0, 1.0]
     ("by", "best"),
     [("long", 4), ("short", 2), ("worst_gain", 2), ("hypervolume", 2)],
 )
-def test_the_best_is_kept_exported_and_told(tmp_path: Path, by: str, best: int) -> None:
-    run, engine = playing(tmp_path, MEANS, checkpoint={"best": by, "keep": 1, "export_hf": True})
+def test_what_the_best_is(tmp_path: Path, by: str, best: int) -> None:
+    run, _ = playing(tmp_path, MEANS, checkpoint={"best": by, "keep": 1})
     assert run.run()
     assert best in checkpoints(tmp_path)
-    found = summary(tmp_path)
-    assert (found["step"], found["steps"], found["steps_asked"]) == (best, 5, 5)
-    assert (found["best"]["by"], found["best"]["step"], found["best"]["evaluations"]) == (by, best, 5)
-    for name, means in MEANS.items():
-        assert found["objectives"][name]["after"] == pytest.approx(means[best - 1])
-    assert engine.calls[-4:] == ["load", "update_weights", "export_hf", "generate"]
-    policy = json.loads((tmp_path / "checkpoints" / f"step_{best:08d}" / "state.json").read_text())["policy"]
-    assert engine.policy == policy
+    found = run.evaluations.selection.best
+    assert found is not None and (found.by, found.step, found.evaluations) == (by, best, 5)
     assert metrics(tmp_path)[-1]["heldout_best_step"] == best
+
+
+def test_the_best_is_exported_and_told(tmp_path: Path) -> None:
+    means = {"long": [3.0, 1.0], "short": [2.0, 1.0]}
+    checkpoint = {"best": "hypervolume", "keep": 1, "export_hf": True, "save_final": True}
+    run, engine = playing(tmp_path, means, checkpoint=checkpoint, with_report=True)
+    assert run.run()
+    assert checkpoints(tmp_path) == [1, 2]
+    found = summary(tmp_path)
+    assert (found["step"], found["steps"], found["steps_asked"]) == (1, 2, 2)
+    # Both spread by sqrt(2 / 3) before training.
+    assert found["best"] == {"by": "hypervolume", "step": 1, "value": pytest.approx(9.0), "evaluations": 2}
+    assert {name: facts["after"] for name, facts in found["objectives"].items()} == {
+        "long": 3.0,
+        "short": 2.0,
+    }
+    assert engine.calls[-4:] == ["load", "update_weights", "export_hf", "generate"]
+    policy = json.loads((tmp_path / "checkpoints" / "step_00000001" / "state.json").read_text())["policy"]
+    assert engine.policy == policy
     page = (tmp_path / "report" / "index.html").read_text()
-    assert f"after (step {best})" in page and "Ended after step 5, written at" in page
+    assert "after (step 1)" in page and "Ended after step 2, written at" in page
     assert "too favourable" in page
 
 
 def test_the_last_step_is_the_result_without_a_choice(tmp_path: Path) -> None:
-    run, engine = playing(tmp_path, MEANS)
+    run, engine = playing(tmp_path, {"long": [3.0, 0.5], "short": [0.0, 0.0]}, every=5, with_report=True)
     assert run.run()
     found = summary(tmp_path)
-    assert (found["step"], found["steps"]) == (5, 5) and "best" not in found
-    assert found["objectives"]["long"]["after"] == pytest.approx(0.0)
-    assert engine.calls.count("generate") == 1 + 2 * 5, "the last evaluation is not asked for again"
+    assert (found["step"], found["steps"]) == (2, 2) and "best" not in found
+    assert found["objectives"]["long"]["after"] == pytest.approx(0.5)
+    assert engine.calls.count("generate") == 1 + 2 + 1, "the last evaluation is not asked for again"
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -186,13 +200,10 @@ def test_it_stops_after_evaluations_in_vain(tmp_path: Path, caplog: pytest.LogCa
     run, _ = playing(tmp_path, means, **sections)
     assert run.run()
     assert run.loop.step == 4, "an equal score is no improvement"
-    found = summary(tmp_path)
-    assert (found["step"], found["steps"], found["steps_asked"]) == (2, 4, 6)
     assert (
         "stopped early after step 4: 2 evaluations in a row were not better by long than that of step 2 (3)"
         in (caplog.text)
     )
-    assert "Ended after step 4 of 6, stopped early" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_patience_and_best_are_kept_over_a_resume(tmp_path: Path) -> None:
@@ -203,7 +214,7 @@ def test_patience_and_best_are_kept_over_a_resume(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == [2, 4]
     run, engine = playing(tmp_path, means, **sections)
     assert run.run() and engine.calls.count("update_policy") == 1
-    assert summary(tmp_path)["best"] == {"by": "long", "step": 2, "value": 3.0, "evaluations": 5}
+    assert run.evaluations.selection.best == Best("long", 2, 3.0, 5)
     assert 2 in checkpoints(tmp_path)
 
 
@@ -212,9 +223,12 @@ def test_a_run_that_stopped_early_is_not_trained_on_by_the_same_command(tmp_path
     sections = {
         "checkpoint": {"best": "long", "save_final": True},
         "evaluation": {"early_stopping_patience": 1},
+        "with_report": True,
     }
     assert playing(tmp_path, means, **sections)[0].run()
     before = summary(tmp_path)
+    assert (before["step"], before["steps"], before["steps_asked"]) == (1, 2, 3)
+    assert "Ended after step 2 of 3, stopped early" in (tmp_path / "report" / "index.html").read_text()
     run, engine = playing(tmp_path, means, **sections)
     assert run.run() and "update_policy" not in engine.calls
     assert {**summary(tmp_path), "seconds": 0} == {**before, "seconds": 0}
@@ -229,7 +243,7 @@ def test_killed_in_an_evaluation_it_goes_on(tmp_path: Path) -> None:
     def killed() -> None:
         raise KeyboardInterrupt
 
-    sections = {"checkpoint": {"best": "long"}, "algorithm": {"minibatches": 1}}
+    sections = {"checkpoint": {"best": "long"}, "with_report": True}
     # Before training, then a rollout and an evaluation a step: the third step's evaluation is the seventh.
     run, _ = playing(tmp_path, MEANS, {("generate", 7): killed}, **sections)
     with pytest.raises(KeyboardInterrupt):
@@ -239,6 +253,7 @@ def test_killed_in_an_evaluation_it_goes_on(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "index.html").read_text()
     assert re.search(r"Running: step 2 of 5, written at \d{4}-\d\d-\d\d \d\d:\d\d UTC", page)
     assert "The best so far is step 2, the best of 2 evaluations by long (3)" in page
+    sections["with_report"] = False
     assert playing(tmp_path, MEANS, **sections)[0].run()
     assert playing(tmp_path / "whole", MEANS, **sections)[0].run()
     assert metrics(tmp_path, CLOCKED) == metrics(tmp_path / "whole", CLOCKED)
@@ -247,9 +262,10 @@ def test_killed_in_an_evaluation_it_goes_on(tmp_path: Path) -> None:
 def test_another_criterion_chooses_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, _ = playing(tmp_path, MEANS, {("update_policy", 3): terminate}, checkpoint={"best": "short"})
     assert not run.run()
-    assert playing(tmp_path, MEANS, checkpoint={"best": "long"})[0].run()
+    run, _ = playing(tmp_path, MEANS, checkpoint={"best": "long"})
+    assert run.run()
     assert "checkpoint.best was short and is long: the best of the evaluations is chosen anew" in caplog.text
-    assert summary(tmp_path)["best"] == {"by": "long", "step": 4, "value": 4.0, "evaluations": 2}
+    assert run.evaluations.selection.best == Best("long", 4, 4.0, 2)
 
 
 def test_a_best_checkpoint_that_somebody_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -257,9 +273,10 @@ def test_a_best_checkpoint_that_somebody_removed(tmp_path: Path, caplog: pytest.
     run, _ = playing(tmp_path, means, {("update_policy", 3): terminate}, checkpoint={"best": "long"})
     assert not run.run()
     (tmp_path / "checkpoints" / "step_00000002" / "complete.json").unlink()
-    assert playing(tmp_path, means, checkpoint={"best": "long"})[0].run()
+    run, _ = playing(tmp_path, means, checkpoint={"best": "long"})
+    assert run.run()
     assert "step_00000002 is not there: the best of the evaluations is chosen anew" in caplog.text
-    assert summary(tmp_path)["step"] == 4
+    assert run.evaluations.selection.best == Best("long", 4, 3.0, 1)
 
 
 def test_without_held_out_prompts_nothing_is_evaluated(tmp_path: Path) -> None:
