@@ -180,6 +180,7 @@ def _as_dict(group: Group, names: Sequence[str]) -> dict[str, Any]:
         "label": group.label,
         "method": group.method,
         "seeds": sorted(group.runs),
+        "of_steps": sorted({run.standing.step for run in runs}),
         "after": {
             n: mean_and_error(column) for n, column in zip(names, group.values("after", names).T, strict=True)
         },
