@@ -297,7 +297,9 @@ def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     )
     told = "\n".join(RunPlan(resolved_run(beside, shape=shape_of(MISTRAL_7B)), run.memory).lines())
     # Before, after steps 10 and 20, and after the last.
-    assert "evaluations: before training, every 10 steps and after the last, 4 of at most 64 responses" in told
+    assert (
+        "evaluations: before training, every 10 steps and after the last, 4 of at most 64 responses" in told
+    )
     assert "that of the best evaluation by hypervolume, which is the run's result; ends after 2" in told
     assert "responses: those of 2 steps are kept" in told
     chunks = RunPlan(
