@@ -66,6 +66,9 @@ STYLE: dict[str, Any] = {
 }
 
 
+WIDTH = 5.6  # inches of a single picture: its texts can be read on a phone
+
+
 @dataclass(frozen=True)
 class Picture:
     """A written PNG: its file name, and what it shows in one sentence (the page's alternative text)."""
@@ -104,20 +107,20 @@ def write_pictures(
             "rewards.png",
             "Mean reward of the responses sampled for training, per objective: dots are steps, the line is a "
             "moving average.",
-            (6.6, max(3.8, height)),
+            (WIDTH, max(3.6, height)),
             lambda f: draw_rewards(f, series, names),
         ),
         (
             "gradient_norms.png",
             f"Norm of each objective's gradient {over}, on a logarithmic scale.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_norms(f, series, names, gradients, rows),
         ),
         (
             "kl.png",
             "Mean of log pi - log pi_ref over the sampled tokens, an estimate of the divergence from the "
             "reference that may fall below zero.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_kl(f, series),
         ),
     ]
@@ -126,7 +129,7 @@ def write_pictures(
             "progress.png",
             f"Cosine between the direction and each objective's gradient {over}: below zero, a step along "
             "the direction hurts the objective to first order.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_progress(f, series, names, rows),
         )
         plans.insert(-1, progress)
@@ -135,7 +138,7 @@ def write_pictures(
             "weights.png",
             "Left: each objective's contribution to the direction, |w_i| ‖g_i‖ over the sum of all. Right: "
             "the weights w_i.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_weights(f, series, names),
         )
         plans.insert(-1, weights)
@@ -143,7 +146,7 @@ def write_pictures(
         reward_weights = (
             "reward_weights.png",
             "The weight of each objective's score in the one reward that is trained on.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_reward_weights(f, series, names),
         )
         plans.insert(-1, reward_weights)
@@ -151,17 +154,17 @@ def write_pictures(
         cosines = (
             "cosines.png",
             f"Cosine between the objectives' gradients {over}: below zero they are opposed.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_cosines(f, series, pairs),
         )
         plans.insert(3, cosines)
     if summary:
         before_after = (
             "before_after.png",
-            f"Mean reward on held-out prompts before training and {_when(label)}, the change, in brackets in "
+            f"Mean reward on held-out prompts before training and {label}, the change, in brackets in "
             "standard errors (s.e.), and the finding; whiskers span two standard errors of the paired "
             "difference either way.",
-            (max(6.6, 2.2 * len(names)), 3.8),
+            (max(WIDTH, 2.2 * len(names)), 3.6),
             lambda f: draw_before_after(f, summary, label),
         )
         plans.insert(1, before_after)
@@ -170,7 +173,7 @@ def write_pictures(
             "heldout.png",
             "Mean reward on held-out prompts while training; bars span two standard errors of the paired "
             "change since before training either way.",
-            (6.6, max(3.8, height)),
+            (WIDTH, max(3.6, height)),
             lambda f: draw_heldout(f, series, names),
         )
         plans.insert(2 if summary else 1, curves)
@@ -337,17 +340,13 @@ def draw_kl(figure: FigureBase, series: Series) -> None:
     step_axis(axes, series)
 
 
-def _when(label: str) -> str:
-    return f"{label} training" if label == "after" else label
-
-
 def draw_before_after(figure: FigureBase, summary: Summary, label: str = "after") -> None:
     """Two bars per objective, each objective on its own scale."""
     prompts = next(iter(summary.values())).samples
     put_title(
         figure,
-        f"Before training and {_when(label)}" if label != "after" else "Before and after training",
-        f"{prompts} held-out prompts · whiskers: ±2 standard errors",
+        "Before and after training" if label == "after" else f"Before and {label}",
+        f"{prompts} prompts · ±2 standard errors",
     )
     panels = figure.subplots(1, len(summary), squeeze=False)[0]
     for index, ((name, found), axes) in enumerate(zip(summary.items(), panels, strict=True)):
