@@ -134,7 +134,7 @@ def _chosen(standing: Standing | None) -> str | None:
         if best.evaluations > 1
         else ""
     )
-    return f"Held-out numbers, responses and hf/ are of {best.sentence()}. {several}".strip()
+    return f"The result of the run (held-out numbers, responses, exported model) is of {best.sentence()}. {several}".strip()
 
 
 def _rows(config: Config, series: Series) -> list[str] | None:

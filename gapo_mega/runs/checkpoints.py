@@ -28,6 +28,7 @@ from gapo_mega.evaluation.files import flush, write_text
 CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
 UPDATES, RECORD = "updates", "run"  # keys of it: optimizer steps done, and what the checkpoint belongs to
+BEST = "best"  # and the best evaluation by then, where the run chooses one
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".incomplete-"
 _DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")

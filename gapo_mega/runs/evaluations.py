@@ -12,7 +12,7 @@ import torch
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine
-from gapo_mega.evaluation.criterion import rank_of, spreads
+from gapo_mega.evaluation.criterion import Rank, rank_of, spreads
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.standing import Standing
 from gapo_mega.evaluation.summary import Summary, paired_summary
@@ -133,7 +133,9 @@ class Evaluations:
         if by is None:
             return {}
         assert self.before is not None
-        rank = rank_of(by, summary, spreads(self.before.scores))
+        own = rank_of(by, summary, spreads(self.before.scores))
+        # Hosts may round differently, and all ranks must choose and stop alike.
+        rank: Rank = self._engine.gather_over_data(self._engine.broadcast_in_replica(own))[0]
         self.selection.take(done, rank)
         assert self.selection.best is not None
         if self._engine.layout.is_main:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
+    BEST,
     CHECKPOINTS_FOLDER,
     RECORD,
     UPDATES,
@@ -145,6 +147,8 @@ class RunLoop:
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record
+        if self._selection.best is not None:
+            about[BEST] = asdict(self._selection.best)
         kept = self._selection.kept
         self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about, kept)
 

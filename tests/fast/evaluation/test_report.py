@@ -329,7 +329,7 @@ def test_the_end_says_which_step_it_is(tmp_path: Path) -> None:
     assert read_standing(run / "summary.json") == standing
     text = write_report(run, []).read_text()
     assert "Ended after step 12 of 20, stopped early, written at" in text
-    assert "<th>after (step 8)</th>" in text and "are of step 8, the best of 3 evaluations by a (2)" in text
+    assert "<th>after (step 8)</th>" in text and "is of step 8, the best of 3 evaluations by a (2)" in text
     assert "numbers and intervals are too favourable" in text
 
 

@@ -216,6 +216,8 @@ def test_patience_and_best_are_kept_over_a_resume(tmp_path: Path) -> None:
     assert run.run() and engine.calls.count("update_policy") == 1
     assert run.evaluations.selection.best == Best("long", 2, 3.0, 5)
     assert 2 in checkpoints(tmp_path)
+    about = json.loads((tmp_path / "checkpoints" / "step_00000004" / "complete.json").read_text())
+    assert about["best"] == {"by": "long", "step": 2, "value": 3.0, "evaluations": 4}
 
 
 def test_a_run_that_stopped_early_is_not_trained_on_by_the_same_command(tmp_path: Path) -> None:
