@@ -134,7 +134,8 @@ def _chosen(standing: Standing | None) -> str | None:
         if best.evaluations > 1
         else ""
     )
-    return f"The result of the run (held-out numbers, responses, exported model) is of {best.sentence()}. {several}".strip()
+    told = f"The result of the run (held-out numbers, responses, exported model) is of {best.sentence()}."
+    return f"{told} {several}".strip()
 
 
 def _rows(config: Config, series: Series) -> list[str] | None:
