@@ -63,6 +63,7 @@ docs/sweep
 docs/evaluate
 docs/data
 docs/run_directories
+docs/while_training
 docs/rewards
 docs/conversion
 docs/layouts

@@ -8,7 +8,7 @@ from gapo_mega.config.fields import LocalPath, Section, TemplatePath
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.objective import ObjectiveConfig
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
-from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.results import CheckpointConfig, EvaluationConfig, TrainCheckpointConfig
 from gapo_mega.config.scalarization import ScalarizationConfig
 from gapo_mega.config.sections import (
     AdvantageConfig,
@@ -21,6 +21,7 @@ from gapo_mega.config.sections import (
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
+    TrainLoggingConfig,
 )
 
 __all__ = [
@@ -44,4 +45,6 @@ __all__ = [
     "ScalarizationConfig",
     "Section",
     "TemplatePath",
+    "TrainCheckpointConfig",
+    "TrainLoggingConfig",
 ]

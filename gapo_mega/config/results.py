@@ -1,13 +1,21 @@
-"""What a run leaves behind: the sections of checkpoints and of the answers before and after training."""
+"""What a run leaves behind: the sections of checkpoints and of the answers to held-out prompts."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from pydantic import Field
 
 from gapo_mega.config.fields import LocalPath, Section
 
 # Prefixes of settings that say where and what a run writes, and change no number.
-WITHOUT_EFFECT = ("checkpoint.", "logging.", "evaluation.shown", "evaluation.shared")
+WITHOUT_EFFECT = (
+    *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "checkpoint.save_final"),
+    *("checkpoint.export_hf", "logging.", "evaluation.shown", "evaluation.shared"),
+)
+EVERY_STEPS = "evaluation.every_steps"
+# By what a checkpoint may be the best, beside the name of an objective.
+WORST_GAIN, HYPERVOLUME = "worst_gain", "hypervolume"
 
 
 class CheckpointConfig(Section):
@@ -20,13 +28,72 @@ class CheckpointConfig(Section):
     export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
 
 
+class TrainCheckpointConfig(CheckpointConfig):
+    """Resumable state in Megatron's torch_dist format, and which policy counts as the run's result."""
+
+    best: str | None = Field(
+        None,
+        description="also keep the checkpoint of the best evaluation, and end with it: hf/, held-out numbers "
+        "and report are of that step. By the name of an objective, by worst_gain or by hypervolume; none: "
+        "the last step is the result. Needs evaluation.every_steps",
+    )
+
+
 class EvaluationConfig(Section):
-    """Held-out scores before and after training: paired, same prompts, same sampling seed."""
+    """Held-out scores before, while and after training: paired, same prompts, same sampling seed."""
 
     samples_per_prompt: int = Field(1, ge=1, description="responses to every held-out prompt")
+    every_steps: int = Field(
+        0,
+        ge=0,
+        description="rollout steps between evaluations while training, which the log and the report have; "
+        "the last step has one, too. 0: only before and after training",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after so many evaluations in a row without a new best by checkpoint.best; "
+        "none: train all steps",
+    )
     shown: int = Field(6, ge=0, description="sample responses shown in the report")
     shared: LocalPath | None = Field(
         None,
         description="directory where the answers before training are kept for, and taken from, runs that "
         "begin alike: model, held-out rows, sampling, objectives, seed, layout; none: every run answers",
     )
+
+
+def check_evaluations(
+    evaluation: EvaluationConfig, best: str | None, objectives: Sequence[str], heldout_prompts: int
+) -> None:
+    """Refuse, in one line, what no evaluation while training could decide."""
+    every, patience = evaluation.every_steps, evaluation.early_stopping_patience
+    if every and not heldout_prompts:
+        raise ValueError(
+            f"{EVERY_STEPS}: found {every} with data.heldout_prompts 0, accepted: 0, or held-out prompts"
+        )
+    if patience is not None and best is None:
+        raise ValueError(
+            f"evaluation.early_stopping_patience: found {patience} without checkpoint.best, accepted: null, "
+            "or checkpoint.best, which says what counts as better"
+        )
+    if best is None:
+        return
+    accepted = list(dict.fromkeys([*objectives, WORST_GAIN, HYPERVOLUME]))
+    if best not in accepted:
+        raise ValueError(f"checkpoint.best: found {best!r}, accepted: null, {', '.join(accepted)}")
+    if best in objectives and best in (WORST_GAIN, HYPERVOLUME):
+        raise ValueError(
+            f"checkpoint.best: found {best}, which is both an objective and a measure of all of them; "
+            "accepted: another name of that objective"
+        )
+    if not every:
+        raise ValueError(
+            f"checkpoint.best: found {best} with {EVERY_STEPS} 0, accepted: null, or {EVERY_STEPS} above 0 "
+            "(the best is chosen among these evaluations)"
+        )
+
+
+def without_effect(best: str | None) -> tuple[str, ...]:
+    """Prefixes of settings that change no number of a run: without a choice, evaluations only look."""
+    return WITHOUT_EFFECT if best is not None else (*WITHOUT_EFFECT, EVERY_STEPS)

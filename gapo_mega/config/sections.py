@@ -16,7 +16,7 @@ from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
-from gapo_mega.config.results import CheckpointConfig, EvaluationConfig
+from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
 
 
@@ -93,7 +93,7 @@ class DataConfig(Section):
     )
     heldout_split: str = Field("test", description="part of heldout_source")
     heldout_subset: str | None = Field(None, description="of heldout_source; none: the only one that it has")
-    heldout_prompts: int = Field(64, ge=0, description="prompts scored before and after training")
+    heldout_prompts: int = Field(64, ge=0, description="prompts scored before, while and after training")
     system_prompt: str | None = Field(
         None, description="system message of prompts without one; none: the chat template's own"
     )
@@ -233,6 +233,17 @@ class LoggingConfig(Section):
     )
 
 
+class TrainLoggingConfig(LoggingConfig):
+    """Where the numbers and the responses of a step go, besides metrics.jsonl."""
+
+    responses: int = Field(
+        0,
+        ge=0,
+        description="rollout steps between those whose sampled responses are kept, a file a step in "
+        "responses/; 0: none",
+    )
+
+
 class Config(Section):
     """Everything that defines a run."""
 
@@ -257,9 +268,9 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
     gradients: GradientConfig = GradientConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: TrainLoggingConfig = TrainLoggingConfig()
 
     @property
     def longest(self) -> int:
@@ -318,6 +329,7 @@ class Config(Section):
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
+        check_evaluations(self.evaluation, self.checkpoint.best, names, self.data.heldout_prompts)
         given, scalarization = self.aggregation, self.scalarization
         fits = given == AggregationConfig()
         if scalarization is not None and scalarization.safe:

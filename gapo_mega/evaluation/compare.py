@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from gapo_mega.config import Config
-from gapo_mega.config.results import WITHOUT_EFFECT
+from gapo_mega.config.results import without_effect
 from gapo_mega.evaluation.finished_run import FinishedRun, known
 from gapo_mega.evaluation.heldout_answers import scores_by_prompt
 from gapo_mega.evaluation.series import Array
@@ -25,7 +25,7 @@ from gapo_mega.evaluation.summary import CONFIDENCE
 from gapo_mega.planning.preference import method_of
 
 # What tells nothing about a run's numbers, or has a place of its own in the table.
-_LEFT_OUT = ("output_dir", "seed", *WITHOUT_EFFECT)
+_LEFT_OUT = ("output_dir", "seed")
 # Scores are float32: differences that spread by less than a few of its units are all the same.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _LONGEST = 40  # characters of a value in a label
@@ -180,6 +180,7 @@ def _as_dict(group: Group, names: Sequence[str]) -> dict[str, Any]:
         "label": group.label,
         "method": group.method,
         "seeds": sorted(group.runs),
+        "of_steps": sorted({run.standing.step for run in runs}),
         "after": {
             n: mean_and_error(column) for n, column in zip(names, group.values("after", names).T, strict=True)
         },
@@ -242,12 +243,13 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 def _flat(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name, without what names the method and what changes no number."""
     found: dict[str, Any] = {}
+    left_out = (*_LEFT_OUT, *_OF_METHODS, *without_effect(config.checkpoint.best))
 
     def put(value: Any, key: str) -> None:
         if isinstance(value, dict) and value:
             for name, inner in value.items():
                 put(inner, f"{key}.{name}" if key else name)
-        elif not key.startswith((*_LEFT_OUT, *_OF_METHODS)):
+        elif not key.startswith(left_out):
             found[key] = value
 
     put(config.model_dump(mode="json"), "")

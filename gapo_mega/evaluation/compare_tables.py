@@ -14,9 +14,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Three tables of what ``compare`` gives: groups, tests, and cost."""
     names = found["objectives"]
     parts = [
-        "Held-out means after training and gains, over seeds, with their standard errors.\n",
+        "Held-out means after training and gains, over seeds, with their standard errors. They are "
+        "of the policy after `of step` rollout steps.\n",
         _table(
-            ["method", "seeds", *names, *(f"gain of {name}" for name in names), "KL", "length"],
+            ["method", "seeds", *names, *(f"gain of {name}" for name in names), "KL", "length", "of step"],
             [
                 [
                     group["label"],
@@ -25,6 +26,7 @@ def markdown(found: Mapping[str, Any]) -> str:
                     *(_with_error(group["gain"][name], sign=True) for name in names),
                     _with_error(group["kl"]),
                     _with_error(group["response_length"]),
+                    _range(group["of_steps"]),
                 ]
                 for group in found["groups"]
             ],
@@ -69,6 +71,7 @@ def as_csv(found: Mapping[str, Any]) -> str:
             "label": group["label"],
             "method": group["method"],
             "seeds": " ".join(map(str, group["seeds"])),
+            "of_steps": " ".join(map(str, group["of_steps"])),
         }
         for measure in ("after", "gain"):
             for name, value in group[measure].items():
@@ -98,6 +101,10 @@ def _with_error(value: Mapping[str, float | None], *, sign: bool = False) -> str
         return _NONE
     shown = f"{mean:+.4g}" if sign else f"{mean:.4g}"
     return shown if error is None else f"{shown} ± {error:.2g}"
+
+
+def _range(steps: Sequence[int]) -> str:
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
 
 
 def _plain(value: Mapping[str, float | None]) -> str:

@@ -10,18 +10,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gapo_mega.evaluation.standing import Standing
 from gapo_mega.evaluation.summary import ONE_RUN, Change, Summary
 
 _COLOURS = {"better": "green", "worse": "red"}
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary, label: str = "after") -> Table:
     """Objective, before, after, change, standard error, change in standard errors."""
     table = Table(
         title="Held-out reward before and after training", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("objective", style="bold", overflow="fold")
-    for column in ("before", "after", "change", "std. err.", "change / s.e.", "prompts"):
+    for column in ("before", label, "change", "std. err.", "change / s.e.", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, found in summary.items():
         table.add_row(
@@ -45,10 +46,20 @@ def _ratio(found: Change) -> str:
     return f"[{colour}]{ratio:+.1f}[/{colour}]"
 
 
-def print_summary(summary: Summary, report: Path | None, console: Console | None = None) -> None:
-    """Print the table, what it allows to say of every objective, and where the report lies."""
+def print_summary(
+    summary: Summary, report: Path | None, console: Console | None = None, standing: Standing | None = None
+) -> None:
+    """Print the table, what it allows to say of every objective, and where the report lies.
+
+    ``standing``: of which step the numbers are.
+    """
     console = console or Console()
-    console.print(summary_table(summary))
+    if standing is not None and standing.stopped_early:
+        console.print(standing.sentence(), markup=False, highlight=False)
+    if standing is not None and standing.best is not None:
+        told = f"the result of the run: {standing.best.sentence()}"
+        console.print(told, markup=False, highlight=False)
+    console.print(summary_table(summary, "after" if standing is None else standing.label))
     for name, found in summary.items():
         console.print(f"{name}: {found.sentence()}", markup=False, highlight=False)
     if any(found.half_width is not None for found in summary.values()):

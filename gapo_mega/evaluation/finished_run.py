@@ -14,7 +14,8 @@ from gapo_mega.config import Config
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.files import config_file
 from gapo_mega.evaluation.series import METRICS_FILE, Series, read_series
-from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_summary
+from gapo_mega.evaluation.standing import Standing
+from gapo_mega.evaluation.summary import SUMMARY_FILE, Summary, read_standing, read_summary
 from gapo_mega.planning.backwards import backwards_of_run
 
 
@@ -35,9 +36,10 @@ class FinishedRun:
     directory: Path
     config: Config
     summary: Summary  # by objective
-    kl: float  # mean log pi - log pi_ref of a token over the last tenth of the steps
+    kl: float  # mean log pi - log pi_ref of a token over the tenth of the steps that end with the result's
     response_length: float  # tokens, mean over the same steps
     cost: Cost
+    standing: Standing  # of which step the summary's numbers are
 
     @property
     def names(self) -> list[str]:
@@ -62,6 +64,7 @@ class FinishedRun:
         }
         return {
             "heldout": heldout,
+            **self.standing.as_dict(),
             "kl": known(self.kl),
             "response_length": known(self.response_length),
             "seconds": self.cost.seconds,
@@ -91,18 +94,22 @@ def read_run(directory: Path) -> FinishedRun:
     series = read_series(directory)
     updates = len(series.steps)
     of_a_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
+    done = updates // of_a_step
+    standing = read_standing(directory / SUMMARY_FILE) or Standing(done, done, config.steps, ended=True)
+    until = standing.step * of_a_step
     return FinishedRun(
         directory=directory,
         config=config,
         summary=summary,
-        kl=_last(series, "kl"),
-        response_length=_last(series, "response_length"),
+        kl=_last(series, "kl", until),
+        response_length=_last(series, "response_length", until),
         cost=Cost(
             updates=updates,
-            samples=updates // of_a_step * config.sequences(),
+            samples=done * config.sequences(),
             backwards=backwards_of_run(config, updates),
             seconds=seconds,
         ),
+        standing=standing,
     )
 
 
@@ -121,10 +128,10 @@ def _summary(path: Path) -> tuple[Summary, float]:
         ) from None
 
 
-def _last(series: Series, key: str) -> float:
-    """The mean of a metric over the last tenth of the steps; NaN where it is not known."""
+def _last(series: Series, key: str, until: int) -> float:
+    """The mean of a metric over a tenth of the steps, up to ``until``; NaN where it is not known."""
     if key not in series.values:
         return math.nan
-    values = series.values[key][-series.window :]
+    values = series.values[key][series.steps <= until][-series.window :]
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.config import GradientConfig
 from gapo_mega.evaluation.files import replacing
+from gapo_mega.evaluation.heldout_curves import draw_heldout, has_curves
 from gapo_mega.evaluation.plot_parts import (
     FAINT,
     INK,
@@ -65,6 +66,9 @@ STYLE: dict[str, Any] = {
 }
 
 
+WIDTH = 5.6  # inches of a single picture: its texts can be read on a phone
+
+
 @dataclass(frozen=True)
 class Picture:
     """A written PNG: its file name, and what it shows in one sentence (the page's alternative text)."""
@@ -80,12 +84,13 @@ def write_pictures(
     summary: Summary,
     gradients: GradientConfig,
     rows: Sequence[str] | None = None,
+    label: str = "after",
 ) -> list[Picture]:
-    """Every PNG of a run into ``directory``; the overview comes first.
+    """Every PNG of a run into ``directory``; the overview comes first, which repeats some of the others.
 
     ``gradients`` says over which parameters, and in which metric, norms and cosines were measured, ``rows``
     whose gradients were, if not the objectives' alone: a scalarizer's, beside the objectives' in audited
-    steps.
+    steps. ``label`` says when the summary's second number was measured.
     """
     scalarized, rows = rows is not None, list(rows or names)
     pairs = list(combinations(rows, 2))
@@ -96,26 +101,26 @@ def write_pictures(
             "overview.png",
             "The run in one picture.",
             (12.0, 8.4),
-            lambda f: draw_overview(f, series, names, summary, gradients, rows),
+            lambda f: draw_overview(f, series, names, summary, gradients, rows, label),
         ),
         (
             "rewards.png",
             "Mean reward of the responses sampled for training, per objective: dots are steps, the line is a "
             "moving average.",
-            (6.6, max(3.8, height)),
+            (WIDTH, max(3.6, height)),
             lambda f: draw_rewards(f, series, names),
         ),
         (
             "gradient_norms.png",
             f"Norm of each objective's gradient {over}, on a logarithmic scale.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_norms(f, series, names, gradients, rows),
         ),
         (
             "kl.png",
             "Mean of log pi - log pi_ref over the sampled tokens, an estimate of the divergence from the "
             "reference that may fall below zero.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_kl(f, series),
         ),
     ]
@@ -124,7 +129,7 @@ def write_pictures(
             "progress.png",
             f"Cosine between the direction and each objective's gradient {over}: below zero, a step along "
             "the direction hurts the objective to first order.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_progress(f, series, names, rows),
         )
         plans.insert(-1, progress)
@@ -133,7 +138,7 @@ def write_pictures(
             "weights.png",
             "Left: each objective's contribution to the direction, |w_i| ‖g_i‖ over the sum of all. Right: "
             "the weights w_i.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_weights(f, series, names),
         )
         plans.insert(-1, weights)
@@ -143,7 +148,7 @@ def write_pictures(
         reward_weights = (
             "reward_weights.png",
             of_scores if scalarized else of_gradients,
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_reward_weights(f, series, names, scalarized),
         )
         plans.insert(-1, reward_weights)
@@ -151,20 +156,29 @@ def write_pictures(
         cosines = (
             "cosines.png",
             f"Cosine between the objectives' gradients {over}: below zero they are opposed.",
-            (6.6, 3.8),
+            (WIDTH, 3.6),
             lambda f: draw_cosines(f, series, pairs),
         )
         plans.insert(3, cosines)
     if summary:
         before_after = (
             "before_after.png",
-            "Mean reward on held-out prompts before and after training, the change, in brackets in standard "
-            "errors (s.e.), and the finding; whiskers span two standard errors of the paired difference "
-            "either way.",
-            (max(6.6, 2.2 * len(names)), 3.8),
-            lambda f: draw_before_after(f, summary),
+            f"Mean reward on held-out prompts before training and {label}, the change, in brackets in "
+            "standard errors (s.e.), and the finding; whiskers span two standard errors of the paired "
+            "difference either way.",
+            (max(WIDTH, 2.2 * len(names)), 3.6),
+            lambda f: draw_before_after(f, summary, label),
         )
         plans.insert(1, before_after)
+    if has_curves(series, names):
+        curves = (
+            "heldout.png",
+            "Mean reward on held-out prompts while training; bars span two standard errors of the paired "
+            "change since before training either way.",
+            (WIDTH, max(3.6, height)),
+            lambda f: draw_heldout(f, series, names),
+        )
+        plans.insert(2 if summary else 1, curves)
     with style.context(STYLE):
         for file, _, size, draw in plans:
             figure = Figure(figsize=size, layout="constrained")
@@ -181,6 +195,7 @@ def draw_overview(
     summary: Summary,
     gradients: GradientConfig,
     rows: Sequence[str],
+    label: str = "after",
 ) -> None:
     """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines.
 
@@ -189,7 +204,7 @@ def draw_overview(
     panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
     draw_rewards(panels[0, 0], series, names)
     if summary:
-        draw_before_after(panels[0, 1], summary)
+        draw_before_after(panels[0, 1], summary, label)
     else:
         draw_kl(panels[0, 1], series)
     draw_norms(panels[1, 0], series, names, gradients, rows)
@@ -330,15 +345,17 @@ def draw_kl(figure: FigureBase, series: Series) -> None:
     step_axis(axes, series)
 
 
-def draw_before_after(figure: FigureBase, summary: Summary) -> None:
+def draw_before_after(figure: FigureBase, summary: Summary, label: str = "after") -> None:
     """Two bars per objective, each objective on its own scale."""
     prompts = next(iter(summary.values())).samples
     put_title(
-        figure, "Before and after training", f"{prompts} held-out prompts · whiskers: ±2 standard errors"
+        figure,
+        "Before and after training" if label == "after" else f"Before and {label}",
+        f"{prompts} prompts · ±2 standard errors",
     )
     panels = figure.subplots(1, len(summary), squeeze=False)[0]
     for index, ((name, found), axes) in enumerate(zip(summary.items(), panels, strict=True)):
-        _bars(axes, found, colour(index))
+        _bars(axes, found, colour(index), label)
         ratio = found.in_standard_errors
         change = f"{found.difference:+.3g}"
         note = (change if ratio is None else f"{change}  ({ratio:+.1f} s.e.)").replace("-", "\N{MINUS SIGN}")
@@ -347,7 +364,7 @@ def draw_before_after(figure: FigureBase, summary: Summary) -> None:
         axes.text(0.5, 1.03, note, transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
 
 
-def _bars(axes: Axes, found: Change, shade: str) -> None:
+def _bars(axes: Axes, found: Change, shade: str, label: str) -> None:
     values = (found.before, found.after)
     axes.bar([0, 1], values, width=0.62, color=["#c5ccd3", shade])
     whisker = 2 * found.standard_error if np.isfinite(found.standard_error) else 0.0
@@ -366,7 +383,7 @@ def _bars(axes: Axes, found: Change, shade: str) -> None:
             va="bottom" if up else "top",
             fontsize=9,
         )
-    axes.set_xticks([0, 1], ["before", "after"])
+    axes.set_xticks([0, 1], ["before", label])
     axes.set_xlim(-0.6, 1.6)
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -10,6 +10,7 @@ import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from gapo_mega.evaluation.pages import page_of
 from gapo_mega.evaluation.plot_parts import colour
 from gapo_mega.evaluation.plots import Picture, write_pictures
 from gapo_mega.evaluation.series import Array, Series, read_series
-from gapo_mega.evaluation.summary import ONE_RUN, SUMMARY_FILE, Summary, read_resumed, read_summary
+from gapo_mega.evaluation.standing import Standing
+from gapo_mega.evaluation.summary import (
+    ONE_RUN,
+    SUMMARY_FILE,
+    Summary,
+    read_resumed,
+    read_standing,
+    read_summary,
+)
 from gapo_mega.evaluation.terms import in_metric, parameters_measured
 
 REPORT_FOLDER = "report"
@@ -40,30 +49,39 @@ class SamplePair:
     scores_after: Mapping[str, float]
 
 
-def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
+def write_report(
+    run_dir: Path, samples: Sequence[SamplePair], running: tuple[Summary, Standing] | None = None
+) -> Path:
     """Write ``report/`` (PNG pictures and ``index.html``) into a run directory; returns the page's path.
 
     Reads the run's configuration, ``metrics.jsonl`` and, where prompts were held out, ``summary.json``.
+    ``running``: of a run that has not ended, and so has no summary: its latest evaluation.
     Raises ``ValueError`` where nothing has been logged.
     """
     series = read_series(run_dir)
     config_text = config_file(run_dir).read_text(encoding="utf-8")
     config = Config.model_validate(parse_document(config_text))
     names = [objective.name for objective in config.objectives]
-    path = run_dir / SUMMARY_FILE
-    summary, seconds = read_summary(path) if path.exists() else ({}, 0.0)
-    resumed = read_resumed(path) if path.exists() else []
+    found = _Held.of(run_dir / SUMMARY_FILE, running)
+    summary, standing = found.summary, found.standing
+    label = "after" if standing is None else standing.label
     directory = run_dir / REPORT_FOLDER
     directory.mkdir(exist_ok=True)
     gradients = config.gradients
-    pictures = write_pictures(directory, series, names, summary, gradients, _rows(config, series))
+    rows = _rows(config, series)
+    # The first picture is made of others that stand below it.
+    _, *pictures = write_pictures(directory, series, names, summary, gradients, rows, label)
     page = page_of(
         "report.html.jinja",
         title=run_dir.resolve().name,
         measured_over=parameters_measured(gradients) + in_metric(gradients),
         one_run=ONE_RUN,
+        state=_state(standing),
+        running=standing is not None and not standing.ended,
+        label=label,
+        chosen=_chosen(standing),
         objectives=_objective_rows(summary),
-        facts=[*_facts(config, series, seconds if summary else None), *_resumed_facts(resumed)],
+        facts=[*_facts(config, series, found.seconds if summary else None), *_resumed_facts(found.resumed)],
         phases=_phases(series),
         pictures=[_embedded(directory, picture) for picture in pictures],
         samples=samples,
@@ -74,6 +92,50 @@ def write_report(run_dir: Path, samples: Sequence[SamplePair]) -> Path:
     path = directory / REPORT_PAGE
     write_text(path, page)
     return path
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is known of the held-out prompts: from a summary, or from a run that has none yet."""
+
+    summary: Summary
+    standing: Standing | None  # None: not known, as of a run of an earlier version
+    seconds: float | None = None
+    resumed: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def of(cls, path: Path, running: tuple[Summary, Standing] | None) -> _Held:
+        if running is not None:
+            return cls(*running)
+        if not path.exists():
+            return cls({}, None)
+        summary, seconds = read_summary(path)
+        return cls(summary, read_standing(path), seconds, read_resumed(path))
+
+
+def _state(standing: Standing | None) -> str:
+    """How far the run is, and when this was."""
+    written = f"written at {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    if standing is None:
+        return f"Report {written}"
+    return f"{standing.sentence()}, {written}"
+
+
+def _chosen(standing: Standing | None) -> str | None:
+    """What the reader has to know of numbers of a step that was chosen by them."""
+    if standing is None or standing.best is None:
+        return None
+    best = standing.best
+    if not standing.ended:
+        return f"The best so far is {best.sentence()}."
+    several = (
+        "It was chosen by these very prompts, so that its numbers and intervals are too favourable; other "
+        "prompts (gapo-mega evaluate --prompts) tell how good it is."
+        if best.evaluations > 1
+        else ""
+    )
+    told = f"The result of the run (held-out numbers, responses, exported model) is of {best.sentence()}."
+    return f"{told} {several}".strip()
 
 
 def _rows(config: Config, series: Series) -> list[str] | None:

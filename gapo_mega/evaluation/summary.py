@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.standing import Standing
 
 Scores: TypeAlias = Tensor | NDArray[np.floating[Any]]
 Finding: TypeAlias = Literal[
@@ -189,18 +190,24 @@ def _prompt_means(values_MN: NDArray[np.float64], samples_per_prompt: int) -> ND
 
 
 def write_summary(
-    path: Path, summary: Summary, seconds: float, resumed: Sequence[Mapping[str, Any]] = ()
+    path: Path,
+    summary: Summary,
+    seconds: float,
+    resumed: Sequence[Mapping[str, Any]] = (),
+    standing: Standing | None = None,
 ) -> None:
     """``summary`` and the run's wall-clock ``seconds`` as JSON; a number that is not known is null.
 
     ``resumed``: by time, where the run went on with other settings: ``step``, the steps done by then, and
-    ``changed``, by setting its old and its new value.
+    ``changed``, by setting its old and its new value. ``standing``: of which step the numbers are.
     """
     objectives = {
         name: {key: value if math.isfinite(value) else None for key, value in asdict(change).items()}
         for name, change in summary.items()
     }
     document: dict[str, Any] = {"objectives": objectives, "seconds": seconds}
+    if standing is not None:
+        document |= standing.as_dict()
     if resumed:
         document["resumed"] = list(resumed)
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -220,3 +227,8 @@ def read_resumed(path: Path) -> list[Mapping[str, Any]]:
     """``resumed`` of ``write_summary``; empty where no setting changed while the run went on."""
     found: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get("resumed", [])
     return found
+
+
+def read_standing(path: Path) -> Standing | None:
+    """Of which step the numbers of a summary are; None where an earlier version wrote it."""
+    return Standing.of_summary(json.loads(path.read_text(encoding="utf-8")))

@@ -40,8 +40,15 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
             "output_dir": str(folder),
             "steps": steps + WARM_UP_STEPS,
             "data": config.data.model_copy(update={"heldout_prompts": 0}),
-            "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0, "save_final": False}),
-            "logging": config.logging.model_copy(update={"tensorboard": False, "wandb": False}),
+            "checkpoint": config.checkpoint.model_copy(
+                update={"every_steps": 0, "save_final": False, "best": None}
+            ),
+            "evaluation": config.evaluation.model_copy(
+                update={"every_steps": 0, "early_stopping_patience": None}
+            ),
+            "logging": config.logging.model_copy(
+                update={"tensorboard": False, "wandb": False, "responses": 0}
+            ),
         }
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gapo_mega.config import Config
 from gapo_mega.planning.memory import GIB, MemoryPlan
 from gapo_mega.planning.resolved import ResolvedRun
 
@@ -33,6 +34,7 @@ class RunPlan:
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
             f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a "
             "data-parallel rank",
+            *_while_training(config),
             *self.memory.table().splitlines(),
         ]
 
@@ -58,3 +60,27 @@ class RunPlan:
         cards = {parameter: card.name for parameter, card in self.resolved.cards.items()}
         run = {"world": self.resolved.world, "layout": layout, "cards": cards}
         return run | {**self.memory.as_dict(), "fits": fits}
+
+
+def _while_training(config: Config) -> list[str]:
+    """What a run does beside its steps: evaluations, the best checkpoint, kept responses."""
+    steps, evaluation = config.steps, config.evaluation
+    lines = []
+    if evaluation.every_steps:
+        each = config.data.heldout_prompts * evaluation.samples_per_prompt
+        count = 1 + -(-steps // evaluation.every_steps)
+        lines.append(
+            f"evaluations: before training, every {evaluation.every_steps} steps and after the last, {count} "
+            f"of at most {each} responses (the {steps} steps sample {steps * config.sequences()})"
+        )
+    if config.checkpoint.best is not None:
+        patience = evaluation.early_stopping_patience
+        early = "" if patience is None else f"; ends after {patience} evaluations without a better one"
+        lines.append(
+            f"checkpoints: the newest {config.checkpoint.keep} and that of the best evaluation by "
+            f"{config.checkpoint.best}, which is the run's result{early}"
+        )
+    if config.logging.responses:
+        kept = steps // config.logging.responses
+        lines.append(f"responses: those of {kept} steps are kept, {config.sequences()} in a file")
+    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
 from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer, Timer
-from gapo_mega.types import Experience, Prompt
+from gapo_mega.types import Experience, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,13 @@ class ExperienceMaker:
         self._scalarized = scalarized
         self._weighing = weighing
 
-    def make(self, prompts: list[Prompt], seed: int) -> tuple[Experience, BatchFacts]:
+    def make(
+        self, prompts: list[Prompt], seed: int, watch: Callable[[Rollout, Experience], None] | None = None
+    ) -> tuple[Experience, BatchFacts]:
         """The experience with advantages, and the facts that the log takes. Collective.
 
         ``prompts`` are this rank's; ``seed`` is the step's, from which every data rank derives its own.
+        ``watch`` is shown the scored rollout with all its prompts.
         """
         layout = self._engine.layout
         with self._timer("rollout"):
@@ -72,6 +75,8 @@ class ExperienceMaker:
             own_seed = seed * layout.data + layout.data_rank
             rollout = self._collector.collect(prompts, self._samples, own_seed)
         experience = self._scorer.score(rollout)
+        if watch is not None:
+            watch(rollout, experience)
         if self._estimator.needs_greedy:
             experience = self._with_greedy_scores(experience, prompts, own_seed)
         experience, told = self._estimate(without_flat(experience) if self._filtered else experience)

@@ -1,4 +1,4 @@
-"""Held-out prompts answered before and after training: same prompts, same sampling seeds."""
+"""Held-out prompts answered before, while and after training: same prompts, same sampling seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from gapo_mega.config import EvaluationConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.random_streams import undisturbed
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.types import Prompt
 
@@ -48,7 +49,14 @@ class HeldOut:
         return len(self._prompts)
 
     def answer(self) -> Answers:
-        """Answer and score the held-out prompts. Collective; the same on every rank, empty without any."""
+        """Answer and score the held-out prompts. Collective; the same on every rank, empty without any.
+
+        Training draws the same random numbers with it as without.
+        """
+        with undisturbed():
+            return self._answer()
+
+    def _answer(self) -> Answers:
         layout = self._engine.layout
         numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
         part: list[tuple[int, str, str, list[float]]] = []

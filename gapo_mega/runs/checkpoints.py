@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from gapo_mega.evaluation.files import flush, write_text
 CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
 UPDATES, RECORD = "updates", "run"  # keys of it: optimizer steps done, and what the checkpoint belongs to
+BEST = "best"  # and the best evaluation by then, where the run chooses one
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".incomplete-"
 _DISTRIBUTIONS = ("gapo-mega", "megatron-core", "torch")
@@ -63,13 +64,20 @@ class CheckpointFolder:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def save(self, step: int, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        about: Mapping[str, Any] | None = None,
+        kept: Collection[int] = (),
+    ) -> Path:
         """Write the checkpoint of ``step``; a complete one of the same step is replaced.
 
         Args:
             write: called on every rank with an existing empty directory; returns when this rank's
                 part is written.
             about: what ``complete.json`` holds of the run, as JSON.
+            kept: steps whose checkpoints stay however old they are.
 
         Raises OSError, naming the directory, when the disk refuses.
         """
@@ -85,7 +93,8 @@ class CheckpointFolder:
             with _disk_errors(self.directory, "written"):
                 self._complete(temporary, final, step, about or {})
                 for old in self.steps()[: -self._keep]:
-                    remove_checkpoint(self.path(old))
+                    if old not in kept:
+                        remove_checkpoint(self.path(old))
         self._barrier()
         return final
 
@@ -189,9 +198,9 @@ def _disk_errors(directory: Path, what: str) -> Iterator[None]:
         raise OSError(f"checkpoints in {directory} cannot be {what}: {error}") from error
 
 
-def is_due(settings: CheckpointConfig, step: int, total: int) -> bool:
+def is_due(settings: CheckpointConfig, step: int, last: bool) -> bool:
     """Whether to write a checkpoint after ``step``; with ``every_steps`` always after the last."""
-    if step == total:
+    if last:
         return bool(settings.every_steps or settings.save_final)
     return bool(settings.every_steps) and step % settings.every_steps == 0
 

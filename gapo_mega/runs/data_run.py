@@ -165,7 +165,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
         with contextlib.closing(self.session):
             if self.loop.run():
-                self.session.end(self.loop.step)
+                self.session.end(self.loop.step, self.total_steps)
         return self.measured
 
     # -- the work ------------------------------------------------------------------------------------

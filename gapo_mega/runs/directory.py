@@ -27,11 +27,13 @@ from gapo_mega.runs.recorded_config import check_config_files, remove_config
 MANIFEST_FILE = ".gapo-mega.json"
 EXPORT_FOLDER = "hf"
 TENSORBOARD_FOLDER = "tensorboard"
+RESPONSES_FOLDER = "responses"
 WANDB_ID = "wandb_id"
+RESPONSES_FILES = "step_*.jsonl"
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
 _FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID)
-_FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER)
+_FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
 _SUMMARY_KEYS = ({"objectives", "seconds"}, {"steps", "training_items", "heldout"})
@@ -46,6 +48,7 @@ class Wanted:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     report: bool  # whether it writes one
+    responses: bool = False  # whether it keeps those that it trains on
 
     @property
     def names(self) -> list[str]:
@@ -56,6 +59,7 @@ class Wanted:
             HELDOUT_FILE: self.report,  # of trainings, which answer held-out prompts
             TENSORBOARD_FOLDER: self.logging.tensorboard,
             WANDB_ID: self.logging.wandb,
+            RESPONSES_FOLDER: self.responses,
         }
         always = [METRICS_FILE, SUMMARY_FILE, CHECKPOINTS_FOLDER]
         return always + [name for name, wanted in optional.items() if wanted]
@@ -69,6 +73,7 @@ class Manifest:
     names: Sequence[str]
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of folders that a run has completed
     finished: int | None = None  # steps of the last run that reached its end
+    asked: int | None = None  # steps that it was asked for: more, where it stopped early
 
 
 def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
@@ -120,13 +125,16 @@ def begin(directory: Path, wanted: Wanted, overwrite: bool) -> None:
         _write(directory, Manifest(wanted.command, names, {} if found is None else found.files))
 
 
-def end(directory: Path, steps: int) -> None:
-    """Write down that the run has reached its end after ``steps``, and which files that gave."""
+def end(directory: Path, steps: int, asked: int | None = None) -> None:
+    """Write down that the run has reached its end after ``steps``, and which files that gave.
+
+    ``asked``: steps that it was asked for, where it may have stopped before.
+    """
     found = read_manifest(directory)
     assert found is not None, "begin() comes first"
     folders = [directory / name for name in (EXPORT_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
-    _write(directory, Manifest(found.command, found.names, files, steps))
+    _write(directory, Manifest(found.command, found.names, files, steps, asked))
 
 
 def _check_place(directory: Path) -> None:
@@ -250,7 +258,11 @@ def _written(directory: Path, manifest: Manifest) -> Iterator[Path]:
     if TENSORBOARD_FOLDER in manifest.names:
         yield from (directory / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")
     # Without a list of files: a run of an earlier version, or one that was killed on its way.
-    patterns = {EXPORT_FOLDER: ["**/*"], REPORT_FOLDER: ["index.html", "*.png"]}
+    patterns = {
+        EXPORT_FOLDER: ["**/*"],
+        REPORT_FOLDER: ["index.html", "*.png"],
+        RESPONSES_FOLDER: [RESPONSES_FILES],
+    }
     for name, found in patterns.items():
         if name not in manifest.names:
             continue
@@ -280,5 +292,6 @@ def _write(directory: Path, manifest: Manifest) -> None:
         "names": list(manifest.names),
         "files": {name: list(files) for name, files in manifest.files.items()},
         "finished": manifest.finished,
+        "asked": manifest.asked,
     }
     write_text(directory / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")

@@ -33,6 +33,8 @@ from gapo_mega.config import (
     RolloutConfig,
     ScalarizationConfig,
     Section,
+    TrainCheckpointConfig,
+    TrainLoggingConfig,
 )
 from gapo_mega.config.supervised import (
     ChatData,
@@ -172,7 +174,15 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "save_final": FREE,
         "export_hf": FREE,
     },
-    EvaluationConfig: {"samples_per_prompt": FIXED, "shown": FREE, "shared": FREE},
+    TrainCheckpointConfig: {"best": FREE},
+    EvaluationConfig: {
+        "samples_per_prompt": FIXED,
+        "every_steps": FREE,
+        "early_stopping_patience": FREE,
+        "shown": FREE,
+        "shared": FREE,
+    },
+    TrainLoggingConfig: {"responses": FREE},
     LoggingConfig: {
         "tensorboard": FREE,
         "wandb": FREE,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.runs.checkpoints import (
+    BEST,
     CHECKPOINTS_FOLDER,
     RECORD,
     UPDATES,
@@ -26,6 +28,7 @@ from gapo_mega.runs.checkpoints import (
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
 from gapo_mega.runs.log import RunLog
+from gapo_mega.runs.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +81,12 @@ class RunLoop:
         settings: CheckpointConfig,
         log: RunLog,
         record: Mapping[str, Any] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """``directory``: the run's. The loop closes ``log`` before the work's ``finish``.
 
-        ``record``: what checkpoints say that they belong to, in JSON.
+        ``record``: what checkpoints say that they belong to, in JSON. ``selection``: what the work tells its
+        evaluations; the checkpoint of the best one is written and stays, and it may end the run early.
         """
         self._directory = directory
         self._record = record
@@ -92,6 +97,7 @@ class RunLoop:
         self._checkpoints = CheckpointFolder(
             directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier
         )
+        self._selection = selection or Selection(None, None)
         self.step = 0  # steps done
 
     def run(self) -> bool:
@@ -99,7 +105,6 @@ class RunLoop:
 
         A signal during the last step does not count: nothing is left to stop.
         """
-        total = self._work.total_steps
         self._resume()
         self._work.begin()
         updates = self.step * self._work.updates_per_step
@@ -107,21 +112,34 @@ class RunLoop:
             keep_cut_lines(self._directory, updates)
         self._log.truncate_after(updates)
         with self._log, StopOnSignal() as stop:
-            while self.step < total:
+            while not self._is_over():
                 self._work.train_step(self.step)
                 self.step += 1
-                if any_replica(self._engine, stop.requested) and self.step < total:
+                over = self._is_over()
+                if any_replica(self._engine, stop.requested) and not over:
                     self._save()
                     self._log.close()
                     logger.warning(
                         "stopped by a signal after step %d; the same command goes on from there", self.step
                     )
                     return False
-                if is_due(self._settings, self.step, total):
+                if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
                     self._save()
             self._log.close()
+            if self._selection.stops:
+                logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
             self._work.finish()
         return True
+
+    def _is_over(self) -> bool:
+        return self.step >= self._work.total_steps or self._selection.stops
+
+    def best_checkpoint(self) -> Path | None:
+        """That of the best evaluation, where it is not the policy as it is now."""
+        best = self._selection.best
+        if best is None or best.step == self.step:
+            return None
+        return self._checkpoints.path(best.step)
 
     def _save(self) -> None:
         """Write a complete checkpoint of the current step; all ranks call it."""
@@ -129,7 +147,10 @@ class RunLoop:
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record
-        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about)
+        if self._selection.best is not None:
+            about[BEST] = asdict(self._selection.best)
+        kept = self._selection.kept
+        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about, kept)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
@@ -140,4 +161,6 @@ class RunLoop:
         extra = self._engine.load(latest)
         self._work.load_state_dict(extra, latest)
         self.step = int(extra["step"])
+        if not self._selection.kept <= set(self._checkpoints.steps()):
+            self._selection.lose(f"{self.best_checkpoint()} is not there")
         logger.info("resumed from %s: %d of %d steps done", latest, self.step, self._work.total_steps)

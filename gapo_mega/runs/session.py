@@ -238,10 +238,10 @@ class Session:
         assert self._identity is not None
         return {**self._identity.as_dict(), "history": self.history}
 
-    def end(self, steps: int) -> None:
-        """Write down that the run has reached its end after ``steps``."""
+    def end(self, steps: int, asked: int | None = None) -> None:
+        """Write down that the run has reached its end after ``steps`` of those that it was ``asked`` for."""
         if self.everyone.is_main:
-            end(self.directory, steps)
+            end(self.directory, steps, asked)
 
     def _note_changes(self, step: int) -> None:
         assert self._identity is not None

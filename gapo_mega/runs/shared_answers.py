@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gapo_mega.config.results import WITHOUT_EFFECT
+from gapo_mega.config.results import EVERY_STEPS, WITHOUT_EFFECT
 from gapo_mega.evaluation.files import write_text
 from gapo_mega.files import local
 from gapo_mega.rollout.heldout import Answers
@@ -28,6 +28,7 @@ PARAMETER = "evaluation.shared"
 # Settings that begin to matter with the first update, and places of what counts by its contents.
 _LATER = (
     *("output_dir", "steps", TOTAL_UPDATES, "model.path", *WITHOUT_EFFECT),
+    *("checkpoint.best", EVERY_STEPS, "evaluation.early_stopping_patience"),
     *(
         "aggregation.",
         "scalarization.",

@@ -50,7 +50,8 @@ def train(config: Config, overwrite: bool = False) -> None:
 
 def wanted(config: Config) -> Wanted:
     """What a training does in its output directory."""
-    return Wanted(COMMAND, config.checkpoint, config.logging, report=True)
+    keeps = config.logging.responses > 0
+    return Wanted(COMMAND, config.checkpoint, config.logging, report=True, responses=keeps)
 
 
 def identity_of(resolved: ResolvedRun) -> Identity:
@@ -80,6 +81,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         tokenizer = read_tokenizer(companions)
         check_tokens(companions, tokenizer, resolved.shape.vocab)
         train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed, config.columns)
+        check_heldout(config, len(heldout_prompts))
         for objective in resolved.objectives:
             objective.check_prompts([*train_prompts, *heldout_prompts])
         # Refuses more prompts a step than there are; the trainer builds its own for its data rank.
@@ -109,9 +111,19 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
             shared=shared,
         )
         if trainer.run():
-            session.end(trainer.loop.step)
+            session.end(trainer.loop.step, config.steps)
         # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
         engine.close()
+
+
+def check_heldout(config: Config, prompts: int) -> None:
+    """Raise ``ValueError`` where evaluations are asked for and the data leave no held-out prompt."""
+    every = config.evaluation.every_steps
+    if every and not prompts:
+        raise ValueError(
+            f"evaluation.every_steps: found {every}, but data.heldout_source or data.source gave none of the "
+            f"{config.data.heldout_prompts} held-out prompts; accepted: 0, or data with held-out prompts"
+        )
 
 
 def contents_of(

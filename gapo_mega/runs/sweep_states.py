@@ -8,7 +8,7 @@ from typing import Literal
 
 from gapo_mega.config import Config, Section
 from gapo_mega.config.loading import load
-from gapo_mega.config.results import WITHOUT_EFFECT
+from gapo_mega.config.results import without_effect
 from gapo_mega.evaluation.files import config_file
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
@@ -18,9 +18,6 @@ from gapo_mega.runs.identity import settings_of
 from gapo_mega.runs.lock import check_free
 
 StateName = Literal["new", "part", "running", "finished", "failed"]
-
-# Settings that a run which has ended may have had otherwise.
-_ANY = ("output_dir", *WITHOUT_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,9 @@ def state_of(directory: Path, steps: int | None) -> State:
     finished = manifest.finished
     if finished is not None and any(path.exists() for path in results):
         # With a checkpoint of its last step a run can go on to more steps; without one it stays as it is.
-        goes_on = steps is not None and steps > finished and there and there[-1] >= finished
+        # One that stopped early has been asked for these steps already.
+        asked = max(finished, manifest.asked or 0)
+        goes_on = steps is not None and steps > asked and there and there[-1] >= finished
         if not goes_on:
             return State("finished", finished, bool(there))
     return State("part", there[-1] if there else 0, bool(there))
@@ -81,8 +80,10 @@ def check_same(directory: Path, wanted: Section) -> None:
     """Raise ``ValueError`` where the finished run in ``directory`` was one of other settings."""
     recorded = load(config_file(directory), kind=type(wanted))
     before, now = settings_of(recorded), settings_of(wanted)
+    best = before.get("checkpoint.best") or now.get("checkpoint.best")
+    any_value = ("output_dir", *without_effect(best))
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not key.startswith(_ANY):
+        if before.get(key) != now.get(key) and not key.startswith(any_value):
             raise ValueError(
                 f"{key}: found {now.get(key)!r}, but the run that has ended in {directory} had "
                 f"{before.get(key)!r}; accepted: that value, another output_dir, or to remove that directory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from gapo_mega.rollout.heldout import Answers, HeldOut
 from gapo_mega.rollout.kl import KlCoefficient
 from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer
+from gapo_mega.runs.evaluations import Evaluations
 from gapo_mega.runs.finish import finish
 from gapo_mega.runs.kl import loss_with_kl, method_with_kl
 from gapo_mega.runs.log import RunLog
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.metrics import step_metrics
 from gapo_mega.runs.phases import Phases
+from gapo_mega.runs.responses import ResponseFiles
 from gapo_mega.runs.session import Session
 from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.skips import Skips
@@ -93,10 +96,11 @@ class Trainer:
         directory = Path(config.output_dir)
         self.log = RunLog(directory, self.names, config.logging, total, engine.layout.is_main)
         record = None if session is None else session.record()
-        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record)
-        self._shared = shared
+        self.evaluations = Evaluations(config, engine, self.names, self.heldout, shared)
+        self.responses = ResponseFiles(directory, self.names, config.logging.responses, engine)
+        selection = self.evaluations.selection
+        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record, selection)
         self._resumed = [] if session is None else session.history
-        self.before: Answers | None = None
         self._with_report = with_report
         self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
@@ -160,22 +164,29 @@ class Trainer:
         """Optimizer steps of one rollout."""
         return self.resolved.updates_per_step
 
+    @property
+    def before(self) -> Answers | None:
+        """The held-out answers before training; None until they are there."""
+        return self.evaluations.before
+
     def begin(self) -> None:
         """Answer the held-out prompts with the policy as it was given, if no checkpoint has the answers."""
-        if self.before is None:
-            answer = self.heldout.answer
-            self.before = answer() if self._shared is None else self._shared.get(answer)
+        self.responses.drop_after(self.loop.step)
+        self.evaluations.begin()
 
     def train_step(self, step: int) -> None:
-        """Roll out, score, estimate advantages, and update once per minibatch."""
+        """Roll out, score, estimate advantages, update once per minibatch, and evaluate if it is time to."""
         self.phases.restart()
         algorithm = self.config.algorithm
         seed = self.config.seed * 1_000_003 + step
         prompts = [self.prompts[i] for i in self.order.items(step)]
-        experience, facts = self.maker.make(prompts, seed)
+        done = step + 1
+        watch = partial(self.responses.write, done) if self.responses.is_due(done) else None
+        experience, facts = self.maker.make(prompts, seed, watch)
         self.aggregator.observe(*torch.tensor([facts.rewards, facts.spreads], dtype=torch.float64))
         order = torch.Generator().manual_seed(generator_seed(seed))
-        update = step * self.updates_per_step
+        update, last = step * self.updates_per_step, done * self.updates_per_step
+        evaluates = self.evaluations.is_due(done)
         for _ in range(algorithm.ppo_epochs):
             for minibatch in experience.minibatches(algorithm.minibatches, order):
                 update += 1
@@ -183,17 +194,27 @@ class Trainer:
                 audit = self._is_audited(update)
                 report = self._update_policy(minibatch, audit)
                 rows = None if self.config.one_signal is None else self._rows(audit)
-                self._record(update, report, facts, critic_losses, rows)
+                evaluated = done if evaluates and update == last else None
+                self._record(update, report, facts, critic_losses, rows, evaluated)
                 self.skips.take(report, update, rows)
                 self.phases.restart()
         self.kl.observe(facts.kl * facts.extra["response_length"], self.config.sequences())
+        if evaluates and self._with_report:
+            self.evaluations.report(done)
 
     def finish(self) -> None:
         """Export the policy, answer the held-out prompts again, and write summary and report."""
         if self._with_report:
-            assert self.before is not None
+            best = self.loop.best_checkpoint()
             finish(
-                self.config, self.engine, self.names, self.before, self.heldout, self._elapsed, self._resumed
+                self.config,
+                self.engine,
+                self.names,
+                self.evaluations,
+                self.loop.step,
+                best,
+                self._elapsed,
+                self._resumed,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,7 +225,7 @@ class Trainer:
             "kl": self.kl.state_dict(),
             "scalarizer": {} if self.scalarizer is None else self.scalarizer.state_dict(),
             "skipped_in_a_row": self.skips.in_a_row,
-            "before": dataclasses.asdict(self.before) if self.before else None,
+            **self.evaluations.state_dict(),
             "seconds": self._elapsed(),
         }
 
@@ -216,7 +237,7 @@ class Trainer:
         if self.scalarizer is not None:
             self.scalarizer.load_state_dict(state["scalarizer"])
         self.skips.in_a_row = int(state["skipped_in_a_row"])
-        self.before = Answers(**state["before"]) if state["before"] else None
+        self.evaluations.load_state_dict(state)
         self._seconds_before_resume = float(state["seconds"])
 
     def _position(self) -> PromptPosition:
@@ -272,9 +293,14 @@ class Trainer:
         facts: BatchFacts,
         critic_losses: Sequence[float],
         rows: Sequence[str] | None,
+        evaluated: int | None,
     ) -> None:
+        """Log an update; ``evaluated``: steps done, where they are evaluated with the last update's line."""
         seconds = self.phases.total()
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
+        if evaluated is not None:
+            with self.phases("evaluation"):
+                extra |= self.evaluations.measure(evaluated)
         metrics = step_metrics(
             report,
             self.rows if rows is None else self.names,

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from gapo_mega.config import Config, OptimizerConfig, ParallelConfig, Section
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 
 MINIMAL: dict[str, Any] = {"output_dir": "o", "model": {"path": "m"}, "data": {"source": "s"}}
 
@@ -134,3 +135,61 @@ def test_what_a_safe_scalarizer_rules_out(section: dict[str, Any], said: str) ->
     with pytest.raises(ValidationError) as caught:
         Config.model_validate({**MINIMAL, "objectives": objectives(2), "scalarization": safe, **section})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"evaluation": {"every_steps": 2}, "data": {"source": "s", "heldout_prompts": 0}},
+            "evaluation.every_steps: found 2 with data.heldout_prompts 0, accepted: 0, or held-out prompts",
+        ),
+        (
+            {"evaluation": {"every_steps": 2, "early_stopping_patience": 3}},
+            "evaluation.early_stopping_patience: found 3 without checkpoint.best, accepted: null, or "
+            "checkpoint.best, which says what counts as better",
+        ),
+        (
+            {"evaluation": {"every_steps": 2}, "checkpoint": {"best": "o3"}},
+            "checkpoint.best: found 'o3', accepted: null, o0, worst_gain, hypervolume",
+        ),
+        (
+            {"checkpoint": {"best": "worst_gain"}},
+            "checkpoint.best: found worst_gain with evaluation.every_steps 0, accepted: null, or "
+            "evaluation.every_steps above 0 (the best is chosen among these evaluations)",
+        ),
+        (
+            {
+                "objectives": objectives(1, "worst_gain"),
+                "evaluation": {"every_steps": 2},
+                "checkpoint": {"best": "worst_gain"},
+            },
+            "checkpoint.best: found worst_gain, which is both an objective and a measure of all of them; "
+            "accepted: another name of that objective",
+        ),
+    ],
+)
+def test_evaluations_that_could_decide_nothing(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**MINIMAL, "objectives": objectives(1), **sections})
+    (error,) = caught.value.errors()
+    assert error["msg"] == f"Value error, {message}"
+
+
+@pytest.mark.parametrize("best", ["o1", "worst_gain", "hypervolume"])
+def test_evaluations_that_choose(best: str) -> None:
+    evaluation = {"every_steps": 2, "early_stopping_patience": 1}
+    sections = {"evaluation": evaluation, "checkpoint": {"best": best}}
+    found = Config.model_validate({**MINIMAL, "objectives": objectives(2), **sections})
+    assert found.checkpoint.best == best and found.checkpoint.keep == 2
+
+
+@pytest.mark.parametrize("kind", [SftConfig, RewardModelConfig, PairsConfig])
+def test_runs_on_data_choose_no_best_and_have_no_responses(kind: type[Section]) -> None:
+    for section, field in (("checkpoint", "best"), ("logging", "responses")):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate({**MINIMAL, section: {field: 1}})
+        assert any(
+            (error["type"], error["loc"][:2]) == ("extra_forbidden", (section, field))
+            for error in caught.value.errors()
+        )

@@ -14,6 +14,7 @@ from scipy import stats
 from gapo_mega.evaluation.compare import compare, groups_of
 from gapo_mega.evaluation.compare_files import write_comparison
 from gapo_mega.evaluation.finished_run import FinishedRun, read_run
+from gapo_mega.evaluation.standing import Best, Standing
 from gapo_mega.evaluation.summary import write_summary
 from tests.helpers.finished_runs import UPDATES, write_run
 
@@ -147,3 +148,21 @@ def test_a_run_without_held_out_prompts(tmp_path: Path) -> None:
     write_summary(directory / "summary.json", {}, 1.0)
     with pytest.raises(ValueError, match="found no held-out score of concise, plain"):
         read_run(directory)
+
+
+def test_numbers_of_a_chosen_step_say_so(tmp_path: Path) -> None:
+    """KL and length are those of that step, too; the cost is that of the whole run."""
+    run = write_run(tmp_path, "best", 1, 0.5)
+    standing = Standing(8, UPDATES, UPDATES, ended=True, best=Best("plain", 8, 0.4, 5))
+    write_summary(run.directory / "summary.json", run.summary, 12.0, standing=standing)
+    found = read_run(run.directory)
+    assert found.standing == standing
+    # A tenth of the run is two steps, made odd; the log counts 0.01 a step from 0.
+    assert found.kl == pytest.approx(np.mean([0.05, 0.06, 0.07]))
+    assert found.cost == run.cost
+    told = found.as_dict()
+    assert (told["step"], told["steps"], told["best"]["by"]) == (8, UPDATES, "plain")
+    shown = compare([found, write_run(tmp_path, "last", 2, 0.5)])
+    assert shown["groups"][0]["of_steps"] == [8, UPDATES]
+    paths = write_comparison(tmp_path, shown)
+    assert f"| 8 to {UPDATES} |" in paths[0].read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib
@@ -16,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from gapo_mega.config import Config, GradientConfig
+from gapo_mega.evaluation.heldout_curves import curve, draw_heldout
 from gapo_mega.evaluation.plots import draw_before_after, draw_progress, draw_weights
 from gapo_mega.evaluation.report import SamplePair, write_report
 from gapo_mega.evaluation.series import Series, read_series
-from gapo_mega.evaluation.summary import Change, paired_summary, write_summary
+from gapo_mega.evaluation.standing import Best, Standing
+from gapo_mega.evaluation.summary import Change, paired_summary, read_standing, write_summary
 from gapo_mega.evaluation.terms import cosines_with_direction, parameters_measured
 
 
@@ -71,7 +74,8 @@ def test_report_is_complete(tmp_path: Path, names: list[str], steps: int) -> Non
     for path in page.parent.glob("*.png"):
         assert np.asarray(imread(path)).std() > 0.01, f"{path.name} is blank"
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == len(expected)
+    # The overview repeats others, and no picture is on the page twice.
+    assert text.count("data:image/png;base64,") == len(expected) - 1
     assert "http://" not in text and "https://" not in text and "<script" not in text
     assert html.escape("Why <script>alert(1)</script>?") in text and "a &amp; b\nsecond line" in text
     facts = json.loads((run / "summary.json").read_text())["objectives"][names[0]]
@@ -276,3 +280,60 @@ def test_lone_surrogates_do_not_keep_a_report_from_being_written(tmp_path: Path)
     pair = SamplePair("why \udc80?", "\ud83d\ude00", "b\x00", {"a": 1.0}, {"a": 1.0})
     text = write_report(run, [pair]).read_text(encoding="utf-8")
     assert "why \ufffd?" in text and "\U0001f600" in text
+
+
+def evaluated(path: Path, steps: int, every: int) -> Path:
+    """A run that was evaluated: objective a scores 1 before training and gains 0.5 an evaluation."""
+    run = run_directory(path, ["a", "b"], steps)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[every - 1 :: every]:
+        gain = 0.5 * row["step"] / every
+        row |= {"heldout/a": 1 + gain, "heldout_gain/a": gain, "heldout_gain_error/a": 0.125}
+        row |= {"heldout/b": 3.0, "heldout_gain/b": 0.0, "heldout_gain_error/b": None}
+        row |= {"heldout_criterion": gain, "heldout_best_step": 2.0 * every}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_curves_begin_before_training(tmp_path: Path) -> None:
+    series = read_series(evaluated(tmp_path / "run", 12, 4))
+    steps, scores, errors = curve(series, "a")
+    assert (steps.tolist(), scores.tolist()) == ([0.0, 4.0, 8.0, 12.0], [1.0, 1.5, 2.0, 2.5])
+    assert errors.tolist() == [0.0, 0.125, 0.125, 0.125]
+    assert curve(series, "b")[2].tolist() == [0.0] * 4  # not known, so no bar
+    figure = Figure()
+    draw_heldout(figure, series, ["a", "b"])
+    (line, *_), (ring,) = ([x for x in figure.axes[0].lines if len(x.get_xdata()) == n] for n in (4, 1))  # type: ignore[arg-type]
+    assert list(line.get_ydata()) == [1.0, 1.5, 2.0, 2.5]  # type: ignore[arg-type]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([4.0], [1.5])  # type: ignore[arg-type]
+
+
+def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "run", 12, 4)
+    (run / "summary.json").unlink()
+    found = {"a": Change(1.0, 2.5, 0.125, 5), "b": Change(3.0, 3.0, math.nan, 5)}
+    standing = Standing(12, 12, 200, ended=False, best=Best("a", 12, 2.5, 3))
+    text = write_report(run, [sample(["a", "b"])], (found, standing)).read_text()
+    assert re.search(r"Running: step 12 of 200, written at \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
+    assert "The best so far is step 12, the best of 3 evaluations by a (2.5)." in text
+    assert "<th>step 12</th>" in text and "<th>after</th>" not in text
+    assert "too few prompts to tell a change from chance (5 of at least 10)" in text
+    assert "Wall-clock" not in text and (run / "report" / "heldout.png").is_file()
+    assert text.count("Mean reward on held-out prompts while training") == 2  # caption and alternative text
+
+
+def test_the_end_says_which_step_it_is(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "run", 12, 4)
+    standing = Standing(8, 12, 20, ended=True, best=Best("a", 8, 2.0, 3))
+    write_summary(run / "summary.json", {"a": Change(1.0, 2.0, 0.1, 50)}, 60.0, standing=standing)
+    assert read_standing(run / "summary.json") == standing
+    text = write_report(run, []).read_text()
+    assert "Ended after step 12 of 20, stopped early, written at" in text
+    assert "<th>after (step 8)</th>" in text and "is of step 8, the best of 3 evaluations by a (2)" in text
+    assert "numbers and intervals are too favourable" in text
+
+
+def test_a_summary_of_an_earlier_version_claims_no_step(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", ["a"], 2)
+    assert read_standing(run / "summary.json") is None
+    assert "<th>after</th>" in write_report(run, []).read_text()

@@ -302,6 +302,20 @@ def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     assert run.fullest(3.0) == "fullest rank: 3.00 GiB, fits into 3 GiB"
     assert run.fullest(2.5).endswith("does not fit into 2.5 GiB")
     assert run.lines()[0] == "layout: 1 processes = tensor 1 x pipeline 1 x data 1"
+    assert not any("evaluations" in line for line in run.lines())
+    beside = config(
+        steps=25,
+        evaluation={"every_steps": 10, "early_stopping_patience": 2},
+        checkpoint={"best": "hypervolume"},
+        logging={"responses": 10},
+    )
+    told = "\n".join(RunPlan(resolved_run(beside, shape=shape_of(MISTRAL_7B)), run.memory).lines())
+    # Before, after steps 10 and 20, and after the last.
+    assert (
+        "evaluations: before training, every 10 steps and after the last, 4 of at most 64 responses" in told
+    )
+    assert "that of the best evaluation by hypervolume, which is the run's result; ends after 2" in told
+    assert "responses: those of 2 steps are kept" in told
     chunks = RunPlan(
         resolved_run(config(parallel={"pipeline": 2, "virtual_pipeline": 4}), 2, shape=shape_of(MISTRAL_7B)),
         run.memory,

@@ -263,3 +263,19 @@ def test_checkpoints_on_another_disk_are_no_other_runs(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints").rename(tmp_path / "elsewhere")
     (tmp_path / "a" / "checkpoints").symlink_to(tmp_path / "elsewhere")
     check_directory(tmp_path / "a", wanted(), overwrite=False)
+
+
+def test_kept_responses_are_the_runs_own(tmp_path: Path) -> None:
+    keeps = Wanted("gapo-mega train", CheckpointConfig(), LoggingConfig(), report=True, responses=True)
+    folder = tmp_path / "responses"
+    folder.mkdir()
+    check_directory(tmp_path, wanted(), overwrite=False)  # a run that keeps none takes no notice
+    assert f"found {folder}, which no run has written" in refusal(tmp_path, keeps)
+    folder.rmdir()
+    begin(tmp_path, keeps, overwrite=False)
+    folder.mkdir()
+    for name in ("step_00000002.jsonl", "mine.jsonl"):
+        (folder / name).write_text("{}\n")
+    check_directory(tmp_path, keeps, overwrite=False)
+    begin(tmp_path, wanted(), overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["mine.jsonl"]

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.rollout.heldout import Answers
-from gapo_mega.runs.finish import sample_pairs
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.fake_runs import trainer
 
@@ -44,18 +42,6 @@ def test_without_a_report_nothing_follows_the_last_step(tmp_path: Path) -> None:
     assert trainer(tmp_path, engine, steps=1).run()
     assert engine.calls[-1] == "update_policy"
     assert not (tmp_path / "summary.json").exists()
-
-
-def test_the_first_sample_of_the_first_prompts_is_shown() -> None:
-    texts = [f"p{i}" for i in range(3) for _ in range(2)]
-    before = Answers(texts, [f"b{i}" for i in range(6)], [[float(i) for i in range(6)]])
-    after = Answers(texts, [f"a{i}" for i in range(6)], [[float(-i) for i in range(6)]])
-    pairs = sample_pairs(before, after, ["o"], count=2, samples=2)
-    assert [(pair.prompt, pair.before, pair.after) for pair in pairs] == [
-        ("p0", "b0", "a0"),
-        ("p1", "b2", "a2"),
-    ]
-    assert [pair.scores_after for pair in pairs] == [{"o": 0.0}, {"o": -2.0}]
 
 
 def test_every_held_out_answer_is_kept(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_runs_that_answer_at_the_same_time(tmp_path: Path) -> None:
         {"loss": {"name": "grpo"}},
         {"logging": {"progress": True}},
         {"evaluation": {"shown": 3}},
+        {"evaluation": {"every_steps": 2, "early_stopping_patience": 1}, "checkpoint": {"best": "long"}},
     ],
 )
 def test_what_comes_later_does_not_matter(tmp_path: Path, changed: dict[str, Any]) -> None:

@@ -112,3 +112,21 @@ def test_settings_that_change_no_number_may_differ(tmp_path: Path) -> None:
     finish(tmp_path)
     other = {"logging": {"tensorboard": False}, "checkpoint": {"every_steps": 3}, "evaluation": {"shown": 1}}
     check_same(tmp_path, config_of(tmp_path / "elsewhere", **other))
+
+
+def test_one_that_stopped_early_has_ended(tmp_path: Path) -> None:
+    """Its last step's checkpoint would let it go on, if it had not been asked for these steps already."""
+    begun(tmp_path)
+    checkpoint(tmp_path, 2)
+    (tmp_path / "summary.json").write_text('{"objectives": {}, "seconds": 1.0}')
+    end(tmp_path, 2, asked=4)
+    assert (state_of(tmp_path, 4).name, state_of(tmp_path, 4).steps) == ("finished", 2)
+    assert state_of(tmp_path, 9).name == "part", "more steps are another question"
+
+
+def test_what_chooses_the_result_must_be_the_same(tmp_path: Path) -> None:
+    evaluation = {"every_steps": 2}
+    record_config(config_of(tmp_path), tmp_path)
+    check_same(tmp_path, config_of(tmp_path, evaluation=evaluation))  # it only looks
+    with pytest.raises(ValueError, match=r"^checkpoint\.best: found 'worst_gain', but the run .* had None"):
+        check_same(tmp_path, config_of(tmp_path, evaluation=evaluation, checkpoint={"best": "worst_gain"}))
