@@ -14,6 +14,7 @@ import typer
 
 from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
+from gapo_mega.commands.chat import chat
 from gapo_mega.commands.compare import compare
 from gapo_mega.commands.convert import convert
 from gapo_mega.commands.evaluate import evaluate
@@ -47,6 +48,7 @@ app.command()(sft)
 app.command()(sweep)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(chat)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)

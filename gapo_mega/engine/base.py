@@ -122,6 +122,11 @@ class SamplingParameters:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
 
+# Called after every token: numbers of the prompts whose responses go on, and the new token of each. What it
+# raises ends the generation, and leaves the generator fit for the next.
+TokenWatcher = Callable[[Sequence[int], Sequence[int]], None]
+
+
 def generator_seed(seed: int) -> int:
     """A seed that torch's generators take, which have 64 bits; one of fewer than 63 bits stays as it is."""
     return seed if abs(seed) < 2**62 else seed % 2**62
@@ -131,9 +136,16 @@ class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParameters,
+        seed: int,
+        watch: TokenWatcher | None = None,
     ) -> Generation:
-        """Responses for token-id prompts of different lengths. The same on every rank of a replica."""
+        """Responses for token-id prompts of different lengths. The same on every rank of a replica.
+
+        ``watch`` sees tokens as they come, on every rank; where it raises, it has to on all of them.
+        """
         ...
 
     def update_weights(self) -> None:
@@ -220,6 +232,10 @@ class AnsweringEngine(Answering, Protocol):
 
     def take(self, setup: AnsweringSetup) -> None:
         """Load these models in place of the earlier ones, in the same layout; score models stay."""
+        ...
+
+    def beside(self, setup: AnsweringSetup) -> AnsweringEngine:
+        """Another engine in the same layout, with models of its own; closing one closes both."""
         ...
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
-from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.base import SamplingParameters, TokenWatcher
 from gapo_mega.engine.megatron.generation import sampling as sampler
 from gapo_mega.engine.megatron.generation.results import Results
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
@@ -122,7 +122,11 @@ class MegatronGenerator:
         """Does nothing: the generator shares the training model's weights."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParameters,
+        seed: int,
+        watch: TokenWatcher | None = None,
     ) -> Generation:
         """Sample responses for token-id prompts. Collective over the replica's ranks.
 
@@ -135,7 +139,7 @@ class MegatronGenerator:
         """
         self._check(prompts, sampling)
         count, steps = len(prompts), sampling.max_new_tokens
-        results = Results(count, sampling, self._pad_id, self._samples_here)
+        results = Results(count, sampling, self._pad_id, self._samples_here, watch)
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
         # Not inference_mode: Megatron caches rotary tables, which training uses, too.
         with torch.no_grad(), megatron_device(), _inference_state(self._chunks):
