@@ -37,6 +37,7 @@ app = typer.Typer(
     epilog=f"Errors in what was asked for are one line; set {TRACEBACK}=1 to see where they were raised.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # brackets in a help text, as of defaults, are no markup
     pretty_exceptions_enable=False,
 )
 
