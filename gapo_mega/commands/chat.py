@@ -53,7 +53,7 @@ def chat(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="0: always the most likely token. [that of --config, or 1]"),
+        typer.Option(help="0: always the most likely token. [that of --config, or 1]"),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="[that of --config, or 0: all tokens]")] = None,
     top_p: Annotated[float | None, typer.Option(help="[that of --config, or 1]")] = None,
