@@ -22,7 +22,7 @@ from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
-from gapo_mega.types import Experience, Generation, TokenBatch
+from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
 # per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
@@ -122,11 +122,6 @@ class SamplingParameters:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
 
-# Called after every token: numbers of the prompts whose responses go on, and the new token of each. What it
-# raises ends the generation, and leaves the generator fit for the next.
-TokenWatcher = Callable[[Sequence[int], Sequence[int]], None]
-
-
 def generator_seed(seed: int) -> int:
     """A seed that torch's generators take, which have 64 bits; one of fewer than 63 bits stays as it is."""
     return seed if abs(seed) < 2**62 else seed % 2**62
@@ -136,16 +131,10 @@ class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParameters,
-        seed: int,
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int,
         watch: TokenWatcher | None = None,
-    ) -> Generation:
-        """Responses for token-id prompts of different lengths. The same on every rank of a replica.
-
-        ``watch`` sees tokens as they come, on every rank; where it raises, it has to on all of them.
-        """
+    ) -> Generation:  # fmt: skip
+        """Responses for token-id prompts of different lengths. The same on every rank of a replica."""
         ...
 
     def update_weights(self) -> None:
@@ -174,6 +163,10 @@ class Ranks(Protocol):
         """Wait for every rank."""
         ...
 
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
 
 class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
@@ -196,10 +189,6 @@ class RunEngine(Ranks, Protocol):
         Needed before forward passes that not every data rank runs: with ``optimizer.overlap_param_gather``
         the first one after an update waits for those of the other data ranks.
         """
-        ...
-
-    def close(self) -> None:
-        """Leave the process groups."""
         ...
 
 
@@ -236,10 +225,6 @@ class AnsweringEngine(Answering, Protocol):
 
     def beside(self, setup: AnsweringSetup) -> AnsweringEngine:
         """Another engine in the same layout, with models of its own; closing one closes both."""
-        ...
-
-    def close(self) -> None:
-        """Leave the process groups."""
         ...
 
 

@@ -28,12 +28,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
-from gapo_mega.engine.base import SamplingParameters, TokenWatcher
+from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.generation import sampling as sampler
 from gapo_mega.engine.megatron.generation.results import Results
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import Generation
+from gapo_mega.types import Generation, TokenWatcher
 
 # Repack a lane once this share of its rows has finished: a copy of the KV cache costs less than a step.
 _REPACK_FROM = 0.25

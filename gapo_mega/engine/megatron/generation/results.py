@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gapo_mega.engine.base import SamplingParameters, TokenWatcher
+from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.generation.kept import KeptRecord, at_columns
-from gapo_mega.types import Generation, KeptTokens
+from gapo_mega.types import Generation, KeptTokens, TokenWatcher
 
 
 class Results:
