@@ -41,7 +41,9 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
             "steps": steps + WARM_UP_STEPS,
             "data": config.data.model_copy(update={"heldout_prompts": 0}),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0, "save_final": False}),
-            "logging": config.logging.model_copy(update={"tensorboard": False, "wandb": False}),
+            "logging": config.logging.model_copy(
+                update={"tensorboard": False, "wandb": False, "loggers": []}
+            ),
         }
     )
 

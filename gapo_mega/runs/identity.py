@@ -177,6 +177,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "tensorboard": FREE,
         "wandb": FREE,
         "wandb_project": FREE,
+        "loggers": FREE,
         "progress": FREE,
         "entropy": FREE,
     },

@@ -79,7 +79,7 @@ class RunLoop:
         log: RunLog,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``.
+        """``directory``: the run's. The steps in ``log`` end before the work's ``finish``; loggers see it.
 
         ``record``: what checkpoints say that they belong to, in JSON.
         """
@@ -119,8 +119,9 @@ class RunLoop:
                     return False
                 if is_due(self._settings, self.step, total):
                     self._save()
-            self._log.close()
+            self._log.end_steps()
             self._work.finish()
+            self._log.conclude()
         return True
 
     def _save(self) -> None:
