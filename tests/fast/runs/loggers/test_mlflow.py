@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(not optional.mlflow().usable, reason="mlflow is 
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+def place(tmp_path: Path) -> str:
     return (tmp_path / "mlruns").as_uri()
 
 
@@ -77,6 +76,8 @@ def test_a_run_that_begins_anew_is_another(place: str, tmp_path: Path) -> None:
 
 def test_a_place_that_does_not_answer_is_named_at_the_start(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^logging\.loggers: found mlflow, but mlflow did not start \(") as found:
+    with pytest.raises(
+        ValueError, match=r"^logging\.loggers: found mlflow, but mlflow did not start \("
+    ) as found:
         logged(finished(tmp_path), (tmp_path / "file" / "below").as_uri())
     assert "\n" not in str(found.value)

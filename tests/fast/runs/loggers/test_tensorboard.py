@@ -47,7 +47,9 @@ def test_configuration_and_tables(run: Path, events: EventAccumulator) -> None:
     for line, (name, change) in zip(heldout[2:], summary["objectives"].items(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[0] == name
-        assert [float(cell) for cell in cells[1:3]] == pytest.approx([change["before"], change["after"]], rel=1e-5)
+        assert [float(cell) for cell in cells[1:3]] == pytest.approx(
+            [change["before"], change["after"]], rel=1e-5
+        )
     answers = text(events, "answers").splitlines()
     assert [line.split(" | ")[0] for line in answers[2:]] == [f"| prompt {i}" for i in range(6)]
 
