@@ -34,6 +34,7 @@ from gapo_mega.config import (
     ScalarizationConfig,
     Section,
 )
+from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.supervised import (
     ChatData,
     ObjectivePairs,
@@ -126,6 +127,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     ScalarizationConfig: {"name": CODE, "options": FIXED},
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED, "filter_flat": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
+    LoggerConfig: {"name": FREE, "options": FREE},
     AlgorithmConfig: {
         "kl": FIXED,
         "kl_beta": FIXED,
@@ -177,7 +179,6 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "tensorboard": FREE,
         "wandb": FREE,
         "wandb_project": FREE,
-        "loggers": FREE,
         "progress": FREE,
         "entropy": FREE,
     },

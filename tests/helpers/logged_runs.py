@@ -36,7 +36,7 @@ def metrics_of(step: int) -> dict[str, float]:
 
 
 def log_all(directory: Path, *loggers: dict[str, Any], resume_at: int | None = None) -> None:
-    """The whole life of a run; with ``resume_at`` a process is killed after that step, and another goes on."""
+    """The whole life of a run; with ``resume_at`` one process is killed after that step, another goes on."""
     config = LoggingConfig.model_validate({"tensorboard": False, "progress": False, "loggers": list(loggers)})
     first = 1
     if resume_at is not None:

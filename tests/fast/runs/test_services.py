@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gapo_mega.config import LoggingConfig
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.services import chosen
+from tests.helpers.environment import ROOT
 from tests.helpers.logged_runs import LAST, finished, log_all, metrics_of
 
 OWN = '''
@@ -101,8 +103,8 @@ def test_one_that_fails_in_the_middle_is_left_out_and_told_once(
     (record,) = [record for record in caplog.records if record.name.startswith("gapo_mega")]
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
-        f"logging.loggers: Diary failed at {when} and is left out from here on (ConnectionError: the service has "
-        "gone); metrics.jsonl has every step"
+        f"logging.loggers: Diary failed at {when} and is left out from here on (ConnectionError: the service "
+        "has gone); metrics.jsonl has every step"
     )
     assert [row[0] for row in read(diary)] == heard
     lines = (directory / "metrics.jsonl").read_text().splitlines()
@@ -114,8 +116,8 @@ def test_one_that_does_not_start_ends_the_run_in_one_line(diary: dict[str, Any],
     with pytest.raises(ValueError) as found:
         log_all(finished(tmp_path), diary)
     assert str(found.value) == (
-        f"logging.loggers: found {diary['name']}, but Diary did not start (ConnectionError: the service has gone); "
-        "accepted: one that does, or leave it out"
+        f"logging.loggers: found {diary['name']}, but Diary did not start (ConnectionError: the service has "
+        "gone); accepted: one that does, or leave it out"
     )
 
 
@@ -164,3 +166,17 @@ def test_a_broken_memory_begins_new_runs(
     log_all(directory, diary, resume_at=2)
     assert [row[3] for row in read(diary) if row[0] == "start"] == [None, "run 0"]
     assert any("loggers.json is not as a run writes it" in record.getMessage() for record in caplog.records)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "loggers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# diary\.py\n.*?)```", page, re.DOTALL)
+    (tmp_path / "diary.py").write_text(code)
+    directory = finished(tmp_path)
+    log_all(directory, {"name": f"{tmp_path / 'diary.py'}:Diary"}, resume_at=2)
+    assert (directory / "diary.txt").read_text().splitlines() == [
+        "begins after step 0, seed 1",
+        *("step 1: KL nan", "step 2: KL 0.5", "failed"),
+        "begins after step 2, seed 1",
+        *("step 3: KL nan", "step 4: KL 1", "tables heldout, answers; pictures kl, rewards", "ended"),
+    ]
