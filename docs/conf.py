@@ -61,6 +61,8 @@ docs/commands
 docs/pairs
 docs/sweep
 docs/evaluate
+docs/chat
+docs/loggers
 docs/data
 docs/run_directories
 docs/while_training

@@ -14,6 +14,7 @@ import typer
 
 from gapo_mega.commands import benchmark
 from gapo_mega.commands.audit import audit
+from gapo_mega.commands.chat import chat
 from gapo_mega.commands.compare import compare
 from gapo_mega.commands.convert import convert
 from gapo_mega.commands.evaluate import evaluate
@@ -36,6 +37,7 @@ app = typer.Typer(
     epilog=f"Errors in what was asked for are one line; set {TRACEBACK}=1 to see where they were raised.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # brackets in a help text, as of defaults, are no markup
     pretty_exceptions_enable=False,
 )
 
@@ -47,6 +49,7 @@ app.command()(sft)
 app.command()(sweep)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(chat)
 app.command()(plan)
 app.command()(convert)
 app.command()(soup)

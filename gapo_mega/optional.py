@@ -75,6 +75,43 @@ def wandb() -> Probe:
 
 
 @cache
+def tensorboard() -> Probe:
+    """TensorBoard, which is installed with the package."""
+    found = _distribution("tensorboard")
+    if found is not None:
+        return Probe(True, f"tensorboard {found}", "")
+    return Probe(False, "not installed", "its event files; metrics.jsonl remains")
+
+
+@cache
+def mlflow() -> Probe:
+    """MLflow, the ``mlflow`` extra; ``mlflow-skinny`` will do."""
+    for name in ("mlflow", "mlflow-skinny"):
+        found = _distribution(name)
+        if found is not None:
+            return Probe(True, f"{name} {found}", "")
+    return Probe(False, "not installed", "logging to MLflow; TensorBoard and metrics.jsonl remain")
+
+
+@cache
+def trackio() -> Probe:
+    """Trackio, the ``trackio`` extra."""
+    found = _distribution("trackio")
+    if found is not None:
+        return Probe(True, f"trackio {found}", "")
+    return Probe(False, "not installed", "logging to Trackio; TensorBoard and metrics.jsonl remain")
+
+
+@cache
+def pandas() -> Probe:
+    """pandas, the ``pandas`` extra, which datasets brings along."""
+    found = _distribution("pandas")
+    if found is not None:
+        return Probe(True, f"pandas {found}", "")
+    return Probe(False, "not installed", "gapo_mega.read_run; metrics.jsonl is one JSON object a line")
+
+
+@cache
 def serve() -> Probe:
     """FastAPI and uvicorn, the ``serve`` extra."""
     found = {name: _distribution(name) for name in ("fastapi", "uvicorn")}

@@ -69,4 +69,4 @@ def unknown(where: str, found: str, accepted: Sequence[str], forms: Sequence[str
     """The message for a name that does not exist; ``forms`` are accepted too, but are no names."""
     nearest = difflib.get_close_matches(str(found), accepted, n=1, cutoff=0.0)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"{where}: found {found!r}{hint}, accepted: {', '.join([*accepted, *forms])}"
+    return f"{where}: found {found!r}{hint}, accepted: {', '.join([*accepted, *forms]) or 'none'}"

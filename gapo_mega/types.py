@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 Message = Mapping[str, str]  # role and content
+# Called after every token of a generation, on every rank: numbers of the prompts whose responses go on, and
+# the new token of each. What it raises, on all ranks alike, ends the generation, and harms no later one.
+TokenWatcher = Callable[[Sequence[int], Sequence[int]], None]
 
 
 def well_formed(text: str) -> str:

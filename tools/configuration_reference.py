@@ -26,6 +26,7 @@ from gapo_mega.aggregation import Aggregator
 from gapo_mega.config import Config, GradientConfig, Section, strategies
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.config.sweep import SweepConfig
+from gapo_mega.runs.loggers import loggers
 from gapo_mega.user_code import is_subclass
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "configuration.md"
@@ -69,6 +70,7 @@ def page() -> str:
     parts += methods("scalarization", scalarization.scalarizers(), None)
     parts += methods("advantages", advantages.estimators(), None)
     parts += methods("loss", losses.losses(), None)
+    parts += methods("logging.loggers", loggers(), None)
     parts += objective_kinds()
     return "\n".join(parts)
 

@@ -41,6 +41,9 @@ def info() -> None:
         "transformer-engine": optional.transformer_engine(),
         "apex": optional.apex(),
         "wandb": optional.wandb(),
+        "mlflow": optional.mlflow(),
+        "trackio": optional.trackio(),
+        "pandas": optional.pandas(),
         "serve": optional.serve(),
     }
     for name, probe in probes.items():

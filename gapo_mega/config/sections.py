@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_kl_target
 from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.loggers import Loggers
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
@@ -225,6 +226,7 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: bool = Field(False, description="needs the wandb extra")
     wandb_project: str = Field("gapo_mega", description="project that wandb logs to")
+    loggers: Loggers = Field([], description="further places that show the run, or these two with options")
     progress: bool = Field(True, description="show a progress bar")
     entropy: bool = Field(
         False,

@@ -22,7 +22,7 @@ from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
-from gapo_mega.types import Experience, Generation, TokenBatch
+from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
 # per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
@@ -131,8 +131,9 @@ class Generator(Protocol):
     """A rollout back end. ``generate`` is collective over the model-parallel ranks of a replica."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
-    ) -> Generation:
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int,
+        watch: TokenWatcher | None = None,
+    ) -> Generation:  # fmt: skip
         """Responses for token-id prompts of different lengths. The same on every rank of a replica."""
         ...
 
@@ -162,6 +163,10 @@ class Ranks(Protocol):
         """Wait for every rank."""
         ...
 
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
 
 class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
@@ -184,10 +189,6 @@ class RunEngine(Ranks, Protocol):
         Needed before forward passes that not every data rank runs: with ``optimizer.overlap_param_gather``
         the first one after an update waits for those of the other data ranks.
         """
-        ...
-
-    def close(self) -> None:
-        """Leave the process groups."""
         ...
 
 
@@ -222,8 +223,8 @@ class AnsweringEngine(Answering, Protocol):
         """Load these models in place of the earlier ones, in the same layout; score models stay."""
         ...
 
-    def close(self) -> None:
-        """Leave the process groups."""
+    def beside(self, setup: AnsweringSetup) -> AnsweringEngine:
+        """Another engine in the same layout, with models of its own; closing one closes both."""
         ...
 
 

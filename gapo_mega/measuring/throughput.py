@@ -47,7 +47,7 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
                 update={"every_steps": 0, "early_stopping_patience": None}
             ),
             "logging": config.logging.model_copy(
-                update={"tensorboard": False, "wandb": False, "responses": 0}
+                update={"tensorboard": False, "wandb": False, "loggers": [], "responses": 0}
             ),
         }
     )

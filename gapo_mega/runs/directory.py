@@ -30,9 +30,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 RESPONSES_FOLDER = "responses"
 WANDB_ID = "wandb_id"
 RESPONSES_FILES = "step_*.jsonl"
+LOGGERS_FILE = "loggers.json"  # what loggers keep for the process that resumes the run
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
-_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID)
+_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
@@ -53,12 +54,14 @@ class Wanted:
     @property
     def names(self) -> list[str]:
         """What the run writes, by name."""
+        listed = {entry.name for entry in self.logging.loggers}
         optional = {
             EXPORT_FOLDER: self.checkpoint.export_hf,
             REPORT_FOLDER: self.report,
             HELDOUT_FILE: self.report,  # of trainings, which answer held-out prompts
-            TENSORBOARD_FOLDER: self.logging.tensorboard,
-            WANDB_ID: self.logging.wandb,
+            TENSORBOARD_FOLDER: self.logging.tensorboard or "tensorboard" in listed,
+            WANDB_ID: self.logging.wandb or "wandb" in listed,
+            LOGGERS_FILE: bool(listed),
             RESPONSES_FOLDER: self.responses,
         }
         always = [METRICS_FILE, SUMMARY_FILE, CHECKPOINTS_FOLDER]

@@ -36,6 +36,7 @@ from gapo_mega.config import (
     TrainCheckpointConfig,
     TrainLoggingConfig,
 )
+from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.supervised import (
     ChatData,
     ObjectivePairs,
@@ -128,6 +129,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     ScalarizationConfig: {"name": CODE, "options": FIXED},
     AdvantageConfig: {"name": CODE, "options": FIXED, "whiten": FIXED, "filter_flat": FIXED},
     LossConfig: {"name": CODE, "options": FIXED},
+    LoggerConfig: {"name": FREE, "options": FREE},
     AlgorithmConfig: {
         "kl": FIXED,
         "kl_beta": FIXED,

@@ -1,4 +1,4 @@
-"""What a run writes at every optimizer step: ``metrics.jsonl``, TensorBoard, wandb, progress bar.
+"""What a run writes at every optimizer step: ``metrics.jsonl``, a progress bar, and what its loggers show.
 
 ``metrics.jsonl`` is the record: the report reads it, and tests of resuming compare it. The others are
 views of the same dictionary. Only rank 0 writes: on other ranks a ``RunLog`` has no
@@ -7,12 +7,9 @@ sinks and does nothing.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +18,9 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
-from gapo_mega import optional
 from gapo_mega.config import LoggingConfig
-from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.series import METRICS_FILE
+from gapo_mega.runs.services import Service, chosen, services
 
 
 class Sink(Protocol):
@@ -74,64 +70,6 @@ class JsonLines:
             self._file = None
 
 
-class TensorBoard:
-    """Event files under ``tensorboard/``; after a restart readers drop the purged steps."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writer: Any = None
-
-    def restart(self, step: int) -> None:
-        self.close()
-        module = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(log_dir=str(self._directory), purge_step=step + 1)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
-
-    def close(self, failed: bool = False) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-class Wandb:
-    """A wandb run that a resumed process joins again: its id is kept in the run directory.
-
-    Steps repeated after a kill stay in wandb twice; ``metrics.jsonl`` has them once.
-    """
-
-    def __init__(self, directory: Path, project: str) -> None:
-        self._directory = directory
-        self._project = project
-        self._run: Any = None
-
-    def restart(self, step: int) -> None:
-        self.close()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        id_file = self._directory / "wandb_id"
-        if step == 0 or not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex)
-        self._run = importlib.import_module("wandb").init(
-            project=self._project,
-            name=self._directory.name,
-            dir=str(self._directory),
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-        )
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
-
-    def close(self, failed: bool = False) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=int(failed))
-            self._run = None
-
-
 class Progress:
     """A bar on standard error: rewards, weights, cosines, tokens per second."""
 
@@ -176,24 +114,15 @@ def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """Refuse, before any work, a log whose package is missing. Raises ``ValueError``."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "logging.tensorboard: found true, but it is not installed; run `pip install tensorboard`, "
-            f"or set logging.tensorboard=false (lost: its event files; {METRICS_FILE} remains)"
-        )
-    if config.wandb and not optional.wandb().usable:
-        raise ValueError(
-            f"logging.wandb: found true, but wandb is {optional.wandb().found}; run `pip install wandb`, or "
-            f"set logging.wandb=false (lost: {optional.wandb().lost})"
-        )
+    """Refuse, before any work, loggers that do not exist or lack their package. Raises ``ValueError``."""
+    chosen(config)
 
 
 class RunLog:
     """Every sink that the configuration asks for, behind one ``write`` a step.
 
     ``total_steps`` counts optimizer steps. With ``enabled`` false (every rank but 0) nothing is
-    opened or written. Raises ``ValueError`` where a requested package is missing.
+    opened or written. Raises ``ValueError`` for a logger that does not exist or whose package is missing.
     """
 
     def __init__(
@@ -210,10 +139,7 @@ class RunLog:
         if not enabled:
             return
         self._sinks.append(JsonLines(directory / METRICS_FILE))
-        if config.tensorboard:
-            self._sinks.append(TensorBoard(directory / "tensorboard"))
-        if config.wandb:
-            self._sinks.append(Wandb(directory, config.wandb_project))
+        self._sinks += services(config, directory)
         if config.progress:
             self._sinks.append(Progress(objective_names, total_steps))
 
@@ -235,6 +161,18 @@ class RunLog:
         for sink in self._sinks:
             sink.write(step, metrics)
         self._last_step = step
+
+    def end_steps(self) -> None:
+        """Close what takes steps alone: there is none any more. Loggers wait for what comes of the run."""
+        for sink in self._sinks:
+            if not isinstance(sink, Service):
+                sink.close()
+
+    def conclude(self) -> None:
+        """Tell the loggers what the run has come to, as its directory has it."""
+        for sink in self._sinks:
+            if isinstance(sink, Service):
+                sink.conclude()
 
     def close(self, failed: bool = False) -> None:
         """Close every sink; ``failed``: the run ends with an error."""

@@ -83,7 +83,7 @@ class RunLoop:
         record: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
     ) -> None:
-        """``directory``: the run's. The loop closes ``log`` before the work's ``finish``.
+        """``directory``: the run's. The steps in ``log`` end before the work's ``finish``; loggers see it.
 
         ``record``: what checkpoints say that they belong to, in JSON. ``selection``: what the work tells its
         evaluations; the checkpoint of the best one is written and stays, and it may end the run early.
@@ -125,10 +125,11 @@ class RunLoop:
                     return False
                 if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
                     self._save()
-            self._log.close()
+            self._log.end_steps()
             if self._selection.stops:
                 logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
             self._work.finish()
+            self._log.conclude()
         return True
 
     def _is_over(self) -> bool:

@@ -80,11 +80,18 @@ def check_answering(config: Config, path: str, parameter: str, world_size: int) 
 
     Raises ``ValueError``, beginning with ``parameter``, where it does not fit.
     """
+    shape = check_language_model(path, parameter)
+    with _errors_of(parameter):
+        check_model_split(config.parallel, shape, world_size)
+        check_lengths(config, shape)
+    return shape
+
+
+def check_language_model(path: str, parameter: str) -> ModelShape:
+    """The shape of a language model. Raises ``ValueError``, beginning with ``parameter``, for other paths."""
     with _errors_of(parameter):
         shape = _policy_shape(_Configurations(False), path)
         _check_weights(path)
-        check_model_split(config.parallel, shape, world_size)
-        check_lengths(config, shape)
     return shape
 
 

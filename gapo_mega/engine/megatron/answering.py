@@ -51,6 +51,9 @@ class MegatronAnswers(groups.Collective):
             batch_size=setup.rollout.batch_size,
         )
 
+    def beside(self, setup: AnsweringSetup) -> MegatronAnswers:
+        return MegatronAnswers(setup, self.groups)
+
     def _built(self, model: LocalModel, offload: bool) -> FrozenModel:
         built = build_gpt(model.shape, self._setup.model, self._setup.parallel)
         weights.load(built, model.shape, model.source)

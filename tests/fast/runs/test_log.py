@@ -196,19 +196,6 @@ def test_missing_wandb_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(not optional.wandb().usable, reason="wandb is not installed")
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    config = LoggingConfig(wandb=True, tensorboard=False, progress=False)
-    write_steps(tmp_path, range(1, 3), config)
-    first = (tmp_path / "wandb_id").read_text()
-    with RunLog(tmp_path, NAMES, config, total_steps=3) as log:
-        log.truncate_after(2)
-        log.write(3, simple(1.0))
-    assert (tmp_path / "wandb_id").read_text() == first
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*{first}"))) == 2
-
-
 class Remembers:
     """A sink that keeps how it was closed."""
 

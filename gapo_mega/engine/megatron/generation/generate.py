@@ -40,7 +40,7 @@ from gapo_mega.engine.megatron.generation.megatron_layers import (
 from gapo_mega.engine.megatron.generation.results import Results
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import Generation
+from gapo_mega.types import Generation, TokenWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,11 @@ class MegatronGenerator:
         """Does nothing: the generator shares the training model's weights."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParameters,
+        seed: int,
+        watch: TokenWatcher | None = None,
     ) -> Generation:
         """Sample responses for token-id prompts. Collective over the replica's ranks.
 
@@ -153,7 +157,7 @@ class MegatronGenerator:
         """
         self._check(prompts, sampling)
         count, steps = len(prompts), sampling.max_new_tokens
-        results = Results(count, sampling, self._pad_id, self._samples_here)
+        results = Results(count, sampling, self._pad_id, self._samples_here, watch)
         uniform_BS = sampler.uniform_numbers(seed, count, steps)
         with torch.no_grad(), self._prepared() as chunks:
             for batch in self._batches(prompts):

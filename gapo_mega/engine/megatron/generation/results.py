@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.generation.kept import KeptRecord, at_columns
-from gapo_mega.types import Generation, KeptTokens
+from gapo_mega.types import Generation, KeptTokens, TokenWatcher
 
 
 class Results:
@@ -18,13 +18,21 @@ class Results:
     Only the rank that samples learns from which tokens each was drawn; ``assemble`` tells the others.
     """
 
-    def __init__(self, requests: int, sampling: SamplingParameters, pad_id: int, samples_here: bool) -> None:
+    def __init__(
+        self,
+        requests: int,
+        sampling: SamplingParameters,
+        pad_id: int,
+        samples_here: bool,
+        watch: TokenWatcher | None = None,
+    ) -> None:
         steps = sampling.max_new_tokens
         self.tokens_BS = torch.full((requests, steps), pad_id, dtype=torch.int64)
         self.logprobs_BS = torch.zeros(requests, steps)
         self.lengths_B = torch.zeros(requests, dtype=torch.int64)  # response tokens so far
         self.finished_B = torch.zeros(requests, dtype=torch.bool)
         self._pad_id = pad_id
+        self._watch = watch
         self._cuts = sampling.cuts
         self._record = KeptRecord() if sampling.cuts and samples_here else None
 
@@ -39,6 +47,8 @@ class Results:
         if self._record is not None:
             assert kept_BV is not None
             self._record.add(rows_B, step, kept_BV)
+        if self._watch is not None:
+            self._watch(rows_B.tolist(), packet_2B[0].long().tolist())
 
     def assemble(self, prompts: Sequence[Sequence[int]], broadcast: Callable[[Tensor], object]) -> Generation:
         """Prompts and responses in one tensor. ``broadcast`` sends from the rank that samples, in place."""
