@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from gapo_mega import ops
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
-# Elements of a tile of all sequences together: 4 MiB of float32 stay in a CPU's caches, and smaller products
-# are slower; a GPU's need to be larger.
-_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Elements of a tile of all sequences together: 8 MiB of float32 stay in a CPU's caches, and smaller products
+# are slower (half of it by up to 1.3 times); a GPU's need to be larger.
+_TILE = {"cpu": 1 << 21, "cuda": 1 << 24}
 _LEAST_WIDTH = 16  # rows of a weight in a tile
 # Tiles cost about ``T + c`` for each sequence, products for every row ``M T``: these win where T (M - 1) < c.
 # c in tokens: 40 to 54 on two cores and 7 on one (benchmarks/one_pass_forms.py); for CUDA by arithmetic,
@@ -71,13 +71,14 @@ class Accumulator:
         _, sequences, width = input_SBI.shape
         out = grad_SBO.shape[-1]
         step = max(_LEAST_WIDTH, _TILE[input_SBI.device.type] // (sequences * width))
-        input_BSI, grad_BOS = input_SBI.transpose(0, 1), grad_SBO.permute(1, 2, 0)
-        if input_SBI.dtype != torch.float32:
-            input_BSI = input_BSI.contiguous()  # products of other types would copy it for every tile
+        input_BSI = input_SBI.transpose(0, 1).contiguous()  # once: it is read for every tile
         for start in range(0, out, step):
             end = min(out, start + step)
+            grad_BSO = grad_SBO[:, :, start:end].transpose(0, 1)
+            if input_SBI.dtype != torch.float32:
+                grad_BSO = grad_BSO.contiguous()  # products of other types would copy it element by element
             tile_BOI = self._tile((sequences, end - start, width), input_SBI)
-            torch.bmm(grad_BOS[:, start:end], input_BSI, out=tile_BOI)
+            torch.bmm(grad_BSO.transpose(1, 2), input_BSI, out=tile_BOI)
             self._add(weight, start * width, tile_BOI.view(sequences, -1), beta)
 
     def per_sequence(self, parameter: nn.Parameter, gradient_BN: Tensor) -> None:
