@@ -65,6 +65,7 @@ docs/data
 docs/run_directories
 docs/rewards
 docs/conversion
+docs/generation
 docs/layouts
 docs/audit
 docs/scalarizers
