@@ -2,10 +2,11 @@
 
     python benchmarks/generation.py --model MODEL_DIR --batch 8 --batch 32 --batch 96 --threads 1 --threads 2
 
-Both get the same prompts of different lengths, four samples of each, draw from the whole vocabulary and make
-the same number of tokens. transformers runs with every attention and cache that is named, and the fastest
-counts. Contenders take turns; the least CPU time of a contender's rounds counts, since other processes only
-add to it. What the generator packs of the weights is in its time. CPU time is that of all threads.
+Both get the same prompts of different lengths, some samples of each (the generator reads a prompt once,
+transformers once a sample), draw from the whole vocabulary and make the same number of tokens. transformers
+runs with every attention and cache that is named, and the fastest counts. Contenders take turns; the least
+CPU time of a contender's rounds counts, since other processes only add to it. What the generator packs of the
+weights is in its time. CPU time is that of all threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 app = typer.Typer(add_completion=False)
 
-SAMPLES = 4  # of a prompt
 OURS = "gapo_mega"
 # attention implementation and kind of cache
 PEERS = ("sdpa-dynamic", "eager-dynamic", "sdpa-static")
@@ -41,9 +42,15 @@ class Record:
     dtype: str
     threads: int
     batch: int
+    samples: int  # of a prompt
     cpu_seconds: list[float]  # a round
     wall_seconds: list[float]
     tokens_per_cpu_second: float  # of the fastest round
+
+    @property
+    def setting(self) -> tuple[str, int, int, int]:
+        """What contenders are compared in."""
+        return self.dtype, self.threads, self.batch, self.samples
 
 
 def ours(folder: Path, dtype: str, world: Any) -> Run:
@@ -70,14 +77,15 @@ def ours(folder: Path, dtype: str, world: Any) -> Run:
     return run
 
 
-def peer(name: str, folder: Path, dtype: str) -> Run:
-    """transformers' ``generate``."""
-    attention, cache = name.split("-")
+def peers(names: list[str], folder: Path, dtype: str) -> dict[str, Run]:
+    """transformers' ``generate`` with one model, by attention and cache."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
     model.generation_config.eos_token_id = None  # every response has all its tokens
 
-    def run(prompts: list[list[int]], new: int) -> object:
+    def run(name: str, prompts: list[list[int]], new: int) -> object:
+        attention, cache = name.split("-")
+        model.set_attn_implementation(attention)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -95,60 +103,52 @@ def peer(name: str, folder: Path, dtype: str) -> Run:
         assert found.shape == (len(prompts), width + new), found.shape
         return found
 
-    return run
+    return {name: partial(run, name) for name in names}
 
 
-def random_prompts(batch: int, longest: int, vocabulary: int) -> list[list[int]]:
-    """``batch`` rows: prompts of half to all of ``longest`` tokens, each of them ``SAMPLES`` times."""
+def random_prompts(batch: int, samples: int, longest: int, vocabulary: int) -> list[list[int]]:
+    """``batch`` rows: prompts of half to all of ``longest`` tokens, each of them ``samples`` times."""
     source = torch.Generator().manual_seed(0)
     prompts: list[list[int]] = []
     while len(prompts) < batch:
         length = int(torch.randint(max(1, longest // 2), longest + 1, (), generator=source))
         prompt: list[int] = torch.randint(3, vocabulary, (length,), generator=source).tolist()
-        prompts += [prompt] * SAMPLES
+        prompts += [prompt] * samples
     return prompts[:batch]
 
 
-def measure(
-    runs: dict[str, Run], prompts: list[list[int]], new: int, rounds: int, dtype: str, threads: int
-) -> list[Record]:
-    """Every contender once a round, in turn, after a short warm-up of each."""
-    torch.set_num_threads(threads)
+def measure(runs: dict[str, Run], prompts: list[list[int]], new: int, rounds: int) -> dict[str, Any]:
+    """CPU and wall seconds of every contender once a round, in turn, after a small warm-up of each."""
     for run in runs.values():
-        run(prompts, 2)
+        run(prompts[:2], 2)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             cpu, wall = time.process_time(), time.perf_counter()
             run(prompts, new)
             taken[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    batch = len(prompts)
-    return [
-        Record(
-            contender=name,
-            dtype=dtype,
-            threads=threads,
-            batch=batch,
-            cpu_seconds=[round(cpu, 3) for cpu, _ in times],
-            wall_seconds=[round(wall, 3) for _, wall in times],
-            tokens_per_cpu_second=round(batch * new / min(cpu for cpu, _ in times), 1),
-        )
+    return {
+        name: {
+            "cpu_seconds": [round(cpu, 3) for cpu, _ in times],
+            "wall_seconds": [round(wall, 3) for _, wall in times],
+            "tokens_per_cpu_second": round(len(prompts) * new / min(cpu for cpu, _ in times), 1),
+        }
         for name, times in taken.items()
-    ]
+    }
 
 
 def ratios(records: list[Record]) -> list[dict[str, Any]]:
     """The generator over the fastest of transformers', by setting."""
     found: list[dict[str, Any]] = []
     for own in (record for record in records if record.contender == OURS):
-        setting = (own.dtype, own.threads, own.batch)
-        others = [r for r in records if (r.dtype, r.threads, r.batch) == setting and r.contender != OURS]
+        others = [r for r in records if r.setting == own.setting and r.contender != OURS]
         best = max(others, key=lambda record: record.tokens_per_cpu_second)
         found.append(
             {
                 "dtype": own.dtype,
                 "threads": own.threads,
                 "batch": own.batch,
+                "samples": own.samples,
                 "gapo_mega": own.tokens_per_cpu_second,
                 "transformers": best.tokens_per_cpu_second,
                 "best": best.contender,
@@ -173,10 +173,11 @@ def main(
     dtype: Annotated[list[str], typer.Option(help="fp32 or bf16; repeat for both")],
     threads: Annotated[list[int], typer.Option(min=1, help="of torch; repeat for several")],
     contender: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PEERS)}; all if none")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="of every prompt")] = 4,
     longest_prompt: Annotated[int, typer.Option(min=1, help="tokens")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="of every response")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
-    out: Annotated[Path, typer.Option(help="JSON file to write, and to add to")] = Path("generation.json"),
+    out: Annotated[Path, typer.Option(help="JSON file to write, or to add to")] = Path("generation.json"),
 ) -> None:
     """Measure, print and write."""
     unknown = [f"--dtype: found {d!r}, accepted: fp32 or bf16" for d in dtype if d not in ("fp32", "bf16")]
@@ -193,16 +194,27 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     vocabulary = AutoConfig.from_pretrained(model).vocab_size
     world = groups.initialize(1, 1)
-    records: list[Record] = []
+    records = written(out)
     for kind in dtype:
-        runs = {OURS: ours(model, kind, world)} | {n: peer(n, model, kind) for n in contender or PEERS}
+        runs = {OURS: ours(model, kind, world)} | peers(contender or list(PEERS), model, kind)
         for count in threads:
+            torch.set_num_threads(count)
             for rows in batch:
-                prompts = random_prompts(rows, longest_prompt, vocabulary)
-                records += measure(runs, prompts, new_tokens, rounds, kind, count)
+                prompts = random_prompts(rows, samples, longest_prompt, vocabulary)
+                records = [r for r in records if r.setting != (kind, count, rows, samples)]
+                records += [
+                    Record(name, kind, count, rows, samples, **found)
+                    for name, found in measure(runs, prompts, new_tokens, rounds).items()
+                ]
                 typer.echo(json.dumps(ratios(records)[-1]))
                 write(out, model, longest_prompt, new_tokens, records)
     typer.echo(f"written: {out}")
+
+
+def written(out: Path) -> list[Record]:
+    """The records of an earlier run: it is up to the caller that prompts and responses were as long."""
+    found = json.loads(out.read_text(encoding="utf-8"))["records"] if out.exists() else []
+    return [Record(**record) for record in found]
 
 
 def write(out: Path, model: Path, longest_prompt: int, new_tokens: int, records: list[Record]) -> None:
@@ -215,7 +227,6 @@ def write(out: Path, model: Path, longest_prompt: int, new_tokens: int, records:
         "transformers": transformers.__version__,
         "longest_prompt": longest_prompt,
         "new_tokens": new_tokens,
-        "samples_per_prompt": SAMPLES,
         "ratios": ratios(records),
         "records": [asdict(record) for record in records],
     }

@@ -68,6 +68,7 @@ docs/run_directories
 docs/while_training
 docs/rewards
 docs/conversion
+docs/generation
 docs/layouts
 docs/audit
 docs/scalarizers

@@ -13,11 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor
 
 from gapo_mega.engine.megatron.generation.attention import KeyValueCache, visible_columns
@@ -78,15 +76,17 @@ class Decoder:
             return x_SND
         logits_NV = self._output(x_SND[-1])
         if self._split:
-            logits_NV = gather_from_tensor_model_parallel_region(logits_NV)
+            group = parallel_state.get_tensor_model_parallel_group()
+            parts = [torch.empty_like(logits_NV) for _ in range(group.size())]
+            dist.all_gather(parts, logits_NV, group=group)
+            logits_NV = torch.cat(parts, dim=-1)
         return logits_NV.float()
 
     def _summed(self, x: Tensor) -> Tensor:
-        """Over the tensor ranks."""
-        if not self._split:
-            return x
-        summed: Tensor = reduce_from_tensor_model_parallel_region(x)
-        return summed
+        """Over the tensor ranks, in place."""
+        if self._split:
+            dist.all_reduce(x, group=parallel_state.get_tensor_model_parallel_group())
+        return x
 
     # -- a layer -------------------------------------------------------------------------------------
     def _turn(self, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.generation import layers
 from gapo_mega.engine.megatron.model import gathering
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, owned_parts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
@@ -364,6 +365,7 @@ def _generation_finds_cache_and_switches(model: DistributedDataParallel) -> None
     accepted = inspect.signature(model.module.forward).parameters
     missing = [name for name in _FORWARD if name not in accepted]
     _require(not missing, f"the model's forward takes {', '.join(_FORWARD)}", f"no {', '.join(missing)}")
+    layers.obstacle(model.module)  # reads what the decoder reads
     expected = {
         ColumnParallelLinear: "sequence_parallel",
         RowParallelLinear: "sequence_parallel",
