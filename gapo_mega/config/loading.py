@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
+from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.files import local, read_text
 from gapo_mega.user_code import is_subclass
 
@@ -33,8 +34,11 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 SECTIONS_OF_METHOD = ("aggregation", "scalarization")
-# Where settings of a training run have moved; files and overrides may still use the old name.
-MOVED = {"algorithm.clip_epsilon": "loss.options.clip_epsilon"}
+# Where settings have moved, by what they configure; files and overrides may still use the old name.
+MOVED: dict[type[Section], dict[str, str]] = {
+    Config: {"algorithm.clip_epsilon": "loss.options.clip_epsilon"},
+    SupervisedConfig: {"evaluate_every": "evaluation.every_steps"},
+}
 
 
 @overload
@@ -80,7 +84,7 @@ def parse(
     ``folder``: where to look for the user's own code after the working directory.
     """
     folders = _folders(folder)
-    moved = MOVED if issubclass(kind, Config) else {}
+    moved = next((places for base, places in MOVED.items() if issubclass(kind, base)), {})
     told = _move(data, moved, source)
     applied: list[tuple[Location, str]] = []
     for override in overrides:

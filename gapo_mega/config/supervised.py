@@ -127,6 +127,14 @@ class SupervisedOptimizer(OptimizerConfig):
     lr: float = Field(1e-5, gt=0, description="largest learning rate, reached after the warm-up")
 
 
+class DataEvaluationConfig(Section):
+    """Measures on the held-out rows; the end of a run always has them."""
+
+    every_steps: int = Field(
+        0, ge=0, description="optimizer steps between held-out evaluations; 0: only at the end"
+    )
+
+
 class SupervisedConfig(Section):
     """What supervised runs have in common."""
 
@@ -145,7 +153,7 @@ class SupervisedConfig(Section):
     optimizer: SupervisedOptimizer = SupervisedOptimizer()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    evaluate_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the end")
+    evaluation: DataEvaluationConfig = DataEvaluationConfig()
 
     @property
     def data_sets(self) -> int:

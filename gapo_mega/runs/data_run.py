@@ -170,7 +170,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
 
     # -- the work ------------------------------------------------------------------------------------
     def begin(self) -> None:
-        """Do nothing: ``evaluate_every`` and the end of the run measure the held-out data."""
+        """Do nothing: ``evaluation.every_steps`` and the end of the run measure the held-out data."""
 
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
@@ -237,7 +237,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
 
     def _heldout_due(self, done: int) -> dict[str, float]:
         """What the held-out data give after ``done`` steps, by the log's names, if it is time to look."""
-        every = self.config.evaluate_every
+        every = self.config.evaluation.every_steps
         if not every or done % every or done >= self.total_steps:
             return {}
         return {f"heldout/{name}": value for name, value in self.evaluate().items()}

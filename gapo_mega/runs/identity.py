@@ -39,6 +39,7 @@ from gapo_mega.config import (
 from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.supervised import (
     ChatData,
+    DataEvaluationConfig,
     ObjectivePairs,
     PairLossConfig,
     PairObjective,
@@ -199,8 +200,8 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "max_steps": FREE,
         "batch_size": FIXED,
         "micro_batch_size": FREE,
-        "evaluate_every": FREE,
     },
+    DataEvaluationConfig: {"every_steps": FREE},
     RewardModelConfig: {"center_rewards": FIXED},
     SftConfig: {"assistant_only": FIXED},
     ScoreModelConfig: {

@@ -166,7 +166,7 @@ def test_losses_gradients_and_weights_are_those_of_autograd(folder: Path, name: 
 
 # -- runs ----------------------------------------------------------------------------------------------
 def test_both_objectives_are_learned_and_a_run_is_resumed(folder: Path) -> None:
-    options = {"max_steps": 12, "checkpoint": {"every_steps": 5}, "evaluate_every": 4}
+    options = {"max_steps": 12, "checkpoint": {"every_steps": 5}, "evaluation": {"every_steps": 4}}
     _, measured = train(settings(folder, "learned", **options))
     directory = folder / "learned"
     for name, heldout in (("kind", 12), ("short", 8)):

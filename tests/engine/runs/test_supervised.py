@@ -58,7 +58,11 @@ def reward_run(folder: Path, name: str, **changes: Any) -> dict[str, float]:
 
 
 def test_a_reward_model_learns_is_resumed_and_scores_as_an_objective(folder: Path) -> None:
-    options = {"checkpoint": {"every_steps": 5}, "evaluate_every": 4, "model": {"keep_layers": 2}}
+    options = {
+        "checkpoint": {"every_steps": 5},
+        "evaluation": {"every_steps": 4},
+        "model": {"keep_layers": 2},
+    }
     measured = reward_run(folder, "reward", **options)
     directory = folder / "reward"
     assert measured["pairs"] == 24 and measured["accuracy"] >= 0.9  # guessing gives 0.5 +- 0.1

@@ -149,3 +149,18 @@ def test_what_pairs_refuse(file: Path, override: str, message: str) -> None:
     file.write_text(PAIRS)
     found = failure(file, PairsConfig, override)
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides"),
+    [("evaluate_every: 7\n", []), ("", ["evaluate_every=7"]), ("evaluate_every: 3\n", ["evaluate_every=7"])],
+)
+@pytest.mark.parametrize("kind", [SftConfig, RewardModelConfig])
+def test_evaluations_are_asked_for_by_their_old_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[Section], settings: str, overrides: list[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: o\nmodel: {path: m}\ndata: {source: s}\n" + settings)
+    config = load(file, overrides, kind=kind)
+    assert config.model_dump()["evaluation"] == {"every_steps": 7}
+    assert [record.message for record in caplog.records] == ["evaluate_every is now evaluation.every_steps"]

@@ -19,6 +19,7 @@ from gapo_mega.runs.trainer import Trainer
 from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.fake_runs import HELD_OUT, Words, trainer
 from tests.helpers.metrics_log import CLOCKED, metrics
+from tests.helpers.team import Team
 
 EVALUATION = ("heldout",)
 
@@ -279,6 +280,23 @@ def test_a_best_checkpoint_that_somebody_removed(tmp_path: Path, caplog: pytest.
     assert run.run()
     assert "step_00000002 is not there: the best of the evaluations is chosen anew" in caplog.text
     assert run.evaluations.selection.best == Best("long", 4, 3.0, 1)
+
+
+def test_all_data_ranks_measure_and_choose_alike(tmp_path: Path) -> None:
+    """Three prompts over two ranks: each has the others' answers, too."""
+
+    def measure(engine: Any) -> tuple[dict[str, float], Best | None, int]:
+        sections: dict[str, Any] = {"evaluation": {"every_steps": 1}, "checkpoint": {"best": "worst_gain"}}
+        run = trainer(tmp_path / str(engine.layout.rank), engine, **sections)
+        run.evaluations.begin()
+        engine.policy += 5  # what an update would do
+        found = run.evaluations.measure(1)
+        return found, run.evaluations.selection.best, len(run.evaluations.answers(1).prompts)
+
+    first, second = Team(world=2, data=2).run(measure)
+    assert first == second
+    assert first[2] == len(HELD_OUT) and first[0]["heldout_gain/long"] != 0
+    assert first[1] is not None and first[1].step == 1
 
 
 def test_without_held_out_prompts_nothing_is_evaluated(tmp_path: Path) -> None:
