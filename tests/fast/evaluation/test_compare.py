@@ -147,3 +147,10 @@ def test_a_run_without_held_out_prompts(tmp_path: Path) -> None:
     write_summary(directory / "summary.json", {}, 1.0)
     with pytest.raises(ValueError, match="found no held-out score of concise, plain"):
         read_run(directory)
+
+
+def test_reward_calls_count_the_greedy_responses_of_a_baseline(tmp_path: Path) -> None:
+    group = write_run(tmp_path, "group", 1, 0.0)
+    assert group.as_dict()["reward_calls"] == 2 * 8 * UPDATES  # objectives, responses of a step
+    remax = write_run(tmp_path, "remax", 1, 0.0, advantages={"name": "remax"})
+    assert remax.as_dict()["reward_calls"] == 2 * (8 + 2) * UPDATES  # and one for each prompt
