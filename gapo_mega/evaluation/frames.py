@@ -118,7 +118,7 @@ class RunFrames:
 
     @cached_property
     def runs(self) -> DataFrame:
-        """A row a run: ``directory``, ``steps`` in the log, whether it has ``ended``, ``seconds`` if it has."""
+        """A row a run: ``directory``, ``steps`` in the log, whether it has ``ended``, ``seconds`` if so."""
         rows = (
             (
                 run,
