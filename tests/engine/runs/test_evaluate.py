@@ -192,6 +192,8 @@ def test_a_score_model_in_the_engine_scores_every_model_s_responses(folder: Path
 def test_greedy_responses_have_no_divergence(folder: Path, tmp_path: Path) -> None:
     comparison, _ = evaluated(configuration(folder), request(folder, tmp_path / "out", greedy=True))
     assert "kl" not in comparison.measures
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Reference:" not in page and "6 prompts, 2 responses to each" in page
     answers = read_answers(tmp_path / "out" / "tuned" / "responses.jsonl")
     assert [a.response for a in answers[::2]] == [a.response for a in answers[1::2]]
 
