@@ -60,8 +60,8 @@ def notes(comparison: Comparison) -> list[str]:
     lines = [
         f"{_counted(comparison.prompts, 'prompt')}, {_counted(comparison.samples, 'response')} to each. In "
         f"brackets: {how.confidence:.0%} intervals by bootstrap over the prompts (BCa, {how.resamples} "
-        f"resamples, seed {how.seed}). They hold for these models; how much another seed of training changes, they do "
-        "not say.",
+        f"resamples, seed {how.seed}). They hold for these models; how much another seed of training "
+        "changes, they do not say.",
     ]
     if comparison.differences:
         lines.append(
