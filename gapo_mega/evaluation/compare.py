@@ -191,7 +191,7 @@ def _as_dict(group: Group, names: Sequence[str]) -> dict[str, Any]:
         "response_length": measured([run.response_length for run in runs]),
         **{
             key: measured([float(getattr(run.cost, key)) for run in runs])
-            for key in ("samples", "backwards", "updates", "seconds")
+            for key in ("samples", "reward_calls", "backwards", "updates", "seconds")
         },
     }
 

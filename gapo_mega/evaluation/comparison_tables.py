@@ -58,10 +58,10 @@ def notes(comparison: Comparison) -> list[str]:
     """What the numbers are."""
     how = comparison.how
     lines = [
-        f"{comparison.prompts} prompts, {comparison.samples} responses to each. In brackets: "
-        f"{how.confidence:.0%} intervals by bootstrap over the prompts (BCa, {how.resamples} resamples, seed "
-        f"{how.seed}). They hold for these models; how much another seed of training changes, they do "
-        "not say.",
+        f"{_counted(comparison.prompts, 'prompt')}, {_counted(comparison.samples, 'response')} to each. In "
+        f"brackets: {how.confidence:.0%} intervals by bootstrap over the prompts (BCa, {how.resamples} "
+        f"resamples, seed {how.seed}). They hold for these models; how much another seed of training "
+        "changes, they do not say.",
     ]
     if comparison.differences:
         lines.append(
@@ -227,3 +227,7 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
     "evaluation.csv": csv_text,
     "evaluation.tex": latex,
 }
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

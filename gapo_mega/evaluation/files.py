@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+POINTS_FOLDER = "points"  # of a sweep's directory, with a run's directory for every point
 CONFIG_FILE = "config.yaml"
 RESOLVED_CONFIG_FILE = "config.resolved.yaml"  # the run's, where ``config.yaml`` is the user's own
 

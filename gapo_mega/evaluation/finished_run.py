@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gapo_mega.advantages import estimators
 from gapo_mega.config import Config
 from gapo_mega.config.loading import load
 from gapo_mega.evaluation.files import config_file
@@ -26,6 +27,7 @@ class Cost:
     updates: int  # optimizer steps, skipped ones included
     samples: int  # responses trained on
     backwards: int  # of the policy, each over one minibatch
+    reward_calls: int  # scores asked for while training, one for each response and objective
     seconds: float  # wall-clock, those before it was resumed included
 
 
@@ -70,6 +72,7 @@ class FinishedRun:
             "seconds": self.cost.seconds,
             "samples": self.cost.samples,
             "backwards": self.cost.backwards,
+            "reward_calls": self.cost.reward_calls,
             "updates": self.cost.updates,
         }
 
@@ -107,10 +110,18 @@ def read_run(directory: Path) -> FinishedRun:
             updates=updates,
             samples=done * config.sequences(),
             backwards=backwards_of_run(config, updates),
+            reward_calls=updates // of_a_step * scored_in_a_step(config) * len(config.objectives),
             seconds=seconds,
         ),
         standing=standing,
     )
+
+
+def scored_in_a_step(config: Config) -> int:
+    """Responses of a step that objectives score: those trained on, and greedy ones of a baseline (ReMax)."""
+    estimator = estimators().get(config.advantages.name)
+    greedy = config.rollout.prompts_per_step if estimator is not None and estimator.needs_greedy else 0
+    return config.sequences() + greedy
 
 
 def known(value: float) -> float | None:

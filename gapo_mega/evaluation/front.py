@@ -13,6 +13,7 @@ from typing import Any
 import moocore
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 from gapo_mega.evaluation.series import Array
 from gapo_mega.evaluation.summary import CONFIDENCE
@@ -49,8 +50,9 @@ def judge(
     ``hypervolume`` is the volume between the means and ``reference``; points that are not better than it in
     every objective add nothing. ``epsilon``: how far a method's points must all be raised to cover the union
     front, ``igd_plus``: the mean distance that is missing from the union front to the method's points, both
-    with every objective scaled to the union front's range. ``coverage``: the share of another method's
-    non-dominated points that one of this method's equals or beats in every objective.
+    with every objective scaled to the union front's range. ``spacing`` is that of the union front, scaled
+    alike. ``coverage``: the share of another method's non-dominated points that one of this method's equals
+    or beats in every objective.
 
     Args:
         candidates: at least one.
@@ -81,6 +83,7 @@ def judge(
             }
             for index, candidate in enumerate(candidates)
         ],
+        "spacing": spacing(_scaled(union, union)[1]),
         "union_front": [candidate.name for candidate, on in zip(candidates, on_front_K, strict=True) if on],
         "methods": {
             method: {
@@ -119,6 +122,18 @@ def coverage(points_KM: Array, others_KM: Array) -> float:
     # By how much the points must be raised to cover one other point: not at all.
     raised = [moocore.epsilon_additive(points_KM, ref=other[None, :], maximise=True) for other in front]
     return float(np.mean(np.array(raised) <= 0))
+
+
+def spacing(points_KM: Array) -> float | None:
+    """How unevenly points are spread: std (ddof 1) of each one's L1 distance to its nearest neighbour.
+
+    Schott 1995; 0: all neighbours are equally far. None for fewer than two points.
+    """
+    if len(points_KM) < 2:
+        return None
+    distances_KK = cdist(points_KM, points_KM, "cityblock")
+    np.fill_diagonal(distances_KK, np.inf)
+    return float(np.std(distances_KK.min(axis=1), ddof=1))
 
 
 def _scaled(points_KM: Array, union_FM: Array) -> tuple[Array, Array]:

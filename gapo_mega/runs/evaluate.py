@@ -335,7 +335,8 @@ class Evaluation:
         return comparison
 
     def _write(self, comparison: Comparison, answers: Mapping[str, Sequence[Answer]]) -> None:
-        reference = self._reference
+        # Where nothing is measured from it, as of greedy responses, a reference would mislead.
+        reference = self._reference if "kl" in comparison.measures else None
         about = {
             "paths": {each.named.name: str(each.named.source) for each in self._candidates},
             "reference": None if reference is None else str(reference.named.source),

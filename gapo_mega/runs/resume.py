@@ -57,10 +57,12 @@ def compare_settings(
         found.refused.append(_refusal("objectives", ", ".join(new), ", ".join(old), where, "in this order"))
         return found
     for key, value in mine.items():
+        rule = rules.get(key, Rule.FREE)
         if key not in saved:
-            found.unchecked.append(key)
+            if rule is not Rule.FREE:  # of what may change there is nothing to check
+                found.unchecked.append(key)
             continue
-        before, rule = saved[key], rules.get(key, Rule.FREE)
+        before = saved[key]
         if before == value:
             continue
         if rule is Rule.CODE:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gapo_mega.config import Config
 from gapo_mega.config.sweep import METHOD, PREFERENCE, SweepConfig
+from gapo_mega.evaluation.files import POINTS_FOLDER as POINTS_FOLDER
 from gapo_mega.files import local
 from gapo_mega.planning.methods import load
 from gapo_mega.planning.preference import method_of, preference_key
@@ -20,7 +21,6 @@ from gapo_mega.runs import shared_answers
 from gapo_mega.runs.directory import EXPORT_FOLDER
 from gapo_mega.user_code import is_reference
 
-POINTS_FOLDER = "points"
 WARM_START = "warm_start"
 BEFORE_FOLDER = "before"  # of held-out answers before training
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gapo_mega.config import Config
 from gapo_mega.engine.megatron.checkpoint import convert
@@ -19,6 +19,7 @@ from gapo_mega.evaluation.comparison import Comparison
 from gapo_mega.evaluation.intervals import Resampling
 from gapo_mega.runs.evaluate import Evaluation, Request
 from gapo_mega.runs.evaluated_models import find_models
+from tests.helpers.hf_directories import classifier
 from tests.helpers.perturbed import perturbed
 from tests.helpers.rewards import short, vowels
 from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
@@ -157,9 +158,42 @@ def test_a_checkpoint_answers_as_its_directory(folder: Path, tmp_path: Path) -> 
     assert found[0] != read_answers(tmp_path / "out" / "base" / "responses.jsonl")
 
 
+def score_model(directory: Path) -> Path:
+    """A model with one score a text, that has learned nothing, and its tokenizer."""
+    classifier(directory)
+    byte_tokenizer(directory, CHAT_TEMPLATE)
+    return directory
+
+
+def score_of(directory: Path, prompt: str, response: str) -> float:
+    """By transformers, at the last token of the conversation."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(directory).double().eval()
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return float(model.score(model.model(ids).last_hidden_state[0, -1]))
+
+
+def test_a_score_model_in_the_engine_scores_every_model_s_responses(folder: Path, tmp_path: Path) -> None:
+    """It stays when the engine goes on to the next model."""
+    judge = score_model(tmp_path / "judge")
+    liked = {"name": "liked", "kind": "megatron_score", "options": {"model": str(judge)}}
+    short_too = {"name": "short", "function": "tests.helpers.rewards:short"}
+    config = configuration(folder, objectives=[liked, short_too])
+    evaluated(config, request(folder, tmp_path / "out"))
+    for name in ("base", "tuned"):
+        for answer in read_answers(tmp_path / "out" / name / "responses.jsonl"):
+            expected = score_of(judge, answer.prompt, answer.response)
+            assert answer.scores["liked"] == pytest.approx(expected, rel=1e-4, abs=1e-5)  # fp32, four layers
+
+
 def test_greedy_responses_have_no_divergence(folder: Path, tmp_path: Path) -> None:
     comparison, _ = evaluated(configuration(folder), request(folder, tmp_path / "out", greedy=True))
     assert "kl" not in comparison.measures
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Reference:" not in page and "6 prompts, 2 responses to each" in page
     answers = read_answers(tmp_path / "out" / "tuned" / "responses.jsonl")
     assert [a.response for a in answers[::2]] == [a.response for a in answers[1::2]]
 

@@ -166,3 +166,10 @@ def test_numbers_of_a_chosen_step_say_so(tmp_path: Path) -> None:
     assert shown["groups"][0]["of_steps"] == [8, UPDATES]
     paths = write_comparison(tmp_path, shown)
     assert f"| 8 to {UPDATES} |" in paths[0].read_text()
+
+
+def test_reward_calls_count_the_greedy_responses_of_a_baseline(tmp_path: Path) -> None:
+    group = write_run(tmp_path, "group", 1, 0.0)
+    assert group.as_dict()["reward_calls"] == 2 * 8 * UPDATES  # objectives, responses of a step
+    remax = write_run(tmp_path, "remax", 1, 0.0, advantages={"name": "remax"})
+    assert remax.as_dict()["reward_calls"] == 2 * (8 + 2) * UPDATES  # and one for each prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gapo_mega.evaluation.front import Candidate, coverage, hypervolume, judge, nondominated
+from gapo_mega.evaluation.front import Candidate, coverage, hypervolume, judge, nondominated, spacing
 
 
 def candidate(name: str, method: str, *points: tuple[float, ...]) -> Candidate:
@@ -50,6 +50,30 @@ def test_coverage_by_its_definition() -> None:
     front = [p for p in theirs if not any((q >= p).all() and (q > p).any() for q in theirs)]
     wanted = np.mean([any((q >= p).all() for q in ours) for p in front])
     assert coverage(ours, theirs) == pytest.approx(wanted)
+
+
+def test_spacing_by_its_definition() -> None:
+    points = np.random.default_rng(4).uniform(size=(7, 3))
+    nearest = [
+        min(float(np.abs(p - q).sum()) for j, q in enumerate(points) if j != i) for i, p in enumerate(points)
+    ]
+    mean = sum(nearest) / 7
+    wanted = (sum((d - mean) ** 2 for d in nearest) / 6) ** 0.5
+    assert spacing(points) == pytest.approx(wanted, rel=1e-12)  # sums of seven float64
+    assert spacing(np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])) == 0.0
+    assert spacing(points[:1]) is None
+
+
+def test_spacing_is_of_the_union_front_in_its_own_units() -> None:
+    front = [
+        candidate("a", "A", (0.0, 10.0)),
+        candidate("b", "A", (1.0, 5.0)),
+        candidate("c", "B", (4.0, 0.0)),
+    ]
+    beaten, double = candidate("d", "B", (0.5, 1.0)), candidate("e", "B", (4.0, 0.0))
+    scaled = np.array([[0.0, 1.0], [0.25, 0.5], [1.0, 0.0]])
+    assert judge([*front, beaten, double], ["x", "y"], None)["spacing"] == pytest.approx(spacing(scaled))
+    assert judge(front[:1], ["x", "y"], None)["spacing"] is None
 
 
 def test_a_front_of_two_methods() -> None:
