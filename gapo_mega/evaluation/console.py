@@ -16,13 +16,13 @@ from gapo_mega.evaluation.summary import ONE_RUN, Change, Summary
 _COLOURS = {"better": "green", "worse": "red"}
 
 
-def summary_table(summary: Summary, label: str = "after") -> Table:
+def summary_table(summary: Summary) -> Table:
     """Objective, before, after, change, standard error, change in standard errors."""
     table = Table(
         title="Held-out reward before and after training", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("objective", style="bold", overflow="fold")
-    for column in ("before", label, "change", "std. err.", "change / s.e.", "prompts"):
+    for column in ("before", "after", "change", "std. err.", "change / s.e.", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, found in summary.items():
         table.add_row(
@@ -57,9 +57,9 @@ def print_summary(
     if standing is not None and standing.stopped_early:
         console.print(standing.sentence(), markup=False, highlight=False)
     if standing is not None and standing.best is not None:
-        told = f"the result of the run: {standing.best.sentence()}"
+        told = f'the result of the run, and "after" below: {standing.best.sentence()}'
         console.print(told, markup=False, highlight=False)
-    console.print(summary_table(summary, "after" if standing is None else standing.label))
+    console.print(summary_table(summary))
     for name, found in summary.items():
         console.print(f"{name}: {found.sentence()}", markup=False, highlight=False)
     if any(found.half_width is not None for found in summary.values()):
