@@ -73,7 +73,7 @@ def _ground(axes: Axes, front_K2: Array, best_2: Array) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.axvspan(left, 0, color=_FAINT, alpha=0.7, linewidth=0)
     axes.axhspan(bottom, 0, xmin=-left / (right - left), color=_FAINT, alpha=0.7, linewidth=0)
-    note = {"color": _MUTED, "fontsize": 9, "textcoords": "offset points"}
+    note: dict[str, Any] = {"color": _MUTED, "fontsize": 9, "textcoords": "offset points"}
     axes.annotate("the dense reward is hurt", (left, bottom), xytext=(8, 8), **note)
     axes.annotate("the rare reward is hurt", (right, bottom), xytext=(-8, 8), ha="right", **note)
     axes.plot(*front_K2.T, color=_INK, linewidth=2.5, label="the true front")
