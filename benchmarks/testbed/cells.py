@@ -56,7 +56,7 @@ def measured(regime: str, name: str, plan: Plan) -> dict[str, Any]:
     chosen, tried = tuned(regime, method, plan)
     _, front = instances(regime, tuple(range(plan.seeds)))
     return {
-        **_head(regime, name, plan.told(method), chosen),
+        **_head(regime, name, chosen),
         "tried": tried,
         "possible": [best.value for best in front.possible],
         **_by_seed(regime, method, chosen, plan, plan.steps, PROBE_EVERY),
@@ -68,7 +68,7 @@ def at_equal_compute(regime: str, name: str, plan: Plan, chosen: Setting) -> dic
     method = METHODS[name]
     steps = round(plan.steps / ONE_PASS_COST) if method.of_gradients else plan.steps
     return {
-        **_head(regime, name, told_with(plan, method, chosen), chosen),
+        **_head(regime, name, chosen),
         **_by_seed(regime, method, chosen, plan, steps, 0),
     }
 
@@ -78,9 +78,8 @@ def told_with(plan: Plan, method: Method, chosen: Setting) -> dict[str, Any]:
     return {**plan.told(method), "chosen": asdict(chosen)}
 
 
-def _head(regime: str, name: str, what: dict[str, Any], chosen: Setting) -> dict[str, Any]:
-    label = METHODS[name].label
-    return {"regime": regime, "method": name, "label": label, "what": what, "tuned": asdict(chosen)}
+def _head(regime: str, name: str, chosen: Setting) -> dict[str, Any]:
+    return {"regime": regime, "method": name, "label": METHODS[name].label, "tuned": asdict(chosen)}
 
 
 def tuned(regime: str, method: Method, plan: Plan) -> tuple[Setting, list[dict[str, Any]]]:

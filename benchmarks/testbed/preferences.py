@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.testbed.cells import TUNING_SEEDS, Plan, instances, told_with
+from benchmarks.testbed.cells import TUNING_SEEDS, Plan, instances
 from benchmarks.testbed.front import hypervolume
 from benchmarks.testbed.methods import METHODS, Method, Setting
 from benchmarks.testbed.training import train
@@ -55,7 +55,6 @@ def front_of(regime: str, name: str, plan: Plan, around: Setting) -> dict[str, A
         "regime": regime,
         "method": name,
         "label": method.label,
-        "what": told_with(plan, method, around),
         "tuned": asdict(chosen),
         "hypervolume": _shares(regime, method, chosen, range(min(SEEDS, plan.seeds)), 1, plan.steps),
         "tried": {str(rate): float(np.mean(shares)) for rate, shares in by_rate.items()},

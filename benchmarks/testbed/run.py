@@ -29,10 +29,11 @@ def everything(
     work = [one for one in ordered(regimes, methods) if fronts or one[2] != FRONT]
     compute(store, work, workers)
     result = report.collected(store)
+    if picture:
+        result["trajectories"] = trajectories.traced(store)
+        yield trajectories.draw(result["trajectories"], out / "trajectories.png")
     yield report.write_results(result, out / "results.json")
     yield report.write_tables(result, out / "tables.md")
-    if picture:
-        yield trajectories.draw(trajectories.traced(store), out / "trajectories.png")
 
 
 def compute(store: Store, work: Sequence[tuple[str, str, str]], workers: int) -> None:

@@ -27,13 +27,14 @@ class Store:
 
     def get(self, regime: str, name: str, kind: str = "") -> dict[str, Any]:
         """The cell, or what was measured with the setting that its tuning chose."""
+        path = path_of(self.folder, regime, name, kind)
         if not kind:
             what = self.plan.told(METHODS[name])
-            return self._kept(regime, name, kind, what, lambda: cells.measured(regime, name, self.plan))
+            return self.kept(path, what, lambda: cells.measured(regime, name, self.plan))
         setting = Setting(**self.get(regime, name)["tuned"])
         what = cells.told_with(self.plan, METHODS[name], setting)
         measure = cells.at_equal_compute if kind == COMPUTE else preferences.front_of
-        return self._kept(regime, name, kind, what, lambda: measure(regime, name, self.plan, setting))
+        return self.kept(path, what, lambda: measure(regime, name, self.plan, setting))
 
     def finished(self, regime: str, name: str, kind: str = "") -> dict[str, Any] | None:
         """The result in the folder, None where there is none of this plan and of the method as it is."""
@@ -41,13 +42,11 @@ class Store:
         wanted = self.plan.told(METHODS[name])
         return found if found is not None and wanted.items() <= found["what"].items() else None
 
-    def _kept(
-        self, regime: str, name: str, kind: str, what: dict[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        path = path_of(self.folder, regime, name, kind)
+    def kept(self, path: Path, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result in a file, made and written unless one of the same ``what`` lies there."""
         found = read(path)
         if found is None or found["what"] != what:
-            write(path, make())
+            write(path, {**make(), "what": what})
             found = read(path)
             assert found is not None and found["what"] == what, path
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.testbed.cells import instances
+from benchmarks.testbed.cells import Plan, instances
 from benchmarks.testbed.methods import METHODS, Setting
 from benchmarks.testbed.problem import Array
 from benchmarks.testbed.store import Store
@@ -34,29 +34,34 @@ _INK, _MUTED, _FAINT = "#1f2933", "#64707d", "#e4e8ec"
 
 
 def traced(store: Store) -> dict[str, Any]:
-    """Means over seeds: gains on the way of every shown method [T, 2] and of the front [K, 2]."""
-    problem, front = instances(REGIME, tuple(range(store.plan.seeds)))
+    """Means over seeds: gains on the way of every shown method [T, 2], the front [K, 2], its best point."""
+    settings = {name: replace(Setting(**store.get(REGIME, name)["tuned"]), rate=RATE) for name in SHOWN}
+    what = {**asdict(store.plan), "settings": {name: asdict(one) for name, one in settings.items()}}
+    found = store.kept(store.folder / "trajectories.json", what, lambda: _traced(store.plan, settings))
+    return {key: found[key] for key in ("ways", "front", "best")}
+
+
+def _traced(plan: Plan, settings: dict[str, Setting]) -> dict[str, Any]:
+    problem, front = instances(REGIME, tuple(range(plan.seeds)))
     ways = {}
-    for name in SHOWN:
-        setting = replace(Setting(**store.get(REGIME, name)["tuned"]), rate=RATE)
-        outcome = train(
-            problem, front, METHODS[name], [setting], steps=store.plan.steps, trace_every=TRACE_EVERY
-        )
-        ways[name] = outcome.trace_TSCM[:, :, 0].mean(1)
+    for name, setting in settings.items():
+        outcome = train(problem, front, METHODS[name], [setting], steps=plan.steps, trace_every=TRACE_EVERY)
+        ways[name] = outcome.trace_TSCM[:, :, 0].mean(1).tolist()
     weights = np.stack([np.linspace(0.001, 0.999, 80), np.linspace(0.999, 0.001, 80)], 1)
     points = [[front.best(s, row).gains_M for row in weights] for s in range(problem.count)]
-    best = [possible.gains_M for possible in front.possible]
-    return {"ways": ways, "front": np.mean(points, axis=0), "best": np.mean(best, axis=0)}
+    best = np.mean([possible.gains_M for possible in front.possible], axis=0)
+    return {"ways": ways, "front": np.mean(points, axis=0).tolist(), "best": best.tolist()}
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
     """One panel, as wide as a README."""
     figure = Figure(figsize=(8.4, 5.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    _ground(axes, found["front"], found["best"])
+    ways = {name: np.array(way) for name, way in found["ways"].items()}
+    _limit(axes, [*ways.values(), np.array([found["best"], [0.0, 0.0]])])
+    _ground(axes, np.array(found["front"]), np.array(found["best"]))
     for name, (colour, mark) in SHOWN.items():
-        _way(axes, found["ways"][name], METHODS[name].label, colour, mark)
-    _limit(axes, [*found["ways"].values(), found["best"][None], np.zeros((1, 2))])
+        _way(axes, ways[name], METHODS[name].label, colour, mark)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -65,12 +70,17 @@ def draw(found: dict[str, Any], path: Path) -> Path:
 
 def _ground(axes: Axes, front_K2: Array, best_2: Array) -> None:
     """Where somebody loses, the front, and the start."""
-    axes.axhline(0, color=_MUTED, linewidth=1)
-    axes.axvline(0, color=_MUTED, linewidth=1)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.axvspan(left, 0, color=_FAINT, alpha=0.7, linewidth=0)
+    axes.axhspan(bottom, 0, xmin=-left / (right - left), color=_FAINT, alpha=0.7, linewidth=0)
+    note: dict[str, Any] = {"color": _MUTED, "fontsize": 9, "textcoords": "offset points"}
+    axes.annotate("the dense reward is hurt", (left, bottom), xytext=(8, 8), **note)
+    axes.annotate("the rare reward is hurt", (right, bottom), xytext=(-8, 8), ha="right", **note)
     axes.plot(*front_K2.T, color=_INK, linewidth=2.5, label="the true front")
     axes.plot(*best_2, marker="P", markersize=11, color=_INK, linestyle="", label="best for the worse off")
     axes.plot(0, 0, marker="o", markersize=9, color="white", markeredgecolor=_INK, linestyle="")
-    axes.annotate("start", (0, 0), xytext=(6, -14), textcoords="offset points", color=_MUTED, fontsize=9)
+    axes.annotate("start", (0, 0), xytext=(-34, -4), **note)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.grid(True, color=_FAINT)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -89,7 +99,7 @@ def _limit(axes: Axes, shown: Sequence[Array]) -> None:
 
 def _way(axes: Axes, way_T2: Array, label: str, colour: str, mark: str) -> None:
     axes.plot(*way_T2.T, color=colour, linewidth=1.8)
-    size = 15 if mark == "*" else 9
+    size = {"*": 13, "o": 14}.get(mark, 9)  # the ends of two lie on each other
     axes.plot(
         *way_T2[-1],
         marker=mark,

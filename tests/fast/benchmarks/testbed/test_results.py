@@ -149,4 +149,5 @@ def test_the_command_writes_results_tables_and_a_picture(tmp_path):
     assert (tmp_path / "trajectories.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert {cell["method"] for cell in result["cells"]} >= {"gdpo", "mgda"}
+    assert {len(way) for way in result["trajectories"]["ways"].values()} == {2}  # the start and the end
     assert "GDPO" in (tmp_path / "tables.md").read_text("utf-8")
