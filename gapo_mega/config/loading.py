@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.files import local, read_text
+from gapo_mega.option_checks import shown
 from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
@@ -343,8 +344,7 @@ def _shown(value: Any) -> str:
         return "a mapping"
     if value is None:
         return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shown(value)
 
 
 def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: str | Path) -> str:
