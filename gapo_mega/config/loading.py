@@ -30,6 +30,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 2**63 - 1
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -251,11 +252,15 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
 
 
 def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
-    """``ValueError`` for the first number of ``data`` that is not finite, or text that no file can hold."""
+    """``ValueError`` for the first number of ``data`` that no type holds, or text that no file can hold."""
     for location, value in _leaves(data, ()):
         accepted = None
         if isinstance(value, float) and not math.isfinite(value):
             found, accepted = str(value), "a finite number"
+        elif (
+            isinstance(value, int) and abs(value) > _LARGEST
+        ):  # also in options, which have types of their own
+            found, accepted = shown(value), "a whole number of 64 bits"
         elif isinstance(value, str) and _SURROGATE.search(value):
             # Half a character, escaped; or a byte of the command line that is no UTF-8.
             found, accepted = ascii(value)[:80], "UTF-8 text"
@@ -354,5 +359,5 @@ def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: s
     for place, override in reversed(applied):
         shared = min(len(place), len(location))
         if place[:shared] == location[:shared]:
-            return f"from override {override!r}"
+            return f"from override {shown(override, 160)}"
     return f"from {path}"
