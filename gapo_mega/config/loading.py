@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _LARGEST = 2**63 - 1
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
+_LONGEST_PATH = 160  # characters of a key's path that an error shows
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 SECTIONS_OF_METHOD = ("aggregation", "scalarization")
 # Where settings of a training run have moved; files and overrides may still use the old name.
@@ -120,8 +121,8 @@ def _take_method(
         key = override.partition("=")[0].strip()
         if key.startswith("method."):
             raise ValueError(
-                f"{key}: found in the override {override!r}, accepted: method=NAME, and options by "
-                "aggregation.options.KEY or scalarization.options.KEY"
+                f"{_dotted([key])}: found in the override {_said(override)}, accepted: method=NAME, and options "
+                "by aggregation.options.KEY or scalarization.options.KEY"
             )
         (wanted if key == "method" else rest).append(override)
     if wanted:
@@ -214,19 +215,19 @@ def _apply(data: dict[str, Any], override: str) -> Location:
     parts = key.strip().split(".")
     if not equals or not all(parts) or key.startswith("-"):
         raise ValueError(
-            f"override {override!r}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
+            f"override {_said(override)}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
         )
     try:
         value = parse_value(text)
     except ValueError as error:
         raise ValueError(
-            f"override {override!r}: value not readable as YAML: {error}; accepted: one value and "
+            f"override {_said(override)}: value not readable as YAML: {error}; accepted: one value and "
             "nothing after it (a text that begins with [ { \" ' or ! needs quotes)"
         ) from None
     node: Any = data
     location: list[int | str] = []
     for depth, part in enumerate(parts):
-        step = _step(node, part, override, ".".join(parts[:depth]))
+        step = _step(node, part, override, _dotted(parts[:depth]))
         location.append(step)
         if depth == len(parts) - 1:
             node[step] = value
@@ -245,10 +246,12 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
             return int(part)
         accepted = f"an index from 0 to {len(node) - 1}" if node else "none"
         raise ValueError(
-            f"{where}.{part}: {where} has {len(node)} items, accepted: {accepted}; a longer one "
-            f"is given as a whole (from override {override!r})"
+            f"{_dotted([where, part])}: {where} has {len(node)} items, accepted: {accepted}; a longer one "
+            f"is given as a whole (from override {_said(override)})"
         )
-    raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
+    raise ValueError(
+        f"{where}: found {_shown(node)}, which has no parts to set (from override {_said(override)})"
+    )
 
 
 def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
@@ -266,7 +269,7 @@ def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source:
             found, accepted = ascii(value)[:80], "UTF-8 text"
         if accepted is not None:
             origin = _origin(location, applied, source).encode("ascii", "backslashreplace").decode()
-            where = ".".join(map(str, location))
+            where = _dotted(location)
             raise ValueError(f"{where}: found {found}, accepted: {accepted} ({origin})")
 
 
@@ -284,21 +287,36 @@ def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     # A value of one of several types has a complaint of each; together they say what is accepted.
-    place = _place(first["loc"])
-    same = [d for d in details if _place(d["loc"]) == place]
+    place = _place(first)
+    same = [d for d in details if _place(d) == place]
     rest = len(details) - len(same)
     more = f"; {rest} more after this one" if rest else ""
     return " or ".join([_sentence(first, kind), *map(_accepted, same[1:])]) + more, place
 
 
-def _place(location: Location) -> Location:
-    """``location`` without the types that pydantic tried."""
-    return tuple(part for part in location if isinstance(part, int) or not _TYPE.search(part))
+def _place(detail: ErrorDetails) -> Location:
+    """The location without the types that pydantic tried; an unknown key may look like one."""
+    *parts, last = detail["loc"] or ("",)
+    unknown = detail["type"] == "extra_forbidden"
+    given = parts if unknown else detail["loc"]
+    found = [part for part in given if isinstance(part, int) or not _TYPE.search(part)]
+    return (*found, last) if unknown else tuple(found)
+
+
+def _said(override: str) -> str:
+    """An override as an error repeats it."""
+    return shown(override, _LONGEST_PATH)
+
+
+def _dotted(location: Sequence[object]) -> str:
+    """The path that errors show: on one line, also where a key is not."""
+    path = ".".join(map(str, location))
+    return path if path.isprintable() and len(path) <= _LONGEST_PATH else shown(path, _LONGEST_PATH)
 
 
 def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
-    location = _place(detail["loc"])
-    path = ".".join(map(str, location))
+    location = _place(detail)
+    path = _dotted(location)
     if detail["type"] == "extra_forbidden":
         section = _section(location[:-1], kind)
         name = str(location[-1])
@@ -310,7 +328,7 @@ def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
         return f"{path}: not given, accepted: a value{meaning}"
     if detail["type"] == "value_error":
         message = str(detail["msg"]).removeprefix("Value error, ")
-        outer = ".".join(map(str, location[:-1]))
+        outer = _dotted(location[:-1])
         # Validators of a section name their own keys; a nested section gets its path in front.
         return f"in {path}: {message}" if outer else message
     if detail["type"] in ("model_type", "model_attributes_type"):
@@ -359,5 +377,5 @@ def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: s
     for place, override in reversed(applied):
         shared = min(len(place), len(location))
         if place[:shared] == location[:shared]:
-            return f"from override {shown(override, 160)}"
+            return f"from override {_said(override)}"
     return f"from {path}"
