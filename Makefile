@@ -42,7 +42,7 @@ STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 STAMPS_docs := $(STAMPS_run) $(VENV)/.installed-docs
 
-.PHONY: help demo test test-fast combinations matrix lint docs sanitize clean
+.PHONY: help demo test test-fast fuzz combinations matrix lint docs sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
@@ -50,6 +50,7 @@ help:
 	@echo "make demo          install, train a small language model on two conflicting objectives, show the result"
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
+	@echo "make fuzz          configurations and data files of all kinds, FUZZ (10000) of each, random"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"
 	@echo "make lint          ruff, mypy --strict, clang-format"
@@ -67,6 +68,11 @@ test: $(VENV)/.installed-test $(MODEL)/config.json
 # No processes, no compiler, no Megatron.
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) tests/fast
+
+# Configurations and data files of all kinds. The suite runs a few of a fixed seed.
+FUZZ ?= 10000
+fuzz: $(VENV)/.installed-test
+	FUZZ=$(FUZZ) $(PYTEST) tests/fast/config/test_fuzz.py tests/fast/data/test_fuzz.py
 
 # There are hours of combinations. OUT=FILE.jsonl keeps what was run, and the next call goes on from there.
 MINUTES ?= 10

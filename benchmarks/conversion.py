@@ -64,7 +64,9 @@ def promised(config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
 
-        tensors = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).state_dict()
+        tensors = (
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(torch.bfloat16).state_dict()
+        )
     return {name: tensors[name] for name in sorted(weights.hf_names())}
 
 
@@ -107,7 +109,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, made and emptied")
     parser.add_argument("--out", type=Path, default=Path("conversion.json"))
     arguments = parser.parse_args()
-    config = mistral_7b() if arguments.config is None else AutoConfig.from_pretrained(arguments.config)
+    config = (
+        mistral_7b()
+        if arguments.config is None
+        else (AutoConfig.from_pretrained(arguments.config, trust_remote_code=False))
+    )
     folder: Path = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
     companions = folder / "companions"

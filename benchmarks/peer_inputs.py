@@ -48,7 +48,7 @@ def load_model(source: str, attention: str) -> PreTrainedModel:
     """The policy in transformers, fp32, without dropout (training mode has none in Llama either)."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation=attention
+        source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
     model.train(False)
     return model

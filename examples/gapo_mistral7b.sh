@@ -17,6 +17,14 @@
 ''':'
 set -euo pipefail
 
+# In arithmetic, bash runs commands that a variable's text names: digits only.
+for name in NNODES NPROC_PER_NODE NODE_RANK MASTER_PORT; do
+  if [[ -n "${!name:-}" && ! "${!name}" =~ ^[0-9]{1,6}$ ]]; then
+    printf "error: %s: found '%s', accepted: a number (digits only)\\n" "$name" "${!name}" >&2
+    exit 2
+  fi
+done
+
 python="${PYTHON:-python3}"
 nodes="${NNODES:-1}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
@@ -24,7 +32,7 @@ processes="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 
 for argument in "$@"; do
   if [ "$argument" = "--dry-run" ]; then
-    exec "$python" "$0" --world "$((nodes * processes))" "$@"
+    exec "$python" "$0" --world "$((10#$nodes * 10#$processes))" "$@"
   fi
 done
 

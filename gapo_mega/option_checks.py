@@ -10,6 +10,16 @@ from typing import Any
 _SUM_TOLERANCE = 1e-3
 
 
+def shown(value: object, most: int = 80) -> str:
+    """``value`` as an error shows it: one line of at most ``most`` characters, whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception as error:  # such as of an integer with more digits than Python writes
+        text = f"a value of type {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    text = " ".join(text.split()) if len(text.splitlines()) > 1 else text
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def require_choice(option: str, value: object, accepted: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
     if value not in accepted:

@@ -15,6 +15,7 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ from types import GenericAlias, ModuleType
 from typing import TypeGuard, TypeVar
 
 from gapo_mega.files import local
+from gapo_mega.option_checks import shown
 
 T = TypeVar("T")
 
 CLASS_FORMS = ("module:Class", "path/to/file.py:Class")
 
+_LONGEST_REASON = 300  # characters of what the user's code says
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -220,14 +223,52 @@ def _python_finds(top: str) -> bool:
 
 @contextmanager
 def _with_file_and_line(where: str) -> Iterator[None]:
-    """Add file and line to a ``ValueError`` of the user's code: the command shows it as one line."""
+    """Add file and line to a ``ValueError`` of the user's code: the command shows it as one line.
+
+    ``sys.exit`` becomes one: a module that is imported must not end the process without a word.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, SystemExit) as error:
         ours = (__file__, importlib.__file__)
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen ")]
         if not theirs:
             raise
         first = theirs[0]
-        raise ValueError(f"{where}: {first.filename}, line {first.lineno}: {error}") from error
+        what = str(error) if isinstance(error, ValueError) else reason_of(error)
+        raise ValueError(f"{where}: {first.filename}, line {first.lineno}: {what}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What ``error`` of the user's code says, on one line, with its type unless that is ``ValueError``."""
+    if isinstance(error, SystemExit):
+        return f"found sys.exit({shown(error.code)}), accepted: code that returns or raises"
+    try:
+        said = " ".join(str(error).split())
+    except Exception as further:
+        said = f"its text cannot be made ({type(further).__name__})"
+    said = said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."
+    kind = type(error).__qualname__
+    return said if said and type(error) is ValueError else f"{kind}: {said}" if said else kind
+
+
+def place_of(error: BaseException) -> str:
+    """File and line of the user's code at which ``error`` arose.
+
+    That is the last frame that is neither of this package nor of an installed one: a reward that hands
+    something wrong to a library is at fault where it does so. Without such a frame, the last of all.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "an unknown place"
+    theirs = [frame for frame in frames if not frame.filename.startswith(("<frozen ", *_installed()))]
+    last = (theirs or frames)[-1]
+    return f"{last.filename}, line {last.lineno}"
+
+
+def _installed() -> tuple[str, ...]:
+    """Beginnings of the paths of this package's files, Python's own and those of installed packages."""
+    own = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+    places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return (own, *(os.path.join(place, "") for place in sorted(places)))

@@ -30,7 +30,7 @@ def start(processes: int, arguments: Sequence[str]) -> NoReturn:
     """Become a torchrun of ``processes`` local workers that run ``gapo-mega`` with ``arguments``.
 
     Torchrun replaces this process, so that signals and the exit code are torchrun's own.
-    The rendezvous picks a free port.
+    All of them listen on this machine's loopback alone, at free ports.
     """
     assert processes >= 1
     # Otherwise each worker would use every core, and they would wait for one another.
@@ -38,8 +38,7 @@ def start(processes: int, arguments: Sequence[str]) -> NoReturn:
     # After SIGTERM the workers write a checkpoint; torchrun would kill them after 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)),
+        *(sys.executable, "-m", "gapo_mega.runs.local_torchrun", "--nproc-per-node", str(processes)),
         *("-m", "gapo_mega.cli", *arguments),
     ]
     sys.stdout.flush()

@@ -28,9 +28,12 @@ def serve_reward(
     function: Annotated[str | None, typer.Option(help="Instead: module:function (kind python).")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    blocked_after: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of one request after which /health says blocked.")
+    ] = 300.0,
 ) -> None:
     """Serve a reward over HTTP, for objectives of kind http of any training."""
     from gapo_mega.commands.reward_server import objective_config, serve
 
     logging.basicConfig(level=logging.WARNING)
-    serve(objective_config(config, model, function, overrides or []), host, port)
+    serve(objective_config(config, model, function, overrides or []), host, port, blocked_after)

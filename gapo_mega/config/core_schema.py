@@ -18,6 +18,7 @@ _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _MOST = 100_000
+_DEEPEST = 40  # lists and mappings within each other: what writes the configuration again goes no deeper
 # Version 1.1, and so PyYAML, ends a line at these, and folds the spaces around; version 1.2 does not.
 _NO_BREAKS = ("\x85", "\u2028", "\u2029")
 _PRIVATE = range(0xE000, 0xF900)  # characters that nobody has given a meaning
@@ -91,14 +92,16 @@ def _unshared(data: Any) -> Any:
     """
     count = 0
 
-    def copied(value: Any) -> Any:
+    def copied(value: Any, depth: int = 0) -> Any:
         nonlocal count
         count += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"found lists or mappings more than {_DEEPEST} deep within each other")
         if count > _MOST:
             raise ValueError(f"found anchors that stand for more than {_MOST} values")
         if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
-        return [copied(item) for item in value] if isinstance(value, list) else value
+            return {key: copied(item, depth + 1) for key, item in value.items()}
+        return [copied(item, depth + 1) for item in value] if isinstance(value, list) else value
 
     return copied(data)
 

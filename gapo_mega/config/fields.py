@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from gapo_mega.files import expanded
@@ -16,10 +16,26 @@ MOST_ROWS = 16  # that a combination takes: so many objectives
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
+LARGEST_INTEGER = 2**31 - 1  # what every later use of a count or seed can hold
+LARGEST_NUMBER = 3.4028234663852886e38  # of float32
+
+
 class Section(BaseModel):
-    """Base of every section: immutable, unknown keys and numbers that are not finite refused."""
+    """Base of every section: immutable; unknown keys and numbers that no later stage holds are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_later_types(cls, value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > LARGEST_INTEGER:
+                limits = {"limits": f"a whole number from -{LARGEST_INTEGER} to {LARGEST_INTEGER}"}
+                raise PydanticCustomError("integer_range", "{limits}", limits)
+            if isinstance(number, float) and abs(number) > LARGEST_NUMBER:
+                limits = {"limits": f"a number from -{LARGEST_NUMBER:.3g} to {LARGEST_NUMBER:.3g} (float32)"}
+                raise PydanticCustomError("number_range", "{limits}", limits)
+        return value
 
 
 def _resolved(reference: str, info: ValidationInfo) -> str:

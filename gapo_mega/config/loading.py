@@ -21,6 +21,7 @@ from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.files import local, read_text
+from gapo_mega.option_checks import shown
 from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
@@ -30,8 +31,10 @@ Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 2**63 - 1
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
+_LONGEST_PATH = 160  # characters of a key's path that an error shows
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 SECTIONS_OF_METHOD = ("aggregation", "scalarization")
 # Where settings have moved, by what they configure; files and overrides may still use the old name.
@@ -122,8 +125,8 @@ def _take_method(
         key = override.partition("=")[0].strip()
         if key.startswith("method."):
             raise ValueError(
-                f"{key}: found in the override {override!r}, accepted: method=NAME, and options by "
-                "aggregation.options.KEY or scalarization.options.KEY"
+                f"{_dotted([key])}: found in the override {_said(override)}, accepted: method=NAME, and options "
+                "by aggregation.options.KEY or scalarization.options.KEY"
             )
         (wanted if key == "method" else rest).append(override)
     if wanted:
@@ -216,19 +219,19 @@ def _apply(data: dict[str, Any], override: str) -> Location:
     parts = key.strip().split(".")
     if not equals or not all(parts) or key.startswith("-"):
         raise ValueError(
-            f"override {override!r}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
+            f"override {_said(override)}: accepted: key=value or key.sub=value, such as optimizer.lr=1e-6"
         )
     try:
         value = parse_value(text)
     except ValueError as error:
         raise ValueError(
-            f"override {override!r}: value not readable as YAML: {error}; accepted: one value and "
+            f"override {_said(override)}: value not readable as YAML: {error}; accepted: one value and "
             "nothing after it (a text that begins with [ { \" ' or ! needs quotes)"
         ) from None
     node: Any = data
     location: list[int | str] = []
     for depth, part in enumerate(parts):
-        step = _step(node, part, override, ".".join(parts[:depth]))
+        step = _step(node, part, override, _dotted(parts[:depth]))
         location.append(step)
         if depth == len(parts) - 1:
             node[step] = value
@@ -247,24 +250,30 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
             return int(part)
         accepted = f"an index from 0 to {len(node) - 1}" if node else "none"
         raise ValueError(
-            f"{where}.{part}: {where} has {len(node)} items, accepted: {accepted}; a longer one "
-            f"is given as a whole (from override {override!r})"
+            f"{_dotted([where, part])}: {where} has {len(node)} items, accepted: {accepted}; a longer one "
+            f"is given as a whole (from override {_said(override)})"
         )
-    raise ValueError(f"{where}: found {_shown(node)}, which has no parts to set (from override {override!r})")
+    raise ValueError(
+        f"{where}: found {_shown(node)}, which has no parts to set (from override {_said(override)})"
+    )
 
 
 def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
-    """``ValueError`` for the first number of ``data`` that is not finite, or text that no file can hold."""
+    """``ValueError`` for the first number of ``data`` that no type holds, or text that no file can hold."""
     for location, value in _leaves(data, ()):
         accepted = None
         if isinstance(value, float) and not math.isfinite(value):
             found, accepted = str(value), "a finite number"
+        elif (
+            isinstance(value, int) and abs(value) > _LARGEST
+        ):  # also in options, which have types of their own
+            found, accepted = shown(value), "a whole number of 64 bits"
         elif isinstance(value, str) and _SURROGATE.search(value):
             # Half a character, escaped; or a byte of the command line that is no UTF-8.
             found, accepted = ascii(value)[:80], "UTF-8 text"
         if accepted is not None:
             origin = _origin(location, applied, source).encode("ascii", "backslashreplace").decode()
-            where = ".".join(map(str, location))
+            where = _dotted(location)
             raise ValueError(f"{where}: found {found}, accepted: {accepted} ({origin})")
 
 
@@ -282,21 +291,36 @@ def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     # A value of one of several types has a complaint of each; together they say what is accepted.
-    place = _place(first["loc"])
-    same = [d for d in details if _place(d["loc"]) == place]
+    place = _place(first)
+    same = [d for d in details if _place(d) == place]
     rest = len(details) - len(same)
     more = f"; {rest} more after this one" if rest else ""
     return " or ".join([_sentence(first, kind), *map(_accepted, same[1:])]) + more, place
 
 
-def _place(location: Location) -> Location:
-    """``location`` without the types that pydantic tried."""
-    return tuple(part for part in location if isinstance(part, int) or not _TYPE.search(part))
+def _place(detail: ErrorDetails) -> Location:
+    """The location without the types that pydantic tried; an unknown key may look like one."""
+    *parts, last = detail["loc"] or ("",)
+    unknown = detail["type"] == "extra_forbidden"
+    given = parts if unknown else detail["loc"]
+    found = [part for part in given if isinstance(part, int) or not _TYPE.search(part)]
+    return (*found, last) if unknown else tuple(found)
+
+
+def _said(override: str) -> str:
+    """An override as an error repeats it."""
+    return shown(override, _LONGEST_PATH)
+
+
+def _dotted(location: Sequence[object]) -> str:
+    """The path that errors show: on one line, also where a key is not."""
+    path = ".".join(map(str, location))
+    return path if path.isprintable() and len(path) <= _LONGEST_PATH else shown(path, _LONGEST_PATH)
 
 
 def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
-    location = _place(detail["loc"])
-    path = ".".join(map(str, location))
+    location = _place(detail)
+    path = _dotted(location)
     if detail["type"] == "extra_forbidden":
         section = _section(location[:-1], kind)
         name = str(location[-1])
@@ -308,7 +332,7 @@ def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:
         return f"{path}: not given, accepted: a value{meaning}"
     if detail["type"] == "value_error":
         message = str(detail["msg"]).removeprefix("Value error, ")
-        outer = ".".join(map(str, location[:-1]))
+        outer = _dotted(location[:-1])
         # Validators of a section name their own keys; a nested section gets its path in front.
         return f"in {path}: {message}" if outer else message
     if detail["type"] in ("model_type", "model_attributes_type"):
@@ -347,8 +371,7 @@ def _shown(value: Any) -> str:
         return "a mapping"
     if value is None:
         return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shown(value)
 
 
 def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: str | Path) -> str:
@@ -358,5 +381,5 @@ def _origin(location: Location, applied: Sequence[tuple[Location, str]], path: s
     for place, override in reversed(applied):
         shared = min(len(place), len(location))
         if place[:shared] == location[:shared]:
-            return f"from override {override!r}"
+            return f"from override {_said(override)}"
     return f"from {path}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from gapo_mega.config.fields import LocalPath, Section
+
+SMALLEST_NORMAL = 1.1754943508222875e-38  # of float32; what is smaller may count as 0 there
 
 
 class OptimizerConfig(Section):
@@ -31,6 +34,13 @@ class OptimizerConfig(Section):
         description="gather stepped parameters while the next forward already runs; needs distributed and "
         "overlap_grad_reduce",
     )
+
+    @field_validator("eps")
+    @classmethod
+    def _eps_is_not_0_in_float32(cls, eps: float) -> float:
+        if eps < SMALLEST_NORMAL:
+            raise PydanticCustomError("eps", "at least 1.18e-38, the smallest normal number of float32")
+        return eps
 
     @model_validator(mode="after")
     def _gathers_what_is_split(self) -> OptimizerConfig:

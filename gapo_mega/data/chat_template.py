@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gapo_mega.data.bounded_template import rendered
 from gapo_mega.files import local, read_text
 from gapo_mega.types import Message
 
@@ -54,12 +55,29 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, asked: bool = False) -> str:
         """The conversation as text; ``asked`` appends what makes the assistant answer.
 
-        Raises ``jinja2.TemplateError`` where the template refuses the messages, or is not valid.
+        Raises ``jinja2.TemplateError`` where the template refuses the messages, is not valid, or takes too
+        long or makes too much (``TemplateLimit``).
         """
-        rendered = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=self._text,
-            add_generation_prompt=asked,
-            tokenize=False,
+        if not messages:
+            raise ValueError("found a conversation without a message, accepted: at least one")
+        values: dict[str, Any] = {
+            key: _plain(value) for key, value in self._tokenizer.special_tokens_map.items()
+        }
+        return rendered(
+            self._tokenizer.get_chat_template(self._text),
+            {
+                **values,
+                "messages": [
+                    {key: value for key, value in message.items() if value is not None}
+                    for message in messages
+                ],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": asked,
+            },
         )
-        return str(rendered)
+
+
+def _plain(token: Any) -> Any:
+    """A special token, or several, as text."""
+    return [str(one) for one in token] if isinstance(token, list | tuple) else str(token)

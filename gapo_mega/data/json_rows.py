@@ -17,6 +17,7 @@ from typing import IO, Any
 
 Row = Mapping[str, Any]
 
+_DEEPEST = 100  # lists and objects within each other: what copies and writes a row again goes no deeper
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -100,6 +101,21 @@ def _row(value: Any, number: int) -> Row:
     return value
 
 
+def _depth(value: Any) -> int:
+    """How many lists and objects lie within each other; without recursion, for there may be many."""
+    depth = 0
+    level = [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+    return depth
+
+
 class _Strict:
     """Decodes one row; errors begin with its number."""
 
@@ -127,6 +143,8 @@ class _Strict:
             reason = "too deep" if isinstance(error, RecursionError) else error
             raise ValueError(f"row {self._number}: {reason}") from None
         part = text[start:end]
+        if part.count("[") + part.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
+            raise ValueError(f"row {self._number}: too deep, accepted: {_DEEPEST} lists and objects at most")
         if self._suspect or _SURROGATE.search(part) or _ESCAPED_SURROGATE.search(part):
             self._check(value, "")
         return value, end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from gapo_mega.data.json_rows import Row, json_rows
 from gapo_mega.data.named import NamedSplit, is_hub_name, read_named
 from gapo_mega.files import local
+from gapo_mega.option_checks import shown
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ PACKAGE_PREFIX = "package:"
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 SPLIT_COLUMN = "split"
 _PART = re.compile(r"[\[+]")  # in datasets' names of splits: train[:10%], train+test
+_MOST_NAMES, _LONGEST = 20, 40  # names of splits or columns in an error, and characters of each
 _SHOWN = 5  # rows that the log names
 _AT_ONCE = 1000  # rows of a parquet file that are turned into Python objects together
 
@@ -118,8 +120,7 @@ def check_column(column_key: str, column: str, table: Table) -> None:
     """``ValueError`` with the columns that there are, unless ``table`` has ``column``."""
     if column not in table.columns:
         raise ValueError(
-            f"{column_key}: found {column!r}, accepted for {table.source.name!r}: "
-            f"{', '.join(sorted(table.columns))}"
+            f"{column_key}: found {column!r}, accepted for {table.source.name!r}: {_some(table.columns)}"
         )
 
 
@@ -132,13 +133,13 @@ def tell_unread(table: Table, read: Sequence[str]) -> None:
 
 def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
     """Rows of a file of ``FILE_TYPES``; ``ValueError`` if it is missing, empty or broken."""
-    shown = f"{source.parameter}: file {str(path)!r}"
+    named = f"{source.parameter}: file {str(path)!r}"
     if path.is_dir():
-        raise ValueError(f"{shown} is a directory, accepted: a file of that name")
+        raise ValueError(f"{named} is a directory, accepted: a file of that name")
     if not path.is_file():
-        raise ValueError(f"{shown} not found")
+        raise ValueError(f"{named} not found")
     if path.stat().st_size == 0:
-        raise ValueError(f"{shown} is empty")
+        raise ValueError(f"{named} is empty")
     numbered = _parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     try:
         table = _split(source, numbered, limit)
@@ -147,9 +148,9 @@ def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
     except (ValueError, OSError, EOFError, OverflowError, zlib.error) as error:
         kind = next(end for end in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(end))
         reason = " ".join(str(error).split())
-        raise ValueError(f"{shown} not readable as {kind}: {reason}") from None
+        raise ValueError(f"{named} not readable as {kind}: {reason}") from None
     if not table.rows:
-        raise ValueError(f"{shown} has no rows")
+        raise ValueError(f"{named} has no rows")
     return table
 
 
@@ -178,8 +179,7 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
             break
     if marks and not rows:
         raise _NoSuchSplit(
-            f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: "
-            f"{', '.join(sorted(marks))}"
+            f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: {_some(marks)}"
         )
     if SPLIT_COLUMN not in columns and _PART.search(source.split):
         raise _NoSuchSplit(
@@ -192,6 +192,16 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
             source, len(unmarked), SPLIT_COLUMN, ", ".join(map(str, unmarked[:_SHOWN])),
         )  # fmt: skip
     return Table(source, list(columns), rows, numbers)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Names from a file, which may be anything, on one line."""
+    listed = sorted(names)
+    found = [
+        name if name.isprintable() and len(name) <= _LONGEST else shown(name, _LONGEST) for name in listed
+    ]
+    more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+    return ", ".join(found[:_MOST_NAMES]) + more
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:

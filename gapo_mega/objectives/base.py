@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.option_checks import shown
 from gapo_mega.types import Prompt, ResponseFacts, lone_surrogate
+from gapo_mega.user_code import place_of, reason_of
 
 
 class Objective(Protocol):
@@ -50,8 +54,29 @@ class ScoreModelRequest:
 # What Python can iterate over, and is no list of scores.
 _NO_SCORES = (str, bytes, bytearray, memoryview, Set, Mapping)
 
+_EXCERPT = 420  # characters of a score that an error shows
+
 # Token ids of conversations -> their scores, in order. Collective over the ranks of a replica.
 TokenScorer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+
+class ObjectiveError(ValueError):
+    """What an objective refuses; begins with its name."""
+
+
+class RewardFailed(ObjectiveError):
+    """The user's code failed while it scored; names objective, file and line.
+
+    Attributes:
+        reason: what the code said, without the place.
+        refused: whether it raised ``ValueError``, as for a response that it does not take; else asking again
+            may help.
+    """
+
+    def __init__(self, text: str, reason: str = "", refused: bool = False) -> None:
+        super().__init__(text)  # the only argument that pickle passes; it sets the others afterwards
+        self.reason = reason
+        self.refused = refused
 
 
 class Outline:
@@ -97,7 +122,9 @@ class SharedCall:
         same = self._asked is not None and self._asked[0] is prompts and self._asked[1] is responses
         if not same or reader in self._taken:
             found = evaluate()
-            self._result = list(found) if isinstance(found, Iterator) else found  # the next reads it, too
+            # The next reads it, too. One more item than there may be shows that there are too many.
+            most = len(responses) + 1
+            self._result = list(islice(found, most)) if isinstance(found, Iterator) else found
             self._asked, self._taken = (prompts, responses), set()
         self._taken.add(reader)
         return self._result
@@ -114,6 +141,9 @@ class ObjectiveKind(ABC):
     reads_facts: bool = False
     # Whether its result may be a mapping of several objectives (``objectives[].outputs``).
     gives_outputs: ClassVar[bool] = False
+
+    # Whether its errors are those of the user's code; so they are for every kind outside the package.
+    calls_user_code: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
@@ -157,24 +187,43 @@ class ObjectiveKind(ABC):
 
         Raises ``ValueError`` naming the objective (and the index and value at fault) unless there is
         exactly one finite number per pair, for text that UTF-8 cannot hold and for a prompt without one of
-        the columns that the objective reads.
+        the columns that the objective reads; ``RewardFailed`` for whatever the user's code raises.
         """
         if not responses:
             return []
         self._check_texts(prompts, responses)
         self._check_columns(prompts)
-        if self.config.output is None:
-            result = self.evaluate_all(prompts, responses, facts)
-        else:
-            whole = self._calls.result(
-                self.name, prompts, responses, lambda: self.evaluate_all(prompts, responses, facts)
-            )
-            result = self._part(whole, self.config.output)
-        scores = self._numbers(result, len(responses))
+        with self._failures_named():
+            scores = self._evaluated(prompts, responses, facts)
         clip = self.config.clip
         return scores if clip is None else [max(-clip, min(clip, score)) for score in scores]
 
-    def _part(self, whole: object, output: str) -> object:
+    def _evaluated(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None
+    ) -> list[float]:
+        if self.config.output is None:
+            return self._numbers(self.evaluate_all(prompts, responses, facts), len(responses))
+        whole = self._calls.result(
+            self.name, prompts, responses, lambda: self.evaluate_all(prompts, responses, facts)
+        )
+        return self._numbers(self._part(whole, self.config.output, len(responses)), len(responses))
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """Name objective, file and line for what the user's code raises, ``sys.exit`` included."""
+        if not self.calls_user_code and type(self).__module__.startswith("gapo_mega."):
+            yield
+            return
+        try:
+            yield
+        except (ObjectiveError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            reason = reason_of(error).removeprefix(f"objective {self.name!r}: ")
+            text = f"objective {self.name!r}: {place_of(error)}: {reason}"
+            raise RewardFailed(text, reason, isinstance(error, ValueError)) from error
+
+    def _part(self, whole: object, output: str, count: int) -> object:
         """The scores called ``output`` in a mapping, or in the mappings of single responses."""
         if isinstance(whole, Mapping):
             return self._named(whole, output, "the result")
@@ -183,7 +232,8 @@ class ObjectiveKind(ABC):
                 f"found a result of type {type(whole).__name__}, accepted: a mapping with {output!r}"
             )
         return [
-            self._named(item, output, f"the result for response {index}") for index, item in enumerate(whole)
+            self._named(item, output, f"the result for response {index}")
+            for index, item in enumerate(islice(whole, count + 1))
         ]
 
     def _named(self, found: object, output: str, where: str) -> object:
@@ -193,7 +243,7 @@ class ObjectiveKind(ABC):
             )
         if output not in found:
             raise self._error(
-                f"found {where} with {', '.join(map(repr, found)) or 'no names'}, accepted: a mapping with "
+                f"found {where} with {', '.join(map(shown, found)) or 'no names'}, accepted: a mapping with "
                 f"{output!r} (outputs)"
             )
         return found[output]
@@ -227,9 +277,11 @@ class ObjectiveKind(ABC):
             kind = type(result).__name__
             several = "" if not isinstance(values, Mapping) else " (outputs makes objectives of a mapping)"
             raise self._error(f"found a result of type {kind}, accepted: a list of scores{several}")
-        items = list(values)
+        items = list(islice(values, count + 1))  # what has no end is seen to be too long
         if len(items) != count:
-            raise self._error(f"found {len(items)} scores, accepted: {count}, one for each response")
+            more = str(len(values)) if isinstance(values, Sized) else f"more than {count}"
+            found = len(items) if len(items) < count else more
+            raise self._error(f"found {found} scores, accepted: {count}, one for each response")
         return [self._number(index, item) for index, item in enumerate(items)]
 
     def _number(self, index: int, item: Any) -> float:
@@ -238,8 +290,13 @@ class ObjectiveKind(ABC):
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise self._error(f"found the score {item!r} for response {index}, accepted: a finite number")
+            several = " (outputs makes objectives of a mapping)" if isinstance(item, Mapping) else ""
+            kind = f", of type {type(item).__name__}" if isinstance(item, Mapping | Set) else ""
+            raise self._error(
+                f"found the score {shown(item, _EXCERPT)} for response {index}{kind}, accepted: a finite "
+                f"number{several}"
+            )
         return number
 
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"objective {self.name!r}: {what}")
+    def _error(self, what: str) -> ObjectiveError:
+        return ObjectiveError(f"objective {self.name!r}: {what}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from gapo_mega.data.bounded_template import TemplateLimit
 from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.files import local
 from gapo_mega.models.huggingface.token_ids import check_vocabulary
@@ -126,6 +127,8 @@ class ConversationTokenizer:
             raise ValueError(
                 f"chat_template: found {_one_line(error)} in line {error.lineno}, accepted: a Jinja template"
             ) from None
+        except TemplateLimit as error:
+            raise ValueError(f"chat_template: {error}; accepted: a template within it") from None
         except TemplateError:
             return  # it may want other roles than these two; the real conversations will tell
         if _TRIAL[-1]["content"] not in rendered:

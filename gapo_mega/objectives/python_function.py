@@ -23,6 +23,7 @@ class PythonFunction(ObjectiveKind):
 
     kind: ClassVar[str] = "python"
     gives_outputs: ClassVar[bool] = True
+    calls_user_code: ClassVar[bool] = True
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from gapo_mega.engine.base import Ranks
 from gapo_mega.objectives.base import Objective
+from gapo_mega.option_checks import shown
 from gapo_mega.types import Prompt, ResponseFacts
+from gapo_mega.user_code import reason_of
 
 
 def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> list[float]:
@@ -23,7 +26,7 @@ def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> l
         number = isinstance(score, int | float)
         if not number or not abs(score) <= limit:  # a comparison, so that NaN is refused as well
             raise ValueError(
-                f"objective {name!r}: found the score {score!r} for response {i}, an answer to prompt "
+                f"objective {name!r}: found the score {shown(score)} for response {i}, an answer to prompt "
                 f"{prompts[i].index}, accepted: a finite number within {limit:.3g}, the range of float32"
             )
     return [float(score) for score in scores]
@@ -67,8 +70,23 @@ class ResponseScorer:
             try:
                 outcome = {each.name: each.score(prompts, responses, facts) for each in objectives}
             except Exception as error:  # every rank must learn of it, or the others wait for ever
-                outcome = error
+                self._ranks.broadcast_in_replica(_sendable(error))
+                raise
+            except SystemExit as error:  # of an objective without the checks of ``ObjectiveKind``
+                failed = RuntimeError(reason_of(error))
+                self._ranks.broadcast_in_replica(failed)
+                raise failed from error
         outcome = self._ranks.broadcast_in_replica(outcome)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+def _sendable(error: Exception) -> Exception:
+    """``error``, or one with its reason where another process could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        return kind(reason_of(error))
+    return error

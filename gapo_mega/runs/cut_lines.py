@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from itertools import count
 from pathlib import Path
 
 from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.series import METRICS_FILE
+from gapo_mega.option_checks import shown
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +53,23 @@ def _lines(directory: Path) -> list[tuple[int, str]]:
     if not path.is_file():
         return []
     found: list[tuple[int, str]] = []
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            continue
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, TypeError, KeyError):
+            found.append((_step(line), line.decode("utf-8") + "\n"))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            text = shown(line.decode("utf-8", "replace").strip(), 62)
             raise ValueError(
-                f"output_dir: {path}, line {number}: found {line.strip()[:60]!r}, accepted: the log of a "
-                "run, or another output_dir"
+                f"output_dir: {path}, line {number}: found {text}, "
+                "accepted: the log of a run, or another output_dir (where the log is damaged, this takes the "
+                f"line out and keeps a copy: sed -i.damaged {number}d {shlex.quote(str(path))})"
             ) from None
     return found
+
+
+def _step(line: bytes) -> int:
+    """The optimizer step of a line; raises for what is none."""
+    step = json.loads(line.decode("utf-8"))["step"]
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError
+    return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,9 @@ class Member(FakeEngine):
         return sum(others, start=first.clone())
 
     def broadcast_in_replica(self, value: Any) -> Any:
-        return self._replica.gather(self.layout.rank, value)[0]
+        # As bytes, for what no pickle carries would not reach the other ranks of a run.
+        first = self.layout.tensor_rank == 0
+        return pickle.loads(self._replica.gather(self.layout.rank, pickle.dumps(value) if first else b"")[0])
 
     def barrier(self) -> None:
         self._world.gather(self.layout.rank, None)

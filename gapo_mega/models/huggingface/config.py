@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from gapo_mega.models.huggingface.links import refuse_links_outside
+
 # What transformers raises for a config.json that is missing, broken, incomplete or absurd.
 _ADAPTER = "adapter_config.json"  # of PEFT; transformers puts such weights on top of the model's own
 _ERRORS = (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError)
@@ -22,6 +24,7 @@ def read_config(place: str | Path, parameter: str = "model.path") -> PreTrainedC
             f"{parameter}: {place} has no config.json; accepted: a Hugging Face directory, or a Megatron "
             "checkpoint written by gapo_mega"
         )
+    refuse_links_outside(Path(place), parameter)
     if (Path(place) / _ADAPTER).is_file():
         raise ValueError(
             f"{parameter}: {place} has an {_ADAPTER}, which is not read; accepted: a directory without it, "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gapo_mega.models.casting import WEIGHT_DTYPES, dtype_name
 from gapo_mega.models.huggingface.config import read_config
+from gapo_mega.models.huggingface.links import require_inside
 from gapo_mega.models.huggingface.safetensors_stream import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,14 @@ _TEMPLATES = "additional_chat_templates"  # folder of the chat templates that ha
 
 
 def companions_in(directory: Path) -> Iterator[Path]:
-    """The files that belong beside the weights, such as the tokenizer; paths below ``directory``."""
+    """The files that belong beside the weights, such as the tokenizer; paths below ``directory``.
+
+    Raises ``ValueError`` for one that a link leads out of the directory.
+    """
     for file in [*directory.iterdir(), *(directory / _TEMPLATES).glob("*.jinja")]:
         hidden = file.name.startswith(".")
         if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES):
+            require_inside(file, directory)
             yield file.relative_to(directory)
 
 
@@ -87,6 +92,8 @@ class HFDirectory:
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise ValueError(f"model.path: {index} names {missing}, which {self.path} does not hold")
+        for file in files:
+            require_inside(self.path / file, self.path)
         held: dict[str, Path] = {}
         for file in files:
             for name in _names(self.path / file):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gapo_mega.models.huggingface.links import refuse_links_outside
+
 
 def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub repository. Code that comes with it is never run.
@@ -13,6 +15,7 @@ def read_tokenizer(place: str | Path, parameter: str = "model.path") -> PreTrain
     Raises ``ValueError``, beginning with ``parameter``, where there is none that transformers can read, or
     its vocabulary is missing.
     """
+    refuse_links_outside(Path(place), parameter)
     try:
         # Explicit: otherwise transformers asks on the terminal whether to run the repository's code.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gapo_mega.config import Config, OptimizerConfig
+from gapo_mega.config.fields import LARGEST_INTEGER, LARGEST_NUMBER
 from gapo_mega.config.loading import dump, load, to_yaml
 
 MINIMAL = """
@@ -289,7 +290,11 @@ def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
 @settings(deadline=None)  # a time limit says nothing about correctness on a busy machine
 @example(lr=1.0, seed=0, text="1e5")
 @example(lr=1.0, seed=0, text="\x85")
-@given(lr=st.floats(min_value=1e-300, max_value=1e300), seed=st.integers(), text=st.text(max_size=30))
+@given(
+    lr=st.floats(min_value=1e-300, max_value=LARGEST_NUMBER),
+    seed=st.integers(-LARGEST_INTEGER, LARGEST_INTEGER),
+    text=st.text(max_size=30),
+)
 def test_dump_reads_back_any_number_and_text(
     tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, text: str
 ) -> None:

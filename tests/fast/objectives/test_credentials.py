@@ -63,35 +63,69 @@ def test_other_credentials_of_the_environment_are_not_sent(
     assert "ambient-secret" not in str(state.headers) + str(state.requests)
 
 
-def test_a_proxy_routes_and_gets_its_own_credential_only(
-    service: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["env", "file"])
+def test_a_configured_proxy_routes_and_gets_its_own_credential_only(
+    service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     proxy = service(lambda number, content: right(content))
     address = proxy.url.removeprefix("http://").removesuffix("/score")
-    monkeypatch.setenv("HTTP_PROXY", f"http://someone:pass@{address}")
-    monkeypatch.setenv("http_proxy", f"http://someone:pass@{address}")
+    monkeypatch.setenv("REWARD_PROXY", f"http://someone:pass@{address}")
+    (tmp_path / "proxy").write_text(f"http://someone:pass@{address}\n")
+    (tmp_path / "proxy").chmod(0o600)
+    options = {"proxy": {"env": "env:REWARD_PROXY", "file": f"file:{tmp_path}/proxy"}[how]}
     headers = {"Authorization": "env:REWARD_TOKEN"}
-    assert score("http://rewards.invalid/score", headers=headers) == EXPECTED[:2]
+    assert score("http://rewards.invalid/score", headers=headers, **options) == EXPECTED[:2]
     assert proxy.paths == ["http://rewards.invalid/score"]
     (sent,) = proxy.headers
     assert sent["Authorization"] == TOKEN
     assert sent["Proxy-Authorization"] == "Basic " + base64.b64encode(b"someone:pass").decode()
-    score("http://rewards.invalid/score")
+    score("http://rewards.invalid/score", **options)
     assert "Authorization" not in proxy.headers[1]
+    score("http://rewards.invalid/score", proxy=f"http://{address}")
+    assert "Proxy-Authorization" not in proxy.headers[2]
 
 
-def test_no_proxy_is_respected(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_and_certificates_of_the_environment_do_not_count(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = service(lambda number, content: (200, b'{"scores": [9, 9]}', {}))
     state = service(lambda number, content: right(content))
-    monkeypatch.setenv("http_proxy", "http://nobody.invalid:1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, other.url.removesuffix("/score"))
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.setenv(name, "/nowhere.pem")
     assert score(state.url) == EXPECTED[:2]
+    assert other.requests == []
 
 
 def test_an_error_of_a_proxy_does_not_show_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://someone:hidden-pass@127.0.0.1:1")
+    monkeypatch.setenv("REWARD_PROXY", "http://someone:hidden-pass@127.0.0.1:1")
     with pytest.raises(ValueError, match=r"after 1 attempt") as raised:
-        score("http://rewards.invalid/score", retries=0)
+        score("http://rewards.invalid/score", retries=0, proxy="env:REWARD_PROXY")
     assert "hidden-pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"proxy": "http://me:visible@host:1"}, r"proxy: found a password in it, accepted: none"),
+        ({"proxy": "socks5://host:1"}, r"proxy: found what is no address of a proxy, accepted: http://HOST"),
+        ({"proxy": "host:1"}, r"proxy: found what is no address of a proxy"),
+        ({"proxy": "http://host:99999"}, r"proxy: found what is no address of a proxy"),
+        (
+            {"proxy": "env:NOT_SET"},
+            r"proxy: found 'env:NOT_SET', but the environment variable 'NOT_SET' is not",
+        ),
+        (
+            {"certificates": "/nowhere.pem"},
+            r"certificates: file /nowhere.pem not found, accepted: a PEM file",
+        ),
+    ],
+)
+def test_a_route_that_is_none_is_refused_when_the_run_starts(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^objective 'helpful': options: {message}") as raised:
+        objective("http://localhost", **options)
+    assert "visible" not in str(raised.value)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -137,6 +171,72 @@ def test_a_credential_that_is_written_out_is_refused(name: str) -> None:
     ) as raised:
         objective("http://localhost", headers={name: "Bearer visible"})
     assert "visible" not in str(raised.value) and "'env:NAME'" in str(raised.value)
+    assert "'file:PATH'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Token visible",
+        "sk-visible12345",
+        "hf_visible12345",
+        "ghp_visible12345",
+        "github_pat_visible",
+        "xoxb-visible",
+        "AKIAVISIBLE123456",
+        "AIzaVisible1234567890",
+        "eyJhbGciOiJ9.eyJzdWIi.visible",
+        "  Bearer visible",
+    ],
+)
+def test_a_value_that_looks_like_a_key_is_refused_under_any_name(value: str) -> None:
+    with pytest.raises(ValueError, match=r"headers\.X-Team: found a value that is written out") as raised:
+        objective("http://localhost", headers={"X-Team": value})
+    assert value.strip() not in str(raised.value)
+
+
+def test_a_credential_may_stand_in_a_file(
+    service: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(f"{TOKEN}\n")
+    path.chmod(0o600)
+    state = service(lambda number, content: right(content) if number == 0 else (401, TOKEN.encode(), {}))
+    assert score(state.url, headers={"Authorization": f"file:{path}"}) == EXPECTED[:2]
+    assert state.headers[0]["Authorization"] == TOKEN and caplog.text == ""
+    path.chmod(0o640)
+    with pytest.raises(ValueError, match="status 401") as raised:
+        score(state.url, headers={"Authorization": f"file:{path}"})
+    assert "configured" not in str(raised.value)
+    assert f"{path} holds a credential, and others may read it (chmod 600 {path})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, r"cannot be read \(No such file or directory\)"),
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"\xff secret", r"cannot be read \(it is no text\)"),
+        (b"secret" * 20_000, "is too long for a credential"),
+        (b"secret\nsecret", "a name or value that HTTP does not allow"),
+    ],
+)
+def test_a_file_without_a_credential_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"headers\.X-Api-Key: found .*{reason}.*; accepted|{reason}"
+    ) as raised:
+        objective("http://localhost", headers={"X-Api-Key": f"file:{path}"})
+    assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/stdin", "/"])
+def test_a_file_that_never_ends_is_not_read(place: str) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        objective("http://localhost", headers={"X-Api-Key": f"file:{place}"})
 
 
 @pytest.mark.parametrize("name", ["X-Team", "X-Author", "X-Monkey", "Accept", "X-Request-Id", "X-Max-Tokens"])

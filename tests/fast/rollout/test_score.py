@@ -77,6 +77,48 @@ def test_an_error_on_the_first_rank_is_raised_on_all() -> None:
     assert team.run(error_of) == ["objective 'broken': no"] * 2
 
 
+class TwoArguments(Exception):
+    """Can be pickled, but not read back."""
+
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason)
+
+
+class Raises(Length):
+    """An objective without the checks of ``ObjectiveKind`` that fails."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__("raises")
+        self._error = error
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None = None
+    ) -> list[float]:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TwoArguments("lost", 3), "lost"),
+        (ValueError(lambda: None), "function"),  # cannot be pickled at all
+        (SystemExit(0), r"found sys\.exit\(0\)"),
+    ],
+)
+def test_an_error_that_no_pickle_carries_keeps_its_reason_on_every_rank(
+    error: BaseException, reason: str
+) -> None:
+    team = Team(world=2, data=1)
+
+    def error_of(engine: Any) -> str:
+        batch = rollout(engine)
+        with pytest.raises(Exception, match=reason) as caught:
+            scorer(engine, [Raises(error)]).scores(batch.prompts, batch.responses)
+        return str(caught.value)
+
+    assert len(team.run(error_of)) == 2
+
+
 class Fixed(Length):
     """An objective of a user's own, without the checks of ``ObjectiveKind``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,35 @@ def test_a_line_of_something_else_is_one_line_of_error(tmp_path: Path, line: str
     write(tmp_path, range(1, 3), line)
     with pytest.raises(ValueError, match=r"^output_dir: .*metrics\.jsonl, line 3: found "):
         check_lines(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 4096,
+        b'{"step": 3, "a": "\xff"}',
+        b'{"step": "3"}',
+        b'{"step": 3.5}',
+        b'{"step": true}',
+        b'{"step": 1e999}',
+        b'{"step": NaN}',
+        b'{"step": 3',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_told_with_the_command_that_repairs_the_log(tmp_path: Path, line: bytes) -> None:
+    folder = tmp_path / "a run's"
+    folder.mkdir()
+    lines = write(folder, range(1, 4))
+    log = folder / "metrics.jsonl"
+    log.write_bytes(lines[0].encode() + line + b"\n" + "".join(lines[1:]).encode())
+    damaged = log.read_bytes()
+    with pytest.raises(ValueError, match=r"^output_dir: .*metrics\.jsonl, line 2: found ") as raised:
+        check_lines(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+    command = shlex.split(str(raised.value).rpartition("copy: ")[2][:-1])
+    assert command == ["sed", "-i.damaged", "2d", str(log)]
+    kept = [text for at, text in enumerate(damaged.split(b"\n")[:-1], 1) if at != 2]
+    log.write_bytes(b"".join(text + b"\n" for text in kept))  # what the command does
+    check_lines(folder)
+    assert log.read_text() == "".join(lines)

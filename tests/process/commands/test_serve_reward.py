@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -79,3 +80,27 @@ def test_what_the_served_objective_refuses_reaches_the_client_without_a_retry(se
         ValueError, match=r"objective 'helpful': http.*after 1 attempt, status 422 .*is refused"
     ):
         objective(served).score([Prompt(0, "refuse")], ["1"])
+
+
+HANGS = """
+import threading
+
+def hangs(prompts, responses):
+    threading.Event().wait()
+"""
+
+
+def test_the_first_sigterm_ends_it_also_while_a_reward_hangs(tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGS)
+    command = [sys.executable, "-m", "gapo_mega.cli", "serve-reward", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--function", f"{tmp_path}/hanging.py:hangs"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(url, json={"samples": [{"prompt": "a", "response": "b"}]}, timeout=1)
+        found = requests.get(url.replace("/score", "/health"), timeout=10).json()
+        assert found["status"] == "busy"
+        process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM  # ten seconds are for what is under way

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.environment import ROOT
 from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_chat_model
 
@@ -58,3 +60,35 @@ def test_script_under_torchrun(tmp_path: Path, smollm2: Path) -> None:
     assert len(records) == 1 and "critic_loss/1" in records[0]
     assert all(math.isfinite(records[0][f"reward/{name}"]) for name in ("helpful", "harmless"))
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["x[$(touch WAS_RUN)0]", "2; touch WAS_RUN", "-1", "1e3", " 2", "9" * 30])
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_the_script_takes_digits_only(tmp_path: Path, name: str, value: str, arguments: list[str]) -> None:
+    """Bash runs commands that stand in a variable which it uses in arithmetic."""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env={**os.environ, name: value.replace("WAS_RUN", str(tmp_path / "was run")), "PYTHON": "false"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name}: found '") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_the_script_are_decimal(tmp_path: Path) -> None:
+    """Also with zeros in front, which mean octal numbers to bash."""
+    (tmp_path / "shown").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "shown").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--dry-run"],
+        env={**os.environ, "NNODES": "08", "NPROC_PER_NODE": "010", "PYTHON": str(tmp_path / "shown")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split()[1:3] == ["--world", "80"], done.stderr

@@ -1,0 +1,201 @@
+"""One POST with limits: seconds from the request to the last byte, and bytes of the answer once decompressed.
+
+The libraries limit the silence between two bytes only, and decompress whatever comes. Nothing of the
+environment counts here: no ``~/.netrc``, no proxy, no certificates but those that are asked for.
+"""
+
+from __future__ import annotations
+
+import socket
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from threading import Lock, Timer
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import HTTPError
+
+_PIECE = 1 << 16  # bytes read at once
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: seconds of silence, seconds and bytes in all."""
+
+    silence: float
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a service is reached: straight, or by a proxy; a file of certificates, or the usual ones."""
+
+    proxy: str | None = None
+    certificates: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status, headers and decompressed body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class NotWhole(Exception):
+    """The answer did not come to its end, which may go better next time; says why."""
+
+
+class NotTaken(Exception):
+    """The answer is larger than the limit, or packed in a way that is not read; says how."""
+
+
+def limited_post(url: str, content: Any, headers: Mapping[str, str], limits: Limits, route: Route) -> Answer:
+    """Post ``content`` as JSON; no redirects are followed.
+
+    Raises ``NotWhole``, ``NotTaken``, or ``requests.RequestException`` where no answer begins.
+    """
+    with requests.Session() as session, _Deadline(limits.seconds).passing() as deadline:
+        session.trust_env = False
+        session.mount("http://", _Watched(deadline))
+        session.mount("https://", _Watched(deadline))
+        session.headers["Accept-Encoding"] = "identity"
+        with session.post(
+            url,
+            json=content,
+            headers=dict(headers),
+            proxies={} if route.proxy is None else {"http": route.proxy, "https": route.proxy},
+            verify=True if route.certificates is None else route.certificates,
+            timeout=limits.silence,
+            # A redirected POST would become a GET, and the headers are meant for this host alone.
+            allow_redirects=False,
+            stream=True,
+        ) as answer:
+            return Answer(answer.status_code, answer.headers, _body(answer, limits.bytes))
+
+
+def _body(answer: requests.Response, most: int) -> bytes:
+    packed = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if packed not in ("identity", "", "gzip", "x-gzip", "deflate"):
+        raise NotTaken(f"status {answer.status_code} with Content-Encoding {packed[:40]!r}")
+    unpack = _Plain() if packed in ("identity", "") else _Zipped()
+    body = bytearray()
+    try:
+        for piece in answer.raw.stream(_PIECE, decode_content=False):
+            body += unpack(piece, most + 1 - len(body))
+            if len(body) > most:
+                raise NotTaken(f"status {answer.status_code} with more than {most} bytes")
+    except HTTPError as error:
+        raise NotWhole(f"{type(error).__name__} ({error})") from error
+    except zlib.error as error:
+        raise NotTaken(f"status {answer.status_code} with a body that is no {packed} ({error})") from error
+    if not unpack.ended:
+        raise NotWhole(f"status {answer.status_code} with half a body of {packed}")
+    return bytes(body)
+
+
+class _Plain:
+    """A body as it is."""
+
+    ended = True  # where it ends is the connection's matter
+
+    def __call__(self, piece: bytes, most: int) -> bytes:
+        return piece
+
+
+class _Zipped:
+    """Unpacks gzip and zlib; what is beyond ``most`` bytes is never made."""
+
+    def __init__(self) -> None:
+        self._unpacker = _unpacker()
+        self._begun = False
+
+    @property
+    def ended(self) -> bool:
+        return not self._begun or self._unpacker.eof
+
+    def __call__(self, piece: bytes, most: int) -> bytes:
+        found = bytearray()
+        while piece and len(found) < most:
+            if self._unpacker.eof:  # several gzip members after one another are one body
+                self._unpacker = _unpacker()
+            self._begun = True
+            found += self._unpacker.decompress(piece, most - len(found))
+            piece = self._unpacker.unconsumed_tail or self._unpacker.unused_data
+        return bytes(found)
+
+
+def _unpacker() -> Any:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: the header says whether it is gzip or zlib
+
+
+class _Deadline:
+    """After some seconds, cuts the connections that it watches: whoever reads them sees their end."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._passed = False
+        self._watched: list[socket.socket] = []
+        self._lock = Lock()
+
+    def watch(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._watched.append(connection)
+            passed = self._passed
+        if passed:
+            self._cut()
+
+    @contextmanager
+    def passing(self) -> Iterator[_Deadline]:
+        """In the block time passes. Errors after the deadline become ``NotWhole``."""
+        timer = Timer(self._seconds, self._cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield self
+        except (NotWhole, requests.RequestException) as error:
+            if not self._passed:
+                raise
+            raise self._late() from error
+        finally:
+            timer.cancel()
+        if self._passed:  # a cut header or body may look like a whole one
+            raise self._late()
+
+    def _late(self) -> NotWhole:
+        return NotWhole(f"no whole answer within {self._seconds:g} s")
+
+    def _cut(self) -> None:
+        with self._lock:
+            self._passed = True
+            for connection in self._watched:
+                with suppress(OSError):  # it has ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Watched(HTTPAdapter):
+    """Tells a deadline of the connections that are opened."""
+
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> HTTPConnectionPool:
+        pool = super().get_connection_with_tls_context(*arguments, **options)
+        pool.ConnectionCls = _watched(pool.ConnectionCls, self._deadline)
+        return pool
+
+
+def _watched(kind: Any, deadline: _Deadline) -> Any:
+    class Connection(kind):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    return Connection
