@@ -176,13 +176,16 @@ def test_sigterm_saves_and_resume_goes_on(folder: Path, uninterrupted: Path) -> 
 
 
 def test_a_data_rank_without_held_out_prompts_keeps_nobody_waiting(folder: Path) -> None:
-    """Parameters travel when the first forward asks for them, and one rank has none to run."""
-    answers = {}
+    """Parameters travel when the first forward asks for them, and one rank has none to run.
+
+    The second step's responses come from parameters that the first step changed, half of them on each rank.
+    """
+    answers, records = {}, {}
     for name, overlap in (("gather", True), ("plain", False)):
         config = write_config(
             folder,
             f"one_prompt-{name}",
-            steps=1,
+            steps=2,
             data={"heldout_prompts": 1},
             optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
             checkpoint={"save_final": False, "export_hf": False, "every_steps": 0},
@@ -190,7 +193,9 @@ def test_a_data_rank_without_held_out_prompts_keeps_nobody_waiting(folder: Path)
         finish(start(config, "--nproc", "2"))
         summary = json.loads((folder / f"one_prompt-{name}" / "summary.json").read_text())
         answers[name] = {objective: facts["after"] for objective, facts in summary["objectives"].items()}
+        records[name] = metrics(folder / f"one_prompt-{name}")
     assert answers["gather"] == answers["plain"], "an all-gather is a copy"
+    assert records["gather"] == records["plain"]
 
 
 @pytest.mark.parametrize(
