@@ -1,4 +1,4 @@
-"""How far every objective has come since a run's first rollout, in units that do not depend on its scale."""
+"""How far every objective has come since a run's start, in units that do not depend on its scale."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ _KEYS = {"baseline", "unit", "value"}
 class Progress:
     """A running mean of calibrated rewards: ``(mean - baseline) / unit`` per objective.
 
-    The first rollout step fixes ``baseline``, the mean scores that a run starts from. ``unit`` is the spread
-    over samples of that step. An objective whose samples are all alike there has no unit yet, and so its
-    progress is 0: the unit is then the spread of the first step whose samples differ.
+    ``baseline`` is the mean score that a run starts from, ``unit`` the spread over samples there. ``begin``
+    fixes both from many samples of the policy before training. Without it the first rollout step does, which
+    is a rough start: its mean errs by up to ``unit / sqrt(prompts)``, which stays in the progress for good.
+    An objective whose samples are all alike at the start has no unit yet, and so its progress is 0: the unit
+    is then the spread of the first step whose samples differ.
 
     Every data rank tells the same numbers, and so has the same progress. Raises ``ValueError`` for another
     number of objectives than before.
@@ -32,21 +34,27 @@ class Progress:
 
     @property
     def value(self) -> Tensor | None:
-        """Progress [M], float64 on the CPU, 0 at the start; None before the first ``observe``."""
+        """Progress [M], float64 on the CPU, 0 at the start; None before ``begin`` or ``observe``."""
         return None if self._value is None else self._value.clone()
+
+    def begin(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        """Fix the start: means and standard deviations of the scores before training. Once; then no more.
+
+        Accepts what ``observe`` accepts.
+        """
+        if self._value is None:
+            means_M, spreads_M = _checked(means_M, spreads_M)
+            self._baseline, self._unit = means_M.clone(), spreads_M.clone()
+            self._value = torch.zeros_like(means_M)
 
     def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
         """Take in one rollout step: scores' means and standard deviations over all its samples.
 
         Both are finite, and spreads are >= 0: exactly 0 where all samples are alike.
         """
-        means_M, spreads_M = (numbers.detach().to("cpu", torch.float64) for numbers in (means_M, spreads_M))
-        assert means_M.ndim == 1 and means_M.shape == spreads_M.shape, (means_M.shape, spreads_M.shape)
-        assert bool(means_M.isfinite().all() & spreads_M.isfinite().all() & (spreads_M >= 0).all())
         if self._baseline is None or self._unit is None or self._value is None:
-            self._baseline, self._unit = means_M.clone(), spreads_M.clone()
-            self._value = torch.zeros_like(means_M)
-            return
+            return self.begin(means_M, spreads_M)
+        means_M, spreads_M = _checked(means_M, spreads_M)
         if len(means_M) != len(self._baseline):
             raise ValueError(
                 f"progress: found {len(means_M)} objectives, accepted: the {len(self._baseline)} of the start"
@@ -61,7 +69,7 @@ class Progress:
         """Smooth Tchebycheff weights ``v_i / unit_i``, ``v_i`` proportional to ``u_i exp(-progress_i / mu)``.
 
         The v have sum 1. Float64 [M] on the device of the preference, which is >= 0; an objective without a
-        unit has 1. Before the first ``observe`` progress is 0 and the units are 1.
+        unit has 1. Before the start is fixed progress is 0 and the units are 1.
 
         Raises ``ValueError`` for another number of objectives than the progress has.
         """
@@ -76,7 +84,7 @@ class Progress:
         return (u.log() - self._value.to(u.device) / mu).softmax(dim=0) / unit
 
     def state_dict(self) -> dict[str, Any]:
-        """``baseline``, ``unit`` and ``value`` as lists of M numbers; empty before the first ``observe``."""
+        """``baseline``, ``unit`` and ``value`` as lists of M numbers; empty before the start."""
         if self._baseline is None or self._unit is None or self._value is None:
             return {}
         return {
@@ -91,3 +99,10 @@ class Progress:
             raise ValueError(f"progress: found state {sorted(state)}, accepted: {', '.join(sorted(_KEYS))}")
         read = {key: torch.tensor(numbers, dtype=torch.float64) for key, numbers in state.items()}
         self._baseline, self._unit, self._value = (read.get(key) for key in ("baseline", "unit", "value"))
+
+
+def _checked(means_M: Tensor, spreads_M: Tensor) -> tuple[Tensor, Tensor]:
+    means_M, spreads_M = (numbers.detach().to("cpu", torch.float64) for numbers in (means_M, spreads_M))
+    assert means_M.ndim == 1 and means_M.shape == spreads_M.shape, (means_M.shape, spreads_M.shape)
+    assert bool(means_M.isfinite().all() & spreads_M.isfinite().all() & (spreads_M >= 0).all())
+    return means_M, spreads_M

@@ -176,6 +176,13 @@ class Aggregator(AggregationMethod):
         """Whether weights depend on what ``observe`` is told, which the log of gradients does not hold."""
         return False
 
+    def begin(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        """Do nothing: most methods look at gradients alone.
+
+        Called once before the first rollout of a run that has held-out prompts, on every rank with the same
+        numbers: those of ``observe``, over the held-out answers before training.
+        """
+
     def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
         """Do nothing: most methods look at gradients alone.
 

@@ -18,6 +18,10 @@ class FollowsProgress(Aggregator):
 
     _progress: Progress = field(default_factory=Progress, init=False, repr=False, compare=False)
 
+    def begin(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        if self.looks_at_scores:
+            self._progress.begin(means_M, spreads_M)
+
     def observe(self, means_M: Tensor, spreads_M: Tensor) -> None:
         if self.looks_at_scores:
             self._progress.observe(means_M, spreads_M)

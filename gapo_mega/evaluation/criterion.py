@@ -21,17 +21,18 @@ from gapo_mega.evaluation.summary import Summary
 Rank: TypeAlias = tuple[float, ...]
 
 
-def spreads(before_MN: Sequence[Sequence[float]]) -> Array:
-    """Standard deviation of every objective's scores before training [M]; 1 where all are alike.
+def spreads(before_MN: Sequence[Sequence[float]], of_constant: float = 1.0) -> Array:
+    """Standard deviation of every objective's scores before training [M]; above 0 unless asked otherwise.
 
     Args:
         before_MN: scores of the N held-out answers.
+        of_constant: what to give where all are alike.
     """
     scores_MN = np.asarray(before_MN, dtype=np.float64)
     spread_M: Array = scores_MN.std(axis=1)
     # Scores are float32: what spreads by no more than their rounding is constant.
     rounding_M = np.finfo(np.float32).eps * np.abs(scores_MN).max(axis=1)
-    return np.where(spread_M > rounding_M, spread_M, 1.0)
+    return np.where(spread_M > rounding_M, spread_M, of_constant)
 
 
 def rank_of(by: str, summary: Summary, spread_M: Array) -> Rank:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine
@@ -54,6 +55,17 @@ class Evaluations:
         if self.before is None:
             answer = self._heldout.answer
             self.before = answer() if self._shared is None else self._shared.get(answer)
+
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """Means and standard deviations of the scores before training, float64 [M]; None without answers.
+
+        The same on every rank. A deviation is exactly 0 where all scores are alike.
+        """
+        assert self.before is not None, "begin() comes first"
+        if not self.before.prompts:
+            return None
+        means_M = torch.tensor(self.before.scores, dtype=torch.float64).mean(dim=1)
+        return means_M, torch.from_numpy(spreads(self.before.scores, of_constant=0.0))
 
     def is_due(self, done: int) -> bool:
         """Whether to evaluate after ``done`` steps: every so many, and after the last one."""

@@ -170,9 +170,17 @@ class Trainer:
         return self.evaluations.before
 
     def begin(self) -> None:
-        """Answer the held-out prompts with the policy as it was given, if no checkpoint has the answers."""
+        """Answer the held-out prompts with the policy as it was given, if no checkpoint has the answers.
+
+        They are also the start that methods measure progress from.
+        """
         self.responses.drop_after(self.loop.step)
         self.evaluations.begin()
+        start = self.evaluations.start()
+        if start is not None and self.loop.step == 0:
+            self.aggregator.begin(*start)
+            if self.scalarizer is not None:
+                self.scalarizer.begin(*start)
 
     def train_step(self, step: int) -> None:
         """Roll out, score, estimate advantages, update once per minibatch, and evaluate if it is time to."""

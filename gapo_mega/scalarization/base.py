@@ -67,6 +67,15 @@ class Scalarizer(ABC):
         """Options in use with one number per objective, by name; ``prepare`` checks their lengths."""
         return {}
 
+    def begin(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        """Do nothing: most scalarizers look at batches alone.
+
+        Called once before the first batch of a run that has held-out prompts, on every rank with the same
+        numbers: means and standard deviations of the objectives' scores, float64 [M], over the held-out
+        answers before training.
+        """
+        return None
+
     def commit(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> None:
         """Remember this batch. A scalarizer without memory has nothing to keep."""
         return None

@@ -19,9 +19,9 @@ from gapo_mega.scalarization.options import preference_of
 class Tchebycheff(Weighted):
     """``r = sum_k w_k r_k / unit_k``, ``w_k`` proportional to ``u_k exp(-progress_k / mu)``, with sum 1.
 
-    ``unit_k`` is the score's spread over the samples of the first batch, ``progress_k`` the running mean of
-    how far the mean score has come since then, in that unit (``gapo_mega/progress.py``); this batch is
-    included. What lags gets the weight. ``mu``: > 0; small: the objective that lags most alone, large: u.
+    ``unit_k`` is the score's spread over samples before training, ``progress_k`` the running mean of how far
+    the mean score has come since then, in that unit (``gapo_mega/progress.py``); this batch is included.
+    What lags gets the weight. ``mu``: > 0; small: the objective that lags most alone, large: u.
     ``preference``: u, one number > 0 per objective with sum 1; if left out 1/M.
 
     ``kl_beta`` is set against rewards of spread 1 here. With a critic every objective's advantage has
@@ -52,6 +52,9 @@ class Tchebycheff(Weighted):
         assert value is not None
         named = {f"progress/{name}": x for name, x in zip(self._names, value.tolist(), strict=True)}
         return super().facts(scores_MB, group_B, lengths_B) | named
+
+    def begin(self, means_M: Tensor, spreads_M: Tensor) -> None:
+        self._progress.begin(means_M, spreads_M)
 
     def commit(self, scores_MB: Tensor, group_B: Tensor, lengths_B: Tensor) -> None:
         self._progress = self._after(scores_MB)

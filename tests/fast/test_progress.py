@@ -52,6 +52,27 @@ def test_an_objective_without_spread_has_its_unit_from_the_first_step_that_has_o
         assert value is not None and value.tolist() == pytest.approx([expected[steps - 1]], rel=1e-14)
 
 
+def test_a_start_that_is_given_counts_and_the_first_step_is_one_like_any_other() -> None:
+    """By hand: 0 at the start, then 0.1 * (10 - 4) / 2 = 0.3, then 0.9 * 0.3 + 0.1 * (5 - 4) / 2 = 0.32."""
+    progress = Progress()
+    progress.begin(numbers(4.0), numbers(2.0))
+    for mean, expected in ((None, 0.0), (10.0, 0.3), (5.0, 0.32)):
+        if mean is not None:
+            progress.observe(numbers(mean), numbers(7.0))
+        assert progress.value is not None
+        assert progress.value.tolist() == pytest.approx([expected], rel=1e-14)
+    before = progress.state_dict()
+    progress.begin(numbers(-100.0), numbers(1.0))  # there is a start already
+    assert progress.state_dict() == before
+
+
+def test_a_given_start_without_spread_leaves_the_unit_to_the_first_step_that_has_one() -> None:
+    progress = Progress()
+    progress.begin(numbers(1.0), numbers(0.0))
+    progress.observe(numbers(3.0), numbers(2.0))
+    assert progress.value is not None and progress.value.tolist() == pytest.approx([0.1], rel=1e-14)
+
+
 def test_a_resumed_run_goes_on_with_the_same_numbers() -> None:
     straight = observed([[1.0, 0.1], [1.7, 0.3]], [[0.3, 0.0], [0.2, 0.1]])
     resumed = Progress()

@@ -315,3 +315,24 @@ def test_the_first_sample_of_the_first_prompts_is_shown() -> None:
         ("p1", "b2", "a2"),
     ]
     assert [pair.scores_after for pair in pairs] == [{"o": 0.0}, {"o": -2.0}]
+
+
+def test_methods_that_follow_progress_start_from_the_answers_before_training(tmp_path: Path) -> None:
+    """Both kinds, also after a resume; without held-out prompts the first rollout is the start."""
+    means = {"long": [1.0] * 4, "short": [2.0] * 4}
+    methods: dict[str, dict[str, Any]] = {
+        "aggregator": {"aggregation": {"name": "tchebycheff_safe"}},
+        "scalarizer": {"scalarization": {"name": "tchebycheff"}},
+    }
+    held_out = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    for kind, section in methods.items():
+        stopped, _ = playing(tmp_path / kind, means, {("update_policy", 1): terminate}, **section)
+        assert not stopped.run()
+        resumed, _ = playing(tmp_path / kind, means, **section)
+        assert resumed.run()
+        for run in (stopped, resumed):
+            progress = run.state_dict()[kind]["progress"]
+            assert progress["baseline"] == [0.0, 0.0]
+            assert progress["unit"] == pytest.approx([float(held_out.std(correction=0))] * 2, rel=1e-14)
+        bare = trainer(tmp_path / f"{kind}-bare", held_out=[], **section)
+        assert bare.run() and bare.state_dict()[kind]["progress"]["baseline"] != [0.0, 0.0]
