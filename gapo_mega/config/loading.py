@@ -121,8 +121,8 @@ def _take_method(
         key = override.partition("=")[0].strip()
         if key.startswith("method."):
             raise ValueError(
-                f"{_dotted([key])}: found in the override {_said(override)}, accepted: method=NAME, and options "
-                "by aggregation.options.KEY or scalarization.options.KEY"
+                f"{_dotted([key])}: found in the override {_said(override)}, accepted: method=NAME, and "
+                "options by aggregation.options.KEY or scalarization.options.KEY"
             )
         (wanted if key == "method" else rest).append(override)
     if wanted:

@@ -88,7 +88,7 @@ def test_a_plain_answer_is_not_read_beyond_the_limit(service: Any, status: int) 
         ("br", b"x", "status 200 with Content-Encoding 'br'"),
         ("gzip, gzip", b"x", "status 200 with Content-Encoding 'gzip, gzip'"),
         ("gzip", b"no gzip", r"status 200 with a body that is no gzip \("),
-        ("gzip", gzip.compress(b'{"scores": [1, 2]}')[:-9], "status 200 with half a body of gzip"),
+        ("gzip", gzip.compress(b'{"scores": [1, 2]}', mtime=0)[:-9], "status 200 with half a body of gzip"),
     ],
 )
 def test_a_body_that_cannot_be_unpacked_is_told(service: Any, encoding: str, body: bytes, found: str) -> None:
