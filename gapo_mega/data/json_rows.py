@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from gapo_mega.option_checks import shown
+
 Row = Mapping[str, Any]
 
 _DEEPEST = 100  # lists and objects within each other: what copies and writes a row again goes no deeper
@@ -153,7 +155,7 @@ class _Strict:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"key {key!r} is given twice")
+                raise ValueError(f"key {shown(key)} is given twice")
             found[key] = value
         return found
 
@@ -175,11 +177,13 @@ class _Strict:
         elif isinstance(value, list):
             inner = [(f"{key}[{i}]", item) for i, item in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"row {self._number}: key {key!r}: found {value}, accepted: a finite number")
+            raise ValueError(
+                f"row {self._number}: key {shown(key)}: found {value}, accepted: a finite number"
+            )
         elif isinstance(value, str) and (found := _SURROGATE.search(value)):
             code = ord(found[0])
             byte = 0xDC80 <= code <= 0xDCFF  # as surrogateescape writes one that is no UTF-8
-            shown = f"the byte 0x{code - 0xDC00:02x}" if byte else f"\\u{code:04x} alone"
-            raise ValueError(f"row {self._number}: key {key!r}: found {shown}, accepted: UTF-8 text")
+            what = f"the byte 0x{code - 0xDC00:02x}" if byte else f"\\u{code:04x} alone"
+            raise ValueError(f"row {self._number}: key {shown(key)}: found {what}, accepted: UTF-8 text")
         for name, item in inner:
             self._check(item, name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gapo_mega import advantages, aggregation, losses
+from gapo_mega.objectives.base import RewardFailed
 from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.fake_runs import HELD_OUT, PROMPTS, Words, trainer
 from tests.helpers.metrics_log import CLOCKED, metrics
@@ -109,9 +110,9 @@ def test_a_failing_objective(tmp_path: Path, when: str) -> None:
         failing.fail = error
 
     engine = FakeEngine(at={("generate", 1 if when == "held-out" else 3): fail})
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(RewardFailed, match=r"^objective 'broken': .*: KeyError: 'the service has") as caught:
         trainer(tmp_path, engine, [Words("long"), failing]).run()
-    assert caught.value is error
+    assert caught.value.__cause__ is error
     assert engine.calls[-1] == "generate"
     assert (tmp_path / "metrics.jsonl").exists() is (when == "step 2")
     if when == "step 2":
