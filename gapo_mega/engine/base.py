@@ -171,6 +171,15 @@ class Ranks(Protocol):
 class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
 
+    @property
+    def changes(self) -> int:
+        """Grows before anything changes that ``save`` writes: an optimizer step, a ``load``."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether every trained parameter of every rank is finite. Collective; the same on every rank."""
+        ...
+
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Save models, optimizers, schedules, random-number states and ``extra``, the run's own state."""
         ...

@@ -144,7 +144,16 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         ]
         self.log = RunLog(self.directory, self.names, config.logging, self.total_steps, layout.is_main)
         record = self.session.record()
-        self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log, record)
+        self.loop = RunLoop(
+            self,
+            self.engine,
+            self.directory,
+            config.checkpoint,
+            self.log,
+            record,
+            None,
+            self.session.everyone,
+        )
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the run reads."""

@@ -252,6 +252,9 @@ class Threads:
     def gather(self, value: Any) -> list[Any]:
         return self._group.gather(self._rank, json.loads(json.dumps(value)))
 
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        return self.gather(value)
+
 
 def on_ranks(count: int, work: Callable[[Threads, int], object]) -> list[object]:
     """What ``work`` gave or raised on every rank."""
