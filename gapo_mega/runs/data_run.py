@@ -108,6 +108,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         self.config = config
         self.directory = Path(config.output_dir)
         self.measured: dict[str, float] = {}
+        self.finished = False  # whether ``run`` came to the end
         self.session = Session(config, self.directory, self.wanted(config), overwrite)
         self.session.open()
         try:
@@ -173,7 +174,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def run(self) -> dict[str, float]:
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
         with contextlib.closing(self.session):
-            if self.loop.run():
+            self.finished = self.loop.run()
+            if self.finished:
                 self.session.end(self.loop.step, self.total_steps)
         return self.measured
 
