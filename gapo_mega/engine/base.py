@@ -23,6 +23,7 @@ from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
 from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
+from gapo_mega.types import PolicyFacts as PolicyFacts
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
 # per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
@@ -54,18 +55,6 @@ class Layout:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class PolicyFacts:
-    """How far the policy was, before an update, from the one that sampled; over all response tokens."""
-
-    clipped: dict[str, list[float]]  # by the name of a loss's bound, per objective: share of tokens held back
-    kl: float  # estimate of KL(old || new) per token, nats: mean of rho - 1 - log rho
-    ratio_min: float  # of a token
-    ratio_max: float
-    entropy_estimate: float  # mean of -log pi of the sampled tokens, nats
-    entropy: float | None = None  # mean over the sampled positions, where it was asked for
 
 
 @dataclass(frozen=True)

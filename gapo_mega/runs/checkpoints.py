@@ -240,8 +240,8 @@ class StopOnSignal:
     """Inside the context SIGTERM, SIGHUP, and SIGINT the first time, only set ``requested``.
 
     The training loop looks at it between steps, writes a checkpoint and ends. A second SIGINT acts as
-    outside the context.
-    SIGHUP stays ignored where it is, as under nohup. Enter it in the main thread: Python handles signals there alone.
+    outside the context. SIGHUP stays ignored where it is, as under nohup. Enter it in the main thread: Python
+    handles signals there alone.
     """
 
     def __init__(self) -> None:
