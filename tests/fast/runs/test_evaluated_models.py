@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from gapo_mega.runs.evaluated_models import find_model, find_models, find_refere
 
 def run(folder: Path, *steps: int, export: bool = False, finished: int | None = None) -> Path:
     folder.mkdir()
-    about = {"command": "gapo-mega train", "names": [], "files": {}, "finished": finished}
+    about: dict[str, Any] = {"command": "gapo-mega train", "names": [], "files": {}, "finished": finished}
     (folder / MANIFEST_FILE).write_text(json.dumps(about))
     for step in steps:
         checkpoint = folder / "checkpoints" / f"step_{step:08d}"
