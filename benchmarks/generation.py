@@ -80,7 +80,7 @@ def ours(folder: Path, dtype: str, world: Any) -> Run:
 def peers(names: list[str], folder: Path, dtype: str) -> dict[str, Run]:
     """transformers' ``generate`` with one model, by attention and cache."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, trust_remote_code=False).eval()
     model.generation_config.eos_token_id = None  # every response has all its tokens
 
     def run(name: str, prompts: list[list[int]], new: int) -> object:
@@ -192,7 +192,7 @@ def main(
     from gapo_mega.engine.megatron.runtime import groups
 
     transformers.utils.logging.set_verbosity_error()
-    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    vocabulary = AutoConfig.from_pretrained(model, trust_remote_code=False).vocab_size
     world = groups.initialize(1, 1)
     records = written(out)
     for kind in dtype:

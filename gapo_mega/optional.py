@@ -31,6 +31,15 @@ def _distribution(name: str) -> str | None:
         return None
 
 
+def _any_of(names: tuple[str, ...], lost: str) -> Probe:
+    """The first of ``names`` that is installed."""
+    for name in names:
+        found = _distribution(name)
+        if found is not None:
+            return Probe(True, f"{name} {found}", "")
+    return Probe(False, "not installed", lost)
+
+
 @cache
 def transformer_engine() -> Probe:
     """Transformer Engine: its PyTorch part is the compiled module ``transformer_engine_torch``.
@@ -68,47 +77,31 @@ def apex() -> Probe:
 @cache
 def wandb() -> Probe:
     """Weights & Biases, the ``wandb`` extra."""
-    found = _distribution("wandb")
-    if found is not None:
-        return Probe(True, f"wandb {found}", "")
-    return Probe(False, "not installed", "logging to Weights & Biases; TensorBoard and metrics.jsonl remain")
+    return _any_of(("wandb",), "logging to Weights & Biases; TensorBoard and metrics.jsonl remain")
 
 
 @cache
 def tensorboard() -> Probe:
     """TensorBoard, which is installed with the package."""
-    found = _distribution("tensorboard")
-    if found is not None:
-        return Probe(True, f"tensorboard {found}", "")
-    return Probe(False, "not installed", "its event files; metrics.jsonl remains")
+    return _any_of(("tensorboard",), "its event files; metrics.jsonl remains")
 
 
 @cache
 def mlflow() -> Probe:
     """MLflow, the ``mlflow`` extra; ``mlflow-skinny`` will do."""
-    for name in ("mlflow", "mlflow-skinny"):
-        found = _distribution(name)
-        if found is not None:
-            return Probe(True, f"{name} {found}", "")
-    return Probe(False, "not installed", "logging to MLflow; TensorBoard and metrics.jsonl remain")
+    return _any_of(("mlflow", "mlflow-skinny"), "logging to MLflow; TensorBoard and metrics.jsonl remain")
 
 
 @cache
 def trackio() -> Probe:
     """Trackio, the ``trackio`` extra."""
-    found = _distribution("trackio")
-    if found is not None:
-        return Probe(True, f"trackio {found}", "")
-    return Probe(False, "not installed", "logging to Trackio; TensorBoard and metrics.jsonl remain")
+    return _any_of(("trackio",), "logging to Trackio; TensorBoard and metrics.jsonl remain")
 
 
 @cache
 def pandas() -> Probe:
     """pandas, the ``pandas`` extra, which datasets brings along."""
-    found = _distribution("pandas")
-    if found is not None:
-        return Probe(True, f"pandas {found}", "")
-    return Probe(False, "not installed", "gapo_mega.read_run; metrics.jsonl is one JSON object a line")
+    return _any_of(("pandas",), "gapo_mega.read_run; metrics.jsonl is one JSON object a line")
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import Overrides
+from gapo_mega.commands.options import Models, Overrides
 from gapo_mega.files import local
 
 if TYPE_CHECKING:
@@ -23,14 +23,7 @@ _LONGEST_ANSWER = 512
 
 
 def chat(
-    model: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            metavar="[NAME=]PATH",
-            help="Hugging Face directory or hub name, Megatron checkpoint, or run directory; once a model.",
-        ),
-    ],
+    model: Models,
     overrides: Overrides = None,
     config: Annotated[
         Path | None,

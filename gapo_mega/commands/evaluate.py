@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import OVERWRITE, ConfigFile, Overrides, Processes
+from gapo_mega.commands.options import OVERWRITE, ConfigFile, Models, Overrides, Processes
 from gapo_mega.files import local
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ _NO_REFERENCE = "none"
 
 def evaluate(
     config: ConfigFile,
-    model: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            metavar="[NAME=]PATH",
-            help="Hugging Face directory or hub name, Megatron checkpoint, or run directory; once a model.",
-        ),
-    ],
+    model: Models,
     overrides: Overrides = None,
     out: Annotated[
         Path | None,

@@ -12,6 +12,14 @@ from gapo_mega.files import local
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", parser=local, metavar="PATH", help="YAML file of the run.")
 ]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        metavar="[NAME=]PATH",
+        help="Hugging Face directory or hub name, Megatron checkpoint, or run directory; once a model.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file.")
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
@@ -183,6 +183,8 @@ def _bounded(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(do)
     def paid(*values: Any, **named: Any) -> Any:
+        if name == "join" and isinstance(values[before], Iterator):  # a separator is made for every item
+            values = (*values[:before], [_paid(item) for item in values[before]], *values[before + 1 :])
         value, rest = values[before], [*values[before + 1 :], *named.values()]
         _spend(1 + _price_of_call(name, value, rest))
         return do(*values, **named)
@@ -264,6 +266,6 @@ def _size(value: Any, most: int) -> int:
             found += _bytes(one) * 3
         elif isinstance(one, dict):
             open_ones.append(chain(one.keys(), one.values()))
-        elif isinstance(one, list | tuple | set | frozenset):
+        elif isinstance(one, Collection):
             open_ones.append(iter(one))
     return found

@@ -99,6 +99,12 @@ def read_run(directory: Path) -> FinishedRun:
     of_a_step = config.algorithm.ppo_epochs * config.algorithm.minibatches
     done = updates // of_a_step
     standing = read_standing(directory / SUMMARY_FILE) or Standing(done, done, config.steps, ended=True)
+    if done > standing.done:
+        raise ValueError(
+            f"run directory: found {directory}, whose {SUMMARY_FILE} is of {standing.done} rollout steps and "
+            f"whose {METRICS_FILE} has {updates} optimizer steps, {of_a_step} a rollout step; accepted: the "
+            "directory of a training that has ended (this one has trained on since)"
+        )
     until = standing.step * of_a_step
     return FinishedRun(
         directory=directory,

@@ -54,11 +54,16 @@ class _Logged:
 
     @property
     def summary(self) -> dict[str, Any]:
+        """Of a run that has ended; empty for one that has not, or has trained on since."""
         path = self.directory / SUMMARY_FILE
         if not path.is_file():
             return {}
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        algorithm = self.config.get("algorithm", {})
+        of_a_step = int(algorithm.get("ppo_epochs", 1)) * int(algorithm.get("minibatches", 1))
+        # Without its steps: of an earlier version.
+        trained_on = "steps" in found and len(self.rows) > found["steps"] * of_a_step
+        return {} if trained_on else found
 
 
 class RunFrames:

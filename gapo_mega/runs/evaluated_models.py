@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gapo_mega.evaluation.summary import SUMMARY_FILE, read_standing
 from gapo_mega.files import local
 from gapo_mega.models.huggingface import location
 from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, checkpoint_path, complete_steps
-from gapo_mega.runs.directory import EXPORT_FOLDER, MANIFEST_FILE, read_manifest
+from gapo_mega.runs.directory import EXPORT_FOLDER, MANIFEST_FILE, Manifest, read_manifest
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _MODEL, _REFERENCE = "--model", "--reference"
@@ -31,8 +32,9 @@ class NamedModel:
 def find_models(given: Sequence[str]) -> list[NamedModel]:
     """The models of ``PATH`` or ``NAME=PATH``: directory or hub name, checkpoint, run directory.
 
-    Of a run it takes the newest of its checkpoints and the exported model. Raises ``ValueError`` for what is
-    none of these, and for two models of one name.
+    Of a run that has ended it takes the result: the exported model, or else the checkpoint of its step; of
+    another one the newest checkpoint. Raises ``ValueError`` for what is none of these, for a run that has not
+    kept its result, and for two models of one name.
     """
     if not given:
         raise ValueError(f"{_MODEL}: found none, accepted: one or more")
@@ -83,14 +85,29 @@ def _of_run(run: Path, parameter: str) -> Path:
     manifest = read_manifest(run)
     assert manifest is not None
     steps = complete_steps(run / CHECKPOINTS_FOLDER)
-    export = run / EXPORT_FOLDER
-    exported = (export / "config.json").is_file()
     # Without its end the run has gone on since it exported.
-    if exported and (not steps or (manifest.finished is not None and steps[-1] <= manifest.finished)):
+    ended = manifest.finished is not None and (not steps or steps[-1] <= manifest.finished)
+    export = run / EXPORT_FOLDER
+    if (ended or not steps) and (export / "config.json").is_file():
         return export
     if not steps:
         raise ValueError(
             f"{parameter}: found {run}, a run without a checkpoint or an exported model, accepted: one that "
             "has written one"
         )
-    return checkpoint_path(run / CHECKPOINTS_FOLDER, steps[-1])
+    result = _result_of(run, manifest) if ended else steps[-1]
+    if result not in steps:
+        raise ValueError(
+            f"{parameter}: found {run}, whose result is the policy of step {result}, without a checkpoint of "
+            f"that step or an exported model; accepted: one of its checkpoints by its path (steps "
+            f"{', '.join(map(str, steps))}), or another run"
+        )
+    return checkpoint_path(run / CHECKPOINTS_FOLDER, result)
+
+
+def _result_of(run: Path, manifest: Manifest) -> int:
+    """The step of the policy that a run has ended with: its last one, or the best of its evaluations."""
+    assert manifest.finished is not None
+    summary = run / SUMMARY_FILE
+    standing = read_standing(summary) if summary.is_file() else None
+    return manifest.finished if standing is None else standing.step

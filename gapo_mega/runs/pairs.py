@@ -16,6 +16,8 @@ from gapo_mega import advantages
 from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from gapo_mega.config.loading import explain
+from gapo_mega.config.results import TrainCheckpointConfig
+from gapo_mega.config.sections import TrainLoggingConfig
 from gapo_mega.config.supervised import PairsConfig
 from gapo_mega.data.encoding import AnswerIds, encode_answers
 from gapo_mega.data.pairs import Pair, load_objectives
@@ -62,8 +64,8 @@ def engine_config(config: PairsConfig, steps: int) -> Config:
             aggregation=config.aggregation,
             optimizer=config.optimizer,
             gradients=config.gradients,
-            checkpoint=config.checkpoint,
-            logging=config.logging,
+            checkpoint=TrainCheckpointConfig(**dict(config.checkpoint)),
+            logging=TrainLoggingConfig(**dict(config.logging)),
         )
     except ValidationError as error:  # of sections that do not go together
         raise ValueError(explain(error, Config)[0]) from None

@@ -7,6 +7,7 @@ removes the files of later steps, which it then does again: every step is there 
 from __future__ import annotations
 
 import json
+import math
 import re
 from itertools import chain
 from pathlib import Path
@@ -50,7 +51,8 @@ class ResponseFiles:
         parts = self._ranks.gather_over_data(self._rows(step, rollout, experience))
         if self._ranks.layout.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chain.from_iterable(parts)]
+            rows = chain.from_iterable(parts)
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             write_text(self._folder / f"step_{step:08d}.jsonl", "".join(lines))
 
     def _rows(self, step: int, rollout: Rollout, experience: Experience) -> list[dict[str, Any]]:
@@ -67,7 +69,8 @@ class ResponseFiles:
                 "response": rollout.responses[i],
                 "tokens": facts.token_counts[i],
                 "finished": facts.finished[i],
-                "kl": kl_B[i],
+                # Infinite for a token that the reference's top_k or top_p rules out, which JSON has not.
+                "kl": kl_B[i] if math.isfinite(kl_B[i]) else None,
                 "scores": {name: scores_MB[m][i] for m, name in enumerate(self._names)},
             }
             for i, prompt in enumerate(rollout.prompts)

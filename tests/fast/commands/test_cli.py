@@ -223,7 +223,7 @@ def test_info_tells_what_is_usable_not_what_is_used(here: Here, monkeypatch: pyt
 def test_every_file_of_a_command_is_registered() -> None:
     """``gapo_mega/commands`` holds one command a file, and what several of them share."""
     served = {"reward_app", "reward_limits", "reward_protocol", "reward_server", "reward_turns"}
-    shared = {"__init__", "launch", "options", "supervised", *served}
+    shared = {"__init__", "chat_terminal", "launch", "options", "supervised", *served}
     folder = Path(commands.__file__).parent
     names = {path.stem for path in folder.glob("*.py")} - shared
     found = {

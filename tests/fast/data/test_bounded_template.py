@@ -69,6 +69,7 @@ BOMBS = [
     MANY + MANY + "x" + END + END,
     MANY + MANY + "{{ i }}" + END + END,
     "{{ 'x' * 20000000000 }}",
+    "{{ range(99999) | map('string') | join('x' * 99999) }}",
     "{{ 20000000000 * 'x' }}",
     "{{ 'x' * 2e10 | int }}",
     "{{ ('x' * 20000000000) | length }}",
@@ -128,8 +129,8 @@ def test_the_limit_grows_with_the_conversation_and_counts_once_a_rendering() -> 
 
 
 def test_the_limit_of_time_is_kept() -> None:
-    with pytest.raises(TemplateLimit, match=r"^takes longer than 0\.2 s, the limit of a template$"):
-        rendered(MANY + MANY + END + END, {"messages": CHAT}, seconds=0.2)
+    with pytest.raises(TemplateLimit, match=r"^takes longer than 0\.01 s, the limit of a template$"):
+        rendered(MANY + MANY + END + END, {"messages": CHAT}, seconds=0.01)
     begun = time.monotonic()
     assert rendered("{{ messages[0].content }}", {"messages": CHAT}, seconds=5.0) == "Be <brief>."
     assert begun > 0

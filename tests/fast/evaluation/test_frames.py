@@ -11,6 +11,9 @@ import pytest
 
 import gapo_mega
 from gapo_mega import optional
+from gapo_mega.evaluation.finished_run import read_run
+from gapo_mega.evaluation.standing import Standing
+from gapo_mega.evaluation.summary import read_summary, write_summary
 from tests.helpers.finished_runs import write_run
 
 pytestmark = pytest.mark.skipif(not optional.pandas().usable, reason="pandas is not installed")
@@ -100,6 +103,26 @@ def test_a_run_that_has_ended(tmp_path: Path) -> None:
     assert (about.steps, about.ended, about.seconds) == (20, True, run.cost.seconds)
     (about,) = gapo_mega.read_run(running(tmp_path / "other")).runs.itertuples()
     assert (about.steps, about.ended, math.isnan(about.seconds)) == (3, False, True)
+
+
+def test_a_run_that_trains_on_has_not_ended(tmp_path: Path) -> None:
+    """Its summary is that of the end before, and stays until the next one."""
+    for minibatches, ended in ((1, False), (2, True)):
+        algorithm = {"minibatches": minibatches}
+        directory = write_run(tmp_path, str(minibatches), 1, 0.5, algorithm=algorithm).directory
+        summary = json.loads((directory / "summary.json").read_text())
+        write_summary(
+            directory / "summary.json", read_summary(directory / "summary.json")[0], summary["seconds"],
+            standing=Standing(4, 10, 10, ended=True),
+        )  # fmt: skip
+        frames = gapo_mega.read_run(directory)
+        (about,) = frames.runs.itertuples()
+        assert (about.ended, len(frames.summary)) == (ended, 2 * ended)
+        if not ended:
+            with pytest.raises(
+                ValueError, match=r"^run directory: found .* of 10 rollout .* has 20 optimizer"
+            ):
+                read_run(directory)
 
 
 def test_a_sweep_has_the_columns_of_its_points(tmp_path: Path) -> None:

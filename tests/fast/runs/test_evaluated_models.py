@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gapo_mega.evaluation.standing import Best, Standing
+from gapo_mega.evaluation.summary import write_summary
 from gapo_mega.runs.directory import MANIFEST_FILE
 from gapo_mega.runs.evaluated_models import find_model, find_models, find_reference
 
 
 def run(folder: Path, *steps: int, export: bool = False, finished: int | None = None) -> Path:
     folder.mkdir()
-    about = {"command": "gapo-mega train", "names": [], "files": {}, "finished": finished}
+    about: dict[str, Any] = {"command": "gapo-mega train", "names": [], "files": {}, "finished": finished}
     (folder / MANIFEST_FILE).write_text(json.dumps(about))
     for step in steps:
         checkpoint = folder / "checkpoints" / f"step_{step:08d}"
@@ -41,6 +44,25 @@ def test_of_a_run_it_is_the_newest(
     folder = run(tmp_path / "gapo", *steps, export=export, finished=finished)
     found = find_model(str(folder))
     assert (found.name, found.source) == ("gapo", folder / expected)
+
+
+@pytest.mark.parametrize(("best", "expected"), [(2, 2), (4, 4), (None, 6)])
+def test_without_an_export_the_result_is_its_checkpoint(
+    tmp_path: Path, best: int | None, expected: int
+) -> None:
+    folder = run(tmp_path / "gapo", 2, 4, 6, finished=6)
+    if best is not None:  # None: of a version whose summary does not say it
+        standing = Standing(best, 6, 8, ended=True, best=Best("worst_gain", best, 0.5, 3))
+        write_summary(folder / "summary.json", {}, 1.0, standing=standing)
+    assert find_model(str(folder)).source == folder / "checkpoints" / f"step_{expected:08d}"
+
+
+def test_a_result_that_was_not_kept_is_not_another_step(tmp_path: Path) -> None:
+    folder = run(tmp_path / "gapo", 3, finished=10)
+    with pytest.raises(
+        ValueError, match=r"^--model: found .*, whose result is the policy of step 10, .*ps 3"
+    ):
+        find_model(str(folder))
 
 
 def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from torch import Tensor
 
+from gapo_mega.types import TokenBatch
 from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.fake_runs import PROMPTS, trainer
 from tests.helpers.metrics_log import metrics
@@ -96,3 +99,22 @@ def test_any_text_is_a_line(tmp_path: Path) -> None:
         ),
     )
     assert [row["response"] for row in rows(tmp_path, 1)[:4]] == ["a\u2028b", "c\nd", "\u0085", '"}']
+
+
+class Strict(FakeEngine):
+    """Its reference rules out the first response token of every batch."""
+
+    def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
+        found = super().logprobs(batch, model)
+        if model == "reference":
+            found[0, int(batch.response_mask_BT[0].nonzero()[0])] = -math.inf
+        return found
+
+
+def test_an_infinite_divergence_is_null(tmp_path: Path) -> None:
+    """JSON has no infinity; everything else of the row is there."""
+    algorithm = {"kl": "loss", "kl_beta": 0.0}
+    assert trainer(tmp_path, Strict(), steps=1, logging={"responses": 1}, algorithm=algorithm).run()
+    first, *others = rows(tmp_path, 1)
+    assert first["kl"] is None and first["tokens"] > 0
+    assert all(isinstance(row["kl"], float) for row in others)
