@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         given = [text.partition("=")[::2] for text in metafunc.config.getoption("--plugin")]
         own = [resolve(reference, [Path.cwd()]) for of, reference in given if of == kind]
         metafunc.parametrize("name", [*sorted(PLUGINS[kind]()), *own])
+
+
+@pytest.fixture(autouse=True)
+def _level_of_the_log() -> Iterator[None]:
+    """Commands, which some tests call in this process, set it for their own."""
+    logger = logging.getLogger("gapo_mega")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
             return self._text_size * (1 + _size(values, _most()))
         if isinstance(function, Macro | BlockReference):
             return self._text_size
-        text = getattr(function, "__self__", None)  # of a text's method
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps format and format_map
+        text = getattr(method, "__self__", None)  # of a text's method
         name = getattr(function, "__name__", "")
         return _price_of_call(name, text if isinstance(text, str | bytes) else "", values)
 

@@ -47,12 +47,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
-    def until(self, pattern: str) -> str:
-        """What the terminal shows up to the next ``pattern``, which is taken off."""
+    def until(self, pattern: str, pressing: str = "") -> str:
+        """What the terminal shows up to the next ``pattern``, which is taken off.
+
+        ``pressing`` is typed in each second that shows nothing: Python's ``input`` loses an interrupt between
+        its prompt and its wait.
+        """
         end = time.monotonic() + PATIENCE
         while (found := re.search(pattern, self._read)) is None:
             assert time.monotonic() < end, self._read
-            if select.select([self._descriptor], [], [], 1.0)[0]:
+            ready = select.select([self._descriptor], [], [], 1.0)[0]
+            if not ready:
+                self.type(pressing)
+            else:
                 new = os.read(self._descriptor, 65536).decode()
                 self._read += COLOURS.sub("", new)
         shown, self._read = self._read[: found.end()], self._read[found.end() :]
@@ -94,7 +101,7 @@ def test_somebody_at_a_terminal(model: Path) -> None:
         terminal.type("\x03")
         terminal.until(r"stopped\r\n> ")
         terminal.type("half a line\x03")
-        terminal.until(r"/quit or Ctrl-D ends\r\n> ")
+        terminal.until(r"/quit or Ctrl-D ends\r\n> ", pressing="\x03")
         terminal.type("\x04")
         assert terminal.process.wait(PATIENCE) == 0
 
