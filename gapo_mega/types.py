@@ -225,3 +225,15 @@ class Experience(TokenBatch):
         order = torch.randperm(self.batch_size, generator=generator)
         for rows in order.chunk(count):
             yield self.select(rows)
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """How far the policy was, before an update, from the one that sampled; over all response tokens."""
+
+    clipped: dict[str, list[float]]  # by the name of a loss's bound, per objective: share of tokens held back
+    kl: float  # estimate of KL(old || new) per token, nats: mean of rho - 1 - log rho
+    ratio_min: float  # of a token
+    ratio_max: float
+    entropy_estimate: float  # mean of -log pi of the sampled tokens, nats
+    entropy: float | None = None  # mean over the sampled positions, where it was asked for

@@ -45,3 +45,12 @@ def refuse_world_alone(world: int | None, dry_run: bool) -> None:
         raise ValueError(
             f"--world: found {world} without --dry-run; a run has as many processes as are started"
         )
+
+
+STOPPED = 75  # exit code of a run that a signal stopped (EX_TEMPFAIL): the same command goes on
+
+
+def exit_unless(finished: bool) -> None:
+    """End the command with ``STOPPED`` where its run did not come to its end."""
+    if not finished:
+        raise typer.Exit(STOPPED)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import OVERWRITE, refuse_world_alone
+from gapo_mega.commands.options import OVERWRITE, exit_unless, refuse_world_alone
 from gapo_mega.runs.processes import is_main_rank, world_size
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run_supervised(
     run = kind(settings, overwrite)
     run.run()
     run.engine.close()
+    exit_unless(run.finished)
 
 
 def _check(kind: type[DataRun[AnyConfig, Any]], config: AnyConfig, processes: int, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from gapo_mega.commands.options import (
     Overwrite,
     Processes,
     World,
+    exit_unless,
     refuse_world_alone,
 )
 from gapo_mega.runs.processes import is_main_rank, world_size
@@ -61,7 +62,7 @@ def train(
         launch.quiet_other_ranks()
         from gapo_mega.runs.start import train as run
 
-        run(settings, overwrite)
+        exit_unless(run(settings, overwrite))
 
 
 def _dry_run(config: Config, world_size: int) -> None:

@@ -135,6 +135,12 @@ class DataEvaluationConfig(Section):
     )
 
 
+class SkipConfig(Section):
+    """What becomes of gradients that are not finite."""
+
+    max_nonfinite_steps: int = Field(3, ge=1, description="stop after this many skipped steps in a row")
+
+
 class SupervisedConfig(Section):
     """What supervised runs have in common."""
 
@@ -168,6 +174,7 @@ class RewardModelConfig(SupervisedConfig):
     """
 
     data: PreferenceData
+    gradients: SkipConfig = SkipConfig()
     center_rewards: float = Field(
         0.0,
         ge=0,
@@ -180,6 +187,7 @@ class SftConfig(SupervisedConfig):
     """Supervised fine-tuning: the next token of conversations, by cross entropy."""
 
     data: ChatData
+    gradients: SkipConfig = SkipConfig()
     assistant_only: bool = Field(True, description="loss on the assistant's tokens only; false: on all")
 
 

@@ -23,6 +23,7 @@ from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
 from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
+from gapo_mega.types import PolicyFacts as PolicyFacts
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
 # per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
@@ -54,18 +55,6 @@ class Layout:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class PolicyFacts:
-    """How far the policy was, before an update, from the one that sampled; over all response tokens."""
-
-    clipped: dict[str, list[float]]  # by the name of a loss's bound, per objective: share of tokens held back
-    kl: float  # estimate of KL(old || new) per token, nats: mean of rho - 1 - log rho
-    ratio_min: float  # of a token
-    ratio_max: float
-    entropy_estimate: float  # mean of -log pi of the sampled tokens, nats
-    entropy: float | None = None  # mean over the sampled positions, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -170,6 +159,15 @@ class Ranks(Protocol):
 
 class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
+
+    @property
+    def changes(self) -> int:
+        """Grows before anything changes that ``save`` writes: an optimizer step, a ``load``."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether every trained parameter of every rank is finite. Collective; the same on every rank."""
+        ...
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Save models, optimizers, schedules, random-number states and ``extra``, the run's own state."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.option_checks import shown
+from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Prompt, ResponseFacts, lone_surrogate
 from gapo_mega.user_code import place_of, reason_of
 
@@ -216,7 +217,7 @@ class ObjectiveKind(ABC):
             return
         try:
             yield
-        except (ObjectiveError, KeyboardInterrupt):
+        except (ObjectiveError, StoppedWaiting, KeyboardInterrupt):
             raise
         except BaseException as error:
             reason = reason_of(error).removeprefix(f"objective {self.name!r}: ")

@@ -18,6 +18,7 @@ from urllib3.exceptions import InvalidHeader as InvalidAnswerHeader
 from urllib3.exceptions import LocationParseError, MaxRetryError
 from urllib3.util import parse_url
 
+from gapo_mega import stopping
 from gapo_mega.config import LocalPath, Section
 from gapo_mega.files import local
 from gapo_mega.objectives.credentials import Credentials, credential_in_query, without_password
@@ -120,7 +121,7 @@ class JsonService:
 
         ``accepted``: what an error calls a right answer. Raises ``ValueError`` when the last attempt fails,
         and for another status than 200, what is not JSON and what is too large. Says in the log for how long
-        it waits.
+        it waits. Raises ``StoppedWaiting`` where the run is asked to stop meanwhile.
         """
         begun = time.monotonic()
         attempts = Retrying(
@@ -128,6 +129,7 @@ class JsonService:
             stop=self._is_over,
             wait=self._seconds_to_wait,
             before_sleep=self._tell,
+            sleep=stopping.wait,
             reraise=True,
         )
         try:

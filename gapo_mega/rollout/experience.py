@@ -95,7 +95,7 @@ class ExperienceMaker:
     def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
         with self._timer("greedy"):
             greedy = self._collector.collect(prompts, 1, seed, greedy=True)
-            scores_MG = self._scorer.scores(greedy.prompts, greedy.responses, greedy.facts)
+            scores_MG = self._scorer.agreed_scores(greedy)
         # The collector numbers prompts from 0, in their order.
         return dataclasses.replace(experience, greedy_scores_MB=scores_MG[:, experience.group_B])
 

@@ -11,6 +11,7 @@ from gapo_mega.config import EvaluationConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.random_streams import undisturbed
+from gapo_mega.rollout.response_scores import agreed
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.types import Prompt
 
@@ -57,18 +58,8 @@ class HeldOut:
             return self._answer()
 
     def _answer(self) -> Answers:
-        layout = self._engine.layout
-        numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
-        part: list[tuple[int, str, str, list[float]]] = []
         self._engine.gather_parameters()  # this rank may have no prompt, and so no forward pass
-        if numbers:
-            rollout = self._collector.collect(
-                [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank
-            )
-            scores_BM = self._scorer.scores(rollout.prompts, rollout.responses, rollout.facts).T.tolist()
-            rows = [i for i in numbers for _ in range(self.samples)]
-            texts = [prompt.text for prompt in rollout.prompts]
-            part = list(zip(rows, texts, rollout.responses, scores_BM, strict=True))
+        part = agreed(self._engine, self._part)
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
         parts = self._engine.gather_over_data(part)
         everything = sorted(chain.from_iterable(parts), key=lambda answer: answer[0])
@@ -76,3 +67,17 @@ class HeldOut:
             return Answers([], [], [])
         _, prompts, responses, scores = zip(*everything, strict=True)
         return Answers(list(prompts), list(responses), torch.tensor(scores, dtype=torch.float64).T.tolist())
+
+    def _part(self) -> list[tuple[int, str, str, list[float]]]:
+        """Number and text of the prompt, response and scores of this data rank's share."""
+        layout = self._engine.layout
+        numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
+        if not numbers:
+            return []
+        rollout = self._collector.collect(
+            [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank
+        )
+        scores_BM = self._scorer.scores(rollout.prompts, rollout.responses, rollout.facts).T.tolist()
+        rows = [i for i in numbers for _ in range(self.samples)]
+        texts = [prompt.text for prompt in rollout.prompts]
+        return list(zip(rows, texts, rollout.responses, scores_BM, strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from gapo_mega.objectives.base import Objective
 from gapo_mega.option_checks import shown
 from gapo_mega.types import Prompt, ResponseFacts
 from gapo_mega.user_code import reason_of
+
+Result = TypeVar("Result")
 
 
 def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> list[float]:
@@ -80,6 +83,24 @@ class ResponseScorer:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+def agreed(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives this replica. Where it fails on some data-parallel ranks, all of them raise.
+
+    The others would wait in the next collective for a rank that has left. Each raises its own error, or else
+    that of the first. Collective over the data-parallel ranks.
+    """
+    own: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        own = error
+    everyone = ranks.gather_over_data(None if own is None else _sendable(own))
+    first = next((error for error in everyone if error is not None), None)
+    if first is None:
+        return result
+    raise first if own is None else own
 
 
 def _sendable(error: Exception) -> Exception:

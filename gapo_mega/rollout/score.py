@@ -11,7 +11,7 @@ from gapo_mega.advantages.rewards import kl_rewards
 from gapo_mega.config import AlgorithmConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.objectives.base import Objective
-from gapo_mega.rollout.response_scores import ResponseScorer
+from gapo_mega.rollout.response_scores import ResponseScorer, agreed
 from gapo_mega.types import Experience, Rollout
 
 # (scores_MB, logprobs_BT, ref_logprobs_BT, mask_BT, kl_beta) -> token_rewards_MBT
@@ -41,11 +41,15 @@ class Scorer(ResponseScorer):
         self._timer = timer
         self._kl_beta = kl_beta or (lambda: algorithm.kl_beta)
 
+    def agreed_scores(self, rollout: Rollout) -> Tensor:
+        """``scores`` of a rollout that every data-parallel rank has one of; where one fails, all raise."""
+        return agreed(self._engine, lambda: self.scores(rollout.prompts, rollout.responses, rollout.facts))
+
     def score(self, rollout: Rollout) -> Experience:
         """Rewards per objective, old and reference log-probabilities, and values with a critic."""
         batch, mask_BT = rollout.batch, rollout.response_mask_BT
         with self._timer("score"):
-            scores_MB = self.scores(rollout.prompts, rollout.responses, rollout.facts)
+            scores_MB = self.agreed_scores(rollout)
         old_BT = rollout.logprobs_BT
         if self._algorithm.old_logprobs == "recompute":
             with self._timer("old_logprobs"):

@@ -130,6 +130,11 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("_")[2])
+
+
 def parts_of(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, complete or not."""
     if not directory.is_dir():
@@ -232,10 +237,11 @@ def checkpoint_to_resume(folder: CheckpointFolder, settings: CheckpointConfig, r
 
 
 class StopOnSignal:
-    """Inside the context SIGTERM, and SIGINT the first time, only set ``requested``.
+    """Inside the context SIGTERM, SIGHUP, and SIGINT the first time, only set ``requested``.
 
     The training loop looks at it between steps, writes a checkpoint and ends. A second SIGINT acts as
-    outside the context. Enter it in the main thread: Python handles signals there alone.
+    outside the context. SIGHUP stays ignored where it is, as under nohup. Enter it in the main thread: Python
+    handles signals there alone.
     """
 
     def __init__(self) -> None:
@@ -245,6 +251,8 @@ class StopOnSignal:
     def __enter__(self) -> StopOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._request)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._request)
         return self
 
     def __exit__(

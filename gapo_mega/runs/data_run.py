@@ -108,6 +108,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         self.config = config
         self.directory = Path(config.output_dir)
         self.measured: dict[str, float] = {}
+        self.finished = False  # whether ``run`` came to the end
         self.session = Session(config, self.directory, self.wanted(config), overwrite)
         self.session.open()
         try:
@@ -144,7 +145,16 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         ]
         self.log = RunLog(self.directory, self.names, config.logging, self.total_steps, layout.is_main)
         record = self.session.record()
-        self.loop = RunLoop(self, self.engine, self.directory, config.checkpoint, self.log, record)
+        self.loop = RunLoop(
+            self,
+            self.engine,
+            self.directory,
+            config.checkpoint,
+            self.log,
+            record,
+            None,
+            self.session.everyone,
+        )
 
     def _contents(self) -> dict[str, Any]:
         """Fingerprints of what the run reads."""
@@ -164,7 +174,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def run(self) -> dict[str, float]:
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
         with contextlib.closing(self.session):
-            if self.loop.run():
+            self.finished = self.loop.run()
+            if self.finished:
                 self.session.end(self.loop.step, self.total_steps)
         return self.measured
 

@@ -47,6 +47,7 @@ from gapo_mega.config.supervised import (
     RewardModelConfig,
     ScoreModelConfig,
     SftConfig,
+    SkipConfig,
     SupervisedConfig,
     SupervisedData,
 )
@@ -202,6 +203,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "micro_batch_size": FREE,
     },
     DataEvaluationConfig: {"every_steps": FREE},
+    SkipConfig: {"max_nonfinite_steps": FREE},
     RewardModelConfig: {"center_rewards": FIXED},
     SftConfig: {"assistant_only": FIXED},
     ScoreModelConfig: {

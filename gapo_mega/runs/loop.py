@@ -25,10 +25,15 @@ from gapo_mega.runs.checkpoints import (
     check_updates,
     checkpoint_to_resume,
     is_due,
+    step_of,
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
+from gapo_mega.runs.leaving import Before, obstacle
 from gapo_mega.runs.log import RunLog
+from gapo_mega.runs.processes import Alone, Peers
 from gapo_mega.runs.selection import Selection
+from gapo_mega.stopping import StoppedWaiting, asked_by
+from gapo_mega.user_code import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +87,13 @@ class RunLoop:
         log: RunLog,
         record: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
+        everyone: Peers | None = None,
     ) -> None:
         """``directory``: the run's. The steps in ``log`` end before the work's ``finish``; loggers see it.
 
         ``record``: what checkpoints say that they belong to, in JSON. ``selection``: what the work tells its
         evaluations; the checkpoint of the best one is written and stays, and it may end the run early.
+        ``everyone``: the run's ranks, who agree on what is kept where one of them fails; None: only this one.
         """
         self._directory = directory
         self._record = record
@@ -98,12 +105,15 @@ class RunLoop:
             directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier
         )
         self._selection = selection or Selection(None, None)
+        self._everyone = Alone() if everyone is None else everyone
+        self._before: Before | None = None  # of the step under way
         self.step = 0  # steps done
 
     def run(self) -> bool:
-        """Do the work. True if it is finished; False after SIGTERM or SIGINT, with a checkpoint written.
+        """Do the work. True if it is finished; False after SIGTERM, SIGHUP or SIGINT, with a checkpoint.
 
-        A signal during the last step does not count: nothing is left to stop.
+        A signal during the last step does not count: nothing is left to stop. What a step or the end raises
+        comes out as it is, after a checkpoint of the last whole step where that is still to be had.
         """
         self._resume()
         self._work.begin()
@@ -111,26 +121,92 @@ class RunLoop:
         if self._engine.layout.is_main:
             keep_cut_lines(self._directory, updates)
         self._log.truncate_after(updates)
-        with self._log, StopOnSignal() as stop:
-            while not self._is_over():
-                self._work.train_step(self.step)
-                self.step += 1
-                over = self._is_over()
-                if any_replica(self._engine, stop.requested) and not over:
-                    self._save()
-                    self._log.close()
-                    logger.warning(
-                        "stopped by a signal after step %d; the same command goes on from there", self.step
-                    )
-                    return False
-                if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
-                    self._save()
-            self._log.end_steps()
-            if self._selection.stops:
-                logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
-            self._work.finish()
-            self._log.conclude()
+        with self._log, StopOnSignal() as stop, asked_by(lambda: stop.requested and self._is_untouched()):
+            try:
+                return self._to_the_end(stop)
+            except StoppedWaiting:
+                logger.warning("stopped by a signal while waiting in step %d", self.step + 1)
+                self._leave()
+                return False
+            except SystemExit as error:  # of somebody's code: the run is not done
+                self._leave()
+                raise RuntimeError(reason_of(error)) from error
+            except KeyboardInterrupt:  # the second: at once
+                raise
+            except BaseException:
+                self._leave()
+                raise
+
+    def _to_the_end(self, stop: StopOnSignal) -> bool:
+        while not self._is_over():
+            self._before = Before.of(self._engine.changes, self._work.state_dict())
+            self._work.train_step(self.step)
+            self._before = None
+            self.step += 1
+            over = self._is_over()
+            if any_replica(self._engine, stop.requested) and not over:
+                self._save()
+                self._log.close()
+                logger.warning(
+                    "stopped by a signal after step %d; the same command goes on from there", self.step
+                )
+                return False
+            if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
+                self._save()
+        self._log.end_steps()
+        if self._selection.stops:
+            logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
+        self._check_finite()
+        self._before = Before.of(self._engine.changes, self._work.state_dict())
+        self._work.finish()
+        self._before = None
+        self._log.conclude()
         return True
+
+    def _is_untouched(self) -> bool:
+        """Whether models and optimizers still are as after step ``self.step``, in the middle of the next."""
+        return self._before is not None and self._engine.changes == self._before.changes
+
+    def _leave(self) -> None:
+        """Write a checkpoint of the last whole step if it can be had, and say from where the run goes on."""
+        if self.step == 0:
+            return
+        why = None
+        if self._before is not None:
+            why = obstacle(self._everyone, self.step, self._is_untouched())
+            if why is None and self.step not in self._checkpoints.steps():
+                try:
+                    self._save(self._before.restore())
+                except Exception as error:  # beside the one that ends the run, which is the one to be seen
+                    why = f"the checkpoint of step {self.step} could not be written: {error}"
+        if why is not None:
+            logger.error("%s", why)
+        self._tell_newest()
+
+    def _tell_newest(self) -> None:
+        if not self._engine.layout.is_main:
+            return
+        newest = self._checkpoints.latest()
+        if newest is None:
+            logger.error("there is no complete checkpoint: the same command begins again")
+            return
+        logger.error(
+            "the run can go on from step %d: %s (the same command; gapo-mega convert exports its model)",
+            step_of(newest),
+            newest,
+        )
+
+    def _check_finite(self) -> None:
+        """Raise ``ValueError`` for weights that nobody can use, before they are saved or exported."""
+        if self._engine.is_finite():
+            return
+        newest = self._checkpoints.latest()
+        sound = (
+            "there is no sound checkpoint" if newest is None else f"the newest sound checkpoint is {newest}"
+        )
+        raise ValueError(
+            f"stopped: weights are not finite after step {self.step}, neither saved nor exported; {sound}"
+        )
 
     def _is_over(self) -> bool:
         return self.step >= self._work.total_steps or self._selection.stops
@@ -142,9 +218,13 @@ class RunLoop:
             return None
         return self._checkpoints.path(best.step)
 
-    def _save(self) -> None:
-        """Write a complete checkpoint of the current step; all ranks call it."""
-        extra = {"step": self.step, **self._work.state_dict()}
+    def _save(self, state: Mapping[str, Any] | None = None) -> None:
+        """Write a complete checkpoint of the current step; all ranks call it.
+
+        ``state``: the work's; None: as it is now. Raises ``ValueError`` for weights that are not finite.
+        """
+        self._check_finite()
+        extra = {"step": self.step, **(self._work.state_dict() if state is None else state)}
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
@@ -41,6 +42,10 @@ class Peers(Protocol):
         """Every rank's ``value``, which JSON can hold, in rank order."""
         ...
 
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        """As ``gather``, once and at any moment; None for ranks that do not come within ``seconds``."""
+        ...
+
 
 class Alone:
     """The one process of its job."""
@@ -48,6 +53,9 @@ class Alone:
     is_main = True
 
     def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def leave(self, value: Any, seconds: float) -> list[Any]:
         return [value]
 
 
@@ -81,6 +89,25 @@ class Job:
         self._store.set(f"{number}/read/{self._rank}", "")
         if self.is_main:  # whose process may hold the store, and may be about to end
             self._store.wait([f"{number}/read/{rank}" for rank in range(self._world)], _PATIENCE)
+        return values
+
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        from torch.distributed import DistError, DistStoreError
+
+        end = time.monotonic() + seconds
+        values: list[Any] = [None] * self._world
+        try:
+            self._store.set(f"leaving/{self._rank}", json.dumps(value))
+            for rank in range(self._world):
+                # At least a moment, for those that came meanwhile.
+                left = timedelta(seconds=max(0.1, end - time.monotonic()))
+                try:
+                    self._store.wait([f"leaving/{rank}"], left)
+                except DistStoreError:  # not within the time
+                    continue
+                values[rank] = json.loads(self._store.get(f"leaving/{rank}"))
+        except (DistError, RuntimeError) as error:  # the store has gone with its process
+            logger.warning("the ranks cannot agree any more: %s", error)
         return values
 
 

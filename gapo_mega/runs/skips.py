@@ -30,15 +30,22 @@ class Skips:
             logger.warning(
                 "update %d: the gradient of %s is zero, left out of the combination", update, names
             )
-        if not report.skipped:
+        at_fault = ", ".join(rows[i] for i in report.nonfinite) or "the combination"
+        reason = report.reason or f"the gradient of {at_fault} is not finite"
+        last = report.reason or f"the gradient of {at_fault} was not finite"
+        self.count(report.skipped, update, reason, last)
+
+    def count(self, skipped: bool, update: int, reason: str, last: str) -> None:
+        """Take note of whether update ``update`` was skipped. Raises ``RuntimeError`` at the limit.
+
+        ``reason``: why it was, if it was; ``last``: the same, of an update that is over.
+        """
+        if not skipped:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        at_fault = ", ".join(rows[i] for i in report.nonfinite) or "the combination"
-        reason = report.reason or f"the gradient of {at_fault} is not finite"
         logger.warning("update %d skipped: %s", update, reason)
         if self.in_a_row >= self._limit:
-            last = report.reason or f"the gradient of {at_fault} was not finite"
             raise RuntimeError(
                 f"stopped: {last} in {self._limit} updates in a row (gradients.max_nonfinite_steps)"
             )

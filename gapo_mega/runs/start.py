@@ -39,13 +39,13 @@ from gapo_mega.types import Prompt
 COMMAND = "gapo-mega train"
 
 
-def train(config: Config, overwrite: bool = False) -> None:
+def train(config: Config, overwrite: bool = False) -> bool:
     """Run a whole training on this process's share of the world (torchrun's environment, or alone).
 
     ``overwrite``: first remove what runs wrote in the output directory. Raises ``ValueError`` for whatever
-    can be refused, before a model is built.
+    can be refused, before a model is built. False after a signal: the run is not at its end.
     """
-    run_training(resolve(config, world_size()), overwrite=overwrite)
+    return run_training(resolve(config, world_size()), overwrite=overwrite)
 
 
 def wanted(config: Config) -> Wanted:
@@ -69,8 +69,8 @@ def check_before(config: Config, processes: int, overwrite: bool) -> None:
         compare_with_newest(config, identity, directory)
 
 
-def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: bool = False) -> None:
-    """Read data, build the engine, train.
+def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: bool = False) -> bool:
+    """Read data, build the engine, train; as ``train``.
 
     ``with_report`` false leaves out what follows the last step: exported model, held-out answers, report.
     """
@@ -110,10 +110,12 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
             session=session,
             shared=shared,
         )
-        if trainer.run():
+        finished = trainer.run()
+        if finished:
             session.end(trainer.loop.step, config.steps)
         # Not after an error: closing waits for ranks that are still in a collective, and hides the error.
         engine.close()
+    return finished
 
 
 def check_heldout(config: Config, prompts: int) -> None:

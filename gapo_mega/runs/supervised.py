@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -23,14 +24,19 @@ from gapo_mega.engine.base import (
     read_score_head,
 )
 from gapo_mega.evaluation import measures
-from gapo_mega.runs.data_run import AnyConfig, DataRun
+from gapo_mega.runs.data_run import DataRun
+from gapo_mega.runs.skips import Skips
 from gapo_mega.types import TokenBatch
 
-logger = logging.getLogger(__name__)
+OneLossConfig = TypeVar("OneLossConfig", bound=RewardModelConfig | SftConfig)
 
 
-class SupervisedRun(DataRun[AnyConfig, SupervisedEngine]):
+class SupervisedRun(DataRun[OneLossConfig, SupervisedEngine]):
     """A run with one loss, whose engine takes the step."""
+
+    def _prepare(self) -> None:
+        self.skips = Skips([], self.config.gradients.max_nonfinite_steps)
+        super()._prepare()
 
     @property
     def order(self) -> Order:
@@ -54,9 +60,18 @@ class SupervisedRun(DataRun[AnyConfig, SupervisedEngine]):
             "tokens_per_second": tokens / seconds,
             "time/step": seconds,
         }
-        if update.skipped:
-            logger.warning("step %d skipped: its gradient is not finite", done)
         self.log.write(done, metrics | self._heldout_due(done))
+        self.skips.count(update.skipped, done, "the gradient is not finite", "the gradient was not finite")
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Also the updates that were skipped in a row."""
+        return {**super().state_dict(), "skipped_in_a_row": self.skips.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Inverse of ``state_dict``. Raises ``ValueError`` for other data."""
+        super().load_state_dict(state, checkpoint)
+        self.skips.in_a_row = int(state.get("skipped_in_a_row", 0))  # checkpoints before 0.1 have none
 
     # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod

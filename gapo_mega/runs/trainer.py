@@ -99,7 +99,8 @@ class Trainer:
         self.evaluations = Evaluations(config, engine, self.names, self.heldout, shared)
         self.responses = ResponseFiles(directory, self.names, config.logging.responses, engine)
         selection = self.evaluations.selection
-        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record, selection)
+        everyone = None if session is None else session.everyone
+        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record, selection, everyone)
         self._resumed = [] if session is None else session.history
         self._with_report = with_report
         self._seconds_before_resume = 0.0

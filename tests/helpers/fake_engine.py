@@ -69,6 +69,8 @@ class FakeEngine:
         self.calls: list[str] = []
         self.prompts: list[tuple[int, ...]] = []
         self.policy = 1
+        self.changes = 0
+        self.finite = True
         self.next_report: dict[str, Any] = {}
         self.kl_rows = 0  # after those of the objectives
         self.at = at or {}
@@ -135,6 +137,7 @@ class FakeEngine:
         rows = torch.cat(parts).double().flatten(1)
         gram = rows @ rows.t() + torch.eye(count, dtype=torch.float64)
         weights = aggregator(gram)
+        self.changes += 1
         self.policy = (self.policy * 31 + int(minibatch.tokens_BT.sum())) % 997
         settings: dict[str, Any] = {"gradient_norm": 1.0, "clip_factor": 1.0, "learning_rate": 0.1}
         settings |= {"seconds": {"forward_backward/0": 0.5, "aggregate": 0.25}} | self.next_report
@@ -164,6 +167,9 @@ class FakeEngine:
     def gather_parameters(self) -> None:
         pass
 
+    def is_finite(self) -> bool:
+        return self.finite
+
     # -- persistence -------------------------------------------------------------------------------------
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         self._called("save")
@@ -171,6 +177,7 @@ class FakeEngine:
 
     def load(self, directory: Path) -> dict[str, Any]:
         self._called("load")
+        self.changes += 1
         state = json.loads((directory / "state.json").read_text())
         self.policy = state["policy"]
         extra: dict[str, Any] = state["extra"]

@@ -64,6 +64,7 @@ class MegatronEngine(groups.Collective):
         self.shape = shape = resolved.shape
         self._source = resolved.policy.directory()
         self._chat_template = chat_template
+        self._other_changes = 0  # than by optimizer steps
         # Both before a model is built: a download may fail.
         critic = None if resolved.critic is None else resolved.critic.directory()
         super().__init__(existing or groups.initialize(config.parallel.tensor, config.parallel.pipeline))
@@ -134,6 +135,8 @@ class MegatronEngine(groups.Collective):
         if audit:
             assert self.audited is not None, "gradients.audit_every asks for it"
             strategy = self.audited
+        if strategy.averages is not None:
+            self._other_changes += 1
         with megatron_device():
             return strategy.step(minibatch, loss, aggregator)
 
@@ -178,6 +181,14 @@ class MegatronEngine(groups.Collective):
         """The running means of the policy's gradients, if there are any."""
         return {} if self.gradients.averages is None else {"policy": self.gradients.averages}
 
+    @property
+    def changes(self) -> int:
+        return self._other_changes + sum(trainable.begun for trainable in self._trainables().values())
+
+    def is_finite(self) -> bool:
+        self.gather_parameters()
+        return self.everywhere(all(trainable.is_finite() for trainable in self._trainables().values()))
+
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
         checkpoint.save(directory, self._trainables(), extra, self.groups, averages=self._averages())
@@ -187,6 +198,7 @@ class MegatronEngine(groups.Collective):
             write_template(companions, self._chat_template)
 
     def load(self, directory: Path) -> dict[str, Any]:
+        self._other_changes += 1
         return checkpoint.load(directory, self._trainables(), self.groups, self._averages())
 
     def gather_parameters(self) -> None:

@@ -51,6 +51,7 @@ class SupervisedModel(groups.Collective, ABC):
         makes them.
         """
         self._setup = setup
+        self._loads = 0
         super().__init__(existing or groups.initialize(setup.parallel.tensor, setup.parallel.pipeline))
         groups.seed(setup.seed)
         with megatron_device():
@@ -97,6 +98,14 @@ class SupervisedModel(groups.Collective, ABC):
         return split(self._trainable.chunks, batch, self._setup.micro_batch, self.rows_together)
 
     # -- persistence -------------------------------------------------------------------------------
+    @property
+    def changes(self) -> int:
+        return self._loads + self._trainable.begun
+
+    def is_finite(self) -> bool:
+        self.gather_parameters()
+        return self.everywhere(self._trainable.is_finite())
+
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Rank 0 also writes configuration, tokenizer and chat template, for a conversion."""
         head = self._head_out()
@@ -109,6 +118,7 @@ class SupervisedModel(groups.Collective, ABC):
             set_config(folder / "config.json", self._setup.config, self._trainable.dtype)
 
     def load(self, directory: Path) -> dict[str, Any]:
+        self._loads += 1
         return checkpoint.load(directory, {_NAME: self._trainable}, self.groups)
 
     def gather_parameters(self) -> None:

@@ -218,7 +218,7 @@ def test_half_an_answer_is_a_failed_attempt(service: Any, stalled: bool) -> None
 
 def test_a_long_retry_after_is_cut(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    monkeypatch.setattr("gapo_mega.stopping.wait", waited.append)
     state = service(
         lambda number, content: (503, b"", {"Retry-After": "3600"}) if number == 0 else right(content)
     )

@@ -14,6 +14,8 @@ import pytest
 from gapo_mega.config import CheckpointConfig, LoggingConfig
 from gapo_mega.runs.log import RunLog
 from gapo_mega.runs.loop import RunLoop
+from gapo_mega.runs.processes import Peers
+from gapo_mega.stopping import wait
 from tests.helpers.fake_engine import FakeEngine, terminate
 
 STEPS = 5
@@ -24,12 +26,19 @@ class Counting:
 
     updates_per_step = 2
 
-    def __init__(self, log: RunLog, during: Mapping[str, Callable[[], None]], total: int = STEPS) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        during: Mapping[str, Callable[[], None]],
+        total: int = STEPS,
+        engine: FakeEngine | None = None,
+    ) -> None:
         self.total_steps = total
         self.events: list[str] = []
         self.value = 0
         self._log = log
         self._during = during
+        self._engine = engine or FakeEngine()
 
     def _event(self, name: str) -> None:
         self.events.append(name)
@@ -39,6 +48,8 @@ class Counting:
         self._event("begin")
 
     def train_step(self, step: int) -> None:
+        self._during.get(f"before {step}", lambda: None)()
+        self._engine.changes += 1
         for update in (2 * step + 1, 2 * step + 2):
             self.value = 3 * self.value + update
             self._log.write(update, {"value": float(self.value)})
@@ -60,14 +71,16 @@ def start(
     during: Mapping[str, Callable[[], None]] | None = None,
     engine: FakeEngine | None = None,
     total: int = STEPS,
+    everyone: Peers | None = None,
     **checkpoint: Any,
 ) -> tuple[bool, Counting]:
     """A run, from wherever its directory says: whether it finished, and its work."""
     logging = LoggingConfig(tensorboard=False, progress=False)
     log = RunLog(directory, [], logging, 2 * total)
-    work = Counting(log, during or {}, total)
+    engine = engine or FakeEngine()
+    work = Counting(log, during or {}, total, engine)
     settings = CheckpointConfig.model_validate(checkpoint)
-    return RunLoop(work, engine or FakeEngine(), directory, settings, log).run(), work
+    return RunLoop(work, engine, directory, settings, log, everyone=everyone).run(), work
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -187,3 +200,149 @@ def test_a_checkpoint_that_is_not_wanted_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^checkpoint\.resume: found false, but .*step_00000005 is there"):
         start(tmp_path, engine=engine, resume=False)
     assert engine.calls == []
+
+
+def fail() -> None:
+    raise KeyError("a reward")
+
+
+def leave() -> None:
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_what_fails_before_the_updates_of_a_step_leaves_the_step_before(
+    tmp_path: Path, whole: list[dict[str, Any]], step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyError, match="a reward"):
+        start(tmp_path, {f"before {step}": fail})
+    assert checkpoints(tmp_path) == [f"step_{step:08d}"]
+    assert f"the run can go on from step {step}: " in caplog.text
+    finished, work = start(tmp_path)
+    assert finished and work.events[:3] == [f"load step_{step:08d}", "begin", f"step {step}"]
+    assert lines(tmp_path) == whole
+
+
+def test_nothing_is_saved_before_the_first_step_or_in_the_middle_of_updates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyError):
+        start(tmp_path, {"before 0": fail})
+    with pytest.raises(KeyError):
+        start(tmp_path, {"step 2": fail})
+    assert checkpoints(tmp_path) == []
+    assert "step 3 was cut short after its updates had begun" in caplog.text
+    assert "there is no complete checkpoint" in caplog.text
+
+
+def test_sys_exit_is_no_end(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"found sys\.exit\(0\)"):
+        start(tmp_path, {"before 2": leave})
+    assert checkpoints(tmp_path) == ["step_00000002"]
+
+
+def test_an_end_that_fails_leaves_the_last_step(tmp_path: Path) -> None:
+    """As a disk that is full when the model is exported: that can be done again from the checkpoint."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        start(tmp_path, {"finish": full})
+    assert checkpoints(tmp_path) == [f"step_{STEPS:08d}"]
+    finished, work = start(tmp_path)
+    assert finished and work.events == [f"load step_{STEPS:08d}", "begin", "finish"]
+
+
+def test_a_checkpoint_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyError, match="a reward"):
+        start(tmp_path, {"before 3": fail}, FakeEngine(at={("save", 2): full}), every_steps=2)
+    assert "the checkpoint of step 3 could not be written" in caplog.text
+    assert "the run can go on from step 2" in caplog.text
+
+
+def test_sighup_is_as_sigterm(tmp_path: Path) -> None:
+    finished, _ = start(tmp_path, {"step 1": lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    assert not finished and checkpoints(tmp_path) == ["step_00000002"]
+
+
+def test_nohup_stays(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert start(tmp_path, {"step 1": lambda: os.kill(os.getpid(), signal.SIGHUP)})[0]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_the_wait_for_a_service(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+    def waiting() -> None:
+        terminate()
+        wait(600)
+
+    finished, work = start(tmp_path, {"before 3": waiting})
+    assert not finished and work.events[-1] == "step 2"
+    assert checkpoints(tmp_path) == ["step_00000003"]
+    assert start(tmp_path)[0] and lines(tmp_path) == whole
+
+
+def test_a_signal_does_not_end_a_wait_after_the_updates(tmp_path: Path) -> None:
+    """Nothing could be kept of the step then."""
+
+    def waiting() -> None:
+        terminate()
+        wait(0.5)
+
+    finished, _ = start(tmp_path, {"step 2": waiting})
+    assert not finished and checkpoints(tmp_path) == ["step_00000003"]
+
+
+class Told:
+    """Peers of whom the others say so."""
+
+    is_main = True
+
+    def __init__(self, *others: Any) -> None:
+        self._others = others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self._others]
+
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        return self.gather(value)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (None, "rank 1 did not answer within 30 s"),
+        ([2, False], "step 3 was cut short"),
+        ([3, True], "step 3 was cut short"),
+        ([2, True], "the run can go on from step 2"),
+    ],
+)
+def test_ranks_agree_on_what_is_kept(
+    tmp_path: Path, other: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyError):
+        start(tmp_path, {"before 2": fail}, everyone=Told(other))
+    assert said in caplog.text
+    assert checkpoints(tmp_path) == (["step_00000002"] if other == [2, True] else [])
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path: Path, every: int) -> None:
+    engine = FakeEngine()
+
+    def spoil() -> None:
+        engine.finite = False
+
+    where = "the newest sound checkpoint is .*step_00000003" if every else "there is no sound checkpoint"
+    step = 3 if every else STEPS - 1
+    with pytest.raises(ValueError, match=f"weights are not finite after step {step + 1}, .*{where}"):
+        start(tmp_path, {f"step {step}": spoil}, engine, every_steps=every)
+    assert checkpoints(tmp_path) == (["step_00000002", "step_00000003"] if every else [])

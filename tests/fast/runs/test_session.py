@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -199,6 +200,7 @@ def test_the_log_of_a_run_without_a_checkpoint_is_moved_aside(
 
     with pytest.raises(RuntimeError, match="killed"):
         start(tmp_path, FakeEngine(at={("update_policy", 3): fail}))
+    shutil.rmtree(tmp_path / "checkpoints")  # kill -9 would have left none
     text = (tmp_path / "metrics.jsonl").read_text()
     assert len(text.splitlines()) == 2
     assert start(tmp_path)[0]
@@ -251,6 +253,9 @@ class Threads:
 
     def gather(self, value: Any) -> list[Any]:
         return self._group.gather(self._rank, json.loads(json.dumps(value)))
+
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        return self.gather(value)
 
 
 def on_ranks(count: int, work: Callable[[Threads, int], object]) -> list[object]:

@@ -110,6 +110,9 @@ class Second:
     def gather(self, value: Any) -> list[Any]:
         return [self._said.pop(0), value]
 
+    def leave(self, value: Any, seconds: float) -> list[Any]:
+        return self.gather(value)
+
 
 def test_every_rank_has_what_rank_0_sees(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", FakeEngine(), steps=1).heldout.answer()

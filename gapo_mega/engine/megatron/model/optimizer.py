@@ -20,18 +20,20 @@ from gapo_mega.engine.megatron.model.reduction import reduce_gradients
 from gapo_mega.engine.megatron.runtime import releases
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trainable:
     """A model in DistributedDataParallel with its optimizer and learning-rate schedule.
 
     Attributes:
         chunks: this rank's part of the model, in the order of ``build_chunks``: one, or several where the
             pipeline is interleaved. One optimizer steps all of them.
+        begun: optimizer steps that this process has begun.
     """
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    begun: int = 0
 
     @property
     def model(self) -> DistributedDataParallel:
@@ -87,11 +89,18 @@ class Trainable:
 
     def step(self) -> float:
         """One optimizer and scheduler step on a finite gradient. Returns the norm before clipping."""
+        self.begun += 1
         updated, norm, _ = self.optimizer.step()
         assert updated, "the gradient was found finite"
         gathering.mark_stepped(self.chunks)
         self.scheduler.step(1)
         return float(norm)
+
+    def is_finite(self) -> bool:
+        """Whether this rank's parameters are finite; those of other data ranks once they are gathered."""
+        # aminmax passes NaN on, and needs no memory of the parameter's size.
+        ends = [torch.stack(torch.aminmax(p.detach())).float() for p in self.parameters() if p.numel()]
+        return not ends or bool(torch.stack(ends).isfinite().all())
 
     def gather_parameters(self) -> None:
         """Bring the parameters up to date (``gathering.gather``). Collective over the data ranks."""

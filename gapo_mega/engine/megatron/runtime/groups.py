@@ -69,6 +69,12 @@ class Collective:
     def barrier(self) -> None:
         dist.barrier()
 
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds on all ranks. One all-reduce of a CPU tensor over the world."""
+        found = torch.tensor(int(holds))
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return bool(found)
+
     def close(self) -> None:
         shutdown()
 

@@ -1,0 +1,65 @@
+"""What a run that ends early still can keep: the state before the step that was cut short."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gapo_mega.runs.processes import Peers
+
+LEAVE_WITHIN = 30.0  # seconds that the ranks of a run that ends early have to find one another
+
+
+@dataclass(frozen=True)
+class Before:
+    """The state between two steps, models and optimizers aside: those tell by ``changes`` whether they moved.
+
+    Attributes:
+        changes: of the engine.
+        pickled: the work's state; a copy, for the step that follows changes it.
+    """
+
+    changes: int
+    pickled: bytes
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+
+    @classmethod
+    def of(cls, changes: int, state: Mapping[str, Any]) -> Before:
+        """That of now."""
+        pickled = pickle.dumps(dict(state))
+        return cls(changes, pickled, random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    def restore(self) -> dict[str, Any]:
+        """Set the random numbers back, and return the work's state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        state: dict[str, Any] = pickle.loads(self.pickled)
+        return state
+
+
+def obstacle(everyone: Peers, step: int, untouched: bool) -> str | None:
+    """Why no checkpoint of ``step`` can be written; None where all ranks can. Every rank calls it.
+
+    ``untouched``: whether this rank has the models and optimizers that it had after ``step``. Ranks that do
+    not come within ``LEAVE_WITHIN`` are not waited for.
+    """
+    told = everyone.leave([step, untouched], LEAVE_WITHIN)
+    missing = [rank for rank, value in enumerate(told) if value is None]
+    if missing:
+        return f"{_ranks(missing)} did not answer within {LEAVE_WITHIN:.0f} s"
+    if any(value != [step, True] for value in told):
+        return f"step {step + 1} was cut short after its updates had begun"
+    return None
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
