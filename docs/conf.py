@@ -93,6 +93,7 @@ docs/gradients
 docs/kernels
 docs/peers
 docs/testbed
+docs/comparison
 docs/choosing
 docs/architecture
 docs/adr/README

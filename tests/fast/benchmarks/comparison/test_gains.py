@@ -1,0 +1,58 @@
+"""Gains in units of the spread at the start, against numpy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.comparison import gains
+
+BEFORE = {"rare": [0.0, 0.0, 1.0, 0.0], "dense": [40.0, 60.0, 55.0, 45.0]}
+
+
+def sweep(folder: Path, runs: dict[tuple[str, int], dict[str, float]]) -> Path:
+    """What a sweep leaves of runs with these gains."""
+    folder.mkdir()
+    points = []
+    for (method, seed), gained in runs.items():
+        name = f"{method}-seed{seed}"
+        run = folder / "points" / name
+        run.mkdir(parents=True)
+        rows = [dict(zip(BEFORE, scores, strict=True)) for scores in zip(*BEFORE.values(), strict=True)]
+        lines = [json.dumps({"prompt": "p", "before": {"response": "r", "scores": row}}) for row in rows]
+        (run / "heldout_answers.jsonl").write_text("\n".join(lines) + "\n")
+        heldout = {key: {"gain": gain} for key, gain in gained.items()}
+        facts = {"kl": 0.5, "response_length": 20.0, "heldout": heldout, "state": "finished"}
+        points.append({"name": name, "seed": seed, **facts})
+    points.append({"name": "late-seed1", "seed": 1, "state": "waiting"})
+    (folder / "results.json").write_text(json.dumps({"points": points}))
+    return folder
+
+
+def test_gains_are_in_units_of_the_spread(tmp_path: Path) -> None:
+    one = sweep(
+        tmp_path / "a", {("gdpo", 1): {"rare": 0.25, "dense": 5.0}, ("gdpo", 2): {"rare": 0.5, "dense": 4.0}}
+    )
+    two = sweep(tmp_path / "b", {("sum", 1): {"rare": -0.125, "dense": 10.0}})
+    points = gains.read([one, two])
+    units = {name: np.std(scores) for name, scores in BEFORE.items()}
+    assert points[0].gains == pytest.approx({"rare": 0.25 / units["rare"], "dense": 5.0 / units["dense"]})
+    assert points[2].worst == pytest.approx(-0.125 / units["rare"])
+    assert points[1].mean == pytest.approx((0.5 / units["rare"] + 4.0 / units["dense"]) / 2)
+    head, _, first, second = gains.table(points).splitlines()
+    assert head.startswith("| method | seeds | worst gain | mean gain | rare | dense | hurt |")
+    worst = [0.25 / units["rare"], 4.0 / units["dense"]]
+    error = np.std(worst, ddof=1) / np.sqrt(2)
+    assert first.startswith(f"| a: gdpo | 2 | {np.mean(worst):.2f} ±{error:.2f} |") and "| 0 of 4 |" in first
+    assert second.startswith("| b: sum | 1 | -0.29 |") and "| 1 of 2 |" in second
+
+
+def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found no results\.json, accepted: output directories"):
+        gains.read([tmp_path])
+    none = sweep(tmp_path / "none", {})
+    with pytest.raises(ValueError, match="found no point that has ended"):
+        gains.read([none])
