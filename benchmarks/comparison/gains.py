@@ -39,8 +39,8 @@ def read(folders: Sequence[Path]) -> list[Point]:
     """The ended points of all sweeps in ``folders``.
 
     The spread is that of the scores of all their runs' held-out answers before training, one answer a prompt.
-    Raises ``ValueError`` for a folder without results, for sweeps of other objectives, for an objective without
-    spread, and where no point has ended.
+    Raises ``ValueError`` for a folder without results, sweeps of other objectives, an objective of one score,
+    and where no point has ended.
     """
     ended: list[tuple[str, dict[str, object], Path]] = []
     for folder in folders:
