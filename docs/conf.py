@@ -94,6 +94,7 @@ docs/kernels
 docs/peers
 docs/testbed
 docs/comparison
+docs/throughput
 docs/choosing
 docs/architecture
 docs/adr/README

@@ -103,8 +103,8 @@ if [ -n "$long" ]; then
     { echo 'no models/SmolLM2-135M-Instruct: make demo converts it'; exit $SKIP; }"
   step train 300 model "$python" -m gapo_mega.cli train "${demo[@]}" --nproc "$gpus" steps=1 \
     output_dir="$work/train" data.heldout_prompts="$((4 * gpus))"
-  step throughput 300 model "$python" -m torch.distributed.run --nproc_per_node "$gpus" \
-    benchmarks/throughput.py "${demo[@]}" --steps 2 --out "$out/throughput.json"
+  step throughput 300 model "$python" -m gapo_mega.cli benchmark throughput "${demo[@]}" --nproc "$gpus" \
+    --steps 2 --out "$out/throughput.json"
   step strategies 300 model "$python" -m gapo_mega.cli benchmark step "${demo[@]}" --nproc "$gpus" \
     model.dtype=bf16 --out "$out/step.json"
   step peers 600 "module device" "$python" benchmarks/peers.py --out "$out/peers.json"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gapo_mega.commands.options import ConfigFile
+from gapo_mega.planning import devices
 
 if TYPE_CHECKING:
     from gapo_mega.config import Config
@@ -32,6 +33,16 @@ def plan(
     device_gib: Annotated[
         float | None, typer.Option(min=0, help="Also tell whether a rank fits into a device of this size.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Also tell how fast a step could be at most on GPUs of this name, such as H100."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a prompt, for --device. [the most allowed]")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a response, for --device. [the most allowed]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes, for programs.")] = False,
 ) -> None:
     """Predict the memory of every rank in a layout, without the model's weights or any device."""
@@ -39,11 +50,25 @@ def plan(
 
     if device_gib is not None and not math.isfinite(device_gib):
         raise ValueError(f"--device-gib: found {device_gib}, accepted: a finite number of GiB, 0 or more")
+    _check_speed(device, prompt_tokens, response_tokens)
     run = make_plan(load(config, overrides or []), world)
+    from gapo_mega.planning import speed
+
+    fast = None if device is None else speed.ceiling(run.resolved, device, prompt_tokens, response_tokens)
     if as_json:
-        print(json.dumps(run.as_dict(device_gib), indent=2))
+        print(json.dumps(run.as_dict(device_gib) | ({} if fast is None else fast.as_dict()), indent=2))
     else:
-        print("\n".join([*run.lines(), run.fullest(device_gib), NOT_COUNTED]))
+        last = [] if fast is None else [fast.line(), speed.LEFT_OUT]
+        print("\n".join([*run.lines(), run.fullest(device_gib), NOT_COUNTED, *last]))
+
+
+def _check_speed(device: str | None, prompt_tokens: int | None, response_tokens: int | None) -> None:
+    """Raise ``ValueError`` for a device that is not known, and for lengths that nothing asks for."""
+    for option, found in (("--prompt-tokens", prompt_tokens), ("--response-tokens", response_tokens)):
+        if found is not None and device is None:
+            raise ValueError(f"{option}: found {found} without --device, which it is for")
+    if device is not None and devices.known(device) is None:
+        raise ValueError(f"--device: found {device!r}, accepted: {', '.join(devices.NAMES)}")
 
 
 def make_plan(config: Config, world_size: int) -> RunPlan:

@@ -1,11 +1,10 @@
 """Times of a short training run, by phase, with tokens per second and utilisation.
 
-``benchmarks/throughput.py`` prints and writes them.
+``gapo-mega benchmark throughput`` prints and writes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ from rich.table import Table
 
 from gapo_mega.config import Config
 from gapo_mega.evaluation.series import METRICS_FILE
-from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
-from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.flops import StepFlops, TransformerShape, mfu, step_flops
+from gapo_mega.measuring.peak import measure_gemm_peak
+from gapo_mega.planning import devices
+from gapo_mega.planning.flops import mfu
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.planning.speed import Lengths, flops_of
 
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
@@ -53,13 +53,6 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
     )
 
 
-def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
-    """The sizes that the FLOPs count depends on."""
-    return TransformerShape(
-        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
-    )
-
-
 def measure(resolved: ResolvedRun) -> dict[str, Any]:
     """Medians over the timed steps of the finished run ``resolved``, from its log. Rank 0 only."""
     config, world = resolved.config, resolved.world
@@ -72,7 +65,9 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
     tokens = [r["response_length"] + r["prompt_length"] for r in records]
     sequences = config.sequences()
     tokens_per_second = sequences * statistics.mean(tokens) / seconds
-    flops = _flops(resolved, records, sequences)
+    prompt = round(statistics.mean(r["prompt_length"] for r in records))
+    response = max(1, round(statistics.mean(r["response_length"] for r in records)))
+    flops = flops_of(resolved, Lengths(prompt, response))
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
         "config": config.model_dump(mode="json", exclude={"output_dir"}),
@@ -127,25 +122,6 @@ def _sum_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return total
 
 
-def _flops(resolved: ResolvedRun, records: Sequence[dict[str, Any]], sequences: int) -> StepFlops:
-    config, shape = resolved.config, resolved.shape
-    # Mean lengths stand for all: only the attention term, a small one, is not linear in them.
-    prompt = round(statistics.mean(r["prompt_length"] for r in records))
-    response = max(1, round(statistics.mean(r["response_length"] for r in records)))
-    count = step_flops(
-        transformer_shape(shape, shape.vocab),
-        [(prompt, response)] * sequences,
-        resolved.passes,
-        ppo_epochs=config.algorithm.ppo_epochs,
-        recompute=config.model.recompute,
-        critic=transformer_shape(shape, resolved.value_heads) if resolved.critic is not None else None,
-    )
-    count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
-    if config.algorithm.old_logprobs == "generator":
-        count = dataclasses.replace(count, old_logprobs=0)
-    return count
-
-
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -156,9 +132,9 @@ def _peak(dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s of one device in the type that the model computes in."""
     cuda = torch.cuda.is_available()
     if cuda and dtype == torch.bfloat16:
-        known = known_peak_flops(torch.cuda.get_device_name())
+        known = devices.known(torch.cuda.get_device_name())
         if known is not None:
-            return known, "data sheet, dense bf16"
+            return known.peak_flops, "data sheet, dense bf16"
     size = 8192 if cuda else 1024
     name = str(dtype).removeprefix("torch.")
     peak = measure_gemm_peak("cuda" if cuda else "cpu", dtype, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -195,6 +196,23 @@ def test_a_plan_is_said_to_be_a_prediction(file: Path, here: Here) -> None:
     assert caveat.startswith("Predicted, not measured. Not counted: the device's context")
     line = here.refused("plan", "-c", str(file), "--device-gib", "inf")
     assert line == "--device-gib: found inf, accepted: a finite number of GiB, 0 or more"
+
+
+def test_a_plan_says_how_fast_a_step_could_be(file: Path, here: Here) -> None:
+    asked = ("plan", "-c", str(file), "--device", "H100", "--response-tokens", "5")
+    code, out, _ = here(*asked)
+    *_, ceiling, caveat = out.strip().splitlines()
+    assert code == 0
+    assert ceiling.startswith("at most ") and "tokens/s/GPU on 1 x H100" in ceiling
+    assert (
+        caveat.startswith("A ceiling from data sheets, at 40% of the peak") and "not a measurement" in caveat
+    )
+    told = json.loads(here(*asked, "--json")[1])["ceiling"]
+    assert told["seconds_per_step"] == pytest.approx(sum(told["phases_seconds"].values()))
+    line = here.refused("plan", "-c", str(file), "--device", "RTX 4090")
+    assert line.startswith("--device: found 'RTX 4090', accepted: A100, H100, ")
+    line = here.refused("plan", "-c", str(file), "--prompt-tokens", "9")
+    assert line == "--prompt-tokens: found 9 without --device, which it is for"
 
 
 def test_info_tells_what_is_usable_not_what_is_used(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.environment import ROOT, environment
+from tests.helpers.environment import environment
 from tests.helpers.metrics_log import metrics
 from tests.helpers.tiny import tiny_chat_model
 
@@ -251,8 +251,8 @@ def test_throughput_tool(folder: Path) -> None:
     """Phases add up to no more than the step; utilisation follows from the numbers beside it."""
     config = write_config(folder, "throughput", checkpoint={"every_steps": 0})
     out = folder / "throughput.json"
-    tool = ROOT / "benchmarks" / "throughput.py"
-    command = [sys.executable, str(tool), "--config", str(config), "--steps", "2", "--out", str(out)]
+    tool = [sys.executable, "-m", "gapo_mega.cli", "benchmark", "throughput"]
+    command = [*tool, "--config", str(config), "--steps", "2", "--out", str(out)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens/s" in done.stdout and "backward" in done.stdout

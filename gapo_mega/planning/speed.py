@@ -1,0 +1,154 @@
+"""How fast a step could be on GPUs that nobody has tried: a ceiling from data sheets, not a measurement.
+
+Every pass over whole sequences takes ``FLOPs / (devices x peak x utilisation)``, a pipeline's bubble added.
+Every sampled token takes what is the longer of its FLOPs and the bytes that it reads (this rank's weights,
+and the keys and values of all sequences that are sampled together) over the memory's bandwidth. Left out:
+communication, launches of kernels, the wait for the longest response, rewards, the optimizer, and the export
+of weights. A real step takes longer, by a factor that only a measurement tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning import devices
+from gapo_mega.planning.devices import Device
+from gapo_mega.planning.flops import StepFlops, TransformerShape, step_flops
+from gapo_mega.planning.resolved import ResolvedRun
+
+UTILISATION = 0.4  # of the peak, in passes over whole sequences
+_BANDWIDTH = 0.7  # of the memory's bandwidth, in steps of generation
+_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a prompt and of a response."""
+
+    prompt: int
+    response: int
+
+
+LEFT_OUT = (
+    f"A ceiling from data sheets, at {UTILISATION:.0%} of the peak and {_BANDWIDTH:.0%} of the memory's "
+    "bandwidth, not a measurement: communication, launches, the wait for the longest response, rewards, the "
+    "optimizer and evaluations are left out."
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step by phase, and what follows."""
+
+    device: str
+    devices: int
+    lengths: Lengths
+    sequences: int  # of a step
+    phases: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        """Prompts and responses."""
+        tokens = self.sequences * (self.lengths.prompt + self.lengths.response)
+        return tokens / self.seconds / self.devices
+
+    def line(self) -> str:
+        """In words."""
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
+        return (
+            f"at most {self.tokens_per_second_per_device:.0f} tokens/s/GPU on {self.devices} x {self.device}, "
+            f"with {self.lengths.prompt} tokens a prompt and {self.lengths.response} a response: "
+            f"{self.seconds:.1f} s a step ({parts})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ceiling": {
+                "device": self.device,
+                "prompt_tokens": self.lengths.prompt,
+                "response_tokens": self.lengths.response,
+                "tokens_per_second_per_device": self.tokens_per_second_per_device,
+                "seconds_per_step": self.seconds,
+                "phases_seconds": self.phases,
+            }
+        }
+
+
+def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
+    """The sizes that the FLOPs count depends on."""
+    return TransformerShape(
+        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
+    )
+
+
+def flops_of(resolved: ResolvedRun, lengths: Lengths) -> StepFlops:
+    """Operations of one step whose sequences are all of these lengths.
+
+    Only the attention term, a small one, is not linear in them.
+    """
+    config, shape = resolved.config, resolved.shape
+    count = step_flops(
+        transformer_shape(shape, shape.vocab),
+        [(lengths.prompt, lengths.response)] * config.sequences(),
+        resolved.passes,
+        ppo_epochs=config.algorithm.ppo_epochs,
+        recompute=config.model.recompute,
+        critic=transformer_shape(shape, resolved.value_heads) if resolved.critic is not None else None,
+    )
+    count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
+    if config.algorithm.old_logprobs == "generator":
+        count = dataclasses.replace(count, old_logprobs=0)
+    return count
+
+
+def ceiling(
+    resolved: ResolvedRun, name: str, prompt: int | None = None, response: int | None = None
+) -> Speed:
+    """The ceiling of a step of ``resolved`` on devices of this name, one of ``devices.NAMES``.
+
+    ``prompt``, ``response``: mean tokens; the most that the run allows where they are left out.
+    """
+    device, config = devices.known(name), resolved.config
+    assert device is not None, name
+    lengths = Lengths(prompt or config.data.max_prompt_tokens, response or config.rollout.max_new_tokens)
+    flops = flops_of(resolved, lengths)
+    parallel = config.parallel
+    bubble = 1 + (parallel.pipeline - 1) / (resolved.microbatches * parallel.virtual_pipeline)
+    rate = resolved.world * device.peak_flops * UTILISATION
+    passes = {
+        "log-probabilities": flops.old_logprobs + flops.reference,
+        "update": flops.update + flops.recompute,
+        "critic": flops.critic,
+    }
+    phases = {"rollout": _generation_seconds(resolved, device, lengths)}
+    phases |= {phase: count * bubble / rate for phase, count in passes.items() if count}
+    return Speed(name, resolved.world, lengths, config.sequences(), phases)
+
+
+def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths) -> float:
+    """Of one data-parallel rank, whose pipeline stages take turns at every token."""
+    config, shape = resolved.config, resolved.shape
+    own = math.ceil(config.sequences() / resolved.data)
+    together = min(own, config.rollout.batch_size)
+    size = _BYTES[config.model.dtype]
+    layers = transformer_shape(shape, shape.vocab)
+    weights = layers.matmul_parameters * size / config.parallel.tensor
+    cached_token = 2 * shape.num_layers * shape.kv_groups * shape.head_dim * size / config.parallel.tensor
+    # The mean context of a response's tokens: all that is read is linear in it.
+    context = lengths.prompt + lengths.response / 2
+    read = (weights + together * context * cached_token) / (device.bandwidth * _BANDWIDTH)
+    pairs = 4 * shape.num_layers * shape.heads * shape.head_dim * context
+    counted = together * (2 * layers.matmul_parameters + pairs) / config.parallel.tensor
+    token = max(read, counted / (device.peak_flops * UTILISATION))
+    prompts = together * 2 * lengths.prompt * shape.num_layers * layers.layer_matmul_parameters
+    prefill = prompts / config.parallel.tensor / (device.peak_flops * UTILISATION)
+    return math.ceil(own / together) * (prefill + lengths.response * token)

@@ -1,0 +1,101 @@
+"""The ceiling of a step, by hand for one layout; and what data sheets say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from gapo_mega.config import Config
+from gapo_mega.models import shape_of
+from gapo_mega.planning import devices, speed
+from gapo_mega.planning.resolved import ResolvedRun
+from tests.helpers.resolved import resolved_run
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+WEIGHTS = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336) + 4096 * 128256
+
+
+def run(world: int = 16, **sections: Any) -> ResolvedRun:
+    base: dict[str, Any] = {
+        "output_dir": "o",
+        "micro_batch_size": 4,
+        "model": {"path": "m", "dtype": "bf16"},
+        "data": {"source": "s", "max_prompt_tokens": 160},
+        "rollout": {
+            "prompts_per_step": 64,
+            "samples_per_prompt": 32,
+            "max_new_tokens": 900,
+            "batch_size": 256,
+        },
+        "objectives": [{"name": "a"}, {"name": "b"}],
+        "parallel": {"pipeline": 2},
+        "advantages": {"name": "grpo"},
+        "algorithm": {"old_logprobs": "generator"},
+    }
+    return resolved_run(Config.model_validate(base | sections), world, shape=shape_of(LLAMA_8B))
+
+
+@pytest.mark.parametrize(
+    ("name", "tera", "tera_bytes"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 2.039),
+        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
+        ("NVIDIA H100 80GB HBM3", 989.5, 3.35),
+        ("NVIDIA H100 PCIe", 756, 2.0),
+        ("NVIDIA H200", 989.5, 4.8),
+        ("NVIDIA B200", 2250, 8.0),
+        ("NVIDIA GB200", 2500, 8.0),
+    ],
+)
+def test_known_devices(name: str, tera: float, tera_bytes: float) -> None:
+    found = devices.known(name)
+    assert found is not None
+    assert (found.peak_flops, found.bandwidth) == pytest.approx((tera * 1e12, tera_bytes * 1e12))
+
+
+def test_unknown_devices() -> None:
+    assert devices.known("NVIDIA GeForce RTX 4090") is None
+    assert devices.known("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert all(devices.known(name) for name in devices.NAMES)
+
+
+def test_a_step_by_hand() -> None:
+    """2048 sequences of 160 + 900 tokens on 16 H100, pipeline 2, data parallel 8, 64 microbatches a rank."""
+    found = speed.ceiling(run(), "H100")
+    pairs = 1060 * 1061 / 2
+    forward = 2048 * (2 * 1060 * WEIGHTS + 4 * 32 * 4096 * pairs)
+    bubble = 1 + 1 / (2048 / 8 / 4)
+    rate = 16 * 989.5e12 * speed.UTILISATION
+    assert found.phases["log-probabilities"] == pytest.approx(forward * bubble / rate, rel=1e-9)
+    assert found.phases["update"] == pytest.approx(3 * forward * bubble / rate, rel=1e-9)  # one pass
+    assert set(found.phases) == {"rollout", "log-probabilities", "update"}
+    # A rank samples its 256 sequences together: weights and cached keys and values, once a token.
+    cached = 256 * (160 + 450) * 2 * 32 * 8 * 128 * 2
+    token = (2 * WEIGHTS + cached) / (3.35e12 * 0.7)
+    prefill = 256 * 2 * 160 * (WEIGHTS - 4096 * 128256) / (989.5e12 * speed.UTILISATION)
+    assert found.phases["rollout"] == pytest.approx(900 * token + prefill, rel=1e-9)
+    expected = 2048 * 1060 / 16 / sum(found.phases.values())
+    assert found.tokens_per_second_per_device == pytest.approx(expected)
+    assert f"at most {expected:.0f} tokens/s/GPU on 16 x H100, with 160 tokens a prompt" in found.line()
+
+
+def test_what_makes_a_step_longer() -> None:
+    rollout = run().config.rollout.model_dump()
+    base = speed.ceiling(run(), "H100")
+    in_turns = speed.ceiling(run(rollout=rollout | {"batch_size": 64}), "H100")
+    assert in_turns.phases["rollout"] > 2 * base.phases["rollout"]  # weights are read four times
+    whole = speed.ceiling(run(model={"path": "m", "dtype": "bf16", "recompute": "full"}), "H100")
+    assert 1.2 < whole.phases["update"] / base.phases["update"] < 4 / 3  # the output layer is not repeated
+    assert speed.ceiling(run(), "H200").phases["rollout"] < base.phases["rollout"]
+    short = speed.ceiling(run(), "H100", 160, 450)
+    # Half the tokens with a shorter context each.
+    assert short.phases["rollout"] < base.phases["rollout"] / 2 and short.lengths == speed.Lengths(160, 450)
