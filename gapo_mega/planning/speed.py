@@ -64,8 +64,8 @@ class Speed:
         """In words."""
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
         return (
-            f"at most {self.tokens_per_second_per_device:.0f} tokens/s/GPU on {self.devices} x {self.device}, "
-            f"with {self.lengths.prompt} tokens a prompt and {self.lengths.response} a response: "
+            f"at most {self.tokens_per_second_per_device:.0f} tokens/s/GPU on {self.devices} x {self.device}"
+            f", with {self.lengths.prompt} tokens a prompt and {self.lengths.response} a response: "
             f"{self.seconds:.1f} s a step ({parts})"
         )
 
