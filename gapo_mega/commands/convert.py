@@ -74,8 +74,10 @@ class Conversion:
 
     def check(self) -> None:
         """Raise ``ValueError`` for what can be refused without reading weights."""
+        from gapo_mega.models.checkpoint_files import check_sizes
         from gapo_mega.models.huggingface.writing import refuse_inside
 
+        check_sizes(local(self.source), "--from")
         kind = self._source_kind()
         for option, found, accepted in (
             ("--dtype", self.dtype, tuple(DTYPES)),

@@ -7,7 +7,9 @@ there without it are somebody else's, unless they look like what an earlier vers
 from __future__ import annotations
 
 import json
+import logging
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +21,19 @@ from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
-from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, complete_steps, parts_of, remove_checkpoint
+from gapo_mega.runs.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    complete_steps,
+    is_foreign,
+    parts_of,
+    remove_checkpoint,
+    set_aside,
+)
 from gapo_mega.runs.cut_lines import CUT_LINES, check_lines
 from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.recorded_config import check_config_files, remove_config
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = ".gapo-mega.json"
 EXPORT_FOLDER = "hf"
@@ -77,6 +88,7 @@ class Manifest:
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of folders that a run has completed
     finished: int | None = None  # steps of the last run that reached its end
     asked: int | None = None  # steps that it was asked for: more, where it stopped early
+    run: str | None = None  # what its checkpoints are known by; None: an earlier version
 
 
 def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
@@ -116,8 +128,12 @@ def read_manifest(directory: Path) -> Manifest | None:
         ) from None
 
 
-def begin(directory: Path, wanted: Wanted, overwrite: bool) -> None:
-    """Remove what runs wrote if ``overwrite`` says so, and write the manifest. The directory is locked."""
+def begin(directory: Path, wanted: Wanted, overwrite: bool, known_by: str | None = None) -> str:
+    """Remove what runs wrote if ``overwrite`` says so, and write the manifest. The directory is locked.
+
+    Returns what the run's checkpoints are known by: what the manifest says, or else ``known_by``, that of the
+    checkpoint which it goes on from.
+    """
     with disk_errors(directory):
         found = read_manifest(directory)
         if found is not None and overwrite:
@@ -125,7 +141,9 @@ def begin(directory: Path, wanted: Wanted, overwrite: bool) -> None:
             found = None
         old = [] if found is None else list(found.names)
         names = list(dict.fromkeys([*old, *wanted.names]))
-        _write(directory, Manifest(wanted.command, names, {} if found is None else found.files))
+        run = (None if found is None else found.run) or known_by or uuid.uuid4().hex
+        _write(directory, Manifest(wanted.command, names, {} if found is None else found.files, run=run))
+        return run
 
 
 def end(directory: Path, steps: int, asked: int | None = None) -> None:
@@ -137,7 +155,7 @@ def end(directory: Path, steps: int, asked: int | None = None) -> None:
     assert found is not None, "begin() comes first"
     folders = [directory / name for name in (EXPORT_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
-    _write(directory, Manifest(found.command, found.names, files, steps, asked))
+    _write(directory, Manifest(found.command, found.names, files, steps, asked, found.run))
 
 
 def _check_place(directory: Path) -> None:
@@ -245,7 +263,12 @@ def _check_resumable(directory: Path, settings: CheckpointConfig) -> None:
 def _remove(directory: Path, manifest: Manifest) -> None:
     """Remove what runs wrote; what lies beside it stays. Checkpoints go first: nothing resumes from half."""
     for path in parts_of(directory / CHECKPOINTS_FOLDER):
-        remove_checkpoint(path)
+        if is_foreign(path, manifest.run):
+            logger.warning(
+                "%s is no checkpoint of this run: it is now %s", path, set_aside(path, "kept").name
+            )
+        else:
+            remove_checkpoint(path)
     for path in [*_written(directory, manifest), *(directory / name for name in AUDIT_FILES)]:
         path.unlink(missing_ok=True)
     for folder in (*_FOLDERS, "audit"):
@@ -296,5 +319,6 @@ def _write(directory: Path, manifest: Manifest) -> None:
         "files": {name: list(files) for name, files in manifest.files.items()},
         "finished": manifest.finished,
         "asked": manifest.asked,
+        "run": manifest.run,
     }
     write_text(directory / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")

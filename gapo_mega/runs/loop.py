@@ -101,11 +101,11 @@ class RunLoop:
         self._engine = engine
         self._settings = settings
         self._log = log
+        self._everyone = Alone() if everyone is None else everyone
         self._checkpoints = CheckpointFolder(
-            directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier
+            directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier, self._everyone
         )
         self._selection = selection or Selection(None, None)
-        self._everyone = Alone() if everyone is None else everyone
         self._before: Before | None = None  # of the step under way
         self.step = 0  # steps done
 
