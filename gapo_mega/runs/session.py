@@ -65,8 +65,8 @@ def compare_with_newest(
     manifest = read_manifest(directory)
     if manifest is not None and manifest.run is not None and record.get(RUN_ID, manifest.run) != manifest.run:
         raise ValueError(
-            f"output_dir: found {where}, a checkpoint of another run than this directory's; accepted: to move "
-            "it away, or another output_dir"
+            f"output_dir: found {where}, a checkpoint of another run than this directory's; accepted: to "
+            "move it away, or another output_dir"
         )
     command = record.get("command", identity.command)
     if command != identity.command:
