@@ -143,10 +143,10 @@ class CheckpointFolder:
                 remove_checkpoint(self.path(step))
 
     def _remove_incomplete(self) -> None:
-        for path in parts_of(self.directory):
-            if path.name.startswith(_TEMPORARY):
-                _remove_tree(path)
-            elif _complete_step(path) is None:
+        for path in incomplete_parts(self.directory):
+            _remove_tree(path)
+        for path in named_parts(self.directory):
+            if _complete_step(path) is None:
                 logger.warning("%s is no complete checkpoint: it is now %s", path, set_aside(path).name)
 
 
@@ -174,6 +174,11 @@ def parts_of(directory: Path) -> list[Path]:
         for path in directory.iterdir()
         if path.is_dir() and (path.name.startswith(_TEMPORARY) or _NAME.fullmatch(path.name))
     ]
+
+
+def incomplete_parts(directory: Path) -> list[Path]:
+    """What was not finished in ``directory``, be it writing or removing."""
+    return [path for path in parts_of(directory) if path.name.startswith(_TEMPORARY)]
 
 
 def named_parts(directory: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
+from gapo_mega.models.scratch import MADE_BY
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
     complete_steps,
@@ -44,7 +45,7 @@ RESPONSES_FILES = "step_*.jsonl"
 LOGGERS_FILE = "loggers.json"  # what loggers keep for the process that resumes the run
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
-_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
+RUN_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
@@ -182,11 +183,11 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
                 f"output_dir: found {path}, a link to {path.resolve()} of another run, which this run would "
                 "change; accepted: a copy of it, or another output_dir"
             )
-        right_kind = path.is_file() if name in _FILES else path.is_dir()
+        right_kind = path.is_file() if name in RUN_FILES else path.is_dir()
         if name not in ours or not right_kind or not _looks_ours(path):
             raise _foreign(path)
     for name, files in ({} if manifest is None else manifest.files).items():
-        others = sorted(_inside(directory / name) - set(files)) if name == EXPORT_FOLDER else []
+        others = sorted(_inside(directory / name) - {*files, MADE_BY}) if name == EXPORT_FOLDER else []
         if others:
             raise _foreign(directory / name / others[0])
 
@@ -225,7 +226,7 @@ def _keys(text: str) -> set[str]:
 
 def _earlier_version(directory: Path) -> Manifest | None:
     """The manifest of a directory without one, where it looks like that of a run."""
-    there = [name for name in (*_FILES, *_FOLDERS) if (directory / name).exists()]
+    there = [name for name in (*RUN_FILES, *_FOLDERS) if (directory / name).exists()]
     told = [directory / name for name in (METRICS_FILE, SUMMARY_FILE)]
     if complete_steps(directory / CHECKPOINTS_FOLDER) or any(
         path.is_file() and path.stat().st_size and _looks_ours(path) for path in told
@@ -279,7 +280,7 @@ def _remove(directory: Path, manifest: Manifest) -> None:
 
 def _written(directory: Path, manifest: Manifest) -> Iterator[Path]:
     """The files that runs wrote, checkpoints, audits and configurations aside."""
-    yield from (directory / name for name in _FILES if name in manifest.names)
+    yield from (directory / name for name in RUN_FILES if name in manifest.names)
     yield from directory.glob(CUT_LINES)
     if TENSORBOARD_FOLDER in manifest.names:
         yield from (directory / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")

@@ -25,6 +25,7 @@ from gapo_mega.runs.checkpoints import (
 )
 from gapo_mega.runs.directory import Wanted, begin, check_directory, end, read_manifest
 from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
+from gapo_mega.runs.leftovers import remove_leftovers
 from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
 from gapo_mega.runs.processes import Peers, agree, is_restart, peers
 from gapo_mega.runs.recorded_config import record_config
@@ -256,6 +257,8 @@ class Session:
                 return
             with disk_errors(self.directory):
                 self._set_damaged_aside()
+                if read_manifest(self.directory) is not None:
+                    remove_leftovers(self.directory)
                 self._run_id = begin(self.directory, self._wanted, self._overwrite, known_by)
                 record_config(self.config, self.directory)
 
