@@ -28,8 +28,10 @@ from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
 from gapo_mega.evaluation.files import flush, write_text
 from gapo_mega.models.checkpoint_files import FILES, MARKER
+from gapo_mega.models.scratch import size_of
 from gapo_mega.runs.checksums import checksums
-from gapo_mega.runs.processes import Alone, Peers
+from gapo_mega.runs.disk_space import check_checkpoint
+from gapo_mega.runs.processes import Alone, Peers, agree
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,12 @@ class CheckpointFolder:
         layout: Layout,
         barrier: Callable[[], None],
         everyone: Peers | None = None,
+        least_bytes: int = 0,
     ) -> None:
         """``keep``: complete checkpoints that are kept (at least 1). ``barrier`` waits for every rank.
 
         ``everyone``: the ranks that share the reading for checksums; None: each is alone with it.
+        ``least_bytes``: what a checkpoint is known to take.
         """
         if keep < 1:
             raise ValueError(f"checkpoint.keep: found {keep}, accepted: at least 1")
@@ -70,6 +74,7 @@ class CheckpointFolder:
         self._layout = layout
         self._barrier = barrier
         self._everyone = Alone() if everyone is None else everyone
+        self._least_bytes = least_bytes
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies or would lie."""
@@ -100,12 +105,16 @@ class CheckpointFolder:
             about: what ``complete.json`` holds of the run, as JSON.
             kept: steps whose checkpoints stay however old they are.
 
-        Raises OSError, naming the directory, when the disk refuses.
+        Raises OSError, naming the directory, when the disk refuses, and ``ValueError`` before anything is
+        written where it has too little room.
         """
         temporary, final = self.directory / f"{_TEMPORARY}step_{step:08d}", self.path(step)
         if self._layout.is_main:
             with _disk_errors(self.directory, "written"):
                 self._remove_incomplete()
+        agree(self._everyone, lambda: self._check_space(step))
+        if self._layout.is_main:
+            with _disk_errors(self.directory, "written"):
                 temporary.mkdir(parents=True)
         self._barrier()
         write(temporary)
@@ -118,6 +127,12 @@ class CheckpointFolder:
                 self._remove_old(kept, known_by=_run_id(about or {}))
         self._barrier()
         return final
+
+    def _check_space(self, step: int) -> None:
+        if self._layout.is_main:
+            newest = self.latest()
+            needed = max(self._least_bytes, 0 if newest is None else size_of(newest))
+            check_checkpoint(self.directory, step, needed, newest)
 
     def _complete(self, temporary: Path, final: Path, step: int, more: Mapping[str, Any]) -> None:
         for path in [*temporary.rglob("*"), temporary]:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from gapo_mega.config import Section
+from gapo_mega.planning.disk import DiskPlan
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
     RECORD,
@@ -24,6 +25,7 @@ from gapo_mega.runs.checkpoints import (
     set_aside,
 )
 from gapo_mega.runs.directory import Wanted, begin, check_directory, end, read_manifest
+from gapo_mega.runs.disk_space import bytes_below, check_plan
 from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
 from gapo_mega.runs.leftovers import remove_leftovers
 from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
@@ -242,6 +244,15 @@ class Session:
     def _compare_counts(self, updates_per_step: int) -> None:
         if self._newest:
             check_updates(self._newest_path, updates_per_step)
+
+    def check_space(self, plan: DiskPlan) -> None:
+        """Refuse a disk without room for what the run will write. Raises ``ValueError`` on every rank."""
+
+        def check() -> None:
+            if self.everyone.is_main:
+                check_plan(self.directory, plan, bytes_below(self.directory / CHECKPOINTS_FOLDER))
+
+        agree(self.everyone, check)
 
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:

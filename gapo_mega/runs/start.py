@@ -17,6 +17,7 @@ from gapo_mega.files import local
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids, padding_id
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
+from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import Wanted
@@ -93,6 +94,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
             resolved.shape, end_of_sequence=sorted(eos_ids), padding=pad_id
         )
         session.check_contents(contents, config.steps, resolved.total_updates)
+        session.check_space(predict_training(resolved))
         session.begin()
         shared = None
         if config.evaluation.shared is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,64 @@ def test_ranks_share_the_files_and_come_to_one_answer(tmp_path: Path, name: str)
     found: Any = first
     assert found.sound == "step_00000002" and list(found.damaged) == ["step_00000003"]
     assert found.damaged["step_00000003"].startswith(name)
+
+
+# -- checkpoints that this run has not made ----------------------------------------------------------------
+
+
+def adopted(directory: Path, step: int) -> Path:
+    """Another run's checkpoint of ``step``, copied to a place that this run would number so."""
+    stopped(directory.with_name("other"), 1)
+    path = checkpoint(directory, step)
+    shutil.copytree(checkpoint(directory.with_name("other"), 1), path)
+    about = json.loads((path / "complete.json").read_text()) | {"step": step, "updates": step}
+    (path / "complete.json").write_text(json.dumps(about))
+    return path
+
+
+def test_another_runs_newer_checkpoint_is_refused_and_stays(tmp_path: Path) -> None:
+    """Its settings are the same; only its number would make it the newest."""
+    stopped(tmp_path / "run")
+    foreign = adopted(tmp_path / "run", 1000)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        start(tmp_path / "run", Weighty())
+    assert f"found {foreign}, a checkpoint of another run than this directory's" in str(caught.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_neither_loads_nor_removes_what_appears_beside_its_checkpoints(tmp_path: Path) -> None:
+    """While it trains: another run's checkpoint, and something that only has such a name."""
+    (tmp_path / "run").mkdir()
+
+    def appear() -> None:
+        (tmp_path / "run" / "checkpoints").mkdir()
+        shutil.copytree(other, checkpoint(tmp_path / "run", 2))
+        checkpoint(tmp_path / "run", 1000).mkdir()
+        (checkpoint(tmp_path / "run", 1000) / "precious").write_text("mine")
+
+    other = adopted(tmp_path / "elsewhere" / "run", 2)
+    engine = Weighty(at={("update_policy", 1): appear})
+    assert start(tmp_path / "run", engine, checkpoint={"every_steps": 3, "keep": 1})[0]
+    assert names(tmp_path / "run") == ["step_00000002", "step_00000004", "step_00001000.damaged-1"]
+    kept = tmp_path / "run" / "checkpoints" / "step_00001000.damaged-1" / "precious"
+    assert kept.read_text() == "mine"
+
+
+def test_overwriting_keeps_what_other_runs_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stopped(tmp_path / "run")
+    adopted(tmp_path / "run", 1000)
+    checkpoint(tmp_path / "run", 2000).mkdir()
+    (checkpoint(tmp_path / "run", 2000) / "precious").write_text("mine")
+    assert start(tmp_path / "run", Weighty(), overwrite=True)[0]
+    assert names(tmp_path / "run") == ["step_00001000.kept-1", "step_00002000.kept-1"]
+    assert "is no checkpoint of this run: it is now step_00001000.kept-1" in caplog.text
+
+
+def test_checkpoints_without_the_rest_of_their_run_can_be_gone_on_from(tmp_path: Path) -> None:
+    """Copied to another machine, say: the run there is known by the same name."""
+    stopped(tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "copy" / "checkpoints")
+    finished, engine = start(tmp_path / "copy", Weighty(), checkpoint={"every_steps": 1, "keep": 2})
+    assert finished and engine.calls.count("update_policy") == 1
+    assert names(tmp_path / "copy") == ["step_00000003", "step_00000004"]
