@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,8 +73,10 @@ class Conversion:
 
     def check(self) -> None:
         """Raise ``ValueError`` for what can be refused without reading weights."""
+        from gapo_mega.models.checkpoint_files import check_sizes
         from gapo_mega.models.huggingface.writing import refuse_inside
 
+        check_sizes(local(self.source), "--from")
         kind = self._source_kind()
         for option, found, accepted in (
             ("--dtype", self.dtype, tuple(DTYPES)),
@@ -133,6 +134,7 @@ class Conversion:
         from gapo_mega.engine.base import checkpoint_converter, start_process_group
         from gapo_mega.models.gguf.importing import import_gguf
         from gapo_mega.models.huggingface.location import resolve
+        from gapo_mega.models.scratch import remove_left, scratch
 
         kind = self._source_kind()
         target = self._target_kind(kind)
@@ -147,8 +149,11 @@ class Conversion:
             return
         if world_size() > 1:
             start_process_group("gloo")
-        with tempfile.TemporaryDirectory(dir=self._made_parent()) as scratch:
-            source = resolve(self.source) if kind == "hf" else Path(scratch) / "hf"
+        parent, prefix = self._made_parent(), f".{self.target.name}.source-"
+        if is_main_rank():
+            remove_left(parent, prefix)
+        with scratch(parent, prefix) as (folder, _):
+            source = resolve(self.source) if kind == "hf" else folder / "hf"
             if kind == "gguf":
                 import_gguf(self.source, source)
             converter.to_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -99,18 +98,20 @@ def _write(models: list[str], weights: list[float], out: Path, dtype: str | None
     from gapo_mega.engine.base import checkpoint_converter
     from gapo_mega.models.huggingface.location import is_megatron_checkpoint, resolve
     from gapo_mega.models.huggingface.soup import write_soup
+    from gapo_mega.models.scratch import remove_left, scratch
 
     found = [resolve(model, "--model") for model in models]
+    prefix = f".{out.name}.models-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.models-", dir=out.parent)
+        remove_left(out.parent, prefix)
     except OSError as error:
         raise ValueError(f"--out: {out} cannot be written: {error}") from error
-    with scratch as folder:
+    with scratch(out.parent, prefix) as (folder, _):
         sources = []
         for number, path in enumerate(found):
             if is_megatron_checkpoint(path):
-                converted = Path(folder) / str(number)
+                converted = folder / str(number)
                 checkpoint_converter().to_hf(path, converted)
                 path = converted
             sources.append(path)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
 from gapo_mega.data.chat_template import ChatTemplate
+from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Lossy, Malformed, asked, check_roles, conversation, of_user, turns_fault
+from gapo_mega.data.prompt_cache import PIECE, Encoded, PromptCache, digest_of, digest_of_piece
 from gapo_mega.data.tables import Source, Table, check_column, tell_unread
 from gapo_mega.types import Message, Prompt
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOO_LONG, _EMPTY, _TURNS = "too long", "empty", "turns out of order"
+_ANSWERS, _OWN_SYSTEM = "answers", "own system"
 
 
 class PromptEncoder:
@@ -31,9 +35,16 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str] | None = None
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Mapping[str, str] | None = None,
+        cache: PromptCache | None = None,
     ) -> None:
-        """``columns``: others that prompts keep, and what errors call the setting that names each."""
+        """``columns``: others that prompts keep, and what errors call the setting that names each.
+
+        ``cache``: where large tables are looked up, and shared out over ranks; None: nothing is kept.
+        """
         if data.chat_template and tokenizer.chat_template is None:
             raise ValueError(
                 "data.chat_template: found true, but the tokenizer of model.path has no chat template; "
@@ -48,29 +59,29 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self._columns = columns or {}
-        self._reasons: Counter[str] = Counter()
-        self._answers = 0
-        self._own_system = 0
+        self._counts: Counter[str] = Counter()  # of the last table
+        self._cache = cache
+        self._digest = None if cache is None else digest_of(data, tokenizer)
 
     def all_of(self, table: Table) -> list[Prompt]:
         """The usable prompts of ``table``, in its order; the others are counted in the log.
 
-        ``Prompt.index`` is the row's place in the table, from 0. Raises ``ValueError``, with the row's
-        number, for a cell that is no prompt and for what the template refuses.
+        ``Prompt.index`` is the row's place in the table, from 0. Collective where the cache is shared.
+        Raises ``ValueError``, with the row's number, for a cell that is no prompt and for what the template
+        refuses.
         """
         column = self._data.prompt_column
         check_column("data.prompt_column", column, table)
         for name, key in self._columns.items():
             check_column(key, name, table)
         tell_unread(table, [column, *self._columns])
-        self._reasons.clear()
-        self._answers = self._own_system = 0
+        self._counts = Counter()
         prompts: list[Prompt] = []
-        for index, (number, row) in enumerate(table):
-            prompt = self._prompt(index, row.get(column), table.place(number))
-            if prompt is not None:
-                kept = {name: row.get(name) for name in self._columns}
-                prompts.append(replace(prompt, columns=kept) if kept else prompt)
+        for number, encoded in enumerate(self._encoded(table)):
+            self._counts += encoded.counts
+            prompts += encoded.after(number * PIECE)
+        if self._columns:
+            prompts = self._with_columns(prompts, table)
         source = table.source
         logger.info(
             "%s %s (%s): %d prompts, left out %s",
@@ -80,16 +91,37 @@ class PromptEncoder:
             len(prompts),
             self.left_out(),
         )
-        if self._answers:
-            logger.info("%s: %d prompts end in an answer, which is left out", source, self._answers)
-        if self._own_system:
+        if self._counts[_ANSWERS]:
+            logger.info("%s: %d prompts end in an answer, which is left out", source, self._counts[_ANSWERS])
+        if self._counts[_OWN_SYSTEM]:
             logger.info(
                 "%s: %d prompts have a system message, in place of data.system_prompt",
                 source,
-                self._own_system,
+                self._counts[_OWN_SYSTEM],
             )
         self._tell_empty(source, prompts)
         return prompts
+
+    def _encoded(self, table: Table) -> Iterator[Encoded]:
+        """The table in pieces of ``PIECE`` rows."""
+        rows = iter(table)
+        digest, column = self._digest, self._data.prompt_column
+        if self._cache is None or digest is None or len(table) <= PIECE:
+            while piece := list(islice(rows, PIECE)):
+                yield self._encode(table, piece)
+            return
+
+        def key(piece: Sequence[tuple[int, Row]]) -> str:
+            return digest_of_piece(digest, [row.get(column) for _, row in piece])
+
+        yield from self._cache.encoded(rows, len(table), lambda piece: self._encode(table, piece), key)
+
+    def _with_columns(self, prompts: Sequence[Prompt], table: Table) -> list[Prompt]:
+        rows = table.rows
+        return [
+            replace(prompt, columns={name: rows[prompt.index].get(name) for name in self._columns})
+            for prompt in prompts
+        ]
 
     def _tell_empty(self, source: Source, prompts: Sequence[Prompt]) -> None:
         for name in self._columns:
@@ -101,13 +133,60 @@ class PromptEncoder:
 
     def left_out(self) -> str:
         """How many rows of the last table are left out, by reason."""
-        longest = self._data.max_prompt_tokens
-        text = f"{self._reasons[_TOO_LONG]} longer than {longest} tokens and {self._reasons[_EMPTY]} empty"
-        return f"{text}, {self._reasons[_TURNS]} with {_TURNS}" if self._reasons[_TURNS] else text
+        longest, counts = self._data.max_prompt_tokens, self._counts
+        text = f"{counts[_TOO_LONG]} longer than {longest} tokens and {counts[_EMPTY]} empty"
+        return f"{text}, {counts[_TURNS]} with {_TURNS}" if counts[_TURNS] else text
 
-    def _prompt(self, index: int, cell: Any, where: str) -> Prompt | None:
+    def _encode(self, table: Table, rows: Sequence[tuple[int, Row]]) -> Encoded:
+        """Consecutive rows. The tokenizer takes them together, which is several times as fast."""
+        counts: Counter[str] = Counter()
+        read: list[tuple[int, str, Sequence[Message], str | list[int]]] = []
+        error: ValueError | None = None
+        for index, (number, row) in enumerate(rows):
+            where = table.place(number)
+            try:
+                found = self._prompt(row.get(self._data.prompt_column), where, counts)
+            except ValueError as raised:  # what is wrong with the rows before it comes first
+                error = raised
+                break
+            if found is not None:
+                read.append((index, where, *found))
+        texts = [text for _, _, _, text in read if isinstance(text, str)]
+        # Special tokens are the template's business: the tokenizer adds none.
+        tokens = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        rendered = iter(tokens)
+        prompts = []
+        for index, where, messages, text in read:
+            ids = next(rendered) if isinstance(text, str) else text
+            prompt = self._checked(index, where, messages, ids, counts)
+            if prompt is not None:
+                prompts.append(prompt)
+        if error is not None:
+            raise error
+        return Encoded(prompts, counts)
+
+    def _checked(
+        self, index: int, where: str, messages: Sequence[Message], ids: list[int], counts: Counter[str]
+    ) -> Prompt | None:
+        if ids and ids[-1] == self._tokenizer.eos_token_id:
+            raise ValueError(
+                f"{where}: found a prompt whose last token is {self._tokenizer.eos_token!r}, which ends the "
+                "answer before it begins; accepted: a chat template or a text that does not write it there"
+            )
+        if len(ids) > self._data.max_prompt_tokens:
+            counts[_TOO_LONG] += 1
+            return None
+        if not ids:
+            return None
+        text = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        return Prompt(index, text, tuple(ids), () if list(messages) == [of_user(text)] else tuple(messages))
+
+    def _prompt(
+        self, cell: Any, where: str, counts: Counter[str]
+    ) -> tuple[Sequence[Message], str | list[int]] | None:
+        """Messages, and their text or token ids; None for what nobody can answer."""
         try:
-            messages, ids = self._conversation(cell) if self._data.chat_template else self._raw(cell)
+            return self._conversation(cell, counts) if self._data.chat_template else self._raw(cell, counts)
         except Malformed as error:
             raise ValueError(
                 f"{where}: {error}, accepted: a string or a list of {{role, content}} messages"
@@ -118,48 +197,32 @@ class PromptEncoder:
             raise ValueError(
                 f"{where}: the chat template of model.path refuses it: {' '.join(str(error).split())}"
             ) from None
-        if ids and ids[-1] == self._tokenizer.eos_token_id:
-            raise ValueError(
-                f"{where}: found a prompt whose last token is {self._tokenizer.eos_token!r}, which ends the "
-                "answer before it begins; accepted: a chat template or a text that does not write it there"
-            )
-        if ids and len(ids) > self._data.max_prompt_tokens:
-            self._reasons[_TOO_LONG] += 1
-            return None
-        if not ids:
-            return None
-        text = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-        return Prompt(index, text, tuple(ids), () if list(messages) == [of_user(text)] else tuple(messages))
 
-    def _conversation(self, cell: Any) -> tuple[Sequence[Message], list[int]]:
-        """Messages and token ids; no ids for a conversation that nobody can answer."""
+    def _conversation(self, cell: Any, counts: Counter[str]) -> tuple[Sequence[Message], str] | None:
         column = self._data.prompt_column
         found = conversation(cell, column)
         check_roles(found, column)
         messages = asked(found)
         fault = turns_fault(messages, last="user")
         if fault is not None:
-            self._reasons[_EMPTY if fault == "empty" else _TURNS] += 1
-            return messages, []
-        self._answers += len(messages) < len(found) and bool(found[-1]["content"].strip())
+            counts[_EMPTY if fault == "empty" else _TURNS] += 1
+            return None
+        counts[_ANSWERS] += len(messages) < len(found) and bool(found[-1]["content"].strip())
         shown = list(messages)
         if self._data.system_prompt is not None:
             if messages[0]["role"] == "system":
-                self._own_system += 1
+                counts[_OWN_SYSTEM] += 1
             else:
                 shown = [{"role": "system", "content": self._data.system_prompt}, *messages]
-        # Special tokens are the template's business: the tokenizer adds none.
-        rendered = self._template.render(shown, asked=True)
-        ids: list[int] = self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        return messages, ids
+        return messages, self._template.render(shown, asked=True)
 
-    def _raw(self, cell: Any) -> tuple[Sequence[Message], list[int]]:
+    def _raw(self, cell: Any, counts: Counter[str]) -> tuple[Sequence[Message], list[int]] | None:
         if not isinstance(cell, str):
             conversation(cell, self._data.prompt_column)
             raise Malformed("found a list of messages, which needs data.chat_template true")
         if not cell.strip():
-            self._reasons[_EMPTY] += 1
-            return [], []
+            counts[_EMPTY] += 1
+            return None
         return [of_user(cell)], opened(self._tokenizer, cell)
 
 

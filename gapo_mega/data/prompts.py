@@ -1,6 +1,6 @@
 """Prompts: read from anywhere ``datasets`` reads, tokenised once.
 
-Every rank reads all prompts itself; nothing is communicated, so everything here is a pure function of the
+Every rank has all prompts; with a cache the ranks share their tokenisation. All is a pure function of the
 configuration, the tokenizer and the seed. ``data/order.py`` says which of them a rank takes at a step.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from gapo_mega.config import DataConfig
 from gapo_mega.data.conversations import heldout_source, training_source
 from gapo_mega.data.order import Order
+from gapo_mega.data.prompt_cache import PromptCache
 from gapo_mega.data.prompt_encoding import PromptEncoder
 from gapo_mega.data.tables import PACKAGE_PREFIX, SPLIT_COLUMN, Source, read_rows
 from gapo_mega.types import Prompt
@@ -34,6 +35,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     columns: Mapping[str, str] | None = None,
+    cache: PromptCache | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and at most ``data.heldout_prompts`` held-out ones, in an order fixed by ``seed``.
 
@@ -44,10 +46,11 @@ def load_prompts(
     counted in the log. ``Prompt.index`` is the row's number in its split.
 
     ``columns``: further columns that prompts keep (``Config.columns``); every source must have them.
+    ``cache``: of tokenised prompts; with a shared one the call is collective.
 
     Raises ``ValueError`` for a missing file, split or column, an unreachable hub, and when nothing is left.
     """
-    encoder = PromptEncoder(data, tokenizer, columns)
+    encoder = PromptEncoder(data, tokenizer, columns, cache)
     sources, elsewhere = prompt_sources(data)
     packaged = [source for source in sources if source.name.startswith(PACKAGE_PREFIX)]
     train = list(chain.from_iterable(_read(encoder, source) for source in sources))

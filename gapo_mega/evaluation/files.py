@@ -30,13 +30,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     After an error nothing is left of it. What was written is on the disk when the block has ended.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = partial_of(path)
     try:
         yield partial
         flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where ``replacing`` writes; a killed process leaves it."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 def flush(path: Path) -> None:

@@ -3,18 +3,21 @@
 A checkpoint is a directory ``step_00000012``. It is written under a temporary name, flushed to the
 disk, given the file ``complete.json`` and only then renamed. A process killed at any moment leaves
 either a complete checkpoint or something that ``CheckpointFolder`` knows to be incomplete and
-removes before it writes the next one.
+removes before it writes the next one. ``complete.json`` lists the files with their checksums. What is
+called like a checkpoint without being one, or is damaged, is renamed and never removed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -24,9 +27,18 @@ import torch
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
 from gapo_mega.evaluation.files import flush, write_text
+from gapo_mega.models.checkpoint_files import FILES, MARKER
+from gapo_mega.models.scratch import size_of
+from gapo_mega.runs.checksums import checksums
+from gapo_mega.runs.disk_space import check_checkpoint
+from gapo_mega.runs.processes import Alone, Peers, agree
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
-MARKER = "complete.json"
+RUN_ID = (
+    "id"  # key of the record: the run that the checkpoint is of, beside others that were configured alike
+)
 UPDATES, RECORD = "updates", "run"  # keys of it: optimizer steps done, and what the checkpoint belongs to
 BEST = "best"  # and the best evaluation by then, where the run chooses one
 _NAME = re.compile(r"step_(\d{8,})")
@@ -41,14 +53,28 @@ class CheckpointFolder:
     system.
     """
 
-    def __init__(self, directory: Path, keep: int, layout: Layout, barrier: Callable[[], None]) -> None:
-        """``keep``: complete checkpoints that are kept (at least 1). ``barrier`` waits for every rank."""
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        layout: Layout,
+        barrier: Callable[[], None],
+        everyone: Peers | None = None,
+        least_bytes: int = 0,
+    ) -> None:
+        """``keep``: complete checkpoints that are kept (at least 1). ``barrier`` waits for every rank.
+
+        ``everyone``: the ranks that share the reading for checksums; None: each is alone with it.
+        ``least_bytes``: what a checkpoint is known to take.
+        """
         if keep < 1:
             raise ValueError(f"checkpoint.keep: found {keep}, accepted: at least 1")
         self.directory = directory
         self._keep = keep
         self._layout = layout
         self._barrier = barrier
+        self._everyone = Alone() if everyone is None else everyone
+        self._least_bytes = least_bytes
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies or would lie."""
@@ -79,24 +105,34 @@ class CheckpointFolder:
             about: what ``complete.json`` holds of the run, as JSON.
             kept: steps whose checkpoints stay however old they are.
 
-        Raises OSError, naming the directory, when the disk refuses.
+        Raises OSError, naming the directory, when the disk refuses, and ``ValueError`` before anything is
+        written where it has too little room.
         """
         temporary, final = self.directory / f"{_TEMPORARY}step_{step:08d}", self.path(step)
         if self._layout.is_main:
             with _disk_errors(self.directory, "written"):
                 self._remove_incomplete()
+        agree(self._everyone, lambda: self._check_space(step))
+        if self._layout.is_main:
+            with _disk_errors(self.directory, "written"):
                 temporary.mkdir(parents=True)
         self._barrier()
         write(temporary)
         self._barrier()
+        with _disk_errors(self.directory, "read"):
+            files = checksums(temporary, self._everyone)
         if self._layout.is_main:
             with _disk_errors(self.directory, "written"):
-                self._complete(temporary, final, step, about or {})
-                for old in self.steps()[: -self._keep]:
-                    if old not in kept:
-                        remove_checkpoint(self.path(old))
+                self._complete(temporary, final, step, {FILES: files, **(about or {})})
+                self._remove_old(kept, known_by=_run_id(about or {}))
         self._barrier()
         return final
+
+    def _check_space(self, step: int) -> None:
+        if self._layout.is_main:
+            newest = self.latest()
+            needed = max(self._least_bytes, 0 if newest is None else size_of(newest))
+            check_checkpoint(self.directory, step, needed, newest)
 
     def _complete(self, temporary: Path, final: Path, step: int, more: Mapping[str, Any]) -> None:
         for path in [*temporary.rglob("*"), temporary]:
@@ -114,10 +150,19 @@ class CheckpointFolder:
             temporary.rename(final)
         flush(self.directory)
 
+    def _remove_old(self, kept: Collection[int], known_by: str | None) -> None:
+        """Remove what is older than the last ``keep`` of this run's checkpoints."""
+        mine = [step for step in self.steps() if not is_foreign(self.path(step), known_by)]
+        for step in mine[: -self._keep]:
+            if step not in kept:
+                remove_checkpoint(self.path(step))
+
     def _remove_incomplete(self) -> None:
-        for path in parts_of(self.directory):
+        for path in incomplete_parts(self.directory):
+            _remove_tree(path)
+        for path in named_parts(self.directory):
             if _complete_step(path) is None:
-                _remove_tree(path)
+                logger.warning("%s is no complete checkpoint: it is now %s", path, set_aside(path).name)
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -146,6 +191,22 @@ def parts_of(directory: Path) -> list[Path]:
     ]
 
 
+def incomplete_parts(directory: Path) -> list[Path]:
+    """What was not finished in ``directory``, be it writing or removing."""
+    return [path for path in parts_of(directory) if path.name.startswith(_TEMPORARY)]
+
+
+def named_parts(directory: Path) -> list[Path]:
+    """What is called like a checkpoint in ``directory``, whether it is one or not."""
+    return [path for path in parts_of(directory) if _NAME.fullmatch(path.name)]
+
+
+def set_aside(path: Path, what: str = "damaged") -> Path:
+    """Rename a checkpoint so that nothing takes it for one, and return its new path. Nothing is deleted."""
+    names = (path.with_name(f"{path.name}.{what}-{number}") for number in count(1))
+    return path.rename(next(name for name in names if not (name.exists() or name.is_symlink())))
+
+
 def marker_of(checkpoint: Path) -> dict[str, Any]:
     """What ``complete.json`` of ``checkpoint`` holds; empty where it is missing or cut off."""
     marker = checkpoint / MARKER
@@ -154,6 +215,23 @@ def marker_of(checkpoint: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_foreign(path: Path, known_by: str | None) -> bool:
+    """Whether the run that is ``known_by`` cannot have made the checkpoint at ``path``, and must leave it.
+
+    Checkpoints of versions that write no ``id`` count as the run's own, and so does a link, which goes alone.
+    """
+    if path.is_symlink() or path.name.startswith(_TEMPORARY):
+        return False
+    marker = marker_of(path)
+    return not marker or (known_by is not None and _run_id(marker) not in (None, known_by))
+
+
+def _run_id(about: Mapping[str, Any]) -> str | None:
+    record = about.get(RECORD)
+    found = record.get(RUN_ID) if isinstance(record, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def check_updates(checkpoint: Path, updates_per_step: int) -> None:
@@ -182,9 +260,12 @@ def _complete_step(path: Path) -> int | None:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, complete or not; of one that is a link, only the link: it is another run's."""
-    if not path.is_symlink():
-        # The marker goes first: if the process is killed halfway, the rest counts as incomplete.
-        (path / MARKER).unlink(missing_ok=True)
+    if not path.is_symlink() and not path.name.startswith(_TEMPORARY):
+        # First out of sight: if the process is killed halfway, the rest is known to be incomplete.
+        hidden = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        if hidden.exists():
+            _remove_tree(hidden)
+        path = path.rename(hidden)
     _remove_tree(path)
 
 

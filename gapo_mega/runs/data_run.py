@@ -28,7 +28,9 @@ from gapo_mega.models.huggingface.token_ids import check_tokens
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.disk import predict_disk
 from gapo_mega.planning.layout import check_interleaving, check_model_split
+from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
 from gapo_mega.runs.identity import Identity, settings_of
@@ -137,6 +139,11 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         total = max(order.steps_per_epoch for order in orders) * config.epochs
         self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
         self.session.check_contents(self._contents(), self.total_steps, self.total_steps)
+        shape = self.start.shape
+        scores = isinstance(config, RewardModelConfig)
+        count = critic_parameters(shape, 1, 1, 0, 1) if scores else stage_parameters(shape, 1, 1, 0)
+        plan = predict_disk(count, config.model.dtype, config.optimizer, config.checkpoint, self.total_steps)
+        self.session.check_space(plan)
         self.session.begin()
         self.engine = self._build()
         layout = self.engine.layout
@@ -154,6 +161,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             record,
             None,
             self.session.everyone,
+            plan.checkpoint,
         )
 
     def _contents(self) -> dict[str, Any]:

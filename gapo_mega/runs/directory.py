@@ -7,7 +7,9 @@ there without it are somebody else's, unless they look like what an earlier vers
 from __future__ import annotations
 
 import json
+import logging
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +21,20 @@ from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
-from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, complete_steps, parts_of, remove_checkpoint
+from gapo_mega.models.scratch import MADE_BY
+from gapo_mega.runs.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    complete_steps,
+    is_foreign,
+    parts_of,
+    remove_checkpoint,
+    set_aside,
+)
 from gapo_mega.runs.cut_lines import CUT_LINES, check_lines
 from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.recorded_config import check_config_files, remove_config
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = ".gapo-mega.json"
 EXPORT_FOLDER = "hf"
@@ -33,7 +45,7 @@ RESPONSES_FILES = "step_*.jsonl"
 LOGGERS_FILE = "loggers.json"  # what loggers keep for the process that resumes the run
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
-_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
+RUN_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
@@ -77,6 +89,7 @@ class Manifest:
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of folders that a run has completed
     finished: int | None = None  # steps of the last run that reached its end
     asked: int | None = None  # steps that it was asked for: more, where it stopped early
+    run: str | None = None  # what its checkpoints are known by; None: an earlier version
 
 
 def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
@@ -116,8 +129,12 @@ def read_manifest(directory: Path) -> Manifest | None:
         ) from None
 
 
-def begin(directory: Path, wanted: Wanted, overwrite: bool) -> None:
-    """Remove what runs wrote if ``overwrite`` says so, and write the manifest. The directory is locked."""
+def begin(directory: Path, wanted: Wanted, overwrite: bool, known_by: str | None = None) -> str:
+    """Remove what runs wrote if ``overwrite`` says so, and write the manifest. The directory is locked.
+
+    Returns what the run's checkpoints are known by: what the manifest says, or else ``known_by``, that of the
+    checkpoint which it goes on from.
+    """
     with disk_errors(directory):
         found = read_manifest(directory)
         if found is not None and overwrite:
@@ -125,7 +142,9 @@ def begin(directory: Path, wanted: Wanted, overwrite: bool) -> None:
             found = None
         old = [] if found is None else list(found.names)
         names = list(dict.fromkeys([*old, *wanted.names]))
-        _write(directory, Manifest(wanted.command, names, {} if found is None else found.files))
+        run = (None if found is None else found.run) or known_by or uuid.uuid4().hex
+        _write(directory, Manifest(wanted.command, names, {} if found is None else found.files, run=run))
+        return run
 
 
 def end(directory: Path, steps: int, asked: int | None = None) -> None:
@@ -137,7 +156,7 @@ def end(directory: Path, steps: int, asked: int | None = None) -> None:
     assert found is not None, "begin() comes first"
     folders = [directory / name for name in (EXPORT_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
-    _write(directory, Manifest(found.command, found.names, files, steps, asked))
+    _write(directory, Manifest(found.command, found.names, files, steps, asked, found.run))
 
 
 def _check_place(directory: Path) -> None:
@@ -164,11 +183,11 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
                 f"output_dir: found {path}, a link to {path.resolve()} of another run, which this run would "
                 "change; accepted: a copy of it, or another output_dir"
             )
-        right_kind = path.is_file() if name in _FILES else path.is_dir()
+        right_kind = path.is_file() if name in RUN_FILES else path.is_dir()
         if name not in ours or not right_kind or not _looks_ours(path):
             raise _foreign(path)
     for name, files in ({} if manifest is None else manifest.files).items():
-        others = sorted(_inside(directory / name) - set(files)) if name == EXPORT_FOLDER else []
+        others = sorted(_inside(directory / name) - {*files, MADE_BY}) if name == EXPORT_FOLDER else []
         if others:
             raise _foreign(directory / name / others[0])
 
@@ -207,7 +226,7 @@ def _keys(text: str) -> set[str]:
 
 def _earlier_version(directory: Path) -> Manifest | None:
     """The manifest of a directory without one, where it looks like that of a run."""
-    there = [name for name in (*_FILES, *_FOLDERS) if (directory / name).exists()]
+    there = [name for name in (*RUN_FILES, *_FOLDERS) if (directory / name).exists()]
     told = [directory / name for name in (METRICS_FILE, SUMMARY_FILE)]
     if complete_steps(directory / CHECKPOINTS_FOLDER) or any(
         path.is_file() and path.stat().st_size and _looks_ours(path) for path in told
@@ -245,7 +264,12 @@ def _check_resumable(directory: Path, settings: CheckpointConfig) -> None:
 def _remove(directory: Path, manifest: Manifest) -> None:
     """Remove what runs wrote; what lies beside it stays. Checkpoints go first: nothing resumes from half."""
     for path in parts_of(directory / CHECKPOINTS_FOLDER):
-        remove_checkpoint(path)
+        if is_foreign(path, manifest.run):
+            logger.warning(
+                "%s is no checkpoint of this run: it is now %s", path, set_aside(path, "kept").name
+            )
+        else:
+            remove_checkpoint(path)
     for path in [*_written(directory, manifest), *(directory / name for name in AUDIT_FILES)]:
         path.unlink(missing_ok=True)
     for folder in (*_FOLDERS, "audit"):
@@ -256,7 +280,7 @@ def _remove(directory: Path, manifest: Manifest) -> None:
 
 def _written(directory: Path, manifest: Manifest) -> Iterator[Path]:
     """The files that runs wrote, checkpoints, audits and configurations aside."""
-    yield from (directory / name for name in _FILES if name in manifest.names)
+    yield from (directory / name for name in RUN_FILES if name in manifest.names)
     yield from directory.glob(CUT_LINES)
     if TENSORBOARD_FOLDER in manifest.names:
         yield from (directory / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")
@@ -296,5 +320,6 @@ def _write(directory: Path, manifest: Manifest) -> None:
         "files": {name: list(files) for name, files in manifest.files.items()},
         "finished": manifest.finished,
         "asked": manifest.asked,
+        "run": manifest.run,
     }
     write_text(directory / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")

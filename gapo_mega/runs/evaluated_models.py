@@ -66,7 +66,7 @@ def find_model(text: str, parameter: str = _MODEL) -> NamedModel:
     called = name or _called(directory)
     if not (directory / MANIFEST_FILE).is_file():
         return NamedModel(called, text, location.resolve(path, parameter), parameter)
-    return NamedModel(called, text, _of_run(directory, parameter), parameter)
+    return NamedModel(called, text, location.resolve(_of_run(directory, parameter), parameter), parameter)
 
 
 def _called(directory: Path) -> str:

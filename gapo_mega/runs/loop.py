@@ -88,12 +88,14 @@ class RunLoop:
         record: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
         everyone: Peers | None = None,
+        checkpoint_bytes: int = 0,
     ) -> None:
         """``directory``: the run's. The steps in ``log`` end before the work's ``finish``; loggers see it.
 
         ``record``: what checkpoints say that they belong to, in JSON. ``selection``: what the work tells its
         evaluations; the checkpoint of the best one is written and stays, and it may end the run early.
         ``everyone``: the run's ranks, who agree on what is kept where one of them fails; None: only this one.
+        ``checkpoint_bytes``: what a checkpoint takes on the disk at least.
         """
         self._directory = directory
         self._record = record
@@ -101,11 +103,16 @@ class RunLoop:
         self._engine = engine
         self._settings = settings
         self._log = log
+        self._everyone = Alone() if everyone is None else everyone
         self._checkpoints = CheckpointFolder(
-            directory / CHECKPOINTS_FOLDER, settings.keep, engine.layout, engine.barrier
+            directory / CHECKPOINTS_FOLDER,
+            settings.keep,
+            engine.layout,
+            engine.barrier,
+            self._everyone,
+            checkpoint_bytes,
         )
         self._selection = selection or Selection(None, None)
-        self._everyone = Alone() if everyone is None else everyone
         self._before: Before | None = None  # of the step under way
         self.step = 0  # steps done
 

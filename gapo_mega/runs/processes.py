@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
@@ -88,7 +89,11 @@ class Job:
         values = [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
         self._store.set(f"{number}/read/{self._rank}", "")
         if self.is_main:  # whose process may hold the store, and may be about to end
-            self._store.wait([f"{number}/read/{rank}" for rank in range(self._world)], _PATIENCE)
+            read = [f"{number}/read/{rank}" for rank in range(self._world)]
+            self._store.wait(read, _PATIENCE)
+            # Nobody asks for them again, and a long run would fill the memory of rank 0's host.
+            for key in [*read, *(f"{number}/{rank}" for rank in range(self._world))]:
+                self._store.delete_key(key)
         return values
 
     def leave(self, value: Any, seconds: float) -> list[Any]:
@@ -114,6 +119,13 @@ class Job:
 def peers() -> Peers:
     """The processes of this job."""
     return Alone() if world_size() == 1 else Job()
+
+
+def place_of(everyone: Peers) -> tuple[int, int]:
+    """This process's rank among ``everyone``, and how many they are. Collective."""
+    own = uuid.uuid4().hex
+    all_of_them = everyone.gather(own)
+    return all_of_them.index(own), len(all_of_them)
 
 
 def agree(everyone: Peers, check: Callable[[], None]) -> None:

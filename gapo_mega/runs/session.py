@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gapo_mega.config import Section
+from gapo_mega.planning.disk import DiskPlan
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
     RECORD,
+    RUN_ID,
     check_updates,
     checkpoint_path,
     complete_steps,
     marker_of,
+    set_aside,
 )
-from gapo_mega.runs.directory import Wanted, begin, check_directory, end
+from gapo_mega.runs.directory import Wanted, begin, check_directory, end, read_manifest
+from gapo_mega.runs.disk_space import bytes_below, check_plan
 from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
+from gapo_mega.runs.leftovers import remove_leftovers
 from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
 from gapo_mega.runs.processes import Peers, agree, is_restart, peers
 from gapo_mega.runs.recorded_config import record_config
@@ -34,6 +39,7 @@ from gapo_mega.runs.resume import (
     parameter_of,
     told,
 )
+from gapo_mega.runs.sound_checkpoints import Examined, examine
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +53,24 @@ def check_before_processes(directory: Path, wanted: Wanted, overwrite: bool) -> 
 
 
 def compare_with_newest(
-    config: Section, identity: Identity, directory: Path
+    config: Section, identity: Identity, directory: Path, damaged: Collection[str] = ()
 ) -> tuple[Comparison, list[dict[str, Any]]]:
     """Settings against the newest checkpoint in ``directory``, and where earlier processes changed them.
 
-    Raises ``ValueError`` for another command and for settings that may not change.
+    ``damaged``: names of checkpoints that do not count. Raises ``ValueError`` for another command and for
+    settings that may not change.
     """
-    steps = complete_steps(directory / CHECKPOINTS_FOLDER)
+    steps = sound_steps(directory, damaged)
     if not steps:
         return Comparison(), []
     where = checkpoint_path(directory / CHECKPOINTS_FOLDER, steps[-1])
     record = record_of(where)
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest.run is not None and record.get(RUN_ID, manifest.run) != manifest.run:
+        raise ValueError(
+            f"output_dir: found {where}, a checkpoint of another run than this directory's; accepted: to "
+            "move it away, or another output_dir"
+        )
     command = record.get("command", identity.command)
     if command != identity.command:
         raise ValueError(
@@ -70,6 +83,12 @@ def compare_with_newest(
     found = compare_settings(settings, identity.settings, rules_of(config), str(where))
     found.raise_refused()
     return found, list(record.get("history", []))
+
+
+def sound_steps(directory: Path, damaged: Collection[str]) -> list[int]:
+    """The steps of the complete checkpoints of the run in ``directory``, ascending, without ``damaged``."""
+    folder = directory / CHECKPOINTS_FOLDER
+    return [step for step in complete_steps(folder) if checkpoint_path(folder, step).name not in damaged]
 
 
 def record_of(checkpoint: Path) -> dict[str, Any]:
@@ -94,13 +113,20 @@ class Session:
         self._lock = DirectoryLock(self.directory, wanted.command)
         self._identity: Identity | None = None
         self._compared = Comparison()
+        self._examined = Examined()
+        self._run_id = ""  # of rank 0, from ``begin`` on
 
     # -- the directory -------------------------------------------------------------------------------
     def open(self) -> None:
-        """Take the directory on every rank. Raises ``ValueError`` where it is not to be had."""
+        """Take the directory on every rank, and look at its checkpoints. Changes none of what is there.
+
+        Raises ``ValueError`` where the directory is not to be had, and where no checkpoint is sound.
+        """
         try:
             agree(self.everyone, self._take)
             agree(self.everyone, self._see_one_directory)
+            if not self._overwrite:
+                self._examined = examine(self.directory / CHECKPOINTS_FOLDER, self.everyone)
         except BaseException:
             self.close()
             raise
@@ -183,7 +209,7 @@ class Session:
 
     @property
     def _newest(self) -> list[int]:
-        return [] if self._overwrite else complete_steps(self.directory / CHECKPOINTS_FOLDER)
+        return [] if self._overwrite else sound_steps(self.directory, self._examined.damaged)
 
     @property
     def _newest_path(self) -> Path:
@@ -192,7 +218,9 @@ class Session:
     def _compare_settings(self) -> None:
         assert self._identity is not None
         if self._newest:
-            self._compared, self.history = compare_with_newest(self.config, self._identity, self.directory)
+            self._compared, self.history = compare_with_newest(
+                self.config, self._identity, self.directory, self._examined.damaged
+            )
 
     def _compare_contents(self) -> None:
         assert self._identity is not None
@@ -217,26 +245,59 @@ class Session:
         if self._newest:
             check_updates(self._newest_path, updates_per_step)
 
+    def check_space(self, plan: DiskPlan) -> None:
+        """Refuse a disk without room for what the run will write. Raises ``ValueError`` on every rank."""
+
+        def check() -> None:
+            if self.everyone.is_main:
+                check_plan(self.directory, plan, bytes_below(self.directory / CHECKPOINTS_FOLDER))
+
+        agree(self.everyone, check)
+
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:
-        """Write manifest and configuration, and log what the checkpoint has otherwise. Before models load."""
+        """Write manifest and configuration, and log what the checkpoint has otherwise. Before models load.
+
+        From here on the run is accepted, and so damaged checkpoints are renamed.
+        """
         newest = self._newest
+        known_by = record_of(self._newest_path).get(RUN_ID) if newest else None
 
         def write() -> None:
             if not self.everyone.is_main:
                 return
             with disk_errors(self.directory):
-                begin(self.directory, self._wanted, self._overwrite)
+                self._set_damaged_aside()
+                if read_manifest(self.directory) is not None:
+                    remove_leftovers(self.directory)
+                self._run_id = begin(self.directory, self._wanted, self._overwrite, known_by)
                 record_config(self.config, self.directory)
 
         agree(self.everyone, write)
+        self._run_id = self.everyone.gather(self._run_id)[0]
+        self._see_none_damaged()
         if newest:
             self._note_changes(newest[-1])
+
+    def _set_damaged_aside(self) -> None:
+        for name, reason in self._examined.damaged.items():
+            path = self.directory / CHECKPOINTS_FOLDER / name
+            logger.warning(
+                "checkpoint %s is damaged: %s; it is now %s, and the run goes on from %s",
+                path, reason, set_aside(path).name, self._examined.sound,
+            )  # fmt: skip
+
+    def _see_none_damaged(self) -> None:
+        """Wait until this host sees the new names: file systems that are shared remember old ones."""
+        patience = time.monotonic() + VISIBLE_WITHIN
+        damaged = [self.directory / CHECKPOINTS_FOLDER / name for name in self._examined.damaged]
+        while any(path.exists() for path in damaged) and time.monotonic() < patience:
+            time.sleep(0.1)
 
     def record(self) -> dict[str, Any]:
         """What every checkpoint of this run says that it belongs to."""
         assert self._identity is not None
-        return {**self._identity.as_dict(), "history": self.history}
+        return {RUN_ID: self._run_id, **self._identity.as_dict(), "history": self.history}
 
     def end(self, steps: int, asked: int | None = None) -> None:
         """Write down that the run has reached its end after ``steps`` of those that it was ``asked`` for."""

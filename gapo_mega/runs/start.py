@@ -11,18 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
 from gapo_mega.data.order import PROMPTS, Order
+from gapo_mega.data.prompt_cache import PromptCache, cache_directory
 from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.files import local
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence_ids, padding_id
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
+from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
-from gapo_mega.runs.processes import world_size
+from gapo_mega.runs.processes import place_of, world_size
 from gapo_mega.runs.resume import (
     CONFIGURATION,
     CRITIC,
@@ -80,7 +82,15 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         companions = location.companions_of(resolved.policy.directory())
         tokenizer = read_tokenizer(companions)
         check_tokens(companions, tokenizer, resolved.shape.vocab)
-        train_prompts, heldout_prompts = load_prompts(config.data, tokenizer, config.seed, config.columns)
+        cache = PromptCache(
+            cache_directory(),
+            *place_of(session.everyone),
+            session.everyone.gather,
+            progress=config.logging.progress and session.everyone.is_main,
+        )
+        train_prompts, heldout_prompts = load_prompts(
+            config.data, tokenizer, config.seed, config.columns, cache
+        )
         check_heldout(config, len(heldout_prompts))
         for objective in resolved.objectives:
             objective.check_prompts([*train_prompts, *heldout_prompts])
@@ -93,6 +103,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
             resolved.shape, end_of_sequence=sorted(eos_ids), padding=pad_id
         )
         session.check_contents(contents, config.steps, resolved.total_updates)
+        session.check_space(predict_training(resolved))
         session.begin()
         shared = None
         if config.evaluation.shared is not None:

@@ -21,6 +21,7 @@ from gapo_mega.data.order import PROMPTS, Order
 from gapo_mega.data.prompts import PromptPosition
 from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters, generator_seed
 from gapo_mega.losses import value_loss_sum
+from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.experience import ExperienceMaker
@@ -100,7 +101,10 @@ class Trainer:
         self.responses = ResponseFiles(directory, self.names, config.logging.responses, engine)
         selection = self.evaluations.selection
         everyone = None if session is None else session.everyone
-        self.loop = RunLoop(self, engine, directory, config.checkpoint, self.log, record, selection, everyone)
+        checkpoint = predict_training(resolved).checkpoint
+        self.loop = RunLoop(
+            self, engine, directory, config.checkpoint, self.log, record, selection, everyone, checkpoint
+        )
         self._resumed = [] if session is None else session.history
         self._with_report = with_report
         self._seconds_before_resume = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gapo_mega.files import local
+from gapo_mega.models.checkpoint_files import check_sizes
 
 # Files to download from a hub repository; pickled weights only where it has no others.
 _SAFE_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.safetensors"]
@@ -27,10 +28,12 @@ def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
     """The local directory of a model: ``name_or_path`` itself, or a download of that hub repository.
 
     Raises:
-        ValueError: it is neither a directory nor a repository that can be reached; ``parameter`` named it.
+        ValueError: it is neither a directory nor a repository that can be reached, or a checkpoint that lacks
+            a file or the end of one; ``parameter`` named it.
     """
     path = local(name_or_path)
     if path.is_dir():
+        check_sizes(path, parameter)
         return path
     # Imported here: only models named by repository need the network client.
     from huggingface_hub import snapshot_download

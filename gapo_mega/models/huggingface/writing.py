@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +16,7 @@ from torch import Tensor
 from gapo_mega.models.casting import dtype_name
 from gapo_mega.models.huggingface.directory import INDEX, SINGLE, companions_in
 from gapo_mega.models.huggingface.safetensors_stream import num_bytes, write_safetensors
+from gapo_mega.models.scratch import MADE_BY, Maker, facts_of, left, scratch, size_of, tell_removed
 
 logger = logging.getLogger(__name__)
 
@@ -79,38 +79,69 @@ def refuse_inside(source: Path, target: Path, parameter: str = "--to") -> None:
 def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its name when the block ends without an error.
 
-    Raises ``ValueError`` when ``target`` exists without ``overwrite``, when its parent cannot be written to
-    or has less than ``needed_bytes`` free, and for errors of the disk inside the block.
+    First removes what a killed process left in writing ``target``. Raises ``ValueError`` when ``target``
+    exists without ``overwrite``, when its parent cannot be written to or has less than ``needed_bytes`` free,
+    and for errors of the disk inside the block.
     """
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already; name a directory that does not, or ask to overwrite it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        finish_interrupted(target)
         free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes:
-            raise ValueError(
-                f"{target}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there"
-            )
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
         raise ValueError(f"{target} cannot be written: {error}") from error
-    partial.chmod(0o755)  # mkdtemp makes it private
+    if free < needed_bytes:
+        raise ValueError(
+            f"{target}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there"
+        )
     try:
-        yield partial
-        _put_in_place(partial, target)
+        with scratch(target.parent, f".{target.name}.partial-") as (partial, maker):
+            yield partial
+            _put_in_place(partial, target, maker)
     except OSError as error:
         raise ValueError(f"{target} was not written: {error}") from error
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def finish_interrupted(target: Path) -> None:
+    """Tidy up after processes that were killed while they wrote ``target``. Raises ``OSError``.
+
+    What ``target`` was before comes back where nothing else has its name.
+    """
+    for partial in left(target.parent, f".{target.name}.partial-"):
+        replaced = _replaced(target, (facts_of(partial) or {}).get("replaced"))
+        if replaced is not None and not target.exists():
+            replaced.rename(target)
+            logger.warning("%s is what it was before a killed process began to replace it", target)
+        size = size_of(partial)
+        shutil.rmtree(partial)
+        tell_removed(partial, size)
+    facts = facts_of(target)
+    if facts is not None:  # it is complete, and what it replaced may still be there
+        replaced = _replaced(target, facts.get("replaced"))
+        if replaced is not None:
+            size = size_of(replaced)
+            _remove(replaced)
+            tell_removed(replaced, size)
+        (target / MADE_BY).unlink()
+
+
+def _replaced(target: Path, name: object) -> Path | None:
+    """The directory of that name, if it is there and ``target`` once was it."""
+    if not isinstance(name, str) or not name.startswith(f".{target.name}.replaced-"):
+        return None
+    path = target.with_name(name)
+    return path if path.exists() or path.is_symlink() else None
+
+
+def _put_in_place(partial: Path, target: Path, maker: Maker) -> None:
     """Rename ``partial`` to ``target``; remove what had that name only once the new one is there."""
     if not target.exists():
+        maker.leave(partial)
         partial.rename(target)
         return
     replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+    maker.note(replaced=replaced.name)
     target.rename(replaced)
     try:
         partial.rename(target)
@@ -118,14 +149,19 @@ def _put_in_place(partial: Path, target: Path) -> None:
         replaced.rename(target)
         raise
     try:
-        if replaced.is_symlink():
-            replaced.unlink()  # what lies behind it may be somebody else's
-        else:
-            shutil.rmtree(replaced)
+        _remove(replaced)
     except OSError as error:
         logger.warning(
             "%s was replaced; what it held could not be removed from %s: %s", target, replaced, error
         )
+    maker.leave(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()  # what lies behind it may be somebody else's
+    else:
+        shutil.rmtree(path)
 
 
 def _write_shards(

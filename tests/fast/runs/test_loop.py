@@ -302,7 +302,7 @@ def test_a_signal_does_not_end_a_wait_after_the_updates(tmp_path: Path) -> None:
 
 
 class Told:
-    """Peers of whom the others say so."""
+    """Peers of whom the others say so when they leave."""
 
     is_main = True
 
@@ -310,10 +310,10 @@ class Told:
         self._others = others
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, *self._others]
+        return [value, *[value] * len(self._others)]
 
     def leave(self, value: Any, seconds: float) -> list[Any]:
-        return self.gather(value)
+        return [value, *self._others]
 
 
 @pytest.mark.parametrize(

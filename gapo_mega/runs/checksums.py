@@ -1,0 +1,25 @@
+"""Checksums of a checkpoint that the ranks of a run have just written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gapo_mega.models.checkpoint_files import Listing, measured, names_in
+from gapo_mega.runs.processes import Peers, place_of
+
+
+def checksums(directory: Path, everyone: Peers) -> Listing:
+    """Size and CRC-32 of every file in ``directory``, of which each rank reads a share. Collective.
+
+    The main rank reads what others do not see, and has all. Raises ``OSError``.
+    """
+    rank, world = place_of(everyone)
+    names: list[str] = everyone.gather(names_in(directory) if everyone.is_main else [])[0]
+    seen = [name for name in names[rank::world] if (directory / name).is_file()]
+    found: dict[str, Any] = {}
+    for part in everyone.gather({name: measured(directory / name) for name in seen}):
+        found |= part
+    if everyone.is_main:
+        found |= {name: measured(directory / name) for name in names if name not in found}
+    return dict(sorted(found.items()))

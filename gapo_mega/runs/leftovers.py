@@ -1,0 +1,38 @@
+"""What a killed run left half written in its directory, which the next one removes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gapo_mega.evaluation.files import CONFIG_FILE, RESOLVED_CONFIG_FILE, partial_of
+from gapo_mega.evaluation.report import REPORT_FOLDER
+from gapo_mega.models.huggingface.writing import finish_interrupted
+from gapo_mega.models.scratch import size_of, tell_removed
+from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, incomplete_parts, remove_checkpoint
+from gapo_mega.runs.directory import EXPORT_FOLDER, MANIFEST_FILE, RUN_FILES
+from gapo_mega.runs.lock import OWNER_FILE
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove them, and log each with its size. Raises ``OSError``.
+
+    The directory is locked for this run, and runs have written there before.
+    """
+    finish_interrupted(directory / EXPORT_FOLDER)
+    for path in incomplete_parts(directory / CHECKPOINTS_FOLDER):
+        size = size_of(path)
+        remove_checkpoint(path)
+        tell_removed(path, size)
+    for path in _partial_files(directory):
+        size = size_of(path)
+        path.unlink()
+        tell_removed(path, size)
+
+
+def _partial_files(directory: Path) -> Iterator[Path]:
+    names = (*RUN_FILES, MANIFEST_FILE, CONFIG_FILE, RESOLVED_CONFIG_FILE, OWNER_FILE)
+    report = directory / REPORT_FOLDER
+    whole = [directory / name for name in names]
+    whole += [report / "index.html", *(report.glob("*.png") if report.is_dir() else [])]
+    yield from (path for path in map(partial_of, whole) if path.is_file() and not path.is_symlink())
