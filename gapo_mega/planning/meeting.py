@@ -60,9 +60,7 @@ def meet(world: World, limit: timedelta, logger: logging.Logger) -> Meeting:
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise ValueError(did_not_meet(world, error, patience)) from error
     store.set_timeout(limit)
-    _met[world] = Meeting(
-        PrefixStore(f"gapo-mega/{number}", store), PrefixStore("gapo-mega/lasting", store)
-    )
+    _met[world] = Meeting(PrefixStore(f"gapo-mega/{number}", store), PrefixStore("gapo-mega/lasting", store))
     return _met[world]
 
 

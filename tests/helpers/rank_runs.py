@@ -37,6 +37,7 @@ def disturbed(prompts, responses):
             disturb.rename(disturb.with_name("disturbed"))
             if what == "sleep":
                 time.sleep(3600)
+            time.sleep(3)  # until its signs of life say where it is
             os.kill(os.getpid(), getattr(signal, what))
     return [sum(c in "aeiou" for c in response) / (1 + len(response)) for response in responses]
 '''

@@ -1,11 +1,10 @@
-"""Ranks that die, stop or hang: the others say who, and end; torchrun starts all again, and the run goes on."""
+"""Ranks that die, stop or hang: the others name them and end; torchrun restarts all, and the run goes on."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -54,3 +53,61 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(folder: Path) -> No
     assert (folder / "disturbed").exists() and "resumed from" in done.stderr
     assert metrics(folder / "killed") == metrics(folder / "straight")
     assert weights(folder / "killed") == weights(folder / "straight")
+
+
+def start(config: Path, port: int, rank: int) -> subprocess.Popen[str]:
+    """A rank that no torchrun looks after: it must end by itself."""
+    job = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gapo_mega.cli", "train", "--config", str(config)],
+        env=environment() | job,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_both(config: Path) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [start(config, port, rank) for rank in (0, 1)]
+
+
+def test_a_stopped_rank_is_found_and_named(folder: Path) -> None:
+    """SIGSTOP: its connections stay open. When it goes on, it finds that the others have ended."""
+    limits = {"timeout_minutes": 5, "silence_minutes": 0.2}
+    config = write_config(folder, "stopped", STEPS, parallel=limits)
+    disturb(folder, rank=1, step=2, what="SIGSTOP")
+    first, second = start_both(config)
+    try:
+        said, _ = first.communicate(timeout=300)
+        assert first.returncode == PEERS_LOST, said[-4000:]
+        assert "has not heard of rank 1 for 12 s (parallel.silence_minutes); last heard: rank 1 (host" in said
+        assert f"process {second.pid}) is in step 2, score since " in said
+        assert second.poll() is None and psutil.Process(second.pid).status() == psutil.STATUS_STOPPED
+        second.send_signal(signal.SIGCONT)
+        said, _ = second.communicate(timeout=120)
+        assert second.returncode == PEERS_LOST, said[-4000:]
+        assert "rank 1 on " in said and "rank 0" in said
+    finally:
+        for process in (first, second):
+            process.kill()
+
+
+def test_a_rank_that_hangs_in_a_reward_ends_with_the_one_that_waits_for_it(folder: Path) -> None:
+    """It gives signs of life, so it may be slow: until the others have waited for the time limit."""
+    limits = {"timeout_minutes": 0.5, "silence_minutes": 0.2}
+    config = write_config(folder, "hanging", STEPS, parallel=limits)
+    disturb(folder, rank=1, step=2, what="sleep")
+    first, second = start_both(config)
+    try:
+        said, _ = first.communicate(timeout=400)
+        assert first.returncode == PEERS_LOST, said[-4000:]
+        assert "rank 0 on " in said and "lost the others" in said and "into step 2, " in said
+        assert f"process {second.pid}) is in step 2, score since " in said
+        assert "the run can go on from step 1" in said
+        said, _ = second.communicate(timeout=120)
+        assert second.returncode == PEERS_LOST, said[-4000:]
+        assert "rank 1 ends, because another rank did: rank 0 on " in said and "step 2, " in said
+    finally:
+        for process in (first, second):
+            process.kill()
