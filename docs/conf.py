@@ -65,6 +65,7 @@ docs/chat
 docs/loggers
 docs/data
 docs/run_directories
+docs/ranks
 docs/while_training
 docs/rewards
 docs/conversion
