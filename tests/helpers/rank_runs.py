@@ -52,9 +52,9 @@ def prepare(folder: Path) -> None:
     (folder / "rewards.py").write_text(REWARDS)
 
 
-def write_config(folder: Path, name: str, steps: int, **sections: Any) -> Path:
-    """A configuration of so many quick steps, each with a checkpoint; the run goes to ``folder/name``."""
-    config = {
+def settings(folder: Path, name: str, steps: int, **sections: Any) -> dict[str, Any]:
+    """Those of so many quick steps, each with a checkpoint; the run goes to ``folder/name``."""
+    config: dict[str, Any] = {
         "output_dir": str(folder / name),
         "steps": steps,
         "micro_batch_size": 4,
@@ -76,8 +76,13 @@ def write_config(folder: Path, name: str, steps: int, **sections: Any) -> Path:
     }
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values}
+    return config
+
+
+def write_config(folder: Path, name: str, steps: int, **sections: Any) -> Path:
+    """``settings`` as a file."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(settings(folder, name, steps, **sections)))
     return path
 
 
