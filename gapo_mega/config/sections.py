@@ -21,7 +21,7 @@ from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
 
-MOST_MINUTES = 43_200  # 30 days
+MOST_MINUTES = 10_080  # a week; in milliseconds, torch's store takes 31 bits
 
 
 class ModelConfig(Section):

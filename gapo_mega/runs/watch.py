@@ -220,6 +220,8 @@ class Watch:
 
         def ask() -> None:
             try:
+                if self._asking.check([_LOST]):
+                    self._told = self._asking.get(_LOST).decode()
                 found.update(self._read(self._asking, self._others))
             except RuntimeError as error:
                 logger.debug("the job's store does not answer: %s", error)

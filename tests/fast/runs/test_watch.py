@@ -141,6 +141,15 @@ def test_an_explanation_says_who_waited_where_for_whom(ranks: list[Rank]) -> Non
     assert "rank 1 (host " in said and "rank 2 (host " in said
 
 
+def test_an_explanation_has_the_cause_though_nobody_looked_since(ranks: list[Rank]) -> None:
+    """Connections close as soon as a process ends; the next look at the store may be seconds away."""
+    ranks[0].watch._stopping.set()
+    ranks[2].watch.stop("rank 2 failed in step 3, score: KeyError: 'x'")
+    said = ranks[0].watch.explain(RuntimeError("Connection closed by peer"), Place(3, "score", time.time()))
+    assert said.endswith("; rank 2 failed in step 3, score: KeyError: 'x'")
+    assert "rank 2 (host " in said and ") has ended" in said
+
+
 def test_signs_are_read_as_they_were_written() -> None:
     sign = Sign(3, "host", 17, Place(2, "a phase", 1.5), True)
     assert Sign.decoded(sign.encoded()) == sign
