@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.tiny import byte_tokenizer, tiny_llama
-
 # Of a module beside the configuration: it is read once by every process.
 REWARDS = '''
 """Rewards that do what a file beside them says: rank, step and what happens there."""
@@ -45,6 +43,8 @@ def disturbed(prompts, responses):
 
 def prepare(folder: Path) -> None:
     """A tiny model with its tokenizer, prompts and rewards in ``folder``."""
+    from tests.helpers.tiny import byte_tokenizer, tiny_llama  # only here: it takes seconds to load
+
     tiny_llama(folder / "model", vocab=101)
     byte_tokenizer(folder / "model")
     lines = [json.dumps({"prompt": f"What is {i} plus {7 * i}?"}) for i in range(40)]
