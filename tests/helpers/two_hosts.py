@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def main(config: Path) -> list[dict[str, Any]]:
     disturb(folder, rank=1, step=2, what="sleep")
     ranks = _start(config, 29500)
     wait_until(lambda: happened.exists() or None not in [r.poll() for r in ranks], WAIT, "no second step")
+    time.sleep(5)  # until its signs of life say where it is
     _shell("ip -n left link set to-right down")
     found = [_ended(ranks)]
 
