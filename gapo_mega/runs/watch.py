@@ -70,11 +70,18 @@ class Watch:
     """Gives this rank's signs of life and watches for those of others, from ``start`` to ``stop``."""
 
     def __init__(
-        self, store: Any, rank: int, size: int, silence: timedelta, end: Callable[[str], None] = end_process
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        silence: timedelta,
+        end: Callable[[str], None] = end_process,
+        to_leave: float = _TO_LEAVE,
     ) -> None:
         """``store``: of the job; the watch talks to it through a connection of its own.
 
-        ``silence``: after which a rank, or the store, is lost. ``end`` ends the process, told why.
+        ``silence``: after which a rank, or the store, is lost. ``end`` ends the process, told why, also
+        where it has not ended by itself ``to_leave`` seconds after another rank has told of a loss.
         """
         self._store = store.clone()
         self._asking = store.clone()  # not blocked where the other one is
@@ -83,6 +90,8 @@ class Watch:
         self._limit = silence.total_seconds()
         self._period = min(max(self._limit / _SIGNS, _FASTEST), _SLOWEST)
         self._end = end
+        self._to_leave = to_leave
+        self._leaving = False  # the main thread has found out by itself
         self._watched = self._others if rank == 0 else [0]
         self._signs: dict[int, Sign] = {}
         self._heard: dict[int, float] = {}  # time.monotonic() of the last new sign
@@ -152,7 +161,7 @@ class Watch:
     # -- judging, which never blocks -----------------------------------------------------------------
     def _judge(self) -> None:
         last, told_at = time.monotonic(), None
-        while not self._stopping.wait(self._period / 2):
+        while not self._stopping.wait(self._period / 2) and not self._leaving:
             now = time.monotonic()
             if now - last > 2 * self._period:
                 # This process was stopped, or one call held it all the time: nobody could have been heard.
@@ -164,7 +173,7 @@ class Watch:
                 return
             if self._told is not None:
                 told_at = told_at or now
-                if now - told_at > min(_TO_LEAVE, self._limit):
+                if now - told_at > self._to_leave:
                     self._end(f"rank {self._rank} ends, because another rank did: {self._told}")
                     return
 
@@ -199,7 +208,11 @@ class Watch:
 
     # -- explaining ----------------------------------------------------------------------------------
     def explain(self, error: Exception, place: Place) -> str:
-        """In one line: where this rank waited, for how long, what went wrong, and where the others are."""
+        """In one line: where this rank waited, for how long, what went wrong, and where the others are.
+
+        The process ends by itself from here on, and takes the time that it needs.
+        """
+        self._leaving = True
         waited = time.time() - place.since
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         others = self._last_seen()

@@ -25,7 +25,7 @@ class Rank:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.said: list[str] = []
         self.ended = threading.Event()
-        self.watch = Watch(store, rank, size, LIMIT, self._end)
+        self.watch = Watch(store, rank, size, LIMIT, self._end, to_leave=1.5)
 
     def _end(self, message: str) -> None:
         self.said.append(message)
@@ -141,6 +141,13 @@ def test_an_explanation_says_who_waited_where_for_whom(ranks: list[Rank]) -> Non
     assert said.startswith("rank 0 on ") and "lost the others 12 s into step 4, update after backward" in said
     assert "Timed out waiting 12000ms" in said and "\n" not in said
     assert "rank 1 (host " in said and "rank 2 (host " in said
+
+
+def test_a_rank_that_has_found_out_by_itself_leaves_in_its_own_time(ranks: list[Rank]) -> None:
+    """It may still write a checkpoint, or wait for others that do so."""
+    ranks[1].go_silent()
+    ranks[0].watch.explain(RuntimeError("Connection closed by peer"), Place(3, "score", time.time()))
+    assert not ranks[0].ended.wait(3 * LIMIT.total_seconds())
 
 
 def test_an_explanation_has_the_cause_though_nobody_looked_since(ranks: list[Rank]) -> None:
