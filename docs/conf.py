@@ -66,6 +66,7 @@ docs/loggers
 docs/data
 docs/run_directories
 docs/operations
+docs/ranks
 docs/while_training
 docs/rewards
 docs/conversion

@@ -27,6 +27,7 @@ from gapo_mega.commands.sweep import sweep
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
+from gapo_mega.whereabouts import PEERS_LOST, LostPeersError
 
 USER_ERROR = 2  # exit code, as for a wrong command line
 TRACEBACK = "GAPO_MEGA_TRACEBACK"
@@ -63,11 +64,11 @@ def main() -> None:
     """Entry point of the command and of ``python -m gapo_mega.cli``."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, LostPeersError) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(PEERS_LOST if isinstance(error, LostPeersError) else USER_ERROR)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ divide the heads?) in ``planning/layout.py``. ``loading.py`` reads YAML and dott
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,8 @@ from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
+
+MOST_MINUTES = 10_080  # a week; in milliseconds, torch's store takes 31 bits
 
 
 class ModelConfig(Section):
@@ -51,6 +54,30 @@ class ParallelConfig(Section):
     context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
     expert: int = Field(1, ge=1, description="expert parallelism; only 1 is accepted")
     distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
+    timeout_minutes: float = Field(
+        30,
+        ge=0.1,
+        le=MOST_MINUTES,
+        description="longest wait of a rank for others in a collective; what one rank does while others "
+        "wait, such as scoring its responses, must take less",
+    )
+    silence_minutes: float = Field(
+        5,
+        ge=0.1,
+        le=MOST_MINUTES,
+        description="ranks that give no sign of life for so long are lost, and all others end; at most "
+        "timeout_minutes counts",
+    )
+
+    @property
+    def timeout(self) -> timedelta:
+        """Longest wait for other ranks."""
+        return timedelta(minutes=self.timeout_minutes)
+
+    @property
+    def silence(self) -> timedelta:
+        """How long a rank may be silent."""
+        return timedelta(minutes=min(self.silence_minutes, self.timeout_minutes))
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -84,6 +84,12 @@ def did_not_meet(world: World, error: Exception, patience: timedelta) -> str:
         f"MASTER_ADDR, MASTER_PORT: rank {world.rank} of {world.size} did not meet {world.others} at "
         f"{world.address} ({reason}), accepted: all processes of the job, there within {_minutes(patience)}"
     )
+
+
+def ranks_in_words(numbers: Sequence[int], shown: int = 8) -> str:
+    """``rank 3``, ``ranks 3, 5``: of many the first ``shown``."""
+    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:shown]))}{more}"
 
 
 def _minutes(patience: timedelta) -> str:

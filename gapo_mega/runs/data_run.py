@@ -112,12 +112,10 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         self.measured: dict[str, float] = {}
         self.finished = False  # whether ``run`` came to the end
         self.session = Session(config, self.directory, self.wanted(config), overwrite)
-        self.session.open()
-        try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.session)
             self._prepare()
-        except BaseException:
-            self.session.close()
-            raise
+            held.pop_all()  # until the end of ``run``
 
     @classmethod
     def check(cls, config: AnyConfig, world_size: int) -> Start:
@@ -181,7 +179,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
 
     def run(self) -> dict[str, float]:
         """Train to the end, or to a signal; return what the end measured on the held-out data."""
-        with contextlib.closing(self.session):
+        with self.session:
             self.finished = self.loop.run()
             if self.finished:
                 self.session.end(self.loop.step, self.total_steps)

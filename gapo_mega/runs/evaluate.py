@@ -36,7 +36,7 @@ from gapo_mega.runs.evaluated_models import NamedModel
 from gapo_mega.runs.judging import JUDGEMENTS_FILE, Judging
 from gapo_mega.runs.lock import DirectoryLock, check_free
 from gapo_mega.runs.preflight import check_answering, check_score_models
-from gapo_mega.runs.processes import Peers, agree, peers, world_size
+from gapo_mega.runs.processes import Peers, agree, peers, watched, world_size
 from gapo_mega.runs.start import score_models_in
 from gapo_mega.types import Prompt
 
@@ -102,7 +102,7 @@ class Evaluation:
         parallel = config.parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = config.model_copy(update={"parallel": parallel})
         self.request = request
-        self._everyone = peers() if everyone is None else everyone
+        self._everyone = peers(config.parallel.timeout) if everyone is None else everyone
         self._world = world_size() if world is None else world
         self._objectives = objectives.build_all(config.objectives)
         self._names = [objective.name for objective in self._objectives]
@@ -193,6 +193,10 @@ class Evaluation:
         The main rank has the comparison, the others None. What an earlier call has done there with the same
         settings is not done again. Raises ``ValueError`` where other responses are there.
         """
+        with watched(self._everyone, self.config.parallel.silence):
+            return self._run()
+
+    def _run(self) -> Comparison | None:
         lock = DirectoryLock(self.request.out, COMMAND, "--out")
         agree(self._everyone, lambda: lock.acquire() if self._everyone.is_main else None)
         try:

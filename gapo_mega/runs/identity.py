@@ -91,6 +91,8 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "context": FREE,
         "expert": FREE,
         "distributed_optimizer_instances": FREE,
+        "timeout_minutes": FREE,
+        "silence_minutes": FREE,
     },
     DataConfig: {
         "source": ROWS,

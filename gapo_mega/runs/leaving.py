@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from gapo_mega.planning.world import ranks_in_words
 from gapo_mega.runs.processes import Peers
 
 LEAVE_WITHIN = 30.0  # seconds that the ranks of a run that ends early have to find one another
@@ -55,11 +56,7 @@ def obstacle(everyone: Peers, step: int, untouched: bool) -> str | None:
     told = everyone.leave([step, untouched], LEAVE_WITHIN)
     missing = [rank for rank, value in enumerate(told) if value is None]
     if missing:
-        return f"{_ranks(missing)} did not answer within {LEAVE_WITHIN:.0f} s"
+        return f"{ranks_in_words(missing)} did not answer within {LEAVE_WITHIN:.0f} s"
     if any(value != [step, True] for value in told):
         return f"step {step + 1} was cut short after its updates had begun"
     return None
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -30,10 +30,11 @@ from gapo_mega.runs.checkpoints import (
 from gapo_mega.runs.cut_lines import keep_cut_lines
 from gapo_mega.runs.leaving import Before, obstacle
 from gapo_mega.runs.log import RunLog
-from gapo_mega.runs.processes import Alone, Peers
+from gapo_mega.runs.processes import Alone, Peers, naming_the_lost
 from gapo_mega.runs.selection import Selection
 from gapo_mega.stopping import StoppedWaiting, asked_by
 from gapo_mega.user_code import reason_of
+from gapo_mega.whereabouts import enter, within
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,9 @@ class RunLoop:
         A signal during the last step does not count: nothing is left to stop. What a step or the end raises
         comes out as it is, after a checkpoint of the last whole step where that is still to be had.
         """
+        enter("resuming")
         self._resume()
+        enter("before training")
         self._work.begin()
         updates = self.step * self._work.updates_per_step
         if self._engine.layout.is_main:
@@ -130,7 +133,8 @@ class RunLoop:
         self._log.truncate_after(updates)
         with self._log, StopOnSignal() as stop, asked_by(lambda: stop.requested and self._is_untouched()):
             try:
-                return self._to_the_end(stop)
+                with naming_the_lost(self._everyone):
+                    return self._to_the_end(stop)
             except StoppedWaiting:
                 logger.warning("stopped by a signal while waiting in step %d", self.step + 1)
                 self._leave()
@@ -147,6 +151,7 @@ class RunLoop:
     def _to_the_end(self, stop: StopOnSignal) -> bool:
         while not self._is_over():
             self._before = Before.of(self._engine.changes, self._work.state_dict())
+            enter("training", self.step + 1)
             self._work.train_step(self.step)
             self._before = None
             self.step += 1
@@ -165,7 +170,8 @@ class RunLoop:
             logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
         self._check_finite()
         self._before = Before.of(self._engine.changes, self._work.state_dict())
-        self._work.finish()
+        with within("end of the run"):
+            self._work.finish()
         self._before = None
         self._log.conclude()
         return True
@@ -230,6 +236,10 @@ class RunLoop:
 
         ``state``: the work's; None: as it is now. Raises ``ValueError`` for weights that are not finite.
         """
+        with within("checkpoint"):
+            self._write(state)
+
+    def _write(self, state: Mapping[str, Any] | None) -> None:
         self._check_finite()
         extra = {"step": self.step, **(self._work.state_dict() if state is None else state)}
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from gapo_mega.whereabouts import within
+
 
 class Phases:
     """Seconds by phase since the last ``restart``; phases of one name add up."""
@@ -29,7 +31,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Add the block's time to phase ``name``; work queued on a GPU counts to the block."""
         started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with within(name):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

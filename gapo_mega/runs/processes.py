@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
-from gapo_mega.planning.world import did_not_meet, read_world, waiting_for
+from gapo_mega.planning.world import read_world
+from gapo_mega.runs.watch import Watch
+from gapo_mega.whereabouts import LostPeersError, here
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = timedelta(minutes=30)
+PATIENCE = timedelta(minutes=30)
+# What gloo says where another rank does not answer, or has gone.
+_OF_GLOO = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "caused pair closure",
+)
 
 
 def world_size() -> int:
@@ -27,11 +40,6 @@ def world_size() -> int:
 def is_main_rank() -> bool:
     """Whether this process speaks for its job. Raises ``ValueError`` as ``read_world`` does."""
     return read_world().rank == 0
-
-
-def is_restart() -> bool:
-    """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 class Peers(Protocol):
@@ -65,36 +73,48 @@ class Job:
 
     _made = count()  # in this process: every rank makes them in the same order
 
-    def __init__(self) -> None:
-        import torch.distributed as dist
-        from torch.distributed import distributed_c10d
-        from torch.distributed.rendezvous import rendezvous
+    def __init__(self, patience: timedelta = PATIENCE) -> None:
+        """``patience``: how long ranks wait for one another. Raises ``ValueError`` where some do not come."""
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        from gapo_mega.planning.meeting import meet
 
         world = read_world(to_meet=True)
-        if not dist.is_torchelastic_launched():
-            logger.warning("%s", waiting_for(world, _PATIENCE))
-        try:
-            store, self._rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise ValueError(did_not_meet(world, error, _PATIENCE)) from error
-        # The store outlives a restart of the workers.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = distributed_c10d.PrefixStore(f"gapo-mega/{attempt}/{next(self._made)}", store)
+        self._rank, self._world, self._patience = world.rank, world.size, patience
+        met = meet(world, patience, logger)
+        self.lasting = met.lasting
+        self._store = PrefixStore(f"job/{next(self._made)}", met.store)
         self._rounds = count()
+        self._watch: Watch | None = None
         self.is_main = self._rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         number = next(self._rounds)
         self._store.set(f"{number}/{self._rank}", json.dumps(value))
-        values = [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._world)]
+        values = [json.loads(self._read(f"{number}/{rank}", rank)) for rank in range(self._world)]
         self._store.set(f"{number}/read/{self._rank}", "")
         if self.is_main:  # whose process may hold the store, and may be about to end
-            read = [f"{number}/read/{rank}" for rank in range(self._world)]
-            self._store.wait(read, _PATIENCE)
+            for rank in range(self._world):
+                self._read(f"{number}/read/{rank}", rank)
             # Nobody asks for them again, and a long run would fill the memory of rank 0's host.
-            for key in [*read, *(f"{number}/{rank}" for rank in range(self._world))]:
-                self._store.delete_key(key)
+            for rank in range(self._world):
+                self._store.delete_key(f"{number}/{rank}")
+                self._store.delete_key(f"{number}/read/{rank}")
         return values
+
+    def _read(self, key: str, rank: int) -> bytes:
+        """What ``rank`` writes there. Raises ``LostPeersError`` where it does not come."""
+        from torch.distributed import DistError
+
+        try:
+            self._store.wait([key], self._patience)
+            found: bytes = self._store.get(key)
+        except DistError as error:
+            raise LostPeersError(
+                f"rank {self._rank} waited for rank {rank} in {here()}, at most "
+                f"{self._patience / timedelta(minutes=1):g} minutes ({str(error).splitlines()[0][:200]})"
+            ) from error
+        return found
 
     def leave(self, value: Any, seconds: float) -> list[Any]:
         from torch.distributed import DistError, DistStoreError
@@ -115,10 +135,88 @@ class Job:
             logger.warning("the ranks cannot agree any more: %s", error)
         return values
 
+    def watch(self, silence: timedelta) -> None:
+        """Give signs of life, and end this process where others give none for so long."""
+        assert self._watch is None
+        self._watch = Watch(self._store, self._rank, self._world, silence)
+        self._watch.start()
 
-def peers() -> Peers:
-    """The processes of this job."""
-    return Alone() if world_size() == 1 else Job()
+    def unwatch(self, error: BaseException | None = None) -> None:
+        """Stop it; ``error``: what ends this process, for the others."""
+        if self._watch is None:
+            return
+        reason = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        told = f"rank {self._rank} on {socket.gethostname()} failed in {here()}: {reason}"
+        self._watch.stop(None if reason is None else told)
+        self._watch = None
+
+    def explain(self, error: Exception) -> str:
+        """What to say where a collective has failed with ``error``."""
+        if self._watch is None:
+            return f"rank {self._rank} lost the others in {here()}: {error}"
+        return self._watch.explain(error, here())
+
+
+def peers(patience: timedelta = PATIENCE) -> Peers:
+    """The processes of this job; ``patience``: how long they wait for one another."""
+    return Alone() if world_size() == 1 else Job(patience)
+
+
+def has_begun(everyone: Peers, directory: Path) -> bool:
+    """Whether an earlier attempt of this job has begun in ``directory``: torchrun has started it again.
+
+    Agents count restarts each for itself, and one that starts because others have failed counts none.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if isinstance(everyone, Job):
+        restarted = restarted or everyone.lasting.check([_begun(directory)])
+    return any(everyone.gather(restarted))
+
+
+def note_begun(everyone: Peers, directory: Path) -> None:
+    """Let later attempts of this job know."""
+    if isinstance(everyone, Job) and everyone.is_main:
+        everyone.lasting.set(_begun(directory), "")
+
+
+def _begun(directory: Path) -> str:
+    return f"begun/{directory}"
+
+
+@contextmanager
+def watched(everyone: Peers, silence: timedelta) -> Iterator[None]:
+    """Within: ranks that are silent for so long end the others. Collectives that fail name who is missing."""
+    if not isinstance(everyone, Job):
+        yield
+        return
+    everyone.watch(silence)
+    try:
+        with naming_the_lost(everyone):
+            yield
+    except BaseException as error:
+        everyone.unwatch(error)
+        raise
+    everyone.unwatch()
+
+
+@contextmanager
+def naming_the_lost(everyone: Peers) -> Iterator[None]:
+    """Within: an error of a collective becomes a ``LostPeersError`` that says who waited where for whom."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(everyone, Job) or not _is_of_a_collective(error):
+            raise
+        raise LostPeersError(everyone.explain(error)) from error
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Torch has a type for NCCL's and its store's errors, and none for gloo's."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        type(error) is RuntimeError and any(words in str(error) for words in _OF_GLOO)
+    )
 
 
 def place_of(everyone: Peers) -> tuple[int, int]:

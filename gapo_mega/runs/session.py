@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gapo_mega.config import Section
+from gapo_mega.config import Config, Section
+from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.planning.disk import DiskPlan
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
@@ -29,7 +31,7 @@ from gapo_mega.runs.disk_space import bytes_below, check_plan
 from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
 from gapo_mega.runs.leftovers import remove_leftovers
 from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
-from gapo_mega.runs.processes import Peers, agree, is_restart, peers
+from gapo_mega.runs.processes import Peers, agree, has_begun, note_begun, peers, watched
 from gapo_mega.runs.recorded_config import record_config
 from gapo_mega.runs.resume import (
     Comparison,
@@ -101,15 +103,21 @@ class Session:
     """Holds the output directory of a run from ``open`` to ``close``. Every rank has one, and calls alike."""
 
     def __init__(
-        self, config: Section, directory: Path, wanted: Wanted, overwrite: bool, everyone: Peers | None = None
+        self,
+        config: Config | SupervisedConfig,
+        directory: Path,
+        wanted: Wanted,
+        overwrite: bool,
+        everyone: Peers | None = None,
     ) -> None:
         self.config = config
         self.directory = directory.absolute()
         self.history: list[dict[str, Any]] = []  # where earlier processes, and this one, changed settings
         self._wanted = wanted
-        # A worker that torchrun starts again goes on; it does not begin once more.
-        self._overwrite = overwrite and not is_restart()
-        self.everyone = peers() if everyone is None else everyone
+        self._overwrite = overwrite
+        self.everyone = peers(config.parallel.timeout) if everyone is None else everyone
+        self._watched = ExitStack()
+        self._is_open = False
         self._lock = DirectoryLock(self.directory, wanted.command)
         self._identity: Identity | None = None
         self._compared = Comparison()
@@ -120,29 +128,38 @@ class Session:
     def open(self) -> None:
         """Take the directory on every rank, and look at its checkpoints. Changes none of what is there.
 
-        Raises ``ValueError`` where the directory is not to be had, and where no checkpoint is sound.
+        From here on ranks watch over one another. Raises ``ValueError`` where the directory is not to be had,
+        and where no checkpoint is sound.
         """
+        self._watched.enter_context(watched(self.everyone, self.config.parallel.silence))
+        self._is_open = True
         try:
+            # Workers that torchrun starts again go on; they do not begin once more.
+            self._overwrite = self._overwrite and not has_begun(self.everyone, self.directory)
             agree(self.everyone, self._take)
             agree(self.everyone, self._see_one_directory)
             if not self._overwrite:
                 self._examined = examine(self.directory / CHECKPOINTS_FOLDER, self.everyone)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
 
     def close(self) -> None:
         """Give it back."""
-        self._lock.release()
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> Session:
-        self.open()
+        """As ``open``, unless it is open."""
+        if not self._is_open:
+            self.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._lock.release()
+        self._is_open = False
+        self._watched.__exit__(kind, error, trace)
 
     def _take(self) -> None:
         check_directory(self.directory, self._wanted, self._overwrite)
@@ -276,6 +293,7 @@ class Session:
         agree(self.everyone, write)
         self._run_id = self.everyone.gather(self._run_id)[0]
         self._see_none_damaged()
+        note_begun(self.everyone, self.directory)
         if newest:
             self._note_changes(newest[-1])
 

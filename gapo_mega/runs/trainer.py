@@ -44,6 +44,7 @@ from gapo_mega.runs.skips import Skips
 from gapo_mega.scalarization import Weighted
 from gapo_mega.scalarization.safe import SafeWeights
 from gapo_mega.types import Experience, Prompt
+from gapo_mega.whereabouts import within
 
 
 class Trainer:
@@ -205,7 +206,8 @@ class Trainer:
                 update += 1
                 critic_losses = self._update_critic(minibatch)
                 audit = self._is_audited(update)
-                report = self._update_policy(minibatch, audit)
+                with within("update"):
+                    report = self._update_policy(minibatch, audit)
                 rows = None if self.config.one_signal is None else self._rows(audit)
                 evaluated = done if evaluates and update == last else None
                 self._record(update, report, facts, critic_losses, rows, evaluated)

@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
         "stopping",
         "user_code",
         "versions",
+        "whereabouts",
         "demo",
     },
 ]
@@ -63,6 +64,7 @@ ROOT_FILES = {
     "stopping.py",
     "user_code.py",
     "versions.py",
+    "whereabouts.py",
     "py.typed",
 }
 

@@ -195,7 +195,7 @@ def _own_tensors(trainable: Trainable, data_rank: int) -> list[tuple[str, Tensor
     return found
 
 
-def _distance(found: dict[str, list[float]], expected: dict[str, list[float]]) -> float:
+def distance(found: dict[str, list[float]], expected: dict[str, list[float]]) -> float:
     """Largest difference of fingerprints, relative to what is summed."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     worst = 0.0
@@ -208,7 +208,7 @@ def _distance(found: dict[str, list[float]], expected: dict[str, list[float]]) -
     return worst
 
 
-def _relative(found: list[float], expected: list[float]) -> float:
+def relative(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
@@ -270,7 +270,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     }
     reference = _losses_after_loading(args, in_groups, directory, saved, virtual)
     forgetful = _losses_after_loading(args, in_groups, directory, saved, virtual, forget=True)
-    result["losses_without_state"] = _relative(forgetful["losses"], reference["losses"])
+    result["losses_without_state"] = relative(forgetful["losses"], reference["losses"])
     for layout in args["load"]:
         found = _losses_after_loading(
             args,
@@ -280,7 +280,7 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
             _virtual(layout),
             stateful=not args.get("stateful"),
         )
-        found["losses"] = _relative(found["losses"], reference["losses"])
+        found["losses"] = relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
     return result
 
@@ -303,7 +303,7 @@ def _losses_after_loading(
         _give_extra_states(other)
     extra = checkpoint.load(directory, other.trainables, in_groups)
     padded = args.get("vocab", 256) % 256 != 0  # padding is as large as the layout makes it
-    loaded = 0.0 if padded else _distance(other.fingerprint(), saved)
+    loaded = 0.0 if padded else distance(other.fingerprint(), saved)
     if forget:
         for trainable in other.trainables.values():
             for state in trainable.optimizer.optimizer.state.values():

@@ -24,6 +24,7 @@ _NAMES = (
     "engine",
     "generation",
     "gradient",
+    "layouts",
     "memory",
     "methods",
     "policy",

@@ -62,7 +62,11 @@ def test_script_under_torchrun(tmp_path: Path, smollm2: Path) -> None:
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_PORT"])
+NUMBERS = ["NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_PORT", "MAX_RESTARTS"]
+OF_SLURM = ["SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_JOB_ID"]
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *OF_SLURM])
 @pytest.mark.parametrize("value", ["x[$(touch WAS_RUN)0]", "2; touch WAS_RUN", "-1", "1e3", " 2", "9" * 30])
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
 def test_the_script_takes_digits_only(tmp_path: Path, name: str, value: str, arguments: list[str]) -> None:
@@ -92,3 +96,94 @@ def test_numbers_of_the_script_are_decimal(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.stdout.split()[1:3] == ["--world", "80"], done.stderr
+
+
+def launched(folder: Path, *arguments: str, **variables: str) -> tuple[list[str], str]:
+    """What the script starts, or that it starts nothing, and its errors."""
+    stand_ins = {
+        "shown": 'printf "%s\\n" "$@"',
+        "scontrol": 'test "$*" = "show hostnames n[1-2]" && echo n1 && echo n2',
+    }
+    for name, line in stand_ins.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER", "NNODES", "NODE_RANK"))
+    }
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env=clean
+        | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "shown"), "NPROC_PER_NODE": "4"}
+        | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == (2 if done.stderr else 0), done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+WORKERS = ["--nproc-per-node", "4", "--max-restarts", "0", str(SCRIPT), "steps=3"]
+SLURM = {
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def across(nodes: str, rank: str, address: str, port: str) -> list[str]:
+    meeting = ["--nnodes", nodes, "--node-rank", rank, "--master-addr", address, "--master-port", port]
+    return ["-m", "torch.distributed.run", *meeting, *WORKERS]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ["-m", "gapo_mega.runs.local_torchrun", *WORKERS]),
+        ({"MASTER_PORT": "1234"}, across("1", "0", "127.0.0.1", "1234")),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, across("2", "1", "a", "29500")),
+        (
+            {"NNODES": "02", "NODE_RANK": "00", "MASTER_ADDR": "a", "MASTER_PORT": "08"},
+            across("2", "0", "a", "8"),
+        ),
+        (SLURM, across("2", "1", "n1", "23456")),
+        (SLURM | {"SLURM_NODEID": "0"}, across("2", "0", "n1", "23456")),
+        (SLURM | {"NODE_RANK": "0", "MASTER_ADDR": "b", "MASTER_PORT": "7"}, across("2", "0", "b", "7")),
+        (SLURM | {"NNODES": "1"}, ["-m", "gapo_mega.runs.local_torchrun", *WORKERS]),
+        # In a job of several nodes, but started by no srun: on this node alone.
+        (
+            {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0"},
+            ["-m", "gapo_mega.runs.local_torchrun", *WORKERS],
+        ),
+    ],
+)
+def test_the_script_starts_torchrun_on_one_node_and_on_several(
+    tmp_path: Path, variables: dict[str, str], expected: list[str]
+) -> None:
+    assert launched(tmp_path, "steps=3", **variables) == (expected, "")
+
+
+def test_the_script_takes_restarts(tmp_path: Path) -> None:
+    started, _ = launched(tmp_path, MAX_RESTARTS="03")
+    assert started[started.index("--max-restarts") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK: found '' with NNODES 2, accepted: 0 to 1, "),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK: found '2' with NNODES 2"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: found '' with NNODES 2, accepted: the host name"),
+        (
+            SLURM | {"SLURM_STEP_NUM_TASKS": "8"},
+            "SLURM_STEP_NUM_TASKS: found 8 on 2 nodes, accepted: one task",
+        ),
+    ],
+)
+def test_what_the_script_cannot_know_is_refused_in_one_line(
+    tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    started, said = launched(tmp_path, **variables)
+    assert not started and said.startswith(f"error: {message}") and said.count("\n") == 1

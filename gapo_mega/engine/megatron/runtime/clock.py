@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from gapo_mega.whereabouts import passed
+
 
 class Clock:
     """Measures wall time between laps; on a GPU each lap waits for the device."""
@@ -18,6 +20,7 @@ class Clock:
         """Add the time since the last lap to ``name``."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        passed(name)
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

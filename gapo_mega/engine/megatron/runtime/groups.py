@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from gapo_mega.config import ParallelConfig
 from gapo_mega.engine.base import Layout, generator_seed
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.process_group import TIMEOUT, start_process_group
@@ -79,9 +81,15 @@ class Collective:
         shutdown()
 
 
-def initialize(tensor: int, pipeline: int) -> Groups:
+def of(parallel: ParallelConfig) -> Groups:
+    """Those of a configuration; see ``initialize``."""
+    return initialize(parallel.tensor, parallel.pipeline, parallel.timeout)
+
+
+def initialize(tensor: int, pipeline: int, timeout: timedelta = TIMEOUT) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
+    ``timeout``: the longest wait for other ranks in a collective of any of their groups.
     The launcher's variables say which rank of how many this is (``read_world``).
     Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
     ``tensor * pipeline`` does not divide the world size.
@@ -90,7 +98,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
     if cuda:
         torch.cuda.set_device(_own_device(read_world().local_rank, torch.cuda.device_count()))
     if not dist.is_initialized():
-        start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout)
     world = dist.get_world_size()
     if world % (tensor * pipeline):
         raise ValueError(
@@ -101,7 +109,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
-            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+            distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
     layout = Layout(
         world=world,
@@ -113,7 +121,7 @@ def initialize(tensor: int, pipeline: int) -> Groups:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
-    return Groups(layout, data=_data_group(layout), replica=_replica_group(layout))
+    return Groups(layout, data=_data_group(layout, timeout), replica=_replica_group(layout, timeout))
 
 
 def seed(value: int) -> None:
@@ -155,7 +163,7 @@ def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
     )
 
 
-def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
+def _split_world(layout: Layout, axes: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
     """The gloo group of the ranks that share this rank's coordinates on ``axes``."""
     members: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world):
@@ -164,17 +172,17 @@ def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
     mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
     own: dist.ProcessGroup | None = None
     for key, ranks in members.items():  # new_group is collective: every rank makes every group, in this order
-        group = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         if key == mine:
             own = group
     assert own is not None
     return own
 
 
-def _data_group(layout: Layout) -> dist.ProcessGroup:
+def _data_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
     assert _coordinates(layout, layout.rank) == (layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
-    return _split_world(layout, axes=(0, 2))
+    return _split_world(layout, axes=(0, 2), timeout=timeout)
 
 
-def _replica_group(layout: Layout) -> dist.ProcessGroup:
-    return _split_world(layout, axes=(1,))
+def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
+    return _split_world(layout, axes=(1,), timeout=timeout)
