@@ -40,7 +40,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
     strategy = implementation_of(type(declared))(setting, declared)
     whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
     stage = groups.layout.pipeline_rank
-    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage)
+    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage, config.model.lora)
     expected = declared.row_bytes(setting.objectives, sizes) + average_bytes(resolved, sizes)
     found = strategy.row_bytes
     as_declared = (
