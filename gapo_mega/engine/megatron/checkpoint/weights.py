@@ -194,7 +194,7 @@ def parameters_of(model: GPTModel) -> dict[str, Tensor]:
         layer = model.decoder.layers[int(local.group(1))].layer_number - 1  # Megatron counts from 1
         return f"decoder.layers.{layer}.{name[local.end() :]}"
 
-    return {whole_model_name(name): parameter for name, parameter in model.namedparameters_of()}
+    return {whole_model_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def _check_names(
