@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from gapo_mega import aggregation
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.checkpoint import convert
+from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.planning.memory import predict
 from tests.helpers import peft_models
 from tests.helpers.logits import chosen_logprobs, relative_error
@@ -165,11 +166,10 @@ def test_checkpoint_holds_adapters_and_converts_to_the_merged_model(folder: Path
     assert merged.keys() == converted.keys()
     assert all(relative_error(merged[name], converted[name]) <= 1e-6 for name in merged)
     # A run that starts from the checkpoint trains all of the merged weights.
-    config = check_engine.make_config(str(tmp_path / "merged"), {}, SGD)
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"path": str(tmp_path / "checkpoint")})}
+    config = check_engine.make_config(str(tmp_path / "checkpoint"), {}, SGD)
+    from_checkpoint = MegatronEngine(
+        resolved_run(config, shape=engine.shape), pad_id=0, eos_ids=[2], existing=worlds.enter(1, 1)
     )
-    from_checkpoint = check_engine.build_engine(config)
     assert all(p.requires_grad for p in from_checkpoint.policy.parameters())
     from_checkpoint.export_hf(tmp_path / "loaded")
     loaded = check_engine.parameters(tmp_path / "loaded")
