@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gapo_mega.config import Config
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
+from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.flops import StepFlops, TransformerShape, mfu, step_flops
 from gapo_mega.planning.resolved import ResolvedRun
@@ -53,10 +55,17 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
     )
 
 
-def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
+def transformer_shape(shape: ModelShape, outputs: int, lora: LoraConfig | None = None) -> TransformerShape:
     """The sizes that the FLOPs count depends on."""
     return TransformerShape(
-        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
+        shape.num_layers,
+        shape.hidden,
+        shape.ffn,
+        shape.heads,
+        shape.kv_groups,
+        shape.head_dim,
+        outputs,
+        adapters=0 if lora is None else layer_parameters(shape, lora),
     )
 
 
@@ -133,7 +142,7 @@ def _flops(resolved: ResolvedRun, records: Sequence[dict[str, Any]], sequences: 
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
     count = step_flops(
-        transformer_shape(shape, shape.vocab),
+        transformer_shape(shape, shape.vocab, config.model.lora),
         [(prompt, response)] * sequences,
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
