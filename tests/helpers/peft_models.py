@@ -1,4 +1,4 @@
-"""Adapters made, read and differentiated by PEFT."""
+"""Adapters made and read by PEFT."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gapo_mega.types import Experience
-from tests.helpers.policy_gradients import Reference
 
 RANK, ALPHA = 3, 5.0
 SETTINGS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
@@ -46,19 +44,6 @@ def peft_model(base: Path, adapter: Path) -> PeftModel:
 def logits_of(base: Path, adapter: Path, tokens_BT: Tensor) -> Tensor:
     logits_BTV: Tensor = peft_model(base, adapter)(tokens_BT).logits
     return logits_BTV
-
-
-def adapter_rows(base: Path, adapter: Path, batch: Experience) -> tuple[list[str], Tensor]:
-    """Names of the adapter's parameters, and their gradients for every objective, flattened [M, N]."""
-    model = peft_model(base, adapter)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    losses = Reference.losses_from(model(batch.tokens_BT).logits, batch)
-    rows = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*trained.values()], retain_graph=True)])
-        for loss in losses
-    ]
-    names = [name.replace(".default", "") for name in trained for _ in range(trained[name].numel())]
-    return names, torch.stack(rows)
 
 
 def flat_adapter(base: Path, adapter: Path) -> Tensor:

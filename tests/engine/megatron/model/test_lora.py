@@ -18,6 +18,7 @@ from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.planning.memory import predict
 from tests.helpers import peft_models
 from tests.helpers.logits import chosen_logprobs, relative_error
+from tests.helpers.peft_gradients import adapter_rows
 from tests.helpers.policy_gradients import RATE, SGD
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.resolved import resolved_run
@@ -95,7 +96,7 @@ def test_rows_and_step_are_those_of_the_adapter(
         p.numel() for p in peft_models.flat_adapter(folder / "llama", folder / "llama-adapter")
     )
     batch, report = update(engine)
-    _, rows_MN = peft_models.adapter_rows(folder / "llama", folder / "llama-adapter", batch)
+    _, rows_MN = adapter_rows(folder / "llama", folder / "llama-adapter", batch)
     assert relative_error(report.gram, rows_MN @ rows_MN.t()) <= ERROR
     engine.export_adapter(tmp_path / "after")
     before_N = peft_models.flat_adapter(folder / "llama", folder / "llama-adapter")
@@ -107,7 +108,7 @@ def test_rows_and_step_are_those_of_the_adapter(
 def test_a_scope_of_layers_measures_their_adapters(folder: Path, forward: str) -> None:
     engine = engine_with(folder, gradients={"scope": [[1, 3]], "forward": forward}, micro_batch_size=8)
     batch, report = update(engine)
-    names, rows_MN = peft_models.adapter_rows(folder / "llama", folder / "llama-adapter", batch)
+    names, rows_MN = adapter_rows(folder / "llama", folder / "llama-adapter", batch)
     inside = torch.tensor([".layers.1." in name or ".layers.2." in name for name in names])
     scoped_MN = rows_MN[:, inside]
     assert relative_error(report.gram, scoped_MN @ scoped_MN.t()) <= ERROR
@@ -119,7 +120,7 @@ def test_targets_alone_have_adapters(folder: Path, tmp_path: Path, targets: list
     lora = {"path": str(adapter), "target_modules": targets, "rank_stabilized": True}
     engine = engine_with(folder, lora=lora, gradients={"forward": "one_pass"})
     batch, report = update(engine)
-    _, rows_MN = peft_models.adapter_rows(folder / "llama", adapter, batch)
+    _, rows_MN = adapter_rows(folder / "llama", adapter, batch)
     assert relative_error(report.gram, rows_MN @ rows_MN.t()) <= ERROR
     engine.export_adapter(tmp_path / "adapter")
     engine.export_hf(tmp_path / "merged")

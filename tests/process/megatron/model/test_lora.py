@@ -59,7 +59,7 @@ def test_rows_steps_and_files_are_those_of_one_process(tmp_path: Path) -> None:
         {**jobs[0][1], "layout": {}, "export": str(tmp_path / "single"), "export_adapter": None}
     )
     for (name, (_, optimizer, _, _)), found in zip(CASES.items(), results, strict=True):
-        assert "result" in found, (name, found["error"])
+        assert "result" in found, found["error"]
         found = found["result"]
         assert found["world"] == 2
         assert gram_error(torch.tensor(found["gram"][0]), torch.tensor(single["gram"][0])) <= 1e-5, (
