@@ -79,9 +79,9 @@ def forward_flops(shape: TransformerShape, length: int, causal: bool = True) -> 
     return 2 * length * shape.matmul_parameters + attention_flops(shape, length, causal)
 
 
-def backward_flops(shape: TransformerShape, length: int) -> int:
+def backward_flops(shape: TransformerShape, length: int, causal: bool = True) -> int:
     """One backward pass over one sequence of ``length`` tokens."""
-    whole = 2 * forward_flops(shape, length)
+    whole = 2 * forward_flops(shape, length, causal)
     if not shape.adapters:
         return whole
     frozen = shape.layers * shape.frozen_layer_parameters + shape.hidden * shape.outputs

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-
 RANK, ALPHA = 3, 5.0
 SETTINGS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 
