@@ -43,6 +43,11 @@ class PolicyConfig(ModelConfig):
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters, and freeze all weights; none: train all weights"
     )
+    logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="response tokens whose logits are in memory at once: the output layer runs chunk by "
+        "chunk, and once more in every backward; auto: 1024 where that saves memory; 0: all at once",
+    )
 
 
 class ParallelConfig(Section):

@@ -20,9 +20,11 @@ from typing import Any
 from gapo_mega.config import Config, OptimizerConfig, ParallelConfig
 from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.strategies import RankSizes
+from gapo_mega.config.strategies.scoped import has_output_layer
 from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.resolved import ResolvedRun
 
 MIB = 1 << 20
@@ -203,6 +205,10 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         resolved.forward_of(rows) == "shared" and resolved.strategy_of(rows).reuses_graph(rows)
         for rows in measured
     )
+    # A shared forward keeps all logits, and so do rows of the output layer.
+    whole = any(resolved.forward_of(rows) == "shared" for rows in measured)
+    scope = config.gradients.scope
+    chunk = 0 if whole or (scope != "full" and has_output_layer(scope)) else logits_chunk(config, shape)
     shard = trained // data if config.optimizer.distributed else trained
     sizes = rank_sizes(config.parallel, shape, shard, trained, stage, lora)
     offloaded = config.model.offload_reference
@@ -228,7 +234,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         critic=_critic(resolved, stage),
         visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
-        activations=activation_peak(config, shape, stage, resolved.microbatches, kept),
+        activations=activation_peak(config, shape, stage, resolved.microbatches, kept, chunk),
     )
 
 

@@ -30,6 +30,7 @@ from gapo_mega.config import (
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
     RolloutConfig,
     ScalarizationConfig,
     Section,
@@ -84,6 +85,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "recompute": FREE,
         "offload_reference": FREE,
     },
+    PolicyConfig: {"logits_chunk": FREE},
     LoraConfig: {
         "rank": FIXED,
         "alpha": FIXED,

@@ -40,6 +40,7 @@ from gapo_mega.models.adapters import settings_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions, write_template
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, TokenBatch
 
@@ -128,16 +129,16 @@ class MegatronEngine(groups.Collective):
     # -- forward -----------------------------------------------------------------------------------
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
-        size = self._config.micro_batch_size
+        size, chunk = self._config.micro_batch_size, logits_chunk(self._config, self.shape)
         with megatron_device():
             if model == "policy":
-                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution)
+                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
             elif self.reference is None:
                 with lora.switched_off(self.policy.modules):
-                    local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution)
+                    local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
             else:
                 with self.reference.on_device() as reference:
-                    local_BT = batch_logprobs([reference], batch, size, distribution)
+                    local_BT = batch_logprobs([reference], batch, size, distribution, chunk)
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
