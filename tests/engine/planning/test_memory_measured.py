@@ -184,8 +184,33 @@ NARROW = {
                 "rollout": {"repetition_penalty": 1.05, "top_p": 0.9},
             },
         ),
+        # Logits of 64 of 400 response tokens at a time.
+        (
+            {**WIDE, "vocab_size": 12000, "num_hidden_layers": 1},
+            True,
+            200,
+            {
+                "gradients": {"forward": "separate"},
+                "optimizer": {"distributed": False},
+                "model": {"logits_chunk": 64},
+            },
+        ),
+        # Adapters, of logits at a time as well.
+        (
+            {**WIDE, "vocab_size": 12000, "num_hidden_layers": 1},
+            True,
+            200,
+            {
+                "gradients": {"forward": "separate"},
+                "optimizer": {"distributed": False},
+                "model": {"logits_chunk": 64, "lora": {"rank": 8}},
+            },
+        ),
     ],
-    ids=["shared-fp32", "separate-bf16", "recompute-fp32", "qwen3", "penalty-and-cut"],
+    ids=[
+        *("shared-fp32", "separate-bf16", "recompute-fp32", "qwen3", "penalty-and-cut"),
+        *("chunks", "chunks-and-adapters"),
+    ],
 )
 def test_a_step_takes_what_was_predicted(
     tmp_path: Path, sizes: dict[str, int], tied: bool, response: int, sections: dict[str, Any]
