@@ -20,6 +20,7 @@ from gapo_mega.config.sections import (
     LossConfig,
     ModelConfig,
     ParallelConfig,
+    PolicyConfig,
     RolloutConfig,
     TrainLoggingConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PolicyConfig",
     "RolloutConfig",
     "ScalarizationConfig",
     "Section",

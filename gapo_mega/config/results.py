@@ -11,7 +11,13 @@ from gapo_mega.config.fields import LocalPath, Section
 # Prefixes of settings that say where and what a run writes, and change no number.
 WITHOUT_EFFECT = (
     *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "checkpoint.save_final"),
-    *("checkpoint.export_hf", "logging.", "evaluation.shown", "evaluation.shared"),
+    *(
+        "checkpoint.export_hf",
+        "checkpoint.export_adapter",
+        "logging.",
+        "evaluation.shown",
+        "evaluation.shared",
+    ),
 )
 EVERY_STEPS = "evaluation.every_steps"
 # By what a checkpoint may be the best, beside the name of an objective.
@@ -31,6 +37,9 @@ class CheckpointConfig(Section):
 class TrainCheckpointConfig(CheckpointConfig):
     """Resumable state in Megatron's torch_dist format, and which policy counts as the run's result."""
 
+    export_adapter: bool = Field(
+        False, description="also write the trained adapter in PEFT's format, to adapter/; needs model.lora"
+    )
     best: str | None = Field(
         None,
         description="also keep the checkpoint of the best evaluation, and end with it: hf/, held-out numbers "

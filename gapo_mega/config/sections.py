@@ -16,6 +16,7 @@ from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_k
 from gapo_mega.config.fields import Code, LocalPath, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.loggers import Loggers
+from gapo_mega.config.lora import LoraConfig, check_lora
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
@@ -36,6 +37,19 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
     offload_reference: bool = Field(
         False, description="keep the frozen reference in host memory between uses (GPU only)"
+    )
+
+
+class PolicyConfig(ModelConfig):
+    """The policy; the reference is its frozen copy, or itself without adapters."""
+
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank adapters, and freeze all weights; none: train all weights"
+    )
+    logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="response tokens whose logits are in memory at once: the output layer runs chunk by "
+        "chunk, and once more in every backward; auto: 1024 where that saves memory; 0: all at once",
     )
 
 
@@ -280,7 +294,7 @@ class Config(Section):
     seed: int = Field(1, description="of prompts, sampling and minibatches")
     steps: int = Field(100, ge=1, description="rollout steps")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
-    model: ModelConfig
+    model: PolicyConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -358,6 +372,8 @@ class Config(Section):
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
+        model, export = self.model, self.checkpoint.export_adapter
+        check_lora(model.lora, model.offload_reference, self.gradients.scope, export)
         check_evaluations(self.evaluation, self.checkpoint.best, names, self.data.heldout_prompts)
         given, scalarization = self.aggregation, self.scalarization
         fits = given == AggregationConfig()

@@ -242,6 +242,10 @@ class Engine(RunEngine, Answering, Protocol):
         """
         ...
 
+    def export_adapter(self, directory: Path) -> None:
+        """Write the policy's adapters in PEFT's format. Replaces ``directory`` if it exists."""
+        ...
+
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:
         """One optimizer step of every critic. Returns the value loss per model, the global token mean."""
         ...

@@ -72,7 +72,8 @@ class Sizes:
     behind: int  # [R, B, d]: R positions, with all that predict a response token
     logits: int  # [R, B, V / t]
     chosen: int  # [N, V / t]: those that predict a response token
-    qkv_weight: int
+    waiting: int  # the output layer's gradient, to which that of another chunk is added; 0: it has one chunk
+    qkv_weight: int  # of this and the next three: 0 where they are frozen
     projection_weight: int
     gate_weight: int  # gate and up together; down is half as large
     output_weight: int
@@ -140,12 +141,15 @@ class Counter:
             self.hold(0 if keep else -block.saved)
 
 
-def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches: int, shared: bool) -> int:
+def activation_peak(
+    config: Config, shape: ModelShape, stage: int, microbatches: int, shared: bool, chunk: int = 0
+) -> int:
     """Bytes of one rank of pipeline ``stage`` above parameters, gradients and the like.
 
     ``microbatches``: of a minibatch. ``shared``: one graph is kept for the backwards of all objectives.
+    ``chunk``: response tokens whose logits are there at once; 0: all.
     """
-    sizes, parallel = sizes_of(config, shape), config.parallel
+    sizes, parallel = sizes_of(config, shape, chunk), config.parallel
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     chunks = [
         _Pass(
@@ -167,8 +171,8 @@ def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches:
     return counter.peak
 
 
-def sizes_of(config: Config, shape: ModelShape) -> Sizes:
-    """Sizes for the configuration's longest sequences."""
+def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
+    """Sizes for the configuration's longest sequences; ``chunk`` as for ``activation_peak``."""
     tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
     length = config.longest
     length += -length % tensor if split else 0
@@ -177,6 +181,10 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
     outputs = config.micro_batch_size * (response + (-response % tensor if split else 0))
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
     columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
+    size = config.micro_batch_size
+    # Frozen weights have no gradient; what adapters add, a few numbers per token and rank, is not counted.
+    trained = shape.hidden if config.model.lora is None else 0
+    part = min(chunk // size * size or size, outputs) if chunk else outputs
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
         residual=tokens // (tensor if split else 1) * shape.hidden,
@@ -188,12 +196,13 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
         mask=length * length,
         rotary=length * shape.head_dim,
         behind=outputs * shape.hidden,
-        logits=outputs * columns,
-        chosen=config.micro_batch_size * response * columns,
-        qkv_weight=(query + 2 * key) * shape.hidden,
-        projection_weight=query * shape.hidden,
-        gate_weight=2 * shape.ffn // tensor * shape.hidden,
-        output_weight=columns * shape.hidden,
+        logits=part * columns,
+        chosen=min(part, size * response) * columns,
+        waiting=columns * trained if part < outputs else 0,
+        qkv_weight=(query + 2 * key) * trained,
+        projection_weight=query * trained,
+        gate_weight=2 * shape.ffn // tensor * trained,
+        output_weight=columns * trained,
         grouped=shape.heads != shape.kv_groups,
         cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
         penalized=_penalized(config) // tensor,
@@ -386,6 +395,7 @@ def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
     own = e * z.behind * z.residual // z.hidden
     counter.hold(own)  # the output layer's input; that at other positions is there meanwhile
     counter.touch(e * (z.residual + max(2 * z.logits, z.gathered)))
+    counter.hold(e * z.waiting)
     softmax = FP32 * z.chosen if z.bf16 else 0
     counter.hold(_PENALTY * z.penalized)
     counter.touch(e * z.chosen + softmax + (z.chosen if z.cut else 0))
@@ -397,4 +407,5 @@ def _loss(counter: Counter, z: Sizes, shared: bool) -> None:
     counter.touch(linear.backward + (own if z.split else 0))
     counter.hold(0 if shared else -own)
     counter.touch(max(accumulate.backward, e * (z.behind + z.hidden)))
+    counter.hold(-e * z.waiting)
     counter.backward(norm, shared)

@@ -10,7 +10,9 @@ layers and V outputs (vocabulary, or value heads of a critic):
     2 T [ L (d h c + 2 d k c + h c d + 3 d f) + d V ]   projections, feed-forward, output layer
     + 4 L h c T (T + 1) / 2                              scores and values over the visible token pairs
 
-The backward pass is twice the forward: one product for the input's gradient, one for the weight's.
+The backward pass is twice the forward: one product for the input's gradient, one for the weight's. With
+adapters (LoRA) the forward has the products with A and B beside each adapted one, the reference has none, and
+frozen weights have no product for a gradient of their own.
 
 The count is an upper bound of what the engine does with real tokens: the output layer counts at every token,
 and the engine computes it where response tokens are predicted.
@@ -19,7 +21,7 @@ and the engine computes it where response tokens are predicted.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gapo_mega.config.strategies import PassCount
@@ -29,7 +31,11 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """The sizes that the count depends on. ``outputs``: vocabulary, or the value heads of a critic."""
+    """The sizes that the count depends on.
+
+    ``outputs``: vocabulary, or the value heads of a critic. ``adapters``: trained parameters of one layer's
+    adapters, everything else being frozen; 0: there are none, and everything is trained.
+    """
 
     layers: int
     hidden: int
@@ -38,10 +44,16 @@ class TransformerShape:
     kv_groups: int
     head_dim: int
     outputs: int
+    adapters: int = 0
 
     @property
     def layer_matmul_parameters(self) -> int:
         """Parameters of one layer that take part in matrix products."""
+        return self.frozen_layer_parameters + self.adapters
+
+    @property
+    def frozen_layer_parameters(self) -> int:
+        """Those that are not the adapters'."""
         query_and_output = 2 * self.hidden * self.heads * self.head_dim
         key_and_value = 2 * self.hidden * self.kv_groups * self.head_dim
         return query_and_output + key_and_value + 3 * self.hidden * self.ffn
@@ -65,6 +77,15 @@ def attention_flops(shape: TransformerShape, length: int, causal: bool = True) -
 def forward_flops(shape: TransformerShape, length: int, causal: bool = True) -> int:
     """One forward pass over one sequence of ``length`` tokens, output layer on every token."""
     return 2 * length * shape.matmul_parameters + attention_flops(shape, length, causal)
+
+
+def backward_flops(shape: TransformerShape, length: int, causal: bool = True) -> int:
+    """One backward pass over one sequence of ``length`` tokens."""
+    whole = 2 * forward_flops(shape, length, causal)
+    if not shape.adapters:
+        return whole
+    frozen = shape.layers * shape.frozen_layer_parameters + shape.hidden * shape.outputs
+    return whole - 2 * length * frozen
 
 
 def generation_flops(shape: TransformerShape, prompt_length: int, response_length: int) -> int:
@@ -119,6 +140,7 @@ def step_flops(
     pairs = list(lengths)
     totals = [prompt + response for prompt, response in pairs]
     forward = sum(forward_flops(shape, total) for total in totals)
+    backward = sum(backward_flops(shape, total) for total in totals)
     attention = sum(attention_flops(shape, total) for total in totals)
     output_layer = 2 * sum(totals) * shape.hidden * shape.outputs
     repeated = {"none": 0, "selective": attention, "full": forward - output_layer}[recompute]
@@ -126,8 +148,8 @@ def step_flops(
     return StepFlops(
         rollout=sum(generation_flops(shape, prompt, response) for prompt, response in pairs),
         old_logprobs=forward,
-        reference=forward,
-        update=(passes.forwards + 2 * passes.backwards) * forward * ppo_epochs,
+        reference=sum(forward_flops(replace(shape, adapters=0), total) for total in totals),
+        update=(passes.forwards * forward + passes.backwards * backward) * ppo_epochs,
         critic=critic_forward * (1 + 3 * ppo_epochs),
         recompute=repeated * passes.backwards * ppo_epochs,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.optional import transformer_engine_layers
 from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
 
 
@@ -112,6 +113,11 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
+    if config.model.lora is not None and transformer_engine_layers():
+        raise ValueError(
+            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
+            "and multiply in one, and show nobody what they multiply)"
+        )
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)

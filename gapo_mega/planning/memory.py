@@ -18,9 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gapo_mega.config import Config, OptimizerConfig, ParallelConfig
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.strategies import RankSizes
+from gapo_mega.config.strategies.scoped import has_output_layer
+from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.resolved import ResolvedRun
 
 MIB = 1 << 20
@@ -37,7 +41,7 @@ class StagePlan:
     gradients: int
     optimizer: int
     objective_rows: int
-    reference: int  # 0 if it is in host memory between uses; so are score models
+    reference: int  # 0 if it is in host memory between uses (so are score models), or is the policy
     score_models: int
     critic: int
     visiting: int  # the largest model that is on the device only while it is used
@@ -110,10 +114,18 @@ def predict(resolved: ResolvedRun) -> MemoryPlan:
     return MemoryPlan([_stage(resolved, stage) for stage in range(resolved.config.parallel.pipeline)])
 
 
-def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, whole: int, stage: int) -> RankSizes:
+def rank_sizes(
+    parallel: ParallelConfig,
+    shape: ModelShape,
+    shard: int,
+    whole: int,
+    stage: int,
+    lora: LoraConfig | None = None,
+) -> RankSizes:
     """What the rows of a rank of ``stage`` depend on.
 
-    ``shard``: elements of the gradient that it owns; ``whole``: of its gradient before the reduction.
+    ``shard``: elements of the gradient that it owns; ``whole``: of its gradient before the reduction;
+    ``lora``: the adapters that are trained; None: the whole model is.
     """
     chunks = range(parallel.virtual_pipeline)
     layers = shape.num_layers // parallel.pipeline // len(chunks)
@@ -122,7 +134,9 @@ def rank_sizes(parallel: ParallelConfig, shape: ModelShape, shard: int, whole: i
     return RankSizes(
         shard=shard,
         whole=whole,
-        layer=_layer_parameters(shape, parallel.tensor),
+        layer=_layer_parameters(shape, parallel.tensor)
+        if lora is None
+        else layer_parameters(shape, lora, parallel.tensor),
         layers=[layer for start in starts for layer in range(start, start + layers)],
         num_layers=shape.num_layers,
         output_layer=_embedding_parameters(shape, parallel.tensor) if is_last else 0,
@@ -180,6 +194,10 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     item = _item_size(config)
     count = stage_parameters(shape, tensor, pipeline, stage)
+    lora, trained = config.model.lora, count
+    if lora is not None:
+        trained = layer_parameters(shape, lora, tensor) * (shape.num_layers // pipeline)
+        count += trained
     # Of every update, and of those that are audited.
     measured = [len(rows) for rows in (config.rows, config.audited_rows) if rows]
     # A graph that serves only one backward is freed within it.
@@ -187,8 +205,12 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         resolved.forward_of(rows) == "shared" and resolved.strategy_of(rows).reuses_graph(rows)
         for rows in measured
     )
-    shard = count // data if config.optimizer.distributed else count
-    sizes = rank_sizes(config.parallel, shape, shard, count, stage)
+    # A shared forward keeps all logits, and so do rows of the output layer.
+    whole = any(resolved.forward_of(rows) == "shared" for rows in measured)
+    scope = config.gradients.scope
+    chunk = 0 if whole or (scope != "full" and has_output_layer(scope)) else logits_chunk(config, shape)
+    shard = trained // data if config.optimizer.distributed else trained
+    sizes = rank_sizes(config.parallel, shape, shard, trained, stage, lora)
     offloaded = config.model.offload_reference
     scoring = [
         (
@@ -203,16 +225,16 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         stage=stage,
         policy_parameters=count,
         parameters=count * item,
-        gradients=count * FP32,
-        optimizer=_optimizer_bytes(config, config.optimizer, count, data),
+        gradients=trained * FP32,
+        optimizer=_optimizer_bytes(config, config.optimizer, trained, data),
         objective_rows=sum(resolved.strategy_of(rows).row_bytes(rows, sizes) for rows in measured)
         + average_bytes(resolved, sizes),
-        reference=0 if offloaded else count * item,
+        reference=0 if offloaded or lora is not None else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),
         visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
-        activations=activation_peak(config, shape, stage, resolved.microbatches, kept),
+        activations=activation_peak(config, shape, stage, resolved.microbatches, kept, chunk),
     )
 
 

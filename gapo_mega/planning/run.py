@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gapo_mega.config import Config
+from gapo_mega.models.adapters import layer_parameters
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.memory import GIB, MemoryPlan
 from gapo_mega.planning.resolved import ResolvedRun
 
@@ -34,6 +36,7 @@ class RunPlan:
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
             f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a "
             "data-parallel rank",
+            *_adapters(config, self.resolved.shape),
             *_while_training(config),
             *self.memory.table().splitlines(),
         ]
@@ -60,6 +63,18 @@ class RunPlan:
         cards = {parameter: card.name for parameter, card in self.resolved.cards.items()}
         run = {"world": self.resolved.world, "layout": layout, "cards": cards}
         return run | {**self.memory.as_dict(), "fits": fits}
+
+
+def _adapters(config: Config, shape: ModelShape) -> list[str]:
+    """What is trained, where that is not the whole model."""
+    lora = config.model.lora
+    if lora is None:
+        return []
+    count = layer_parameters(shape, lora) * shape.num_layers
+    return [
+        f"adapters: rank {lora.rank} on {', '.join(lora.targets)}, {count} parameters; all others are "
+        "frozen, and the reference is the policy without adapters (no second copy)"
+    ]
 
 
 def _while_training(config: Config) -> list[str]:

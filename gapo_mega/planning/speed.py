@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gapo_mega.config.lora import LoraConfig
+from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import devices
 from gapo_mega.planning.devices import Device
@@ -83,10 +85,17 @@ class Speed:
         }
 
 
-def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
+def transformer_shape(shape: ModelShape, outputs: int, lora: LoraConfig | None = None) -> TransformerShape:
     """The sizes that the FLOPs count depends on."""
     return TransformerShape(
-        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
+        shape.num_layers,
+        shape.hidden,
+        shape.ffn,
+        shape.heads,
+        shape.kv_groups,
+        shape.head_dim,
+        outputs,
+        adapters=0 if lora is None else layer_parameters(shape, lora),
     )
 
 
@@ -97,7 +106,7 @@ def flops_of(resolved: ResolvedRun, lengths: Lengths) -> StepFlops:
     """
     config, shape = resolved.config, resolved.shape
     count = step_flops(
-        transformer_shape(shape, shape.vocab),
+        transformer_shape(shape, shape.vocab, config.model.lora),
         [(lengths.prompt, lengths.response)] * config.sequences(),
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,

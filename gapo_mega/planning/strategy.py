@@ -67,4 +67,7 @@ def refusal_of_shared(config: Config, count: int, rows: int) -> str | None:
     strategy = strategies.chosen(config.gradients)
     if transformer_engine_layers() and strategy.reuses_graph(rows):
         return "Transformer Engine's layers (they drop what a second backward would need)"
+    chunk = config.model.logits_chunk
+    if chunk != "auto" and chunk > 0:
+        return f"model.logits_chunk {chunk} (one graph for several backwards keeps all logits)"
     return strategy.refusal_of_shared(count, config.model.recompute)

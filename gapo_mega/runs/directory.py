@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = ".gapo-mega.json"
 EXPORT_FOLDER = "hf"
+ADAPTER_FOLDER = "adapter"
 TENSORBOARD_FOLDER = "tensorboard"
 RESPONSES_FOLDER = "responses"
 WANDB_ID = "wandb_id"
@@ -46,7 +47,8 @@ LOGGERS_FILE = "loggers.json"  # what loggers keep for the process that resumes 
 AUDIT_FILES = ("audit/audit.csv", "audit/audit.png")
 
 RUN_FILES = (METRICS_FILE, SUMMARY_FILE, HELDOUT_FILE, WANDB_ID, LOGGERS_FILE)
-_FOLDERS = (CHECKPOINTS_FOLDER, EXPORT_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
+_EXPORTS = (EXPORT_FOLDER, ADAPTER_FOLDER)
+_FOLDERS = (CHECKPOINTS_FOLDER, *_EXPORTS, REPORT_FOLDER, TENSORBOARD_FOLDER, RESPONSES_FOLDER)
 # Keys of which a metrics line, or a summary, of every kind of run has all.
 _METRICS_KEYS = {"step", "gradient_norm", "tokens_per_second"}
 _SUMMARY_KEYS = ({"objectives", "seconds"}, {"steps", "training_items", "heldout"})
@@ -62,6 +64,7 @@ class Wanted:
     logging: LoggingConfig
     report: bool  # whether it writes one
     responses: bool = False  # whether it keeps those that it trains on
+    adapter: bool = False  # whether it exports one
 
     @property
     def names(self) -> list[str]:
@@ -69,6 +72,7 @@ class Wanted:
         listed = {entry.name for entry in self.logging.loggers}
         optional = {
             EXPORT_FOLDER: self.checkpoint.export_hf,
+            ADAPTER_FOLDER: self.adapter,
             REPORT_FOLDER: self.report,
             HELDOUT_FILE: self.report,  # of trainings, which answer held-out prompts
             TENSORBOARD_FOLDER: self.logging.tensorboard or "tensorboard" in listed,
@@ -154,7 +158,7 @@ def end(directory: Path, steps: int, asked: int | None = None) -> None:
     """
     found = read_manifest(directory)
     assert found is not None, "begin() comes first"
-    folders = [directory / name for name in (EXPORT_FOLDER, REPORT_FOLDER)]
+    folders = [directory / name for name in (EXPORT_FOLDER, ADAPTER_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
     _write(directory, Manifest(found.command, found.names, files, steps, asked, found.run))
 
@@ -187,7 +191,7 @@ def _check_foreign(directory: Path, wanted: Wanted, manifest: Manifest | None) -
         if name not in ours or not right_kind or not _looks_ours(path):
             raise _foreign(path)
     for name, files in ({} if manifest is None else manifest.files).items():
-        others = sorted(_inside(directory / name) - {*files, MADE_BY}) if name == EXPORT_FOLDER else []
+        others = sorted(_inside(directory / name) - {*files, MADE_BY}) if name in _EXPORTS else []
         if others:
             raise _foreign(directory / name / others[0])
 
@@ -287,6 +291,7 @@ def _written(directory: Path, manifest: Manifest) -> Iterator[Path]:
     # Without a list of files: a run of an earlier version, or one that was killed on its way.
     patterns = {
         EXPORT_FOLDER: ["**/*"],
+        ADAPTER_FOLDER: ["adapter_*"],
         REPORT_FOLDER: ["index.html", "*.png"],
         RESPONSES_FOLDER: [RESPONSES_FILES],
     }

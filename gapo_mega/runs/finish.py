@@ -14,7 +14,7 @@ from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE, write_heldout
 from gapo_mega.evaluation.report import write_report
 from gapo_mega.evaluation.standing import Standing
 from gapo_mega.evaluation.summary import SUMMARY_FILE, write_summary
-from gapo_mega.runs.directory import EXPORT_FOLDER
+from gapo_mega.runs.directory import ADAPTER_FOLDER, EXPORT_FOLDER
 from gapo_mega.runs.evaluations import Evaluations
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def finish(
     engine.generator.update_weights()
     if config.checkpoint.export_hf:
         engine.export_hf(directory / EXPORT_FOLDER)
+    if config.checkpoint.export_adapter:
+        engine.export_adapter(directory / ADAPTER_FOLDER)
     after = evaluations.answers(step)
     if engine.layout.is_main:
         before = evaluations.before

@@ -30,6 +30,7 @@ from gapo_mega.config import (
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
     RolloutConfig,
     ScalarizationConfig,
     Section,
@@ -37,6 +38,7 @@ from gapo_mega.config import (
     TrainLoggingConfig,
 )
 from gapo_mega.config.loggers import LoggerConfig
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.supervised import (
     ChatData,
     DataEvaluationConfig,
@@ -82,6 +84,14 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "dtype": FIXED,
         "recompute": FREE,
         "offload_reference": FREE,
+    },
+    PolicyConfig: {"logits_chunk": FREE},
+    LoraConfig: {
+        "rank": FIXED,
+        "alpha": FIXED,
+        "rank_stabilized": FIXED,
+        "target_modules": FIXED,
+        "path": FIXED,
     },
     ParallelConfig: {
         "tensor": FREE,
@@ -180,7 +190,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "save_final": FREE,
         "export_hf": FREE,
     },
-    TrainCheckpointConfig: {"best": FREE},
+    TrainCheckpointConfig: {"export_adapter": FREE, "best": FREE},
     EvaluationConfig: {
         "samples_per_prompt": FIXED,
         "every_steps": FREE,

@@ -19,11 +19,13 @@ from gapo_mega.config import Config
 from gapo_mega.data.preview import preview_prompts, unchecked
 from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
+from gapo_mega.models.adapters import AdapterNames
 from gapo_mega.models.card import Card, card_of
 from gapo_mega.models.huggingface import location
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.directory import HFDirectory
 from gapo_mega.models.huggingface.location import companions_of
+from gapo_mega.models.huggingface.peft_adapter import PeftAdapter
 from gapo_mega.models.huggingface.token_ids import check_tokens, has_tokenizer
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.registry import shape_of
@@ -58,6 +60,8 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
         check_kind("scalarization", config.scalarization.name)
+    if not shapes_only:
+        _check_adapter(config, shape)
     aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
@@ -73,6 +77,15 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
         cards=models.cards,
         scalarizer=_scalarizer(config, estimator),
     )
+
+
+def _check_adapter(config: Config, shape: ModelShape) -> None:
+    """Raise ``ValueError`` where the adapter to start from is none, or another than the settings say."""
+    lora = config.model.lora
+    if lora is not None and lora.path is not None:
+        names = AdapterNames(shape, lora)
+        expected = {names.source(name): names.size(name) for name in names.names()}
+        PeftAdapter(local(lora.path), lora).check(expected)
 
 
 def check_answering(config: Config, path: str, parameter: str, world_size: int) -> ModelShape:

@@ -53,7 +53,14 @@ def train(config: Config, overwrite: bool = False) -> bool:
 def wanted(config: Config) -> Wanted:
     """What a training does in its output directory."""
     keeps = config.logging.responses > 0
-    return Wanted(COMMAND, config.checkpoint, config.logging, report=True, responses=keeps)
+    return Wanted(
+        COMMAND,
+        config.checkpoint,
+        config.logging,
+        report=True,
+        responses=keeps,
+        adapter=config.checkpoint.export_adapter,
+    )
 
 
 def identity_of(resolved: ResolvedRun) -> Identity:

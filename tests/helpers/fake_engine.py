@@ -187,6 +187,10 @@ class FakeEngine:
         self._called("export_hf")
         directory.mkdir()
 
+    def export_adapter(self, directory: Path) -> None:
+        self._called("export_adapter")
+        directory.mkdir()
+
     def close(self) -> None:
         self._called("close")
 

@@ -44,8 +44,8 @@ class Reference:
         head = self.model.lm_head.weight
         self._use = head.detach().clone().requires_grad_()  # the output layer's use of a tied weight
         losses = [
-            self._losses(hidden @ head.t(), batch),
-            self._losses(hidden.detach() @ self._use.t(), batch),
+            self.losses_from(hidden @ head.t(), batch),
+            self.losses_from(hidden.detach() @ self._use.t(), batch),
         ]
         self.losses = torch.stack(losses[0]).detach()
         parameters = list(self.model.parameters())
@@ -53,7 +53,7 @@ class Reference:
         self.head = [torch.autograd.grad(loss, self._use, retain_graph=True)[0] for loss in losses[1]]
 
     @staticmethod
-    def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
+    def losses_from(logits: Tensor, batch: Experience) -> list[Tensor]:
         assert batch.advantages_MBT is not None
         chosen = chosen_logprobs(logits, batch.tokens_BT)
         mask = batch.response_mask_BT[:, 1:]

@@ -19,13 +19,14 @@ from gapo_mega.engine.base import (
     SamplingParameters,
     ValueLoss,
 )
+from gapo_mega.engine.megatron.checkpoint import adapter, weights
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
-from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy
+from gapo_mega.engine.megatron.model import lora
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
 from gapo_mega.engine.megatron.model.forward import batch_logprobs
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
@@ -34,9 +35,12 @@ from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.score import ScoreModel
+from gapo_mega.files import local
+from gapo_mega.models.adapters import settings_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions, write_template
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.types import Experience, TokenBatch
 
@@ -72,10 +76,9 @@ class MegatronEngine(groups.Collective):
         with megatron_device():
             chunks = build_chunks(shape, config.model, config.parallel)
             self._load(chunks, self._source)
+            self._attach_adapters(chunks)
             self.policy = make_trainable(chunks, config.optimizer, resolved.total_updates)
-            reference = build_gpt(shape, config.model, config.parallel)
-            self._load([reference], self._source)
-            self.reference = FrozenModel(reference, config.model.offload_reference)
+            self.reference = self._own_reference()
             self.critics = None if critic is None else self._critics(resolved, critic)
             self.gradients = self._strategy(resolved, config.rows)
             self.audited = self._strategy(resolved, config.audited_rows) if config.audited_rows else None
@@ -94,6 +97,23 @@ class MegatronEngine(groups.Collective):
         for chunk in chunks:
             weights.load(chunk, self.shape, source)
 
+    def _attach_adapters(self, chunks: Sequence[GPTModel]) -> None:
+        settings = self._config.model.lora
+        if settings is None:
+            return
+        lora.attach(chunks, self.shape, settings, self._config.seed)
+        if settings.path is not None:
+            adapter.load(chunks, self.shape, settings, local(settings.path))
+
+    def _own_reference(self) -> FrozenModel | None:
+        """None: the reference is the policy without its adapters."""
+        config = self._config
+        if config.model.lora is not None:
+            return None
+        reference = build_gpt(self.shape, config.model, config.parallel)
+        self._load([reference], self._source)
+        return FrozenModel(reference, config.model.offload_reference)
+
     def _strategy(self, resolved: ResolvedRun, rows: Sequence[str]) -> GradientStrategy:
         return strategies.build(resolved, self.policy, self.groups, len(rows))
 
@@ -109,13 +129,16 @@ class MegatronEngine(groups.Collective):
     # -- forward -----------------------------------------------------------------------------------
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
-        size = self._config.micro_batch_size
+        size, chunk = self._config.micro_batch_size, logits_chunk(self._config, self.shape)
         with megatron_device():
             if model == "policy":
-                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution)
+                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
+            elif self.reference is None:
+                with lora.switched_off(self.policy.modules):
+                    local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
             else:
                 with self.reference.on_device() as reference:
-                    local_BT = batch_logprobs([reference], batch, size, distribution)
+                    local_BT = batch_logprobs([reference], batch, size, distribution, chunk)
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
@@ -191,7 +214,15 @@ class MegatronEngine(groups.Collective):
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
-        checkpoint.save(directory, self._trainables(), extra, self.groups, averages=self._averages())
+        settings = self._config.model.lora
+        checkpoint.save(
+            directory,
+            self._trainables(),
+            extra,
+            self.groups,
+            averages=self._averages(),
+            lora=None if settings is None else settings_of(settings),
+        )
         if self.layout.is_main:
             companions = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._source), companions)
@@ -219,3 +250,11 @@ class MegatronEngine(groups.Collective):
             )
         if self.layout.is_main:
             write_template(directory, self._chat_template)
+
+    def export_adapter(self, directory: Path) -> None:
+        settings = self._config.model.lora
+        assert settings is not None, "the configuration refuses it without adapters"
+        with megatron_device():
+            self.policy.gather_parameters()
+            base = self._config.model.path
+            adapter.export(self.policy.modules, self.shape, settings, base, directory)

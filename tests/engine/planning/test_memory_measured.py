@@ -184,8 +184,33 @@ NARROW = {
                 "rollout": {"repetition_penalty": 1.05, "top_p": 0.9},
             },
         ),
+        # Logits of 64 of 400 response tokens at a time.
+        (
+            {**WIDE, "vocab_size": 12000, "num_hidden_layers": 1},
+            True,
+            200,
+            {
+                "gradients": {"forward": "separate"},
+                "optimizer": {"distributed": False},
+                "model": {"logits_chunk": 64},
+            },
+        ),
+        # Adapters, of logits at a time as well.
+        (
+            {**WIDE, "vocab_size": 12000, "num_hidden_layers": 1},
+            True,
+            200,
+            {
+                "gradients": {"forward": "separate"},
+                "optimizer": {"distributed": False},
+                "model": {"logits_chunk": 64, "lora": {"rank": 8}},
+            },
+        ),
     ],
-    ids=["shared-fp32", "separate-bf16", "recompute-fp32", "qwen3", "penalty-and-cut"],
+    ids=[
+        *("shared-fp32", "separate-bf16", "recompute-fp32", "qwen3", "penalty-and-cut"),
+        *("chunks", "chunks-and-adapters"),
+    ],
 )
 def test_a_step_takes_what_was_predicted(
     tmp_path: Path, sizes: dict[str, int], tied: bool, response: int, sections: dict[str, Any]
@@ -212,14 +237,14 @@ def test_a_step_takes_what_was_predicted(
         batch = longest_batch(config, shape.vocab)
         with measure_allocations(device()) as found:
             engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
-        model = engine.policy.model
+        model, reference = engine.policy.model, engine.reference
         assert_near(
             {
                 "parameters": tensor_bytes(model.parameters()),
                 "gradients": tensor_bytes(buffer.grad_data for buffer in model.buffers),
                 "optimizer": optimizer_bytes(engine, config.model.dtype),
                 "objective_rows": engine.gradients.row_bytes,
-                "reference": tensor_bytes(engine.reference.model.parameters()),
+                "reference": 0 if reference is None else tensor_bytes(reference.model.parameters()),
                 "activations": found.peak_bytes,
             },
             plan,

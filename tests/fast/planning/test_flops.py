@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.strategies import PassCount
+from gapo_mega.models.adapters import layer_parameters
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import flops as throughput
 from gapo_mega.planning.flops import TransformerShape
 
@@ -46,6 +53,26 @@ def test_backward_is_twice_the_forward() -> None:
         llama(SHAPE)(torch.zeros(1, length, dtype=torch.long), use_cache=False).logits.sum().backward()
     forward = throughput.forward_flops(SHAPE, length, causal=False)
     assert counter.get_total_flops() == 3 * forward
+
+
+def test_adapters_add_their_products_and_spare_frozen_weights_gradients() -> None:
+    lora = LoraConfig(rank=4)
+    model = get_peft_model(llama(SHAPE), PeftConfig(r=4, target_modules=list(lora.targets)))
+    model.enable_input_require_grads()  # as the engine's embedding
+    sizes = {"hidden": 48, "ffn": 80, "heads": 6, "kv_groups": 2, "head_dim": 8}
+    whole = ModelShape("llama", 2, **sizes, vocab=101, tied=False, rope_theta=1e4, norm_eps=1e-5,
+                       qkv_bias=False, max_positions=64)  # fmt: skip
+    adapters = layer_parameters(whole, lora)
+    assert adapters * 2 == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape, length = dataclasses.replace(SHAPE, adapters=adapters), 16
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False).logits.sum().backward()
+    forward = throughput.forward_flops(shape, length, causal=False)
+    assert counter.get_total_flops() == forward + throughput.backward_flops(shape, length, causal=False)
+    count = throughput.step_flops(shape, [(8, 8)], PassCount(1, 1))
+    without = throughput.step_flops(SHAPE, [(8, 8)], PassCount(1, 1))
+    assert count.reference == without.reference and count.rollout > without.rollout
+    assert count.update < without.update
 
 
 def test_causal_attention_counts_visible_pairs() -> None:

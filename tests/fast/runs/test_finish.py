@@ -30,6 +30,15 @@ def test_export_comes_before_the_answers_and_the_report_last(tmp_path: Path) -> 
     assert facts["samples"] == 3 and facts["after"] != facts["before"]
 
 
+def test_the_adapter_is_exported_beside_the_model(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    wanted = {"export_hf": True, "export_adapter": True}
+    run = trainer(tmp_path, engine, steps=1, with_report=True, checkpoint=wanted, model={"lora": {}})
+    assert run.run()
+    assert engine.calls[-3:] == ["export_hf", "export_adapter", "generate"]
+    assert (tmp_path / "adapter").is_dir()
+
+
 def test_without_held_out_prompts_the_summary_is_empty(tmp_path: Path) -> None:
     engine = FakeEngine()
     assert trainer(tmp_path, engine, steps=1, with_report=True, held_out=[]).run()

@@ -15,10 +15,10 @@ from gapo_mega.config import (
     Config,
     DataConfig,
     GradientConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
     RolloutConfig,
 )
 from gapo_mega.config.strategies import stores
@@ -236,8 +236,8 @@ def _rollout(temperature: str, sampling: str) -> RolloutConfig:
 
 
 @_once
-def _model(path: str, dtype: str, recompute: str) -> ModelConfig:
-    return ModelConfig.model_validate({"path": path, "dtype": dtype, "recompute": recompute})
+def _model(path: str, dtype: str, recompute: str) -> PolicyConfig:
+    return PolicyConfig.model_validate({"path": path, "dtype": dtype, "recompute": recompute})
 
 
 @_once

@@ -108,7 +108,7 @@ def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result;
-    perhaps clip_epsilon.
+    perhaps clip_epsilon, and export_adapter, a folder for the adapter.
 
     With ``critic``, a section of the configuration, the critic is run instead.
     """
@@ -124,6 +124,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     reports = [engine.update_policy(batch, policy_loss, aggregator) for _ in range(arguments["steps"])]
     export = Path(arguments["export"])
     engine.export_hf(export)
+    if arguments.get("export_adapter"):
+        engine.export_adapter(Path(arguments["export_adapter"]))
     return {
         "world": dist.get_world_size(),
         "losses": [r.losses for r in reports],

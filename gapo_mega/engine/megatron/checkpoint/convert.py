@@ -31,7 +31,7 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import (
 )
 from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.model.build import padded_vocabulary
-from gapo_mega.models import HFDirectory, shape_of, write_hf
+from gapo_mega.models import HFDirectory, adapters, shape_of, write_hf
 from gapo_mega.models.casting import cast, dtype_name, is_finite
 from gapo_mega.models.huggingface.config import read_config
 from gapo_mega.models.huggingface.location import COMPANIONS
@@ -102,7 +102,8 @@ def to_checkpoint(
 def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
     """Write a Megatron checkpoint (converted, or of a training run) as a Hugging Face directory.
 
-    From a training run's checkpoint it takes the trained model: the policy, or the score model.
+    From a training run's checkpoint it takes the trained model, the policy or the score model, with adapters
+    merged into its weights.
 
     Args:
         source: the checkpoint's directory.
@@ -127,6 +128,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
     head = head_if_any(source)
     weights = weight_map_of(shape_of(config), head)
     prefix = trained_model_prefix(about)
+    lora = adapters.from_settings(about.get("lora"))
     originals: dict[str, str] = about.get(_ORIGINAL_DTYPES, {})
 
     def typed(name: str, value: Tensor) -> Tensor:
@@ -145,10 +147,17 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
             reader.tensors[key].size, dtype=reader.tensors[key].properties.dtype, device="meta"
         )
 
+    def adapter(name: str) -> Tensor:
+        key, layer = checkpoint_key(name)
+        return reader.read(prefix + key, layer)
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in weights.names():
             key, layer = checkpoint_key(name)
-            for hf_name, value in weights.to_hf(name, [reader.read(prefix + key, layer)]).items():
+            whole = reader.read(prefix + key, layer)
+            if lora is not None:
+                whole = adapters.merged(name, whole, weights.shape, lora, adapter)
+            for hf_name, value in weights.to_hf(name, [whole]).items():
                 yield hf_name, typed(hf_name, value)
         for name, key in kept.items():
             yield name, reader.read(key)

@@ -62,6 +62,7 @@ def save(
     groups: Groups,
     score_head: dict[str, Any] | None = None,
     averages: Mapping[str, AveragedRows] = MappingProxyType({}),
+    lora: Mapping[str, object] | None = None,
 ) -> None:
     """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
 
@@ -71,6 +72,7 @@ def save(
         extra: picklable; one per data rank is kept, from the first rank of each replica.
         score_head: fields of a score model's ``ScoreHead``, for a conversion.
         averages: running means of gradients, by the name of their trainable.
+        lora: what ``models.adapters.settings_of`` says of the trained model's adapters; None: it has none.
 
     Raises ``OSError`` that names the directory if writing it fails.
     """
@@ -92,8 +94,9 @@ def save(
             }
             model = _by_chunk(trainable, model_state.to_save)
             state[name] = _prefixed(name, model, optimizer.to_save(model))
-        about = {"format": FORMAT, "layout": _sizes(layout), "models": models}
+        about: dict[str, Any] = {"format": FORMAT, "layout": _sizes(layout), "models": models}
         about["score_head"] = score_head
+        about["lora"] = None if lora is None else dict(lora)
         dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read_common, trained_model_prefix
+from gapo_mega.engine.megatron.model import lora
 from gapo_mega.engine.megatron.model.modules import ValueModel
 from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
+from gapo_mega.models.adapters import from_settings
 from gapo_mega.models.casting import cast, is_finite
 from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
@@ -51,7 +54,7 @@ def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | Non
         model: the bare model, not yet wrapped for training: fp32 copies of its parameters would go stale.
         shape: the shape that ``model`` was built with; a directory may have more layers.
         source: a directory with weights and ``config.json``, or a checkpoint that this package wrote. From a
-            training run's checkpoint this loads the trained model.
+            training run's checkpoint this loads the trained model, its adapters merged into the weights.
         head: the score head of ``source``, if it has one.
 
     Raises:
@@ -59,7 +62,9 @@ def load(model: GPTModel, shape: ModelShape, source: Path, head: ScoreHead | Non
             differs from its configuration.
     """
     if is_checkpoint(source):
-        _load_checkpoint(model, source, with_head=head is not None or not isinstance(model, ValueModel))
+        _load_checkpoint(
+            model, shape, source, with_head=head is not None or not isinstance(model, ValueModel)
+        )
     else:
         load_hf(model, shape, source, head)
 
@@ -73,7 +78,7 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
     _check_names(source, weights, head, headless, _weight_map(model, whole, head).hf_names())
     rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
-        for name, parameter in _parameters(model).items():
+        for name, parameter in parameters_of(model).items():
             if name.startswith("output_layer.") and headless:
                 continue
             if name == OUTPUT_BIAS and head is not None and head.bias is None:
@@ -97,12 +102,15 @@ def _checked(source: HFDirectory, names: Sequence[str], value: Tensor, dtype: to
     )
 
 
-def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
+def _load_checkpoint(model: GPTModel, shape: ModelShape, directory: Path, with_head: bool) -> None:
     about = read_common(directory).get("about", {})
     if about.get("score_head") and not isinstance(model, ValueModel):
         # With tied embeddings no missing tensor would give it away.
         raise ValueError(f"checkpoint {directory}: found a score model, accepted: a language model")
     prefix = trained_model_prefix(about)
+    adapters = from_settings(about.get("lora"))
+    if adapters is not None:
+        lora.add(model, shape, adapters)
     left = () if with_head else ("output_layer.",)
     entries = model_state.to_load(model_state.to_save(model))
     state = {name: entry for name, entry in entries.items() if not name.startswith(left)}
@@ -121,6 +129,8 @@ def _load_checkpoint(model: GPTModel, directory: Path, with_head: bool) -> None:
             )
     # Megatron also returns entries that ``state`` does not ask for, such as "about".
     model_state.restore(model, {name: loaded[name] for name in state}, left)
+    if adapters is not None:
+        lora.merge(model)
 
 
 def export_hf(
@@ -149,14 +159,17 @@ def export_hf(
     assert isinstance(chunks[0], ValueModel) == (head is not None), "a critic has no Hugging Face form"
     if parallel_state.get_data_parallel_rank() == 0:
         weights = _weight_map(chunks[0], shape, head)
-        own = {name: value for chunk in chunks for name, value in _parameters(chunk).items()}
-        stages = _parcels(own, weights)
+        own = {name: value for chunk in chunks for name, value in parameters_of(chunk).items()}
+        stages = parcels(own, weights)
         promised = {
             name: like
             for parcel in chain.from_iterable(stages)
             for name, like in weights.to_hf(parcel.name, [parcel.like()] * weights.tensor).items()
         }
-        tensors = _stream(own, weights, stages)
+        adapted = {layer.linear.weight: layer for layer in lora.adapted_layers(chunks)}
+        tensors = stream(
+            own, weights, stages, lambda value: adapted[value].merged() if value in adapted else value
+        )
         if dist.get_rank() == 0:
             assert promised.keys() == weights.hf_names(), "not all tensors are exported"
             write_hf(directory, companions, promised, tensors, config=config, overwrite=overwrite)
@@ -171,7 +184,7 @@ def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = Non
     return weight_map_of(shape, head, tensor, padded_vocab=model.vocab_size)
 
 
-def _parameters(model: GPTModel) -> dict[str, Tensor]:
+def parameters_of(model: GPTModel) -> dict[str, Tensor]:
     """A chunk's parameters by their names in the whole model."""
 
     def whole_model_name(name: str) -> str:
@@ -204,7 +217,7 @@ def _check_names(
 
 
 @dataclass(frozen=True)
-class _Parcel:
+class Parcel:
     """A parameter that a pipeline stage sends: shape and dtype of one tensor rank's shard."""
 
     name: str
@@ -216,31 +229,57 @@ class _Parcel:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def _parcels(own: Mapping[str, Tensor], weights: WeightMap) -> list[list[_Parcel]]:
+class Naming(Protocol):
+    """What an export asks of the names of a model's parameters."""
+
+    tensor: int  # tensor-parallel size
+
+    def has(self, name: str) -> bool:
+        """Whether the parameter is exported."""
+        ...
+
+    def is_copy(self, name: str) -> bool:
+        """Whether another stage has the same parameter."""
+        ...
+
+    def to_hf(self, name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by their names in the file, from all tensor ranks' parts."""
+        ...
+
+
+def parcels(own: Mapping[str, Tensor], weights: Naming) -> list[list[Parcel]]:
     """The parcels of every pipeline stage, the same on all ranks of a replica, by an all-gather."""
     parcels = [
-        _Parcel(name, tuple(value.shape), value.dtype)
+        Parcel(name, tuple(value.shape), value.dtype)
         for name, value in own.items()
         if not weights.is_copy(name) and weights.has(name)
     ]
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[_Parcel]] = [[] for _ in range(pipeline.size())]
+    stages: list[list[Parcel]] = [[] for _ in range(pipeline.size())]
     dist.all_gather_object(stages, parcels, group=pipeline)
     return stages
 
 
-def _stream(
-    own: Mapping[str, Tensor], weights: WeightMap, stages: list[list[_Parcel]]
+def stream(
+    own: Mapping[str, Tensor],
+    weights: Naming,
+    stages: list[list[Parcel]],
+    sent: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors on rank 0; the other ranks get none but must iterate, too."""
+    """Whole Hugging Face tensors on rank 0; the other ranks get none but must iterate, too.
+
+    ``sent``: what of a rank's own parameter is exported, of the same shape and dtype.
+    """
     for stage, parcels in enumerate(stages):
         for parcel in parcels:
-            parts = _bring_to_first(own.get(parcel.name), parcel, stage, weights.tensor)
+            value = own.get(parcel.name)
+            value = None if value is None else sent(value)
+            parts = _bring_to_first(value, parcel, stage, weights.tensor)
             if parts is not None:
                 yield from weights.to_hf(parcel.name, list(parts)).items()
 
 
-def _bring_to_first(value: Tensor | None, parcel: _Parcel, stage: int, tensor: int) -> Tensor | None:
+def _bring_to_first(value: Tensor | None, parcel: Parcel, stage: int, tensor: int) -> Tensor | None:
     """Gather the shards ``[tensor, ...]`` of a parameter of ``stage`` on the replica's first rank.
 
     ``value`` is this rank's shard, ``None`` on other stages. Returns ``None`` on all other ranks.

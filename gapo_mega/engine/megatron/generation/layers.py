@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gapo_mega.engine.megatron.generation.products import Gated, Product, gated, product
+from gapo_mega.engine.megatron.generation.products import Gated, Product, gated, product, with_change
+from gapo_mega.engine.megatron.model.lora import adapted_of
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 
 # Fields of Megatron's configuration that change what a model computes, with what the decoder computes. A
@@ -181,6 +182,7 @@ def _layer(layer: TransformerLayer) -> Layer:
     attention, mlp, config = layer.self_attention, layer.mlp, layer.config
     queries = config.num_attention_heads // config.num_query_groups
     groups = config.num_query_groups // config.tensor_model_parallel_size
+    changes = {path: adapted.part for path, adapted in adapted_of(layer).items()}
     head_norm = None
     if isinstance(attention.q_layernorm, RMSNorm):
         query_C, key_C = attention.q_layernorm.weight, attention.k_layernorm.weight
@@ -188,13 +190,18 @@ def _layer(layer: TransformerLayer) -> Layer:
         head_norm = Norm(weights, attention.q_layernorm.eps)
     return Layer(
         input_norm=Norm.of(layer.input_layernorm),
-        qkv=product(attention.linear_qkv.weight, attention.linear_qkv.bias),
+        qkv=with_change(
+            product(attention.linear_qkv.weight, attention.linear_qkv.bias),
+            changes.get("self_attention.linear_qkv"),
+        ),
         head_shape=(groups, queries + 2, config.kv_channels),
         head_norm=head_norm,
-        projection=product(attention.linear_proj.weight),
+        projection=with_change(
+            product(attention.linear_proj.weight), changes.get("self_attention.linear_proj")
+        ),
         mlp_norm=Norm.of(layer.pre_mlp_layernorm),
-        gated=gated(mlp.linear_fc1.weight),
-        down=product(mlp.linear_fc2.weight),
+        gated=gated(mlp.linear_fc1.weight, changes.get("mlp.linear_fc1")),
+        down=with_change(product(mlp.linear_fc2.weight), changes.get("mlp.linear_fc2")),
     )
 
 

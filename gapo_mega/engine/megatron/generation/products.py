@@ -8,6 +8,7 @@ weights are read in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from torch.nn import functional
 
 # oneDNN chooses the order by the number of rows. What it chooses for this many is fast for one and for 2000.
 _ROWS = 32
+
+
+Change = Callable[[Tensor], Tensor]  # of rows x_NK: what is added to a product [N, O]
 
 
 class Product(Protocol):
@@ -43,8 +47,18 @@ def product(weight_OK: Tensor, bias_O: Tensor | None = None) -> Product:
     return _Packed(weight_OK, bias_O) if _can_pack(weight_OK) else _Plain(weight_OK, bias_O)
 
 
-def gated(weight_2OK: Tensor) -> Gated:
-    """With a weight whose first half is the gate's and whose second half is the other factor's."""
+def with_change(base: Product, change: Change | None) -> Product:
+    """A product to whose result a change is added, as adapters make it; None: none is."""
+    return base if change is None else _Changed(base, change)
+
+
+def gated(weight_2OK: Tensor, change: Change | None = None) -> Gated:
+    """With a weight whose first half is the gate's and whose second half is the other factor's.
+
+    ``change``: of the weight's product, ``[N, 2 O]``, before anything is made of it.
+    """
+    if change is not None:
+        return _ChangedGated(product(weight_2OK), change)
     return _PackedGated(weight_2OK) if _can_pack(weight_2OK) else _PlainGated(weight_2OK)
 
 
@@ -74,6 +88,26 @@ class _PlainGated:
 
     def __call__(self, x_NK: Tensor) -> Tensor:
         gate_NO, up_NO = functional.linear(x_NK, self._weight_2OK).chunk(2, dim=-1)
+        return functional.silu(gate_NO).mul_(up_NO)
+
+
+class _Changed:
+    def __init__(self, base: Product, change: Change) -> None:
+        self._base, self._change = base, change
+
+    def __call__(self, x_NK: Tensor) -> Tensor:
+        return self._base(x_NK).add_(self._change(x_NK))
+
+    def plus(self, x_NK: Tensor, other_NO: Tensor) -> Tensor:
+        return self._base.plus(x_NK, other_NO).add_(self._change(x_NK))
+
+
+class _ChangedGated:
+    def __init__(self, base: Product, change: Change) -> None:
+        self._product = _Changed(base, change)
+
+    def __call__(self, x_NK: Tensor) -> Tensor:
+        gate_NO, up_NO = self._product(x_NK).chunk(2, dim=-1)
         return functional.silu(gate_NO).mul_(up_NO)
 
 

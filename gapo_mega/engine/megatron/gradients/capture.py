@@ -27,8 +27,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
+from gapo_mega.engine.megatron.model.lora import LowRank
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable
+from gapo_mega.models import adapters
 
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 
@@ -40,13 +42,15 @@ def refusal(chunks: Sequence[GPTModel]) -> str | None:
     }
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if parameter not in known:
+            if parameter.requires_grad and parameter not in known:
                 return f"the parameter {name}, whose module hands over no gradients of sequences"
     return None
 
 
 def _parameters_taken(module: nn.Module) -> Iterator[nn.Parameter]:
     names = ["weight"] if isinstance(module, (*_LINEAR, VocabParallelEmbedding, RMSNorm)) else []
+    if isinstance(module, LowRank):
+        names += [adapters.A, adapters.B]
     if isinstance(module, ColumnParallelLinear) and not module.skip_bias_add:
         names.append("bias")
     own = dict(module.named_parameters(recurse=False))
@@ -62,15 +66,25 @@ def listening(trainable: Trainable, accumulator: Accumulator) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
-        for chunk in trainable.modules:
-            for module in chunk.modules():
-                if isinstance(module, _LINEAR):
-                    stack.enter_context(_attribute(module, "_forward_impl", _linear(accumulator)))
-                elif isinstance(module, RMSNorm):
-                    stack.enter_context(_attribute(module, "scale", _norm(accumulator)))
-                elif isinstance(module, VocabParallelEmbedding):
-                    stack.callback(module.register_forward_hook(_embedding(accumulator)).remove)
+        for module in _trained_modules(trainable):
+            if isinstance(module, LowRank):
+                stack.enter_context(_attribute(module, "product", _product(accumulator)))
+            elif isinstance(module, _LINEAR):
+                stack.enter_context(_attribute(module, "_forward_impl", _linear(accumulator)))
+            elif isinstance(module, RMSNorm):
+                stack.enter_context(_attribute(module, "scale", _norm(accumulator)))
+            elif isinstance(module, VocabParallelEmbedding):
+                stack.callback(module.register_forward_hook(_embedding(accumulator)).remove)
         yield
+
+
+def _trained_modules(trainable: Trainable) -> list[nn.Module]:
+    """All modules; of a model with adapters these alone, because everything else of it is frozen.
+
+    Megatron's layers of frozen weights give the gradient of the activations and no other.
+    """
+    modules = [module for chunk in trainable.modules for module in chunk.modules()]
+    return [module for module in modules if isinstance(module, LowRank)] or modules
 
 
 @contextmanager
@@ -107,6 +121,16 @@ def _linear(accumulator: Accumulator) -> Callable[..., Tensor]:
         return output
 
     return forward
+
+
+def _product(accumulator: Accumulator) -> Callable[[Tensor, nn.Parameter], Tensor]:
+    def product(x_SBI: Tensor, weight: nn.Parameter) -> Tensor:
+        output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x_SBI, weight, None, accumulator, False, None, None
+        )
+        return output
+
+    return product
 
 
 class _Linear(torch.autograd.Function):

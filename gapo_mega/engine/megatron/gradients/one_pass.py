@@ -25,7 +25,7 @@ from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
-from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
+from gapo_mega.engine.megatron.model.forward import forward_backward, run_policy, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import Backwards
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -91,11 +91,11 @@ class OnePass(Shards):
     def _microbatch(self, task: Task, batch: Experience, clock: Clock) -> Tensor:
         """Add one microbatch's gradients to the rows. Returns its part of every loss."""
         model = self.trainable.model
-        logits_NV = run_at_responses(model, batch, sequence_multiple(model))
-        batch = batch.to(device())
         backwards = Backwards(last=False)
-        policy_BX = task.policy_of(logits_NV, batch, backwards)
-        del logits_NV
+        output, finish = run_policy(model, batch, sequence_multiple(model), task.wanted(backwards))
+        batch = batch.to(device())
+        policy_BX = finish(output)
+        del output, finish
         losses_M, cotangents_MBX = _cotangents(task, policy_BX, batch)
         clock.lap("forward")
         directions = cotangents.Directions(cotangents_MBX)
@@ -162,8 +162,8 @@ class OnePass(Shards):
                 lambda _: self._accumulator.take(coefficients_MB, where)
             )
 
-        def loss(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            policy_BX = task.policy_of(logits_NV, batch, Backwards(last=True))
+        def loss(policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            bind(policy_BX, batch)  # the output layer's backward may come before that of its stage's output
             losses_M, cotangents_MBX = _cotangents(task, policy_BX, batch)
             cotangent_BX, fits = cotangents.along(cotangents_MBX, _advantages(batch))
             logged = torch.cat([losses_M, torch.tensor([float(not fits)], dtype=torch.float64)])
@@ -172,7 +172,14 @@ class OnePass(Shards):
         reduce = config.finalize_model_grads_func
         config.finalize_model_grads_func = None
         try:
-            return forward_backward(chunks, task.microbatches, loss, self.objectives + 1, True, bind)
+            return forward_backward(
+                chunks,
+                task.microbatches,
+                loss,
+                self.objectives + 1,
+                on_output=bind,
+                policy=task.wanted(Backwards(last=True)),
+            )
         finally:
             config.finalize_model_grads_func = reduce
 

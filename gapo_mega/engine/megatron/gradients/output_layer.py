@@ -104,11 +104,12 @@ class OutputLayer:
 
 
 def parameters_of_layers(chunks: Sequence[GPTModel], ranges: Sequence[Sequence[int]]) -> list[nn.Parameter]:
-    """This stage's parameters of the layers in ``ranges``, [first, end) counted from 0 over all stages."""
+    """This stage's trained parameters of the layers in ``ranges``, [first, end) from 0 over all stages."""
     return [
         parameter
         for chunk in chunks
         for layer in chunk.decoder.layers
         if any(first <= layer.layer_number - 1 < end for first, end in ranges)
         for parameter in layer.parameters()
+        if parameter.requires_grad
     ]

@@ -19,7 +19,14 @@ from torch.autograd.graph import get_gradient_edge
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_at_responses, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import SEVERAL, Backwards, Distribution, Entropy, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import (
+    SEVERAL,
+    Backwards,
+    Distribution,
+    Entropy,
+    Wanted,
+    logprobs_of,
+)
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -44,6 +51,7 @@ class Task:
     meter: Meter | None = None
     entropy: Entropy = "none"
     entropy_beta: float = 0.0  # every L_k has -entropy_beta times the mean entropy added
+    chunk: int = 0  # positions whose logits are in memory at once; 0: all
 
     def losses(
         self, logits_NV: Tensor, batch: Experience, wanted: Collection[int] | None = None
@@ -53,6 +61,10 @@ class Task:
         ``logits_NV``: those that predict response tokens, in the order of the mask; overwritten.
         """
         return self.losses_of(self.policy_of(logits_NV, batch, self.backwards), batch, wanted)
+
+    def wanted(self, backwards: Backwards) -> Wanted:
+        """What a forward gives for ``losses_of``."""
+        return Wanted(self.distribution, backwards, self.entropy, self.chunk)
 
     def policy_of(self, logits_NV: Tensor, batch: Experience, backwards: Backwards) -> Tensor:
         """All that losses depend on, [B, X]: log-probabilities and, where they are wanted, entropies."""
@@ -128,15 +140,19 @@ class SeparatePasses:
         task = self._task
         wanted = {k for k, c in enumerate(coefficients) if c != 0.0}
 
-        def mixed(logits_NV: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-            parts = task.losses(logits_NV, batch, wanted or {0})
+        def mixed(policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+            parts = task.losses_of(policy_BX, batch, wanted or {0})
             return combined(parts, coefficients), torch.stack(parts)
 
         self._trainable.zero_grad()
         trainable = self._trainable
         with nullcontext() if only is None else _training_only(trainable, only):
             found = forward_backward(
-                trainable.chunks, task.microbatches, mixed, task.objectives, at_responses=True
+                trainable.chunks,
+                task.microbatches,
+                mixed,
+                task.objectives,
+                policy=task.wanted(task.backwards),
             )
         for k in wanted:
             self.losses[k] = found[k]

@@ -75,6 +75,7 @@ class RowBuffer:
                 bucket.grad_data[:start].zero_()
                 bucket.grad_data[end:].zero_()
         if parallel_state.get_tensor_model_parallel_rank() != 0:
-            for name, parameter in model.named_parameters():
+            trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            for name, parameter in trained:
                 if is_summed_over_tensor_ranks(model.config, name, parameter):
                     parameter.main_grad.zero_()

@@ -14,6 +14,7 @@ from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.memory import average_bytes, rank_sizes
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.registry import implementations
@@ -34,13 +35,14 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
         longest=config.rollout.max_new_tokens,
         entropy_beta=config.algorithm.entropy_beta,
         measures_entropy=config.logging.entropy,
+        chunk=logits_chunk(config, shape),
         average=config.aggregation.average,
         average_dtype=torch.bfloat16 if config.aggregation.average_dtype == "bf16" else torch.float32,
     )
     strategy = implementation_of(type(declared))(setting, declared)
     whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
     stage = groups.layout.pipeline_rank
-    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage)
+    sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage, config.model.lora)
     expected = declared.row_bytes(setting.objectives, sizes) + average_bytes(resolved, sizes)
     found = strategy.row_bytes
     as_declared = (

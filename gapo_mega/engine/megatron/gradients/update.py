@@ -84,6 +84,7 @@ class Setting:
     average_dtype: torch.dtype = torch.float32
     entropy_beta: float = 0.0  # of the bonus in every objective's loss
     measures_entropy: bool = False
+    chunk: int = 0  # positions whose logits are in memory at once; 0: all
 
     @property
     def entropy(self) -> Entropy:
@@ -267,6 +268,7 @@ class GradientStrategy(ABC):
             meter=Meter(loss, self.objectives, len(pieces.parts), setting.entropy != "none"),
             entropy=setting.entropy,
             entropy_beta=setting.entropy_beta,
+            chunk=setting.chunk,
         )
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:

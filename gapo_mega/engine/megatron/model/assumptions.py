@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.generation import layers
 from gapo_mega.engine.megatron.model import gathering
+from gapo_mega.engine.megatron.model.lora import LowRank
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, owned_parts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks, without_overlap
@@ -285,6 +286,9 @@ def _marks_tell_who_counts(chunks: Sequence[DistributedDataParallel], optimizer:
 def _known_splits(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, bool]]:
     """Parameters of Megatron's own layers and of ours, and whether they are split over tensor ranks."""
     for module in model.modules():
+        if isinstance(module, LowRank):
+            yield module.lora_A, module.splits_inputs
+            yield module.lora_B, not module.splits_inputs
         split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
         if split or isinstance(module, (RMSNorm, ValueHead)):
             for name, parameter in module.named_parameters(recurse=False):

@@ -10,7 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
-from gapo_mega.engine.megatron.model.logprobs import Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.chunked_head import left_out
+from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -58,6 +59,25 @@ def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tens
     return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
 
 
+def run_policy(
+    model: nn.Module, batch: TokenBatch, multiple: int, wanted: Wanted
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A stage's output, and what makes the policy of it: of a last stage ``[B, X]`` as ``logprobs_of`` gives.
+
+    The output of a last stage is for that alone: hidden states where logits come in chunks.
+    """
+    there = batch.to(device())
+    if not wanted.chunk or not get_attr_wrapped_model(model, "post_process"):
+        output = run_at_responses(model, batch, multiple)
+        distribution, backwards, entropy = wanted.distribution, wanted.backwards, wanted.entropy
+        return output, lambda out: logprobs_of(out, there, distribution, backwards, entropy)
+    columns = batch.tokens_BT.shape[1]
+    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
+    with left_out(model, rectangle.to(device())) as head:
+        output = run_model(model, there.tokens_BT, multiple)
+    return output, lambda out: head.policy(out, there, wanted)
+
+
 def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Microbatches[AnyBatch]:
     """``Microbatches`` of ``size`` rows that the chunks' schedule takes.
 
@@ -67,12 +87,17 @@ def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Micr
     return Microbatches.of(batch, size, together=together, one_width=interleaved)
 
 
+def _as_it_is(output: Tensor) -> Tensor:
+    return output
+
+
 def _schedule(
     chunks: Chunks,
     microbatches: Sequence[AnyBatch],
     on_last_stage: Callable[[Tensor, AnyBatch], Any],
     at_responses: bool,
     on_output: OnOutput[AnyBatch] | None = None,
+    policy: Wanted | None = None,
     **options: Any,
 ) -> list[Any]:
     multiple = sequence_multiple(chunks[0])
@@ -88,14 +113,17 @@ def _schedule(
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
         there = batch.to(device())
-        if at_responses:
+        finish = _as_it_is
+        if policy is not None:
+            output, finish = run_policy(stage, batch, multiple, policy)
+        elif at_responses:
             output = run_at_responses(stage, batch, multiple)
         else:
             output = run_model(stage, there.tokens_BT, multiple)
         if on_output is not None:
             on_output(output, there)
-        if at_responses:
-            return output, lambda out, **_: on_last_stage(out, there)
+        if at_responses or policy is not None:
+            return output, lambda out, **_: on_last_stage(finish(out), there)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : there.tokens_BT.shape[1]], there)
 
@@ -120,12 +148,14 @@ def forward_backward(
     logged_numbers: int = 1,
     at_responses: bool = False,
     on_output: OnOutput[AnyBatch] | None = None,
+    policy: Wanted | None = None,
 ) -> Tensor:
     """Accumulate the gradients of all microbatches in the chunks' gradient buffers, then reduce them.
 
     An interleaved pipeline needs at least as many microbatches as stages, all of one shape. With
     ``at_responses`` the loss gets the outputs ``[N, X]`` that predict response tokens, as
-    ``run_at_responses`` gives them, and the output layer computes little else. Returns the sum of this
+    ``run_at_responses`` gives them, and the output layer computes little else. With ``policy`` it gets what
+    ``logprobs_of`` makes of these, and their logits need not all be there at once. Returns the sum of this
     data rank's ``[logged_numbers]`` from ``loss``, float64 on the CPU, on the last pipeline stage (zeros
     elsewhere). ``on_output`` gets the output of every chunk of every stage.
     """
@@ -135,7 +165,9 @@ def forward_backward(
         # The second is Megatron's token count, which reduction.reduce_gradients ignores.
         return value, torch.zeros((), dtype=torch.int, device=value.device), logged.detach().reshape(-1)
 
-    parts = _schedule(chunks, microbatches, on_last_stage, at_responses, on_output, forward_only=False)
+    parts = _schedule(
+        chunks, microbatches, on_last_stage, at_responses, on_output, policy, forward_only=False
+    )
     total = torch.zeros(logged_numbers, dtype=torch.float64)
     return total + torch.stack(parts).double().sum(dim=0).cpu() if parts else total
 
@@ -146,11 +178,12 @@ def forward_only(
     microbatches: Sequence[AnyBatch],
     output_of: OutputOf[AnyBatch],
     at_responses: bool = False,
+    policy: Wanted | None = None,
 ) -> list[Tensor]:
     """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere.
 
-    ``at_responses``: as for ``forward_backward``. An interleaved pipeline takes at least as many microbatches
-    as stages: the last one may be run, and ``output_of`` called, more than once.
+    ``at_responses``, ``policy``: as for ``forward_backward``. An interleaved pipeline takes at least as many
+    microbatches as stages: the last one may be run, and ``output_of`` called, more than once.
     """
     config = get_model_config(chunks[0])
     interleaved = config.virtual_pipeline_model_parallel_size is not None
@@ -161,21 +194,24 @@ def forward_only(
         [*microbatches, *fillers],
         output_of,
         at_responses,
+        policy=policy,
         forward_only=True,
         collect_non_loss_data=True,
     )
     return found[: len(microbatches)]
 
 
-def batch_logprobs(chunks: Chunks, batch: TokenBatch, size: int, distribution: Distribution) -> Tensor:
+def batch_logprobs(
+    chunks: Chunks, batch: TokenBatch, size: int, distribution: Distribution, chunk: int = 0
+) -> Tensor:
     """Log-probabilities of response tokens ``[B, T]``, float32 on the CPU; ``size`` rows a microbatch.
 
-    Zeros elsewhere, and on all but the last pipeline stage.
+    Zeros elsewhere, and on all but the last pipeline stage. ``chunk``: as in ``Wanted``.
     """
 
-    def output_of(logits_NV: Tensor, part: TokenBatch) -> Tensor:
-        return logprobs_of(logits_NV, part, distribution).cpu()
+    def output_of(policy_BT: Tensor, part: TokenBatch) -> Tensor:
+        return policy_BT.cpu()
 
     pieces = split(chunks, batch, size)
-    parts = forward_only(chunks, pieces.parts, output_of, at_responses=True)
+    parts = forward_only(chunks, pieces.parts, output_of, policy=Wanted(distribution, chunk=chunk))
     return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)

@@ -58,6 +58,19 @@ SEVERAL = Backwards(last=False)  # whoever knows when the last one comes has an 
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a forward gives of the response tokens.
+
+    ``chunk``: positions whose logits are in memory at once, over all sequences of a microbatch; 0: all.
+    """
+
+    distribution: Distribution
+    backwards: Backwards = SEVERAL
+    entropy: Entropy = "none"
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
 class _Edits:
     """What is done to this rank's logits ``[N, V/tensor]`` before the softmax."""
 
@@ -190,41 +203,64 @@ def logprobs_of(
     Returns float32 ``[B, T]`` with a graph. With entropies it is ``[B, 2 T]``: those of the positions follow
     the log-probabilities, so that whoever takes gradients of losses takes them as more of the same.
     """
+    wanted = Wanted(distribution, backwards, entropy)
+    return policy_at_responses(chosen_logprobs(logits_NV, batch, wanted), batch, entropy)
+
+
+def chosen_logprobs(
+    logits_NV: Tensor, batch: TokenBatch, wanted: Wanted, tokens_N: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities and entropies of response tokens, ``[2, N]`` float32 with a graph.
+
+    ``logits_NV``: as for ``logprobs_of``, of the response tokens with numbers ``tokens_N`` in the order of
+    the mask (int64); None: of all.
+    """
     tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
     columns = logits_NV.shape[-1]
     start = parallel_state.get_tensor_model_parallel_rank() * columns
-    values_N, entropy_N = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
+    targets_N = tokens_BT[:, 1:][mask_BT[:, 1:]]
+    found: tuple[Tensor, Tensor] = _VocabParallelLogProbs.apply(  # type: ignore[no-untyped-call]
         logits_NV,
-        tokens_BT[:, 1:][mask_BT[:, 1:]],
+        targets_N if tokens_N is None else targets_N[tokens_N],
         start,
-        _edits(batch, distribution, start, columns),
+        _edits(batch, wanted.distribution, start, columns, tokens_N),
         parallel_state.get_tensor_model_parallel_group(),
-        backwards,
-        entropy,
+        wanted.backwards,
+        wanted.entropy,
     )
-    zeros_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=logits_NV.device)
-    logprobs_BT = zeros_BT.masked_scatter(mask_BT, values_N)
+    return torch.stack(found)
+
+
+def policy_at_responses(values_2N: Tensor, batch: TokenBatch, entropy: Entropy) -> Tensor:
+    """``[B, T]``, or ``[B, 2 T]`` with entropies, from the numbers of all response tokens; 0 elsewhere."""
+    mask_BT = batch.response_mask_BT
+    zeros_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=values_2N.device)
+    logprobs_BT = zeros_BT.masked_scatter(mask_BT, values_2N[0])
     if entropy == "none":
         return logprobs_BT
-    return torch.cat([logprobs_BT, zeros_BT.masked_scatter(mask_BT, entropy_N)], dim=1)
+    return torch.cat([logprobs_BT, zeros_BT.masked_scatter(mask_BT, values_2N[1])], dim=1)
 
 
-def _edits(batch: TokenBatch, distribution: Distribution, start: int, columns: int) -> _Edits:
-    """``distribution`` for the columns ``[start, start + columns)`` of this rank."""
+def _edits(
+    batch: TokenBatch, distribution: Distribution, start: int, columns: int, tokens_N: Tensor | None
+) -> _Edits:
+    """``distribution`` for this rank's columns ``[start, start + columns)`` and those response tokens."""
     valid = max(0, min(columns, distribution.vocabulary - start))  # 0: all of them are padding
     dropped_NV = None
     if batch.kept is not None:
-        dropped_NV = _dropped(batch.kept, batch.response_mask_BT, start, columns)
+        dropped_NV = _dropped(batch.kept, batch.response_mask_BT, start, columns, tokens_N)
     elif valid < columns:
         dropped_NV = (torch.arange(columns, device=batch.tokens_BT.device) >= valid)[None]
     penalty = distribution.repetition_penalty
-    penalized = None if penalty == 1.0 else _before(batch, start, columns)
+    penalized = None if penalty == 1.0 else _before(batch, start, columns, tokens_N)
     return _Edits(distribution.temperature, penalty, penalized, dropped_NV)
 
 
-def _before(batch: TokenBatch, start: int, columns: int) -> tuple[Tensor, Tensor]:
+def _before(batch: TokenBatch, start: int, columns: int, tokens_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """For the n-th response token every token before it, prompt included, as pairs (n, local column)."""
     row_N, last_N = batch.response_mask_BT[:, 1:].nonzero(as_tuple=True)
+    if tokens_N is not None:
+        row_N, last_N = row_N[tokens_N], last_N[tokens_N]
     local_NT = batch.tokens_BT[row_N] - start
     position_T = torch.arange(local_NT.shape[1], device=local_NT.device)
     here_NT = (position_T <= last_N[:, None]) & (local_NT >= 0) & (local_NT < columns)
@@ -232,12 +268,19 @@ def _before(batch: TokenBatch, start: int, columns: int) -> tuple[Tensor, Tensor
     return position_P[0], local_NT[position_P]
 
 
-def _dropped(kept: KeptTokens, mask_BT: Tensor, start: int, columns: int) -> Tensor:
+def _dropped(kept: KeptTokens, mask_BT: Tensor, start: int, columns: int, tokens_N: Tensor | None) -> Tensor:
     """bool ``[N, columns]``, True where a token of this rank was not kept."""
     counts_N = kept.counts_BT[mask_BT]
-    number_K = torch.arange(len(counts_N), device=counts_N.device).repeat_interleave(counts_N)
+    every_N = torch.arange(len(counts_N), device=counts_N.device)
+    number_K = every_N.repeat_interleave(counts_N)
+    rows = len(counts_N)
+    if tokens_N is not None:
+        rows = len(tokens_N)
+        row_N = torch.full_like(every_N, -1)
+        row_N[tokens_N] = torch.arange(rows, device=counts_N.device)
+        number_K = row_N[number_K]  # -1: of a token that is not asked for
     local_K = kept.tokens_K.long() - start
-    here_K = (local_K >= 0) & (local_K < columns)
-    dropped_NV = torch.ones(len(counts_N), columns, dtype=torch.bool, device=counts_N.device)
+    here_K = (local_K >= 0) & (local_K < columns) & (number_K >= 0)
+    dropped_NV = torch.ones(rows, columns, dtype=torch.bool, device=counts_N.device)
     dropped_NV[number_K[here_K], local_K[here_K]] = False
     return dropped_NV

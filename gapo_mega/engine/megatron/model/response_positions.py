@@ -74,8 +74,22 @@ class Rectangle:
         chosen_NX: Tensor = _Picked.apply(output_RBX, self.places_N)  # type: ignore[no-untyped-call]
         return chosen_NX
 
+    def every_place(self, rows: int, sequences: int) -> Tensor:
+        """The places of the N outputs in ``[R * B]``, int64, also where they are all of them."""
+        if self.places_N is not None:
+            return self.places_N
+        assert self.positions_RB is not None
+        every_RB = torch.arange(rows * sequences, device=self.positions_RB.device).view(rows, sequences)
+        return every_RB.t().flatten()
+
     def _indices(self) -> tuple[Tensor | None, Tensor | None]:
         return self.positions_RB, self.places_N
+
+
+def picked(output_RBX: Tensor, places_N: Tensor) -> Tensor:
+    """``[N, X]``: the outputs at ``places_N`` of ``[R * B]``, with a contiguous gradient."""
+    chosen_NX: Tensor = _Picked.apply(output_RBX, places_N)  # type: ignore[no-untyped-call]
+    return chosen_NX
 
 
 class _Picked(torch.autograd.Function):
@@ -109,6 +123,25 @@ def output_only_at(model: nn.Module, rectangle: Rectangle) -> Iterator[None]:
     layer: nn.Module = get_attr_wrapped_model(model, "output_layer")
     split = bool(get_attr_wrapped_model(model, "config").sequence_parallel)
 
+    def pick(
+        _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        outputs_RBX, bias = output
+        # As N sequences of one token: Megatron's change to [batch, sequence] then copies nothing.
+        return rectangle.pick(outputs_RBX).unsqueeze(1), bias
+
+    with narrowed(layer, rectangle, split):
+        handle = layer.register_forward_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def narrowed(layer: nn.Module, rectangle: Rectangle, split: bool) -> Iterator[None]:
+    """Within the block, an output layer gets the rectangle of its inputs; ``split``: over the sequence."""
+
     def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if rectangle.positions_RB is None:
             return None
@@ -119,16 +152,8 @@ def output_only_at(model: nn.Module, rectangle: Rectangle) -> Iterator[None]:
         hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         return (scatter_to_sequence_parallel_region(rectangle.narrow(hidden_SBD)),)
 
-    def pick(
-        _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        outputs_RBX, bias = output
-        # As N sequences of one token: Megatron's change to [batch, sequence] then copies nothing.
-        return rectangle.pick(outputs_RBX).unsqueeze(1), bias
-
-    handles = [layer.register_forward_pre_hook(narrow), layer.register_forward_hook(pick)]
+    handle = layer.register_forward_pre_hook(narrow)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

@@ -1,0 +1,23 @@
+"""How many positions' logits a training pass has in memory at once."""
+
+from __future__ import annotations
+
+from gapo_mega.config import Config
+from gapo_mega.models.shape import ModelShape
+
+CHUNK = 1024  # response tokens; below some hundred, products of the output layer get slow
+
+
+def logits_chunk(config: Config, shape: ModelShape) -> int:
+    """Response tokens of a microbatch whose logits are in memory at once; 0: all.
+
+    N tokens in chunks of C save N - C rows of V logits. They cost a second gradient of the output layer, of
+    ``hidden`` rows of V numbers, because every chunk has one and their sum waits for it; a frozen layer has
+    none.
+    """
+    chosen = config.model.logits_chunk
+    if chosen != "auto":
+        return chosen
+    tokens = config.micro_batch_size * config.rollout.max_new_tokens
+    cost = 0 if config.model.lora is not None else shape.hidden
+    return CHUNK if tokens > CHUNK + cost else 0
