@@ -19,7 +19,6 @@ from rich.table import Table
 from gapo_mega.config import Config
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.measuring.peak import known_peak_flops, measure_gemm_peak
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.flops import StepFlops, TransformerShape, mfu, step_flops
 from gapo_mega.planning.resolved import ResolvedRun
 
@@ -50,13 +49,6 @@ def benchmark_config(config: Config, steps: int, folder: Path) -> Config:
                 update={"tensorboard": False, "wandb": False, "loggers": [], "responses": 0}
             ),
         }
-    )
-
-
-def transformer_shape(shape: ModelShape, outputs: int) -> TransformerShape:
-    """The sizes that the FLOPs count depends on."""
-    return TransformerShape(
-        shape.num_layers, shape.hidden, shape.ffn, shape.heads, shape.kv_groups, shape.head_dim, outputs
     )
 
 
@@ -133,12 +125,12 @@ def _flops(resolved: ResolvedRun, records: Sequence[dict[str, Any]], sequences: 
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
     count = step_flops(
-        transformer_shape(shape, shape.vocab),
+        TransformerShape.of(shape, shape.vocab),
         [(prompt, response)] * sequences,
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
-        critic=transformer_shape(shape, resolved.value_heads) if resolved.critic is not None else None,
+        critic=TransformerShape.of(shape, resolved.value_heads) if resolved.critic is not None else None,
     )
     count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
     if config.algorithm.old_logprobs == "generator":

@@ -10,6 +10,8 @@ layers and V outputs (vocabulary, or value heads of a critic):
     2 T [ L (d h c + 2 d k c + h c d + 3 d f) + d V ]   projections, feed-forward, output layer
     + 4 L h c T (T + 1) / 2                              scores and values over the visible token pairs
 
+Where a token goes through k of E experts, 3 d f is 3 k d f + E d: only what a token uses counts.
+
 The backward pass is twice the forward: one product for the input's gradient, one for the weight's.
 
 The count is an upper bound of what the engine does with real tokens: the output layer counts at every token,
@@ -23,13 +25,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gapo_mega.config.strategies import PassCount
+from gapo_mega.models.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """The sizes that the count depends on. ``outputs``: vocabulary, or the value heads of a critic."""
+    """The sizes that the count depends on.
+
+    ``outputs``: vocabulary, or the value heads of a critic. ``mlps``: those that a token goes through.
+    ``router``: outputs of a layer's router.
+    """
 
     layers: int
     hidden: int
@@ -38,13 +45,32 @@ class TransformerShape:
     kv_groups: int
     head_dim: int
     outputs: int
+    mlps: int = 1
+    router: int = 0
+
+    @classmethod
+    def of(cls, shape: ModelShape, outputs: int) -> TransformerShape:
+        """The sizes of a model."""
+        experts = shape.experts
+        return cls(
+            layers=shape.num_layers,
+            hidden=shape.hidden,
+            ffn=shape.ffn,
+            heads=shape.heads,
+            kv_groups=shape.kv_groups,
+            head_dim=shape.head_dim,
+            outputs=outputs,
+            mlps=1 if experts is None else experts.chosen,
+            router=0 if experts is None else experts.count,
+        )
 
     @property
     def layer_matmul_parameters(self) -> int:
-        """Parameters of one layer that take part in matrix products."""
+        """Parameters of one layer that take part in a token's matrix products."""
         query_and_output = 2 * self.hidden * self.heads * self.head_dim
         key_and_value = 2 * self.hidden * self.kv_groups * self.head_dim
-        return query_and_output + key_and_value + 3 * self.hidden * self.ffn
+        mlp = self.hidden * (3 * self.ffn * self.mlps + self.router)
+        return query_and_output + key_and_value + mlp
 
     @property
     def matmul_parameters(self) -> int:

@@ -56,6 +56,11 @@ def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
         raise ValueError(
             f"parallel.tensor: found {tensor}, accepted for a model with {sizes}: {_listed(fitting)}"
         )
+    if shape.experts is not None and tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.sequence_parallel: found false with parallel.tensor {tensor}, accepted for a model "
+            "with experts: true (without it every tensor rank would route every token)"
+        )
     if shape.num_layers % pipeline:
         raise ValueError(
             f"parallel.pipeline: found {pipeline}, accepted for {shape.num_layers} layers: "
@@ -117,7 +122,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass()
+    reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 
