@@ -16,7 +16,9 @@ from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refus
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
-    return data_parallel_size(parallel, world_size)
+    data = data_parallel_size(parallel, world_size)
+    _check_experts(parallel, shape, data)
+    return data
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -41,13 +43,43 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     _check_samples(config, estimator)
 
 
+def _check_experts(parallel: ParallelConfig, shape: ModelShape, data: int) -> None:
+    expert, split = parallel.expert, parallel.experts_split
+    if shape.experts is None:
+        if expert > 1 or split != parallel.tensor:
+            name = "expert" if expert > 1 else "expert_tensor"
+            raise ValueError(
+                f"parallel.{name}: found {getattr(parallel, name)}, accepted for a model without experts: "
+                + ("1" if expert > 1 else "null")
+            )
+        return
+    count = shape.experts.count
+    if count % expert:
+        raise ValueError(
+            f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(_divisors(count))}"
+        )
+    if shape.ffn % split:
+        raise ValueError(
+            f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
+            f"{_listed(_divisors(shape.ffn))}"
+        )
+    ranks = parallel.tensor * data
+    if ranks % (expert * split):
+        raise ValueError(
+            f"parallel.expert: found expert {expert} x expert_tensor {split} = {expert * split} ranks, "
+            f"accepted: a product that divides the {ranks} ranks of a pipeline stage "
+            f"({_listed(_divisors(ranks))})"
+        )
+
+
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
     tensor, pipeline = parallel.tensor, parallel.pipeline
     split_by_tensor = {
         "attention heads": shape.heads,
         "key-value groups": shape.kv_groups,
-        "feed-forward width": shape.ffn,
     }
+    if shape.experts is None:
+        split_by_tensor["feed-forward width"] = shape.ffn
     if any(size % tensor for size in split_by_tensor.values()):
         fitting = [
             d for d in _divisors(shape.kv_groups) if not any(size % d for size in split_by_tensor.values())

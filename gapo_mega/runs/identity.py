@@ -90,6 +90,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "virtual_pipeline": FREE,
         "context": FREE,
         "expert": FREE,
+        "expert_tensor": FREE,
         "distributed_optimizer_instances": FREE,
     },
     DataConfig: {

@@ -36,7 +36,6 @@ from tests.helpers.tiny import (
     tiny_qwen3_moe,
 )
 
-
 FAMILIES = [tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_llama3, tiny_mixtral, tiny_qwen3_moe]
 
 

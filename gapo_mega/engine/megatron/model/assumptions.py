@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.generation import layers
 from gapo_mega.engine.megatron.model import gathering
+from gapo_mega.engine.megatron.model.buffers import buffers_of, data_group_of, kinds_of, numbered
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, owned_parts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks, without_overlap
@@ -79,8 +81,7 @@ def _require(holds: bool, assumption: str, found: object) -> None:
 # -- buffers -----------------------------------------------------------------------------------------
 def _buffers_hold_the_gradients(model: DistributedDataParallel) -> None:
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _require(not model.expert_parallel_buffers, "no parameter is an expert's", "expert_parallel_buffers")
-    held = [parameter for buffer in model.buffers for parameter in buffer.param_index_map]
+    held = [parameter for buffer in buffers_of(model) for parameter in buffer.param_index_map]
     _require(
         len(held) == len(names) and set(held) == set(names),
         "every trainable parameter lies in exactly one of the model's buffers",
@@ -91,7 +92,7 @@ def _buffers_hold_the_gradients(model: DistributedDataParallel) -> None:
         "params_with_grad are the trainable parameters",
         f"{len(model.params_with_grad)} for {len(names)}",
     )
-    for buffer in model.buffers:
+    for buffer in buffers_of(model):
         data = buffer.grad_data
         _require(
             data.dim() == 1 and data.is_contiguous() and data.dtype == torch.float32,
@@ -152,13 +153,24 @@ def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
 def _buckets_are_reduced_over_the_data_ranks(
     model: DistributedDataParallel, config: DistributedDataParallelConfig
 ) -> None:
-    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    grouped = [id(bucket) for group in model.bucket_groups for bucket in group.buckets]
-    held = [id(bucket) for buffer in model.buffers for bucket in buffer.buckets]
+    for kind, buffers in enumerate(kinds_of(model)):
+        groups = (model.bucket_groups, model.expert_parallel_bucket_groups)[kind]
+        _groups_are_reduced_over(data_group_of(kind), groups, buffers, model.ddp_config is config, config)
+
+
+def _groups_are_reduced_over(
+    data_group: dist.ProcessGroup,
+    groups: Sequence[Any],
+    buffers: Sequence[Any],
+    shares_config: bool,
+    config: DistributedDataParallelConfig,
+) -> None:
+    grouped = [id(bucket) for group in groups for bucket in group.buckets]
+    held = [id(bucket) for buffer in buffers for bucket in buffer.buckets]
     _require(sorted(grouped) == sorted(held), "every bucket is in one of bucket_groups", len(grouped))
-    for group in model.bucket_groups:
+    for group in groups:
         _require(
-            group.ddp_config is config and model.ddp_config is config,
+            group.ddp_config is config and shares_config,
             "chunks and their bucket groups read one ddp_config, overlap_grad_reduce in it",
             "another one",
         )
@@ -185,23 +197,32 @@ def _buckets_are_reduced_over_the_data_ranks(
 def _one_optimizer_with_its_group(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> None:
-    chained = optimizer.chained_optimizers
-    _require(len(chained) == 1, "one optimizer has all parameters", f"{len(chained)} chained_optimizers")
+    chained, kinds = optimizer.chained_optimizers, len(kinds_of(chunks[0]))
     _require(
-        isinstance(chained[0], (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)),
-        "the optimizer is one of Megatron's three whose parameters the engine finds",
-        type(chained[0]).__name__,
+        len(chained) == kinds,
+        "one optimizer has the parameters of each kind of buffer",
+        f"{len(chained)} chained_optimizers for {kinds}",
     )
-    found = _ranks(chained[0].get_grad_stats_parallel_group())
-    if chunks[0].ddp_config.use_distributed_optimizer:
-        expected = list(range(dist.get_world_size()))
-    else:
-        expected = _ranks(parallel_state.get_model_parallel_group()) or []
-    _require(
-        found == expected,
-        f"get_grad_stats_parallel_group() has the ranks that hold different gradients, {expected}",
-        found,
+    replicas = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
     )
+    for one, replica in zip(chained, replicas[:kinds], strict=True):
+        _require(
+            isinstance(one, (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)),
+            "the optimizer is one of Megatron's three whose parameters the engine finds",
+            type(one).__name__,
+        )
+        found = _ranks(one.get_grad_stats_parallel_group())
+        if chunks[0].ddp_config.use_distributed_optimizer:
+            expected = list(range(dist.get_world_size()))
+        else:
+            expected = _ranks(replica) or []
+        _require(
+            found == expected,
+            f"get_grad_stats_parallel_group() has the ranks that hold different gradients, {expected}",
+            found,
+        )
     rates = {group["lr"] for group in optimizer.param_groups}
     _require(len(rates) == 1, "all param_groups have one learning rate", sorted(rates))
     missing = [name for name in _STEPS if not callable(getattr(optimizer, name, None))]
@@ -224,8 +245,9 @@ def _optimizer_steps_what_this_rank_owns(
 ) -> None:
     names = _names(chunks)
     owned = owned_parts(chunks)
-    (inner,) = optimizer.chained_optimizers
-    found = {parameter: (start, end) for parameter, _, start, end in main_parameters(inner)}
+    steppers = optimizer.chained_optimizers
+    mains = list(chain.from_iterable(map(main_parameters, steppers)))
+    found = {parameter: (start, end) for parameter, _, start, end in mains}
     differing = [
         names[parameter] for parameter in {*owned, *found} if owned.get(parameter) != found.get(parameter)
     ]
@@ -234,8 +256,10 @@ def _optimizer_steps_what_this_rank_owns(
         "a rank steps the part of each parameter whose gradient is in its shard of the bucket",
         f"another part of {', '.join(sorted(differing)[:3])}",
     )
-    stepped = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
-    for parameter, main, start, end in main_parameters(inner):
+    stepped = {
+        id(main) for one in steppers for group in one.optimizer.param_groups for main in group["params"]
+    }
+    for parameter, main, start, end in mains:
         part = parameter.detach().reshape(-1)[start:end]
         _require(
             id(main) in stepped and _same_values(main.detach().reshape(-1), part),
@@ -273,7 +297,7 @@ def _marks_tell_who_counts(chunks: Sequence[DistributedDataParallel], optimizer:
             "parameter.shared marks the last stage's copy of tied embeddings, and nothing else",
             f"{not param_is_not_shared(parameter)} for {name}",
         )
-    for parameter, main, _, _ in main_parameters(optimizer.chained_optimizers[0]):
+    for parameter, main, _, _ in chain.from_iterable(map(main_parameters, optimizer.chained_optimizers)):
         alike = param_is_not_shared(main) == param_is_not_shared(parameter) and (
             param_is_not_tensor_parallel_duplicate(main) == param_is_not_tensor_parallel_duplicate(parameter)
         )
@@ -306,7 +330,7 @@ def _reduction_sums_in_place(chunks: Sequence[DistributedDataParallel]) -> None:
     """Reduce a gradient of ones, and compare this rank's shard with the number of ranks that were summed."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-        for buffer in chunk.buffers:
+        for buffer in buffers_of(chunk):
             buffer.grad_data.fill_(1.0)
     with without_overlap(chunks):
         chunks[0].config.finalize_model_grads_func(list(chunks))
@@ -328,7 +352,11 @@ def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter
     """A chunk's parameters, and how many ranks' gradients of each are summed."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    data = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    data = {
+        parameter: data_group_of(kind).size()
+        for kind, buffer in numbered(model)
+        for parameter in buffer.param_index_map
+    }
     gpt = model.module
     tied = None
     if gpt.share_embeddings_and_output_weights and (gpt.pre_process or gpt.post_process):
@@ -336,7 +364,7 @@ def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter
     for name, parameter in model.named_parameters():
         over_tensor_ranks = tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1
         over_stages = 2 if parameter is tied and pipeline > 1 else 1
-        yield parameter, data * over_tensor_ranks * over_stages
+        yield parameter, data[parameter] * over_tensor_ranks * over_stages
 
 
 # -- the gathering -----------------------------------------------------------------------------------
@@ -346,7 +374,7 @@ def _gathering_brings_what_others_step(chunks: Sequence[DistributedDataParallel]
     if not chunks[0].ddp_config.overlap_param_gather:
         return
     names, owned = _names(chunks), owned_parts(chunks)
-    trained = [p for chunk in chunks for buffer in chunk.buffers for p in buffer.param_index_map]
+    trained = [p for chunk in chunks for buffer in buffers_of(chunk) for p in buffer.param_index_map]
     before = [float(parameter.sum(dtype=torch.float64)) for parameter in trained]
     for parameter in trained:
         start, end = owned.get(parameter, (0, 0))

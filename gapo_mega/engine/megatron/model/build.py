@@ -104,6 +104,7 @@ def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.experts_split,
     }
 
 
@@ -116,7 +117,7 @@ def layer_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
         if config.num_moe_experts is not None:
-            experts.use_own_modules(layer)
+            experts.use_own_router(layer)
         return layer
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
@@ -125,7 +126,7 @@ def layer_spec(
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:
-        experts.use_own_modules(layer)
+        experts.use_own_router(layer)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
@@ -181,4 +182,5 @@ def _chunk(
             built = GPTModel(share_embeddings_and_output_weights=shape.tied, **kwargs)
         else:
             built = ValueModel(heads=value_heads, **kwargs)
+    experts.use_own_dispatchers(built)
     return built.to(device())

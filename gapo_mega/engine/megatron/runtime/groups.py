@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from gapo_mega.config import ParallelConfig
 from gapo_mega.engine.base import Layout, generator_seed
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.process_group import TIMEOUT, start_process_group
@@ -23,6 +25,7 @@ class Groups:
     layout: Layout
     data: dist.ProcessGroup  # same tensor and pipeline rank
     replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
+    expert_data: dist.ProcessGroup  # the ranks with the same part of the same experts
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """All-reduce a CPU tensor over the data-parallel ranks into a new tensor."""
@@ -79,8 +82,11 @@ class Collective:
         shutdown()
 
 
-def initialize(tensor: int, pipeline: int) -> Groups:
+def initialize(tensor: int, pipeline: int, expert: int = 1, expert_tensor: int | None = None) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
+
+    ``expert``: ranks that share a layer's experts; ``expert_tensor``: those that share every expert, ``None``
+    being ``tensor``.
 
     The launcher's variables say which rank of how many this is (``read_world``).
     Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
@@ -101,6 +107,8 @@ def initialize(tensor: int, pipeline: int) -> Groups:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
     layout = Layout(
@@ -113,7 +121,17 @@ def initialize(tensor: int, pipeline: int) -> Groups:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
-    return Groups(layout, data=_data_group(layout), replica=_replica_group(layout))
+    return Groups(
+        layout,
+        data=_data_group(layout),
+        replica=_replica_group(layout),
+        expert_data=_expert_data_group(layout, expert * (expert_tensor or tensor)),
+    )
+
+
+def of_layout(parallel: ParallelConfig) -> Groups:
+    """``initialize`` for a configuration."""
+    return initialize(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
 
 
 def seed(value: int) -> None:
@@ -155,13 +173,12 @@ def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
     )
 
 
-def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
-    """The gloo group of the ranks that share this rank's coordinates on ``axes``."""
+def _split_world(layout: Layout, place_of: Callable[[int], tuple[int, ...]]) -> dist.ProcessGroup:
+    """The gloo group of the ranks that have this rank's ``place_of``."""
     members: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world):
-        coordinates = _coordinates(layout, rank)
-        members.setdefault(tuple(coordinates[axis] for axis in axes), []).append(rank)
-    mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
+        members.setdefault(place_of(rank), []).append(rank)
+    mine = place_of(layout.rank)
     own: dist.ProcessGroup | None = None
     for key, ranks in members.items():  # new_group is collective: every rank makes every group, in this order
         group = dist.new_group(ranks, backend="gloo", timeout=TIMEOUT)
@@ -173,8 +190,19 @@ def _split_world(layout: Layout, axes: tuple[int, ...]) -> dist.ProcessGroup:
 
 def _data_group(layout: Layout) -> dist.ProcessGroup:
     assert _coordinates(layout, layout.rank) == (layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
-    return _split_world(layout, axes=(0, 2))
+
+    def place_of(rank: int) -> tuple[int, ...]:
+        pipeline, _, tensor = _coordinates(layout, rank)
+        return pipeline, tensor
+
+    return _split_world(layout, place_of)
 
 
 def _replica_group(layout: Layout) -> dist.ProcessGroup:
-    return _split_world(layout, axes=(1,))
+    return _split_world(layout, lambda rank: (_coordinates(layout, rank)[1],))
+
+
+def _expert_data_group(layout: Layout, sharing: int) -> dist.ProcessGroup:
+    """``sharing``: neighbouring ranks of a stage that together hold its experts once."""
+    stage = layout.tensor * layout.data
+    return _split_world(layout, lambda rank: (rank // stage, rank % stage % sharing))
