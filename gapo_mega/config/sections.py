@@ -67,7 +67,7 @@ class ParallelConfig(Section):
         if self.expert == 1 and self.experts_split != self.tensor:
             raise ValueError(
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
-                f"or parallel.tensor ({self.tensor}); Megatron splits experts otherwise with parallel.expert > 1"
+                f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(

@@ -16,9 +16,8 @@ from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refus
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
-    data = data_parallel_size(parallel, world_size)
-    _check_experts(parallel, shape, data)
-    return data
+    _check_experts(parallel, shape)
+    return data_parallel_size(parallel, world_size)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -43,7 +42,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     _check_samples(config, estimator)
 
 
-def _check_experts(parallel: ParallelConfig, shape: ModelShape, data: int) -> None:
+def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
     expert, split = parallel.expert, parallel.experts_split
     if shape.experts is None:
         if expert > 1 or split != parallel.tensor:
@@ -62,13 +61,6 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape, data: int) -> No
         raise ValueError(
             f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
             f"{_listed(_divisors(shape.ffn))}"
-        )
-    ranks = parallel.tensor * data
-    if ranks % (expert * split):
-        raise ValueError(
-            f"parallel.expert: found expert {expert} x expert_tensor {split} = {expert * split} ranks, "
-            f"accepted: a product that divides the {ranks} ranks of a pipeline stage "
-            f"({_listed(_divisors(ranks))})"
         )
 
 

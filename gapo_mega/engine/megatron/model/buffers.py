@@ -37,6 +37,9 @@ def bucket_groups_of(chunk: DistributedDataParallel) -> list[Any]:
 
 def data_group_of(kind: int) -> dist.ProcessGroup:
     """The ranks over which buffers of a kind, by its place in ``kinds_of``, are reduced."""
-    if kind == 0:
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()
+    group: dist.ProcessGroup = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if kind == 0
+        else parallel_state.get_expert_data_parallel_group()
+    )
+    return group

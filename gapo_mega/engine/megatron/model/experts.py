@@ -40,6 +40,7 @@ class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
         """``[S, B, D], [N, E], [N, E] -> [most, D], [most, E]``, with N = S B."""
         hidden_ND, probs_NE = super().dispatch_preprocess(hidden_states, routing_map, probs)
         self._own = len(hidden_ND)
+        self.routing_map: Tensor
         if self.ep_size == 1:
             return hidden_ND, probs_NE
         most = torch.tensor(self._own, device=hidden_ND.device)
