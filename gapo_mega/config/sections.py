@@ -49,7 +49,12 @@ class ParallelConfig(Section):
         "schedule: less idling, more messages); needs pipeline > 1",
     )
     context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
-    expert: int = Field(1, ge=1, description="ranks that share the experts of a layer; divides their number")
+    expert: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the experts of a layer; divides their number; with expert_tensor it "
+        "makes tensor",
+    )
     expert_tensor: int | None = Field(
         None, ge=1, description="ranks that share every expert; none: as many as tensor"
     )
@@ -68,6 +73,13 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
                 f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
+            )
+        if self.expert > 1 and self.expert * self.experts_split != self.tensor:
+            # Replicas that share experts would have to generate in step with each other.
+            raise ValueError(
+                f"parallel.expert: found {self.expert}, accepted: 1, or a number that makes parallel.tensor "
+                f"({self.tensor}) with parallel.expert_tensor ({self.experts_split}): the ranks of a layer "
+                "share its experts"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How an assumption that does not hold is told, and what generation assumes; ``assumptions.py`` has the rest."""
+"""How an assumption that does not hold is told, and what generation assumes; see ``assumptions.py``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from tests.helpers.tiny import tiny_mixtral, tiny_qwen3_moe
 TP2 = {"tensor": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {},
-    "EP2": {"expert": 2},
     "TP2": TP2,
     "TP2xEP2": {**TP2, "expert": 2, "expert_tensor": 1},
     "PP2": {"pipeline": 2},
@@ -35,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
                 "model": str(folder / model),
                 "export": str(folder / f"{model}-{layout}"),
                 "layout": LAYOUTS[layout],
-                "shared": layout == "EP2",
+                "shared": layout == "TP2xEP2",
             },
         )
         for model, layout in CASES
