@@ -66,7 +66,15 @@ class ParallelConfig(Section):
         "schedule: less idling, more messages); needs pipeline > 1",
     )
     context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
-    expert: int = Field(1, ge=1, description="expert parallelism; only 1 is accepted")
+    expert: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the experts of a layer; divides their number; with expert_tensor it "
+        "makes tensor",
+    )
+    expert_tensor: int | None = Field(
+        None, ge=1, description="ranks that share every expert; none: as many as tensor"
+    )
     distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
     timeout_minutes: float = Field(
         30,
@@ -95,13 +103,25 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:
-        for name in ("context", "expert", "distributed_optimizer_instances"):
+        for name in ("context", "distributed_optimizer_instances"):
             value = getattr(self, name)
             if value != 1:
                 raise ValueError(
                     f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
                     "not been verified in other layouts)"
                 )
+        if self.expert == 1 and self.experts_split != self.tensor:
+            raise ValueError(
+                f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
+                f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
+            )
+        if self.expert > 1 and self.expert * self.experts_split != self.tensor:
+            # Replicas that share experts would have to generate in step with each other.
+            raise ValueError(
+                f"parallel.expert: found {self.expert}, accepted: 1, or a number that makes parallel.tensor "
+                f"({self.tensor}) with parallel.expert_tensor ({self.experts_split}): the ranks of a layer "
+                "share its experts"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
@@ -112,6 +132,11 @@ class ParallelConfig(Section):
                 "needs pipeline >= 2"
             )
         return self
+
+    @property
+    def experts_split(self) -> int:
+        """Ranks that share every expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
 
 
 class DataConfig(Section):

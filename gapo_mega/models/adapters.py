@@ -133,6 +133,10 @@ class AdapterNames:
         """Whether it is an adapter's parameter."""
         return _NAME.match(name) is not None
 
+    def parts(self, name: str) -> int:
+        """Tensor-parallel ranks that share the parameter, or hold copies of it."""
+        return self.tensor
+
     def is_copy(self, name: str) -> bool:
         """Never: no parameter of an adapter is on two stages."""
         return False

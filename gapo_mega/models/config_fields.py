@@ -103,6 +103,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "logits_scaling": _ONE,
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": _ONE,
+    "router_jitter_noise": _NONE_OF_THEM,
     "scale_depth": (None,),
     "scale_emb": _ONE,
     "parallel_attn": _OFF,
@@ -138,9 +139,11 @@ IDLE = frozenset(
         "normalizer_type",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pretraining_tp",  # transformers 5 does not slice
         "problem_type",
         "return_dict",
+        "router_aux_loss_coef",  # of transformers' own training; ours is parallel to the objectives
         "tie_last_hidden_states",
         "tokenizer_class",
         "torch_dtype",

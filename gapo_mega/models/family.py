@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from gapo_mega.models.config_fields import require
-from gapo_mega.models.mapping import EMBEDDING, OUTPUT_LAYER, Rule, Table, WeightMap
-from gapo_mega.models.shape import ModelShape
+from gapo_mega.models.mapping import EMBEDDING, OUTPUT_LAYER, ROUTER, Rule, Table, WeightMap
+from gapo_mega.models.shape import Experts, ModelShape
 
 _MEGATRON = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
@@ -37,6 +37,24 @@ LLAMA_TABLE: Table = {
     "decoder.final_layernorm.weight": Rule("replicated", ("model.norm.weight",)),
     OUTPUT_LAYER: Rule("vocab", ("lm_head.weight",)),
 }
+
+
+def expert_table(moe: str, gate: str, up: str, down: str) -> Table:
+    """Llama's table with experts in the place of the MLP.
+
+    ``moe``: the module of a layer that holds the router ``gate`` and the list ``experts``; ``gate``, ``up``,
+    ``down``: an expert's projections.
+    """
+    expert = f"{_HF}{moe}.experts.{{expert}}."
+    kept = {name: rule for name, rule in LLAMA_TABLE.items() if not name.startswith(_MEGATRON + "mlp.")}
+    ours = _MEGATRON + "mlp.experts.local_experts.{expert}."
+    return {
+        **kept,
+        _MEGATRON + ROUTER: Rule("replicated", (f"{_HF}{moe}.gate.weight",)),
+        ours + "linear_fc1.weight": Rule("gated", (f"{expert}{gate}.weight", f"{expert}{up}.weight")),
+        ours + "linear_fc2.weight": Rule("columns", (f"{expert}{down}.weight",)),
+    }
+
 
 # Megatron-core 0.16.1 scales rotary frequencies as Llama 3.1 does: by any factor, but with these constants.
 LLAMA3_ROPE = {
@@ -77,9 +95,15 @@ class Family(ABC):
         """Whether ``config`` is of this family."""
         return config.model_type == self.model_type
 
-    def weight_map(self, shape: ModelShape, tensor: int = 1, padded_vocab: int | None = None) -> WeightMap:
+    def weight_map(
+        self,
+        shape: ModelShape,
+        tensor: int = 1,
+        padded_vocab: int | None = None,
+        expert_tensor: int | None = None,
+    ) -> WeightMap:
         """The conversion of this family's weights; see ``WeightMap``."""
-        return WeightMap(shape, self.table, tensor, padded_vocab)
+        return WeightMap(shape, self.table, tensor, padded_vocab, expert_tensor)
 
 
 def llama_like(
@@ -120,6 +144,23 @@ def llama_like(
         qk_norm=qk_norm,
         rope_scaling_factor=factor,
     )
+
+
+def experts_of(count: int, chosen: int, normalized: bool) -> Experts:
+    """The experts of every layer; ``config.json`` calls ``count`` num_local_experts or num_experts.
+
+    Raises:
+        ValueError: fewer experts than 2, more chosen ones than there are, or one whose probability is divided
+            by itself, which Megatron does not compute.
+    """
+    if count < 2:
+        raise ValueError(f"config.json num_local_experts: found {count}, accepted: 2 or more")
+    least = 2 if normalized else 1
+    if not least <= chosen <= count:
+        raise ValueError(
+            f"config.json num_experts_per_tok: found {chosen}, accepted: {least} to {count} experts"
+        )
+    return Experts(count, chosen, normalized)
 
 
 def _check_sizes(fields: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ from gapo_mega.models.shape import ModelShape
 
 OUTPUT_LAYER = "output_layer.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+ROUTER = "mlp.router.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
+_EXPERT_NUMBER = re.compile(r"(?<=\blocal_experts\.)\d+")
 _HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
 _TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -36,14 +38,15 @@ class Rule:
             ``columns`` (second dimension split), ``gated`` (gate and up projection: every rank holds
             its rows of the one, then of the other) or ``qkv`` (Q, K and V rows interleaved by
             key/value group, the groups split).
-        sources: Hugging Face names, ``{layer}`` standing for the layer number.
+        sources: Hugging Face names, ``{layer}`` standing for the layer number and ``{expert}`` for the
+            expert's.
     """
 
     kind: Literal["replicated", "vocab", "columns", "gated", "qkv"]
     sources: tuple[str, ...]
 
 
-# Megatron name -> rule, ``{layer}`` standing for the layer number in both.
+# Megatron name -> rule, ``{layer}`` and ``{expert}`` standing for the numbers in both.
 Table = Mapping[str, Rule]
 
 
@@ -58,40 +61,38 @@ def local_spec_name(name: str) -> str:
     return name
 
 
-def checkpoint_key(name: str) -> tuple[str, int | None]:
-    """Where ``sharded_state_dict`` of megatron-core 0.16.1 puts a parameter: key, and row along the layers.
-
-    All layers' parameters of one name are one tensor ``[layers, ...]`` there, under the names that
-    Transformer Engine's spec gives them, whatever spec the model has.
-    """
-    number = _LAYER_NUMBER.search(name)
-    if number is None:
-        return name, None
-    key = name.replace(f".{number.group()}.", ".", 1)
-    for fused, plain in _TRANSFORMER_ENGINE_NAMES.items():
-        if key.endswith(f".{plain}"):
-            key = key.removesuffix(plain) + fused
-    return key, int(number.group())
+def is_expert(name: str) -> bool:
+    """Whether a Megatron parameter belongs to one expert."""
+    return _EXPERT_NUMBER.search(name) is not None
 
 
 class WeightMap:
     """Both directions of the conversion for one model and one tensor-parallel size.
+
+    Experts have their number in the whole layer, whatever rank holds them.
 
     Args:
         shape: the model.
         table: its family's rules.
         tensor: tensor-parallel size.
         padded_vocab: embedding rows over all ranks, padding included; none: the least possible.
+        expert_tensor: tensor-parallel size of the experts; none: ``tensor``.
 
     Raises:
         ValueError: ``tensor`` does not divide the heads, groups, MLP width or padded vocabulary.
     """
 
     def __init__(
-        self, shape: ModelShape, table: Table, tensor: int = 1, padded_vocab: int | None = None
+        self,
+        shape: ModelShape,
+        table: Table,
+        tensor: int = 1,
+        padded_vocab: int | None = None,
+        expert_tensor: int | None = None,
     ) -> None:
         self.shape = shape
         self.tensor = tensor
+        self.expert_tensor = tensor if expert_tensor is None else expert_tensor
         self.padded_vocab = shape.padded_vocab(tensor) if padded_vocab is None else padded_vocab
         self._table = {name: rule for name, rule in table.items() if _has_parameter(shape, name)}
         # Tensors that a tied model's files may hold although they repeat others: copy -> original.
@@ -100,18 +101,60 @@ class WeightMap:
             original = self._table[EMBEDDING].sources
             self.copies = dict(zip(table[OUTPUT_LAYER].sources, original, strict=True))
             self._table[OUTPUT_LAYER] = self._table[EMBEDDING]
-        divided = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "padded vocabulary": self.padded_vocab}
+        divided = {"kv_groups": shape.kv_groups, "padded vocabulary": self.padded_vocab}
+        if shape.experts is None:
+            divided["ffn"] = shape.ffn
+        elif shape.ffn % self.expert_tensor:
+            raise ValueError(
+                f"parallel.expert_tensor: found {self.expert_tensor}, accepted: a divisor of the experts' "
+                f"width {shape.ffn}"
+            )
         for what, size in divided.items():
             if size % tensor:
                 raise ValueError(
                     f"parallel.tensor: found {tensor}, accepted: a divisor of the model's {what} {size}"
                 )
 
+    def parts(self, name: str) -> int:
+        """Tensor-parallel ranks that share the parameter ``name``, or hold copies of it."""
+        return self.expert_tensor if is_expert(name) else self.tensor
+
+    def checkpoint_key(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Where Megatron's ``sharded_state_dict`` puts a parameter: key, and place in the first dimensions.
+
+        All layers' parameters of one name are one tensor ``[layers, ...]`` there, and all experts' one
+        ``[layers, experts, ...]``, under the names that Transformer Engine's spec gives them, whatever spec
+        the model has.
+        """
+        number = _LAYER_NUMBER.search(name)
+        if number is None:
+            return name, ()
+        key = name.replace(f".{number.group()}.", ".", 1)
+        expert = _EXPERT_NUMBER.search(key)
+        if expert is not None:
+            key = key.replace(f"local_experts.{expert.group()}.", "experts.", 1)
+            return key, (int(number.group()), int(expert.group()))
+        for fused, plain in _TRANSFORMER_ENGINE_NAMES.items():
+            # Nothing is fused with the norm before a router.
+            is_fused = self.shape.experts is None or not fused.startswith("mlp.")
+            if is_fused and key.endswith(f".{plain}"):
+                key = key.removesuffix(plain) + fused
+        return key, (int(number.group()),)
+
+    def stacked(self, name: str) -> tuple[int, ...]:
+        """Sizes of the dimensions that ``checkpoint_key`` counts along."""
+        sizes = (self.shape.num_layers, self.shape.mlps)
+        return sizes[: len(self.checkpoint_key(name)[1])]
+
     def hf_names(self) -> frozenset[str]:
         """All tensors of the model's Hugging Face directory."""
-        layers = range(self.shape.num_layers)
         sources = [source for rule in self._table.values() for source in rule.sources]
-        return frozenset(source.format(layer=layer) for source in sources for layer in layers)
+        return frozenset(
+            name
+            for source in sources
+            for layer in range(self.shape.num_layers)
+            for name in self._by_expert(source, layer)
+        )
 
     def names(self) -> list[str]:
         """All parameters of the whole model, embedding first; a tied output layer is not one."""
@@ -120,11 +163,12 @@ class WeightMap:
         first = [name for name in patterns if name == EMBEDDING]
         last = [name for name in patterns if name not in layered and name not in first]
         layers = range(self.shape.num_layers)
-        return [*first, *(name.format(layer=layer) for layer in layers for name in layered), *last]
+        names = (name for layer in layers for pattern in layered for name in self._by_expert(pattern, layer))
+        return [*first, *names, *last]
 
     def has(self, name: str) -> bool:
         """Whether the parameter is made of Hugging Face tensors."""
-        return local_spec_name(_LAYER_NUMBER.sub("{layer}", name)) in self._table
+        return _pattern(name) in self._table
 
     def kind(self, name: str) -> str:
         """The ``Rule.kind`` of a parameter."""
@@ -139,7 +183,7 @@ class WeightMap:
         return self.shape.tied and name == OUTPUT_LAYER
 
     def to_megatron(self, name: str, read: Callable[[str], Tensor], rank: int) -> Tensor:
-        """Tensor-parallel rank ``rank``'s part of parameter ``name``; padding rows are zero.
+        """The part of parameter ``name`` of rank ``rank`` of its ``parts``; padding rows are zero.
 
         ``read`` gives a Hugging Face tensor by name. Raises ``ValueError`` when one has another
         shape than the model's.
@@ -147,21 +191,22 @@ class WeightMap:
         rule, sources = self._find(name)
         tensors = [read(source) for source in sources]
         self._check_shapes(name, rule, sources, tensors)
+        parts = self.parts(name)
         if rule.kind == "vocab":
             padding = tensors[0].new_zeros(self.padded_vocab - self.shape.vocab, *tensors[0].shape[1:])
             return torch.cat([tensors[0], padding]).chunk(self.tensor)[rank]
         if rule.kind == "columns":
-            return tensors[0].chunk(self.tensor, dim=1)[rank]
+            return tensors[0].chunk(parts, dim=1)[rank]
         if rule.kind == "gated":
-            return torch.cat([tensor.chunk(self.tensor)[rank] for tensor in tensors])
+            return torch.cat([tensor.chunk(parts)[rank] for tensor in tensors])
         if rule.kind == "qkv":
             groups = [self._by_group(tensor).chunk(self.tensor)[rank] for tensor in tensors]
             return torch.cat(groups, dim=1).flatten(0, 1)
         return tensors[0]
 
     def to_hf(self, name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole Hugging Face tensors from all tensor-parallel ranks' parts of parameter ``name``."""
-        assert len(parts) == self.tensor, f"{name}: {len(parts)} parts for {self.tensor} ranks"
+        """Whole Hugging Face tensors from the parts of parameter ``name`` of all ranks that share it."""
+        assert len(parts) == self.parts(name), f"{name}: {len(parts)} parts for {self.parts(name)} ranks"
         rule, sources = self._find(name)
         if rule.kind == "vocab":
             tensors = [torch.cat(list(parts))[: self.shape.vocab]]
@@ -179,13 +224,20 @@ class WeightMap:
         return dict(zip(sources, tensors, strict=True))
 
     def _find(self, name: str) -> tuple[Rule, tuple[str, ...]]:
-        number = _LAYER_NUMBER.search(name)
-        layer = number.group() if number else ""
-        pattern = local_spec_name(_LAYER_NUMBER.sub("{layer}", name))
+        layer, expert = (
+            number.group() if number else ""
+            for number in (_LAYER_NUMBER.search(name), _EXPERT_NUMBER.search(name))
+        )
+        pattern = _pattern(name)
         if pattern not in self._table:
             raise ValueError(f"{name}: family {self.shape.family} has no tensor for this parameter")
         rule = self._table[pattern]
-        return rule, tuple(source.format(layer=layer) for source in rule.sources)
+        return rule, tuple(source.format(layer=layer, expert=expert) for source in rule.sources)
+
+    def _by_expert(self, pattern: str, layer: int) -> list[str]:
+        """The names that ``pattern`` stands for in a layer: one, or one for every expert."""
+        experts = range(self.shape.mlps if "{expert}" in pattern else 1)
+        return [pattern.format(layer=layer, expert=expert) for expert in experts]
 
     def _by_group(self, tensor: Tensor) -> Tensor:
         """``[rows, ...] -> [groups, rows of a group, ...]``"""
@@ -216,9 +268,16 @@ class WeightMap:
     def _replicated_size(self, name: str) -> tuple[int, ...]:
         if name == OUTPUT_LAYER:  # a score model's head
             return (1, self.shape.hidden)
+        if name.endswith(ROUTER):
+            return (self.shape.mlps, self.shape.hidden)
         if name.endswith(".bias"):  # its bias
             return (1,)
         return (self.shape.head_dim if name.endswith(_HEAD_NORMS) else self.shape.hidden,)
+
+
+def _pattern(name: str) -> str:
+    """The name in a ``Table`` for a parameter, which may carry Transformer Engine's."""
+    return local_spec_name(_EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name)))
 
 
 def _has_parameter(shape: ModelShape, name: str) -> bool:

@@ -81,7 +81,11 @@ def require_language_model(config: PreTrainedConfig, parameter: str = "model.pat
 
 
 def weight_map_of(
-    shape: ModelShape, head: ScoreHead | None, tensor: int = 1, padded_vocab: int | None = None
+    shape: ModelShape,
+    head: ScoreHead | None,
+    tensor: int = 1,
+    padded_vocab: int | None = None,
+    expert_tensor: int | None = None,
 ) -> WeightMap:
     """The conversion of a language model's weights, or of a score model's; see ``WeightMap``.
 
@@ -89,11 +93,11 @@ def weight_map_of(
     """
     family = families()[shape.family]
     if head is None:
-        return family.weight_map(shape, tensor, padded_vocab)
+        return family.weight_map(shape, tensor, padded_vocab, expert_tensor)
     table = {**family.table, OUTPUT_LAYER: Rule("replicated", (head.weight,))}
     if head.bias is not None:
         table[OUTPUT_BIAS] = Rule("replicated", (head.bias,))
-    return WeightMap(replace(shape, tied=False), table, tensor, padded_vocab)
+    return WeightMap(replace(shape, tied=False), table, tensor, padded_vocab, expert_tensor)
 
 
 def _padding_id(config: PreTrainedConfig) -> int | None:

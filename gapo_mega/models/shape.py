@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: each token goes through some of a layer's MLPs, which a router chooses.
+
+    Attributes:
+        count: MLPs of a layer.
+        chosen: those that a token goes through, the likeliest by a softmax over all.
+        normalized: the probabilities of the chosen ones are divided by their sum.
+    """
+
+    count: int
+    chosen: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder-only transformer: RMSNorm before each block, rotary positions, gated SiLU MLP.
 
@@ -13,7 +28,7 @@ class ModelShape:
         family: name of the ``gapo_mega.models`` family that the model belongs to.
         num_layers: decoder layers.
         hidden: width of the residual stream.
-        ffn: width of the MLP, for the gate and for the up projection each.
+        ffn: width of the MLP, or of one expert, for the gate and for the up projection each.
         heads: query heads.
         kv_groups: key/value heads; ``heads`` is a multiple of it.
         head_dim: width of one head; ``heads * head_dim`` may differ from ``hidden``.
@@ -28,6 +43,7 @@ class ModelShape:
         qk_norm: queries and keys go through an RMSNorm of their own over ``head_dim``, before the rotation.
         rope_scaling_factor: low rotary frequencies are divided by it as in Llama 3.1, with that model's
             other constants; ``None``: no frequency is scaled.
+        experts: of every layer; ``None``: a layer has one MLP.
     """
 
     family: str
@@ -46,6 +62,17 @@ class ModelShape:
     sliding_window: int | None = None
     qk_norm: bool = False
     rope_scaling_factor: float | None = None
+    experts: Experts | None = None
+
+    @property
+    def mlps(self) -> int:
+        """MLPs of a layer."""
+        return 1 if self.experts is None else self.experts.count
+
+    @property
+    def router(self) -> int:
+        """Parameters of a layer's router; 0 where it has none."""
+        return 0 if self.experts is None else self.experts.count * self.hidden
 
     @property
     def longest(self) -> int:

@@ -10,6 +10,8 @@ layers and V outputs (vocabulary, or value heads of a critic):
     2 T [ L (d h c + 2 d k c + h c d + 3 d f) + d V ]   projections, feed-forward, output layer
     + 4 L h c T (T + 1) / 2                              scores and values over the visible token pairs
 
+Where a token goes through k of E experts, 3 d f is 3 k d f + E d: only what a token uses counts.
+
 The backward pass is twice the forward: one product for the input's gradient, one for the weight's. With
 adapters (LoRA) the forward has the products with A and B beside each adapted one, the reference has none, and
 frozen weights have no product for a gradient of their own.
@@ -25,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gapo_mega.config.strategies import PassCount
+from gapo_mega.models.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -33,8 +36,9 @@ Recompute = Literal["none", "selective", "full"]
 class TransformerShape:
     """The sizes that the count depends on.
 
-    ``outputs``: vocabulary, or the value heads of a critic. ``adapters``: trained parameters of one layer's
-    adapters, everything else being frozen; 0: there are none, and everything is trained.
+    ``outputs``: vocabulary, or the value heads of a critic. ``mlps``: those that a token goes through.
+    ``router``: outputs of a layer's router. ``adapters``: trained parameters of one layer's adapters,
+    everything else being frozen; 0: there are none, and everything is trained.
     """
 
     layers: int
@@ -44,11 +48,30 @@ class TransformerShape:
     kv_groups: int
     head_dim: int
     outputs: int
+    mlps: int = 1
+    router: int = 0
     adapters: int = 0
+
+    @classmethod
+    def of(cls, shape: ModelShape, outputs: int, adapters: int = 0) -> TransformerShape:
+        """The sizes of a model."""
+        experts = shape.experts
+        return cls(
+            layers=shape.num_layers,
+            hidden=shape.hidden,
+            ffn=shape.ffn,
+            heads=shape.heads,
+            kv_groups=shape.kv_groups,
+            head_dim=shape.head_dim,
+            outputs=outputs,
+            mlps=1 if experts is None else experts.chosen,
+            router=0 if experts is None else experts.count,
+            adapters=adapters,
+        )
 
     @property
     def layer_matmul_parameters(self) -> int:
-        """Parameters of one layer that take part in matrix products."""
+        """Parameters of one layer that take part in a token's matrix products."""
         return self.frozen_layer_parameters + self.adapters
 
     @property
@@ -56,7 +79,8 @@ class TransformerShape:
         """Those that are not the adapters'."""
         query_and_output = 2 * self.hidden * self.heads * self.head_dim
         key_and_value = 2 * self.hidden * self.kv_groups * self.head_dim
-        return query_and_output + key_and_value + 3 * self.hidden * self.ffn
+        mlp = self.hidden * (3 * self.ffn * self.mlps + self.router)
+        return query_and_output + key_and_value + mlp
 
     @property
     def matmul_parameters(self) -> int:

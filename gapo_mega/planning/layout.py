@@ -17,6 +17,7 @@ from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refus
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
+    _check_experts(parallel, shape)
     return data_parallel_size(parallel, world_size)
 
 
@@ -42,13 +43,36 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     _check_samples(config, estimator)
 
 
+def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
+    expert, split = parallel.expert, parallel.experts_split
+    if shape.experts is None:
+        if expert > 1 or split != parallel.tensor:
+            name = "expert" if expert > 1 else "expert_tensor"
+            raise ValueError(
+                f"parallel.{name}: found {getattr(parallel, name)}, accepted for a model without experts: "
+                + ("1" if expert > 1 else "null")
+            )
+        return
+    count = shape.experts.count
+    if count % expert:
+        raise ValueError(
+            f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(_divisors(count))}"
+        )
+    if shape.ffn % split:
+        raise ValueError(
+            f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
+            f"{_listed(_divisors(shape.ffn))}"
+        )
+
+
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
     tensor, pipeline = parallel.tensor, parallel.pipeline
     split_by_tensor = {
         "attention heads": shape.heads,
         "key-value groups": shape.kv_groups,
-        "feed-forward width": shape.ffn,
     }
+    if shape.experts is None:
+        split_by_tensor["feed-forward width"] = shape.ffn
     if any(size % tensor for size in split_by_tensor.values()):
         fitting = [
             d for d in _divisors(shape.kv_groups) if not any(size % d for size in split_by_tensor.values())
@@ -56,6 +80,11 @@ def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
         sizes = ", ".join(f"{size} {name}" for name, size in split_by_tensor.items())
         raise ValueError(
             f"parallel.tensor: found {tensor}, accepted for a model with {sizes}: {_listed(fitting)}"
+        )
+    if shape.experts is not None and tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.sequence_parallel: found false with parallel.tensor {tensor}, accepted for a model "
+            "with experts: true (without it every tensor rank would route every token)"
         )
     if shape.num_layers % pipeline:
         raise ValueError(
@@ -123,7 +152,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass()
+    reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 

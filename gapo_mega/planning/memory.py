@@ -178,11 +178,12 @@ def _backbone_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: i
 
 def _layer_parameters(shape: ModelShape, tensor: int) -> int:
     query, key = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
-    split = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn
+    split = shape.hidden * (query + 2 * key) + query * shape.hidden
+    split += 3 * shape.hidden * shape.ffn * shape.mlps
     if shape.qkv_bias:
         split += query + 2 * key
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    return split // tensor + norms  # norms are held by every tensor rank
+    return split // tensor + norms + shape.router  # norms and routers are held by every tensor rank
 
 
 def _embedding_parameters(shape: ModelShape, tensor: int) -> int:

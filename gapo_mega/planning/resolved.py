@@ -106,7 +106,8 @@ class ResolvedRun:
     def forward_of(self, rows: int) -> ForwardKind:
         """The kind of passes of an update that measures ``rows`` gradients."""
         by_token = self.critic is not None or self.estimator.by_token
-        return forward_kind(self.config, self.data, by_token=by_token, rows=rows)
+        with_experts = self.shape.experts is not None
+        return forward_kind(self.config, self.data, by_token=by_token, rows=rows, with_experts=with_experts)
 
     @property
     def shared(self) -> bool:

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gapo_mega.config.lora import LoraConfig
 from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import devices
@@ -85,33 +84,19 @@ class Speed:
         }
 
 
-def transformer_shape(shape: ModelShape, outputs: int, lora: LoraConfig | None = None) -> TransformerShape:
-    """The sizes that the FLOPs count depends on."""
-    return TransformerShape(
-        shape.num_layers,
-        shape.hidden,
-        shape.ffn,
-        shape.heads,
-        shape.kv_groups,
-        shape.head_dim,
-        outputs,
-        adapters=0 if lora is None else layer_parameters(shape, lora),
-    )
-
-
 def flops_of(resolved: ResolvedRun, lengths: Lengths) -> StepFlops:
     """Operations of one step whose sequences are all of these lengths.
 
     Only the attention term, a small one, is not linear in them.
     """
-    config, shape = resolved.config, resolved.shape
+    config, shape, lora = resolved.config, resolved.shape, resolved.config.model.lora
     count = step_flops(
-        transformer_shape(shape, shape.vocab, config.model.lora),
+        TransformerShape.of(shape, shape.vocab, 0 if lora is None else layer_parameters(shape, lora)),
         [(lengths.prompt, lengths.response)] * config.sequences(),
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
-        critic=transformer_shape(shape, resolved.value_heads) if resolved.critic is not None else None,
+        critic=TransformerShape.of(shape, resolved.value_heads) if resolved.critic is not None else None,
     )
     count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
     if config.algorithm.old_logprobs == "generator":
@@ -149,7 +134,7 @@ def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths)
     own = math.ceil(config.sequences() / resolved.data)
     together = min(own, config.rollout.batch_size)
     size = _BYTES[config.model.dtype]
-    layers = transformer_shape(shape, shape.vocab)
+    layers = TransformerShape.of(shape, shape.vocab)
     weights = layers.matmul_parameters * size / config.parallel.tensor
     cached_token = 2 * shape.num_layers * shape.kv_groups * shape.head_dim * size / config.parallel.tensor
     # The mean context of a response's tokens: all that is read is linear in it.

@@ -20,20 +20,24 @@ ForwardKind = Literal["one_pass", "shared", "separate"]
 
 
 def forward_kind(
-    config: Config, data_parallel: int, by_token: bool = False, rows: int | None = None
+    config: Config,
+    data_parallel: int,
+    by_token: bool = False,
+    rows: int | None = None,
+    with_experts: bool = False,
 ) -> ForwardKind:
     """The kind of passes of updates that measure ``rows`` gradients; None: those of the run.
 
     One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
     a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
     gradient once per microbatch instead of once per minibatch, which may cost more than it saves: in that
-    case ``auto`` takes separate passes.
+    case ``auto`` takes separate passes. ``with_experts``: the model has some.
     """
     asked = config.gradients.forward
     if asked != "auto":
         return asked
     rows = len(config.rows) if rows is None else rows
-    if rows > 1 and not by_token and _one_pass_is_sure(config):
+    if rows > 1 and not by_token and not with_experts and _one_pass_is_sure(config):
         return "one_pass"
     count = microbatches(config, data_parallel)
     possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count, rows) is None
@@ -46,7 +50,7 @@ def _one_pass_is_sure(config: Config) -> bool:
     With a pipeline only the last stage sees, after the fact, whether one direction was enough. It is in the
     first update on a rollout, where no ratio is clipped, unless a loss has a KL term.
     """
-    if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
+    if refusal_of_one_pass(with_experts=False) or not strategies.chosen(config.gradients).has_one_pass_form:
         return False
     algorithm = config.algorithm
     if config.parallel.pipeline == 1:
@@ -55,8 +59,10 @@ def _one_pass_is_sure(config: Config) -> bool:
     return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
 
 
-def refusal_of_one_pass() -> str | None:
-    """Why no layers here can hand over the gradients of sequences; None if they can."""
+def refusal_of_one_pass(with_experts: bool) -> str | None:
+    """Why a model's layers here cannot hand over the gradients of sequences; None if they can."""
+    if with_experts:
+        return "a model with experts (each gets the tokens of all sequences in one heap)"
     if transformer_engine_layers():
         return "Transformer Engine's layers (they add up the gradients of sequences themselves)"
     return None

@@ -100,6 +100,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "virtual_pipeline": FREE,
         "context": FREE,
         "expert": FREE,
+        "expert_tensor": FREE,
         "distributed_optimizer_instances": FREE,
         "timeout_minutes": FREE,
         "silence_minutes": FREE,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.types import Experience
@@ -37,7 +37,9 @@ class Reference:
     """Gradients by name in float64, written down anew from eqs. 15 and 16."""
 
     def __init__(self, directory: Path, batch: Experience) -> None:
-        self.model = LlamaForCausalLM.from_pretrained(directory).double()
+        # The default for experts has no float64.
+        model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+        self.model = model.double()
         self.names = [name for name, _ in self.model.named_parameters()]
         assert batch.advantages_MBT is not None
         hidden = self.model.model(input_ids=batch.tokens_BT).last_hidden_state
@@ -76,5 +78,5 @@ class Reference:
 
 
 def flat(directory: Path) -> Tensor:
-    exported = LlamaForCausalLM.from_pretrained(directory).double()
+    exported = AutoModelForCausalLM.from_pretrained(directory).double()
     return torch.cat([p.detach().flatten() for p in exported.parameters()])

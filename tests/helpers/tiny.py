@@ -14,11 +14,13 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 CHAT_TEMPLATE = (
@@ -96,6 +98,20 @@ def tiny_qwen3(directory: Path, *, vocab: int = 200, seed: int = 0) -> PreTraine
     return _write(Qwen3Config(**sizes), directory, seed)
 
 
+def tiny_mixtral(directory: Path, *, vocab: int = 200, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """4 layers of Mixtral with 4 experts, of which a token goes through 2."""
+    sizes = _sizes(vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=16)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _write(MixtralConfig(**{**sizes, **experts, **fields}), directory, seed)
+
+
+def tiny_qwen3_moe(directory: Path, *, vocab: int = 200, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """4 layers of Qwen3 with 6 experts, of which a token goes through 3; their weights do not add up to 1."""
+    sizes = _sizes(vocab, hidden_size=48, moe_intermediate_size=40, num_hidden_layers=4, head_dim=16)
+    experts = {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
+    return _write(Qwen3MoeConfig(**{**sizes, **experts, **fields}), directory, seed)
+
+
 def _sizes(vocab: int, **sizes: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
@@ -121,6 +137,8 @@ def _write(config: PreTrainedConfig, directory: Path, seed: int = 0) -> PreTrain
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif name.endswith("bias"):  # and zeros a lost bias
                 parameter.add_(0.5 * torch.randn_like(parameter))
+            elif name.endswith("mlp.gate.weight"):  # and a router of zeros chooses by chance
+                parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(directory)
     return model
 

@@ -29,7 +29,7 @@ class MegatronAnswers(groups.Collective):
 
         ``existing``: process groups of this layout from an earlier engine; None makes them.
         """
-        super().__init__(existing or groups.of(setup.parallel))
+        super().__init__(existing or groups.of_layout(setup.parallel))
         self._models: dict[str, FrozenModel] = {}
         self.take(setup)
 

@@ -71,7 +71,7 @@ class MegatronEngine(groups.Collective):
         self._other_changes = 0  # than by optimizer steps
         # Both before a model is built: a download may fail.
         critic = None if resolved.critic is None else resolved.critic.directory()
-        super().__init__(existing or groups.of(config.parallel))
+        super().__init__(existing or groups.of_layout(config.parallel))
         groups.seed(config.seed)
         with megatron_device():
             chunks = build_chunks(shape, config.model, config.parallel)

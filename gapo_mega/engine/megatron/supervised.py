@@ -52,7 +52,7 @@ class SupervisedModel(groups.Collective, ABC):
         """
         self._setup = setup
         self._loads = 0
-        super().__init__(existing or groups.of(setup.parallel))
+        super().__init__(existing or groups.of_layout(setup.parallel))
         groups.seed(setup.seed)
         with megatron_device():
             chunks = build_chunks(setup.shape, setup.model, setup.parallel, self._value_heads())

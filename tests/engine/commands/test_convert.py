@@ -25,7 +25,18 @@ from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.models.score_head import score_head_of
 from tests.helpers.hf_directories import assert_same_model, classifier, files_of, language_model
-from tests.helpers.tiny import safe_rlhf_model, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import (
+    safe_rlhf_model,
+    tiny_llama,
+    tiny_llama3,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
+
+FAMILIES = [tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_llama3, tiny_mixtral, tiny_qwen3_moe]
 
 
 def there_and_back(source: Path, folder: Path, **layout: int) -> None:
@@ -40,7 +51,7 @@ def test_there_and_back_is_bit_equal(tmp_path: Path, layout: dict[str, int], tie
     there_and_back(language_model(tmp_path / "hf", tied=tied), tmp_path, **layout)
 
 
-@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_llama3])
+@pytest.mark.parametrize("make", FAMILIES)
 def test_every_family_there_and_back(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "hf", vocab=101)
     there_and_back(tmp_path / "hf", tmp_path, tensor=2, pipeline=2)
@@ -103,13 +114,18 @@ def test_more_than_one_label_is_refused(tmp_path: Path) -> None:
         convert.to_checkpoint(tmp_path / "hf", tmp_path / "ckpt")
 
 
+def with_experts(folder: Path) -> Path:
+    tiny_mixtral(folder)
+    return folder
+
+
 def sharded(model: Any) -> dict[str, Any]:
     state: dict[str, Any] = model.sharded_state_dict(metadata=dict(METADATA))
     return state
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("make", [language_model, classifier])
+@pytest.mark.parametrize("make", [language_model, classifier, with_experts])
 def test_the_keys_are_those_of_megatron(tmp_path: Path, make: Any) -> None:
     source = make(tmp_path / "hf")
     convert.to_checkpoint(source, tmp_path / "ckpt", tensor=2, pipeline=2)
@@ -124,7 +140,7 @@ def test_the_keys_are_those_of_megatron(tmp_path: Path, make: Any) -> None:
         state = sharded(model)
         # Megatron's own loader, told to refuse any key that is missing or too many.
         loaded = dist_checkpointing.load(state, str(tmp_path / "ckpt"), strict=StrictHandling.RAISE_ALL)
-        assert loaded.pop("about")["weights"] == "llama"
+        assert loaded.pop("about")["weights"] == shape.family
         model.load_state_dict(loaded)
         entries = sharded(model)
         apply_factories(entries)

@@ -22,16 +22,24 @@ from transformers import (
 
 from gapo_mega.models import HFDirectory, ModelShape, families, family_of, shape_of
 from gapo_mega.models.mapping import local_spec_name
-from tests.helpers.tiny import LLAMA3_ROPE, tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import (
+    LLAMA3_ROPE,
+    tiny_llama,
+    tiny_llama3,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
 
 LAYER_PARAMETERS = (
     "input_layernorm.weight",
     "self_attention.linear_qkv.weight",
     "self_attention.linear_proj.weight",
     "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
 )
+MLP = ("linear_fc1.weight", "linear_fc2.weight")
 BIAS = ("self_attention.linear_qkv.bias",)
 QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 OLD_LLAMA3_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
@@ -39,6 +47,12 @@ OLD_LLAMA3_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "r
 
 def stage_parameters(layers: range, first: bool, last: bool, shape: ModelShape) -> list[str]:
     of_layer = [*LAYER_PARAMETERS, *(BIAS if shape.qkv_bias else ()), *(QK_NORMS if shape.qk_norm else ())]
+    if shape.experts is None:
+        of_layer += [f"mlp.{name}" for name in MLP]
+    else:
+        experts = range(shape.experts.count)
+        of_layer.append("mlp.router.weight")
+        of_layer += [f"mlp.experts.local_experts.{expert}.{name}" for expert in experts for name in MLP]
     names = [f"decoder.layers.{layer}.{name}" for layer in layers for name in of_layer]
     if first:
         names.append("embedding.word_embeddings.weight")
@@ -50,18 +64,24 @@ def stage_parameters(layers: range, first: bool, last: bool, shape: ModelShape) 
 
 
 def round_trip(
-    directory: Path, tensor: int, pipeline: int, change: Callable[[str, Tensor], Tensor] | None = None
+    directory: Path,
+    tensor: int,
+    pipeline: int,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    expert_tensor: int | None = None,
 ) -> dict[str, Tensor]:
     """Through the parameters of every rank of a layout; ``change`` alters them on the way."""
     source = HFDirectory(directory)
     shape = shape_of(source.config)
-    weights = family_of(source.config).weight_map(shape, tensor, padded_vocab=shape.padded_vocab(8 * tensor))
+    family, padded_vocab = family_of(source.config), shape.padded_vocab(8 * tensor)
+    weights = family.weight_map(shape, tensor, padded_vocab, expert_tensor)
     per_stage = shape.num_layers // pipeline
     back: dict[str, Tensor] = {}
     for stage in range(pipeline):
         layers = range(stage * per_stage, (stage + 1) * per_stage)
         for name in stage_parameters(layers, stage == 0, stage == pipeline - 1, shape):
-            parts = [weights.to_megatron(name, source.read, rank) for rank in range(tensor)]
+            ranks = (expert_tensor or tensor) if ".local_experts." in name else tensor
+            parts = [weights.to_megatron(name, source.read, rank) for rank in range(ranks)]
             assert len({part.shape for part in parts}) == 1
             if change is not None:
                 parts = [change(name, part) for part in parts]
@@ -89,13 +109,37 @@ def test_llama_round_trip_is_bit_equal(tmp_path: Path, tied: bool, tensor: int, 
     assert_bit_equal(round_trip(directory, tensor, pipeline), directory)
 
 
-@pytest.mark.parametrize("write", [tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3])
+@pytest.mark.parametrize(
+    "write", [tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_mixtral, tiny_qwen3_moe]
+)
 def test_every_family_round_trip_is_bit_equal(
     tmp_path: Path, write: Callable[[Path], PreTrainedModel]
 ) -> None:
     write(tmp_path)
     for tensor, pipeline in [(1, 1), (2, 1), (1, 2), (2, 2)]:
         assert_bit_equal(round_trip(tmp_path, tensor, pipeline), tmp_path)
+
+
+@pytest.mark.parametrize("write", [tiny_mixtral, tiny_qwen3_moe])
+@pytest.mark.parametrize(("tensor", "expert_tensor"), [(1, 2), (2, 1), (2, 4)])
+def test_experts_split_otherwise_than_attention(
+    tmp_path: Path, write: Callable[[Path], PreTrainedModel], tensor: int, expert_tensor: int
+) -> None:
+    write(tmp_path)
+    assert_bit_equal(round_trip(tmp_path, tensor, 2, expert_tensor=expert_tensor), tmp_path)
+
+
+def test_the_two_families_name_gate_and_up_projection_alike(tmp_path: Path) -> None:
+    """Mixtral's w1 is the gate, w3 the way up and w2 the way down: transformers' class says so itself."""
+    model = tiny_mixtral(tmp_path)
+    source = HFDirectory(tmp_path)
+    weights = family_of(source.config).weight_map(shape_of(source.config))
+    experts = "decoder.layers.1.mlp.experts.local_experts.3."
+    in_memory = model.model.layers[1].mlp.experts
+    gated = weights.to_megatron(experts + "linear_fc1.weight", source.read, 0)
+    assert torch.equal(gated, in_memory.gate_up_proj[3])
+    down = weights.to_megatron(experts + "linear_fc2.weight", source.read, 0)
+    assert torch.equal(down, in_memory.down_proj[3])
 
 
 def test_a_row_changed_by_one_percent_shows(tmp_path: Path) -> None:
@@ -281,7 +325,9 @@ def test_what_megatron_would_compute_differently_is_refused(
 
 
 def test_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"model_type 'gpt2', accepted: llama, mistral, qwen2, qwen3$"):
+    with pytest.raises(
+        ValueError, match=r"model_type 'gpt2', accepted: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe$"
+    ):
         shape_of(GPT2Config())
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape
+from gapo_mega.models.shape import Experts
 from gapo_mega.planning.layout import data_parallel_size
 from tests.helpers.resolved import check
 
@@ -115,6 +116,54 @@ def test_what_cannot_work_is_refused(sections: dict[str, Any], world: int, messa
         check(config(**sections), SMOLLM2, world)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+WITH_EXPERTS = replace(SMOLLM2, heads=8, kv_groups=4, experts=Experts(6, 2, normalized=True))
+TP4 = {"tensor": 4, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"pipeline": 2}, TP4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}],
+)
+def test_layouts_of_experts(parallel: dict[str, Any]) -> None:
+    check(config(parallel=parallel, micro_batch_size=1), WITH_EXPERTS, 4)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "shape", "message"),
+    [
+        ({"tensor": 2}, WITH_EXPERTS, "parallel.sequence_parallel: found false with parallel.tensor 2"),
+        (
+            {**TP4, "expert": 4, "expert_tensor": 1},
+            WITH_EXPERTS,
+            "parallel.expert: found 4, accepted for 6 experts: 1, 2, 3, 6",
+        ),
+        (
+            {**TP4, "expert": 2, "expert_tensor": 2},
+            replace(WITH_EXPERTS, ffn=1535),
+            "parallel.expert_tensor: found 2, accepted for experts of width 1535: 1, 5, 307, 1535",
+        ),
+        (
+            {**TP4, "expert": 4, "expert_tensor": 1},
+            replace(SMOLLM2, heads=8, kv_groups=4),
+            "parallel.expert: found 4, accepted for a model without experts: 1",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_shared(parallel: dict[str, Any], shape: ModelShape, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(parallel=parallel), shape, 4)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parallel", [{**TP4, "expert": 2}, {"expert": 2}, {**TP4, "expert": 4}, {**TP4, "expert_tensor": 2}]
+)
+def test_experts_are_shared_by_the_ranks_of_a_layer(parallel: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert(_tensor)?: found \d"):
+        config(parallel=parallel)
 
 
 def test_sliding_window_bounds_the_length() -> None:

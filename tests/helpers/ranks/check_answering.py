@@ -22,7 +22,7 @@ TEMPERATURE = 0.7
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: layout, and the models of each turn: policy and reference (or None)."""
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = worlds.enter(layout.tensor, layout.pipeline)
+    world = worlds.enter_layout(layout)
     engine: MegatronAnswers | None = None
     turns = []
     for policy, reference in arguments["turns"]:

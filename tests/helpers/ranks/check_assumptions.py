@@ -21,7 +21,7 @@ from tests.helpers.ranks import worlds
 def _trained(args: dict[str, Any]) -> Trainable:
     """Tied embeddings, and norms of queries and keys."""
     layout = ParallelConfig.model_validate(args["layout"])
-    worlds.enter(layout.tensor, layout.pipeline)
+    worlds.enter_layout(layout)
     shape = ModelShape(
         family="qwen3", num_layers=2, hidden=24, ffn=40, heads=4, kv_groups=2, head_dim=6, vocab=256,
         tied=True, rope_theta=10000.0, norm_eps=1e-5, qkv_bias=False, qk_norm=True, max_positions=64,

@@ -79,7 +79,7 @@ def value_loss(values_BT: Tensor, batch: Experience, objective: int) -> Tensor:
 
 def build_engine(config: Config, with_critic: bool = False) -> MegatronEngine:
     """An engine over this world."""
-    existing = worlds.enter(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    existing = worlds.enter_layout(config.parallel, config.seed)
     resolved = resolved_run(config, existing.layout.world, with_critic=with_critic)
     return MegatronEngine(resolved, pad_id=0, eos_ids=[2], existing=existing)
 

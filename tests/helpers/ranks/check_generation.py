@@ -70,7 +70,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     directory = Path(arguments["model"])
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = worlds.enter(layout.tensor, layout.pipeline)
+    world = worlds.enter_layout(layout)
     shape = shape_of(HFDirectory(directory).config)
     with megatron_device():
         chunks = build.build_chunks(shape, ModelConfig(path=str(directory)), layout)

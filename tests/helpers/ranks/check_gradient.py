@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     greatest difference over its greatest element.
     """
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = worlds.enter(layout.tensor, layout.pipeline)
+    world = worlds.enter_layout(layout)
     directory, export = Path(arguments["model"]), Path(arguments["export"])
     gram = _write_gradient(directory, export, layout, world, arguments["shared"])
+    if world.layout.rank != 0:
+        return {}
     found = load_file(export / "model.safetensors")
     expected_gram, expected = _transformers_gradients(directory)
     assert found.keys() == expected.keys()
@@ -118,6 +121,7 @@ def _write_gradient(
 
 def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    model.get_input_embeddings().padding_idx = None  # transformers gives that row no gradient
     batch = global_batch(model.config.vocab_size)
     tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
     _, dropped_BTV = random_kept(tokens_BT, mask_BT, model.config.vocab_size, SHARE)
@@ -130,5 +134,11 @@ def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]
         found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
         rows.append(dict(zip(parameters, found, strict=True)))
     flat_MN = torch.stack([torch.cat([g.flatten() for g in row.values()]).double() for row in rows])
-    combined = {name: sum(w * row[name] for w, row in zip(WEIGHTS, rows, strict=True)) for name in parameters}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(sum(w * row[name] for w, row in zip(WEIGHTS, rows, strict=True)))
+    # Files have tensors of their own for what is one parameter in memory, as the weights of all experts.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        combined = dict(load_file(Path(folder) / "model.safetensors"))
     return flat_MN @ flat_MN.T, combined

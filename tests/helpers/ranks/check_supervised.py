@@ -63,7 +63,7 @@ def batch_of(kind: str, step: int, data_rank: int, data: int) -> TokenBatch:
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: kind (score, pairs, chats), model, layout, and export for the trained ones."""
     layout = ParallelConfig.model_validate(arguments["layout"])
-    world = worlds.enter(layout.tensor, layout.pipeline)
+    world = worlds.enter_layout(layout)
     model = Path(arguments["model"])
     if arguments["kind"] == "score":
         settings = ModelConfig(path=str(model))

@@ -45,7 +45,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     names of exported tensors that do not equal the originals bit by bit.
     """
     layout = ParallelConfig.model_validate(arguments["layout"])
-    return _check(arguments, layout, worlds.enter(layout.tensor, layout.pipeline))
+    return _check(arguments, layout, worlds.enter_layout(layout))
 
 
 def _check(arguments: dict[str, Any], layout: ParallelConfig, world: groups.Groups) -> dict[str, Any]:

@@ -112,6 +112,6 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _layout(arguments: dict[str, Any]) -> tuple[int, int]:
+def _layout(arguments: dict[str, Any]) -> tuple[int, ...]:
     layout = arguments.get("layout", {})
-    return layout.get("tensor", 1), layout.get("pipeline", 1)
+    return tuple(layout.get(name, 1) for name in ("tensor", "pipeline", "expert", "expert_tensor"))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from gapo_mega.config import ParallelConfig
 from gapo_mega.engine.megatron.runtime import groups
 
-_current: dict[tuple[int, int], groups.Groups] = {}
+_current: dict[tuple[int, ...], groups.Groups] = {}
 
 
-def enter(tensor: int, pipeline: int, seed: int = 1) -> groups.Groups:
+def enter(
+    tensor: int, pipeline: int, seed: int = 1, *, expert: int = 1, expert_tensor: int | None = None
+) -> groups.Groups:
     """The groups of a layout on this world, freshly seeded; those of another one are closed first."""
-    if (tensor, pipeline) not in _current:
+    layout = (tensor, pipeline, expert, expert_tensor or tensor)
+    if layout not in _current:
         leave()
-        _current[tensor, pipeline] = groups.initialize(tensor, pipeline)
+        _current[layout] = groups.initialize(*layout)
     groups.seed(seed)
-    return _current[tensor, pipeline]
+    return _current[layout]
+
+
+def enter_layout(parallel: ParallelConfig, seed: int = 1) -> groups.Groups:
+    """``enter`` for a configuration."""
+    expert, expert_tensor = parallel.expert, parallel.expert_tensor
+    return enter(parallel.tensor, parallel.pipeline, seed, expert=expert, expert_tensor=expert_tensor)
 
 
 def leave() -> None:

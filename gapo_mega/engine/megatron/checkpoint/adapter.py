@@ -43,13 +43,12 @@ def export(
 
     ``base``: the name or path of the model that they belong to.
     """
-    if parallel_state.get_data_parallel_rank() == 0:
-        names = _names(shape, lora)
-        own = {name: value for chunk in chunks for name, value in weights.parameters_of(chunk).items()}
-        tensors = dict(weights.stream(own, names, weights.parcels(own, names)))
-        if dist.get_rank() == 0:
-            assert tensors.keys() == {names.source(name) for name in names.names()}, "not all are exported"
-            write_adapter(directory, lora, base, {name: value.cpu() for name, value in tensors.items()})
+    names = _names(shape, lora)
+    own = {name: value for chunk in chunks for name, value in weights.parameters_of(chunk).items()}
+    tensors = dict(weights.stream(own, names, weights.parcels(own, names)))
+    if dist.get_rank() == 0:
+        assert tensors.keys() == {names.source(name) for name in names.names()}, "not all are exported"
+        write_adapter(directory, lora, base, {name: value.cpu() for name, value in tensors.items()})
     dist.barrier()
 
 

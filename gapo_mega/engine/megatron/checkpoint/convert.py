@@ -42,7 +42,7 @@ from gapo_mega.models.huggingface.writing import (
     refuse_inside,
     set_config,
 )
-from gapo_mega.models.mapping import OUTPUT_LAYER, checkpoint_key
+from gapo_mega.models.mapping import OUTPUT_LAYER, WeightMap
 from gapo_mega.models.score_head import KEPT, OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
 logger = logging.getLogger(__name__)
@@ -50,12 +50,8 @@ logger = logging.getLogger(__name__)
 # Where a checkpoint says which tensors it holds in a wider dtype than they had: name -> dtype.
 _ORIGINAL_DTYPES = "original_dtypes"
 # Megatron's linear layers load one object each, which is empty without FP8.
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
+_EXTRA_STATES_OF_MLP = ("linear_fc1", "linear_fc2")
 
 
 def to_checkpoint(
@@ -139,7 +135,7 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
     promised = {
         hf_name: typed(hf_name, like)
         for name in weights.names()
-        for hf_name, like in weights.to_hf(name, [_stored_like(reader, prefix, name)]).items()
+        for hf_name, like in weights.to_hf(name, [_stored_like(reader, weights, prefix, name)]).items()
     }
     kept = {key.removeprefix(KEPT): key for key in sorted(reader.tensors) if key.startswith(KEPT)}
     for name, key in kept.items():
@@ -148,13 +144,13 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
         )
 
     def adapter(name: str) -> Tensor:
-        key, layer = checkpoint_key(name)
-        return reader.read(prefix + key, layer)
+        key, place = weights.checkpoint_key(name)
+        return reader.read(prefix + key, place)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in weights.names():
-            key, layer = checkpoint_key(name)
-            whole = reader.read(prefix + key, layer)
+            key, place = weights.checkpoint_key(name)
+            whole = reader.read(prefix + key, place)
             if lora is not None:
                 whole = adapters.merged(name, whole, weights.shape, lora, adapter)
             for hf_name, value in weights.to_hf(name, [whole]).items():
@@ -166,13 +162,12 @@ def to_hf(source: Path, target: Path, *, dtype: torch.dtype | None = None, overw
     write_hf(target, companions, promised, bar, overwrite=overwrite)
 
 
-def _stored_like(reader: DistReader, prefix: str, name: str) -> Tensor:
-    key, layer = checkpoint_key(name)
+def _stored_like(reader: DistReader, weights: WeightMap, prefix: str, name: str) -> Tensor:
+    key, place = weights.checkpoint_key(name)
     stored = reader.tensors.get(prefix + key)
     if stored is None:
         raise ValueError(f"checkpoint {reader.path}: has no tensor {prefix + key}")
-    size = stored.size if layer is None else stored.size[1:]
-    return torch.empty(size, dtype=stored.properties.dtype, device="meta")
+    return torch.empty(stored.size[len(place) :], dtype=stored.properties.dtype, device="meta")
 
 
 class _Plan:
@@ -206,7 +201,7 @@ class _Plan:
     def num_bytes(self) -> int:
         """Approximate size of the result."""
         return sum(
-            self._source.like(source).numel() * self._stored[checkpoint_key(name)[0]].itemsize
+            self._source.like(source).numel() * self._stored[self._key(name)].itemsize
             for name in self._weights.names()
             for source in self._weights.sources(name)
         )
@@ -217,17 +212,24 @@ class _Plan:
 
     def empty_objects(self) -> list[str]:
         """Keys of the empty objects that Megatron's linear layers load."""
-        layers = self._shape.num_layers
-        return [
-            f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-            for module in _EXTRA_STATES
-            for layer in range(layers)
-        ]
+        layers, mlps = self._shape.num_layers, self._shape.mlps
+        with_experts = self._shape.experts is not None
+        found = []
+        for layer in range(layers):
+            at = f"_extra_state/shard_{layer}_{layers}"
+            found += [f"decoder.layers.{module}.{at}" for module in _EXTRA_STATES]
+            for module in _EXTRA_STATES_OF_MLP:
+                if with_experts:
+                    module = f"decoder.layers.mlp.experts.experts.{module}._extra_state/shard_{layer}"
+                    found += [f"{module}.{expert}_{layers}.{mlps}" for expert in range(mlps)]
+                else:
+                    found.append(f"decoder.layers.mlp.{module}.{at}")
+        return found
 
     def chunks(self, rank: int, world: int, done: Callable[[], Any]) -> Iterator[Chunk]:
         """The chunks of process ``rank`` of ``world``, which call ``done`` as their tensors are made."""
         for name in self._weights.names():
-            copies = 1 if self._weights.kind(name) == "replicated" else self._tensor
+            copies = 1 if self._weights.kind(name) == "replicated" else self._weights.parts(name)
             for part in range(copies):
                 if (self._stage(name) * self._tensor + part) % world == rank:
                     yield from self._parts(name, part, done)
@@ -236,13 +238,15 @@ class _Plan:
 
     def _parts(self, name: str, part: int, done: Callable[[], Any]) -> Iterator[Chunk]:
         """Tensor rank ``part``'s shard of a parameter: one chunk, or two for gate and up projection."""
-        key, layer = checkpoint_key(name)
+        key, place = self._weights.checkpoint_key(name)
         kind = self._weights.kind(name)
         stored = self._stored[key]
         like = self._weights.to_megatron(name, self._source.like, part).to(stored)
         halves = like.chunk(2) if kind == "gated" else (like,)
         dim = 1 if kind == "columns" else 0
-        pieces = 1 if kind == "replicated" else self._tensor
+        pieces = 1 if kind == "replicated" else self._weights.parts(name)
+        stacked = self._weights.stacked(name)
+        single = (1,) * len(place)
         for half, piece in enumerate(halves):
             whole, offset = list(piece.shape), [0] * piece.dim()
             offset[dim] = (half * pieces + part) * whole[dim]
@@ -256,13 +260,9 @@ class _Plan:
                 value = cast(value, stored, sources)
                 value = value.chunk(2)[half] if kind == "gated" else value
                 done()
-                return value if layer is None else value[None]
+                return value.view(single + value.shape)
 
-            if layer is None:
-                yield Chunk(key, tuple(whole), tuple(offset), piece, make)
-            else:
-                layers = self._shape.num_layers
-                yield Chunk(key, (layers, *whole), (layer, *offset), piece[None], make)
+            yield Chunk(key, (*stacked, *whole), (*place, *offset), piece.view(single + piece.shape), make)
 
     def _of_head(self, head: ScoreHead) -> Iterator[Chunk]:
         for name in head.statistics:
@@ -274,16 +274,16 @@ class _Plan:
             yield Chunk(OUTPUT_BIAS, (1,), (0,), like, lambda: torch.zeros(1, dtype=like.dtype))
 
     def _stage(self, name: str) -> int:
-        key, layer = checkpoint_key(name)
-        if layer is not None:
-            return layer * self._pipeline // self._shape.num_layers
+        key, place = self._weights.checkpoint_key(name)
+        if place:
+            return place[0] * self._pipeline // self._shape.num_layers
         return 0 if key.startswith("embedding.") else self._pipeline - 1
 
     def _stored_dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every tensor of the checkpoint: without a wish, the least that loses nothing."""
         stored: dict[str, torch.dtype] = {}
         for name in self._weights.names():
-            key, _ = checkpoint_key(name)
+            key = self._key(name)
             for source in self._weights.sources(name):
                 found = self._dtype or self._source.like(source).dtype
                 stored[key] = torch.promote_types(stored.get(key, found), found)
@@ -297,8 +297,12 @@ class _Plan:
             source: dtype_name(self._source.like(source).dtype)
             for name in self._weights.names()
             for source in self._weights.sources(name)
-            if self._source.like(source).dtype != self._stored[checkpoint_key(name)[0]]
+            if self._source.like(source).dtype != self._stored[self._key(name)]
         }
+
+    def _key(self, name: str) -> str:
+        key, _ = self._weights.checkpoint_key(name)
+        return key
 
 
 @contextmanager

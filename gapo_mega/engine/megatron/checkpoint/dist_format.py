@@ -7,7 +7,7 @@ here make the data at that moment, so that neither side ever holds a whole model
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -181,17 +181,17 @@ class DistReader:
         entries = self._metadata.state_dict_metadata.items()
         return frozenset(key for key, value in entries if isinstance(value, BytesStorageMetadata))
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """Read tensor ``key``, or its entry ``row`` along the first dimension, which it drops."""
+    def read(self, key: str, place: Sequence[int] = ()) -> Tensor:
+        """Read tensor ``key``, or its entry ``place`` along the first dimensions, which it drops."""
         stored = self.tensors[key]
-        offset, size = [0] * len(stored.size), list(stored.size)
-        if row is not None:
-            offset[0], size[0] = row, 1
+        rest = len(stored.size) - len(place)
+        offset = [*place, *[0] * rest]
+        size = [*[1] * len(place), *stored.size[len(place) :]]
         target = torch.empty(size, dtype=stored.properties.dtype)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
         items = create_read_items_for_chunk_list(key, stored, [chunk])
         self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        return target if row is None else target[0]
+        return target.view(size[len(place) :])
 
 
 class _Into(LoadPlanner):

@@ -24,7 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
-from gapo_mega.engine.megatron.model.main_parameters import main_parameters, steps_taken
+from gapo_mega.engine.megatron.model.main_parameters import Span, main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
 _MAIN = "param"  # the fp32 main copy of a bf16 parameter
@@ -53,10 +53,10 @@ class OptimizerState:
 
         ``averages``: running means of the model's gradients, which lie as the optimizer's own tensors do.
         """
-        chained = optimizer.chained_optimizers
-        assert len(chained) == 1, "expert parameters have an optimizer of their own"
-        self._optimizer = chained[0]
-        self._inner: torch.optim.Optimizer = self._optimizer.optimizer
+        # Experts have an optimizer of their own, with the same settings.
+        self._optimizers = list(optimizer.chained_optimizers)
+        self._optimizer = self._optimizers[0]
+        self._inners: list[torch.optim.Optimizer] = [one.optimizer for one in self._optimizers]
         self._groups = groups
         self._parameters = [p for p in parameters if p.requires_grad]
         self._own_names = self._tensor_names()
@@ -69,16 +69,17 @@ class OptimizerState:
     @property
     def step(self) -> int:
         """Steps that Adam has taken; 0 for SGD, which does not count them."""
-        return steps_taken(self._inner)
+        return max(steps_taken(inner) for inner in self._inners)
 
     @step.setter
     def step(self, value: int) -> None:
-        if self._counts_per_parameter():
-            for state in self._inner.state.values():
-                state["step"] = torch.full_like(state["step"], value)
-        elif self._optimizer.config.optimizer == "adam":
-            for group in self._inner.param_groups:  # the fused Adams count per group
-                group["step"] = value
+        for inner in self._inners:
+            if _counts_per_parameter(inner):
+                for state in inner.state.values():
+                    state["step"] = torch.full_like(state["step"], value)
+            elif self._optimizer.config.optimizer == "adam":
+                for group in inner.param_groups:  # the fused Adams count per group
+                    group["step"] = value
 
     @property
     def averaged_updates(self) -> int:
@@ -98,16 +99,18 @@ class OptimizerState:
         pieces to data rank 0 one tensor at a time.
         """
         sharded = _by_parameter(model_state)
-        held: list[dict[int, tuple[int, int]]] = self._groups.gather_over_data(
-            {i: (self._pieces[p].start, self._pieces[p].end) for i, p in self._numbered()}
-        )
+        own_ranges = {i: (self._pieces[p].start, self._pieces[p].end) for i, p in self._numbered()}
+        held = {
+            group: _gathered(own_ranges, group) for group in (self._groups.data, self._groups.expert_data)
+        }
         result: dict[str, Any] = {}
         for index, parameter in enumerate(self._parameters):
-            owners = [ranges.get(index) for ranges in held]
+            group = self._data_group(parameter)
+            owners = [ranges.get(index) for ranges in held[group]]
             piece = self._pieces.get(parameter)
             for name in self.names:
                 own = None if piece is None else piece.tensors[name].detach().reshape(-1).float().cpu()
-                whole = self._collect(own, owners, parameter.numel())
+                whole = self._collect(own, owners, parameter.numel(), group)
                 if whole is not None:
                     result[f"{index}.{name}"] = _like(
                         sharded[id(parameter)], name, whole.view(parameter.shape)
@@ -137,9 +140,6 @@ class OptimizerState:
         """(index, parameter) of the parameters that this rank holds a piece of."""
         return ((i, p) for i, p in enumerate(self._parameters) if p in self._pieces)
 
-    def _counts_per_parameter(self) -> bool:
-        return isinstance(self._inner, (torch.optim.Adam, torch.optim.AdamW))
-
     def _tensor_names(self) -> list[str]:
         config = self._optimizer.config
         if config.optimizer == "adam":
@@ -151,26 +151,37 @@ class OptimizerState:
 
     def _create(self) -> None:
         """Create the zeros that optimizers otherwise create in their first step; no update changes."""
-        for group in self._inner.param_groups:
-            for main in group["params"]:
+        for inner in self._inners:
+            for main in (main for group in inner.param_groups for main in group["params"]):
                 for name in self._own_names:
-                    if name != _MAIN and name not in self._inner.state[main]:
-                        self._inner.state[main][name] = torch.zeros_like(main)
-                if self._counts_per_parameter() and "step" not in self._inner.state[main]:
-                    self._inner.state[main]["step"] = torch.zeros(())
+                    if name != _MAIN and name not in inner.state[main]:
+                        inner.state[main][name] = torch.zeros_like(main)
+                if _counts_per_parameter(inner) and "step" not in inner.state[main]:
+                    inner.state[main]["step"] = torch.zeros(())
 
     def _own_pieces(self) -> Iterator[tuple[nn.Parameter, _Piece]]:
         means = {} if self._averages is None else self._averages.by_parameter()
-        for parameter, main, start, end in main_parameters(self._optimizer):
-            state = {**self._inner.state.get(main, {}), _MAIN: main}
-            own = {name: state[name] for name in self._own_names}
-            tensors = {**own, **means.get(parameter, {})}
-            assert all(tensor.numel() == end - start for tensor in [main, *tensors.values()])
-            yield parameter, _Piece(start, end, tensors)
+        for optimizer, inner in zip(self._optimizers, self._inners, strict=True):
+            for parameter, main, start, end in main_parameters(optimizer):
+                state = {**inner.state.get(main, {}), _MAIN: main}
+                own = {name: state[name] for name in self._own_names}
+                tensors = {**own, **means.get(parameter, {})}
+                assert all(tensor.numel() == end - start for tensor in [main, *tensors.values()])
+                yield parameter, _Piece(start, end, tensors)
 
-    def _collect(self, own: Tensor | None, owners: list[tuple[int, int] | None], numel: int) -> Tensor | None:
-        """Gather the pieces of one flat tensor on data rank 0; the other ranks return None."""
-        group, rank = self._groups.data, self._groups.layout.data_rank
+    def _data_group(self, parameter: nn.Parameter) -> dist.ProcessGroup:
+        """The ranks that have the same parameter, and of its state a piece each."""
+        return self._groups.data if getattr(parameter, "allreduce", True) else self._groups.expert_data
+
+    def _collect(
+        self,
+        own: Tensor | None,
+        owners: list[tuple[int, int] | None],
+        numel: int,
+        group: dist.ProcessGroup,
+    ) -> Tensor | None:
+        """Gather the pieces of one flat tensor on the group's first rank; the other ranks return None."""
+        rank = dist.get_rank(group)
         if not isinstance(self._optimizer, DistributedOptimizer):
             return own if rank == 0 else None  # every data rank holds all of it
         if rank != 0:
@@ -188,6 +199,17 @@ class OptimizerState:
             else:
                 dist.recv(target, src=dist.get_global_rank(group, source), group=group)
         return whole
+
+
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _gathered(ranges: dict[int, Span], group: dist.ProcessGroup) -> list[dict[int, Span]]:
+    """The ranges of all ranks of the group, in their order."""
+    held: list[dict[int, Span]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(held, ranges, group=group)
+    return held
 
 
 def _by_parameter(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -27,9 +26,11 @@ from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models import HFDirectory, ModelShape, WeightMap, write_hf
 from gapo_mega.models.adapters import from_settings
 from gapo_mega.models.casting import cast, is_finite
+from gapo_mega.models.mapping import is_expert
 from gapo_mega.models.score_head import OUTPUT_BIAS, ScoreHead, score_head_of, weight_map_of
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^(mlp\.experts\.local_experts\.)(\d+)")
 _BACKBONE = "model."
 # What other models may have in the place of a critic's head; it is not read.
 _HEADS = ("lm_head.", "score.", "score_head.", "normalizer.", "v_head.", "value_head.")
@@ -76,14 +77,13 @@ def load_hf(model: GPTModel, shape: ModelShape, directory: str | Path, head: Sco
     headless = isinstance(model, ValueModel) and head is None
     whole = replace(shape, num_layers=max(shape.num_layers, source.config.num_hidden_layers))
     _check_names(source, weights, head, headless, _weight_map(model, whole, head).hf_names())
-    rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, parameter in parameters_of(model).items():
             if name.startswith("output_layer.") and headless:
                 continue
             if name == OUTPUT_BIAS and head is not None and head.bias is None:
                 continue  # stays 0
-            value = weights.to_megatron(name, source.read, rank)
+            value = weights.to_megatron(name, source.read, _part_of(name))
             if value.shape != parameter.shape:
                 raise ValueError(
                     f"{source.path}: {', '.join(weights.sources(name))} give {name} the shape "
@@ -157,31 +157,48 @@ def export_hf(
         overwrite: replace ``directory`` if it exists.
     """
     assert isinstance(chunks[0], ValueModel) == (head is not None), "a critic has no Hugging Face form"
-    if parallel_state.get_data_parallel_rank() == 0:
-        weights = _weight_map(chunks[0], shape, head)
-        own = {name: value for chunk in chunks for name, value in parameters_of(chunk).items()}
-        stages = parcels(own, weights)
-        promised = {
-            name: like
-            for parcel in chain.from_iterable(stages)
-            for name, like in weights.to_hf(parcel.name, [parcel.like()] * weights.tensor).items()
-        }
-        adapted = {layer.linear.weight: layer for layer in lora.adapted_layers(chunks)}
-        tensors = stream(
-            own, weights, stages, lambda value: adapted[value].merged() if value in adapted else value
-        )
-        if dist.get_rank() == 0:
-            assert promised.keys() == weights.hf_names(), "not all tensors are exported"
-            write_hf(directory, companions, promised, tensors, config=config, overwrite=overwrite)
-        else:
-            for _ in tensors:
-                raise AssertionError("only rank 0 receives tensors")
+    weights, own, sent = to_send(chunks, shape, head)
+    promised = {
+        name: like
+        for parcel in sent
+        for name, like in weights.to_hf(parcel.name, [parcel.like()] * len(parcel.senders)).items()
+    }
+    tensors = stream(own, weights, sent, _whole(chunks))
+    if dist.get_rank() == 0:
+        assert promised.keys() == weights.hf_names(), "not all tensors are exported"
+        write_hf(directory, companions, promised, tensors, config=config, overwrite=overwrite)
+    else:
+        for _ in tensors:
+            raise AssertionError("only rank 0 receives tensors")
     dist.barrier()
+
+
+def to_send(
+    chunks: Sequence[GPTModel], shape: ModelShape, head: ScoreHead | None
+) -> tuple[WeightMap, dict[str, Tensor], list[Parcel]]:
+    """The names of a model's tensors, this rank's parameters, and what goes to rank 0. Collective."""
+    weights = _weight_map(chunks[0], shape, head)
+    own = {name: value for chunk in chunks for name, value in parameters_of(chunk).items()}
+    return weights, own, parcels(own, weights)
+
+
+def _whole(chunks: Sequence[GPTModel]) -> Callable[[Tensor], Tensor]:
+    """What of a parameter is exported: with its adapter, if it has one."""
+    adapted = {layer.linear.weight: layer for layer in lora.adapted_layers(chunks)}
+    return lambda value: adapted[value].merged() if value in adapted else value.detach()
 
 
 def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = None) -> WeightMap:
     tensor = parallel_state.get_tensor_model_parallel_world_size()
-    return weight_map_of(shape, head, tensor, padded_vocab=model.vocab_size)
+    expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+    return weight_map_of(shape, head, tensor, padded_vocab=model.vocab_size, expert_tensor=expert_tensor)
+
+
+def _part_of(name: str) -> int:
+    """This rank's number among those that share a parameter."""
+    if is_expert(name):
+        return int(parallel_state.get_expert_tensor_parallel_rank())
+    return int(parallel_state.get_tensor_model_parallel_rank())
 
 
 def parameters_of(model: GPTModel) -> dict[str, Tensor]:
@@ -191,8 +208,13 @@ def parameters_of(model: GPTModel) -> dict[str, Tensor]:
         local = _LAYER.match(name)
         if local is None:
             return name
-        layer = model.decoder.layers[int(local.group(1))].layer_number - 1  # Megatron counts from 1
-        return f"decoder.layers.{layer}.{name[local.end() :]}"
+        layer = model.decoder.layers[int(local.group(1))]
+        rest = name[local.end() :]
+        expert = _EXPERT.match(rest)
+        if expert is not None:
+            number = layer.mlp.local_expert_indices[int(expert.group(2))]
+            rest = f"{expert.group(1)}{number}{rest[expert.end() :]}"
+        return f"decoder.layers.{layer.layer_number - 1}.{rest}"  # Megatron counts from 1
 
     return {whole_model_name(name): parameter for name, parameter in model.named_parameters()}
 
@@ -218,21 +240,20 @@ def _check_names(
 
 @dataclass(frozen=True)
 class Parcel:
-    """A parameter that a pipeline stage sends: shape and dtype of one tensor rank's shard."""
+    """A parameter that goes to rank 0: shape and dtype of a part, and the ranks that send the parts."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    senders: tuple[int, ...]
 
     def like(self) -> Tensor:
-        """A meta tensor of this shape and dtype."""
+        """A meta tensor of a part's shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class Naming(Protocol):
     """What an export asks of the names of a model's parameters."""
-
-    tensor: int  # tensor-parallel size
 
     def has(self, name: str) -> bool:
         """Whether the parameter is exported."""
@@ -242,69 +263,68 @@ class Naming(Protocol):
         """Whether another stage has the same parameter."""
         ...
 
+    def parts(self, name: str) -> int:
+        """Ranks that share the parameter."""
+        ...
+
     def to_hf(self, name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by their names in the file, from all tensor ranks' parts."""
+        """Whole tensors by their names in the file, from all parts."""
         ...
 
 
-def parcels(own: Mapping[str, Tensor], weights: Naming) -> list[list[Parcel]]:
-    """The parcels of every pipeline stage, the same on all ranks of a replica, by an all-gather."""
-    parcels = [
-        Parcel(name, tuple(value.shape), value.dtype)
+def _sends(name: str) -> bool:
+    """Whether this rank is the one of those with the same part of a parameter that sends it."""
+    if is_expert(name):
+        return bool(parallel_state.get_expert_data_parallel_rank() == 0)
+    return bool(parallel_state.get_data_parallel_rank() == 0)
+
+
+def parcels(own: Mapping[str, Tensor], weights: Naming) -> list[Parcel]:
+    """What goes to rank 0, the same on all ranks, by an all-gather."""
+    mine = {
+        name: (_part_of(name), tuple(value.shape), value.dtype)
         for name, value in own.items()
-        if not weights.is_copy(name) and weights.has(name)
+        if _sends(name) and not weights.is_copy(name) and weights.has(name)
+    }
+    held: list[dict[str, tuple[int, tuple[int, ...], torch.dtype]]] = [
+        {} for _ in range(dist.get_world_size())
     ]
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[Parcel]] = [[] for _ in range(pipeline.size())]
-    dist.all_gather_object(stages, parcels, group=pipeline)
-    return stages
+    dist.all_gather_object(held, mine)
+    senders: dict[str, dict[int, int]] = {}
+    likes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for rank, names in enumerate(held):
+        for name, (part, shape, dtype) in names.items():
+            senders.setdefault(name, {})[part] = rank
+            likes[name] = shape, dtype
+    return [
+        Parcel(name, *likes[name], tuple(ranks[part] for part in range(weights.parts(name))))
+        for name, ranks in senders.items()
+    ]
 
 
 def stream(
     own: Mapping[str, Tensor],
     weights: Naming,
-    stages: list[list[Parcel]],
-    sent: Callable[[Tensor], Tensor] = lambda value: value,
+    parcels: Sequence[Parcel],
+    sent: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole Hugging Face tensors on rank 0; the other ranks get none but must iterate, too.
 
     ``sent``: what of a rank's own parameter is exported, of the same shape and dtype.
     """
-    for stage, parcels in enumerate(stages):
-        for parcel in parcels:
-            value = own.get(parcel.name)
-            value = None if value is None else sent(value)
-            parts = _bring_to_first(value, parcel, stage, weights.tensor)
-            if parts is not None:
-                yield from weights.to_hf(parcel.name, list(parts)).items()
+    rank = dist.get_rank()
+    for parcel in parcels:
+        if rank == 0:
+            parts = [
+                sent(own[parcel.name]) if sender == 0 else _receive(parcel, sender)
+                for sender in parcel.senders
+            ]
+            yield from weights.to_hf(parcel.name, parts).items()
+        elif rank in parcel.senders:
+            dist.send(sent(own[parcel.name]).contiguous(), dst=0)
 
 
-def _bring_to_first(value: Tensor | None, parcel: Parcel, stage: int, tensor: int) -> Tensor | None:
-    """Gather the shards ``[tensor, ...]`` of a parameter of ``stage`` on the replica's first rank.
-
-    ``value`` is this rank's shard, ``None`` on other stages. Returns ``None`` on all other ranks.
-    """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    is_first_column = parallel_state.get_tensor_model_parallel_rank() == 0
-    parts = None if value is None else _gather_over_tensor(value.detach(), tensor)
-    if stage == 0 or not is_first_column:
-        return parts
-    if group.rank() == stage:
-        assert parts is not None
-        dist.send(parts, group=group, group_dst=0)
-        return None
-    if group.rank() == 0:
-        parts = torch.empty(tensor, *parcel.shape, dtype=parcel.dtype, device=device())
-        dist.recv(parts, group=group, group_src=stage)
-        return parts
-    return None
-
-
-def _gather_over_tensor(part: Tensor, tensor: int) -> Tensor | None:
-    group = parallel_state.get_tensor_model_parallel_group()
-    if group.rank() != 0:
-        dist.gather(part.contiguous(), group=group, group_dst=0)
-        return None
-    parts = part.new_empty(tensor, *part.shape)
-    dist.gather(part.contiguous(), list(parts), group=group, group_dst=0)
-    return parts
+def _receive(parcel: Parcel, sender: int) -> Tensor:
+    part = torch.empty(parcel.shape, dtype=parcel.dtype, device=device())
+    dist.recv(part, src=sender)
+    return part

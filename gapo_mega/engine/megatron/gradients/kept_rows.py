@@ -15,7 +15,6 @@ from gapo_mega import ops
 from gapo_mega.config.strategies.kept_rows import KeptRows
 from gapo_mega.engine.base import Aggregator
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
-from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.passes import SharedGraph, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.row_buffer import RowBuffer
 from gapo_mega.engine.megatron.gradients.shard import bytes_of, exchange
@@ -67,7 +66,7 @@ class Shards(GradientStrategy):
         aggregated = ops.solve(gram if averaged is None else averaged, aggregator)
         euclidean = gram
         if self._setting.adam and (self._before is not None or self.averages is not None):
-            euclidean = self.global_gram(inner_products(self.shard, self._rows))
+            euclidean = self.gram(self.shard, self._rows)
         refused = self._add_to_averages(gram, euclidean, aggregated)
         if self._before is not None:
             self._put_large_part_last(euclidean, aggregated.weights)
@@ -129,8 +128,8 @@ class Shards(GradientStrategy):
         """The Gram matrices of the gradients and of their running means with them, over all ranks."""
         metric = self.metric()
         if self.averages is None:
-            return self.global_gram(inner_products(self.shard, self._rows, metric)), None
-        both = self.global_gram(inner_products(self.shard, [*self.averages.rows, *self._rows], metric))
+            return self.gram(self.shard, self._rows, metric), None
+        both = self.gram(self.shard, [*self.averages.rows, *self._rows], metric)
         return self.averages.grams(both)
 
     def _add_to_averages(self, gram: Tensor, euclidean: Tensor, aggregated: ops.Aggregated) -> str | None:
@@ -180,11 +179,11 @@ class Shards(GradientStrategy):
             return None
         for view, values in self._parameters(self._before):
             view.sub_(values)
-        gram = self.global_gram(inner_products(self.shard, [self._before, *self._rows]))
+        gram = self.gram(self.shard, [self._before, *self._rows])
         products: list[float] = gram[0, 1:].tolist()
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the buffer's norm shows whether it holds the clipped gradient.
-        square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
+        square = self.gram(self.shard, [self.shard.pieces])
         scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
         weights = found.weights
         others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
@@ -194,8 +193,11 @@ class Shards(GradientStrategy):
 
     def _parameters(self, row: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a part of ``row`` and the optimizer's own copy of the parameter there."""
-        (inner,) = self.trainable.optimizer.chained_optimizers
-        held = {p: (start, main.detach().reshape(-1)) for p, main, start, _ in main_parameters(inner)}
+        held = {
+            p: (start, main.detach().reshape(-1))
+            for inner in self.trainable.optimizer.chained_optimizers
+            for p, main, start, _ in main_parameters(inner)
+        }
         found = []
         for placement in self.shard.placements:
             begin, values = held[placement.parameter]

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from gapo_mega import ops
-from gapo_mega.engine.megatron.gradients.shard import GradientShard, Placement
+from gapo_mega.engine.megatron.gradients.shard import Counted, GradientShard, Placement
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, steps_taken
 from gapo_mega.engine.megatron.runtime.cpu import device
 
@@ -34,16 +34,17 @@ class AdamMetric:
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
         """Take the metric from the optimizer's current state."""
-        (inner,) = optimizer.chained_optimizers
-        self._steps = steps_taken(inner.optimizer)
-        config = inner.config
+        optimizers = optimizer.chained_optimizers
+        (self._steps,) = {steps_taken(inner.optimizer) for inner in optimizers}
+        config = optimizers[0].config
         self._eps = config.adam_eps
         self._correction = 1.0 - math.pow(config.adam_beta2, self._steps) if self._steps else 1.0
         self._held: dict[torch.nn.Parameter, tuple[int, Tensor]] = {}
         if self._steps:
-            for parameter, main, start, _ in main_parameters(inner):
-                second = inner.optimizer.state[main]["exp_avg_sq"]
-                self._held[parameter] = start, second.detach().reshape(-1)
+            for inner in optimizers:
+                for parameter, main, start, _ in main_parameters(inner):
+                    second = inner.optimizer.state[main]["exp_avg_sq"]
+                    self._held[parameter] = start, second.detach().reshape(-1)
 
     @property
     def is_euclidean(self) -> bool:
@@ -59,21 +60,30 @@ class AdamMetric:
         return ops.InverseRoot(pieces, self._correction, self._eps)
 
 
-def inner_products(shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
-    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros if the shard is empty."""
+def inner_products(
+    shard: GradientShard,
+    rows: Sequence[Row],
+    metric: AdamMetric | None = None,
+    counted: Counted | None = None,
+) -> Tensor:
+    """This rank's part of the Gram matrix of ``rows`` [M, M] float64; zeros if nothing counts.
+
+    ``counted``: an entry of ``shard.counted``; none: its first.
+    """
+    counted = shard.counted[0] if counted is None else counted
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device())
-    if not shard.counted:
+    if not counted.placements:
         return gram
     if len(rows) > MOST_ROWS:
         for chosen in _pairs_of_blocks(len(rows)):
-            part = inner_products(shard, [rows[i] for i in chosen], metric)
+            part = inner_products(shard, [rows[i] for i in chosen], metric, counted)
             index = torch.tensor(chosen, device=gram.device)
             gram[index[:, None], index] = part
         return gram
     if metric is None or metric.is_euclidean:
-        return ops.gramian(rows, segments=shard.segments, out=gram)
-    parts = [[shard.view(row, placement) for placement in shard.counted] for row in rows]
-    return ops.gramian(parts, weight=metric.factors(shard.counted), out=gram)
+        return ops.gramian(rows, segments=counted.segments, out=gram)
+    parts = [[shard.view(row, placement) for placement in counted.placements] for row in rows]
+    return ops.gramian(parts, weight=metric.factors(counted.placements), out=gram)
 
 
 def _pairs_of_blocks(count: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.config.strategies.no_rows import NoRows
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
+from gapo_mega.engine.megatron.gradients.metric import AdamMetric
 from gapo_mega.engine.megatron.gradients.passes import Passes, Task, one_hot, passes_over
 from gapo_mega.engine.megatron.gradients.update import Direction, GradientStrategy
 from gapo_mega.engine.megatron.runtime.clock import Clock
@@ -91,7 +91,7 @@ class Single(GradientStrategy):
 
     def _square(self, metric: AdamMetric | None) -> float:
         """Squared norm of the buffer's gradient over all ranks, by an all-reduce."""
-        return float(self.global_gram(inner_products(self.shard, [self.shard.pieces], metric)))
+        return float(self.gram(self.shard, [self.shard.pieces], metric))
 
     def _leave(self, passes: Passes, weights: list[float], held: list[float]) -> None:
         """Leave the combined gradient in the buffer, by scaling or by one more pass."""

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange
+from gapo_mega.engine.megatron.model.buffers import bucket_groups_of, data_group_of, numbered
 from gapo_mega.engine.megatron.model.main_parameters import owned
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks
@@ -63,13 +64,13 @@ class RowBuffer:
         self._trainable.optimizer.zero_grad()  # param.grad may alias the buffer, as in Trainable.zero_grad
         for parameter in model.params_with_grad:
             parameter.grad_added_to_main_grad = False
-        for group in model.bucket_groups:
+        for group in bucket_groups_of(model):
             group.reset()
         distributed = model.ddp_config.use_distributed_optimizer
-        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        for buffer in model.buffers:
+        for kind, buffer in numbered(model):
+            first = data_group_of(kind).rank() == 0
             for bucket in buffer.buckets:
-                start, end = owned(model, bucket.grad_data.numel())
+                start, end = owned(model, kind, bucket.grad_data.numel())
                 if not distributed and not first:
                     start = end
                 bucket.grad_data[:start].zero_()

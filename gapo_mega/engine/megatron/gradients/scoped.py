@@ -13,7 +13,6 @@ from torch import Tensor
 from gapo_mega import ops
 from gapo_mega.config.strategies.scoped import ScopedRows, has_output_layer, layers_in
 from gapo_mega.engine.base import Aggregator
-from gapo_mega.engine.megatron.gradients.metric import inner_products
 from gapo_mega.engine.megatron.gradients.output_layer import OutputLayer, parameters_of_layers
 from gapo_mega.engine.megatron.gradients.passes import SeparatePasses, SharedGraph, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
@@ -99,8 +98,7 @@ class Scoped(GradientStrategy):
         gram = torch.zeros(self.objectives, self.objectives, dtype=torch.float64)
         if self._with_layers:
             rows = [*self._spare, self._part.pieces]
-            local = inner_products(self._part, rows, self.metric())
-            gram += self.global_gram(local).cpu()
+            gram += self.gram(self._part, rows, self.metric()).cpu()
         if self._output is not None:
             gram += self._output.gram()
         return self.agreed(gram)

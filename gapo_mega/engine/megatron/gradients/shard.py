@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model.buffers import kinds_of
 from gapo_mega.engine.megatron.model.main_parameters import Span, owned
 
 STAGGER = 17 * 64  # bytes: whole cache lines, and rows rarely share an offset within a page
@@ -36,6 +37,18 @@ class Placement:
         return values[start : start + self.end - self.start]
 
 
+@dataclass
+class Counted:
+    """What counts in norms and inner products, of parameters that are summed over one group of ranks.
+
+    Parameters that another rank counts are left out (replicated over tensor ranks, or the second copy of tied
+    embeddings). ``segments``: the ``[start, end)`` ranges of ``placements``, merged.
+    """
+
+    placements: list[Placement]
+    segments: list[Span]
+
+
 class GradientShard:
     """What this rank owns of the reduced gradient.
 
@@ -44,10 +57,8 @@ class GradientShard:
     Attributes:
         pieces: flat views, one per bucket, or one per run of neighbouring parameters with ``only``. Positions
             below count through the concatenated pieces.
-        segments: the ``[start, end)`` ranges that count in norms and inner products. Parameters that another
-            rank counts are left out (replicated over tensor ranks, or the second copy of tied embeddings).
         placements: where the parameters lie.
-        counted: the placements of the parameters that count.
+        counted: what counts, by kind of buffer (``buffers.kinds_of``).
         numel: elements of all pieces.
     """
 
@@ -59,21 +70,30 @@ class GradientShard:
         self.pieces: list[Tensor] = []
         self.placements: list[Placement] = []
         self.numel = 0
-        for chunk in chunks:
-            assert not chunk.expert_parallel_buffers, "expert parameters need their own groups"
-            self._add_chunk(chunk, wanted)
-        self.counted = [placement for placement in self.placements if _counts(placement.parameter)]
-        self.segments = _merge(sorted((p.start, p.end) for p in self.counted))
+        self.counted: list[Counted] = []
+        for kind in range(len(kinds_of(chunks[0]))):
+            before = len(self.placements)
+            for chunk in chunks:
+                self._add_buffers(chunk, kind, wanted)
+            counted = [placed for placed in self.placements[before:] if _counts(placed.parameter)]
+            self.counted.append(Counted(counted, _merge(sorted((p.start, p.end) for p in counted))))
 
-    def _add_chunk(self, chunk: DistributedDataParallel, wanted: set[nn.Parameter] | None) -> None:
-        for buffer in chunk.buffers:
+    @property
+    def segments(self) -> list[Span]:
+        """Those that count of all parameters but experts in buffers of their own."""
+        return self.counted[0].segments
+
+    def _add_buffers(
+        self, chunk: DistributedDataParallel, kind: int, wanted: set[nn.Parameter] | None
+    ) -> None:
+        for buffer in kinds_of(chunk)[kind]:
             for index, bucket in enumerate(buffer.buckets):
                 spans = {
                     parameter: (first - bucket.offset, last - bucket.offset)
                     for parameter, (first, last, number) in buffer.param_index_map.items()
                     if number == index
                 }
-                self._add(bucket.grad_data, owned(chunk, bucket.grad_data.numel()), spans, wanted)
+                self._add(bucket.grad_data, owned(chunk, kind, bucket.grad_data.numel()), spans, wanted)
 
     def _add(
         self, data: Tensor, own: Span, spans: dict[nn.Parameter, Span], wanted: set[nn.Parameter] | None

@@ -11,6 +11,7 @@ import gapo_mega.engine.megatron.gradients as package
 from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy, Setting
+from gapo_mega.engine.megatron.model.buffers import buffers_of
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -40,7 +41,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
         average_dtype=torch.bfloat16 if config.aggregation.average_dtype == "bf16" else torch.float32,
     )
     strategy = implementation_of(type(declared))(setting, declared)
-    whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in chunk.buffers)
+    whole = sum(buffer.grad_data.numel() for chunk in trainable.chunks for buffer in buffers_of(chunk))
     stage = groups.layout.pipeline_rank
     sizes = rank_sizes(config.parallel, shape, strategy.shard.numel, whole, stage, config.model.lora)
     expected = declared.row_bytes(setting.objectives, sizes) + average_bytes(resolved, sizes)

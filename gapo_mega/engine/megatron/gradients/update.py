@@ -23,7 +23,7 @@ from gapo_mega.config.strategies import StrategyDeclaration
 from gapo_mega.engine.base import Aggregator, GradientReport, PolicyLossSum
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.meter import Meter
-from gapo_mega.engine.megatron.gradients.metric import AdamMetric, inner_products
+from gapo_mega.engine.megatron.gradients.metric import AdamMetric, Row, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.model.forward import split
@@ -125,9 +125,8 @@ class GradientStrategy(ABC):
         # With the distributed optimizer data ranks hold different shards, without it the same gradient:
         # Megatron's own group for gradient norms has the ranks to sum over.
         optimizers = trainable.optimizer.chained_optimizers
-        assert len(optimizers) == 1, "parameters of several optimizers would need several sums"
-        self.group = optimizers[0].get_grad_stats_parallel_group()
-        assert self.group is not None
+        self._sums_over = [optimizer.get_grad_stats_parallel_group() for optimizer in optimizers]
+        assert all(group is not None for group in self._sums_over)
         self._norm_checked = False
 
     @abstractmethod
@@ -228,14 +227,19 @@ class GradientStrategy(ABC):
         """Adam's metric from the optimizer's current state, or None for the euclidean one."""
         return AdamMetric(self.trainable.optimizer) if self._setting.adam else None
 
-    def global_gram(self, local: Tensor) -> Tensor:
-        """All-reduce a Gram matrix in place; the result is bit for bit the same on every rank.
+    def gram(self, shard: GradientShard, rows: Sequence[Row], metric: AdamMetric | None = None) -> Tensor:
+        """The Gram matrix of ``rows`` of the shards of all ranks, bit for bit the same on every rank.
 
-        Without the distributed optimizer every replica sums its own parts, perhaps in another order, so rank
-        0 broadcasts its sum: weights that differ in one bit would let replicas drift apart.
+        Experts and all other parameters are summed over groups of their own, as in Megatron's norm. Without
+        the distributed optimizer every replica sums its own parts, perhaps in another order, so rank 0
+        broadcasts its sum: weights that differ in one bit would let replicas drift apart.
         """
-        ops.sum_gram_(local, self.group)
-        return local if self.trainable.chunks[0].ddp_config.use_distributed_optimizer else self.agreed(local)
+        sums = [
+            ops.sum_gram_(inner_products(shard, rows, metric, counted), group)
+            for counted, group in zip(shard.counted, self._sums_over, strict=True)
+        ]
+        gram = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+        return gram if self.trainable.chunks[0].ddp_config.use_distributed_optimizer else self.agreed(gram)
 
     @staticmethod
     def agreed(tensor: Tensor) -> Tensor:
@@ -273,7 +277,7 @@ class GradientStrategy(ABC):
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""
-        square = self.global_gram(inner_products(self.shard, [self.shard.pieces]))
+        square = self.gram(self.shard, [self.shard.pieces])
         norm = math.sqrt(float(square))
         return norm, norm
 

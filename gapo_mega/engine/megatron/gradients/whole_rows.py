@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.shard import STAGGER, GradientShard
+from gapo_mega.engine.megatron.model.buffers import bucket_groups_of, buffers_of
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients, without_overlap
 
@@ -24,7 +25,7 @@ class WholeRows:
 
     def __init__(self, trainable: Trainable, count: int) -> None:
         self._trainable = trainable
-        self._buffers: list[Any] = [buffer for chunk in trainable.chunks for buffer in chunk.buffers]
+        self._buffers: list[Any] = [buffer for chunk in trainable.chunks for buffer in buffers_of(chunk)]
         self._rows = [_matrix(buffer.grad_data, count) for buffer in self._buffers]
         self._place: dict[nn.Parameter, tuple[int, int, int]] = {
             parameter: (number, start, end)
@@ -87,7 +88,7 @@ class WholeRows:
     def _forget_shards(self) -> None:
         """Megatron caches the views of its buckets that ranks own."""
         for chunk in self._trainable.chunks:
-            for group in chunk.bucket_groups:
+            for group in bucket_groups_of(chunk):
                 group.cached_grad_buffer_shard_list = [None] * len(group.buckets)
 
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn.functional import silu
 
 from gapo_mega.config import ModelConfig, ParallelConfig
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueModel
 from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -86,7 +87,25 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         overlap_p2p_comm=virtual is not None,
         calculate_per_token_loss=True,  # gradients are sums, over microbatches and over data ranks
         **recompute,
+        **_expert_settings(shape, parallel),
     )
+
+
+def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    """Experts that compute what transformers' do: no token is dropped, and the router has no loss."""
+    if shape.experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_ffn_hidden_size": shape.ffn,
+        "moe_router_topk": shape.experts.chosen,
+        # A softmax over the chosen ones alone is the softmax over all, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not shape.experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.experts_split,
+    }
 
 
 def layer_spec(
@@ -94,13 +113,20 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers if it is really installed and there is a GPU, else Megatron's own."""
     if transformer_engine_layers():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
+        if config.num_moe_experts is not None:
+            experts.use_own_router(layer)
+        return layer
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        experts.use_own_router(layer)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
@@ -156,4 +182,5 @@ def _chunk(
             built = GPTModel(share_embeddings_and_output_weights=shape.tied, **kwargs)
         else:
             built = ValueModel(heads=value_heads, **kwargs)
+    experts.use_own_dispatchers(built)
     return built.to(device())

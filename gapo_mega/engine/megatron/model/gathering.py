@@ -11,13 +11,15 @@ from contextlib import contextmanager
 
 from megatron.core.distributed import DistributedDataParallel
 
+from gapo_mega.engine.megatron.model.buffers import bucket_groups_of
+
 Chunks = Sequence[DistributedDataParallel]  # this rank's part of a model, in the order of ``build_chunks``
 
 
 def mark_stepped(chunks: Chunks) -> None:
     """Have the next forward, or ``gather``, ask for the other ranks' parts."""
     for chunk in chunks:
-        for group in chunk.bucket_groups:
+        for group in bucket_groups_of(chunk):
             group.param_gather_dispatched = False
 
 
@@ -25,7 +27,7 @@ def gather(chunks: Chunks) -> None:
     """Wait for the parameters that other data ranks have stepped. Collective over the data ranks."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            for group in chunk.bucket_groups:
+            for group in bucket_groups_of(chunk):
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor, nn
+
+from gapo_mega.engine.megatron.model.buffers import data_group_of, numbered
 
 Span = tuple[int, int]
 
@@ -44,20 +45,20 @@ def owned_parts(chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter,
     """This rank's range in each flat parameter that it steps a part of, by the buffers alone."""
     parts: dict[nn.Parameter, Span] = {}
     for chunk in chunks:
-        for buffer in chunk.buffers:
+        for kind, buffer in numbered(chunk):
             for parameter, (first, last, number) in buffer.param_index_map.items():
                 bucket = buffer.buckets[number]
-                low, high = owned(chunk, bucket.grad_data.numel())
+                low, high = owned(chunk, kind, bucket.grad_data.numel())
                 start, end = max(first, bucket.offset + low), min(last, bucket.offset + high)
                 if start < end:
                     parts[parameter] = start - first, end - first
     return parts
 
 
-def owned(model: DistributedDataParallel, numel: int) -> Span:
-    """This rank's range of a bucket of ``numel`` elements."""
+def owned(model: DistributedDataParallel, kind: int, numel: int) -> Span:
+    """This rank's range of a bucket of ``numel`` elements, in a buffer of a kind (``kinds_of``)."""
     if not model.ddp_config.use_distributed_optimizer:
         return 0, numel
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = data_group_of(kind)
     size = numel // group.size()
     return group.rank() * size, (group.rank() + 1) * size

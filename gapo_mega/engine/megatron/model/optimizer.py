@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gapo_mega.config import OptimizerConfig
 from gapo_mega.engine.megatron.model import assumptions, gathering
+from gapo_mega.engine.megatron.model.buffers import buffers_of
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients
 from gapo_mega.engine.megatron.runtime import releases
 
@@ -73,17 +74,18 @@ class Trainable:
 
     def resident(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimizer state on this rank, by the tensors."""
-        (inner,) = self.optimizer.chained_optimizers
+        steppers = [inner.optimizer for inner in self.optimizer.chained_optimizers]
         parameters = self.parameters()
         own = {p.data_ptr() for p in parameters}
-        mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
-        state = [t for held in inner.optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
+        mains = [p for stepper in steppers for group in stepper.param_groups for p in group["params"]]
+        held = [tensors for stepper in steppers for tensors in stepper.state.values()]
+        state = [t for tensors in held for t in tensors.values() if torch.is_tensor(t)]
         # Without bf16 the optimizer steps the parameters themselves, or views of them.
         bf16 = self.chunks[0].config.bf16
         copies = [p for p in mains if bf16 and p.data_ptr() not in own]
         return {
             "parameters": _bytes(parameters),
-            "gradients": _bytes([buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]),
+            "gradients": _bytes([b.grad_data for chunk in self.chunks for b in buffers_of(chunk)]),
             "optimizer": _bytes(state) + _bytes(copies),
         }
 

@@ -10,6 +10,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model.buffers import bucket_groups_of
+
 
 def reduce_gradients(
     model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any
@@ -19,7 +21,7 @@ def reduce_gradients(
     Every loss is already divided by the tokens of its minibatch over all ranks and microbatches, so this
     ignores the schedule's count.
     """
-    groups = [group for chunk in model for group in chunk.bucket_groups]
+    groups = [group for chunk in model for group in bucket_groups_of(chunk)]
     gathered = [group.param_gather_dispatched for group in groups]
     finalize_model_grads(model, None, **options)
     # Megatron takes a reduction for the end of a step, and would gather unchanged parameters again.

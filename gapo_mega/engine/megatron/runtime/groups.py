@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,7 @@ class Groups:
     layout: Layout
     data: dist.ProcessGroup  # same tensor and pipeline rank
     replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
+    expert_data: dist.ProcessGroup  # the ranks with the same part of the same experts
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """All-reduce a CPU tensor over the data-parallel ranks into a new tensor."""
@@ -81,15 +83,17 @@ class Collective:
         shutdown()
 
 
-def of(parallel: ParallelConfig) -> Groups:
-    """Those of a configuration; see ``initialize``."""
-    return initialize(parallel.tensor, parallel.pipeline, parallel.timeout)
-
-
-def initialize(tensor: int, pipeline: int, timeout: timedelta = TIMEOUT) -> Groups:
+def initialize(
+    tensor: int,
+    pipeline: int,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
-    ``timeout``: the longest wait for other ranks in a collective of any of their groups.
+    ``expert``: ranks that share a layer's experts; ``expert_tensor``: those that share every expert, ``None``
+    being ``tensor``. ``timeout``: the longest wait for other ranks in a collective of any of their groups.
     The launcher's variables say which rank of how many this is (``read_world``).
     Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
     ``tensor * pipeline`` does not divide the world size.
@@ -109,6 +113,8 @@ def initialize(tensor: int, pipeline: int, timeout: timedelta = TIMEOUT) -> Grou
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
     layout = Layout(
@@ -121,7 +127,19 @@ def initialize(tensor: int, pipeline: int, timeout: timedelta = TIMEOUT) -> Grou
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
-    return Groups(layout, data=_data_group(layout, timeout), replica=_replica_group(layout, timeout))
+    return Groups(
+        layout,
+        data=_data_group(layout, timeout),
+        replica=_replica_group(layout, timeout),
+        expert_data=_expert_data_group(layout, expert * (expert_tensor or tensor), timeout),
+    )
+
+
+def of_layout(parallel: ParallelConfig) -> Groups:
+    """``initialize`` for a configuration."""
+    return initialize(
+        parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor, parallel.timeout
+    )
 
 
 def seed(value: int) -> None:
@@ -163,13 +181,14 @@ def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
     )
 
 
-def _split_world(layout: Layout, axes: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
-    """The gloo group of the ranks that share this rank's coordinates on ``axes``."""
+def _split_world(
+    layout: Layout, place_of: Callable[[int], tuple[int, ...]], timeout: timedelta
+) -> dist.ProcessGroup:
+    """The gloo group of the ranks that have this rank's ``place_of``."""
     members: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world):
-        coordinates = _coordinates(layout, rank)
-        members.setdefault(tuple(coordinates[axis] for axis in axes), []).append(rank)
-    mine = tuple(_coordinates(layout, layout.rank)[axis] for axis in axes)
+        members.setdefault(place_of(rank), []).append(rank)
+    mine = place_of(layout.rank)
     own: dist.ProcessGroup | None = None
     for key, ranks in members.items():  # new_group is collective: every rank makes every group, in this order
         group = dist.new_group(ranks, backend="gloo", timeout=timeout)
@@ -181,8 +200,19 @@ def _split_world(layout: Layout, axes: tuple[int, ...], timeout: timedelta) -> d
 
 def _data_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
     assert _coordinates(layout, layout.rank) == (layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
-    return _split_world(layout, axes=(0, 2), timeout=timeout)
+
+    def place_of(rank: int) -> tuple[int, ...]:
+        pipeline, _, tensor = _coordinates(layout, rank)
+        return pipeline, tensor
+
+    return _split_world(layout, place_of, timeout)
 
 
 def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
-    return _split_world(layout, axes=(1,), timeout=timeout)
+    return _split_world(layout, lambda rank: (_coordinates(layout, rank)[1],), timeout)
+
+
+def _expert_data_group(layout: Layout, sharing: int, timeout: timedelta) -> dist.ProcessGroup:
+    """``sharing``: neighbouring ranks of a stage that together hold its experts once."""
+    stage = layout.tensor * layout.data
+    return _split_world(layout, lambda rank: (rank // stage, rank % stage % sharing), timeout)

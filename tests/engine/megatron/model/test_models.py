@@ -24,12 +24,21 @@ from gapo_mega.planning.memory import stage_parameters
 from tests.helpers.gguf_files import packaged_gguf
 from tests.helpers.logits import relative_error, transformers_logits
 from tests.helpers.ranks import worlds
-from tests.helpers.tiny import tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import (
+    tiny_llama,
+    tiny_llama3,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
 
 # Relative to the greatest logit, in fp32: both sides sum in different orders, which gives about
 # 5e-7 on the tiny models and a few times that over SmolLM2's 30 layers.
 TOLERANCE = 2e-5
 TOKENS_BT = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(1))
+WRITERS = [tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_mixtral, tiny_qwen3_moe]
 LONG_BT = torch.randint(3, 101, (1, 600), generator=torch.Generator().manual_seed(1))
 
 
@@ -67,8 +76,23 @@ def megatron_logits(model: GPTModel, tokens_BT: Tensor, vocabulary: int) -> Tens
         lambda folder: tiny_mistral(folder, vocab=101, window=8),
         lambda folder: tiny_qwen2(folder, vocab=101),
         lambda folder: tiny_qwen3(folder, vocab=101),
+        lambda folder: tiny_mixtral(folder, vocab=101),
+        lambda folder: tiny_qwen3_moe(folder, vocab=101),
+        lambda folder: tiny_qwen3_moe(folder, vocab=101, norm_topk_prob=True),
+        lambda folder: tiny_qwen3_moe(folder, vocab=101, num_experts_per_tok=1),
     ],
-    ids=["llama-tied", "llama", "mistral", "mistral-window", "qwen2", "qwen3"],
+    ids=[
+        "llama-tied",
+        "llama",
+        "mistral",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen3-moe",
+        "qwen3-moe-normalized",
+        "qwen3-moe-one-expert",
+    ],
 )
 def test_logits_equal_those_of_transformers(tmp_path: Path, write: Callable[[Path], object]) -> None:
     write(tmp_path)
@@ -78,9 +102,9 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, write: Callable[[Pat
 
 @pytest.fixture(scope="module")
 def qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[GPTModel, Path, Tensor]]:
-    """Two models of which one has biases and the other norms of queries and keys, with their logits."""
+    """Models with biases, with norms of queries and keys, and with experts, and their logits."""
     found = {}
-    for write in (tiny_qwen2, tiny_qwen3):
+    for write in (tiny_qwen2, tiny_qwen3, tiny_qwen3_moe):
         folder = tmp_path_factory.mktemp("qwen")
         write(folder, vocab=101)
         found[write.__name__] = (load(folder), folder, transformers_logits(folder, TOKENS_BT))
@@ -103,6 +127,8 @@ def qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[GPTModel,
         ("tiny_qwen3", "layers.3.post_attention_layernorm.weight"),
         ("tiny_qwen3", "norm.weight"),
         ("tiny_qwen3", "lm_head.weight"),
+        ("tiny_qwen3_moe", "layers.1.mlp.gate.weight"),
+        ("tiny_qwen3_moe", "layers.3.post_attention_layernorm.weight"),
         ("tiny_qwen2", "layers.1.self_attn.q_proj.bias"),
         ("tiny_qwen2", "layers.1.self_attn.k_proj.bias"),
         ("tiny_qwen2", "layers.2.self_attn.v_proj.bias"),
@@ -138,7 +164,7 @@ def test_scaled_frequencies_of_llama_3(tmp_path: Path) -> None:
         assert relative_error(megatron_logits(model, LONG_BT, 101), expected_BTV) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("write", [tiny_llama, tiny_llama3, tiny_mistral, tiny_qwen2, tiny_qwen3])
+@pytest.mark.parametrize("write", WRITERS)
 def test_export_is_bit_equal_and_loads(tmp_path: Path, write: Callable[..., PreTrainedModel]) -> None:
     original = write(tmp_path / "hf", vocab=101)
     model = load(tmp_path / "hf")
@@ -166,7 +192,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("write", [tiny_llama, tiny_qwen2, tiny_qwen3])
+@pytest.mark.parametrize("write", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mixtral, tiny_qwen3_moe])
 def test_the_memory_plan_counts_its_parameters(tmp_path: Path, write: Callable[..., PreTrainedModel]) -> None:
     write(tmp_path, vocab=101)
     model, shape = load(tmp_path), shape_of(HFDirectory(tmp_path).config)

@@ -1,0 +1,71 @@
+"""Experts in the place of a layer's MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Megatron's router with a plain product, in the model's type, as transformers' routers compute it.
+
+    The product of megatron-core 0.16.1 needs Transformer Engine.
+    """
+
+    def gating(self, input: Tensor) -> Tensor:
+        """``[S, B, D] -> [S, B, E]``"""
+        return functional.linear(input, self.weight)
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Nothing: these routers have no bias. Megatron compiles this method, which takes seconds."""
+
+
+class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
+    """Brings tokens to the ranks that hold their experts, from ranks with unequal numbers of them.
+
+    Ranks of several data ranks share experts, and their microbatches are as wide as their own longest
+    sequences. Megatron's dispatcher gathers equal numbers: the ranks with fewer add rows that no expert gets.
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``[S, B, D], [N, E], [N, E] -> [most, D], [most, E]``, with N = S B."""
+        hidden_ND, probs_NE = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        self._own = len(hidden_ND)
+        self.routing_map: Tensor
+        if self.ep_size == 1:
+            return hidden_ND, probs_NE
+        most = torch.tensor(self._own, device=hidden_ND.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
+        missing = (0, 0, 0, int(most) - self._own)
+        self.routing_map = functional.pad(self.routing_map, missing)
+        return functional.pad(hidden_ND, missing), functional.pad(probs_NE, missing)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """``[most, D] -> [S, B, D]``"""
+        restored: Tensor = super().combine_postprocess(hidden_states[: self._own])
+        return restored
+
+
+def use_own_router(layer: ModuleSpec) -> None:
+    """Put our router into the spec of a layer with experts."""
+    layer.submodules.mlp.submodules.router = Router
+    # Checkpoints name the norm before a router as with Transformer Engine, which fuses it with nothing.
+    layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+
+
+def use_own_dispatchers(model: nn.Module) -> None:
+    """Replace the dispatchers of a model's experts, which Megatron chooses by name."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.token_dispatcher = Dispatcher(
+                layer.num_local_experts, layer.local_expert_indices, layer.config, get_default_pg_collection()
+            )
