@@ -49,6 +49,10 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def update_weights(self) -> None:
+        """Have the next answers be those of the policy as it is. Collective."""
+        self._collector.update_weights()
+
     def answer(self) -> Answers:
         """Answer and score the held-out prompts. Collective; the same on every rank, empty without any.
 

@@ -115,6 +115,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "top_p": FIXED,
         "repetition_penalty": FIXED,
         "batch_size": FREE,
+        "backend": CODE,
     },
     ObjectiveConfig: {
         "name": FIXED,
@@ -143,6 +144,9 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "ppo_epochs": FIXED,
         "minibatches": FIXED,
         "old_logprobs": FIXED,
+        "correction": FIXED,
+        "correction_cap": FIXED,
+        "correction_range": FIXED,
     },
     OptimizerConfig: {
         "name": FIXED,

@@ -148,9 +148,7 @@ def export_hf(
     """
     assert isinstance(chunks[0], ValueModel) == (head is not None), "a critic has no Hugging Face form"
     if parallel_state.get_data_parallel_rank() == 0:
-        weights = _weight_map(chunks[0], shape, head)
-        own = {name: value for chunk in chunks for name, value in _parameters(chunk).items()}
-        stages = _parcels(own, weights)
+        weights, own, stages = _to_send(chunks, shape, head)
         promised = {
             name: like
             for parcel in chain.from_iterable(stages)
@@ -164,6 +162,25 @@ def export_hf(
             for _ in tensors:
                 raise AssertionError("only rank 0 receives tensors")
     dist.barrier()
+
+
+def hf_stream(chunks: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """A language model's tensors under their Hugging Face names, one parameter after another.
+
+    Collective over the ranks of the first replica, which must all iterate to the end; nothing on the others.
+    Whole tensors on rank 0, none elsewhere. No rank holds more than its own shard and one tensor.
+    """
+    if parallel_state.get_data_parallel_rank() == 0:
+        weights, own, stages = _to_send(chunks, shape, None)
+        yield from _stream(own, weights, stages)
+
+
+def _to_send(
+    chunks: Sequence[GPTModel], shape: ModelShape, head: ScoreHead | None
+) -> tuple[WeightMap, dict[str, Tensor], list[list[_Parcel]]]:
+    weights = _weight_map(chunks[0], shape, head)
+    own = {name: value for chunk in chunks for name, value in _parameters(chunk).items()}
+    return weights, own, _parcels(own, weights)
 
 
 def _weight_map(model: GPTModel, shape: ModelShape, head: ScoreHead | None = None) -> WeightMap:
