@@ -23,6 +23,7 @@ from gapo_mega.config.sections import (
     RolloutConfig,
     TrainLoggingConfig,
 )
+from gapo_mega.config.vllm import VllmConfig
 
 __all__ = [
     "AdvantageConfig",
@@ -47,4 +48,5 @@ __all__ = [
     "TemplatePath",
     "TrainCheckpointConfig",
     "TrainLoggingConfig",
+    "VllmConfig",
 ]

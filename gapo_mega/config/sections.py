@@ -19,6 +19,7 @@ from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
+from gapo_mega.config.vllm import VllmConfig
 
 
 class ModelConfig(Section):
@@ -132,8 +133,10 @@ class RolloutConfig(Section):
     backend: Code = Field(
         "megatron",
         description="where the responses of a training come from, an entry of gapo_mega.rollout.backends or "
-        "a class of one's own. megatron: the trained weights themselves, in the same processes",
+        "a class of one's own. megatron: the trained weights themselves, in the same processes; vllm: vLLM, "
+        "in processes of its own",
     )
+    vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
     def _is_random(self) -> RolloutConfig:

@@ -15,6 +15,7 @@ from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.correction import Correction
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
+from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt, Rollout
@@ -77,7 +78,11 @@ class ExperienceMaker:
         with self._timer("rollout"):
             self._collector.update_weights()
             own_seed = seed * layout.data + layout.data_rank
-            rollout = self._collector.collect(prompts, self._samples, own_seed)
+            rollout = recovered(
+                self._engine,
+                self._collector.update_weights,
+                lambda: self._collector.collect(prompts, self._samples, own_seed),
+            )
         experience = self._scorer.score(rollout)
         if watch is not None:
             watch(rollout, experience)
@@ -109,7 +114,11 @@ class ExperienceMaker:
 
     def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
         with self._timer("greedy"):
-            greedy = self._collector.collect(prompts, 1, seed, greedy=True)
+            greedy = recovered(
+                self._engine,
+                self._collector.update_weights,
+                lambda: self._collector.collect(prompts, 1, seed, greedy=True),
+            )
             scores_MG = self._scorer.agreed_scores(greedy)
         # The collector numbers prompts from 0, in their order.
         return dataclasses.replace(experience, greedy_scores_MB=scores_MG[:, experience.group_B])

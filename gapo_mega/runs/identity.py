@@ -35,6 +35,7 @@ from gapo_mega.config import (
     Section,
     TrainCheckpointConfig,
     TrainLoggingConfig,
+    VllmConfig,
 )
 from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.supervised import (
@@ -116,6 +117,16 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "repetition_penalty": FIXED,
         "batch_size": FREE,
         "backend": CODE,
+    },
+    VllmConfig: {
+        "python": FREE,
+        "url": FREE,
+        "arguments": FREE,
+        "weights_directory": FREE,
+        "piece_mib": FREE,
+        "timeout": FREE,
+        "patience": FREE,
+        "start_timeout": FREE,
     },
     ObjectiveConfig: {
         "name": FIXED,
