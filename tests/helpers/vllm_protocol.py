@@ -1,7 +1,7 @@
 """A small server that speaks what we use of vLLM's HTTP API (0.32), over a real socket.
 
-Its model is a table: the tensor ``table`` [V, V] has the logits of the token after each token. It holds clients
-to the order of an update: paused, begun, taken, loaded, cache reset, labelled, ready again.
+Its model is a table: the tensor ``table`` [V, V] has the logits of the token after each token. It holds
+clients to the order of an update: paused, begun, taken, loaded, cache reset, labelled, ready again.
 """
 
 from __future__ import annotations

@@ -18,34 +18,12 @@ from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.types import Generation
-from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.fake_engine import END, FakeEngine
 from tests.helpers.fake_runs import configuration
+from tests.helpers.table_policy import VOCABULARY, TablePolicy
 from tests.helpers.vllm_protocol import TableServer, table_logprobs, table_server
 
 PROMPTS = [[3, 5], [4], [3, 5], [3, 5]]
-VOCABULARY, END = 12, 1
-
-
-class TablePolicy(FakeEngine):
-    """A policy that is a table of logits, with tensors of other sizes beside it."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.learn(seed)
-        self.changes = 0
-        self.streams = 0
-
-    def learn(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.table = torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-        self.changes += 1
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        self.streams += 1
-        yield "norm", torch.ones(3)
-        yield "table", self.table
-        yield "large", torch.zeros(400_000)
-        yield "last", torch.ones(1)
 
 
 def settings(url: str | list[str], tmp_path: Path, **options: Any) -> Config:
