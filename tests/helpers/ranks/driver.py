@@ -27,6 +27,7 @@ _NAMES = (
     "memory",
     "methods",
     "policy",
+    "rollouts",
     "supervised",
     "weights",
 )
