@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class Vllm(RolloutBackend):
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
         if options.python is not None and policy.engine.layout.is_main:
-            self._process = ServerProcess(str(local(options.python)), self._arguments(options))
+            self._process = ServerProcess(_absolute(options.python), self._arguments(options))
             self._process.start()
 
     @classmethod
@@ -149,7 +150,8 @@ class Vllm(RolloutBackend):
             for server in servers:
                 server.take(path)
 
-        folder = self._options.weights_directory or default_folder()
+        given = self._options.weights_directory
+        folder = default_folder() if given is None else _absolute(given)
         size = hand_over(tensors, self._options.piece_mib << 20, folder, take)
         for server in servers:
             server.finish(label)
@@ -222,7 +224,7 @@ class Vllm(RolloutBackend):
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
         given = {
-            "--model": str(self.policy.companions),
+            "--model": _absolute(self.policy.companions),
             "--load-format": "dummy",  # the weights come from the run
             "--dtype": _DTYPES[config.model.dtype],
             "--max-model-len": str(config.longest),
@@ -261,6 +263,11 @@ class Vllm(RolloutBackend):
         """Rank 0's value on every rank. Collective over the world."""
         engine = self.policy.engine
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
+
+
+def _absolute(path: str | Path) -> str:
+    """As the server finds it, which works elsewhere. A link stays: an environment's Python is one."""
+    return str(local(path).absolute())
 
 
 def _check_python(python: str) -> None:
