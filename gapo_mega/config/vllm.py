@@ -33,6 +33,9 @@ class VllmConfig(Section):
     arguments: list[str] = Field(
         [], description="further arguments of a server that the run starts, such as --enforce-eager"
     )
+    environment: dict[str, str] = Field(
+        {}, description="variables of a server that the run starts, such as CUDA_VISIBLE_DEVICES"
+    )
     weights_directory: LocalPath | None = Field(
         None,
         description="where weights are put for the servers, a piece at a time; none: shared memory, for "

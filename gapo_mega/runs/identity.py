@@ -122,6 +122,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "python": FREE,
         "url": FREE,
         "arguments": FREE,
+        "environment": FREE,
         "weights_directory": FREE,
         "piece_mib": FREE,
         "timeout": FREE,

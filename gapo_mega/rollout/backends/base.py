@@ -67,7 +67,8 @@ class RolloutBackend(ABC):
 
         ``logprobs_BT`` are of the distribution that was sampled from, with repetition penalty and
         temperature. ``versions_B`` has the engine's ``changes`` at the ``update_weights`` before. Every
-        replica passes another ``seed``.
+        replica passes another ``seed``. Raises ``rollout.servers.lost.ServerLost`` where the same rollout
+        may succeed after another ``update_weights``: the caller does both.
         """
 
     def close(self) -> None:

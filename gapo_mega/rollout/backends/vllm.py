@@ -57,7 +57,9 @@ class Vllm(RolloutBackend):
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
         if options.python is not None and policy.engine.layout.is_main:
-            self._process = ServerProcess(_absolute(options.python), self._arguments(options))
+            self._process = ServerProcess(
+                _absolute(options.python), self._arguments(options), options.environment
+            )
             self._process.start()
 
     @classmethod
@@ -209,8 +211,9 @@ class Vllm(RolloutBackend):
 
     def _response(self, server: VllmServer, choice: Mapping[str, Any]) -> Response:
         """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights that we sent."""
-        spans = choice.get("weight_versions") or []
-        found = sorted({str(span.get("version")) for span in spans if isinstance(span, dict)})
+        spans = choice.get("weight_versions")
+        labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
+        found = sorted({str(span.get("version")) for span in labelled})
         if found != [self._label]:
             raise ServerLost(
                 f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
@@ -235,6 +238,7 @@ class Vllm(RolloutBackend):
         return [
             *(part for pair in given.items() for part in pair),
             "--skip-tokenizer-init",
+            "--enable-scale-out",  # token ids in, token ids out
             *options.arguments,
         ]
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,10 +39,19 @@ class ServerProcess:
         starts: how often it was started.
     """
 
-    def __init__(self, python: str, arguments: Sequence[str]) -> None:
-        """Starts nothing. ``arguments``: of vLLM's API server, without host and port."""
+    def __init__(
+        self, python: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            python: absolute path.
+            arguments: of vLLM's API server, without host and port.
+            environment: further variables, before those of this process.
+        """
         self._python = python
         self._arguments = list(arguments)
+        self._further = dict(environment or {})
         self.port = _free_port()
         self.starts = 0
         self._folder = Path(tempfile.mkdtemp(prefix="gapo-mega-vllm-"))
@@ -118,6 +127,7 @@ class ServerProcess:
             "VLLM_SERVER_DEV_MODE": "1",  # which offers updates of the weights
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            **self._further,
         }
 
     def _last_lines(self) -> str:

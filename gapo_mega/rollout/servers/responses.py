@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ class Response:
     def read(cls, url: str, choice: Mapping[str, Any]) -> Response:
         """That of a choice of vLLM's ``/inference/v1/generate``. Raises ``ServerLost`` for anything else."""
         tokens = choice.get("token_ids")
-        content = (choice.get("logprobs") or {}).get("content")
-        if not isinstance(tokens, list) or not isinstance(content, list) or not tokens:
+        try:
+            entries = choice["logprobs"]["content"]
+            content = [(entry["token_id"], float(entry["logprob"])) for entry in entries]
+        except (TypeError, KeyError, ValueError):
+            content = []
+        if not tokens or not content or not all(isfinite(value) for _, value in content):
             raise ServerLost(f"{url}: found a response without tokens or without log-probabilities")
-        told = [entry.get("token_id") for entry in content]
-        if told != tokens:
+        if [token for token, _ in content] != tokens:
             raise ServerLost(f"{url}: found log-probabilities of other tokens than the response's")
-        return cls(tokens, [float(entry["logprob"]) for entry in content])
+        return cls(list(tokens), [value for _, value in content])
 
 
 def assemble(

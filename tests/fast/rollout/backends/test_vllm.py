@@ -189,6 +189,10 @@ def changed(choice: dict[str, Any], **parts: Any) -> tuple[int, Any]:
         ({"token_ids": []}, "without tokens"),
         ({"logprobs": None}, "without log-probabilities"),
         ({"token_ids": [7] * 4}, "log-probabilities of other tokens"),
+        ({"token_ids": None}, "without tokens"),
+        ({"logprobs": {"content": [None]}}, "without log-probabilities"),
+        ({"logprobs": {"content": [{"token_id": 7, "logprob": float("nan")}]}}, "without log-probabilities"),
+        ({"weight_versions": 3}, "of the weights without a label"),
         ({"weight_versions": [{"version": "old"}]}, "of the weights old, accepted: "),
     ],
 )
