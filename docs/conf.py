@@ -71,6 +71,7 @@ docs/while_training
 docs/rewards
 docs/conversion
 docs/generation
+docs/rollouts
 docs/layouts
 docs/audit
 docs/scalarizers

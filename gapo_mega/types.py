@@ -104,6 +104,8 @@ class Generation:
     logprobs_BT: Tensor  # float32, 0 off the response
     finished_B: Tensor  # bool, True where an end-of-sequence token was produced
     kept: KeptTokens | None = None  # with top-k or top-p
+    # int64: the engine's ``changes`` when the weights were taken that drew a response; None: not said.
+    versions_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Rollout:
     logprobs_BT: Tensor
     finished_B: Tensor
     kept: KeptTokens | None = None
+    versions_B: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -214,6 +217,9 @@ class Experience(TokenBatch):
     greedy_scores_MB: Tensor | None = None  # of the greedy response to each row's prompt, for ReMax
     # The KL part of the token rewards; None: what these have beyond the scores.
     kl_rewards_BT: Tensor | None = None
+    # Weights of response tokens that correct for a rollout that was drawn from another distribution, already
+    # a factor of the advantages; None: 1 everywhere.
+    correction_BT: Tensor | None = None
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Experience]:
         """``count`` random disjoint minibatches of equal size that together cover every row."""

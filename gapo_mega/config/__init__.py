@@ -24,6 +24,7 @@ from gapo_mega.config.sections import (
     RolloutConfig,
     TrainLoggingConfig,
 )
+from gapo_mega.config.vllm import VllmConfig
 
 __all__ = [
     "AdvantageConfig",
@@ -49,4 +50,5 @@ __all__ = [
     "TemplatePath",
     "TrainCheckpointConfig",
     "TrainLoggingConfig",
+    "VllmConfig",
 ]

@@ -51,3 +51,17 @@ def check_kl_target(target: float | None, kl: str, beta: float) -> None:
             f"algorithm.kl_target: found {target} with kl_beta 0, accepted: none, or kl_beta above 0 (the "
             "target multiplies kl_beta)"
         )
+
+
+def check_correction(correction: str, bounds: Sequence[float], old_logprobs: str) -> None:
+    """Refuse bounds that keep nothing, and a correction where there is only one distribution."""
+    if bounds[0] > bounds[1]:
+        raise ValueError(
+            f"algorithm.correction_range: found {list(bounds)}, accepted: the least ratio before the greatest"
+        )
+    if correction not in ("auto", "none") and old_logprobs == "generator":
+        raise ValueError(
+            f"algorithm.correction: found {correction} with algorithm.old_logprobs generator, accepted: "
+            "auto, none (the rollout's log-probabilities are then the trainer's too: the loss's own ratio is "
+            "between policy and rollout)"
+        )

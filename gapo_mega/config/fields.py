@@ -15,6 +15,7 @@ MOST_ROWS = 16  # that a combination takes: so many objectives
 # Of an objective, or of what stands for one: keys of the log are made of it.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
+Positive = Annotated[float, Field(gt=0)]
 
 LARGEST_INTEGER = 2**31 - 1  # what every later use of a count or seed can hold
 LARGEST_NUMBER = 3.4028234663852886e38  # of float32

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gapo_mega.config.checks import KL_ROW, check_average, check_kl_row, check_kl_target
-from gapo_mega.config.fields import Code, LocalPath, Section
+from gapo_mega.config.checks import KL_ROW, check_average, check_correction, check_kl_row, check_kl_target
+from gapo_mega.config.fields import Code, LocalPath, Positive, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.loggers import Loggers
 from gapo_mega.config.lora import LoraConfig, check_lora
@@ -21,6 +21,7 @@ from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
+from gapo_mega.config.vllm import VllmConfig
 
 MOST_MINUTES = 10_080  # a week; in milliseconds, torch's store takes 31 bits
 
@@ -195,6 +196,13 @@ class RolloutConfig(Section):
         description="divides positive logits of tokens that occurred, multiplies negative ones; 1: off",
     )
     batch_size: int = Field(64, ge=1, description="sequences generated at once on a data-parallel rank")
+    backend: Code = Field(
+        "megatron",
+        description="where the responses of a training come from, an entry of gapo_mega.rollout.backends or "
+        "a class of one's own. megatron: the trained weights themselves, in the same processes; vllm: vLLM, "
+        "in processes of its own",
+    )
+    vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
     def _is_random(self) -> RolloutConfig:
@@ -283,6 +291,17 @@ class AlgorithmConfig(Section):
         "recompute",
         description="recompute: by the training forward; generator: those of the rollout, one forward less "
         "(equal to ~1e-5 in fp32; in bf16 the ratio of the first update is not exactly 1)",
+    )
+    correction: Literal["auto", "none", "tis", "mask", "sequence"] = Field(
+        "auto",
+        description="weights for responses that came from another distribution than the trainer's; a factor "
+        "of every objective's advantages. tis: the token's ratio, cut at correction_cap; mask: the ratio "
+        "within correction_range, else 0; sequence: so for the ratio of the whole response; auto: none with "
+        "rollout.backend megatron, else tis",
+    )
+    correction_cap: float = Field(2.0, gt=0, description="largest weight of a token with correction tis")
+    correction_range: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        [0.5, 5.0], description="least and greatest ratio that correction mask and sequence keep"
     )
 
 
@@ -399,6 +418,7 @@ class Config(Section):
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)
         model, export = self.model, self.checkpoint.export_adapter
         check_lora(model.lora, model.offload_reference, self.gradients.scope, export)
+        check_correction(algorithm.correction, algorithm.correction_range, algorithm.old_logprobs)
         check_evaluations(self.evaluation, self.checkpoint.best, names, self.data.heldout_prompts)
         given, scalarization = self.aggregation, self.scalarization
         fits = given == AggregationConfig()

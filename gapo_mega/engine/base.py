@@ -7,7 +7,7 @@ every rank of the world calls them in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -201,8 +201,8 @@ class Answering(Ranks, Protocol):
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         """Log-probabilities of the response tokens [B, T] float32, CPU, no graph; 0 elsewhere.
 
-        They are of the distribution that the generator draws from with the run's sampling settings:
-        repetition penalty and temperature applied and, with ``batch.kept``, the kept tokens alone.
+        Of the distribution that the run's sampling settings draw from: repetition penalty and temperature
+        applied and, with ``batch.kept``, the kept tokens alone.
         """
         ...
 
@@ -231,6 +231,10 @@ class Engine(RunEngine, Answering, Protocol):
 
     def values(self, batch: TokenBatch) -> Tensor:
         """Critic values [M, B, T] float32, CPU: column t is the value *before* token t is sampled."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's whole tensors by Hugging Face names, on rank 0; all ranks iterate to the end."""
         ...
 
     def update_policy(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gapo_mega.models.adapters import layer_parameters
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import devices
 from gapo_mega.planning.devices import Device
 from gapo_mega.planning.flops import StepFlops, TransformerShape, step_flops

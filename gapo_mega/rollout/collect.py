@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gapo_mega.engine.base import Generator, SamplingParameters
-from gapo_mega.types import Prompt, Rollout, well_formed
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.types import Generation, Prompt, Rollout, well_formed
+
+
+class Source(Protocol):
+    """What answers: an engine's generator, or a rollout back end."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
+        """Responses to this data-parallel rank's prompts."""
+        ...
+
+    def update_weights(self) -> None:
+        """Take over the policy's parameters."""
+        ...
 
 
 class Collector:
     """Samples responses of the current policy for this data-parallel rank's prompts."""
 
     def __init__(
-        self, generator: Generator, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParameters
+        self, generator: Source, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParameters
     ) -> None:
         self._generator = generator
         self._tokenizer = tokenizer
         self._sampling = sampling
+
+    def update_weights(self) -> None:
+        """Have the generator take over the policy's parameters. Collective over all ranks."""
+        self._generator.update_weights()
 
     def collect(self, prompts: list[Prompt], samples: int, seed: int, greedy: bool = False) -> Rollout:
         """``samples`` responses per prompt; the samples of a prompt are adjacent rows.
@@ -45,4 +65,5 @@ class Collector:
             logprobs_BT=generation.logprobs_BT,
             finished_B=generation.finished_B,
             kept=generation.kept,
+            versions_B=generation.versions_B,
         )

@@ -12,8 +12,10 @@ from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.advantages.rewards import whiten
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.correction import Correction
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
+from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer, Timer
 from gapo_mega.types import Experience, Prompt, Rollout
@@ -28,6 +30,7 @@ class ExperienceMaker:
         names: of the objectives.
         scalarized: makes one set of advantages, if the run has a scalarizer; None: one an objective.
         weighing: asks a scalarizer for the weights of the objectives' gradients, if that is what it gives.
+        correction: for rollouts that were drawn from another distribution; None: every weight is 1.
         samples: responses per prompt.
         filtered: prompts whose scores are flat in every objective are left out.
         whitened: advantages get mean 0 and variance 1 per objective, over the whole batch.
@@ -48,6 +51,7 @@ class ExperienceMaker:
         timer: Timer,
         scalarized: Scalarized | None = None,
         weighing: Weighing | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self._engine = engine
         self._collector = collector
@@ -60,6 +64,7 @@ class ExperienceMaker:
         self._timer = timer
         self._scalarized = scalarized
         self._weighing = weighing
+        self._correction = correction
 
     def make(
         self, prompts: list[Prompt], seed: int, watch: Callable[[Rollout, Experience], None] | None = None
@@ -71,9 +76,13 @@ class ExperienceMaker:
         """
         layout = self._engine.layout
         with self._timer("rollout"):
-            self._engine.generator.update_weights()
+            self._collector.update_weights()
             own_seed = seed * layout.data + layout.data_rank
-            rollout = self._collector.collect(prompts, self._samples, own_seed)
+            rollout = recovered(
+                self._engine,
+                self._collector.update_weights,
+                lambda: self._collector.collect(prompts, self._samples, own_seed),
+            )
         experience = self._scorer.score(rollout)
         if watch is not None:
             watch(rollout, experience)
@@ -81,9 +90,9 @@ class ExperienceMaker:
             experience = self._with_greedy_scores(experience, prompts, own_seed)
         experience, told = self._estimate(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)
-        experience = self._whiten(experience)
+        experience, corrected = self._correct(rollout, self._whiten(experience))
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
-        return experience, dataclasses.replace(facts, extra=facts.extra | told)
+        return experience, dataclasses.replace(facts, extra=facts.extra | told | corrected)
 
     def _estimate(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
         """The experience with advantages, and what a scalarizer says of it."""
@@ -92,9 +101,24 @@ class ExperienceMaker:
         told = {} if self._weighing is None else self._weighing(experience)
         return self._estimator(experience), told
 
+    def _correct(self, rollout: Rollout, experience: Experience) -> tuple[Experience, dict[str, float]]:
+        """Weigh the tokens of all advantages alike, after they have their mean and variance."""
+        if self._correction is None:
+            return experience, {}
+        mask_BT, made_MBT = experience.response_mask_BT, experience.advantages_MBT
+        assert made_MBT is not None
+        weights_BT = self._correction.weights(experience.old_logprobs_BT, rollout.logprobs_BT, mask_BT)
+        facts = self._correction.facts(self._engine, weights_BT, mask_BT)
+        corrected_MBT = made_MBT * weights_BT
+        return dataclasses.replace(experience, advantages_MBT=corrected_MBT, correction_BT=weights_BT), facts
+
     def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
         with self._timer("greedy"):
-            greedy = self._collector.collect(prompts, 1, seed, greedy=True)
+            greedy = recovered(
+                self._engine,
+                self._collector.update_weights,
+                lambda: self._collector.collect(prompts, 1, seed, greedy=True),
+            )
             scores_MG = self._scorer.agreed_scores(greedy)
         # The collector numbers prompts from 0, in their order.
         return dataclasses.replace(experience, greedy_scores_MB=scores_MG[:, experience.group_B])

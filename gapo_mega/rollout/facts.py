@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.flat import flat_counts
+from gapo_mega.rollout.mismatch import mismatch
 from gapo_mega.rollout.whole_batch import whole_batch
 from gapo_mega.types import Experience, Rollout
 
@@ -50,7 +51,7 @@ def batch_facts(
         "prompt_length": prompt_tokens / rows,
         "response_length": tokens / rows,
         "finished": finished / rows,
-        **_gap(engine, rollout, experience, tokens),
+        **_gap(engine, rollout, experience),
     }
     return BatchFacts(
         rewards=rewards,
@@ -74,22 +75,14 @@ def _spreads(engine: Engine, scores_MB: Tensor, means: Sequence[float], rows: fl
     return spreads
 
 
-def _gap(engine: Engine, rollout: Rollout, experience: Experience, tokens: float) -> dict[str, float]:
-    """Mean and largest difference of the trainer's and the generator's log-probabilities of a token.
+def _gap(engine: Engine, rollout: Rollout, experience: Experience) -> dict[str, float]:
+    """How the trainer's log-probabilities differ from the generator's.
 
     Empty where the trainer takes the generator's own.
     """
     if experience.old_logprobs_BT is rollout.logprobs_BT:
         return {}
-    gap_BT = (experience.old_logprobs_BT - rollout.logprobs_BT).abs() * rollout.response_mask_BT
-    parts = engine.gather_over_data(
-        (float(gap_BT.double().sum()), float(gap_BT.max()) if len(gap_BT) else 0.0)
-    )
-    sums, largest = zip(*parts, strict=True)
-    return {
-        "logprob_difference/mean": sum(sums) / max(tokens, 1.0),
-        "logprob_difference/max": max(largest),
-    }
+    return mismatch(engine, experience.old_logprobs_BT, rollout.logprobs_BT, rollout.response_mask_BT)
 
 
 def _correlations(engine: Engine, names: Sequence[str], experience: Experience) -> dict[str, float]:

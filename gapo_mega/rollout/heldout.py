@@ -11,7 +11,7 @@ from gapo_mega.config import EvaluationConfig
 from gapo_mega.engine.base import Engine
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.random_streams import undisturbed
-from gapo_mega.rollout.response_scores import agreed
+from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.types import Prompt
 
@@ -49,6 +49,10 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def update_weights(self) -> None:
+        """Have the next answers be those of the policy as it is. Collective."""
+        self._collector.update_weights()
+
     def answer(self) -> Answers:
         """Answer and score the held-out prompts. Collective; the same on every rank, empty without any.
 
@@ -59,7 +63,7 @@ class HeldOut:
 
     def _answer(self) -> Answers:
         self._engine.gather_parameters()  # this rank may have no prompt, and so no forward pass
-        part = agreed(self._engine, self._part)
+        part = recovered(self._engine, self._collector.update_weights, self._part)
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
         parts = self._engine.gather_over_data(part)
         everything = sorted(chain.from_iterable(parts), key=lambda answer: answer[0])

@@ -73,7 +73,7 @@ class ResponseScorer:
             try:
                 outcome = {each.name: each.score(prompts, responses, facts) for each in objectives}
             except Exception as error:  # every rank must learn of it, or the others wait for ever
-                self._ranks.broadcast_in_replica(_sendable(error))
+                self._ranks.broadcast_in_replica(sendable(error))
                 raise
             except SystemExit as error:  # of an objective without the checks of ``ObjectiveKind``
                 failed = RuntimeError(reason_of(error))
@@ -96,14 +96,14 @@ def agreed(ranks: Ranks, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         own = error
-    everyone = ranks.gather_over_data(None if own is None else _sendable(own))
+    everyone = ranks.gather_over_data(None if own is None else sendable(own))
     first = next((error for error in everyone if error is not None), None)
     if first is None:
         return result
     raise first if own is None else own
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """``error``, or one with its reason where another process could not read it."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -80,7 +80,7 @@ class Evaluations:
         ``heldout_criterion``, by which it is judged, and ``heldout_best_step``.
         """
         assert self.before is not None, "begin() comes first"
-        self._engine.generator.update_weights()
+        self._heldout.update_weights()
         answers = self._heldout.answer()
         self._latest = (done, answers)
         summary = self.summary(answers)
@@ -96,6 +96,10 @@ class Evaluations:
             ]
             logger.info("held-out scores after step %d: %s", done, ", ".join(told))
         return found | best
+
+    def update_weights(self) -> None:
+        """Have the next answers be those of the policy as it is. Collective."""
+        self._heldout.update_weights()
 
     def answers(self, done: int) -> Answers:
         """Of the policy as it is, which has done ``done`` steps. Collective."""

@@ -43,7 +43,7 @@ def finish(
         engine.load(best_checkpoint)
     if best is not None and engine.layout.is_main:
         logger.info("the result of the run is %s", best.sentence())
-    engine.generator.update_weights()
+    evaluations.update_weights()
     if config.checkpoint.export_hf:
         engine.export_hf(directory / EXPORT_FOLDER)
     if config.checkpoint.export_adapter:

@@ -36,6 +36,7 @@ from gapo_mega.config import (
     Section,
     TrainCheckpointConfig,
     TrainLoggingConfig,
+    VllmConfig,
 )
 from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.lora import LoraConfig
@@ -128,6 +129,18 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "top_p": FIXED,
         "repetition_penalty": FIXED,
         "batch_size": FREE,
+        "backend": CODE,
+    },
+    VllmConfig: {
+        "python": FREE,
+        "url": FREE,
+        "arguments": FREE,
+        "environment": FREE,
+        "weights_directory": FREE,
+        "piece_mib": FREE,
+        "timeout": FREE,
+        "patience": FREE,
+        "start_timeout": FREE,
     },
     ObjectiveConfig: {
         "name": FIXED,
@@ -156,6 +169,9 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "ppo_epochs": FIXED,
         "minibatches": FIXED,
         "old_logprobs": FIXED,
+        "correction": FIXED,
+        "correction_cap": FIXED,
+        "correction_range": FIXED,
     },
     OptimizerConfig: {
         "name": FIXED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -26,8 +27,13 @@ class _WithKl(Around):
         self._estimator = estimator
 
     def kl(self, logprobs_BT: Tensor, batch: Experience) -> Tensor:
-        """The estimate over the responses."""
-        return self.total(kl_estimates(self._estimator, logprobs_BT, batch), batch)
+        """The estimate over the responses, every token with the weight that its advantages have."""
+        weights_BT = batch.correction_BT
+        if weights_BT is None:
+            return self.total(kl_estimates(self._estimator, logprobs_BT, batch), batch)
+        # Left out before the estimate: 0 times an infinite one would reach the gradient.
+        counted = replace(batch, response_mask_BT=batch.response_mask_BT & (weights_BT > 0))
+        return self.total(kl_estimates(self._estimator, logprobs_BT, counted) * weights_BT, batch)
 
 
 class KlInEveryLoss(_WithKl):

@@ -35,6 +35,7 @@ from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.layout import check_layout, check_lengths, check_model_split
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
+from gapo_mega.rollout import backends
 from gapo_mega.runs.log import check_logging
 from gapo_mega.runs.plugins import check_estimator, made_up_batch, shown
 from gapo_mega.scalarization.base import Gives, Scalarizer, Weighted
@@ -57,6 +58,7 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     check_layout(config, shape, world_size, estimator)
     check_estimator(config, estimator)
     check_logging(config.logging)
+    backends.find(config.rollout.backend).check(config)
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
         check_kind("scalarization", config.scalarization.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.rollout import backends
+from gapo_mega.rollout.backends import Policy
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
@@ -118,17 +121,20 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
                 config.evaluation.shared, session.record(), resolved.world, session.everyone
             )
         engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
-        trainer = Trainer(
-            resolved,
-            engine,
-            tokenizer,
-            train_prompts,
-            heldout_prompts,
-            with_report=with_report,
-            session=session,
-            shared=shared,
-        )
-        finished = trainer.run()
+        policy = Policy(engine, companions, pad_id, tuple(eos_ids))
+        with closing(backends.find(config.rollout.backend)(policy, config)) as backend:
+            trainer = Trainer(
+                resolved,
+                engine,
+                tokenizer,
+                train_prompts,
+                heldout_prompts,
+                with_report=with_report,
+                session=session,
+                shared=shared,
+                backend=backend,
+            )
+            finished = trainer.run()
         if finished:
             session.end(trainer.loop.step, config.steps)
         # Not after an error: closing waits for ranks that are still in a collective, and hides the error.

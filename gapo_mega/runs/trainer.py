@@ -23,7 +23,9 @@ from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters, ge
 from gapo_mega.losses import value_loss_sum
 from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.rollout.backends import RolloutBackend
 from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.correction import correction_of
 from gapo_mega.rollout.experience import ExperienceMaker
 from gapo_mega.rollout.facts import BatchFacts
 from gapo_mega.rollout.heldout import Answers, HeldOut
@@ -61,11 +63,13 @@ class Trainer:
         with_report: bool = True,
         session: Session | None = None,
         shared: SharedAnswers | None = None,
+        backend: RolloutBackend | None = None,
     ) -> None:
         """``with_report`` false leaves out what follows the last step: export, held-out answers, report.
 
         ``session``: the run's hold on its directory; checkpoints say what it tells them that they belong to.
         ``shared``: where answers before training may be had without asking the policy.
+        ``backend``: where responses come from; none: the engine's generator.
         """
         self.resolved = resolved
         self.config = config = resolved.config
@@ -93,6 +97,7 @@ class Trainer:
             shuffle=config.data.shuffle,
             wording=PROMPTS,
         )
+        self._backend = backend
         self._build_rollout(tokenizer, heldout_prompts)
         total = resolved.total_updates
         directory = Path(config.output_dir)
@@ -116,7 +121,8 @@ class Trainer:
         for objective in self.resolved.objectives:
             if objective.wanted_model is not None:
                 objective.attach(engine.score_model(objective.wanted_model))
-        collector = Collector(engine.generator, tokenizer, SamplingParameters.of(rollout))
+        collector = Collector(self._backend or engine.generator, tokenizer, SamplingParameters.of(rollout))
+        samples_policy = self._backend is None or self._backend.samples_policy
         scorer = Scorer(
             engine,
             self.resolved.objectives,
@@ -138,6 +144,11 @@ class Trainer:
             timer=self.phases,
             scalarized=self._scalarized(),
             weighing=self._weighing(),
+            correction=correction_of(
+                config.algorithm,
+                samples_policy=samples_policy,
+                exact=samples_policy and config.model.dtype == "fp32",
+            ),
         )
         self.heldout = HeldOut(
             engine, collector, scorer, list(heldout_prompts), config.evaluation, config.seed
@@ -181,6 +192,8 @@ class Trainer:
         They are also the start that methods measure progress from.
         """
         self.responses.drop_after(self.loop.step)
+        if self._backend is not None:
+            self._backend.update_weights()
         self.evaluations.begin()
         start = self.evaluations.start()
         if start is not None and self.loop.step == 0:

@@ -12,12 +12,13 @@ from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import ObjectiveKind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun
+from gapo_mega.rollout.backends import Policy, RolloutBackend
 from gapo_mega.runs.preflight import build_aggregator
 from gapo_mega.runs.session import Session
 from gapo_mega.runs.shared_answers import SharedAnswers
 from gapo_mega.runs.trainer import Trainer
 from gapo_mega.types import Prompt
-from tests.helpers.fake_engine import FakeEngine, FakeTokenizer
+from tests.helpers.fake_engine import END, FakeEngine, FakeTokenizer
 
 SHAPE = ModelShape(
     family="llama", num_layers=2, hidden=8, ffn=8, heads=2, kv_groups=2, head_dim=4, vocab=42, tied=True,
@@ -76,6 +77,7 @@ def trainer(
     held_out: list[Prompt] = HELD_OUT,
     session: Session | None = None,
     shared: SharedAnswers | None = None,
+    backend: type[RolloutBackend] | None = None,
     **sections: Any,
 ) -> Trainer:
     """A trainer of four steps with two objectives; ``sections`` of the configuration differ."""
@@ -102,13 +104,16 @@ def trainer(
     if not (directory / "config.yaml").exists():  # the report reads it
         directory.mkdir(exist_ok=True)
         (directory / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    engine = engine or FakeEngine()
+    source = None if backend is None else backend(Policy(engine, directory, 0, (END,)), config)
     return Trainer(
         resolved,
-        engine or FakeEngine(),
+        engine,
         tokenizer,
         PROMPTS,
         held_out,
         with_report=with_report,
         session=session,
         shared=shared,
+        backend=source,
     )

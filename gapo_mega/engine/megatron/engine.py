@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,6 +236,12 @@ class MegatronEngine(groups.Collective):
         with megatron_device():
             for trainable in self._trainables().values():
                 trainable.gather_parameters()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """A tensor lives until the next one is asked for: no rank holds more than its shard and one."""
+        with megatron_device():
+            self.policy.gather_parameters()
+        return weights.hf_stream(self.policy.modules, self.shape)
 
     def export_hf(self, directory: Path) -> None:
         """Replaces ``directory`` if it exists."""

@@ -193,3 +193,31 @@ def test_runs_on_data_choose_no_best_and_have_no_responses(kind: type[Section]) 
             (error["type"], error["loc"][:2]) == ("extra_forbidden", (section, field))
             for error in caught.value.errors()
         )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            {"correction_range": [5.0, 0.5]},
+            "algorithm.correction_range: found [5.0, 0.5], accepted: the least ratio before the greatest",
+        ),
+        (
+            {"correction": "mask", "old_logprobs": "generator"},
+            "algorithm.correction: found mask with algorithm.old_logprobs generator, accepted: auto, none "
+            "(the rollout's log-probabilities are then the trainer's too: the loss's own ratio is between "
+            "policy and rollout)",
+        ),
+    ],
+)
+def test_a_correction_that_corrects_nothing_is_refused(algorithm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**MINIMAL, "objectives": objectives(2), "algorithm": algorithm})
+    assert [error["msg"] for error in caught.value.errors()] == [f"Value error, {message}"]
+
+
+@pytest.mark.parametrize("bounds", [[0.5], [0.5, 1.0, 2.0], [0.0, 2.0], [-1.0, 2.0], "1"])
+def test_the_range_of_a_correction_has_two_ratios(bounds: Any) -> None:
+    sections = {"objectives": objectives(2), "algorithm": {"correction_range": bounds}}
+    with pytest.raises(ValidationError, match="correction_range"):
+        Config.model_validate({**MINIMAL, **sections})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,25 @@ def test_a_zero_kl_gradient_is_named(tmp_path: Path) -> None:
     assert run.run()
     (line,) = lines(tmp_path)
     assert line["excluded/kl"] == 1.0 and line["excluded/long"] == 0.0
+
+
+@pytest.mark.parametrize("kl", ["loss", "objective", "apart"])
+def test_the_kl_of_a_loss_takes_the_weights_of_the_advantages(tmp_path: Path, kl: str) -> None:
+    """By hand: the sum over tokens of weight times estimate; a token of weight 0 has no gradient at all."""
+    config = configuration(tmp_path, algorithm={"kl": kl, "kl_beta": 0.3})
+    loss, part = loss_with_kl(Ppo(), config, KlCoefficient(0.3)), batch()
+    weights_BT = torch.tensor([[0.0, 0.5, 2.0, 0.0], [0.0, 1.25, 0.0, 0.0]])
+    ref_BT = part.ref_logprobs_BT.clone()
+    ref_BT[0, 3] = -torch.inf  # the reference rules out a token that is left out
+    corrected = replace(part, correction_BT=weights_BT, ref_logprobs_BT=ref_BT)
+    logprobs_BT = (part.old_logprobs_BT + 0.01).requires_grad_()
+    row = 0 if kl == "loss" else 2
+    value = loss(logprobs_BT, corrected, row)
+    r_BT = logprobs_BT.detach().double() - part.ref_logprobs_BT.double()
+    term = float((weights_BT * (torch.exp(-r_BT) - 1 + r_BT)).sum())
+    wanted = term if kl != "loss" else float(Ppo()(logprobs_BT.detach(), corrected, 0)) + 0.3 * term
+    assert value.item() == pytest.approx(wanted, rel=1e-5)
+    (gradient_BT,) = torch.autograd.grad(value, logprobs_BT)
+    assert bool(gradient_BT.isfinite().all())
+    if kl != "loss":
+        assert float(gradient_BT[0, 3]) == float(gradient_BT[1, 2]) == 0.0

@@ -363,3 +363,14 @@ class Always(Weighted):
     def coefficients(self, scores_MB, group_B, lengths_B):
         return torch.ones(len(scores_MB))
 """
+
+
+def test_a_back_end_is_found_and_asked_before_anything_is_built(models: Path, tmp_path: Path) -> None:
+    resolve(configuration(models, rollout={"backend": "vllm", "vllm": {"url": "http://localhost:1"}}), 1)
+    with pytest.raises(ValueError, match=r"^rollout.vllm: found neither of python and url"):
+        resolve(configuration(models, rollout={"backend": "vllm"}), 1)
+    with pytest.raises(ValueError, match=r"^rollout.backend: found 'sglang' \(did you mean"):
+        resolve(configuration(models, rollout={"backend": "sglang"}), 1)
+    (tmp_path / "own.py").write_text("class Own: pass\n")
+    with pytest.raises(ValueError, match=r"rollout.backend: .*own.py:Own"):
+        resolve(configuration(models, rollout={"backend": f"{tmp_path}/own.py:Own"}), 1)

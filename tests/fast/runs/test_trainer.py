@@ -11,10 +11,14 @@ import torch
 
 from gapo_mega import advantages, aggregation, losses
 from gapo_mega.objectives.base import RewardFailed
+from gapo_mega.rollout.backends.megatron import Megatron
+from gapo_mega.rollout.backends.vllm import Vllm
 from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.fake_runs import HELD_OUT, PROMPTS, Words, trainer
 from tests.helpers.metrics_log import CLOCKED, metrics
+from tests.helpers.table_policy import TablePolicy
 from tests.helpers.team import Team
+from tests.helpers.vllm_protocol import table_server
 
 
 def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
@@ -248,3 +252,42 @@ def test_a_run_of_two_steps_with_every_estimator(tmp_path: Path, name: str) -> N
 def test_a_run_of_two_steps_with_every_loss(tmp_path: Path, name: str) -> None:
     assert trainer(tmp_path, steps=2, loss={"name": name}).run()
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+
+
+# -- where responses come from ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tis", "mask", "sequence"])
+def test_the_built_in_generator_in_fp32_needs_no_correction_whatever_is_asked_for(
+    tmp_path: Path, kind: str
+) -> None:
+    """The fake generator's log-probabilities differ from its trainer's as rounding never would."""
+    none, asked = tmp_path / "none", tmp_path / kind
+    for directory, correction in ((none, "none"), (asked, kind)):
+        built = trainer(
+            directory, algorithm={"correction": correction}, model={"dtype": "fp32"}, backend=Megatron
+        )
+        assert built.run()
+    assert metrics(none) == metrics(asked)
+    assert not any(name.startswith("correction/") for name in metrics(asked)[0])
+    in_bf16 = tmp_path / "bf16"
+    assert trainer(in_bf16, algorithm={"correction": kind}, model={"dtype": "bf16"}, backend=Megatron).run()
+    assert metrics(in_bf16)[0]["correction/weight"] != 1.0
+
+
+def test_a_run_on_servers_sends_weights_before_it_answers_and_after_every_step(tmp_path: Path) -> None:
+    engine = TablePolicy()
+    with table_server() as server:
+        run = trainer(
+            tmp_path,
+            engine,
+            steps=3,
+            rollout={"backend": "vllm", "vllm": {"url": server.url, "start_timeout": 5}},
+            backend=Vllm,
+        )
+        assert run.run()
+        # Before the held-out answers, and with what each step but the last one changed.
+        assert server.calls.count("gapo_begin_update") == engine.streams == 3
+    assert "generate" not in engine.calls
+    for line in metrics(tmp_path):
+        assert 0 < line["correction/weight"] <= 2 and line["logprob_difference/p999"] > 0

@@ -28,6 +28,7 @@ _NAMES = (
     "memory",
     "methods",
     "policy",
+    "rollouts",
     "supervised",
     "weights",
 )

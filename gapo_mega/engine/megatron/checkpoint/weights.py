@@ -157,7 +157,7 @@ def export_hf(
         overwrite: replace ``directory`` if it exists.
     """
     assert isinstance(chunks[0], ValueModel) == (head is not None), "a critic has no Hugging Face form"
-    weights, own, sent = to_send(chunks, shape, head)
+    weights, own, sent = _to_send(chunks, shape, head)
     promised = {
         name: like
         for parcel in sent
@@ -173,7 +173,17 @@ def export_hf(
     dist.barrier()
 
 
-def to_send(
+def hf_stream(chunks: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """A language model's tensors under their Hugging Face names, one parameter after another.
+
+    Collective over all ranks, which must all iterate to the end. Whole tensors on rank 0, adapters merged in;
+    none elsewhere. No rank holds more than its own shard and one tensor.
+    """
+    weights, own, sent = _to_send(chunks, shape, None)
+    yield from stream(own, weights, sent, _whole(chunks))
+
+
+def _to_send(
     chunks: Sequence[GPTModel], shape: ModelShape, head: ScoreHead | None
 ) -> tuple[WeightMap, dict[str, Tensor], list[Parcel]]:
     """The names of a model's tensors, this rank's parameters, and what goes to rank 0. Collective."""

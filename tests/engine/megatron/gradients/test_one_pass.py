@@ -64,6 +64,14 @@ def by_token(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
     return (weights_BT * logprobs_BT * batch.response_mask_BT).sum()
 
 
+def corrected(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
+    """Every objective's advantages with the same weights of tokens, some of them 0."""
+    assert batch.advantages_MBT is not None
+    weights_BT = (1.0 + 2.0 * torch.cos(torch.arange(logprobs_BT.shape[1]) * 1.0)).clamp(min=0.0)
+    weighted = dataclasses.replace(batch, advantages_MBT=batch.advantages_MBT * weights_BT)
+    return unclipped(logprobs_BT, weighted, objective)
+
+
 def of_one_sequence(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
     """The last objective has no gradient but in the last sequence."""
     total_B = (logprobs_BT * batch.response_mask_BT).sum(dim=1)
@@ -76,6 +84,7 @@ LOSSES: dict[str, tuple[PolicyLossSum, int]] = {
     "unclipped": (unclipped, 1),
     "clipped": (clipped, 2),  # what is clipped depends on the sign of the advantage
     "with_penalty": (with_penalty, 2),
+    "corrected": (corrected, 1),
     "by_token": (by_token, OBJECTIVES),
     "of_one_sequence": (of_one_sequence, 1),
 }

@@ -1,0 +1,76 @@
+"""What every rollout back end shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from gapo_mega.config import Config
+from gapo_mega.engine.base import Engine, SamplingParameters
+from gapo_mega.types import Generation
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy that a back end answers for.
+
+    Attributes:
+        engine: trains it, and gives its parameters by ``named_weights``.
+        companions: directory of its configuration and tokenizer; weights that lie there are those from
+            before training, if any.
+        pad_id, eos_ids: its tokenizer's.
+    """
+
+    engine: Engine
+    companions: Path
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+
+class RolloutBackend(ABC):
+    """Samples the responses of a training: one object a rank.
+
+    All methods are collective over the ranks of the world, but ``generate``, which is over those of a
+    replica. What a back end waits for it waits for a bounded time, and asks ``gapo_mega.stopping`` meanwhile.
+    """
+
+    name: ClassVar[str]
+    # Whether it samples from the trained parameters themselves, with the arithmetic of the trainer's forward.
+    # Then there is nothing to correct (``algorithm.correction``).
+    samples_policy: ClassVar[bool] = False
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.policy = policy
+        self.config = config
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ``ValueError`` for settings that it cannot work with, before a model is built."""
+        return None
+
+    @abstractmethod
+    def update_weights(self) -> None:
+        """Have the next responses be those of the policy as it is now.
+
+        Takes the parameters from ``engine.named_weights``, a tensor at a time, if they changed since it last
+        did. Called before everything that is answered, also before the first rollout.
+        """
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
+        """Responses for token-id prompts, in their order; the same on every rank of a replica.
+
+        ``logprobs_BT`` are of the distribution that was sampled from, with repetition penalty and
+        temperature. ``versions_B`` has the engine's ``changes`` at the ``update_weights`` before. Every
+        replica passes another ``seed``. Raises ``rollout.servers.lost.ServerLost`` where the same rollout
+        may succeed after another ``update_weights``: the caller does both.
+        """
+
+    def close(self) -> None:
+        """Let go of processes and connections. Not collective; called at every end of a run."""
+        return None

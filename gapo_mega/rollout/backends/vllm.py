@@ -1,0 +1,294 @@
+"""vLLM in a process and an environment of its own, asked over its HTTP API (docs/rollouts.md)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from urllib3.util import parse_url
+
+from gapo_mega.config import Config, VllmConfig
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.files import local
+from gapo_mega.rollout.backends.base import Policy, RolloutBackend
+from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.servers.client import Patience, VllmServer
+from gapo_mega.rollout.servers.lost import ServerLost
+from gapo_mega.rollout.servers.process import ServerProcess
+from gapo_mega.rollout.servers.responses import Response, assemble
+from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.types import Generation
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+_ATTEMPTS = 2  # of an update of the weights; a server of ours is started again in between
+_HERE = ("127.0.0.1", "localhost", "[::1]")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class Vllm(RolloutBackend):
+    """Samples on one server that the run starts, or on servers that are there, which data ranks share.
+
+    Rank 0 sends the weights to all servers; the first rank of every replica asks for its responses. A label
+    of the weights travels with them and comes back with every response, so that none of other weights is
+    taken, whoever restarted the server.
+    """
+
+    name: ClassVar[str] = "vllm"
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        """Starts the server, and does not wait for it."""
+        super().__init__(policy, config)
+        self._options = options = config.rollout.vllm
+        self._patience = Patience(options.timeout, options.patience, options.start_timeout)
+        self._servers: list[VllmServer] = []  # known to all ranks after the first update
+        self._process: ServerProcess | None = None
+        self._run = uuid.uuid4().hex[:12]
+        self._taken = -1  # the engine's ``changes`` that the servers have
+        self._label = ""
+        if options.python is not None and policy.engine.layout.is_main:
+            self._process = ServerProcess(
+                _absolute(options.python), self._arguments(options), options.environment
+            )
+            self._process.start()
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        rollout = config.rollout
+        if (rollout.vllm.python is None) == (not rollout.vllm.urls):
+            found = "neither" if rollout.vllm.python is None else "both"
+            raise ValueError(
+                f"rollout.vllm: found {found} of python and url with rollout.backend vllm, accepted: one of "
+                "them (the Python of an environment with vLLM, or where servers answer)"
+            )
+        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
+            if (value := getattr(rollout, name)) != neutral:
+                raise ValueError(
+                    f"rollout.{name}: found {value} with rollout.backend vllm, accepted: {neutral:g} (the "
+                    "trainer must know which tokens were left to draw from)"
+                )
+        for url in rollout.vllm.urls:
+            if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
+                raise ValueError(
+                    f"rollout.vllm.weights_directory: found none with rollout.vllm.url {url}, accepted: a "
+                    "directory that the server reads under the same path"
+                )
+        if rollout.vllm.python is not None:
+            _check_python(rollout.vllm.python)
+
+    # -- weights -----------------------------------------------------------------------------------
+    def update_weights(self) -> None:
+        """Raises ``ServerLost`` on all ranks where a server does not come or does not take the weights."""
+        engine = self.policy.engine
+        version = engine.changes
+        if not self._servers:
+            urls, self._run = self._from_main(lambda: (self._urls(), self._run))
+            self._servers = [VllmServer(url, self._patience) for url in urls]
+        label = f"{self._run}-{version}"
+        for attempt in range(1, _ATTEMPTS + 1):
+            stale = self._from_main(lambda: self._stale(label))
+            if not stale:
+                break
+            failure = self._send(stale, label)
+            if failure is not None and (attempt == _ATTEMPTS or self._options.python is None):
+                raise failure
+        self._taken, self._label = version, label
+
+    def _urls(self) -> list[str]:
+        return self._options.urls if self._process is None else [self._process.url]
+
+    def _stale(self, label: str) -> list[int]:
+        """Numbers of the servers that have other weights, once all of them answer."""
+        if self._process is not None:
+            self._process.start()
+        for server in self._servers:
+            server.wait_until_up(self._check_process, self._patience.start)
+        return [i for i, server in enumerate(self._servers) if server.version() != label]
+
+    def _check_process(self) -> None:
+        if self._process is not None:
+            self._process.check()
+
+    def _send(self, stale: Sequence[int], label: str) -> Exception | None:
+        """Stream the weights to these servers. Returns on all ranks what kept one from taking them."""
+        tensors = self.policy.engine.named_weights()
+        if not self.policy.engine.layout.is_main:
+            for _ in tensors:
+                raise AssertionError("only rank 0 receives tensors")
+            return self._told(None)
+        failure: Exception | None = None
+        begun = time.perf_counter()
+        try:
+            size = self._stream([self._servers[i] for i in stale], tensors, label)
+            logger.debug("weights: %d bytes in %.2f s", size, time.perf_counter() - begun)
+        except Exception as error:
+            failure = error
+            if self._process is not None:
+                self._process.kill()  # its weights are in pieces
+        return self._told(failure)
+
+    def _stream(
+        self, servers: Sequence[VllmServer], tensors: Iterator[tuple[str, Tensor]], label: str
+    ) -> int:
+        """The bytes that were sent. ``tensors`` come to their end, whatever a server does."""
+        begun = False
+
+        def take(path: str) -> None:
+            nonlocal begun
+            if not begun:
+                for server in servers:
+                    server.begin()
+                begun = True
+            for server in servers:
+                server.take(path)
+
+        given = self._options.weights_directory
+        folder = default_folder() if given is None else _absolute(given)
+        size = hand_over(tensors, self._options.piece_mib << 20, folder, take)
+        for server in servers:
+            server.finish(label)
+        return size
+
+    # -- answering ---------------------------------------------------------------------------------
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
+        """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
+        layout = self.policy.engine.layout
+        outcome: Generation | Exception | None = None
+        if layout.tensor_rank == layout.pipeline_rank == 0:
+            try:
+                outcome = self._answered(prompts, sampling, seed)
+            except Exception as error:
+                self.policy.engine.broadcast_in_replica(sendable(error))
+                raise
+        outcome = self.policy.engine.broadcast_in_replica(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert isinstance(outcome, Generation)
+        return outcome
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def _answered(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> Generation:
+        server = self._servers[self.policy.engine.layout.data_rank % len(self._servers)]
+        wanted = self._sampling(sampling)
+
+        def ask(row: int) -> Response:
+            own = {**wanted, "seed": _row_seed(seed, row)}
+            return self._response(server, server.generate(list(prompts[row]), own))
+
+        with ThreadPoolExecutor(self.config.rollout.batch_size) as threads:
+            responses = list(threads.map(ask, range(len(prompts))))
+        versions_B = torch.full((len(prompts),), self._taken)
+        return assemble(prompts, responses, self.policy.pad_id, self.policy.eos_ids, versions_B)
+
+    def _sampling(self, sampling: SamplingParameters) -> Mapping[str, Any]:
+        return {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "repetition_penalty": sampling.repetition_penalty,
+            # Ours alone end a response, whatever the server has read of the model.
+            "stop_token_ids": list(self.policy.eos_ids),
+            "ignore_eos": True,
+            "logprobs": 0,  # that of the drawn token
+            "detokenize": False,
+        }
+
+    def _response(self, server: VllmServer, choice: Mapping[str, Any]) -> Response:
+        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights that we sent."""
+        spans = choice.get("weight_versions")
+        labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
+        found = sorted({str(span.get("version")) for span in labelled})
+        if found != [self._label]:
+            raise ServerLost(
+                f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
+                f"accepted: {self._label}"
+            )
+        reason = choice.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise ServerLost(f"{server.url}: found a response that ended with {reason!r}")
+        return Response.read(server.url, choice)
+
+    def _arguments(self, options: VllmConfig) -> list[str]:
+        config = self.config
+        given = {
+            "--model": _absolute(self.policy.companions),
+            "--load-format": "dummy",  # the weights come from the run
+            "--dtype": _DTYPES[config.model.dtype],
+            "--max-model-len": str(config.longest),
+            "--logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
+            "--generation-config": "vllm",  # none of the model's own sampling settings
+            "--worker-extension-cls": "gapo_mega_vllm.TakesWeights",
+        }
+        return [
+            *(part for pair in given.items() for part in pair),
+            "--skip-tokenizer-init",
+            "--enable-scale-out",  # token ids in, token ids out
+            *options.arguments,
+        ]
+
+    # -- agreement of ranks ------------------------------------------------------------------------
+    def _from_main(self, make: Callable[[], Value]) -> Value:
+        """What ``make`` gives rank 0, on every rank; its error is raised on all of them."""
+        outcome: Any = None
+        if self.policy.engine.layout.is_main:
+            try:
+                outcome = make()
+            except Exception as error:
+                self._share(sendable(error))
+                raise
+        outcome = self._share(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        value: Value = outcome
+        return value
+
+    def _told(self, failure: Exception | None) -> Exception | None:
+        found = self._share(None if failure is None else sendable(failure))
+        assert found is None or isinstance(found, Exception)
+        return found
+
+    def _share(self, value: Any) -> Any:
+        """Rank 0's value on every rank. Collective over the world."""
+        engine = self.policy.engine
+        return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
+
+
+def _absolute(path: str | Path) -> str:
+    """As the server finds it, which works elsewhere. A link stays: an environment's Python is one."""
+    return str(local(path).absolute())
+
+
+def _check_python(python: str) -> None:
+    if not local(python).is_file():
+        raise ValueError(
+            f"rollout.vllm.python: file {python} not found, accepted: the Python of an environment with vLLM "
+            "(docs/rollouts.md)"
+        )
+    here, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if here != everywhere:
+        raise ValueError(
+            f"rollout.vllm.python: found {python} in a job of {everywhere} processes, {here} of them on this "
+            "machine; accepted: rollout.vllm.url (a server that the run starts answers on its machine alone)"
+        )
+
+
+def _row_seed(seed: int, row: int) -> int:
+    """62 bits of (seed, row): samples of one prompt differ, and no two replicas share any."""
+    digest = blake2b(f"{seed} {row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

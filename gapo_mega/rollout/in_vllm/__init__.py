@@ -1,0 +1,1 @@
+"""Files that vLLM's processes read, in an environment without this package; each stands alone."""

@@ -1,0 +1,149 @@
+"""A vLLM server that a run starts: its environment and command, its log, and its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from gapo_mega.rollout import in_vllm
+from gapo_mega.rollout.servers.lost import ServerLost
+
+_HERE = Path(in_vllm.__path__[0])
+_END_WITHIN = 20.0  # seconds between SIGTERM and SIGKILL
+_LAST = 3  # lines of the log that an error shows
+
+# Of torchrun: vLLM would take them for a job of its own.
+_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+)
+
+
+class ServerProcess:
+    """One server of ``python``'s environment on this machine's loopback, started again whenever it is gone.
+
+    Attributes:
+        port: that it listens on; the same after a restart.
+        starts: how often it was started.
+    """
+
+    def __init__(
+        self, python: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            python: absolute path.
+            arguments: of vLLM's API server, without host and port.
+            environment: further variables, before those of this process.
+        """
+        self._python = python
+        self._arguments = list(arguments)
+        self._further = dict(environment or {})
+        self.port = _free_port()
+        self.starts = 0
+        self._folder = Path(tempfile.mkdtemp(prefix="gapo-mega-vllm-"))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """What it and vLLM's other processes print."""
+        return self._folder / "vllm.log"
+
+    def start(self) -> None:
+        """Start it unless it runs; does not wait until it answers."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._end()  # what a killed server has left
+        self.starts += 1
+        command = [self._python, str(_HERE / "gapo_mega_server.py"), str(os.getpid()), *self._arguments]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                start_new_session=True,  # Ctrl-C ends the run, which ends the server
+            )
+
+    def check(self) -> None:
+        """Raise ``ServerLost`` if it has ended."""
+        if self._process is not None and (status := self._process.poll()) is not None:
+            raise ServerLost(
+                f"rollout.vllm.python: found that the server of {self._python} ended with status {status}: "
+                f"{self._last_lines()} ({self.log})"
+            )
+
+    def close(self) -> None:
+        """End it, and remove its log."""
+        self._end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_WITHIN)
+        self.kill()
+        self._process = None
+
+    def _signal(self, number: int) -> None:
+        # The group outlives its first process, if vLLM's engine is still there.
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not _of_launcher(name)}
+        return {
+            **kept,
+            "PYTHONPATH": str(_HERE),  # nothing of this environment's
+            "VLLM_SERVER_DEV_MODE": "1",  # which offers updates of the weights
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            **self._further,
+        }
+
+    def _last_lines(self) -> str:
+        with suppress(OSError):
+            lines = self.log.read_text(errors="replace").splitlines()
+            told = [line.strip() for line in lines if line.strip()]
+            return " | ".join(line[-200:] for line in told[-_LAST:]) or "it printed nothing"
+        return "it left no log"
+
+
+def _of_launcher(name: str) -> bool:
+    return name in _LAUNCHER or name.startswith(("TORCHELASTIC_", "ROLE_"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,0 +1,179 @@
+"""A small server that speaks what we use of vLLM's HTTP API (0.32), over a real socket.
+
+Its model is a table: the tensor ``table`` [V, V] has the logits of the token after each token. It holds
+clients to the order of an update: paused, begun, taken, loaded, cache reset, labelled, ready again.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+
+class TableServer:
+    """One server. ``fail`` may answer a request in its place: (path, content) -> (status, answer) or None.
+
+    Attributes:
+        calls: paths that were asked for, ``generate`` aside, in order.
+        generated: how many responses were asked for.
+        table: its weights, float64.
+        label: of the weights.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.fail: Callable[[str, Any], tuple[int, Any] | None] = lambda path, content: None
+        self.calls: list[str] = []
+        self.pieces: list[list[str]] = []
+        self.generated = 0
+        self.table = np.zeros((2, 2))
+        self.label = "default"
+        self._state = "ready"
+        self._loading: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        """No longer listen."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self._answer(json.loads(body) if body else None)
+
+            def _answer(self, content: Any) -> None:
+                status, answer = server.fail(self.path, content) or server.answer(self.path, content)
+                if status == 0:  # the connection ends without an answer
+                    self.close_connection = True
+                    return
+                body = b"" if answer is None else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        return Handler
+
+    def answer(self, path: str, content: Any) -> tuple[int, Any]:
+        """Status and JSON."""
+        if path == "/inference/v1/generate":
+            with self._lock:
+                self.generated += 1
+            if self._state != "ready":
+                return 500, {"error": f"asked while {self._state}"}
+            return 200, {"choices": [self._choice(content["token_ids"], content["sampling_params"])]}
+        with self._lock:
+            self.calls.append(path if path != "/collective_rpc" else content["method"])
+            return self._update(path, content)
+
+    def _update(self, path: str, content: Any) -> tuple[int, Any]:
+        if path == "/health":
+            return 200, None
+        if path == "/weight_info":
+            return 200, {"weight_version": self.label}
+        if path == "/collective_rpc":
+            return self._worker(content["method"], content["args"])
+        if path == "/reset_prefix_cache":
+            return self._go({"loaded": ["reset"]}, "reset", {"success": True})
+        if path == "/update_weight_version":
+            self.label = content["new_version"]
+            return self._go({"reset": ["labelled"]}, "labelled", {"success": True})
+        if path == "/resume":
+            return self._go({"labelled": ["ready"]}, "ready", {"status": "resumed"})
+        if path == "/pause?mode=abort":
+            self._state = "paused"
+            return 200, {"status": "paused"}
+        return 404, {"error": f"no {path}"}
+
+    def _worker(self, method: str, arguments: list[str]) -> tuple[int, Any]:
+        """A method of the worker extension, which returns the number of tensors that it took."""
+        done = {"results": [None]}
+        if method == "gapo_begin_update":
+            self._loading = {}
+            return self._go({"paused": ["begun"]}, "begun", done)
+        if method == "gapo_take_weights":
+            piece = load_file(*arguments)
+            self.pieces.append(list(piece))
+            self._loading |= piece
+            return self._go({"begun": ["taken"], "taken": ["taken"]}, "taken", {"results": [str(len(piece))]})
+        assert (method, arguments) == ("gapo_finish_update", [])
+        self.table = self._loading["table"].astype(np.float64)
+        return self._go({"taken": ["loaded"]}, "loaded", done)
+
+    def _go(self, allowed: dict[str, list[str]], to: str, answer: Any) -> tuple[int, Any]:
+        if to not in allowed.get(self._state, []):
+            return 500, {"error": f"{to} after {self._state}"}
+        self._state = to
+        return 200, answer
+
+    def _choice(self, prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+        draw = np.random.default_rng(sampling["seed"])
+        history, tokens, content, reason = list(prompt), [], [], "length"
+        for _ in range(sampling["max_tokens"]):
+            token, logprob = self._draw(history, sampling, draw)
+            history.append(token)
+            tokens.append(token)
+            content.append({"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []})
+            if token in sampling["stop_token_ids"]:
+                reason = "stop"
+                break
+        return {
+            "index": 0,
+            "token_ids": tokens,
+            "finish_reason": reason,
+            "logprobs": {"content": content},
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
+        }
+
+    def _draw(self, history: list[int], sampling: dict[str, Any], draw: Any) -> tuple[int, float]:
+        logprobs = table_logprobs(
+            self.table, history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
+        )
+        greedy = sampling["temperature"] == 0
+        token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
+        return token, float(logprobs[token])
+
+
+def table_logprobs(table: Any, history: list[int], penalty: float, temperature: float) -> Any:
+    """Log-probabilities of the next token, float64 [V]."""
+    logits = np.array(table[history[-1]], dtype=np.float64)
+    seen = sorted(set(history))
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    logits = logits / temperature
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+@contextmanager
+def table_server(port: int = 0) -> Iterator[TableServer]:
+    """One that listens within the block."""
+    server = TableServer(port)
+    try:
+        yield server
+    finally:
+        server.close()

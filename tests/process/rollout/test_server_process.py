@@ -1,0 +1,128 @@
+"""A server that a run starts: its end, its restart, its errors. vLLM is one of the same protocol here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.rollout.backends import Policy
+from gapo_mega.rollout.backends.vllm import Vllm
+from gapo_mega.rollout.recovery import recovered
+from gapo_mega.rollout.servers.lost import ServerLost
+from gapo_mega.types import Generation
+from tests.helpers.environment import ROOT, environment
+from tests.helpers.fake_engine import END
+from tests.helpers.fake_runs import configuration
+from tests.helpers.table_policy import TablePolicy
+
+SERVER = """\
+import sys, threading
+from tests.helpers.vllm_protocol import TableServer
+if "--fail" in sys.argv:
+    print("loading"); sys.exit("no such model")
+TableServer(int(sys.argv[sys.argv.index("--port") + 1]))
+threading.Event().wait()
+"""
+PROMPTS = [[3, 5], [4], [3, 5]]
+SAMPLING = SamplingParameters(8)
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """The "Python of an environment with vLLM": this one, with a module in the place of vLLM's server."""
+    module = tmp_path / "site" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(SERVER)
+    script = tmp_path / "python"
+    paths = f"{tmp_path / 'site'}:{ROOT}:$PYTHONPATH"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{paths}" exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def backend(python: Path, engine: TablePolicy, *arguments: str) -> Vllm:
+    vllm = {"python": str(python), "arguments": list(arguments), "patience": 0, "start_timeout": 120}
+    config = configuration(python.parent / "run", rollout={"backend": "vllm", "vllm": vllm})
+    Vllm.check(config)
+    return Vllm(Policy(engine, python.parent, 0, (END,)), config)
+
+
+@pytest.fixture
+def rollouts(python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
+    monkeypatch.chdir(python.parent)
+    built = backend(Path("python"), TablePolicy())  # relative, as a user writes it
+    yield built
+    built.close()
+
+
+def process_of(rollouts: Vllm) -> subprocess.Popen[bytes]:
+    assert rollouts._process is not None and rollouts._process._process is not None
+    return rollouts._process._process
+
+
+def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: Vllm) -> None:
+    engine = rollouts.policy.engine
+    rollouts.update_weights()
+    undisturbed = rollouts.generate(PROMPTS, SAMPLING, 7)
+    calls = 0
+
+    def killed_at_first() -> Generation:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.kill(process_of(rollouts).pid, signal.SIGKILL)
+        return rollouts.generate(PROMPTS, SAMPLING, 7)
+
+    again = recovered(engine, rollouts.update_weights, killed_at_first)
+    assert calls == 2 and rollouts._process is not None and rollouts._process.starts == 2
+    assert torch.equal(undisturbed.tokens_BT, again.tokens_BT)
+    np.testing.assert_array_equal(undisturbed.logprobs_BT.numpy(), again.logprobs_BT.numpy())
+    last = process_of(rollouts)
+    rollouts.close()
+    assert last.poll() is not None and not rollouts._process.log.exists()
+
+
+def test_a_server_that_cannot_start_is_told_with_what_it_printed(python: Path) -> None:
+    failing = backend(python, TablePolicy(), "--fail")
+    with pytest.raises(ServerLost, match=r"ended with status 1: loading \| no such model \(.*vllm.log\)$"):
+        failing.update_weights()
+    failing.close()
+
+
+PARENT = """\
+import sys, time
+from pathlib import Path
+from tests.helpers.table_policy import TablePolicy
+from tests.process.rollout.test_server_process import backend, process_of
+rollouts = backend(Path(sys.argv[1]), TablePolicy())
+rollouts.update_weights()
+print(process_of(rollouts).pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's death")
+def test_no_server_outlives_a_run_that_is_killed(python: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(python)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), cwd=ROOT) as run:
+        assert run.stdout is not None
+        server = int(run.stdout.readline())
+        os.kill(server, 0)  # it is there
+        run.kill()
+    for _ in range(300):
+        try:
+            os.kill(server, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server is still there after 30 s")

@@ -1,0 +1,197 @@
+"""The vLLM back end with a real vLLM (make test-vllm); skipped without GAPO_VLLM_PYTHON, that has it.
+
+One server a model. Starting one takes a minute or more on a CPU, and so does its first response.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gapo_mega import aggregation
+from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.rollout.backends import Policy
+from gapo_mega.rollout.backends.vllm import Vllm
+from gapo_mega.rollout.recovery import recovered
+from gapo_mega.types import Generation, TokenBatch
+from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.tiny import tiny_llama
+
+PYTHON = os.environ.get("GAPO_VLLM_PYTHON")
+SMOLLM = Path(os.environ.get("GAPO_SMOLLM", "models/SmolLM2-135M-Instruct"))
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="make test-vllm has a vLLM")
+
+GREEDY = SamplingParameters(12, temperature=0.0)
+# Two implementations of one model in fp32, log-probabilities of size 5.
+CLOSE = 1e-4
+
+
+@dataclass
+class Setup:
+    """A model in our engine and in a server, which loads the same directory by itself."""
+
+    engine: MegatronEngine
+    rollouts: Vllm
+    prompts: list[list[int]]
+    directory: Path
+
+
+def set_up(directory: Path, vocabulary: int, eos: int) -> Setup:
+    sections: dict[str, Any] = {
+        "data": {"source": "unused", "max_prompt_tokens": 28},
+        "rollout": {
+            **{"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 90},
+            **{"temperature": 0.7, "repetition_penalty": 1.2, "backend": "vllm"},
+            # The last of an argument counts: this server has right weights before it gets ours.
+            "vllm": {
+                "python": PYTHON,
+                "arguments": ["--enforce-eager", "--load-format", "auto"],
+                "patience": 2,
+                "piece_mib": 1 if vocabulary < 1000 else 64,
+            },
+        },
+    }
+    config = check_engine.make_config(
+        str(directory), {}, {"name": "sgd", "distributed": False, "lr": 1.0}, **sections
+    )
+    Vllm.check(config)
+    rollouts = Vllm(Policy(engine := check_engine.build_engine(config), directory, 0, (eos,)), config)
+    source = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, vocabulary, (n,), generator=source).tolist() for n in (5, 1, 9, 23)]
+    return Setup(engine, rollouts, [*prompts, prompts[2]], directory)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_llama(directory, head_dim=64)  # vLLM's attention on CPUs takes no heads of 16
+    built = set_up(directory, 200, 2)
+    yield built
+    built.rollouts.close()
+    worlds.leave()
+
+
+def responses(generation: Generation) -> list[list[int]]:
+    pairs = zip(generation.tokens_BT, generation.response_mask_BT, strict=True)
+    return [tokens_T[mask_T].tolist() for tokens_T, mask_T in pairs]
+
+
+def of_transformers(directory: Path, prompts: Sequence[Sequence[int]], eos: int) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )
+        found.append(whole[0, len(prompt) :].tolist())
+    return found
+
+
+def trained(engine: MegatronEngine, generation: Generation) -> Tensor:
+    """The trainer's log-probabilities of a generation."""
+    return engine.logprobs(TokenBatch(generation.tokens_BT, generation.response_mask_BT), "policy")
+
+
+def assert_one_distribution(setup: Setup) -> None:
+    """Greedy tokens are ours, and sampled tokens have the trainer's log-probabilities."""
+    greedy = setup.rollouts.generate(setup.prompts, GREEDY, 1)
+    assert responses(greedy) == responses(setup.engine.generator.generate(setup.prompts, GREEDY, 1))
+    sampling = SamplingParameters(12, temperature=0.7, repetition_penalty=1.2)
+    sampled = setup.rollouts.generate(setup.prompts, sampling, 5)
+    assert sampled.versions_B is not None and set(sampled.versions_B.tolist()) == {setup.engine.changes}
+    torch.testing.assert_close(sampled.logprobs_BT, trained(setup.engine, sampled), atol=CLOSE, rtol=0)
+    texts = responses(sampled)
+    assert texts[2] != texts[4], "samples of one prompt differ"
+
+
+def test_tokens_and_log_probabilities_are_ours_before_and_after_an_update(tiny: Setup) -> None:
+    engine, rollouts = tiny.engine, tiny.rollouts
+    rollouts.update_weights()
+    assert_one_distribution(tiny)
+    assert responses(rollouts.generate(tiny.prompts, GREEDY, 1)) == of_transformers(
+        tiny.directory, tiny.prompts, 2
+    )
+    before = rollouts.generate(tiny.prompts, GREEDY, 1)
+    batch = check_engine.local_part(check_engine.global_batch(200), engine)
+    report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+    assert not report.skipped
+    rollouts.update_weights()
+    after = rollouts.generate(tiny.prompts, GREEDY, 1)
+    assert not torch.equal(before.logprobs_BT, after.logprobs_BT)  # nothing of the old prefixes is cached
+    assert_one_distribution(tiny)
+
+
+def test_weights_after_an_update_are_bit_by_bit_those_that_vllm_loads_itself(
+    tiny: Setup, tmp_path: Path
+) -> None:
+    """vLLM keeps packed copies of matrices on CPUs, so the outputs tell; bitwise, as kernels are the same."""
+    tiny.rollouts.update_weights()
+    sent = tiny.rollouts.generate(tiny.prompts, GREEDY, 1)
+    tiny.engine.export_hf(tmp_path / "export")
+    fresh = Vllm(Policy(tiny.engine, tmp_path / "export", 0, (2,)), tiny.engine._config)
+    try:
+        fresh.policy.engine.named_weights = _refused  # type: ignore[method-assign]
+        server = fresh._urls()
+        fresh._servers = [type(tiny.rollouts._servers[0])(url, fresh._patience) for url in server]
+        fresh._stale("")
+        fresh._label = fresh._servers[0].version()
+        loaded = fresh.generate(tiny.prompts, GREEDY, 1)
+    finally:
+        del fresh.policy.engine.named_weights
+        fresh.close()
+    assert torch.equal(sent.tokens_BT, loaded.tokens_BT)
+    assert torch.equal(sent.logprobs_BT, loaded.logprobs_BT)
+
+
+def _refused() -> Iterator[tuple[str, Tensor]]:
+    raise AssertionError("this server loads its weights itself")
+
+
+def test_a_killed_server_costs_a_repetition_and_nothing_else(tiny: Setup) -> None:
+    rollouts = tiny.rollouts
+    rollouts.update_weights()
+    sampling = SamplingParameters(90, temperature=0.7, repetition_penalty=1.2)
+    undisturbed = rollouts.generate(tiny.prompts, sampling, 5)
+    process = rollouts._process
+    assert process is not None and process._process is not None
+    starts = process.starts
+    killer = threading.Timer(0.2, os.kill, (process._process.pid, signal.SIGKILL))
+
+    def ask() -> Generation:
+        if process.starts == starts:
+            killer.start()
+        return rollouts.generate(tiny.prompts, sampling, 5)
+
+    again = recovered(tiny.engine, rollouts.update_weights, ask)
+    assert process.starts == starts + 1
+    assert responses(undisturbed) == responses(again)
+    torch.testing.assert_close(undisturbed.logprobs_BT, again.logprobs_BT, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.skipif(not (SMOLLM / "config.json").is_file(), reason=f"no model in {SMOLLM}")
+def test_a_real_model_s_tokens_and_log_probabilities_are_ours() -> None:
+    built = set_up(SMOLLM.resolve(), 49152, 2)
+    try:
+        built.rollouts.update_weights()
+        assert_one_distribution(built)
+    finally:
+        built.rollouts.close()
+        worlds.leave()
