@@ -117,7 +117,7 @@ class PromptCache:
         yield from (each for each in found if each is not None)
 
     def _agree(self, count: int, error: tuple[int, str] | None) -> None:
-        """Raise ``ValueError`` on all ranks for the first ``error`` of any, and where counts of rows differ."""
+        """Raise ``ValueError`` on all ranks for the first ``error`` of any, and for counts that differ."""
         told = self._gather([count, error])
         counts = [each[0] for each in told]
         if len(set(counts)) > 1:
