@@ -58,8 +58,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("supervised")
     tiny_llama(folder / "model", vocab=300)
     byte_tokenizer(folder / "model")
-    row = {"chosen": "\n\nHuman: May I?\n\nAssistant: yes", "rejected": "\n\nHuman: May I?\n\nAssistant: no"}
-    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    rows = []
+    for i in range(40):
+        question = f"\n\nHuman: May I have {i}?\n\nAssistant:"
+        rows.append({"chosen": f"{question} yes", "rejected": f"{question} no"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
