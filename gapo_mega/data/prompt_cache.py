@@ -85,35 +85,49 @@ class PromptCache:
         rows: Iterator[Numbered],
         count: int,
         encode: Callable[[Sequence[Numbered]], Encoded],
-        key: Callable[[Sequence[Numbered]], str],
+        key: Callable[[Sequence[Numbered]], str] | None,
     ) -> Iterator[Encoded]:
         """The ``count`` ``rows`` as ``encode`` makes them, piece by piece in their order. Collective.
 
-        ``key``: the digest of a piece. Raises, on every rank, the ``ValueError`` of the first row with one.
+        ``key``: the digest of a piece; None: no piece is kept or shared. Neither are those of small tables.
+        Raises, on every rank, the ``ValueError`` of the first row with one.
         """
         found: list[Encoded | None] = []
         waiting: dict[int, tuple[str, Sequence[Numbered]]] = {}
         error: tuple[int, str] | None = None
-        with tqdm(total=count, desc="prompts", unit="row", disable=not self._progress) as bar:
+        shares = key is not None and count > PIECE
+        with tqdm(total=count, desc="prompts", unit="row", disable=not (self._progress and shares)) as bar:
             try:
                 while piece := list(islice(rows, PIECE)):
-                    number, name = len(found), key(piece)
-                    got = self._read(name)
-                    if got is None and number % self._world == self._rank:
+                    number, name = len(found), key(piece) if key is not None and shares else None
+                    got = None if name is None else self._read(name)
+                    if got is None and (name is None or number % self._world == self._rank):
                         got = encode(piece)
-                        self._write(name, got)
+                        if name is not None:
+                            self._write(name, got)
                     found.append(got)
-                    if got is None:
+                    if got is None and name is not None:
                         waiting[number] = (name, piece)
                     bar.update(len(piece))
             except ValueError as raised:
                 error = (len(found), str(raised))
-        errors = [each for each in self._gather(error) if each is not None]
+        self._agree(count, error)
+        for number, (known, rest) in waiting.items():  # other ranks have written them, or nobody could
+            found[number] = self._read(known) or encode(rest)
+        yield from (each for each in found if each is not None)
+
+    def _agree(self, count: int, error: tuple[int, str] | None) -> None:
+        """Raise ``ValueError`` on all ranks for the first ``error`` of any, and for counts that differ."""
+        told = self._gather([count, error])
+        counts = [each[0] for each in told]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"data.source: ranks read different numbers of rows ({', '.join(map(str, counts))}); "
+                "accepted: files that are the same on all nodes"
+            )
+        errors = [each[1] for each in told if each[1] is not None]
         if errors:
             raise ValueError(min(map(tuple, errors))[1])
-        for number, (name, piece) in waiting.items():  # other ranks have written them, or nobody could
-            found[number] = self._read(name) or encode(piece)
-        yield from (each for each in found if each is not None)
 
     def _read(self, name: str) -> Encoded | None:
         path = self._folder / f"{name}.npz"
@@ -173,7 +187,7 @@ def digest_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | Non
         _FORMAT,
         *(version(name) for name in ("gapo-mega", "transformers", "tokenizers")),
         type(tokenizer).__name__,
-        tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+        tokenizer.backend_tokenizer.to_str(),
         {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         tokenizer.eos_token_id,
         template,

@@ -106,15 +106,18 @@ class PromptEncoder:
         """The table in pieces of ``PIECE`` rows."""
         rows = iter(table)
         digest, column = self._digest, self._data.prompt_column
-        if self._cache is None or digest is None or len(table) <= PIECE:
+        if self._cache is None:
             while piece := list(islice(rows, PIECE)):
                 yield self._encode(table, piece)
             return
 
         def key(piece: Sequence[tuple[int, Row]]) -> str:
+            assert digest is not None
             return digest_of_piece(digest, [row.get(column) for _, row in piece])
 
-        yield from self._cache.encoded(rows, len(table), lambda piece: self._encode(table, piece), key)
+        yield from self._cache.encoded(
+            rows, len(table), lambda piece: self._encode(table, piece), None if digest is None else key
+        )
 
     def _with_columns(self, prompts: Sequence[Prompt], table: Table) -> list[Prompt]:
         rows = table.rows

@@ -202,6 +202,21 @@ def test_the_first_row_that_is_refused_is_named_on_every_rank(tmp_path: Path, ba
     assert on_ranks(3, work) == [str(caught.value)] * 3
 
 
+def test_ranks_that_read_other_numbers_of_rows(tmp_path: Path) -> None:
+    """A disk of each node's own, say. One of the tables is too small to be shared."""
+    for rank, count in enumerate((46, 10)):
+        (tmp_path / str(rank)).mkdir()
+        source(tmp_path / str(rank), rows()[:count])
+
+    def work(everyone: Threads, rank: int) -> object:
+        return load(tmp_path / str(rank), PromptCache(tmp_path, rank, 2, everyone.gather))
+
+    line = (
+        "data.source: ranks read different numbers of rows (46, 10); accepted: files that are the same on all"
+    )
+    assert on_ranks(2, work) == [f"{line} nodes"] * 2
+
+
 def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
     source(tmp_path)
     (tmp_path / "prompts").mkdir()
