@@ -102,7 +102,7 @@ def test_a_stopped_rank_is_found_and_named(folder: Path) -> None:
 
 def test_a_rank_that_hangs_in_a_reward_ends_with_the_one_that_waits_for_it(folder: Path) -> None:
     """It gives signs of life, so it may be slow: until the others have waited for the time limit."""
-    limits = {"timeout_minutes": 0.5, "silence_minutes": 0.2}
+    limits = {"timeout_minutes": 1, "silence_minutes": 0.2}  # the first also bounds how they meet, when busy
     config = write_config(folder, "hanging", STEPS, parallel=limits)
     disturb(folder, rank=1, step=2, what="sleep")
     first, second = start_both(config)
