@@ -113,7 +113,7 @@ def _schedule(
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
         there = batch.to(device())
-        finish = _as_it_is
+        finish: Callable[[Tensor], Tensor] = _as_it_is
         if policy is not None:
             output, finish = run_policy(stage, batch, multiple, policy)
         elif at_responses:
