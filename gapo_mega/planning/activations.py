@@ -44,11 +44,12 @@ for a norm's backward, Transformer Engine's attention without scores).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.blocks import Block as Block
+from gapo_mega.planning.blocks import Counter as Counter
 from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
@@ -97,48 +98,6 @@ class Sizes:
     def bf16(self) -> bool:
         """Whether the compute type is not fp32."""
         return self.item != FP32
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of the model, in bytes.
-
-    ``saved``: what it leaves for the backward. ``forward`` and ``backward``: what each needs at its peak
-    above all that is held when it begins; ``forward`` includes the block's own ``saved``, ``backward`` not.
-    """
-
-    saved: int
-    forward: int
-    backward: int
-
-
-class Counter:
-    """Bytes held, and the most so far."""
-
-    def __init__(self) -> None:
-        self.held = 0
-        self.peak = 0
-
-    def touch(self, size: int) -> None:
-        """Allocate ``size`` and free it."""
-        self.peak = max(self.peak, self.held + size)
-
-    def hold(self, size: int) -> None:
-        """Allocate ``size``; free it if negative."""
-        self.held += size
-        self.touch(0)
-
-    def forward(self, blocks: Sequence[Block]) -> None:
-        """Go through ``blocks``."""
-        for block in blocks:
-            self.touch(block.forward)
-            self.hold(block.saved)
-
-    def backward(self, blocks: Sequence[Block], keep: bool = False) -> None:
-        """Go back; ``keep`` the saved tensors for another backward."""
-        for block in reversed(blocks):
-            self.touch(block.backward)
-            self.hold(0 if keep else -block.saved)
 
 
 def activation_peak(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.config import Config
+from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.losses import Ppo, value_loss_sum
 from gapo_mega.types import Experience
@@ -108,7 +109,8 @@ def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model, layout, optimizer, sections, steps, and export, a folder for the result;
-    perhaps clip_epsilon, and export_adapter, a folder for the adapter.
+    perhaps clip_epsilon, prompts to answer before the first step, and folders for the adapter
+    (export_adapter) and for a checkpoint (save).
 
     With ``critic``, a section of the configuration, the critic is run instead.
     """
@@ -120,14 +122,21 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(config)
     batch = local_part(global_batch(200), engine)
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
+    tokens = None
+    if "prompts" in arguments:
+        greedy = SamplingParameters(8, temperature=0.0)
+        tokens = engine.generator.generate(arguments["prompts"], greedy, seed=0).tokens_BT.tolist()
     policy_loss = Ppo(clip_epsilon=arguments.get("clip_epsilon", CLIP_EPSILON))
     reports = [engine.update_policy(batch, policy_loss, aggregator) for _ in range(arguments["steps"])]
     export = Path(arguments["export"])
     engine.export_hf(export)
-    if arguments.get("export_adapter"):
+    if "export_adapter" in arguments:
         engine.export_adapter(Path(arguments["export_adapter"]))
+    if "save" in arguments:
+        engine.save(Path(arguments["save"]), {})
     return {
         "world": dist.get_world_size(),
+        "tokens": tokens,
         "losses": [r.losses for r in reports],
         "gram": [r.gram.tolist() for r in reports],
         "weights": [r.weights.tolist() for r in reports],

@@ -43,8 +43,8 @@ class Head:
         """``policy_at_responses`` of ``batch``, on its device, from the model's output in ``left_out``."""
         hidden_RBD = hidden_BRD.transpose(0, 1)
         rows, sequences = hidden_RBD.shape[:2]
-        step = max(1, wanted.chunk // sequences)
         ranks = _ranks_along_sequence(self.layer)
+        step = max(1, wanted.chunk // (sequences * ranks))
         places_N = self.rectangle.every_place(ranks * rows, sequences)
         # A rank's part of the sequence begins at position rank * rows; a chunk has some rows of every part.
         position_N, sequence_N = places_N // sequences, places_N % sequences
