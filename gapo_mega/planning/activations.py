@@ -18,6 +18,10 @@ bytes of the compute type (2 for bf16, 4 for fp32):
     output      e B T h c / t                input of the output projection
     MLP         5 e B T f / t                gate and up, silu, up + 0, product
 
+With experts, f is the width of all k that a token goes through, and e B T (k d + f) / t is added for the tokens
+in the order of their experts and the weighted products: an estimate, not yet measured, of tokens that are
+spread evenly over ranks.
+
 Full recomputation keeps e B T d a layer. A pipeline stage holds several microbatches at once, as
 ``schedule.py`` says, with the tensors that it received and sent. On the last stage the loss takes, with V
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
@@ -44,11 +48,11 @@ for a norm's backward, Transformer Engine's attention without scores).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.planning.counting import Block, Counter
 from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
@@ -65,7 +69,8 @@ class Sizes:
     hidden: int  # [T, B, d]
     query: int  # [T, B, h c / t]
     key: int  # [T, B, k c / t]
-    ffn: int  # [T, B, f / t]
+    ffn: int  # [T, B, f / t], for every expert that a token goes through
+    routed: int  # tokens in the order of their experts, if there are any
     scores: int  # [B, h / t, T, T]
     mask: int  # [T, T], one byte each
     rotary: int  # [T, c]
@@ -96,48 +101,6 @@ class Sizes:
     def bf16(self) -> bool:
         """Whether the compute type is not fp32."""
         return self.item != FP32
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of the model, in bytes.
-
-    ``saved``: what it leaves for the backward. ``forward`` and ``backward``: what each needs at its peak
-    above all that is held when it begins; ``forward`` includes the block's own ``saved``, ``backward`` not.
-    """
-
-    saved: int
-    forward: int
-    backward: int
-
-
-class Counter:
-    """Bytes held, and the most so far."""
-
-    def __init__(self) -> None:
-        self.held = 0
-        self.peak = 0
-
-    def touch(self, size: int) -> None:
-        """Allocate ``size`` and free it."""
-        self.peak = max(self.peak, self.held + size)
-
-    def hold(self, size: int) -> None:
-        """Allocate ``size``; free it if negative."""
-        self.held += size
-        self.touch(0)
-
-    def forward(self, blocks: Sequence[Block]) -> None:
-        """Go through ``blocks``."""
-        for block in blocks:
-            self.touch(block.forward)
-            self.hold(block.saved)
-
-    def backward(self, blocks: Sequence[Block], keep: bool = False) -> None:
-        """Go back; ``keep`` the saved tensors for another backward."""
-        for block in reversed(blocks):
-            self.touch(block.backward)
-            self.hold(0 if keep else -block.saved)
 
 
 def activation_peak(config: Config, shape: ModelShape, stage: int, microbatches: int, shared: bool) -> int:
@@ -177,13 +140,15 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
     outputs = config.micro_batch_size * (response + (-response % tensor if split else 0))
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
     columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
+    chosen = 1 if shape.experts is None else shape.experts.chosen
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
         residual=tokens // (tensor if split else 1) * shape.hidden,
         hidden=tokens * shape.hidden,
         query=tokens * query,
         key=tokens * key,
-        ffn=tokens * shape.ffn // tensor,
+        ffn=tokens * chosen * shape.ffn // tensor,
+        routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,
         mask=length * length,
         rotary=length * shape.head_dim,
@@ -192,7 +157,7 @@ def sizes_of(config: Config, shape: ModelShape) -> Sizes:
         chosen=config.micro_batch_size * response * columns,
         qkv_weight=(query + 2 * key) * shape.hidden,
         projection_weight=query * shape.hidden,
-        gate_weight=2 * shape.ffn // tensor * shape.hidden,
+        gate_weight=2 * shape.ffn // config.parallel.experts_split * shape.hidden,
         output_weight=columns * shape.hidden,
         grouped=shape.heads != shape.kv_groups,
         cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
@@ -361,6 +326,7 @@ def _after(z: Sizes) -> list[Block]:
     return [
         *_linear(z, z.query, z.gathered, z.query, z.projection_weight, stream),
         *_norm(z, stream),
+        *([Block(e * (z.routed + z.ffn), e * z.routed, stream)] if z.routed else []),
         *_linear(z, z.residual, 2 * z.ffn, z.hidden, z.gate_weight, stream),
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 4 * e * z.ffn),  # gate and up
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 3 * e * z.ffn),  # silu, up + 0

@@ -18,10 +18,10 @@ ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model, folder, layout, load (layouts).
 
-    Two steps of Adam with the distributed optimizer in ``layout``, a checkpoint, and a third step; then the
-    third step from the checkpoint in every layout of ``load``. Gives by layout ``loaded`` (names of parameters
-    that differ behind the loading) and ``third``, the third step's Gram matrix; and of ``layout`` itself
-    ``norms``, Megatron's of each step beside the Gram matrix's.
+    Two steps of Adam with the distributed optimizer in ``layout``, a checkpoint, and a third step; then
+    the third step from the checkpoint in every layout of ``load``. Gives by layout ``loaded`` (names of
+    parameters that differ behind the loading) and ``third``, the third step's Gram matrix; of ``layout``
+    itself ``grams`` of all steps and ``norms``, Megatron's of each step beside the Gram matrix's.
     """
     folder = Path(arguments["folder"])
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
