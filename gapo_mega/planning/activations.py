@@ -18,7 +18,7 @@ bytes of the compute type (2 for bf16, 4 for fp32):
     output      e B T h c / t                input of the output projection
     MLP         5 e B T f / t                gate and up, silu, up + 0, product
 
-With experts, f is the width of all k that a token goes through, and e B T (k d + f) / t is added for the tokens
+With experts, f is the width of all k that a token goes through, and e B T (k d + f) / t is added for tokens
 in the order of their experts and the weighted products: an estimate, not yet measured, of tokens that are
 spread evenly over ranks.
 
