@@ -18,6 +18,10 @@ bytes of the compute type (2 for bf16, 4 for fp32):
     output      e B T h c / t                input of the output projection
     MLP         5 e B T f / t                gate and up, silu, up + 0, product
 
+With experts, f is the width of all k that a token goes through, and e B T (k d + f) / t is added for tokens
+in the order of their experts and the weighted products: an estimate, not yet measured, of tokens that are
+spread evenly over ranks.
+
 Full recomputation keeps e B T d a layer. A pipeline stage holds several microbatches at once, as
 ``schedule.py`` says, with the tensors that it received and sent. On the last stage the loss takes, with V
 columns of the padded vocabulary on each of t ranks and N = B x response tokens,
@@ -66,7 +70,8 @@ class Sizes:
     hidden: int  # [T, B, d]
     query: int  # [T, B, h c / t]
     key: int  # [T, B, k c / t]
-    ffn: int  # [T, B, f / t]
+    ffn: int  # [T, B, f / t], for every expert that a token goes through
+    routed: int  # tokens in the order of their experts, if there are any
     scores: int  # [B, h / t, T, T]
     mask: int  # [T, T], one byte each
     rotary: int  # [T, c]
@@ -144,13 +149,15 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
     # Frozen weights have no gradient; what adapters add, a few numbers per token and rank, is not counted.
     trained = shape.hidden if config.model.lora is None else 0
     part = min(chunk // size * size or size, outputs) if chunk else outputs
+    chosen = 1 if shape.experts is None else shape.experts.chosen
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
         residual=tokens // (tensor if split else 1) * shape.hidden,
         hidden=tokens * shape.hidden,
         query=tokens * query,
         key=tokens * key,
-        ffn=tokens * shape.ffn // tensor,
+        ffn=tokens * chosen * shape.ffn // tensor,
+        routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,
         mask=length * length,
         rotary=length * shape.head_dim,
@@ -160,7 +167,7 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         waiting=columns * trained if part < outputs else 0,
         qkv_weight=(query + 2 * key) * trained,
         projection_weight=query * trained,
-        gate_weight=2 * shape.ffn // tensor * trained,
+        gate_weight=2 * shape.ffn // config.parallel.experts_split * trained,
         output_weight=columns * trained,
         grouped=shape.heads != shape.kv_groups,
         cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
@@ -329,6 +336,7 @@ def _after(z: Sizes) -> list[Block]:
     return [
         *_linear(z, z.query, z.gathered, z.query, z.projection_weight, stream),
         *_norm(z, stream),
+        *([Block(e * (z.routed + z.ffn), e * z.routed, stream)] if z.routed else []),
         *_linear(z, z.residual, 2 * z.ffn, z.hidden, z.gate_weight, stream),
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 4 * e * z.ffn),  # gate and up
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 3 * e * z.ffn),  # silu, up + 0

@@ -9,14 +9,16 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.strategies import PassCount
+from gapo_mega.models import shape_of
 from gapo_mega.models.adapters import layer_parameters
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import flops as throughput
 from gapo_mega.planning.flops import TransformerShape
+from gapo_mega.planning.memory import stage_parameters
 
 SHAPE = TransformerShape(layers=2, hidden=48, ffn=80, heads=6, kv_groups=2, head_dim=8, outputs=101)
 
@@ -115,3 +117,23 @@ def test_mfu() -> None:
     assert throughput.mfu(6e15, 2.0, 3, 2e15) == 0.5
     with pytest.raises(ValueError, match="seconds"):
         throughput.mfu(1.0, 0.0, 1, 1.0)
+
+
+def test_a_token_pays_for_the_experts_that_it_goes_through() -> None:
+    """Qwen3-30B-A3B: its card says 3.3 B active parameters, of which the embedding look-up is no product."""
+    shape = shape_of(
+        Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=2048,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+        )
+    )
+    sizes = TransformerShape.of(shape, shape.vocab)
+    assert sizes.matmul_parameters + 151936 * 2048 == pytest.approx(3.3e9, rel=0.02)
+    assert stage_parameters(shape, 1, 1, 0) == pytest.approx(30.5e9, rel=0.01)

@@ -22,6 +22,7 @@ _NAMES = (
     "checkpoint",
     "combination",
     "engine",
+    "experts",
     "generation",
     "gradient",
     "layouts",
