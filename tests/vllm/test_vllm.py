@@ -58,6 +58,7 @@ def set_up(directory: Path, vocabulary: int, eos: int) -> Setup:
                 "python": PYTHON,
                 "arguments": ["--enforce-eager", "--load-format", "auto"],
                 "patience": 2,
+                "start_timeout": 1500,
                 "piece_mib": 1 if vocabulary < 1000 else 64,
             },
         },
