@@ -94,7 +94,7 @@ class ServerProcess:
             )
 
     def close(self) -> None:
-        """End it, and remove its log, unless it had ended by itself: the error that tells so names the log."""
+        """End it, and remove its log, unless it had ended by itself: that error names the log."""
         failed = self._process is not None and self._process.poll() is not None
         self._end()
         if not failed:
