@@ -43,13 +43,16 @@ class VllmConfig(Section):
     )
     piece_mib: int = Field(256, ge=1, le=65_536, description="MiB of weights in a piece")
     timeout: float = Field(
-        1800.0, gt=0, description="longest time of one request in seconds, such as a whole response"
+        1200.0, gt=0, le=1500, description="longest time of one request in seconds, such as a whole response"
     )
     patience: float = Field(
-        60.0, ge=0, description="for how many seconds a server may be away before its rollout is repeated"
+        60.0,
+        ge=0,
+        le=1500,
+        description="for how many seconds a server may be away before its rollout is repeated",
     )
     start_timeout: float = Field(
-        1800.0, gt=0, description="for how many seconds a server that starts is waited for"
+        600.0, gt=0, le=1500, description="for how many seconds a server that starts is waited for"
     )
 
     @property

@@ -280,7 +280,8 @@ def _check_python(python: str) -> None:
             f"rollout.vllm.python: file {python} not found, accepted: the Python of an environment with vLLM "
             "(docs/rollouts.md)"
         )
-    here, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    everywhere = os.environ.get("WORLD_SIZE")
+    here = os.environ.get("LOCAL_WORLD_SIZE", everywhere)
     if here != everywhere:
         raise ValueError(
             f"rollout.vllm.python: found {python} in a job of {everywhere} processes, {here} of them on this "

@@ -94,9 +94,11 @@ class ServerProcess:
             )
 
     def close(self) -> None:
-        """End it, and remove its log."""
+        """End it, and remove its log, unless it had ended by itself: that error names the log."""
+        failed = self._process is not None and self._process.poll() is not None
         self._end()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if not failed:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         """End it at once."""

@@ -282,6 +282,8 @@ def test_a_server_of_one_machine_serves_no_job_of_several(
     config = configuration(tmp_path, rollout={"vllm": {"python": "/bin/sh"}})
     find("vllm").check(config)
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    find("vllm").check(config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
         find("vllm").check(config)
