@@ -134,6 +134,7 @@ class Watch:
             if self._last_words is not None:
                 self._store.compare_set(_LOST, "", self._last_words)
             self._give_sign(ended=True)
+            self._store.set(_heard(self._rank), "")  # who has ended need not hear
             if self._last_words is not None and self._rank == 0:  # whose process may hold the store
                 heard = [_heard(rank) for rank in self._others]
                 self._store.wait(heard, timedelta(seconds=self._to_hear))
