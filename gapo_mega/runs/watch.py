@@ -89,6 +89,7 @@ class Watch:
         self._others = [other for other in range(size) if other != rank]
         self._limit = silence.total_seconds()
         self._period = min(max(self._limit / _SIGNS, _FASTEST), _SLOWEST)
+        self._to_hear = 2 * self._period  # by then all that live have looked
         self._end = end
         self._to_leave = to_leave
         self._leaving = False  # the main thread has found out by itself
@@ -119,7 +120,7 @@ class Watch:
         self._last_words = reason
         self._stopping.set()
         for thread in self._threads:
-            thread.join(_TO_TELL)
+            thread.join(_TO_TELL + self._to_hear)
 
     # -- in touch with the store, which may block ----------------------------------------------------
     def _keep_in_touch(self) -> None:
@@ -133,6 +134,10 @@ class Watch:
             if self._last_words is not None:
                 self._store.compare_set(_LOST, "", self._last_words)
             self._give_sign(ended=True)
+            self._store.set(_heard(self._rank), "")  # who has ended need not hear
+            if self._last_words is not None and self._rank == 0:  # whose process may hold the store
+                heard = [_heard(rank) for rank in self._others]
+                self._store.wait(heard, timedelta(seconds=self._to_hear))
         except RuntimeError as error:
             logger.debug("the job's store has not taken the last words: %s", error)
 
@@ -144,6 +149,7 @@ class Watch:
     def _look(self) -> None:
         if self._store.check([_LOST]):
             self._told = self._store.get(_LOST).decode()
+            self._store.set(_heard(self._rank), "")
         for rank, sign in self._read(self._store, self._watched).items():
             if rank not in self._signs or sign.count != self._signs[rank].count:
                 self._heard[rank] = time.monotonic()
@@ -167,15 +173,16 @@ class Watch:
                 # This process was stopped, or one call held it all the time: nobody could have been heard.
                 self._forgive(now)
             last = now
-            finding = self._lost(now)
-            if finding is not None:
-                self._leave(finding)
-                return
-            if self._told is not None:
+            if self._told is not None:  # silence is no news any more
                 told_at = told_at or now
                 if now - told_at > self._to_leave:
                     self._end(f"rank {self._rank} ends, because another rank did: {self._told}")
                     return
+                continue
+            finding = self._lost(now)
+            if finding is not None:
+                self._leave(finding)
+                return
 
     def _forgive(self, now: float) -> None:
         self._answered = now
@@ -203,7 +210,7 @@ class Watch:
     def _leave(self, finding: str) -> None:
         self._last_words = finding
         self._stopping.set()
-        self._threads[0].join(_TO_TELL)
+        self._threads[0].join(_TO_TELL + self._to_hear)
         self._end(f"{finding}; this process ends")
 
     # -- explaining ----------------------------------------------------------------------------------
@@ -247,3 +254,7 @@ class Watch:
 
 def _key(rank: int) -> str:
     return f"sign/{rank}"
+
+
+def _heard(rank: int) -> str:
+    return f"heard/{rank}"
