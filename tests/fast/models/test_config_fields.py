@@ -15,23 +15,41 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from gapo_mega.models import families, shape_of
 from gapo_mega.models.config_fields import DROPOUT, IDLE, NEUTRAL, READ
 from gapo_mega.models.huggingface.config import read_config
-from tests.helpers.tiny import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import (
+    tiny_llama,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
 
 KINDS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
-TINY = {"llama": tiny_llama, "mistral": tiny_mistral, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3}
+TINY = {
+    "llama": tiny_llama,
+    "mistral": tiny_mistral,
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "mixtral": tiny_mixtral,
+    "qwen3_moe": tiny_qwen3_moe,
+}
 
 
 def test_every_family_is_asked_about() -> None:
