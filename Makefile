@@ -42,7 +42,7 @@ STAMPS_test := $(STAMPS_run) $(VENV)/.installed-test
 STAMPS_lint := $(STAMPS_test) $(VENV)/.installed-lint
 STAMPS_docs := $(STAMPS_run) $(VENV)/.installed-docs
 
-.PHONY: help demo test test-fast test-vllm fuzz combinations matrix lint docs sanitize clean
+.PHONY: help demo test test-fast test-vllm survive fuzz combinations matrix lint docs sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every step needs the one before
 
@@ -51,6 +51,7 @@ help:
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make test-vllm     the tests with a real vLLM: an environment of several GB in build/vllm, minutes"
+	@echo "make survive       ranks that are killed, stopped or hang, links that are cut, restarts: some ten minutes"
 	@echo "make fuzz          configurations and data files of all kinds, FUZZ (10000) of each, random"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"
@@ -69,6 +70,10 @@ test: $(VENV)/.installed-test $(MODEL)/config.json
 # No processes, no compiler, no Megatron.
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) tests/fast
+
+# What mostly waits: for time limits, and for others to be started again.
+survive: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/survive
 
 # vLLM pins releases of its own. PyPI's torchvision and the like want CUDA libraries, and break its import.
 VLLM := build/vllm
