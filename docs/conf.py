@@ -77,6 +77,7 @@ docs/audit
 docs/scalarizers
 docs/glossary
 docs/memory
+docs/lora
 docs/gpu
 docs/versions
 docs/extending

@@ -243,3 +243,14 @@ class PolicyFacts:
     ratio_max: float
     entropy_estimate: float  # mean of -log pi of the sampled tokens, nats
     entropy: float | None = None  # mean over the sampled positions, where it was asked for
+
+
+@dataclass(frozen=True)
+class SupervisedUpdate:
+    """What one optimizer step measured over all data-parallel ranks; the same on every rank."""
+
+    loss: float  # mean over pairs, or over the tokens to learn
+    right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    skipped: bool  # True: the gradient was not finite, parameters untouched

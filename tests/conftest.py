@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from gapo_mega import advantages, aggregation, losses, objectives, scalarization
@@ -34,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Nothing here asserts a time: by default an example may take 0.2 s, and a busy machine takes longer.
+    hypothesis.settings.register_profile("suite", deadline=None)
+    hypothesis.settings.load_profile("suite")
     config.addinivalue_line("markers", "every(kind): for every plug-in of the kind, and those of --plugin")
     for given in config.getoption("--plugin"):
         kind, _, reference = given.partition("=")

@@ -7,7 +7,6 @@ divide the heads?) in ``planning/layout.py``. ``loading.py`` reads YAML and dott
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,11 +18,10 @@ from gapo_mega.config.loggers import Loggers
 from gapo_mega.config.lora import LoraConfig, check_lora
 from gapo_mega.config.objective import Objectives
 from gapo_mega.config.optimizer import CriticConfig, OptimizerConfig
+from gapo_mega.config.parallel import ParallelConfig as ParallelConfig
 from gapo_mega.config.results import EvaluationConfig, TrainCheckpointConfig, check_evaluations
 from gapo_mega.config.scalarization import ScalarizationConfig, check_scalarization
 from gapo_mega.config.vllm import VllmConfig
-
-MOST_MINUTES = 10_080  # a week; in milliseconds, torch's store takes 31 bits
 
 
 class ModelConfig(Section):
@@ -52,92 +50,6 @@ class PolicyConfig(ModelConfig):
         description="response tokens whose logits are in memory at once: the output layer runs chunk by "
         "chunk, and once more in every backward; auto: 1024 where that saves memory; 0: all at once",
     )
-
-
-class ParallelConfig(Section):
-    """How the model is spread over ranks; data parallelism takes what is left of the world."""
-
-    tensor: int = Field(1, ge=1, description="ranks that share every layer; divides the attention heads")
-    pipeline: int = Field(1, ge=1, description="stages that share the layers; divides their number")
-    sequence_parallel: bool = Field(False, description="needs tensor > 1")
-    virtual_pipeline: int = Field(
-        1,
-        ge=1,
-        description="parts of every stage's layers, which microbatches pass one after the other (interleaved "
-        "schedule: less idling, more messages); needs pipeline > 1",
-    )
-    context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
-    expert: int = Field(
-        1,
-        ge=1,
-        description="ranks that share the experts of a layer; divides their number; with expert_tensor it "
-        "makes tensor",
-    )
-    expert_tensor: int | None = Field(
-        None, ge=1, description="ranks that share every expert; none: as many as tensor"
-    )
-    distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
-    timeout_minutes: float = Field(
-        30,
-        ge=0.1,
-        le=MOST_MINUTES,
-        description="longest wait of a rank for others in a collective; what one rank does while others "
-        "wait, such as scoring its responses, must take less",
-    )
-    silence_minutes: float = Field(
-        5,
-        ge=0.1,
-        le=MOST_MINUTES,
-        description="ranks that give no sign of life for so long are lost, and all others end; at most "
-        "timeout_minutes counts",
-    )
-
-    @property
-    def timeout(self) -> timedelta:
-        """Longest wait for other ranks."""
-        return timedelta(minutes=self.timeout_minutes)
-
-    @property
-    def silence(self) -> timedelta:
-        """How long a rank may be silent."""
-        return timedelta(minutes=min(self.silence_minutes, self.timeout_minutes))
-
-    @model_validator(mode="after")
-    def _refuse_untested(self) -> ParallelConfig:
-        for name in ("context", "distributed_optimizer_instances"):
-            value = getattr(self, name)
-            if value != 1:
-                raise ValueError(
-                    f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
-                    "not been verified in other layouts)"
-                )
-        if self.expert == 1 and self.experts_split != self.tensor:
-            raise ValueError(
-                f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
-                f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
-            )
-        if self.expert > 1 and self.expert * self.experts_split != self.tensor:
-            # Replicas that share experts would have to generate in step with each other.
-            raise ValueError(
-                f"parallel.expert: found {self.expert}, accepted: 1, or a number that makes parallel.tensor "
-                f"({self.tensor}) with parallel.expert_tensor ({self.experts_split}): the ranks of a layer "
-                "share its experts"
-            )
-        if self.sequence_parallel and self.tensor == 1:
-            raise ValueError(
-                "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
-            )
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError(
-                f"parallel.virtual_pipeline: found {self.virtual_pipeline} with parallel.pipeline 1; it "
-                "needs pipeline >= 2"
-            )
-        return self
-
-    @property
-    def experts_split(self) -> int:
-        """Ranks that share every expert."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
 
 
 class DataConfig(Section):

@@ -24,6 +24,7 @@ from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
 from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
 from gapo_mega.types import PolicyFacts as PolicyFacts
+from gapo_mega.types import SupervisedUpdate as SupervisedUpdate
 
 # A method of gapo_mega.aggregation (any gapo_mega.ops.AggregationMethod): the engine asks it for weights once
 # per step, on the Gram matrix's device, and calls its commit after the optimizer step. Or any function from
@@ -278,17 +279,6 @@ class BenchmarkEngine(Engine, Protocol):
     def largest(self, value: int) -> int:
         """All-reduce: the maximum of all ranks' values."""
         ...
-
-
-@dataclass(frozen=True)
-class SupervisedUpdate:
-    """What one optimizer step measured over all data-parallel ranks; the same on every rank."""
-
-    loss: float  # mean over pairs, or over the tokens to learn
-    right: float  # share of pairs whose chosen row has the higher score, ties half; 0 for chats
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    skipped: bool  # True: the gradient was not finite, parameters untouched
 
 
 class SupervisedEngine(RunEngine, Protocol):

@@ -109,9 +109,11 @@ class TestContract:
         clean, clean_gradient_BT = loss_and_gradient(loss, logprobs_BT, batch)
         off_BT = ~batch.response_mask_BT
         spoilt = {
-            field.name: getattr(batch, field.name).masked_fill(off_BT, bad)
+            field.name: value.masked_fill(off_BT, bad)
             for field in dataclasses.fields(batch)
-            if field.name.endswith("BT") and getattr(batch, field.name).is_floating_point()
+            if field.name.endswith("BT")
+            and (value := getattr(batch, field.name)) is not None
+            and value.is_floating_point()
         }
         assert {"old_logprobs_BT", "advantages_MBT"} <= set(spoilt)
         value, gradient_BT = loss_and_gradient(
