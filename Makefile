@@ -28,7 +28,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Test files run side by side, the long ones of tests/process first; these start several processes themselves.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
 # What the extension is built from. A change of it, or of what is installed, installs again.
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
