@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Columns that tell the runs of a sweep apart.
 OF_POINTS = ("run", "method", "preference", "seed")
+# Numbers of a whole step, whose second half may be the name of an objective: time/step, correction/weight.
+_OF_STEPS = ("time", "memory", "logprob_difference", "correction")
 _HELDOUT = {"heldout": "score", "heldout_gain": "gain", "heldout_gain_error": "gain_error"}
 
 
@@ -123,7 +125,9 @@ class RunFrames:
 
     @cached_property
     def runs(self) -> DataFrame:
-        """A row a run: ``directory``, ``steps`` in the log, whether it has ``ended``, ``seconds`` if so."""
+        """A row a run: ``directory``, ``steps`` in the log, whether it has ``ended``; if so ``seconds``, and
+        ``of_step``, the step that ``summary`` is of.
+        """
         rows = (
             (
                 run,
@@ -132,11 +136,13 @@ class RunFrames:
                     "steps": len(run.rows),
                     "ended": bool(run.summary),
                     "seconds": run.summary.get("seconds"),
+                    "of_step": run.summary.get("step"),
                 },
             )
             for run in self._runs
         )
-        return self._frame(rows, ("directory", "steps", "ended", "seconds")).astype({"seconds": "float64"})
+        columns = ("directory", "steps", "ended", "seconds", "of_step")
+        return self._frame(rows, columns).astype({"seconds": "float64", "of_step": "float64"})
 
     def _quantities(self) -> Iterator[tuple[_Logged, dict[str, Any]]]:
         for run in self._runs:
@@ -144,7 +150,7 @@ class RunFrames:
             for row in run.rows:
                 for key, value in row.items():
                     quantity, slash, name = key.partition("/")
-                    if slash and name in known and quantity not in _HELDOUT:
+                    if slash and name in known and quantity not in (*_HELDOUT, *_OF_STEPS):
                         about = {"step": row["step"], "objective": name, "quantity": quantity}
                         yield run, {**about, "value": value}
 

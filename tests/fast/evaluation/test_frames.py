@@ -82,6 +82,12 @@ def test_the_gradient_of_the_divergence_is_told_like_an_objective_s(tmp_path: Pa
     ]
 
 
+def test_numbers_of_a_step_are_no_objective_s_whatever_its_name(tmp_path: Path) -> None:
+    rows = [{"step": 1, "reward/plain": 1.0, "time/plain": 3.0, "correction/plain": 1.0, "memory/plain": 2.0}]
+    found = gapo_mega.read_run(running(tmp_path, rows)).objectives
+    assert list(found["quantity"]) == ["reward"]
+
+
 def test_held_out_curves(tmp_path: Path) -> None:
     found = gapo_mega.read_run(running(tmp_path)).heldout
     assert list(found.columns) == ["step", "objective", "score", "gain", "gain_error"]
@@ -101,6 +107,8 @@ def test_a_run_that_has_ended(tmp_path: Path) -> None:
         assert found == (change.before, change.after, change.standard_error, change.samples)
     (about,) = frames.runs.itertuples()
     assert (about.steps, about.ended, about.seconds) == (20, True, run.cost.seconds)
+    told = json.loads((run.directory / "summary.json").read_text()).get("step")
+    assert about.of_step == told if told is not None else math.isnan(about.of_step)
     (about,) = gapo_mega.read_run(running(tmp_path / "other")).runs.itertuples()
     assert (about.steps, about.ended, math.isnan(about.seconds)) == (3, False, True)
 
