@@ -19,7 +19,7 @@ class Reinforce(Reference):
     """The gradients of ``check_averages.reinforce``, written down anew."""
 
     @staticmethod
-    def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
+    def losses_from(logits: Tensor, batch: Experience) -> list[Tensor]:
         assert batch.advantages_MBT is not None
         chosen = chosen_logprobs(logits, batch.tokens_BT)
         mask = batch.response_mask_BT[:, 1:]

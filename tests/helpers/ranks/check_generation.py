@@ -37,9 +37,16 @@ def prompts_of(vocabulary: int) -> list[list[int]]:
 
 
 def tensors_of(generation: Generation) -> list[torch.Tensor]:
-    """All of them, the kept tokens' last."""
-    *plain, kept = dataclasses.astuple(generation)
-    return [*plain, *(kept or ())]
+    """All of them, those of kept tokens included."""
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        if value is None:
+            return []
+        return (
+            [value] if isinstance(value, torch.Tensor) else [one for each in value for one in tensors(each)]
+        )
+
+    return tensors(dataclasses.astuple(generation))
 
 
 def training_logprobs(

@@ -338,7 +338,7 @@ def _reduction_sums_in_place(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter, int]]:
-    """A chunk's parameters, and how many ranks' gradients of each are summed."""
+    """A chunk's trained parameters, and how many ranks' gradients of each are summed."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     data = {
@@ -351,6 +351,8 @@ def _summed_ranks(model: DistributedDataParallel) -> Iterator[tuple[nn.Parameter
     if gpt.share_embeddings_and_output_weights and (gpt.pre_process or gpt.post_process):
         tied = gpt.shared_embedding_or_output_weight()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         over_tensor_ranks = tensor if is_summed_over_tensor_ranks(model.config, name, parameter) else 1
         over_stages = 2 if parameter is tied and pipeline > 1 else 1
         yield parameter, data[parameter] * over_tensor_ranks * over_stages

@@ -37,11 +37,11 @@ class WithKl(Reference):
     """The gradients of the objectives and, after them, of the KL, with k3 written down anew."""
 
     @staticmethod
-    def _losses(logits: Tensor, batch: Experience) -> list[Tensor]:
+    def losses_from(logits: Tensor, batch: Experience) -> list[Tensor]:
         chosen = chosen_logprobs(logits, batch.tokens_BT)
         mask = batch.response_mask_BT[:, 1:]
         ratio = (batch.ref_logprobs_BT[:, 1:].double() - chosen)[mask]
-        return [*Reference._losses(logits, batch), (ratio.exp() - 1 - ratio).mean()]
+        return [*Reference.losses_from(logits, batch), (ratio.exp() - 1 - ratio).mean()]
 
 
 def batch_with_reference(engine: Any) -> Experience:
