@@ -110,6 +110,6 @@ def test_straight_to_a_megatron_checkpoint(directory: Path, tmp_path: Path) -> N
     conversion.run()
     reader = DistReader(tmp_path / "ckpt")
     expected = HFDirectory(directory).read("model.layers.7.mlp.down_proj.weight")
-    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc2.weight", 7), expected.bfloat16())
+    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc2.weight", (7,)), expected.bfloat16())
     assert (tmp_path / "ckpt" / "hf" / "tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
