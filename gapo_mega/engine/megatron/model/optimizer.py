@@ -19,6 +19,7 @@ from gapo_mega.engine.megatron.model import assumptions, gathering
 from gapo_mega.engine.megatron.model.buffers import buffers_of
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients
 from gapo_mega.engine.megatron.runtime import releases
+from gapo_mega.models.casting import is_finite
 
 
 @dataclass(eq=False)
@@ -100,9 +101,7 @@ class Trainable:
 
     def is_finite(self) -> bool:
         """Whether this rank's parameters are finite; those of other data ranks once they are gathered."""
-        # aminmax passes NaN on, and needs no memory of the parameter's size.
-        ends = [torch.stack(torch.aminmax(p.detach())).float() for p in self.parameters() if p.numel()]
-        return not ends or bool(torch.stack(ends).isfinite().all())
+        return all(is_finite(parameter.detach()) for parameter in self.parameters())
 
     def gather_parameters(self) -> None:
         """Bring the parameters up to date (``gathering.gather``). Collective over the data ranks."""
