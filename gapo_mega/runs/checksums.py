@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo_mega.models.checkpoint_files import Listing, measured, names_in
-from gapo_mega.runs.processes import Peers, place_of
+from gapo_mega.runs.processes import Peers
 
 
 def checksums(directory: Path, everyone: Peers) -> Listing:
@@ -14,9 +14,8 @@ def checksums(directory: Path, everyone: Peers) -> Listing:
 
     The main rank reads what others do not see, and has all. Raises ``OSError``.
     """
-    rank, world = place_of(everyone)
     names: list[str] = everyone.gather(names_in(directory) if everyone.is_main else [])[0]
-    seen = [name for name in names[rank::world] if (directory / name).is_file()]
+    seen = [name for name in names[everyone.rank :: everyone.size] if (directory / name).is_file()]
     found: dict[str, Any] = {}
     for part in everyone.gather({name: measured(directory / name) for name in seen}):
         found |= part

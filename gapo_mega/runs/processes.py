@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,6 +44,8 @@ def is_main_rank() -> bool:
 class Peers(Protocol):
     """All processes of the job, before they have process groups. Every rank makes the same calls."""
 
+    rank: int
+    size: int
     is_main: bool
 
     def gather(self, value: Any) -> list[Any]:
@@ -59,6 +60,7 @@ class Peers(Protocol):
 class Alone:
     """The one process of its job."""
 
+    rank, size = 0, 1
     is_main = True
 
     def gather(self, value: Any) -> list[Any]:
@@ -80,24 +82,24 @@ class Job:
         from gapo_mega.planning.meeting import meet
 
         world = read_world(to_meet=True)
-        self._rank, self._world, self._patience = world.rank, world.size, patience
+        self.rank, self.size, self._patience = world.rank, world.size, patience
         met = meet(world, patience, logger)
         self.lasting = met.lasting
         self._store = PrefixStore(f"job/{next(self._made)}", met.store)
         self._rounds = count()
         self._watch: Watch | None = None
-        self.is_main = self._rank == 0
+        self.is_main = self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         number = next(self._rounds)
-        self._store.set(f"{number}/{self._rank}", json.dumps(value))
-        values = [json.loads(self._read(f"{number}/{rank}", rank)) for rank in range(self._world)]
-        self._store.set(f"{number}/read/{self._rank}", "")
+        self._store.set(f"{number}/{self.rank}", json.dumps(value))
+        values = [json.loads(self._read(f"{number}/{rank}", rank)) for rank in range(self.size)]
+        self._store.set(f"{number}/read/{self.rank}", "")
         if self.is_main:  # whose process may hold the store, and may be about to end
-            for rank in range(self._world):
+            for rank in range(self.size):
                 self._read(f"{number}/read/{rank}", rank)
             # Nobody asks for them again, and a long run would fill the memory of rank 0's host.
-            for rank in range(self._world):
+            for rank in range(self.size):
                 self._store.delete_key(f"{number}/{rank}")
                 self._store.delete_key(f"{number}/read/{rank}")
         return values
@@ -111,7 +113,7 @@ class Job:
             found: bytes = self._store.get(key)
         except DistError as error:
             raise LostPeersError(
-                f"rank {self._rank} waited for rank {rank} in {here()}, at most "
+                f"rank {self.rank} waited for rank {rank} in {here()}, at most "
                 f"{self._patience / timedelta(minutes=1):g} minutes ({str(error).splitlines()[0][:200]})"
             ) from error
         return found
@@ -120,10 +122,10 @@ class Job:
         from torch.distributed import DistError, DistStoreError
 
         end = time.monotonic() + seconds
-        values: list[Any] = [None] * self._world
+        values: list[Any] = [None] * self.size
         try:
-            self._store.set(f"leaving/{self._rank}", json.dumps(value))
-            for rank in range(self._world):
+            self._store.set(f"leaving/{self.rank}", json.dumps(value))
+            for rank in range(self.size):
                 # At least a moment, for those that came meanwhile.
                 left = timedelta(seconds=max(0.1, end - time.monotonic()))
                 try:
@@ -138,7 +140,7 @@ class Job:
     def watch(self, silence: timedelta) -> None:
         """Give signs of life, and end this process where others give none for so long."""
         assert self._watch is None
-        self._watch = Watch(self._store, self._rank, self._world, silence)
+        self._watch = Watch(self._store, self.rank, self.size, silence)
         self._watch.start()
 
     def unwatch(self, error: BaseException | None = None) -> None:
@@ -146,14 +148,14 @@ class Job:
         if self._watch is None:
             return
         reason = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        told = f"rank {self._rank} on {socket.gethostname()} failed in {here()}: {reason}"
+        told = f"rank {self.rank} on {socket.gethostname()} failed in {here()}: {reason}"
         self._watch.stop(None if reason is None else told)
         self._watch = None
 
     def explain(self, error: Exception) -> str:
         """What to say where a collective has failed with ``error``."""
         if self._watch is None:
-            return f"rank {self._rank} lost the others in {here()}: {error}"
+            return f"rank {self.rank} lost the others in {here()}: {error}"
         return self._watch.explain(error, here())
 
 
@@ -217,13 +219,6 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or (
         type(error) is RuntimeError and any(words in str(error) for words in _OF_GLOO)
     )
-
-
-def place_of(everyone: Peers) -> tuple[int, int]:
-    """This process's rank among ``everyone``, and how many they are. Collective."""
-    own = uuid.uuid4().hex
-    all_of_them = everyone.gather(own)
-    return all_of_them.index(own), len(all_of_them)
 
 
 def agree(everyone: Peers, check: Callable[[], None]) -> None:

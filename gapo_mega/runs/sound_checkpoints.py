@@ -10,7 +10,7 @@ from typing import Any
 
 from gapo_mega.models.checkpoint_files import MARKER, SIZE, Listing, fault, listing_of, read_marker
 from gapo_mega.runs.checkpoints import BEST, checkpoint_path, named_parts, step_of
-from gapo_mega.runs.processes import Peers, place_of
+from gapo_mega.runs.processes import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,15 @@ def examine(directory: Path, everyone: Peers) -> Examined:
     Each rank reads a share of the files. Collective; the same on every rank. Changes nothing. Raises
     ``ValueError`` where there are checkpoints and none is sound.
     """
-    place = place_of(everyone)
     names: list[str] = everyone.gather(_names(directory) if everyone.is_main else None)[0]
     damaged: dict[str, str] = {}
     for name in names:
-        found, best = _look(directory / name, everyone, place)
+        found, best = _look(directory / name, everyone)
         if found is not None:
             damaged[name] = found
             continue
         if best in names and best not in damaged and best != name:
-            wrong, _ = _look(directory / best, everyone, place)
+            wrong, _ = _look(directory / best, everyone)
             damaged |= {best: wrong} if wrong is not None else {}
         return Examined(name, damaged)
     if not damaged:
@@ -62,7 +61,7 @@ def _names(directory: Path) -> list[str]:
     return [path.name for path in sorted(named_parts(directory), key=step_of, reverse=True)]
 
 
-def _look(checkpoint: Path, everyone: Peers, place: tuple[int, int]) -> tuple[str | None, str | None]:
+def _look(checkpoint: Path, everyone: Peers) -> tuple[str | None, str | None]:
     """What is wrong with ``checkpoint``, if anything, and the name of the best checkpoint by then."""
     about = everyone.gather(_about(checkpoint) if everyone.is_main else None)[0]
     if about["fault"] is not None:
@@ -75,11 +74,9 @@ def _look(checkpoint: Path, everyone: Peers, place: tuple[int, int]) -> tuple[st
     size = sum(entry[SIZE] for entry in listing.values())
     if everyone.is_main and size > _TOLD:
         logger.info("looking whether the %.1f GB of %s are what was written", size / 1e9, checkpoint)
-    rank, world = place
     by_size = sorted(listing, key=lambda name: (-listing[name][SIZE], name))
-    own = next(
-        (wrong for name in by_size[rank::world] if (wrong := fault(checkpoint, name, listing[name]))), None
-    )
+    mine = by_size[everyone.rank :: everyone.size]
+    own = next((wrong for name in mine if (wrong := fault(checkpoint, name, listing[name]))), None)
     return next((found for found in everyone.gather(own) if found is not None), None), about["best"]
 
 

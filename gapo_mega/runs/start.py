@@ -27,7 +27,7 @@ from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import Wanted
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.preflight import resolve
-from gapo_mega.runs.processes import place_of, world_size
+from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import (
     CONFIGURATION,
     CRITIC,
@@ -94,7 +94,8 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         check_tokens(companions, tokenizer, resolved.shape.vocab)
         cache = PromptCache(
             cache_directory(),
-            *place_of(session.everyone),
+            session.everyone.rank,
+            session.everyone.size,
             session.everyone.gather,
             progress=config.logging.progress and session.everyone.is_main,
         )

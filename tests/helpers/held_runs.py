@@ -71,11 +71,11 @@ class Threads:
     """Ranks as threads of this process."""
 
     def __init__(self, rank: int, group: Group) -> None:
-        self.is_main = rank == 0
-        self._rank, self._group = rank, group
+        self.rank, self.size, self.is_main = rank, group.size, rank == 0
+        self._group = group
 
     def gather(self, value: Any) -> list[Any]:
-        return self._group.gather(self._rank, json.loads(json.dumps(value)))
+        return self._group.gather(self.rank, json.loads(json.dumps(value)))
 
     def leave(self, value: Any, seconds: float) -> list[Any]:
         return self.gather(value)

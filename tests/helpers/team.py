@@ -20,6 +20,7 @@ class Group:
 
     def __init__(self, ranks: list[int]) -> None:
         self._ranks = ranks
+        self.size = len(ranks)
         self._barrier = threading.Barrier(len(ranks), timeout=20)
         self._values: dict[int, Any] = {}
 

@@ -55,6 +55,7 @@ def test_ranks_that_stand_elsewhere_are_an_obstacle(told: list[tuple[int, bool]]
 class Missing:
     """Peers of whom some do not come."""
 
+    rank, size = 0, 4
     is_main = True
 
     def __init__(self, *missing: int) -> None:

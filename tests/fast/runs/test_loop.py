@@ -307,6 +307,7 @@ class Told:
     is_main = True
 
     def __init__(self, *others: Any) -> None:
+        self.rank, self.size = 0, 1 + len(others)
         self._others = others
 
     def gather(self, value: Any) -> list[Any]:

@@ -24,7 +24,6 @@ from gapo_mega.runs.processes import (
     has_begun,
     naming_the_lost,
     note_begun,
-    place_of,
     watched,
 )
 from gapo_mega.whereabouts import LostPeersError, enter
@@ -115,7 +114,7 @@ class Rank(Job):
     """A rank in a thread: it is given its store, which the environment names in a process."""
 
     def __init__(self, port: int, rank: int, world: int) -> None:
-        self._rank, self._world = rank, world
+        self.rank, self.size = rank, world
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20)
         )
@@ -137,7 +136,7 @@ def together(store: Any, world: int, work: Callable[[Job], Any]) -> list[Any]:
 
 def test_values_come_in_rank_order_round_after_round(store: Any) -> None:
     def work(job: Job) -> list[Any]:
-        own = place_of(job)
+        own = job.rank, job.size
         return [own, *(job.gather([own[0], number]) for number in range(3))]
 
     found = together(store, 3, work)
@@ -160,7 +159,7 @@ def test_rounds_leave_nothing_in_the_store(store: Any) -> None:
 
 def test_who_leaves_hears_of_those_who_come_in_time(store: Any) -> None:
     def work(job: Job) -> list[Any]:
-        rank, _ = place_of(job)
+        rank = job.rank
         if rank == 2:
             return []  # dead
         time.sleep(0.3 * rank)
@@ -175,7 +174,7 @@ def test_who_leaves_after_the_others_still_hears_them(store: Any) -> None:
     done = threading.Event()
 
     def work(job: Job) -> list[Any]:
-        rank, _ = place_of(job)
+        rank = job.rank
         if rank == 1:
             assert done.wait(20)
             return job.leave("late", 0.2)
@@ -187,4 +186,4 @@ def test_who_leaves_after_the_others_still_hears_them(store: Any) -> None:
 
 
 def test_a_single_process_is_all_there_are() -> None:
-    assert place_of(Alone()) == (0, 1) and Alone().leave(3, 0.0) == [3]
+    assert (Alone().rank, Alone().size) == (0, 1) and Alone().leave(3, 0.0) == [3]

@@ -102,6 +102,7 @@ def test_a_file_that_no_run_wrote(tmp_path: Path) -> None:
 class Second:
     """The second of two ranks, which hears what the first one said."""
 
+    rank, size = 1, 2
     is_main = False
 
     def __init__(self, *said: Any) -> None:
