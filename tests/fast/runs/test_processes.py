@@ -46,7 +46,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
 def next_attempt() -> Job:
     """As in the process that torchrun starts after a failure."""
     meeting._met.clear()
-    return Job(timedelta(seconds=0.5))
+    return Job(timedelta(seconds=20))
 
 
 def test_what_an_earlier_attempt_began_is_known_whoever_counts_the_restart(tmp_path: Path) -> None:
@@ -65,6 +65,7 @@ def test_a_counted_restart_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_who_does_not_answer_before_there_are_groups_is_named() -> None:
     job = next_attempt()
+    job._patience = timedelta(seconds=0.5)
     enter("checks")
     with pytest.raises(LostPeersError, match=r"^rank 0 waited for rank 3 in checks, at most 0\.0"):
         job._read("nothing", 3)

@@ -52,9 +52,20 @@ def ranks(store: Any) -> Iterator[list[Rank]]:
         rank.watch.stop()
 
 
+def settle(ranks: list[Rank]) -> None:
+    """Wait until every rank has heard where those are now that it watches."""
+    here, end = whereabouts.here(), time.monotonic() + 30
+    watches = [rank.watch for rank in ranks]
+    while any(
+        other not in w._signs or w._signs[other].place != here for w in watches for other in w._watched
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_silent_rank_is_named_with_host_process_step_and_phase(ranks: list[Rank]) -> None:
     whereabouts.enter("score", 7)
-    time.sleep(0.5)  # until all have said so
+    settle(ranks)
     ranks[1].go_silent()
     assert ranks[0].ended.wait(30)
     (said,) = ranks[0].said
@@ -67,7 +78,7 @@ def test_a_silent_rank_is_named_with_host_process_step_and_phase(ranks: list[Ran
 
 
 def test_all_watch_rank_0(ranks: list[Rank]) -> None:
-    time.sleep(0.5)
+    settle(ranks)
     ranks[0].go_silent()
     for rank in ranks[1:]:
         assert rank.ended.wait(30)
@@ -106,7 +117,7 @@ def test_a_store_that_does_not_answer_is_found_though_its_call_never_returns(
     store: Any, ranks: list[Rank]
 ) -> None:
     """As over a link that is cut: no error comes."""
-    time.sleep(0.5)
+    settle(ranks)
     forever = threading.Event()
 
     class Mute:
