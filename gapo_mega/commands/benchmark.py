@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gapo_mega.commands import launch
-from gapo_mega.commands.options import Overrides, Processes
+from gapo_mega.commands.options import ConfigFile, Overrides, Processes
 from gapo_mega.files import local
 from gapo_mega.runs.processes import world_size
 
@@ -74,10 +74,7 @@ def step(
 
 @app.command()
 def throughput(
-    config: Annotated[
-        Path,
-        typer.Option("--config", "-c", parser=local, metavar="PATH", help="YAML file of a run."),
-    ],
+    config: ConfigFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed rollout steps, after one that is not.")] = 3,
     out: Annotated[Path, typer.Option(parser=local, metavar="PATH", help="JSON file to write.")] = Path(

@@ -52,8 +52,7 @@ from dataclasses import dataclass
 
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.blocks import Block as Block
-from gapo_mega.planning.blocks import Counter as Counter
+from gapo_mega.planning.blocks import Block, Counter
 from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size

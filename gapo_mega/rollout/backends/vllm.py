@@ -164,19 +164,11 @@ class Vllm(RolloutBackend):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
         """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
-        layout = self.policy.engine.layout
-        outcome: Generation | Exception | None = None
-        if layout.tensor_rank == layout.pipeline_rank == 0:
-            try:
-                outcome = self._answered(prompts, sampling, seed)
-            except Exception as error:
-                self.policy.engine.broadcast_in_replica(sendable(error))
-                raise
-        outcome = self.policy.engine.broadcast_in_replica(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        assert isinstance(outcome, Generation)
-        return outcome
+        engine = self.policy.engine
+        is_first = engine.layout.tensor_rank == engine.layout.pipeline_rank == 0
+        return _from_one(
+            is_first, lambda: self._answered(prompts, sampling, seed), engine.broadcast_in_replica
+        )
 
     def close(self) -> None:
         if self._process is not None:
@@ -245,18 +237,7 @@ class Vllm(RolloutBackend):
     # -- agreement of ranks ------------------------------------------------------------------------
     def _from_main(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives rank 0, on every rank; its error is raised on all of them."""
-        outcome: Any = None
-        if self.policy.engine.layout.is_main:
-            try:
-                outcome = make()
-            except Exception as error:
-                self._share(sendable(error))
-                raise
-        outcome = self._share(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        value: Value = outcome
-        return value
+        return _from_one(self.policy.engine.layout.is_main, make, self._share)
 
     def _told(self, failure: Exception | None) -> Exception | None:
         found = self._share(None if failure is None else sendable(failure))
@@ -267,6 +248,22 @@ class Vllm(RolloutBackend):
         """Rank 0's value on every rank. Collective over the world."""
         engine = self.policy.engine
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
+
+
+def _from_one(is_one: bool, make: Callable[[], Value], share: Callable[[Any], Any]) -> Value:
+    """What ``make`` gives the one rank that calls it, on all that ``share``; its error is raised on all."""
+    outcome: Any = None
+    if is_one:
+        try:
+            outcome = make()
+        except Exception as error:
+            share(sendable(error))
+            raise
+    outcome = share(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    value: Value = outcome
+    return value
 
 
 def _absolute(path: str | Path) -> str:

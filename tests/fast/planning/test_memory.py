@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape, shape_of
 from gapo_mega.objectives.base import ScoreModelRequest
-from gapo_mega.planning.activations import Block, Counter, sizes_of
+from gapo_mega.planning.activations import sizes_of
+from gapo_mega.planning.blocks import Block, Counter
 from gapo_mega.planning.memory import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
 from gapo_mega.planning.run import RunPlan
 from tests.helpers.resolved import resolved_run
