@@ -113,6 +113,8 @@ class Vllm(RolloutBackend):
             self._process.start()
         for server in self._servers:
             server.wait_until_up(self._check_process, self._patience.start)
+        if self._process is not None:
+            self._process.answered = True
         return [i for i, server in enumerate(self._servers) if server.version() != label]
 
     def _check_process(self) -> None:

@@ -37,6 +37,7 @@ class ServerProcess:
     Attributes:
         port: that it listens on; the same after a restart.
         starts: how often it was started.
+        answered: whether it has since the last start, as whoever asks it says.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ServerProcess:
         self._further = dict(environment or {})
         self.port = _free_port()
         self.starts = 0
+        self.answered = False
         self._folder = Path(tempfile.mkdtemp(prefix="gapo-mega-vllm-"))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -73,6 +75,7 @@ class ServerProcess:
             return
         self._end()  # what a killed server has left
         self.starts += 1
+        self.answered = False
         command = [self._python, str(_HERE / "gapo_mega_server.py"), str(os.getpid()), *self._arguments]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -86,8 +89,14 @@ class ServerProcess:
             )
 
     def check(self) -> None:
-        """Raise ``ServerLost`` if it has ended."""
+        """Start it again if it has ended after an answer. Raise ``ServerLost`` if it has ended before any.
+
+        A killed process still runs for a moment, in which ``start`` has nothing to do.
+        """
         if self._process is not None and (status := self._process.poll()) is not None:
+            if self.answered:
+                self.start()
+                return
             raise ServerLost(
                 f"rollout.vllm.python: found that the server of {self._python} ended with status {status}: "
                 f"{self._last_lines()} ({self.log})"
