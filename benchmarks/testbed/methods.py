@@ -153,6 +153,7 @@ def _scalarizations() -> dict[str, Method]:
         "rvpo": method("RVPO", "rvpo", **normalizing),
         "gd2po": method("GD2PO", "gd2po", **normalizing),
         "ctwa": method("CTWA", "ctwa"),
+        "gapo_advantages": method("GAPO of advantages", "gapo_advantages"),
         "fast_rl": method("Fast RL", "fast_rl"),
         "safe_rlhf": method("Safe RLHF", "safe_rlhf", tuned={"lambda_lr": (0.1, 1.0)}),
         "tchebycheff": tchebycheff,

@@ -132,6 +132,7 @@ def test_options_with_a_number_per_objective_have_one_for_each(option: str) -> N
         ("gdpo", {"variant": "TRL"}, "trl, verl, nemo, sum_then_normalize"),
         ("gdpo", {"leave_one_out": False}, r"true \(variant nemo alone has it\)"),
         ("mo_grpo", {"epsilon": -1}, "a finite number >= 0"),
+        ("gapo_advantages", {"p": -1}, "a finite number >= 0"),
         ("rvpo", {"k": 0}, "a finite number > 0"),
         ("rvpo", {"whiten": "all"}, "none, samples, tokens"),
         ("gd2po", {"filter": "soft"}, "hard, snr"),

@@ -37,6 +37,37 @@ def test_morlhf() -> None:
     assert thirds.coefficients(scores(0, 3), GROUP_B, LENGTHS_B).tolist() == pytest.approx([1 / 3] * 3)
 
 
+def advantages(scores_MB: Tensor) -> np.ndarray:
+    """Scores less the mean of the two other samples of the prompt, by a loop."""
+    found = np.zeros(scores_MB.shape)
+    for row, numbers in enumerate(scores_MB.double().numpy()):
+        for i, group in enumerate(GROUP_B.tolist()):
+            others = [numbers[j] for j in range(6) if j != i and int(GROUP_B[j]) == group]
+            found[row, i] = numbers[i] - np.mean(others)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("p", [0.0, 1.0, 2.0])
+def test_gapo_of_advantages_is_the_shortest_sum_of_rescaled_advantages(seed: int, p: float) -> None:
+    """Of two: the projection of the origin on the segment between them, cut to its ends."""
+    scores_MB = scores(seed) * torch.tensor([[1.0], [30.0]])
+    rows = advantages(scores_MB) / np.sqrt(6)
+    first, second = (row / np.linalg.norm(row) ** p for row in rows)
+    share = np.clip(second @ (second - first) / ((second - first) @ (second - first)), 0, 1)
+    weights = np.array([share, 1 - share]) / np.linalg.norm(rows, axis=1) ** p
+    found = prepared("gapo_advantages", p=p).coefficients(scores_MB, GROUP_B, LENGTHS_B)
+    np.testing.assert_allclose(found.numpy(), weights / weights.sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_gapo_of_advantages_leaves_out_an_objective_without_any() -> None:
+    scores_MB = torch.cat([scores(0), torch.full((1, 6), 0.1)])
+    found = prepared("gapo_advantages", 3).coefficients(scores_MB, GROUP_B, LENGTHS_B).tolist()
+    assert found[2] == 0.0 and found[0] > 0 and found[1] > 0
+    equal = prepared("gapo_advantages").coefficients(torch.full((2, 6), 0.1), GROUP_B, LENGTHS_B)
+    assert equal.tolist() == [0.5, 0.5]
+
+
 def test_fast_rl_multiplies_weights_by_exponentials_of_means() -> None:
     scalarizer = prepared("fast_rl", rate=0.5)
     weights = np.array([0.5, 0.5])

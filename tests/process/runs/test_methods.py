@@ -207,7 +207,7 @@ def test_the_command_takes_a_method_by_name(config: Path, tmp_path: Path) -> Non
         "checkpoint.export_hf=false",
     ]
     command = [sys.executable, "-m", "gapo_mega.cli"]
-    train = [*command, "train", "--config", str(ROOT / "examples" / "demo.yaml"), "--nproc", "2", *overrides]
+    train = [*command, "train", "--config", str(ROOT / "examples" / "demo.yaml"), *overrides]
     done = subprocess.run(train, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
