@@ -29,8 +29,8 @@ def half_of(transcript: str) -> str:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as lines:
+    opening = gzip.open if file.suffix == ".gz" else open
+    with opening(file, "rt", encoding="utf-8") as lines:
         yield from (line for line in lines if line.strip())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -39,7 +39,7 @@ class Plan:
         return {
             **asdict(self),
             "tuning_seeds": list(TUNING_SEEDS),
-            "method": repr(replace(method, label="", depends=None)),
+            "method": method.described(),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from benchmarks.testbed.regimes import Regime
@@ -38,6 +38,7 @@ class Method:
     the estimator ``grpo``, in place of ``rloo``. ``start_known``: the progress begins with the true mean and
     spread of the scores in place of the first batch's. ``depends``: options that follow from the regime, such
     as the scores' sizes. ``preferred``: the option with a number per objective, for fronts over preferences.
+    ``metric``: of ``gradients.metric``. ``prompts``: contexts of a step.
     """
 
     label: str
@@ -52,6 +53,18 @@ class Method:
     kl_factors: Sequence[float] = (1.0,)
     depends: Callable[[Regime], Options] | None = None
     preferred: str | None = None
+    metric: Literal["euclidean", "adam"] = "euclidean"
+    prompts: int = 8
+
+    def described(self) -> str:
+        """All that changes what it does, as text: fields that are not at their defaults."""
+        given = {one.name: (getattr(self, one.name), one) for one in fields(self)}
+        told = [
+            f"{name}={value!r}"
+            for name, (value, one) in given.items()
+            if name not in ("label", "depends") and (one.default is MISSING or value != one.default)
+        ]
+        return ", ".join(told)
 
     def options_in(self, regime: Regime, setting: Setting) -> dict[str, Any]:
         """All options, for the package's ``build``."""
@@ -97,6 +110,13 @@ def _aggregations() -> dict[str, Method]:
         "gapo_p2": replace(gapo, label="GAPO, p = 2", options={"p": 2.0}),
         "gapo_averaged": _averaged(gapo),
         "gapo_apart": replace(gapo, label="GAPO, KL apart", apart=True, kl_factors=KL_FACTORS[1:-1]),
+        "gapo_averaged_half": replace(_averaged(gapo), label="GAPO, averaged by 0.5", average=0.5),
+        "gapo_adam": replace(gapo, label="GAPO, Adam's metric", metric="adam"),
+        "gapo_adam_averaged": replace(
+            _averaged(gapo), label="GAPO, Adam's metric, averaged rows", metric="adam"
+        ),
+        "gapo_few": replace(gapo, label="GAPO, 2 contexts a step", prompts=2),
+        "gapo_many": replace(gapo, label="GAPO, 32 contexts a step", prompts=32),
         "gapo_adaptive_averaged": _averaged(adaptive),
         "gapo_adaptive_averaged_known": _start_known(_averaged(adaptive)),
         "p_gapo": p_gapo,

@@ -83,14 +83,16 @@ class Signal:
         rows = (len(scales_M) + method.apart) if method.average else 0
         self._means = torch.zeros(len(beta_N), rows, dimensions)
 
-    def directions(self, batch: Batch) -> Array:
-        """Where every policy goes [N, D]: to be ascended."""
+    def directions(self, batch: Batch, metric_ND: Array) -> Array:
+        """Where every policy goes [N, D]: to be ascended. ``metric_ND``: Adam's, if they ask for it."""
         if not self._method.of_gradients:
             return self._rows(batch, self._scalarized(batch))[:, 0].double().numpy()
         for aggregator, scores_RM in zip(self._aggregators, batch.scores_NRM, strict=True):
             aggregator.observe(torch.from_numpy(scores_RM.mean(0)), torch.from_numpy(scores_RM.std(0)))
         rows_NMD = self._rows(batch, self._by_objective(batch))
-        weights_NM = torch.stack([self._weights(n, gram) for n, gram in enumerate(self._grams(rows_NMD))])
+        weights_NM = torch.stack(
+            [self._weights(n, gram) for n, gram in enumerate(self._grams(rows_NMD, metric_ND))]
+        )
         return torch.einsum("nm,nmd->nd", weights_NM, rows_NMD.double()).numpy()
 
     def _weights(self, policy: int, gram: Tensor) -> Tensor:
@@ -98,12 +100,14 @@ class Signal:
         self._weighing[policy].commit(found)
         return found.weights
 
-    def _grams(self, rows_NMD: Tensor) -> Tensor:
+    def _grams(self, rows_NMD: Tensor, metric_ND: Array) -> Tensor:
         """What weights are found from [N, M, M]."""
+        kept_NMD = rows_NMD if not self._method.average else torch.cat([self._means, rows_NMD], dim=1)
+        both = kept_NMD.double()
+        if self._method.metric == "adam":
+            both = both * torch.from_numpy(metric_ND).sqrt()[:, None]
         if not self._method.average:
-            rows = rows_NMD.double()
-            return rows @ rows.mT
-        both = torch.cat([self._means, rows_NMD], dim=1).double()
+            return both @ both.mT
         _, grams = averaged_grams(both @ both.mT, self._method.average, self._updates)
         flat = self._means.view(-1)
         ops.combine_(flat, [flat, rows_NMD.reshape(-1)], [self._method.average, 1 - self._method.average])

@@ -14,7 +14,7 @@ from benchmarks.testbed.problem import BETA, CONTEXTS, RESPONSES, Array, Problem
 from benchmarks.testbed.signal import Batch, Signal
 
 STEPS = 200
-PROMPTS, SAMPLES = 8, 8
+SAMPLES = 8
 _BETA1, _BETA2, _EPSILON = 0.9, 0.95, 1e-30  # no epsilon: gradients of any scale give the same step
 
 
@@ -47,46 +47,54 @@ class Adam:
         self._taken += 1
         self._first = _BETA1 * self._first + (1 - _BETA1) * gradient_ND
         self._second = _BETA2 * self._second + (1 - _BETA2) * gradient_ND**2
-        size = np.sqrt(self._second / (1 - _BETA2**self._taken)) + _EPSILON
-        found: Array = self._first / (1 - _BETA1**self._taken) / size
+        found: Array = self._first / (1 - _BETA1**self._taken) / self._size()
+        return found
+
+    @property
+    def metric_ND(self) -> Array:
+        """What Adam divides gradients by, inverted; 1 before the first step, as the engine has it."""
+        return 1 / self._size() if self._taken else np.ones(self.shape)
+
+    def _size(self) -> Array:
+        found: Array = np.sqrt(self._second / (1 - _BETA2**self._taken)) + _EPSILON
         return found
 
 
 class Sampler:
     """Draws the contexts of a step and the answers of all policies to them, on the same random numbers."""
 
-    def __init__(self, problem: Problem, settings: int, seed: int) -> None:
-        self._problem, self._settings = problem, settings
+    def __init__(self, problem: Problem, settings: int, seed: int, prompts: int) -> None:
+        self._problem, self._settings, self._prompts = problem, settings, prompts
         self._random = np.random.default_rng(777 + seed)
 
     def batch(self, theta_SCD: Array) -> Batch:
         """The samples of a step from policies [S, C, D]; n = s C + c."""
-        problem, random = self._problem, self._random
+        problem, random, prompts = self._problem, self._random, self._prompts
         instances, settings, count = problem.count, self._settings, problem.count * self._settings
-        contexts = np.sort(random.permutation(CONTEXTS)[:PROMPTS])
+        contexts = np.sort(random.permutation(CONTEXTS)[:prompts])
         features = problem.features_SXYD[:, contexts]
-        flat = features.reshape(instances, PROMPTS * RESPONSES, -1)
+        flat = features.reshape(instances, prompts * RESPONSES, -1)
         log_start = problem.log_start_SXY[:, contexts]
         shift = np.matmul(theta_SCD.astype(np.float32), flat.swapaxes(1, 2))
-        logits = shift.reshape(instances, settings, PROMPTS, RESPONSES) + log_start[:, None]
+        logits = shift.reshape(instances, settings, prompts, RESPONSES) + log_start[:, None]
         raised = np.exp(logits - logits.max(-1, keepdims=True))
         mass = np.cumsum(raised, -1, dtype=np.float64)
         total = mass[..., -1:]
-        drawn = np.repeat(random.random((instances, PROMPTS, SAMPLES)), settings, 0)
-        chosen = _inverse((mass / total).reshape(count, PROMPTS, RESPONSES), drawn)
+        drawn = np.repeat(random.random((instances, prompts, SAMPLES)), settings, 0)
+        chosen = _inverse((mass / total).reshape(count, prompts, RESPONSES), drawn)
         noise = np.repeat(
-            random.standard_normal((instances, PROMPTS, SAMPLES, problem.regime.count)), settings, 0
+            random.standard_normal((instances, prompts, SAMPLES, problem.regime.count)), settings, 0
         )
 
         row = np.repeat(np.arange(instances), settings)[:, None, None]
-        at = (row, np.arange(PROMPTS)[None, :, None], chosen)
+        at = (row, np.arange(prompts)[None, :, None], chosen)
         rewards = problem.rewards_SXYM[:, contexts][at].astype(np.float64) + problem.regime.noises * noise
-        log_pi = (logits - logits.max(-1, keepdims=True) - np.log(total)).reshape(count, PROMPTS, RESPONSES)
+        log_pi = (logits - logits.max(-1, keepdims=True) - np.log(total)).reshape(count, prompts, RESPONSES)
         kl = np.take_along_axis(log_pi, chosen, 2) - log_start[at]
-        pi = (raised / total).astype(np.float32).reshape(instances, settings, PROMPTS, 1, RESPONSES)
-        mean_feature = np.matmul(pi, features[:, None])[..., 0, :].reshape(count, PROMPTS, 1, -1)
+        pi = (raised / total).astype(np.float32).reshape(instances, settings, prompts, 1, RESPONSES)
+        mean_feature = np.matmul(pi, features[:, None])[..., 0, :].reshape(count, prompts, 1, -1)
         slopes = features[at] - mean_feature
-        samples = PROMPTS * SAMPLES
+        samples = prompts * SAMPLES
         return Batch(
             (rewards * problem.scales_M).reshape(count, samples, -1),
             kl.reshape(count, samples).astype(np.float64),
@@ -126,12 +134,14 @@ def train(
     rates_N1 = np.tile([setting.rate for setting in settings], instances)[:, None]
     spreads_M = problem.scales_M * np.sqrt(1 + problem.regime.noises**2)
     signal = Signal(method, options * instances, kl_N, problem.scales_M, spreads_M, problem.dimensions)
-    sampler, adam = Sampler(problem, count, seed), Adam((instances * count, problem.dimensions))
+    sampler = Sampler(problem, count, seed, method.prompts)
+    adam = Adam((instances * count, problem.dimensions))
     theta_ND = np.zeros((instances * count, problem.dimensions))
     hurt, trace = [], []
     for step in range(steps):
         theta_SCD = theta_ND.reshape(instances, count, -1)
-        change_ND = adam.step(signal.directions(sampler.batch(theta_SCD))) * rates_N1 * (1 - step / steps)
+        direction_ND = signal.directions(sampler.batch(theta_SCD), adam.metric_ND)
+        change_ND = adam.step(direction_ND) * rates_N1 * (1 - step / steps)
         if probe_every and step % probe_every == 0:
             hurt.append(hurts(problem, theta_SCD, change_ND.reshape(theta_SCD.shape)))
         if trace_every and step % trace_every == 0:

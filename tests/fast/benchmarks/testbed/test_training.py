@@ -13,7 +13,7 @@ from benchmarks.testbed.methods import METHODS, Method, Setting
 from benchmarks.testbed.problem import BETA, Problem, objective_gradients
 from benchmarks.testbed.regimes import REGIMES
 from benchmarks.testbed.signal import Batch, Signal
-from benchmarks.testbed.training import PROMPTS, SAMPLES, Adam, Sampler, hurts, train
+from benchmarks.testbed.training import SAMPLES, Adam, Sampler, hurts, train
 from gapo_mega import aggregation
 
 # Those whose direction hurts nobody to first order, whatever the gradients are.
@@ -27,6 +27,8 @@ SAFE = {
     "tchebycheff_safe": {},
     "weighted_sum": {"safe": True},
 }
+PROMPTS = 8
+EUCLIDEAN = np.ones((2, 64))  # a metric [N, D] that nobody asked for
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +85,18 @@ def test_adam_is_torch_s():
     parameter = torch.zeros(4, 5, dtype=torch.float64, requires_grad=True)
     reference = torch.optim.Adam([parameter], lr=1.0, betas=(0.9, 0.95), eps=1e-30)
     own, theta = Adam((4, 5)), np.zeros((4, 5))
+    assert (own.metric_ND == 1).all()
     for gradient in gradients:
         parameter.grad = -torch.from_numpy(gradient)
         reference.step()
         theta = theta + own.step(gradient)
     np.testing.assert_allclose(theta, parameter.detach().numpy(), rtol=1e-10)
+    second = reference.state[parameter]["exp_avg_sq"].numpy() / (1 - 0.95**9)
+    np.testing.assert_allclose(own.metric_ND, 1 / np.sqrt(second), rtol=1e-10)
 
 
 def batches(problem: Problem, theta_SCD: np.ndarray, count: int) -> list[Batch]:
-    sampler = Sampler(problem, theta_SCD.shape[1], seed=0)
+    sampler = Sampler(problem, theta_SCD.shape[1], seed=0, prompts=PROMPTS)
     return [sampler.batch(theta_SCD) for _ in range(count)]
 
 
@@ -101,7 +106,7 @@ def test_samples_estimate_the_exact_gradients(problems):
     theta_SCD = 0.3 * np.random.default_rng(5).standard_normal((2, 1, problem.dimensions))
     method = METHODS["weighted_sum"]
     signal = signal_of(problem, method, [{}] * 2)
-    found = np.array([signal.directions(batch) for batch in batches(problem, theta_SCD, 400)])
+    found = np.array([signal.directions(batch, EUCLIDEAN) for batch in batches(problem, theta_SCD, 400)])
     expected = exact_scores_gradients(problem, theta_SCD[:, 0]).mean(1)
     error = np.linalg.norm(found.mean(0) - expected, axis=1)
     allowed = np.sqrt((found.std(0) ** 2).sum(1) / len(found))
@@ -124,13 +129,36 @@ def own_rows(problem: Problem, batch: Batch) -> np.ndarray:
     return np.einsum("nrm,nrd->nmd", advantages, batch.slopes_NRD) / (PROMPTS * SAMPLES)
 
 
+@pytest.mark.parametrize("name", ["gapo_adam", "gapo_adam_averaged"])
+def test_weights_in_adams_metric_are_those_of_gradients_scaled_by_its_root(problems, name):
+    problem = problems["majority"]
+    theta_SCD = np.zeros((2, 1, problem.dimensions))
+    signal, means = signal_of(problem, METHODS[name], [{}] * 2), np.zeros((2, 3, problem.dimensions))
+    for step, batch in enumerate(batches(problem, theta_SCD, 3)):
+        metric_ND = 10.0 ** np.random.default_rng(step).uniform(-2, 2, (2, problem.dimensions))
+        found, rows = signal.directions(batch, metric_ND), own_rows(problem, batch)
+        means = METHODS[name].average * means + (1 - METHODS[name].average) * rows
+        for direction, row, mean, metric in zip(found, rows, means, metric_ND, strict=True):
+            scaled = torch.from_numpy(mean / (1 - METHODS[name].average ** (step + 1)) * np.sqrt(metric))
+            weights = aggregation.build("gapo")(scaled @ scaled.T).numpy()
+            np.testing.assert_allclose(direction, weights @ row, rtol=1e-4, atol=1e-5 * abs(row).max())
+
+
+def test_a_method_is_told_by_what_changes_what_it_does():
+    plain = METHODS["gapo"]
+    assert replace(plain, label="other").described() == plain.described()
+    told = [replace(plain, **{field: value}).described() for field, value in
+            (("prompts", 2), ("metric", "adam"), ("average", 0.5), ("options", {"p": 2}))]  # fmt: skip
+    assert len({plain.described(), *told}) == 5
+
+
 def test_weights_come_from_means_of_rows_and_go_to_the_current_ones(problems):
     problem = problems["majority"]
     theta_SCD = np.zeros((2, 1, problem.dimensions))
     signal = signal_of(problem, METHODS["gapo_averaged"], [{}] * 2)
     means, method = np.zeros((2, 3, problem.dimensions)), aggregation.build("gapo")
     for step, batch in enumerate(batches(problem, theta_SCD, 4)):
-        found, rows = signal.directions(batch), own_rows(problem, batch)
+        found, rows = signal.directions(batch, EUCLIDEAN), own_rows(problem, batch)
         means = 0.9 * means + 0.1 * rows
         unbiased = means / (1 - 0.9 ** (step + 1))
         for n in range(2):
@@ -145,7 +173,7 @@ def test_with_the_kl_apart_the_method_sees_rewards_alone(problems):
     problem = problems["benign"]
     theta_SCD = 0.3 * np.random.default_rng(6).standard_normal((2, 1, problem.dimensions))
     (batch,) = batches(problem, theta_SCD, 1)
-    found = signal_of(problem, METHODS["gapo_apart"], [{}] * 2).directions(batch)
+    found = signal_of(problem, METHODS["gapo_apart"], [{}] * 2).directions(batch, EUCLIDEAN)
     without = own_rows(problem, replace(batch, kl_NR=np.zeros_like(batch.kl_NR)))
     together = own_rows(problem, batch)
     kl = (together - without).mean(1) / BETA
