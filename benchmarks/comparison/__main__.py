@@ -2,7 +2,8 @@
 
     python -m benchmarks.comparison runs/comparison/kinds runs/comparison/kinds-averaged --out runs/tables
 
-Writes gains.md, and gains.json with every point.
+Writes gains.md, and gains.json with every point. --judged: judged.md and judged.json, of the scores of
+benchmarks.comparison.judges.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command(help=__doc__)
 def main(
     sweeps: Annotated[list[Path], typer.Argument(help="output directories of gapo-mega sweep")],
+    judged: Annotated[bool, typer.Option("--judged", help="by models that no run was trained on")] = False,
     out: Annotated[Path, typer.Option(help="folder for the tables")] = Path("runs/comparison/tables"),
 ) -> None:
     try:
-        points = gains.read(sweeps)
+        points = gains.read(sweeps, gains.JUDGED if judged else gains.ANSWERS)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
     text = gains.table(points)
-    (out / "gains.md").write_text(text, encoding="utf-8")
+    name = "judged" if judged else "gains"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     rows = [dataclasses.asdict(point) for point in points]
-    (out / "gains.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 

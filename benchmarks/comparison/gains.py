@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = "results.json"  # of a sweep
 ANSWERS = "heldout_answers.jsonl"  # of a run
+JUDGED = "judged_answers.jsonl"  # the same with scores of models that no run was trained on
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,12 @@ class Point:
         return statistics.fmean(self.gains.values())
 
 
-def read(folders: Sequence[Path]) -> list[Point]:
-    """The ended points of all sweeps in ``folders``.
+def ended_runs(folders: Sequence[Path]) -> list[tuple[str, Mapping[str, Any], Path]]:
+    """Group, result and directory of every ended point of the sweeps in ``folders``.
 
-    The spread is that of the scores of all their runs' held-out answers before training, one answer a prompt.
-    Raises ``ValueError`` for a folder without results, sweeps of other objectives, an objective of one score,
-    and where no point has ended.
+    Raises ``ValueError`` for a folder without results, and where no point has ended.
     """
-    ended: list[tuple[str, dict[str, object], Path]] = []
+    ended: list[tuple[str, Mapping[str, Any], Path]] = []
     for folder in folders:
         file = folder / RESULTS
         if not file.is_file():
@@ -53,7 +53,28 @@ def read(folders: Sequence[Path]) -> list[Point]:
                 ended.append((group, point, folder / "points" / str(point["name"])))
     if not ended:
         raise ValueError(f"{', '.join(map(str, folders))}: found no point that has ended")
-    before = [json.loads(line)["before"]["scores"] for *_, run in ended for line in _lines(run / ANSWERS)]
+    return ended
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The answers in a file of a run."""
+    # Not splitlines: texts may hold other characters at which that would split.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
+    """The ended points of all sweeps in ``folders``, by their files ``answers``.
+
+    The spread is that of the scores of all their runs' held-out answers before training. Raises
+    ``ValueError`` as ``ended_runs``, for a run without that file, sweeps of other objectives, and an
+    objective of one score.
+    """
+    ended = ended_runs(folders)
+    missing = [run for *_, run in ended if not (run / answers).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]}: found no {answers}, accepted: runs that have it")
+    rows = [rows_of(run / answers) for *_, run in ended]
+    before = [row["before"]["scores"] for one in rows for row in one]
     names = list(before[0])
     if any(list(scores) != names for scores in before):
         raise ValueError(
@@ -63,20 +84,20 @@ def read(folders: Sequence[Path]) -> list[Point]:
     constant = [name for name in names if spread[name] == 0]
     if constant:
         raise ValueError(f"objective {constant[0]!r}: found one score everywhere before training: no unit")
-    return [_point(group, point, spread) for group, point, _ in ended]
+    return [
+        Point(
+            group,
+            int(point["seed"]),
+            {name: _gain(own, name) / unit for name, unit in spread.items()},
+            float(point["kl"]),
+            float(point["response_length"]),
+        )
+        for (group, point, _), own in zip(ended, rows, strict=True)
+    ]
 
 
-def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
-def _point(group: str, point: Mapping[str, object], spread: Mapping[str, float]) -> Point:
-    heldout = point["heldout"]
-    assert isinstance(heldout, dict), "results.json is written by gapo-mega sweep"
-    gains = {name: heldout[name]["gain"] / unit for name, unit in spread.items()}
-    return Point(
-        group, int(str(point["seed"])), gains, float(str(point["kl"])), float(str(point["response_length"]))
-    )
+def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.fmean(row["after"]["scores"][name] - row["before"]["scores"][name] for row in rows)
 
 
 def table(points: Sequence[Point]) -> str:
