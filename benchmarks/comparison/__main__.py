@@ -2,7 +2,7 @@
 
     python -m benchmarks.comparison runs/comparison/kinds runs/comparison/kinds-averaged --out runs/tables
 
-Writes gains.md, and gains.json with every point. --judged: judged.md and judged.json, of the scores of
+Writes gains.md, gains.json with every point, and gains.png. --judged: judged.md and so on, of the scores of
 benchmarks.comparison.judges.
 """
 
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.comparison import gains
+from benchmarks.comparison import gains, picture
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -36,6 +36,7 @@ def main(
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     rows = [dataclasses.asdict(point) for point in points]
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    picture.draw(points, out / f"{name}.png")
     print(text)
 
 

@@ -100,15 +100,25 @@ def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return statistics.fmean(row["after"]["scores"][name] - row["before"]["scores"][name] for row in rows)
 
 
-def table(points: Sequence[Point]) -> str:
-    """Markdown, a line a method, the best worst gain first: means over seeds, ± their standard error."""
+def by_group(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
+    """Points of a method together, the best mean of the worst gain first."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.group, []).append(point)
+    return sorted(groups.items(), key=lambda item: -statistics.fmean(point.worst for point in item[1]))
+
+
+def error_of(values: Sequence[float]) -> float:
+    """The standard error of the mean, 0 for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def table(points: Sequence[Point]) -> str:
+    """Markdown, a line a method, the best worst gain first: means over seeds, ± their standard error."""
     names = list(points[0].gains)
     heads = ["method", "seeds", "worst gain", "mean gain", *names, "hurt", "KL", "tokens"]
     lines = [heads, ["---"] * len(heads)]
-    for group, found in sorted(groups.items(), key=lambda item: -statistics.fmean(p.worst for p in item[1])):
+    for group, found in by_group(points):
         hurt = sum(gain < 0 for point in found for gain in point.gains.values())
         lines.append(
             [
@@ -127,6 +137,4 @@ def table(points: Sequence[Point]) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.2f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ±{statistics.stdev(values) / len(values) ** 0.5:.2f}"
+    return mean if len(values) < 2 else f"{mean} ±{error_of(values):.2f}"
