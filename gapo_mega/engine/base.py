@@ -52,6 +52,7 @@ class Layout:
     data_rank: int
     tensor_rank: int
     pipeline_rank: int
+    in_step: bool = False  # data ranks share experts: they make the same calls, with equally many rows
 
     @property
     def is_main(self) -> bool:

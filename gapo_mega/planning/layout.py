@@ -18,7 +18,9 @@ def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: i
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
     _check_experts(parallel, shape)
-    return data_parallel_size(parallel, world_size)
+    data = data_parallel_size(parallel, world_size)
+    _check_sharing(parallel, data)
+    return data
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -63,6 +65,19 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
             f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
             f"{_listed(_divisors(shape.ffn))}"
         )
+
+
+def _check_sharing(parallel: ParallelConfig, data: int) -> None:
+    """Whether the ranks of a stage hold its experts a whole number of times."""
+    ranks, split = parallel.tensor * data, parallel.experts_split
+    if ranks % parallel.sharing == 0:
+        return
+    fitting = [number for number in _divisors(ranks) if ranks % (number * split) == 0]
+    raise ValueError(
+        f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
+        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {parallel.tensor} x data {data}), accepted: "
+        + (_listed(fitting) if fitting else f"1, with an expert_tensor that divides {ranks}")
+    )
 
 
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:

@@ -26,6 +26,7 @@ from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, Row, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
 from gapo_mega.engine.megatron.model.optimizer import Trainable
@@ -254,6 +255,7 @@ class GradientStrategy(ABC):
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         setting = self._setting
         pieces = split(self.trainable.chunks, minibatch, setting.micro_batch)
+        experts.assert_in_step(len(pieces.parts))
         lengths_B = minibatch.response_mask_BT.sum(dim=1)
         responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
         counts = *responses, pieces.computed, int(minibatch.lengths_B.sum())

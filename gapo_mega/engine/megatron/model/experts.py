@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -11,6 +12,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gapo_mega.engine.megatron.runtime.cpu import device
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -53,6 +56,33 @@ class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
         """``[most, D] -> [S, B, D]``"""
         restored: Tensor = super().combine_postprocess(hidden_states[: self._own])
         return restored
+
+
+def over_data_ranks() -> bool:
+    """Whether data ranks share experts, so that none can run a forward or backward without the others."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return bool(tensor % parallel_state.get_expert_tensor_and_model_parallel_world_size() != 0)
+
+
+def most_among_sharers(count: int) -> int:
+    """The largest ``count`` of the data ranks that share experts with this one. Collective over them."""
+    return _largest([count])[0] if over_data_ranks() else count
+
+
+def assert_in_step(passes: int) -> None:
+    """Data ranks that share experts run equally many ``passes``. Collective over them."""
+    if over_data_ranks():
+        most, least = _largest([passes, -passes])
+        assert most == -least, f"ranks that share experts run {-least} to {most} passes"
+
+
+def _largest(numbers: list[int]) -> list[int]:
+    found = torch.tensor(numbers, device=device())
+    dist.all_reduce(
+        found, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_tensor_and_model_parallel_group()
+    )
+    largest: list[int] = found.tolist()
+    return largest
 
 
 def use_own_router(layer: ModuleSpec) -> None:

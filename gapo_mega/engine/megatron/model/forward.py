@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
@@ -100,6 +101,7 @@ def _schedule(
     policy: Wanted | None = None,
     **options: Any,
 ) -> list[Any]:
+    experts.assert_in_step(len(microbatches))
     multiple = sequence_multiple(chunks[0])
     config = get_model_config(chunks[0])
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
@@ -183,11 +185,13 @@ def forward_only(
     """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere.
 
     ``at_responses``, ``policy``: as for ``forward_backward``. An interleaved pipeline takes at least as many
-    microbatches as stages: the last one may be run, and ``output_of`` called, more than once.
+    microbatches as stages, and data ranks that share experts equally many: the last one may be run, and
+    ``output_of`` called, more than once.
     """
     config = get_model_config(chunks[0])
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    least = config.pipeline_model_parallel_size if interleaved else 1
+    stages = config.pipeline_model_parallel_size if interleaved else 1
+    least = experts.most_among_sharers(max(len(microbatches), stages))
     fillers = [microbatches[-1]] * (least - len(microbatches))
     found = _schedule(
         chunks,
