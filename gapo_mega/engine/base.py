@@ -84,6 +84,7 @@ class GradientReport:
     # microbatch costs.
     padding: float = 1.0
     policy: PolicyFacts | None = None
+    routers: dict[str, float] = field(default_factory=dict)  # of the losses of experts' routers, for the log
 
 
 @dataclass(frozen=True)

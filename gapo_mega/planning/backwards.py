@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gapo_mega import advantages
 from gapo_mega.config import Config, strategies
-from gapo_mega.planning.strategy import forward_kind
+from gapo_mega.planning.strategy import forward_kind, router_passes
 
 
 def backwards_of_run(config: Config, updates: int, one_pass: bool = True) -> int:
@@ -27,4 +27,5 @@ def _of_update(config: Config, rows: int, one_pass: bool) -> int:
     # Over how many replicas a minibatch is spread decides between shared and separate forwards only.
     forward = forward_kind(config, 1, by_token=by_token, rows=rows, with_experts=not one_pass)
     gradients = config.gradients.model_copy(update={"forward": forward})
-    return strategies.chosen(gradients).passes(rows, forward == "shared").backwards
+    own = strategies.chosen(gradients).passes(rows, forward == "shared").backwards
+    return own + router_passes(config).backwards

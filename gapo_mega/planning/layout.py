@@ -162,6 +162,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
             "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
             "and multiply in one, and show nobody what they multiply)"
         )
+    _check_routers(config, shape)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -170,6 +171,18 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
+
+
+def _check_routers(config: Config, shape: ModelShape) -> None:
+    """Losses of routers need some, and adapters on experts, routers or none are not there."""
+    for name in ("router_aux_loss", "router_z_loss"):
+        factor = getattr(config.model, name)
+        if factor > 0 and shape.experts is None:
+            raise ValueError(f"model.{name}: found {factor:g} with a model without experts, accepted: 0")
+        if factor > 0 and config.model.lora is not None:
+            raise ValueError(
+                f"model.{name}: found {factor:g} with model.lora, accepted: 0 (routers are frozen)"
+            )
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:

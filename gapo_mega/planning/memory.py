@@ -254,7 +254,9 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         gradients=trained * FP32,
         optimizer=_optimizer_bytes(config, config.optimizer, shard),
         objective_rows=sum(resolved.strategy_of(rows).row_bytes(rows, sizes) for rows in measured)
-        + average_bytes(resolved, sizes),
+        + average_bytes(resolved, sizes)
+        # The gradient of the routers' losses, of every strategy that updates.
+        + len(measured) * config.model.router_losses * shard * FP32,
         reference=0 if offloaded or lora is not None else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),

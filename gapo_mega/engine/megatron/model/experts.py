@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,18 +18,58 @@ from torch.nn import functional
 from gapo_mega.engine.megatron.runtime.cpu import device
 
 
+class Watch(Protocol):
+    """What looks on while a router chooses. N tokens, of which some may be padding."""
+
+    def attach(self, layer: int, logits_NE: Tensor, real_N: Tensor) -> Tensor:
+        """The logits ``[N, E]`` that the router goes on with."""
+        ...
+
+    def chose(self, layer: int, map_NE: Tensor, real_N: Tensor) -> None:
+        """The experts that tokens go through, bool ``[N, E]``."""
+        ...
+
+
 class Router(TopKRouter):  # type: ignore[misc]
     """Megatron's router with a plain product, in the model's type, as transformers' routers compute it.
 
-    The product of megatron-core 0.16.1 needs Transformer Engine.
+    The product of megatron-core 0.16.1 needs Transformer Engine. ``watch``: looks on, in forwards that tell
+    which tokens are real.
     """
+
+    watch: Watch | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """``[S, B, D] -> [S, B, E]``"""
         return functional.linear(input, self.weight)
 
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``[S, B, E] -> [N, E], [N, E]``: probabilities and choices.
+
+        ``padding_mask``: true for real tokens.
+        """
+        if self.watch is None:
+            plain: tuple[Tensor, Tensor] = super().routing(logits, **others)
+            return plain
+        assert padding_mask is not None, "a watched router is told which tokens are real"
+        real_N = _own_part(padding_mask, len(logits)).reshape(-1)
+        attached_NE = self.watch.attach(self.layer_number, logits.flatten(0, 1), real_N)
+        probabilities_NE, map_NE = super().routing(attached_NE.view_as(logits), **others)
+        self.watch.chose(self.layer_number, map_NE, real_N)
+        return probabilities_NE, map_NE
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing: these routers have no bias. Megatron compiles this method, which takes seconds."""
+
+
+def _own_part(mask_SB: Tensor, columns: int) -> Tensor:
+    """This tensor rank's ``columns`` of a mask: Megatron splits it on the first stage only."""
+    if len(mask_SB) == columns:
+        return mask_SB
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return mask_SB[rank * columns : (rank + 1) * columns]
 
 
 class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
