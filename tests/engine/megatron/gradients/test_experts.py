@@ -91,6 +91,17 @@ def test_the_losses_of_routers_are_added_once(
     assert float((moved - RATE * direction).norm() / (RATE * direction.norm())) <= 2e-4
 
 
+def test_recomputed_layers_add_the_losses_of_routers_once(model: Path) -> None:
+    batch, norms = None, []
+    for recompute in ("none", "full"):
+        section = {**FACTORS, "recompute": recompute}
+        with engine_of(model, {"forward": "separate"}, PARTS, SGD, model=section) as engine:
+            batch = batch or check_engine.local_part(check_engine.global_batch(200), engine)
+            report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+            norms.append([*report.routers.values(), report.gradient_norm])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 def test_the_change_of_a_step_with_losses_of_routers(model: Path, tmp_path: Path) -> None:
     """The gradient that the combination overwrote is found again behind what routers added."""
     gradients = {"forward": "separate", "actual_change": True}

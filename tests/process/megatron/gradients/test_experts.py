@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers.combinations.comparison import gram_error
+from tests.helpers.ranks.check_engine import parameters
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import tiny_mixtral, tiny_qwen3_moe
 
@@ -23,6 +26,7 @@ MODELS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe}
 CASES = [(model, layout) for model in MODELS for layout in LAYOUTS]
 SHARING = ("TP2xEP2", "DP2xEP2")
 ENDING = [{"max_new_tokens": 16}, {"max_new_tokens": 9, "top_k": 50}]
+FACTORS = {"router_aux_loss": 0.3, "router_z_loss": 0.01}
 # fp32 against float64; a lost or doubled expert shows at 1e-1. The steep routers of the tiny qwen3_moe
 # amplify every rounding: one of 2^-24 in its weights moves the Gram matrix by up to 4e-6 (mixtral's by
 # 9e-7). With routers of 0.15 times the weights tensor parallelism is as exact as a pipeline (1e-6).
@@ -63,13 +67,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     for name in ("DP2", "DP2xEP2"):
         jobs.append(("check_generation", {"model": model, "layout": LAYOUTS[name], **apart}))
         keys.append(("generation", name))
-    return dict(zip(keys, launch(2, jobs, folder), strict=True))
+    sgd = {"name": "sgd", "distributed": False, "lr": 0.05}
+    for name, layout in LAYOUTS.items():
+        arguments = {"optimizer": sgd, "sections": {"model": FACTORS}, "steps": 1}
+        arguments |= {"model": model, "layout": layout, "export": str(folder / f"routers-{name}")}
+        jobs.append(("check_engine", arguments))
+        keys.append(("routers", name))
+    found = launch(2, jobs, folder)
+    for name, outcome in zip(LAYOUTS, found[-len(LAYOUTS) :], strict=True):
+        of(outcome)["moved"] = moved(folder / "qwen3_moe", folder / f"routers-{name}")
+    return dict(zip(keys, found, strict=True))
 
 
 def of(outcome: dict[str, Any]) -> dict[str, Any]:
     assert "error" not in outcome, outcome["error"]
     found: dict[str, Any] = outcome["result"]
     return found
+
+
+def moved(before: Path, after: Path) -> Tensor:
+    """What an update took from the parameters, flat."""
+    old, new = parameters(before), parameters(after)
+    return torch.cat([(old[name].double() - new[name].double()).flatten() for name in sorted(old)])
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -125,3 +144,15 @@ def test_data_ranks_that_share_experts_generate_what_they_would_alone(
         assert found["same"] and found["logprob_error"] <= 1e-5
         assert found["everywhere"] == alone["everywhere"]
         assert len({len(tokens_BT[0]) for tokens_BT in found["everywhere"]}) == 2
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "PP2"])
+def test_the_losses_of_routers_are_those_of_one_data_rank(
+    results: dict[tuple[str, str], Any], layout: str
+) -> None:
+    """Which tests/engine/megatron/gradients/test_experts.py compares with transformers."""
+    alone, found = of(results["routers", "PP2"]), of(results["routers", layout])
+    assert gram_error(torch.tensor(found["gram"][0]), torch.tensor(alone["gram"][0])) <= TOLERANCE
+    assert found["norm"] == pytest.approx(alone["norm"], rel=TOLERANCE)
+    # A difference of fp32 parameters.
+    assert float((found["moved"] - alone["moved"]).norm() / alone["moved"].norm()) <= 2e-4
