@@ -28,7 +28,7 @@ class ParallelConfig(Section):
         1,
         ge=1,
         description="ranks that share the experts of a layer; divides their number; with expert_tensor it "
-        "makes tensor",
+        "divides the ranks of a stage, tensor x data",
     )
     expert_tensor: int | None = Field(
         None, ge=1, description="ranks that share every expert; none: as many as tensor"
@@ -73,13 +73,6 @@ class ParallelConfig(Section):
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
                 f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
             )
-        if self.expert > 1 and self.expert * self.experts_split != self.tensor:
-            # Replicas that share experts would have to generate in step with each other.
-            raise ValueError(
-                f"parallel.expert: found {self.expert}, accepted: 1, or a number that makes parallel.tensor "
-                f"({self.tensor}) with parallel.expert_tensor ({self.experts_split}): the ranks of a layer "
-                "share its experts"
-            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel: found true with parallel.tensor 1; it needs tensor >= 2"
@@ -95,3 +88,13 @@ class ParallelConfig(Section):
     def experts_split(self) -> int:
         """Ranks that share every expert."""
         return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def sharing(self) -> int:
+        """Neighbouring ranks of a stage that together hold its experts once."""
+        return self.expert * self.experts_split
+
+    @property
+    def in_step(self) -> bool:
+        """Whether data ranks share experts: they exchange tokens in every forward and backward."""
+        return self.tensor % self.sharing != 0

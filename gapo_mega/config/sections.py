@@ -50,6 +50,22 @@ class PolicyConfig(ModelConfig):
         description="response tokens whose logits are in memory at once: the output layer runs chunk by "
         "chunk, and once more in every backward; auto: 1024 where that saves memory; 0: all at once",
     )
+    router_aux_loss: float = Field(
+        0.0,
+        ge=0,
+        description="factor of a loss that spreads tokens evenly over experts, summed over layers; its "
+        "gradient is added once to the combined direction and is no objective's",
+    )
+    router_z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="factor of a loss that keeps the logits of experts' routers small, added likewise",
+    )
+
+    @property
+    def router_losses(self) -> bool:
+        """Whether routers have losses, for which an update takes passes of its own."""
+        return self.router_aux_loss > 0 or self.router_z_loss > 0
 
 
 class DataConfig(Section):

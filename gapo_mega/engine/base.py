@@ -52,6 +52,7 @@ class Layout:
     data_rank: int
     tensor_rank: int
     pipeline_rank: int
+    in_step: bool = False  # data ranks share experts: they make the same calls, with equally many rows
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +84,7 @@ class GradientReport:
     # microbatch costs.
     padding: float = 1.0
     policy: PolicyFacts | None = None
+    routers: dict[str, float] = field(default_factory=dict)  # of the losses of experts' routers, for the log
 
 
 @dataclass(frozen=True)

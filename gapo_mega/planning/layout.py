@@ -18,7 +18,9 @@ def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: i
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
     _check_experts(parallel, shape)
-    return data_parallel_size(parallel, world_size)
+    data = data_parallel_size(parallel, world_size)
+    _check_sharing(parallel, data)
+    return data
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -63,6 +65,19 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
             f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
             f"{_listed(_divisors(shape.ffn))}"
         )
+
+
+def _check_sharing(parallel: ParallelConfig, data: int) -> None:
+    """Whether the ranks of a stage hold its experts a whole number of times."""
+    ranks, split = parallel.tensor * data, parallel.experts_split
+    if ranks % parallel.sharing == 0:
+        return
+    fitting = [number for number in _divisors(ranks) if ranks % (number * split) == 0]
+    raise ValueError(
+        f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
+        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {parallel.tensor} x data {data}), accepted: "
+        + (_listed(fitting) if fitting else f"1, with an expert_tensor that divides {ranks}")
+    )
 
 
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
@@ -147,6 +162,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
             "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
             "and multiply in one, and show nobody what they multiply)"
         )
+    _check_routers(config, shape)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -155,6 +171,18 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
+
+
+def _check_routers(config: Config, shape: ModelShape) -> None:
+    """Losses of routers need some, and adapters on experts, routers or none are not there."""
+    for name in ("router_aux_loss", "router_z_loss"):
+        factor = getattr(config.model, name)
+        if factor > 0 and shape.experts is None:
+            raise ValueError(f"model.{name}: found {factor:g} with a model without experts, accepted: 0")
+        if factor > 0 and config.model.lora is not None:
+            raise ValueError(
+                f"model.{name}: found {factor:g} with model.lora, accepted: 0 (routers are frozen)"
+            )
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:

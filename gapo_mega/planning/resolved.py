@@ -19,7 +19,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches
+from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches, router_passes
 from gapo_mega.scalarization.base import Scalarizer
 
 
@@ -117,7 +117,9 @@ class ResolvedRun:
     @property
     def passes(self) -> PassCount:
         """Forwards and backwards of one update; partial backwards (of a scope) are not counted."""
-        return self.strategy.passes(len(self.config.rows), self.shared)
+        count = self.strategy.passes(len(self.config.rows), self.shared)
+        own = router_passes(self.config)
+        return PassCount(count.forwards + own.forwards, count.backwards + own.backwards)
 
     @property
     def updates_per_step(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from gapo_mega.config import Config, strategies
+from gapo_mega.config.strategies import PassCount
 from gapo_mega.optional import transformer_engine_layers
 
 
@@ -57,6 +58,13 @@ def _one_pass_is_sure(config: Config) -> bool:
         return True
     one_direction = algorithm.kl == "reward" and algorithm.entropy_beta == 0
     return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
+
+
+def router_passes(config: Config) -> PassCount:
+    """What the losses of experts' routers add to an update: one pass, and a forward that counts choices."""
+    if not config.model.router_losses:
+        return PassCount(0, 0)
+    return PassCount(2 if config.model.router_aux_loss > 0 else 1, 1)
 
 
 def refusal_of_one_pass(with_experts: bool) -> str | None:

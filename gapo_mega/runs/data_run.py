@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -31,6 +31,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.disk import predict_disk
 from gapo_mega.planning.layout import check_interleaving, check_model_split
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
+from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
 from gapo_mega.runs.identity import Identity, settings_of
@@ -259,12 +260,18 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             return {}
         return {f"heldout/{name}": value for name, value in self.evaluate().items()}
 
-    def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
-        """This data rank's share of held-out items, by length and cut into forward passes. Collective."""
+    def _own(self, count: int, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """This data rank's share of held-out items, by length and cut into forward passes. Collective.
+
+        With each the word whether it counts: data ranks that share experts take equally many passes.
+        """
         self.engine.gather_parameters()  # this rank may have no item, and so no forward pass
         layout, size = self.engine.layout, self.config.micro_batch_size
-        own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
-        return [own[i : i + size] for i in range(0, len(own), size)]
+        taken, count_own = share(range(count), layout.data_rank, layout.data, layout.in_step)
+        own = sorted(taken[:count_own], key=lambda i: lengths[i])
+        yield from ((own[i : i + size], True) for i in range(0, len(own), size))
+        if -(-len(taken) // size) > -(-len(own) // size):
+            yield taken[count_own:], False
 
     def _gathered(self, own: dict[int, Any], count: int) -> list[Any]:
         """All ranks' values by item, in the items' order."""

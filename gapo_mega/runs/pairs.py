@@ -205,13 +205,13 @@ class PairsRun(DataRun[PairsConfig, Engine]):
     def _evaluate(self, objective: int, pairs: Encoded) -> dict[str, float]:
         lengths = [max(len(ids) for ids, _ in both) for both, _ in pairs]
         sums: dict[str, float] = {}
-        for items in self._own(len(pairs), lengths):
+        for items, counts in self._own(len(pairs), lengths):
             batch = Pairs.of([[pairs[i] for i in items]], self.start.pad_id)
             reference_BT = self.engine.logprobs(batch.batch, "reference")
             policy_BT = self.engine.logprobs(batch.batch, "policy")
             weights = [self.config.objectives[objective].weight]
             facts = measure(batch, policy_BT, reference_BT, self.config.loss, weights).facts()
-            for key, value_M in facts.items():
+            for key, value_M in facts.items() if counts else ():
                 sums[key] = sums.get(key, 0.0) + float(value_M)
         everyone = self.engine.gather_over_data(sums)
         return {

@@ -159,7 +159,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             return {}
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
         own: dict[int, tuple[float, float]] = {}
-        for items in self._own(len(self._heldout), lengths):
+        for items, _ in self._own(len(self._heldout), lengths):  # equal items have equal scores
             batch = batches.pair_batch([self._heldout[i] for i in items], self.start.pad_id)
             scores_B = self.engine.measure(batch)
             own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
@@ -208,7 +208,7 @@ class SftRun(SupervisedRun[SftConfig]):
         if not self._heldout:
             return {}
         own: dict[int, float] = {}
-        for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
+        for items, _ in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
             batch = batches.chat_batch([self._heldout[i] for i in items], self.start.pad_id)
             logprobs_B = self.engine.measure(batch)
             own |= dict(zip(items, logprobs_B.tolist(), strict=True))

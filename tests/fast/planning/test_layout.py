@@ -124,7 +124,17 @@ TP4 = {"tensor": 4, "sequence_parallel": True}
 
 @pytest.mark.parametrize(
     "parallel",
-    [{}, {"pipeline": 2}, TP4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}],
+    [
+        {},
+        {"pipeline": 2},
+        TP4,
+        {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
+        {"tensor": 2, "sequence_parallel": True, "expert": 2},
+        {**TP4, "expert": 2, "expert_tensor": 1},
+        {"expert": 2},
+        {"pipeline": 2, "expert": 2},
+        {"expert": 2, "expert_tensor": 2},
+    ],
 )
 def test_layouts_of_experts(parallel: dict[str, Any]) -> None:
     check(config(parallel=parallel, micro_batch_size=1), WITH_EXPERTS, 4)
@@ -158,12 +168,42 @@ def test_experts_that_cannot_be_shared(parallel: dict[str, Any], shape: ModelSha
     assert "\n" not in str(caught.value)
 
 
+def test_a_split_of_every_expert_needs_expert_parallelism() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert_tensor: found 2 with parallel\.expert 1"):
+        config(parallel={**TP4, "expert_tensor": 2})
+
+
 @pytest.mark.parametrize(
-    "parallel", [{**TP4, "expert": 2}, {"expert": 2}, {**TP4, "expert": 4}, {**TP4, "expert_tensor": 2}]
+    ("parallel", "message"),
+    [
+        (
+            {"expert": 3},
+            "parallel.expert: found 3 with parallel.expert_tensor 1, together 3 ranks, on stages of 4",
+        ),
+        ({**TP4, "expert": 2}, "together 8 ranks, on stages of 4 (tensor 4 x data 1), accepted: 1"),
+        ({"pipeline": 2, "expert": 6}, "on stages of 2 (tensor 1 x data 2), accepted: 1, 2"),
+        ({"expert": 2, "expert_tensor": 3}, "accepted: 1, with an expert_tensor that divides 4"),
+    ],
 )
-def test_experts_are_shared_by_the_ranks_of_a_layer(parallel: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"parallel\.expert(_tensor)?: found \d"):
-        config(parallel=parallel)
+def test_a_stage_holds_its_experts_a_whole_number_of_times(parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(parallel=parallel, micro_batch_size=1), WITH_EXPERTS, 4)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "in_step"),
+    [
+        ({}, False),
+        (TP4, False),
+        ({**TP4, "expert": 4, "expert_tensor": 1}, False),
+        ({**TP4, "expert": 2, "expert_tensor": 1}, False),
+        ({"expert": 2}, True),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2}, True),
+    ],
+)
+def test_data_ranks_that_share_experts_go_in_step(parallel: dict[str, Any], in_step: bool) -> None:
+    assert config(parallel=parallel).parallel.in_step is in_step
 
 
 def test_sliding_window_bounds_the_length() -> None:

@@ -37,6 +37,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
         entropy_beta=config.algorithm.entropy_beta,
         measures_entropy=config.logging.entropy,
         chunk=logits_chunk(config, shape),
+        routers=(config.model.router_aux_loss, config.model.router_z_loss),
         average=config.aggregation.average,
         average_dtype=torch.bfloat16 if config.aggregation.average_dtype == "bf16" else torch.float32,
     )

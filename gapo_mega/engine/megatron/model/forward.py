@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
@@ -28,14 +29,16 @@ OutputOf = Callable[[Tensor, AnyBatch], Tensor]
 Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``build_chunks``
 
 
-def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
+def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int, lengths_B: Tensor | None = None) -> Tensor:
     """The stage's output for right-padded tokens, which need no padding mask under causal attention.
 
-    Pads sequences to a multiple of ``multiple``, because sequence parallelism splits them.
+    Pads sequences to a multiple of ``multiple``, because sequence parallelism splits them. ``lengths_B``:
+    columns without padding, for the routers of experts; None: they are not told.
     """
     padded_BT = nn.functional.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
     positions_BT = torch.arange(padded_BT.shape[1], device=padded_BT.device).expand_as(padded_BT)
-    output: Tensor = model(input_ids=padded_BT, position_ids=positions_BT, attention_mask=None)
+    told = {} if lengths_B is None else {"padding_mask": positions_BT < lengths_B[:, None]}
+    output: Tensor = model(input_ids=padded_BT, position_ids=positions_BT, attention_mask=None, **told)
     return output
 
 
@@ -45,16 +48,20 @@ def sequence_multiple(model: nn.Module) -> int:
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 
 
-def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tensor:
+def run_at_responses(
+    model: nn.Module, batch: TokenBatch, multiple: int, tells_routers: bool = False
+) -> Tensor:
     """The outputs ``[N, X]`` that predict response tokens, in the order of the mask.
 
-    Those of an earlier pipeline stage are its hidden states at all positions.
+    Those of an earlier pipeline stage are its hidden states at all positions. ``tells_routers``: as in
+    ``Wanted``.
     """
     columns = batch.tokens_BT.shape[1]
     # Where the mask lies: on the host nobody waits for a device.
     rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
     with output_only_at(model, rectangle.to(device())):
-        output = run_model(model, batch.tokens_BT.to(device()), multiple)
+        lengths_B = batch.lengths_B.to(device()) if tells_routers else None
+        output = run_model(model, batch.tokens_BT.to(device()), multiple, lengths_B)
     # Squeezed, because the backward of an index would make another tensor of this size.
     return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
 
@@ -68,13 +75,14 @@ def run_policy(
     """
     there = batch.to(device())
     if not wanted.chunk or not get_attr_wrapped_model(model, "post_process"):
-        output = run_at_responses(model, batch, multiple)
+        output = run_at_responses(model, batch, multiple, wanted.tells_routers)
         distribution, backwards, entropy = wanted.distribution, wanted.backwards, wanted.entropy
         return output, lambda out: logprobs_of(out, there, distribution, backwards, entropy)
     columns = batch.tokens_BT.shape[1]
     rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
+    lengths_B = there.lengths_B if wanted.tells_routers else None
     with left_out(model, rectangle.to(device())) as head:
-        output = run_model(model, there.tokens_BT, multiple)
+        output = run_model(model, there.tokens_BT, multiple, lengths_B)
     return output, lambda out: head.policy(out, there, wanted)
 
 
@@ -100,6 +108,7 @@ def _schedule(
     policy: Wanted | None = None,
     **options: Any,
 ) -> list[Any]:
+    experts.assert_in_step(len(microbatches))
     multiple = sequence_multiple(chunks[0])
     config = get_model_config(chunks[0])
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
@@ -183,11 +192,13 @@ def forward_only(
     """``output_of`` for each microbatch on the last pipeline stage; an empty list elsewhere.
 
     ``at_responses``, ``policy``: as for ``forward_backward``. An interleaved pipeline takes at least as many
-    microbatches as stages: the last one may be run, and ``output_of`` called, more than once.
+    microbatches as stages, and data ranks that share experts equally many: the last one may be run, and
+    ``output_of`` called, more than once.
     """
     config = get_model_config(chunks[0])
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    least = config.pipeline_model_parallel_size if interleaved else 1
+    stages = config.pipeline_model_parallel_size if interleaved else 1
+    least = experts.most_among_sharers(max(len(microbatches), stages))
     fillers = [microbatches[-1]] * (least - len(microbatches))
     found = _schedule(
         chunks,

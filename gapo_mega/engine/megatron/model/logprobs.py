@@ -62,12 +62,14 @@ class Wanted:
     """What a forward gives of the response tokens.
 
     ``chunk``: positions whose logits are in memory at once, over all sequences of a microbatch; 0: all.
+    ``tells_routers``: the routers of experts learn which tokens are no padding.
     """
 
     distribution: Distribution
     backwards: Backwards = SEVERAL
     entropy: Entropy = "none"
     chunk: int = 0
+    tells_routers: bool = False
 
 
 @dataclass(frozen=True)

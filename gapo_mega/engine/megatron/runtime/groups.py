@@ -117,6 +117,7 @@ def initialize(
             expert_tensor_parallel_size=expert_tensor,
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
+    sharing = expert * (expert_tensor or tensor)
     layout = Layout(
         world=world,
         rank=dist.get_rank(),
@@ -126,12 +127,13 @@ def initialize(
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        in_step=tensor % sharing != 0,
     )
     return Groups(
         layout,
         data=_data_group(layout, timeout),
         replica=_replica_group(layout, timeout),
-        expert_data=_expert_data_group(layout, expert * (expert_tensor or tensor), timeout),
+        expert_data=_expert_data_group(layout, sharing, timeout),
     )
 
 
