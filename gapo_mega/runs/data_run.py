@@ -33,6 +33,7 @@ from gapo_mega.planning.layout import check_interleaving, check_model_split
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
+from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
@@ -192,6 +193,9 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
         self.measured = self.evaluate()
+        if self.engine.layout.is_main:
+            written = [SUMMARY_FILE, *([EXPORT_FOLDER] if self.config.checkpoint.export_hf else [])]
+            set_aside_others(self.directory, self.loop.step, written)
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:

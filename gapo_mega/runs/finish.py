@@ -11,10 +11,11 @@ from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine
 from gapo_mega.evaluation.console import print_summary
 from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE, write_heldout
-from gapo_mega.evaluation.report import write_report
+from gapo_mega.evaluation.report import REPORT_FOLDER, write_report
 from gapo_mega.evaluation.standing import Standing
 from gapo_mega.evaluation.summary import SUMMARY_FILE, write_summary
 from gapo_mega.runs.directory import ADAPTER_FOLDER, EXPORT_FOLDER
+from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.evaluations import Evaluations
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def finish(
     if best is not None and engine.layout.is_main:
         logger.info("the result of the run is %s", best.sentence())
     evaluations.update_weights()
+    if engine.layout.is_main:
+        set_aside_others(directory, step, _written(config))
     if config.checkpoint.export_hf:
         engine.export_hf(directory / EXPORT_FOLDER)
     if config.checkpoint.export_adapter:
@@ -68,3 +71,9 @@ def finish(
         report = write_report(directory, evaluations.samples(after))
         print_summary(summary, report, standing=standing)
     engine.barrier()
+
+
+def _written(config: Config) -> list[str]:
+    """What this end of the run writes."""
+    models = {EXPORT_FOLDER: config.checkpoint.export_hf, ADAPTER_FOLDER: config.checkpoint.export_adapter}
+    return [*(name for name, wanted in models.items() if wanted), HELDOUT_FILE, SUMMARY_FILE, REPORT_FOLDER]

@@ -28,9 +28,10 @@ from gapo_mega.runs.checkpoints import (
     step_of,
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
+from gapo_mega.runs.earlier_ends import set_aside_ends
 from gapo_mega.runs.leaving import Before, obstacle
 from gapo_mega.runs.log import RunLog
-from gapo_mega.runs.processes import Alone, Peers, naming_the_lost
+from gapo_mega.runs.processes import Alone, Peers, agree, naming_the_lost
 from gapo_mega.runs.selection import Selection
 from gapo_mega.stopping import StoppedWaiting, asked_by
 from gapo_mega.user_code import reason_of
@@ -125,6 +126,8 @@ class RunLoop:
         """
         enter("resuming")
         self._resume()
+        if not self._is_over():
+            agree(self._everyone, self._set_ends_aside)
         enter("before training")
         self._work.begin()
         updates = self.step * self._work.updates_per_step
@@ -249,6 +252,10 @@ class RunLoop:
             about[BEST] = asdict(self._selection.best)
         kept = self._selection.kept
         self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about, kept)
+
+    def _set_ends_aside(self) -> None:
+        if self._engine.layout.is_main:
+            set_aside_ends(self._directory, self.step)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
