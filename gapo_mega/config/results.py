@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from gapo_mega.config.fields import LocalPath, Section
+from gapo_mega.config.fields import LocalPath, Positive, Section
 
 # Prefixes of settings that say where and what a run writes, and change no number.
 WITHOUT_EFFECT = (
     *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "checkpoint.save_final"),
     *(
+        "checkpoint.asynchronous",
         "checkpoint.export_hf",
         "checkpoint.export_adapter",
         "logging.",
@@ -28,7 +29,17 @@ class CheckpointConfig(Section):
     """Resumable state in Megatron's torch_dist format."""
 
     every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
-    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept; not used with keep_gb")
+    keep_gb: Positive | None = Field(
+        None,
+        description="keep as many complete checkpoints as fit into so many GB (1e9 bytes), and always the "
+        "newest; none: keep says how many",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="write checkpoints while training goes on, from a copy in the host's memory; ways out "
+        "wait for the one under way",
+    )
     resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
     save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
     export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")

@@ -20,7 +20,7 @@ from gapo_mega.runs.lock import disk_errors
 
 logger = logging.getLogger(__name__)
 
-# The summary last: what a killed process has not renamed yet is renamed by the next one, which knows the step.
+# The summary last: where a process is killed on the way, the next one renames the rest and knows the step.
 _OF_AN_END = (EXPORT_FOLDER, ADAPTER_FOLDER, HELDOUT_FILE, REPORT_FOLDER, SUMMARY_FILE)
 
 

@@ -203,6 +203,8 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     CheckpointConfig: {
         "every_steps": FREE,
         "keep": FREE,
+        "keep_gb": FREE,
+        "asynchronous": FREE,
         "resume": FREE,
         "save_final": FREE,
         "export_hf": FREE,
