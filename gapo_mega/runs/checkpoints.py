@@ -63,7 +63,7 @@ class CheckpointFolder:
         everyone: Peers | None = None,
         least_bytes: int = 0,
     ) -> None:
-        """``keep``: complete checkpoints that are kept, a number is a count. ``barrier``: waits for all ranks.
+        """``keep``: complete checkpoints that are kept; a number is a count. ``barrier``: for all ranks.
 
         ``everyone``: the ranks that share the reading for checksums; None: each is alone with it.
         ``least_bytes``: what a checkpoint is known to take.

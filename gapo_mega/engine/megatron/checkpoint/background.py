@@ -5,9 +5,9 @@ host what it has to write; a thread of its own writes it, and talks to no other 
 checkpoint of the files when every thread is done. So no collective runs beside those of the training, on
 gloo as on NCCL.
 
-Megatron's own asynchronous save (``AsyncCallsQueue``) does not serve here. It forks the training process, where
-CUDA's and gloo's threads run, or starts another one that imports the user's script once more, and its ranks ask
-each other by an all-reduce on a CUDA device whether they are done.
+Megatron's own asynchronous save (``AsyncCallsQueue``) does not serve here. It forks the training process,
+where CUDA's and gloo's threads run, or starts another one that imports the user's script once more, and its
+ranks ask each other by an all-reduce on a CUDA device whether they are done.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
