@@ -1,8 +1,8 @@
 """How long a checkpoint holds training up, written at once and in the background.
 
 ``python benchmarks/checkpoint_saves.py --model DIRECTORY [--layers N] [--rounds K]`` trains the first N
-layers of a model on made-up tokens, takes the two kinds of save in turns, and prints the least seconds of a step, of a
-step while files are written, and of what a save holds the training up.
+layers of a model on made-up tokens, takes the two kinds of save in turns, and prints the least seconds of a
+step, of a step while files are written, and of what a save holds the training up.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gapo_mega.config.fields import LocalPath, Positive, Section
+from gapo_mega.config.fields import LocalPath, Positive, RemotePath, Section
 
 # Prefixes of settings that say where and what a run writes, and change no number.
 WITHOUT_EFFECT = (
@@ -14,6 +14,7 @@ WITHOUT_EFFECT = (
     *(
         "checkpoint.asynchronous",
         "checkpoint.export_hf",
+        "checkpoint.export_to",
         "checkpoint.export_adapter",
         "logging.",
         "evaluation.shown",
@@ -43,6 +44,19 @@ class CheckpointConfig(Section):
     resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
     save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
     export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
+    export_to: RemotePath | None = Field(
+        None,
+        description="where that directory is put at the end, too: PROTOCOL://PLACE for fsspec (s3, gs, abfs, "
+        "sftp, file ...); none: nowhere. Needs export_hf",
+    )
+
+    @model_validator(mode="after")
+    def _exports_what_it_puts(self) -> CheckpointConfig:
+        if self.export_to is not None and not self.export_hf:
+            raise ValueError(
+                "checkpoint.export_to: found with checkpoint.export_hf false, accepted: null, or an export"
+            )
+        return self
 
 
 class TrainCheckpointConfig(CheckpointConfig):

@@ -40,6 +40,7 @@ from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.uploading import put_from_main
 
 logger = logging.getLogger(__name__)
 AnyConfig = TypeVar("AnyConfig", bound=SupervisedConfig)
@@ -143,6 +144,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         count = critic_parameters(shape, 1, 1, 0, 1) if scores else stage_parameters(shape, 1, 1, 0)
         plan = predict_disk(count, config.model.dtype, config.optimizer, config.checkpoint, self.total_steps)
         self.session.check_space(plan)
+        self.session.check_export()
         self.session.begin()
         self.engine = self._build()
         layout = self.engine.layout
@@ -209,6 +211,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             measures.print_table(self.measured, self.directory)
         self.engine.barrier()
+        if self.session.export is not None:
+            put_from_main(self.session.export, self.directory / EXPORT_FOLDER, self.loop.step, self.engine)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that give a step its items: those of a resumed run must be the same."""

@@ -17,6 +17,8 @@ from gapo_mega.evaluation.summary import SUMMARY_FILE, write_summary
 from gapo_mega.runs.directory import ADAPTER_FOLDER, EXPORT_FOLDER
 from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.evaluations import Evaluations
+from gapo_mega.runs.uploading import put_from_main
+from gapo_mega.runs.uploads import Export
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ def finish(
     best_checkpoint: Path | None,
     elapsed: Callable[[], float],
     resumed: Sequence[Mapping[str, Any]] = (),
+    export: Export | None = None,
 ) -> None:
     """Export the policy, answer the held-out prompts again, write summary and report, print the table.
 
@@ -37,6 +40,7 @@ def finish(
         done: steps that the run has done.
         best_checkpoint: of the run's result, which is loaded; None: the policy as it is.
         resumed: where the run went on with other settings, as ``write_summary`` takes it.
+        export: where the exported model goes, too.
     """
     directory, best = Path(config.output_dir), evaluations.selection.best
     step = done if best is None else best.step
@@ -71,6 +75,8 @@ def finish(
         report = write_report(directory, evaluations.samples(after))
         print_summary(summary, report, standing=standing)
     engine.barrier()
+    if export is not None:  # last: what was found out is not lost where this fails
+        put_from_main(export, directory / EXPORT_FOLDER, step, engine)
 
 
 def _written(config: Config) -> list[str]:

@@ -208,6 +208,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "resume": FREE,
         "save_final": FREE,
         "export_hf": FREE,
+        "export_to": FREE,
     },
     TrainCheckpointConfig: {"export_adapter": FREE, "best": FREE},
     EvaluationConfig: {
