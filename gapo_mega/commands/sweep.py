@@ -132,7 +132,7 @@ class _Plan:
         """Run what has not ended; write results and pictures; exit with 1 where points are left."""
         from gapo_mega.runs.lock import DirectoryLock
         from gapo_mega.runs.sweep import Pool, room
-        from gapo_mega.runs.sweep_results import write_results
+        from gapo_mega.runs.sweep_results import results_file, write_results
         from gapo_mega.runs.sweep_tasks import log_file
 
         found = self.check()
@@ -140,6 +140,9 @@ class _Plan:
             space = room(self.settings.jobs, self.settings.nproc, launch.available_cores())
             states: dict[str, StateName] = {name: state.name for name, state in found.items()}
             print(f"{self._counted(states)}; {space.jobs} at once")
+
+            if results_file(self.settings).is_file():  # points may go on to more steps than these
+                write_results(self.settings, self.points, states, final=False)
 
             def ended(task: Task) -> None:
                 if task in self.tasks:

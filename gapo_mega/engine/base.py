@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gapo_mega.config import RolloutConfig
+from gapo_mega.models.checkpoint_files import Listing
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.ops import HostAggregator
@@ -160,6 +161,25 @@ class Ranks(Protocol):
         ...
 
 
+class BackgroundSave(Protocol):
+    """A checkpoint whose files are being written while training goes on. Collective, as all methods are."""
+
+    def is_done(self) -> bool:
+        """Whether every rank has written its files, or has failed to. The same on every rank."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """``is_done``, by ``seconds`` from now at the latest."""
+        ...
+
+    def finish(self) -> Listing:
+        """Make one checkpoint of all ranks' files, and return sizes and checksums of this rank's.
+
+        Raises ``OSError`` on every rank where one has not written its files.
+        """
+        ...
+
+
 class RunEngine(Ranks, Protocol):
     """What every engine offers a run: saving and loading its state, and exporting the trained model."""
 
@@ -174,6 +194,10 @@ class RunEngine(Ranks, Protocol):
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Save models, optimizers, schedules, random-number states and ``extra``, the run's own state."""
+        ...
+
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        """``save`` the state as it is now; the files are written after this has returned."""
         ...
 
     def load(self, directory: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from gapo_mega.planning.activations import FP32
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.resolved import ResolvedRun
 
+GB = 1e9  # bytes
+
 
 @dataclass(frozen=True)
 class DiskPlan:
@@ -22,11 +24,13 @@ class DiskPlan:
         checkpoint: of one.
         at_once: checkpoints that are there at the same time; the oldest goes when the newest is complete.
         export: of the exported model; 0 where there is none.
+        limit: the setting that says how many checkpoints are kept.
     """
 
     checkpoint: int
     at_once: int
     export: int
+    limit: str = "checkpoint.keep"
 
     @property
     def needed(self) -> int:
@@ -52,8 +56,11 @@ def predict_disk(
     every = settings.every_steps
     saves = -(-steps // every) if every else int(settings.save_final)
     exported = parameters * item_bytes(dtype) if settings.export_hf else 0
-    at_once = min(saves, settings.keep + 1) + int(with_best)
-    return DiskPlan(state_bytes(parameters, dtype, optimizer) + critics, at_once, exported)
+    checkpoint = state_bytes(parameters, dtype, optimizer) + critics
+    keep, limit = settings.keep, "checkpoint.keep"
+    if settings.keep_gb is not None:
+        keep, limit = max(1, int(settings.keep_gb * GB // checkpoint)), "checkpoint.keep_gb"
+    return DiskPlan(checkpoint, min(saves, keep + 1) + int(with_best), exported, limit)
 
 
 def predict_training(resolved: ResolvedRun) -> DiskPlan:

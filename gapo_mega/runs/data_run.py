@@ -34,12 +34,14 @@ from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
+from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.uploading import put_from_main
 
 logger = logging.getLogger(__name__)
 AnyConfig = TypeVar("AnyConfig", bound=SupervisedConfig)
@@ -143,6 +145,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         count = critic_parameters(shape, 1, 1, 0, 1) if scores else stage_parameters(shape, 1, 1, 0)
         plan = predict_disk(count, config.model.dtype, config.optimizer, config.checkpoint, self.total_steps)
         self.session.check_space(plan)
+        self.session.check_export()
         self.session.begin()
         self.engine = self._build()
         layout = self.engine.layout
@@ -193,6 +196,9 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
         self.measured = self.evaluate()
+        if self.engine.layout.is_main:
+            written = [SUMMARY_FILE, *([EXPORT_FOLDER] if self.config.checkpoint.export_hf else [])]
+            set_aside_others(self.directory, self.loop.step, written)
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
@@ -206,6 +212,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             measures.print_table(self.measured, self.directory)
         self.engine.barrier()
+        if self.session.export is not None:
+            put_from_main(self.session.export, self.directory / EXPORT_FOLDER, self.loop.step, self.engine)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that give a step its items: those of a resumed run must be the same."""

@@ -6,11 +6,12 @@ there without it are somebody else's, unless they look like what an earlier vers
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,14 @@ def end(directory: Path, steps: int, asked: int | None = None) -> None:
     folders = [directory / name for name in (EXPORT_FOLDER, ADAPTER_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
     _write(directory, Manifest(found.command, found.names, files, steps, asked, found.run))
+
+
+def forget_files(directory: Path, names: Collection[str]) -> None:
+    """Take what the runs' ends wrote below ``names`` out of the manifest: it is about to be renamed."""
+    found = read_manifest(directory)
+    if found is not None and (directory / MANIFEST_FILE).is_file():
+        files = {name: listed for name, listed in found.files.items() if name not in names}
+        _write(directory, dataclasses.replace(found, files=files))
 
 
 def _check_place(directory: Path) -> None:

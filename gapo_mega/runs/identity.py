@@ -203,9 +203,12 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     CheckpointConfig: {
         "every_steps": FREE,
         "keep": FREE,
+        "keep_gb": FREE,
+        "asynchronous": FREE,
         "resume": FREE,
         "save_final": FREE,
         "export_hf": FREE,
+        "export_to": FREE,
     },
     TrainCheckpointConfig: {"export_adapter": FREE, "best": FREE},
     EvaluationConfig: {

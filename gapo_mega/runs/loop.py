@@ -7,7 +7,8 @@ does, what a checkpoint must hold of it, what to write at the end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,9 +29,12 @@ from gapo_mega.runs.checkpoints import (
     step_of,
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
-from gapo_mega.runs.leaving import Before, obstacle
+from gapo_mega.runs.earlier_ends import set_aside_ends
+from gapo_mega.runs.keeping import Keep
+from gapo_mega.runs.leaving import Before, absent, meet, obstacle, stand_together
 from gapo_mega.runs.log import RunLog
-from gapo_mega.runs.processes import Alone, Peers, naming_the_lost
+from gapo_mega.runs.processes import Alone, Peers, agree, naming_the_lost
+from gapo_mega.runs.saves import TO_LEAVE, Saves
 from gapo_mega.runs.selection import Selection
 from gapo_mega.stopping import StoppedWaiting, asked_by
 from gapo_mega.user_code import reason_of
@@ -107,12 +111,13 @@ class RunLoop:
         self._everyone = Alone() if everyone is None else everyone
         self._checkpoints = CheckpointFolder(
             directory / CHECKPOINTS_FOLDER,
-            settings.keep,
+            Keep.of(settings),
             engine.layout,
             engine.barrier,
             self._everyone,
             checkpoint_bytes,
         )
+        self._saves = Saves(self._checkpoints, engine, settings.asynchronous)
         self._selection = selection or Selection(None, None)
         self._before: Before | None = None  # of the step under way
         self.step = 0  # steps done
@@ -125,6 +130,8 @@ class RunLoop:
         """
         enter("resuming")
         self._resume()
+        if not self._is_over():
+            agree(self._everyone, self._set_ends_aside)
         enter("before training")
         self._work.begin()
         updates = self.step * self._work.updates_per_step
@@ -156,8 +163,11 @@ class RunLoop:
             self._before = None
             self.step += 1
             over = self._is_over()
+            with within("checkpoint"):
+                self._saves.look()
             if any_replica(self._engine, stop.requested) and not over:
                 self._save()
+                self._settle(TO_LEAVE)
                 self._log.close()
                 logger.warning(
                     "stopped by a signal after step %d; the same command goes on from there", self.step
@@ -165,6 +175,7 @@ class RunLoop:
                 return False
             if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
                 self._save()
+        self._settle()
         self._log.end_steps()
         if self._selection.stops:
             logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
@@ -184,17 +195,28 @@ class RunLoop:
         """Write a checkpoint of the last whole step if it can be had, and say from where the run goes on."""
         if self.step == 0:
             return
-        why = None
-        if self._before is not None:
-            why = obstacle(self._everyone, self.step, self._is_untouched())
-            if why is None and self.step not in self._checkpoints.steps():
-                try:
-                    self._save(self._before.restore())
-                except Exception as error:  # beside the one that ends the run, which is the one to be seen
-                    why = f"the checkpoint of step {self.step} could not be written: {error}"
-        if why is not None:
-            logger.error("%s", why)
+        if self._before is not None or self._saves.under_way is not None:
+            why = self._save_to_leave(meet(self._everyone, self.step, self._is_untouched()))
+            if why is not None:
+                logger.error("%s", why)
         self._tell_newest()
+
+    def _save_to_leave(self, told: Sequence[Any]) -> str | None:
+        """Save what can be had, and return why that is not all. ``told``: what the ranks stand at."""
+        why = absent(told)
+        step = self._saves.under_way or self.step
+        try:
+            if stand_together(told):
+                self._settle(TO_LEAVE)
+            if why is None and self._before is not None:
+                why = obstacle(told, self.step)
+                step = self.step
+                if why is None and step not in self._checkpoints.steps():
+                    self._save(self._before.restore())
+                    self._settle(TO_LEAVE)
+        except Exception as error:  # beside the one that ends the run, which is the one to be seen
+            why = f"the checkpoint of step {step} could not be written: {error}"
+        return why
 
     def _tell_newest(self) -> None:
         if not self._engine.layout.is_main:
@@ -231,8 +253,14 @@ class RunLoop:
             return None
         return self._checkpoints.path(best.step)
 
+    def _settle(self, seconds: float = math.inf) -> None:
+        """Wait for the checkpoint that is being written, so long at most; all ranks call it."""
+        if self._saves.under_way is not None:
+            with within("checkpoint"):
+                self._saves.settle(seconds)
+
     def _save(self, state: Mapping[str, Any] | None = None) -> None:
-        """Write a complete checkpoint of the current step; all ranks call it.
+        """Write a checkpoint of the current step, or begin to; all ranks call it.
 
         ``state``: the work's; None: as it is now. Raises ``ValueError`` for weights that are not finite.
         """
@@ -248,7 +276,11 @@ class RunLoop:
         if self._selection.best is not None:
             about[BEST] = asdict(self._selection.best)
         kept = self._selection.kept
-        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about, kept)
+        self._saves.save(self.step, extra, about, kept)
+
+    def _set_ends_aside(self) -> None:
+        if self._engine.layout.is_main:
+            set_aside_ends(self._directory, self.step)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""

@@ -115,6 +115,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         )
         session.check_contents(contents, config.steps, resolved.total_updates)
         session.check_space(predict_training(resolved))
+        session.check_export()
         session.begin()
         shared = None
         if config.evaluation.shared is not None:

@@ -112,6 +112,7 @@ class Trainer:
             self, engine, directory, config.checkpoint, self.log, record, selection, everyone, checkpoint
         )
         self._resumed = [] if session is None else session.history
+        self._export = None if session is None else session.export
         self._with_report = with_report
         self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
@@ -243,6 +244,7 @@ class Trainer:
                 best,
                 self._elapsed,
                 self._resumed,
+                self._export,
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gapo_mega.engine.base import (
 )
 from gapo_mega.engine.megatron.checkpoint import adapter, weights
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint.background import BackgroundSave, HeldFiles
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
@@ -212,7 +213,12 @@ class MegatronEngine(groups.Collective):
         self.gather_parameters()
         return self.everywhere(all(trainable.is_finite() for trainable in self._trainables().values()))
 
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        held = HeldFiles(directory)
+        self.save(directory, extra, held)
+        return BackgroundSave(directory, held, self.everywhere)
+
+    def save(self, directory: Path, extra: dict[str, Any], writer: HeldFiles | None = None) -> None:
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
         settings = self._config.model.lora
         checkpoint.save(
@@ -222,6 +228,7 @@ class MegatronEngine(groups.Collective):
             self.groups,
             averages=self._averages(),
             lora=None if settings is None else settings_of(settings),
+            writer=writer,
         )
         if self.layout.is_main:
             companions = directory / model_location.COMPANIONS

@@ -17,6 +17,7 @@ from torch import Tensor
 from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.checkpoint.background import BackgroundSave, HeldFiles
 from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
 from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, logprobs_of
@@ -106,11 +107,16 @@ class SupervisedModel(groups.Collective, ABC):
         self.gather_parameters()
         return self.everywhere(self._trainable.is_finite())
 
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        held = HeldFiles(directory)
+        self.save(directory, extra, held)
+        return BackgroundSave(directory, held, self.everywhere)
+
+    def save(self, directory: Path, extra: dict[str, Any], writer: HeldFiles | None = None) -> None:
         """Rank 0 also writes configuration, tokenizer and chat template, for a conversion."""
         head = self._head_out()
         about_head = None if head is None else asdict(head)
-        checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head)
+        checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head, writer=writer)
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._setup.source), folder)
