@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,8 @@ class TableServer:
     Attributes:
         calls: paths that were asked for, ``generate`` aside, in order.
         generated: how many responses were asked for.
+        asked: label of the weights, prompt and sampling settings of every response, in order of arrival.
+        seconds_per_token: that a response takes.
         table: its weights, float64.
         label: of the weights.
     """
@@ -32,6 +35,8 @@ class TableServer:
         self.calls: list[str] = []
         self.pieces: list[list[str]] = []
         self.generated = 0
+        self.asked: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+        self.seconds_per_token = 0.0
         self.table = np.zeros((2, 2))
         self.label = "default"
         self._state = "ready"
@@ -84,6 +89,7 @@ class TableServer:
         if path == "/inference/v1/generate":
             with self._lock:
                 self.generated += 1
+                self.asked.append((self.label, tuple(content["token_ids"]), content["sampling_params"]))
             if self._state != "ready":
                 return 500, {"error": f"asked while {self._state}"}
             return 200, {"choices": [self._choice(content["token_ids"], content["sampling_params"])]}
@@ -135,6 +141,7 @@ class TableServer:
         draw = np.random.default_rng(sampling["seed"])
         history, tokens, content, reason = list(prompt), [], [], "length"
         for _ in range(sampling["max_tokens"]):
+            time.sleep(self.seconds_per_token)
             token, logprob = self._draw(history, sampling, draw)
             history.append(token)
             tokens.append(token)

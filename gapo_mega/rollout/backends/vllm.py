@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,8 +23,10 @@ from gapo_mega.rollout.response_scores import sendable
 from gapo_mega.rollout.servers.client import Patience, VllmServer
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.process import ServerProcess
+from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response, assemble
 from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Generation
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Vllm(RolloutBackend):
     """
 
     name: ClassVar[str] = "vllm"
+    answers_beside: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, config: Config) -> None:
         """Starts the server, and does not wait for it."""
@@ -56,6 +58,7 @@ class Vllm(RolloutBackend):
         self._run = uuid.uuid4().hex[:12]
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
+        self._asked: list[_Asked] = []  # what has no result yet
         if options.python is not None and policy.engine.layout.is_main:
             self._process = ServerProcess(
                 _absolute(options.python), self._arguments(options), options.environment
@@ -99,10 +102,17 @@ class Vllm(RolloutBackend):
             stale = self._from_main(lambda: self._stale(label))
             if not stale:
                 break
+            self._settle()
             failure = self._send(stale, label)
             if failure is not None and (attempt == _ATTEMPTS or self._options.python is None):
                 raise failure
         self._taken, self._label = version, label
+
+    def _settle(self) -> None:
+        """Wait until no rank has a request under way: an update drops those, or mixes their weights."""
+        for asked in self._asked:
+            asked.wait()
+        self.policy.engine.barrier()
 
     def _urls(self) -> list[str]:
         return self._options.urls if self._process is None else [self._process.url]
@@ -166,30 +176,41 @@ class Vllm(RolloutBackend):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
         """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
-        engine = self.policy.engine
-        is_first = engine.layout.tensor_rank == engine.layout.pipeline_rank == 0
-        return _from_one(
-            is_first, lambda: self._answered(prompts, sampling, seed), engine.broadcast_in_replica
-        )
+        return self.ask(prompts, sampling, seed).result()
+
+    def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> _Asked:
+        asked = _Asked(self, prompts, self._requests(prompts, sampling, seed), self._taken)
+        self._asked.append(asked)
+        return asked
+
+    def forget(self, asked: _Asked) -> None:
+        """Whose requests are at their end, or are not waited for."""
+        if asked in self._asked:
+            self._asked.remove(asked)
 
     def close(self) -> None:
+        for server in self._servers:
+            server.give_up()
+        for asked in list(self._asked):
+            asked.abandon()
         if self._process is not None:
             self._process.close()
 
-    def _answered(
+    def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
-    ) -> Generation:
-        server = self._servers[self.policy.engine.layout.data_rank % len(self._servers)]
+    ) -> Requests | None:
+        """Those of this rank; None where another one of the replica has them."""
+        layout, label = self.policy.engine.layout, self._label
+        if not layout.tensor_rank == layout.pipeline_rank == 0:
+            return None
+        server = self._servers[layout.data_rank % len(self._servers)]
         wanted = self._sampling(sampling)
 
         def ask(row: int) -> Response:
             own = {**wanted, "seed": _row_seed(seed, row)}
-            return self._response(server, server.generate(list(prompts[row]), own))
+            return self._response(server, server.generate(list(prompts[row]), own), label)
 
-        with ThreadPoolExecutor(self.config.rollout.batch_size) as threads:
-            responses = list(threads.map(ask, range(len(prompts))))
-        versions_B = torch.full((len(prompts),), self._taken)
-        return assemble(prompts, responses, self.policy.pad_id, self.policy.eos_ids, versions_B)
+        return Requests(ask, len(prompts), self.config.rollout.batch_size)
 
     def _sampling(self, sampling: SamplingParameters) -> Mapping[str, Any]:
         return {
@@ -203,15 +224,15 @@ class Vllm(RolloutBackend):
             "detokenize": False,
         }
 
-    def _response(self, server: VllmServer, choice: Mapping[str, Any]) -> Response:
-        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights that we sent."""
+    def _response(self, server: VllmServer, choice: Mapping[str, Any], label: str) -> Response:
+        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights of that label."""
         spans = choice.get("weight_versions")
         labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
         found = sorted({str(span.get("version")) for span in labelled})
-        if found != [self._label]:
+        if found != [label]:
             raise ServerLost(
                 f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
-                f"accepted: {self._label}"
+                f"accepted: {label}"
             )
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
@@ -250,6 +271,49 @@ class Vllm(RolloutBackend):
         """Rank 0's value on every rank. Collective over the world."""
         engine = self.policy.engine
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
+
+
+class _Asked:
+    """Responses of one replica, which its first rank asks for."""
+
+    def __init__(
+        self, backend: Vllm, prompts: Sequence[Sequence[int]], requests: Requests | None, version: int
+    ) -> None:
+        """``requests``: of the replica's first rank. ``version``: of the weights that draw."""
+        self._backend = backend
+        self._prompts = prompts
+        self._requests = requests
+        self._version = version
+        self.seconds = 0.0
+
+    def wait(self) -> None:
+        if self._requests is not None:
+            self._requests.wait()
+
+    def result(self) -> Generation:
+        share = self._backend.policy.engine.broadcast_in_replica
+        try:
+            generation, self.seconds = _from_one(self._requests is not None, self._generation, share)
+        except StoppedWaiting:  # the requests go on
+            raise
+        except Exception:
+            self._backend.forget(self)
+            raise
+        self._backend.forget(self)
+        return generation
+
+    def abandon(self) -> None:
+        self._backend.forget(self)
+        if self._requests is not None:
+            self._requests.abandon()
+
+    def _generation(self) -> tuple[Generation, float]:
+        assert self._requests is not None
+        policy = self._backend.policy
+        responses = self._requests.responses()
+        versions_B = torch.full((len(self._prompts),), self._version)
+        generation = assemble(self._prompts, responses, policy.pad_id, policy.eos_ids, versions_B)
+        return generation, self._requests.seconds
 
 
 def _from_one(is_one: bool, make: Callable[[], Value], share: Callable[[Any], Any]) -> Value:
