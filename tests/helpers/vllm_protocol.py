@@ -128,8 +128,16 @@ class TableServer:
             self._loading |= piece
             return self._go({"begun": ["taken"], "taken": ["taken"]}, "taken", {"results": [str(len(piece))]})
         assert (method, arguments) == ("gapo_finish_update", [])
-        self.table = self._loading["table"].astype(np.float64)
+        self.loaded(self._loading)
         return self._go({"taken": ["loaded"]}, "loaded", done)
+
+    def loaded(self, tensors: dict[str, np.ndarray]) -> None:
+        """Answer with these weights from now on."""
+        self.table = tensors["table"].astype(np.float64)
+
+    def logits(self, history: list[int]) -> np.ndarray:
+        """Of the token after ``history``, float64 [V]."""
+        return np.asarray(self.table[history[-1]])
 
     def _go(self, allowed: dict[str, list[str]], to: str, answer: Any) -> tuple[int, Any]:
         if to not in allowed.get(self._state, []):
@@ -158,8 +166,8 @@ class TableServer:
         }
 
     def _draw(self, history: list[int], sampling: dict[str, Any], draw: Any) -> tuple[int, float]:
-        logprobs = table_logprobs(
-            self.table, history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
+        logprobs = processed(
+            self.logits(history), history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
         )
         greedy = sampling["temperature"] == 0
         token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
@@ -168,7 +176,12 @@ class TableServer:
 
 def table_logprobs(table: Any, history: list[int], penalty: float, temperature: float) -> Any:
     """Log-probabilities of the next token, float64 [V]."""
-    logits = np.array(table[history[-1]], dtype=np.float64)
+    return processed(table[history[-1]], history, penalty, temperature)
+
+
+def processed(logits: Any, history: list[int], penalty: float, temperature: float) -> Any:
+    """Log-probabilities after repetition penalty and temperature, float64 [V]."""
+    logits = np.array(logits, dtype=np.float64)
     seen = sorted(set(history))
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     logits = logits / temperature
