@@ -1,4 +1,4 @@
-"""The small server of ``vllm_protocol`` with a real model: transformers' Llama, with the weights it is sent."""
+"""The small server of ``vllm_protocol`` with a real model: transformers' Llama, over weights it is sent."""
 
 from __future__ import annotations
 

@@ -89,6 +89,7 @@ class ServerProcess:
                     start_new_session=True,  # Ctrl-C ends the run, which ends the server
                 )
             except OSError as error:
+                self.close()
                 raise ValueError(
                     f"rollout.vllm.python: found {self._python}, which does not start ({error.strerror}), "
                     "accepted: the Python of an environment with vLLM"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.rollout.backends import Policy, RolloutBackend, backends, find
+from gapo_mega.rollout.backends import Policy, RolloutBackend, backends, check, find
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.servers.lost import ServerLost
@@ -287,6 +287,17 @@ def test_a_server_of_one_machine_serves_no_job_of_several(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
         find("vllm").check(config)
+
+
+def test_ahead_takes_a_back_end_of_its_own_processes(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^rollout.ahead: found 1 with rollout.backend megatron, accepted: 0"
+    ):
+        check(configuration(tmp_path, rollout={"ahead": 1}))
+    check(configuration(tmp_path, rollout={"ahead": 0}))
+    check(configuration(tmp_path, rollout={"ahead": 2, "backend": "vllm", "vllm": {"url": "http://[::1]:1"}}))
+    with pytest.raises(ValueError, match="ahead"):
+        configuration(tmp_path, rollout={"ahead": -1})
 
 
 def test_every_back_end_of_the_folder_is_found_by_its_name() -> None:
