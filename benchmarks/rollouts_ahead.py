@@ -4,8 +4,9 @@
 
 The rollouts are those of the tests' small server, which speaks vLLM's protocol over a socket and sleeps a
 while at every token; the training is a loop whose update sleeps. So the times are what the two would take on
-machines of their own, whatever else this one does, and what is measured is how they overlap. In the setting
-``uneven`` every second rollout takes three times as long as the others.
+machines of their own, whatever else this one does, and what is measured is how they overlap. The server
+answers any number of requests at once. In the setting ``uneven`` every second rollout takes three times as
+long as the others.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from tests.helpers.vllm_protocol import TableServer, table_server
 
 TOKENS = 10  # of a response
 ROWS = 8  # of a step
-SETTINGS = {  # seconds of the rollouts of even and of odd steps
-    "faster": (0.25, 0.25),
-    "equal": (0.5, 0.5),
-    "slower": (1.0, 1.0),
-    "uneven": (0.3, 0.9),
+SETTINGS = {  # length of the rollouts of even and of odd steps, as multiples of the training's
+    "faster": (0.5, 0.5),
+    "equal": (1.0, 1.0),
+    "slower": (2.0, 2.0),
+    "uneven": (0.5, 1.5),
 }
+NAMES = ("staleness", "waited", "seconds", "overlap", "weights")
 AHEAD = (0, 1, 2)
 
 
@@ -52,7 +54,7 @@ class Sleeping(TablePolicy):
 
 
 def measure(server: TableServer, rollouts: tuple[float, float], train: float, ahead: int, steps: int) -> Any:
-    """Medians over the steps but the first two and the last, at which nothing is under way."""
+    """Means over the steps but the first two and the last, at which nothing is under way."""
     begun = server.generated
 
     def sleep(path: str, content: Any) -> None:
@@ -76,15 +78,8 @@ def measure(server: TableServer, rollouts: tuple[float, float], train: float, ah
         whole = time.perf_counter() - started
         lines = metrics(Path(folder), ())[2:-1]
     found = {"step": statistics.mean(line["time/step"] for line in lines), "whole": whole / steps}
-    for name in (
-        "rollout/staleness",
-        "rollout/waited",
-        "rollout/seconds",
-        "rollout/overlap",
-        "rollout/weights",
-    ):
-        if name in lines[0]:
-            found[name] = statistics.mean(line[name] for line in lines)
+    if ahead:
+        found |= {name: statistics.mean(line[f"rollout/{name}"] for line in lines) for name in NAMES}
     return found
 
 
@@ -96,18 +91,19 @@ def main(
     """Measure all settings, and print a table."""
     found: list[dict[str, Any]] = []
     with table_server() as server:
-        for name, rollouts in SETTINGS.items():
+        for name, multiples in SETTINGS.items():
+            rollouts = multiples[0] * train, multiples[1] * train
             for ahead in AHEAD:
                 own = measure(server, rollouts, train, ahead, steps)
                 found.append({"setting": name, "rollouts": rollouts, "train": train, "ahead": ahead, **own})
     print("| rollout s | train s | ahead | step s | of the slower | of the sum | overlap | staleness |")
     print("|---|---|---|---|---|---|---|---|")
     for row in found:
-        mean = statistics.mean(row["rollouts"])
+        first, second = row["rollouts"]
+        mean, step = (first + second) / 2, row["step"]
         print(
-            f"| {'/'.join(f'{value:g}' for value in row['rollouts'])} | {train:g} | {row['ahead']} "
-            f"| {row['step']:.3f} | {row['step'] / max(mean, train):.2f} | {row['step'] / (mean + train):.2f} "
-            f"| {row.get('rollout/overlap', 0):.2f} | {row.get('rollout/staleness', 0):.1f} |"
+            f"| {first:g}, {second:g} | {train:g} | {row['ahead']} | {step:.2f} | {step / max(mean, train):.2f} "
+            f"| {step / (mean + train):.2f} | {row.get('overlap', 0):.2f} | {row.get('staleness', 0):.1f} |"
         )
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
