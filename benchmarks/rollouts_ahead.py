@@ -101,10 +101,9 @@ def main(
     for row in found:
         first, second = row["rollouts"]
         mean, step = (first + second) / 2, row["step"]
-        print(
-            f"| {first:g}, {second:g} | {train:g} | {row['ahead']} | {step:.2f} | {step / max(mean, train):.2f} "
-            f"| {step / (mean + train):.2f} | {row.get('overlap', 0):.2f} | {row.get('staleness', 0):.1f} |"
-        )
+        ratios = f"{step / max(mean, train):.2f} | {step / (mean + train):.2f}"
+        told = f"{row.get('overlap', 0):.2f} | {row.get('staleness', 0):.1f}"
+        print(f"| {first:g}, {second:g} | {train:g} | {row['ahead']} | {step:.2f} | {ratios} | {told} |")
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

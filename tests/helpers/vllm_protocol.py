@@ -150,10 +150,17 @@ class TableServer:
         history, tokens, content, reason = list(prompt), [], [], "length"
         for _ in range(sampling["max_tokens"]):
             time.sleep(self.seconds_per_token)
-            token, logprob = self._draw(history, sampling, draw)
+            logprobs = self._distribution(history, sampling)
+            greedy = sampling["temperature"] == 0
+            token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
+            content.append(
+                {
+                    **{"token_id": token, "logprob": float(logprobs[token]), "rank": 1},
+                    "top_logprobs": _likeliest(logprobs, token, sampling["logprobs"]),
+                }
+            )
             history.append(token)
             tokens.append(token)
-            content.append({"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []})
             if token in sampling["stop_token_ids"]:
                 reason = "stop"
                 break
@@ -165,13 +172,12 @@ class TableServer:
             "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
         }
 
-    def _draw(self, history: list[int], sampling: dict[str, Any], draw: Any) -> tuple[int, float]:
+    def _distribution(self, history: list[int], sampling: dict[str, Any]) -> np.ndarray:
+        """Log-probabilities of the next token, minus infinity where top-k and top-p leave none."""
         logprobs = processed(
             self.logits(history), history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
         )
-        greedy = sampling["temperature"] == 0
-        token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
-        return token, float(logprobs[token])
+        return cut(logprobs, sampling.get("top_k", 0), sampling.get("top_p", 1.0))
 
 
 def table_logprobs(table: Any, history: list[int], penalty: float, temperature: float) -> Any:
@@ -187,6 +193,27 @@ def processed(logits: Any, history: list[int], penalty: float, temperature: floa
     logits = logits / temperature
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
+
+
+def cut(logprobs: np.ndarray, k: int, p: float) -> np.ndarray:
+    """The ``k`` likeliest with ties, of these the fewest that reach ``p``; minus infinity for the others."""
+    if k == 0 and p == 1:
+        return logprobs
+    if k:
+        logprobs = np.where(logprobs >= np.sort(logprobs)[-k], logprobs, -np.inf)
+        logprobs = logprobs - np.log(np.exp(logprobs).sum())
+    order = np.argsort(logprobs)
+    dropped = np.exp(logprobs[order]).cumsum() <= 1 - p
+    dropped[-1] = False
+    logprobs[order[dropped]] = -np.inf
+    return np.asarray(logprobs - np.log(np.exp(logprobs).sum()))
+
+
+def _likeliest(logprobs: np.ndarray, drawn: int, count: int) -> list[dict[str, Any]]:
+    """The drawn token and the ``count`` likeliest, without a repetition; 0 asks for the drawn one alone."""
+    tokens = dict.fromkeys([drawn, *np.argsort(-logprobs, kind="stable")[:count].tolist()])
+    shown = list(tokens)[: max(count, 1)]
+    return [{"token_id": token, "logprob": max(float(logprobs[token]), -9999.0)} for token in shown]
 
 
 @contextmanager

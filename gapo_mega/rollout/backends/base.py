@@ -22,12 +22,14 @@ class Policy:
         companions: directory of its configuration and tokenizer; weights that lie there are those from
             before training, if any.
         pad_id, eos_ids: its tokenizer's.
+        vocabulary: tokens that its output layer has; None: not said.
     """
 
     engine: Engine
     companions: Path
     pad_id: int
     eos_ids: tuple[int, ...]
+    vocabulary: int | None = None
 
 
 class Asked(Protocol):

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _ATTEMPTS = 2  # of an update of the weights; a server of ours is started again in between
+_TIES = 16  # tokens beyond top-k that an answer shows at first
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -74,12 +75,12 @@ class Vllm(RolloutBackend):
                 f"rollout.vllm: found {found} of python and url with rollout.backend vllm, accepted: one of "
                 "them (the Python of an environment with vLLM, or where servers answer)"
             )
-        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
-            if (value := getattr(rollout, name)) != neutral:
-                raise ValueError(
-                    f"rollout.{name}: found {value} with rollout.backend vllm, accepted: {neutral:g} (the "
-                    "trainer must know which tokens were left to draw from)"
-                )
+        if rollout.top_p != 1.0 and not rollout.top_k:
+            raise ValueError(
+                f"rollout.top_p: found {rollout.top_p} with rollout.backend vllm and no rollout.top_k, "
+                "accepted: 1, or a top_k beside it (the trainer must know which tokens were left to draw "
+                "from, and an answer names few)"
+            )
         for url in rollout.vllm.urls:
             if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
                 raise ValueError(
@@ -207,8 +208,7 @@ class Vllm(RolloutBackend):
         wanted = self._sampling(sampling)
 
         def ask(row: int) -> Response:
-            own = {**wanted, "seed": _row_seed(seed, row)}
-            return self._response(server, server.generate(list(prompts[row]), own), label)
+            return self._ask(server, prompts[row], {**wanted, "seed": _row_seed(seed, row)}, label)
 
         return Requests(ask, len(prompts), self.config.rollout.batch_size)
 
@@ -220,12 +220,32 @@ class Vllm(RolloutBackend):
             # Ours alone end a response, whatever the server has read of the model.
             "stop_token_ids": list(self.policy.eos_ids),
             "ignore_eos": True,
-            "logprobs": 0,  # that of the drawn token
+            **({"top_k": sampling.top_k, "top_p": sampling.top_p} if sampling.cuts else {}),
+            # That of the drawn token, or also those of all that were left; ties of the k-th stay, too.
+            "logprobs": self._shown(sampling.top_k + _TIES) if sampling.cuts else 0,
             "detokenize": False,
         }
 
-    def _response(self, server: VllmServer, choice: Mapping[str, Any], label: str) -> Response:
-        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights of that label."""
+    def _shown(self, wanted: int) -> int:
+        vocabulary = self.policy.vocabulary
+        return wanted if vocabulary is None else min(wanted, vocabulary)
+
+    def _ask(
+        self, server: VllmServer, prompt: Sequence[int], wanted: Mapping[str, Any], label: str
+    ) -> Response:
+        """One response. Where more tokens are left to draw from than it shows, it is asked for with more."""
+        while True:
+            choice = server.generate(list(prompt), wanted)
+            self._check_choice(server, choice, label)
+            # All of them, where the whole vocabulary is shown.
+            shown = wanted["logprobs"] + (wanted["logprobs"] == self.policy.vocabulary)
+            response = Response.read(server.url, choice, shown)
+            if response is not None:
+                return response
+            wanted = {**wanted, "logprobs": self._shown(4 * wanted["logprobs"])}
+
+    def _check_choice(self, server: VllmServer, choice: Mapping[str, Any], label: str) -> None:
+        """Raise ``ServerLost`` unless a response is whole and drawn with the weights of that label."""
         spans = choice.get("weight_versions")
         labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
         found = sorted({str(span.get("version")) for span in labelled})
@@ -237,7 +257,6 @@ class Vllm(RolloutBackend):
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise ServerLost(f"{server.url}: found a response that ended with {reason!r}")
-        return Response.read(server.url, choice)
 
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
@@ -247,6 +266,7 @@ class Vllm(RolloutBackend):
             "--dtype": _DTYPES[config.model.dtype],
             "--max-model-len": str(config.longest),
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
+            "--max-logprobs": "-1",  # of as many tokens as top-k leaves
             "--generation-config": "vllm",  # none of the model's own sampling settings
             "--worker-extension-cls": "gapo_mega_vllm.TakesWeights",
         }
