@@ -130,6 +130,12 @@ class RolloutConfig(Section):
         "a class of one's own. megatron: the trained weights themselves, in the same processes; vllm: vLLM, "
         "in processes of its own",
     )
+    ahead: int = Field(
+        0,
+        ge=0,
+        description="steps whose responses are drawn together while as many steps before them are trained, "
+        "by a back end with processes of its own; 0: a step waits for its responses, of the policy as it is",
+    )
     vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")

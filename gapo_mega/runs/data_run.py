@@ -219,6 +219,10 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         """The numbers that give a step its items: those of a resumed run must be the same."""
         return {"items": self._counts(), "batch_size": self.config.batch_size}
 
+    def in_flight(self, step: int) -> dict[str, Any]:
+        """Nothing: a step begins with its items."""
+        return {}
+
     def _counts(self) -> int | list[int]:
         """Training items; of every data set where there are several."""
         counts = [order.count for order in self.orders]

@@ -130,6 +130,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "repetition_penalty": FIXED,
         "batch_size": FREE,
         "backend": CODE,
+        "ahead": FREE,
     },
     VllmConfig: {
         "python": FREE,

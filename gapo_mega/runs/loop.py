@@ -72,8 +72,17 @@ class Work(Protocol):
         """What a checkpoint must hold beside models, optimizers and the number of steps."""
         ...
 
+    def in_flight(self, step: int) -> dict[str, Any]:
+        """What else a checkpoint after ``step`` steps must hold, and what may have to be waited for.
+
+        Of ``step`` as ``state_dict`` was then; a later step may have begun, and changed nothing. Collective.
+        """
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Inverse of ``state_dict``. Raises ``ValueError`` for the state of another configuration.
+        """Inverse of ``state_dict`` and ``in_flight`` together.
+
+        Raises ``ValueError`` for the state of another configuration.
 
         ``checkpoint``: where the state comes from, for the error.
         """
@@ -270,6 +279,7 @@ class RunLoop:
     def _write(self, state: Mapping[str, Any] | None) -> None:
         self._check_finite()
         extra = {"step": self.step, **(self._work.state_dict() if state is None else state)}
+        extra |= self._work.in_flight(self.step)
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record

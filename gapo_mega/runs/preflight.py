@@ -58,7 +58,7 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     check_layout(config, shape, world_size, estimator)
     check_estimator(config, estimator)
     check_logging(config.logging)
-    backends.find(config.rollout.backend).check(config)
+    backends.check(config)
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
         check_kind("scalarization", config.scalarization.name)

@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,14 +23,17 @@ from gapo_mega.rollout.response_scores import sendable
 from gapo_mega.rollout.servers.client import Patience, VllmServer
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.process import ServerProcess
+from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response, assemble
 from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Generation
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _ATTEMPTS = 2  # of an update of the weights; a server of ours is started again in between
+_TIES = 16  # tokens beyond top-k that an answer shows at first
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -45,6 +47,7 @@ class Vllm(RolloutBackend):
     """
 
     name: ClassVar[str] = "vllm"
+    answers_beside: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, config: Config) -> None:
         """Starts the server, and does not wait for it."""
@@ -56,6 +59,7 @@ class Vllm(RolloutBackend):
         self._run = uuid.uuid4().hex[:12]
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
+        self._asked: list[_Asked] = []  # what has no result yet
         if options.python is not None and policy.engine.layout.is_main:
             self._process = ServerProcess(
                 _absolute(options.python), self._arguments(options), options.environment
@@ -71,12 +75,12 @@ class Vllm(RolloutBackend):
                 f"rollout.vllm: found {found} of python and url with rollout.backend vllm, accepted: one of "
                 "them (the Python of an environment with vLLM, or where servers answer)"
             )
-        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
-            if (value := getattr(rollout, name)) != neutral:
-                raise ValueError(
-                    f"rollout.{name}: found {value} with rollout.backend vllm, accepted: {neutral:g} (the "
-                    "trainer must know which tokens were left to draw from)"
-                )
+        if rollout.top_p != 1.0 and not rollout.top_k:
+            raise ValueError(
+                f"rollout.top_p: found {rollout.top_p} with rollout.backend vllm and no rollout.top_k, "
+                "accepted: 1, or a top_k beside it (the trainer must know which tokens were left to draw "
+                "from, and an answer names few)"
+            )
         for url in rollout.vllm.urls:
             if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
                 raise ValueError(
@@ -99,10 +103,17 @@ class Vllm(RolloutBackend):
             stale = self._from_main(lambda: self._stale(label))
             if not stale:
                 break
+            self._settle()
             failure = self._send(stale, label)
             if failure is not None and (attempt == _ATTEMPTS or self._options.python is None):
                 raise failure
         self._taken, self._label = version, label
+
+    def _settle(self) -> None:
+        """Wait until no rank has a request under way: an update drops those, or mixes their weights."""
+        for asked in self._asked:
+            asked.wait()
+        self.policy.engine.barrier()
 
     def _urls(self) -> list[str]:
         return self._options.urls if self._process is None else [self._process.url]
@@ -166,30 +177,40 @@ class Vllm(RolloutBackend):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
         """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
-        engine = self.policy.engine
-        is_first = engine.layout.tensor_rank == engine.layout.pipeline_rank == 0
-        return _from_one(
-            is_first, lambda: self._answered(prompts, sampling, seed), engine.broadcast_in_replica
-        )
+        return self.ask(prompts, sampling, seed).result()
+
+    def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> _Asked:
+        asked = _Asked(self, prompts, self._requests(prompts, sampling, seed), self._taken)
+        self._asked.append(asked)
+        return asked
+
+    def forget(self, asked: _Asked) -> None:
+        """Whose requests are at their end, or are not waited for."""
+        if asked in self._asked:
+            self._asked.remove(asked)
 
     def close(self) -> None:
+        for server in self._servers:
+            server.give_up()
+        for asked in list(self._asked):
+            asked.abandon()
         if self._process is not None:
             self._process.close()
 
-    def _answered(
+    def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
-    ) -> Generation:
-        server = self._servers[self.policy.engine.layout.data_rank % len(self._servers)]
+    ) -> Requests | None:
+        """Those of this rank; None where another one of the replica has them."""
+        layout, label = self.policy.engine.layout, self._label
+        if not layout.tensor_rank == layout.pipeline_rank == 0:
+            return None
+        server = self._servers[layout.data_rank % len(self._servers)]
         wanted = self._sampling(sampling)
 
         def ask(row: int) -> Response:
-            own = {**wanted, "seed": _row_seed(seed, row)}
-            return self._response(server, server.generate(list(prompts[row]), own))
+            return self._ask(server, prompts[row], {**wanted, "seed": _row_seed(seed, row)}, label)
 
-        with ThreadPoolExecutor(self.config.rollout.batch_size) as threads:
-            responses = list(threads.map(ask, range(len(prompts))))
-        versions_B = torch.full((len(prompts),), self._taken)
-        return assemble(prompts, responses, self.policy.pad_id, self.policy.eos_ids, versions_B)
+        return Requests(ask, len(prompts), self.config.rollout.batch_size)
 
     def _sampling(self, sampling: SamplingParameters) -> Mapping[str, Any]:
         return {
@@ -199,24 +220,43 @@ class Vllm(RolloutBackend):
             # Ours alone end a response, whatever the server has read of the model.
             "stop_token_ids": list(self.policy.eos_ids),
             "ignore_eos": True,
-            "logprobs": 0,  # that of the drawn token
+            **({"top_k": sampling.top_k, "top_p": sampling.top_p} if sampling.cuts else {}),
+            # That of the drawn token, or also those of all that were left; ties of the k-th stay, too.
+            "logprobs": self._shown(sampling.top_k + _TIES) if sampling.cuts else 0,
             "detokenize": False,
         }
 
-    def _response(self, server: VllmServer, choice: Mapping[str, Any]) -> Response:
-        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights that we sent."""
+    def _shown(self, wanted: int) -> int:
+        vocabulary = self.policy.vocabulary
+        return wanted if vocabulary is None else min(wanted, vocabulary)
+
+    def _ask(
+        self, server: VllmServer, prompt: Sequence[int], wanted: Mapping[str, Any], label: str
+    ) -> Response:
+        """One response. Where more tokens are left to draw from than it shows, it is asked for with more."""
+        while True:
+            choice = server.generate(list(prompt), wanted)
+            self._check_choice(server, choice, label)
+            # All of them, where the whole vocabulary is shown.
+            shown = wanted["logprobs"] + (wanted["logprobs"] == self.policy.vocabulary)
+            response = Response.read(server.url, choice, shown)
+            if response is not None:
+                return response
+            wanted = {**wanted, "logprobs": self._shown(4 * wanted["logprobs"])}
+
+    def _check_choice(self, server: VllmServer, choice: Mapping[str, Any], label: str) -> None:
+        """Raise ``ServerLost`` unless a response is whole and drawn with the weights of that label."""
         spans = choice.get("weight_versions")
         labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
         found = sorted({str(span.get("version")) for span in labelled})
-        if found != [self._label]:
+        if found != [label]:
             raise ServerLost(
                 f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
-                f"accepted: {self._label}"
+                f"accepted: {label}"
             )
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise ServerLost(f"{server.url}: found a response that ended with {reason!r}")
-        return Response.read(server.url, choice)
 
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
@@ -226,6 +266,7 @@ class Vllm(RolloutBackend):
             "--dtype": _DTYPES[config.model.dtype],
             "--max-model-len": str(config.longest),
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
+            "--max-logprobs": "-1",  # of as many tokens as top-k leaves
             "--generation-config": "vllm",  # none of the model's own sampling settings
             "--worker-extension-cls": "gapo_mega_vllm.TakesWeights",
         }
@@ -250,6 +291,49 @@ class Vllm(RolloutBackend):
         """Rank 0's value on every rank. Collective over the world."""
         engine = self.policy.engine
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
+
+
+class _Asked:
+    """Responses of one replica, which its first rank asks for."""
+
+    def __init__(
+        self, backend: Vllm, prompts: Sequence[Sequence[int]], requests: Requests | None, version: int
+    ) -> None:
+        """``requests``: of the replica's first rank. ``version``: of the weights that draw."""
+        self._backend = backend
+        self._prompts = prompts
+        self._requests = requests
+        self._version = version
+        self.seconds = 0.0
+
+    def wait(self) -> None:
+        if self._requests is not None:
+            self._requests.wait()
+
+    def result(self) -> Generation:
+        share = self._backend.policy.engine.broadcast_in_replica
+        try:
+            generation, self.seconds = _from_one(self._requests is not None, self._generation, share)
+        except StoppedWaiting:  # the requests go on
+            raise
+        except Exception:
+            self._backend.forget(self)
+            raise
+        self._backend.forget(self)
+        return generation
+
+    def abandon(self) -> None:
+        self._backend.forget(self)
+        if self._requests is not None:
+            self._requests.abandon()
+
+    def _generation(self) -> tuple[Generation, float]:
+        assert self._requests is not None
+        policy = self._backend.policy
+        responses = self._requests.responses()
+        versions_B = torch.full((len(self._prompts),), self._version)
+        generation = assemble(self._prompts, responses, policy.pad_id, policy.eos_ids, versions_B)
+        return generation, self._requests.seconds
 
 
 def _from_one(is_one: bool, make: Callable[[], Value], share: Callable[[Any], Any]) -> Value:

@@ -99,6 +99,17 @@ def test_a_server_that_cannot_start_is_told_with_what_it_printed(python: Path) -
     failing.close()
 
 
+@pytest.mark.parametrize(
+    ("mode", "reason"), [(0o644, "Permission denied"), (0o755, "No such file or directory")]
+)
+def test_a_python_that_is_no_program_is_one_line(tmp_path: Path, mode: int, reason: str) -> None:
+    (tmp_path / "python").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "python").chmod(mode)
+    message = rf"^rollout.vllm.python: found .*/python, which does not start \({reason}\), accepted: "
+    with pytest.raises(ValueError, match=message):
+        backend(tmp_path / "python", TablePolicy())
+
+
 PARENT = """\
 import sys, time
 from pathlib import Path
