@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.survive.kills.phases import PHASES
+from tests.helpers.kills.phases import PHASES
 
 Found = dict[str, Any]
 

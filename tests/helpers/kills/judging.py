@@ -15,11 +15,12 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from tests.helpers.metrics_log import VARYING, metrics
-from tests.survive.kills.cases import LAYOUTS, Case, Kill
-from tests.survive.kills.running import Attempt
+from tests.helpers.kills.cases import LAYOUTS, Case, Kill
+from tests.helpers.kills.running import Attempt
 
 STEPS = 3
 STOPPED, SECOND_CTRL_C, PEERS_LOST = 75, 130, 76  # of docs/operations.md
+_BEFORE_STEPS = ("start", "resuming", "before training")  # of whereabouts
 _WHOLE = ("hf", "heldout_answers.jsonl")  # the same bytes in every run, once they are there
 
 
@@ -68,7 +69,8 @@ def at_end(attempt: Attempt, before: Standing, run: Path, reference: Path) -> It
         yield f"resumed from {resumed}, and the newest checkpoint was that of {before.checkpoint}"
     if metrics(run) != metrics(reference):
         yield "metrics.jsonl differs"
-    there, wanted = files(run), files(reference)
+    cut = {path.name for path in run.glob("metrics.cut-*.jsonl")}  # what steps that are done again had logged
+    there, wanted = files(run) - cut, files(reference)
     if there != wanted:
         yield f"files: {sorted(there - wanted)} too many, {sorted(wanted - there)} missing"
     yield from _damaged(run)
@@ -89,8 +91,8 @@ def _codes(case: Case, kill: Kill, attempt: Attempt, standing: Standing) -> set[
         return {1} if kill.signal == "SIGKILL" or not standing.finished else {0, 1}
     if standing.finished:
         return {0}  # nothing was left to stop
-    if attempt.hit is not None and not attempt.hit["place"].startswith("step"):
-        # Before the first step of a process nothing is to be lost: signals end it as they end any command.
+    if attempt.hit is not None and attempt.hit["place"] in _BEFORE_STEPS:
+        # Nothing is to be lost there: signals end a process as they end any command.
         return {130} if kill.signal == "SIGINT" else {-int(kill.number)}
     return {STOPPED, SECOND_CTRL_C} if kill.signal == "SIGINT" and kill.again is not None else {STOPPED}
 

@@ -1,4 +1,4 @@
-"""``python -m tests.survive.kills``: so many kills, and their table."""
+"""``python -m tests.helpers.kills``: so many kills, and their table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.survive.kills import forking, table
-from tests.survive.kills.cases import LAYOUTS, STARTS
-from tests.survive.kills.session import RESULTS, Session, read
+from tests.helpers.kills import forking, table
+from tests.helpers.kills.cases import LAYOUTS, STARTS
+from tests.helpers.kills.session import RESULTS, Session, read
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.survive.kills",
+        prog="python -m tests.helpers.kills",
         description="Training runs of three steps are killed at random places, started again, and compared "
         "bit for bit with undisturbed ones.",
     )

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 
 from tests.helpers.environment import ROOT, SETTINGS
-from tests.survive.kills import forking
-from tests.survive.kills.cases import LAYOUTS, Kill
-from tests.survive.kills.observer import COUNTS, HIT, VARIABLE, ranks_file
-from tests.survive.kills.phases import TIMED, places
+from tests.helpers.kills import forking
+from tests.helpers.kills.cases import LAYOUTS, Kill
+from tests.helpers.kills.observer import COUNTS, HIT, VARIABLE, ranks_file
+from tests.helpers.kills.phases import TIMED, places
 
 ENDS_WITHIN = 400.0  # seconds: torchrun waits 240 for its processes, and may be slow
 CONFIG = "config.yaml"

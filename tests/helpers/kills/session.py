@@ -14,10 +14,10 @@ import yaml
 from tqdm import tqdm
 
 from tests.helpers.rank_runs import settings
-from tests.survive.kills import forking
-from tests.survive.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
-from tests.survive.kills.judging import STEPS, Standing, after_kill, at_end
-from tests.survive.kills.running import CONFIG, Attempt, Run
+from tests.helpers.kills import forking
+from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
+from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
+from tests.helpers.kills.running import CONFIG, Attempt, Run
 
 RESULTS = "kills.jsonl"
 _SILENCE = 0.5  # minutes: a launcher that is killed takes the ranks' store along
@@ -100,7 +100,14 @@ class Session:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         parallel = {"silence_minutes": _SILENCE, **PARALLEL.get(layout, {})}
-        found = settings(self._folder, "", STEPS, parallel=parallel, data={"heldout_prompts": 2})
+        found = settings(
+            self._folder,
+            "",
+            STEPS,
+            parallel=parallel,
+            data={"heldout_prompts": 2},
+            logging={"responses": 1},
+        )
         found["output_dir"] = "run"
         (folder / CONFIG).write_text(yaml.safe_dump(found))
         return Run(folder, layout, start, self._folder / "cache")

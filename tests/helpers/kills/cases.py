@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from tests.survive.kills.phases import BY_NAME, FIRST
+from tests.helpers.kills.phases import BY_NAME, FIRST
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 TARGETS = ("rank", "ranks", "launcher", "all")  # one of them, all of them, who started them, everybody
