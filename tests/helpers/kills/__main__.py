@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.helpers.kills import forking, table
+from tests.helpers.kills import table
 from tests.helpers.kills.cases import LAYOUTS, STARTS
 from tests.helpers.kills.session import RESULTS, Session, read
 
@@ -23,7 +23,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.out or Path(temporary)).absolute()
-        forking.load()
         session = Session(
             folder, arguments.seed, arguments.layouts, arguments.start, workers=arguments.workers
         )

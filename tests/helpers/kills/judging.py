@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.helpers.metrics_log import VARYING, metrics
 from tests.helpers.kills.cases import LAYOUTS, Case, Kill
 from tests.helpers.kills.running import Attempt
+from tests.helpers.metrics_log import VARYING, metrics
 
 STEPS = 3
 STOPPED, SECOND_CTRL_C, PEERS_LOST = 75, 130, 76  # of docs/operations.md

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from tests.helpers.rank_runs import settings
 from tests.helpers.kills import forking
 from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
 from tests.helpers.kills.running import CONFIG, Attempt, Run
+from tests.helpers.rank_runs import settings
 
 RESULTS = "kills.jsonl"
 _SILENCE = 0.5  # minutes: a launcher that is killed takes the ranks' store along
@@ -35,6 +35,9 @@ class Session:
 
     def run(self, kills: int) -> None:
         """Run cases until so many kills are known. Raises ``RuntimeError`` where undisturbed runs fail."""
+        if self._count() >= kills:
+            return
+        forking.load()
         self._prepare()
         running: dict[int, Case] = {}
         number = 0
