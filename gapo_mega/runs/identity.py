@@ -86,7 +86,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "recompute": FREE,
         "offload_reference": FREE,
     },
-    PolicyConfig: {"logits_chunk": FREE},
+    PolicyConfig: {"logits_chunk": FREE, "router_aux_loss": FIXED, "router_z_loss": FIXED},
     LoraConfig: {
         "rank": FIXED,
         "alpha": FIXED,

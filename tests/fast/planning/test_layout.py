@@ -232,3 +232,15 @@ def test_only_estimators_that_compare_samples_can_leave_flat_prompts_out(name: s
         match=rf"advantages\.filter_flat: found true with advantages\.name {name}, accepted: false",
     ):
         check(config(advantages={"name": name, "filter_flat": True}), SMOLLM2, 1)
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss", "router_z_loss"])
+def test_losses_of_routers_need_routers_that_are_trained(name: str) -> None:
+    check(config(model={"path": "m", name: 0.01}), WITH_EXPERTS, 1)
+    with pytest.raises(
+        ValueError, match=f"^model.{name}: found 0.01 with a model without experts, accepted: 0$"
+    ):
+        check(config(model={"path": "m", name: 0.01}), SMOLLM2, 1)
+    adapted = config(model={"path": "m", name: 0.01, "lora": {"target_modules": ["q_proj"]}})
+    with pytest.raises(ValueError, match=f"^model.{name}: found 0.01 with model.lora, accepted: 0"):
+        check(adapted, WITH_EXPERTS, 1)

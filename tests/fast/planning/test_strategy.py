@@ -15,6 +15,7 @@ from gapo_mega.config import Config, strategies
 from gapo_mega.config.loading import dump, load
 from gapo_mega.config.strategies import PassCount
 from gapo_mega.models import ModelShape
+from gapo_mega.planning.backwards import backwards_of_run
 from gapo_mega.planning.layout import check_gradients
 from gapo_mega.planning.strategy import forward_kind
 from tests.helpers.resolved import resolved_run
@@ -189,3 +190,16 @@ def test_layer_ranges_from_a_file(tmp_path: Path) -> None:
     assert loaded.gradients.scope == load(tmp_path / "again.yaml").gradients.scope == [[0, 2], [3, 4]]
     with pytest.raises(ValueError, match=r"gradients\.scope"):
         load(tmp_path / "c.yaml", ["gradients.scope=[[0, 2, 3]]"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "forwards", "backwards"),
+    [({}, 3, 3), ({"router_z_loss": 0.1}, 4, 4), ({"router_aux_loss": 0.1, "router_z_loss": 0.1}, 5, 4)],
+)
+def test_losses_of_routers_have_passes_of_their_own(
+    losses: dict[str, float], forwards: int, backwards: int
+) -> None:
+    chosen = config({"forward": "separate"}, model={"path": "m", **losses})
+    resolved = resolved_run(chosen, shape=SHAPE)
+    assert resolved.passes == PassCount(forwards, backwards)
+    assert backwards_of_run(chosen, 5) == 5 * backwards

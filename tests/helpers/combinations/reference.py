@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from gapo_mega.models import HFDirectory
+from gapo_mega.models.registry import shape_of
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import Experience
-from tests.helpers.combinations.settings import OBJECTIVES, PENALTY, TOP_K
+from tests.helpers.combinations.settings import AXES, OBJECTIVES, PENALTY, TOP_K
 from tests.helpers.ranks.check_engine import global_batch
 from tests.helpers.sampled import processors, random_kept, sampled_logprobs
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama, tiny_mixtral
 
 VOCABULARY, LAYERS = 200, 4
 # Of the ratio of probabilities: its logarithm is clipped to [-0.69, 0.41], and starts from one of these.
@@ -29,14 +33,28 @@ Named = Mapping[str, Tensor]
 
 
 def write_models(folder: Path) -> None:
-    """The two models, in fp32 but of numbers that bf16 has: a run in bf16 starts from the same ones."""
-    for tied in ("false", "true"):
-        directory = folder / f"tied-{tied}"
-        model = tiny_llama(directory, tied=tied == "true", vocab=VOCABULARY)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.bfloat16())
-        model.save_pretrained(directory)
+    """The models, in fp32 but of numbers that bf16 has: a run in bf16 starts from the same ones."""
+    for tied in AXES["tied"]:
+        for kind in AXES["model"]:
+            directory = directory_of(folder, kind, tied)
+            if kind == "experts":
+                model = tiny_mixtral(directory, vocab=VOCABULARY, tie_word_embeddings=tied == "true")
+            else:
+                model = tiny_llama(directory, tied=tied == "true", vocab=VOCABULARY)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.bfloat16())
+            model.save_pretrained(directory)
+
+
+def directory_of(folder: Path, kind: str, tied: str) -> Path:
+    """One of ``write_models``."""
+    return folder / f"{kind}-tied-{tied}"
+
+
+def shapes_of(folder: Path) -> dict[str, ModelShape]:
+    """The shapes of ``write_models`` by kind."""
+    return {kind: shape_of(HFDirectory(directory_of(folder, kind, "false")).config) for kind in AXES["model"]}
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -93,7 +111,9 @@ class Reference:
     """
 
     def __init__(self, directory: Path, temperature: float, edited: bool) -> None:
-        self._model = LlamaForCausalLM.from_pretrained(directory).double()
+        # The default for experts has no float64.
+        eager: dict[str, Any] = {"experts_implementation": "eager"}
+        self._model = AutoModelForCausalLM.from_pretrained(directory, **eager).double()
         self.start = tensors_of(directory)
         whole = global_batch(VOCABULARY)
         self._tokens_BT = whole.tokens_BT
@@ -109,24 +129,52 @@ class Reference:
 
     def at(self, weights: Named) -> Gradients:
         """Gradients of all objectives with ``weights`` by their Hugging Face names."""
-        named = dict(self._model.named_parameters())
-        assert named.keys() == weights.keys()
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(weights[name])
+        parameters = list(self._model.parameters())
+        self._load(weights)
         hidden = self._model.model(input_ids=self._tokens_BT).last_hidden_state
         head = self._model.lm_head.weight
         use = head.detach().clone().requires_grad_()
         losses, scales, margin = self._losses(hidden @ head.t())
         alone, _, _ = self._losses(hidden.detach() @ use.t())
-        full = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+        full = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        head_only = [torch.autograd.grad(loss, use, retain_graph=True)[0] for loss in alone]
         return Gradients(
             torch.stack(losses).detach(),
             torch.stack(scales).detach(),
             margin,
-            [dict(zip(named, grads, strict=True)) for grads in full],
-            [torch.autograd.grad(loss, use, retain_graph=True)[0] for loss in alone],
+            [self._by_file(grads) for grads in full],
+            head_only,
         )
+
+    @torch.no_grad()
+    def _load(self, weights: Named) -> None:
+        """Take weights by the names that files have: of experts a tensor each, which a model has in one."""
+        named = dict(self._model.named_parameters())
+        if named.keys() != weights.keys():
+            with tempfile.TemporaryDirectory() as folder:
+                self._model.config.save_pretrained(folder)
+                save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / "model.safetensors")
+                other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+                weights = dict(other.named_parameters())
+        assert named.keys() == weights.keys()
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
+
+    @torch.no_grad()
+    def _by_file(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Values of all parameters by the names that files have."""
+        named = dict(self._model.named_parameters())
+        if named.keys() == self.start.keys():
+            return dict(zip(named, values, strict=True))
+        before = [parameter.clone() for parameter in named.values()]
+        for parameter, value in zip(named.values(), values, strict=True):
+            parameter.copy_(value)
+        with tempfile.TemporaryDirectory() as folder:
+            self._model.save_pretrained(folder)
+            found = tensors_of(Path(folder))
+        for parameter, value in zip(named.values(), before, strict=True):
+            parameter.copy_(value)
+        return found
 
     def _losses(self, logits_BTV: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
         """PPO's clipped losses, the mean size of what they are means of, and the margin."""
@@ -171,6 +219,6 @@ class Reference:
 
 
 @functools.cache
-def reference_of(folder: Path, tied: str, temperature: str, sampling: str) -> Reference:
+def reference_of(folder: Path, kind: str, tied: str, temperature: str, sampling: str) -> Reference:
     """The reference of one of ``write_models``' models and a way of sampling, one for the process."""
-    return Reference(folder / f"tied-{tied}", float(temperature), sampling == "edited")
+    return Reference(directory_of(folder, kind, tied), float(temperature), sampling == "edited")

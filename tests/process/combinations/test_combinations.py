@@ -44,6 +44,17 @@ CHANGES = [
         "microbatches": "several",
     },
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
+    {"model": "experts", "layout": "DP2xEP2", "distributed": "true", "metric": "adam", "recompute": "full"},
+    {
+        "model": "experts",
+        "layout": "TP2xEP2",
+        "sequence_parallel": "true",
+        "distributed": "true",
+        "overlap": "reduce_and_gather",
+        "forward": "shared",
+        "microbatches": "several",
+        "sampling": "edited",
+    },
 ]
 
 
