@@ -32,7 +32,9 @@ class Place:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
 
 
-_places = [Place(0, "start", time.time())]  # one; any thread may read it
+START = "start"  # the phase of a process before a run has any
+_places = [Place(0, START, time.time())]  # one; any thread may read it
+_moves = [0]  # one; any thread may read it
 
 
 def here() -> Place:
@@ -60,3 +62,13 @@ def within(phase: str) -> Iterator[None]:
     enter(phase, outer.step)
     yield
     _places[0] = outer
+
+
+def get_on() -> None:
+    """Note that the phase goes on: a token, a microbatch, a file, another look at what is waited for."""
+    _moves[0] += 1
+
+
+def moves() -> int:
+    """How often this process has noted that it gets on."""
+    return _moves[0]
