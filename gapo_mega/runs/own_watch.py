@@ -54,8 +54,8 @@ class OwnWatch:
     def _told(self, place: Place) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(place.since))
         return (
-            f"rank {self._rank} on {socket.gethostname()} has been in {place} since {since} and has not got on "
-            f"for {self._limit:g} s (parallel.phase_minutes)"
+            f"rank {self._rank} on {socket.gethostname()} has been in {place} since {since} and has not got "
+            f"on for {self._limit:g} s (parallel.phase_minutes)"
         )
 
 
