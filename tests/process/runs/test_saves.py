@@ -1,4 +1,4 @@
-"""Two ranks that save in the background and put their model elsewhere: killed, they end as a quiet run does."""
+"""Two ranks that save in the background and put their model elsewhere, killed: they end as a quiet run does."""
 
 from __future__ import annotations
 
