@@ -20,8 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gapo_mega.config.results import EVERY_STEPS, WITHOUT_EFFECT
 from gapo_mega.evaluation.files import flush
 from gapo_mega.files import local
@@ -34,7 +32,7 @@ from gapo_mega.runs.processes import Peers, agree
 logger = logging.getLogger(__name__)
 
 PARAMETER = "evaluation.shared"
-_OWN = re.compile(r"\.(?P<host>.+)\.(?P<process>[0-9]{1,10})\.[0-9a-f]{32}\.json")
+_OWN = re.compile(r"\.(?P<host>.+)\.(?P<process>[1-9][0-9]{0,8})\.[0-9a-f]{32}\.json")
 _QUIET = 3600.0  # seconds after which nobody still writes a file, on whatever host
 # Settings that begin to matter with the first update, and places of what counts by its contents.
 _LATER = (
@@ -122,10 +120,21 @@ def _remove_left(directory: Path) -> None:
             continue
         with suppress(FileNotFoundError):  # another process may remove it, too, or give it its name
             status = path.stat()
-            ended = named["host"] == socket.gethostname() and not psutil.pid_exists(int(named["process"]))
+            ended = named["host"] == socket.gethostname() and not _runs(int(named["process"]))
             if ended or time.time() - status.st_mtime > _QUIET:
                 path.unlink()
                 tell_removed(path, status.st_size)
+
+
+def _runs(process: int) -> bool:
+    """Whether this host has a process of that number, whoever's it is."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def digest(record: Mapping[str, Any], world: int) -> str:

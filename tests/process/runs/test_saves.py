@@ -1,4 +1,4 @@
-"""Two ranks that save in the background and put their model elsewhere, killed: they end as a quiet run does."""
+"""Two ranks save in the background and are killed: they end as a quiet run does, their model elsewhere."""
 
 from __future__ import annotations
 
