@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -254,3 +254,22 @@ class SupervisedUpdate:
     gradient_norm: float  # before clipping
     learning_rate: float
     skipped: bool  # True: the gradient was not finite, parameters untouched
+
+
+class BackgroundSave(Protocol):
+    """A checkpoint whose files are being written while training goes on. All methods are collective."""
+
+    def is_done(self) -> bool:
+        """Whether every rank has written its files, or has failed to. The same on every rank."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """``is_done``, ``seconds`` from now at the latest."""
+        ...
+
+    def finish(self) -> Mapping[str, Mapping[str, Any]]:
+        """Make one checkpoint of all ranks' files; return sizes and checksums of this rank's, by name.
+
+        Raises ``OSError`` on every rank where one has not written its files.
+        """
+        ...

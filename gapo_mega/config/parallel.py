@@ -49,10 +49,23 @@ class ParallelConfig(Section):
         "timeout_minutes counts",
     )
 
+    phase_minutes: float | None = Field(
+        240,
+        ge=0.1,
+        le=MOST_MINUTES,
+        description="a rank that does not get on for so long (no token, microbatch or end of a phase) ends, "
+        "also where all hang at once; none: no limit",
+    )
+
     @property
     def timeout(self) -> timedelta:
         """Longest wait for other ranks."""
         return timedelta(minutes=self.timeout_minutes)
+
+    @property
+    def phase(self) -> timedelta | None:
+        """How long a rank may stay where it is; None: for ever."""
+        return None if self.phase_minutes is None else timedelta(minutes=self.phase_minutes)
 
     @property
     def silence(self) -> timedelta:

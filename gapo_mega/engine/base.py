@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gapo_mega.config import RolloutConfig
-from gapo_mega.models.checkpoint_files import Listing
 from gapo_mega.models.score_head import ScoreHead
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
+from gapo_mega.types import BackgroundSave as BackgroundSave
 from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
 from gapo_mega.types import PolicyFacts as PolicyFacts
 from gapo_mega.types import SupervisedUpdate as SupervisedUpdate
@@ -158,25 +158,6 @@ class Ranks(Protocol):
 
     def close(self) -> None:
         """Leave the process groups."""
-        ...
-
-
-class BackgroundSave(Protocol):
-    """A checkpoint whose files are being written while training goes on. Collective, as all methods are."""
-
-    def is_done(self) -> bool:
-        """Whether every rank has written its files, or has failed to. The same on every rank."""
-        ...
-
-    def wait(self, seconds: float) -> bool:
-        """``is_done``, by ``seconds`` from now at the latest."""
-        ...
-
-    def finish(self) -> Listing:
-        """Make one checkpoint of all ranks' files, and return sizes and checksums of this rank's.
-
-        Raises ``OSError`` on every rank where one has not written its files.
-        """
         ...
 
 

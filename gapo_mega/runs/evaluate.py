@@ -193,7 +193,7 @@ class Evaluation:
         The main rank has the comparison, the others None. What an earlier call has done there with the same
         settings is not done again. Raises ``ValueError`` where other responses are there.
         """
-        with watched(self._everyone, self.config.parallel.silence):
+        with watched(self._everyone, self.config.parallel.silence, self.config.parallel.phase):
             return self._run()
 
     def _run(self) -> Comparison | None:

@@ -105,6 +105,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "distributed_optimizer_instances": FREE,
         "timeout_minutes": FREE,
         "silence_minutes": FREE,
+        "phase_minutes": FREE,
     },
     DataConfig: {
         "source": ROWS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -133,7 +133,7 @@ class Session:
         From here on ranks watch over one another. Raises ``ValueError`` where the directory is not to be had,
         and where no checkpoint is sound.
         """
-        self._watched.enter_context(watched(self.everyone, self.config.parallel.silence))
+        self._watched.enter_context(self._watches())
         self._is_open = True
         try:
             # Workers that torchrun starts again go on; they do not begin once more.
@@ -145,6 +145,10 @@ class Session:
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
+
+    def _watches(self) -> AbstractContextManager[None]:
+        parallel = self.config.parallel
+        return watched(self.everyone, parallel.silence, parallel.phase)
 
     def close(self) -> None:
         """Give it back."""

@@ -29,6 +29,7 @@ from tenacity import (
 from gapo_mega.config.fields import protocol_of
 from gapo_mega.models.scratch import MADE_BY, size_of
 from gapo_mega.option_checks import without_password
+from gapo_mega.whereabouts import get_on
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Place:
                     self.files.rmdir(folder)
 
     def _check_size(self, name: str, size: int) -> None:
+        get_on()
         self.files.invalidate_cache()
         found = self.files.info(self.path(name))["size"]
         if found != size:

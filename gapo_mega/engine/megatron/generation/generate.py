@@ -42,6 +42,7 @@ from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation, TokenWatcher
+from gapo_mega.whereabouts import get_on
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +260,7 @@ class MegatronGenerator:
     ) -> None:
         """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
+            get_on()
             for number, chunk in enumerate(chunks):
                 for lane in lanes:
                     if number == 0 and step > 0 and not lane.done:

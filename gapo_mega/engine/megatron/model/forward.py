@@ -18,6 +18,7 @@ from gapo_mega.engine.megatron.model.response_positions import Rectangle, output
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.planning.schedule import microbatch_group
 from gapo_mega.types import AnyBatch, TokenBatch
+from gapo_mega.whereabouts import get_on
 
 # (model output on the last stage, microbatch) -> scalar loss, already divided by the global token count, so
 # that its *sum* over microbatches and data-parallel ranks is the loss to minimise; and numbers to log, summed
@@ -120,6 +121,7 @@ def _schedule(
     config.variable_seq_lengths = len(shapes) > 1
 
     def step(batches: Iterator[AnyBatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        get_on()
         batch = next(batches)
         there = batch.to(device())
         finish: Callable[[Tensor], Tensor] = _as_it_is
