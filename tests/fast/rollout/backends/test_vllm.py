@@ -289,6 +289,22 @@ def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path
         assert server.calls.count("gapo_begin_update") == 1
 
 
+def test_a_rank_with_several_servers_leaves_the_samples_of_a_prompt_to_one(
+    server: TableServer, tmp_path: Path
+) -> None:
+    engine = TablePolicy()
+    with table_server() as second:
+        both = Vllm(Policy(engine, tmp_path, 0, (END,)), settings([server.url, second.url], tmp_path))
+        both.update_weights()
+        prompts = [[3, 5], [3, 5], [4], [4], [6], [6]]
+        found = both.generate(prompts, SamplingParameters(6), seed=3)
+        assert sorted(prompt for _, prompt, _ in server.asked) == [(3, 5), (3, 5), (6,), (6,)]
+        assert [prompt for _, prompt, _ in second.asked] == [(4,), (4,)]
+    alone = backend(server, tmp_path, engine)
+    alone.update_weights()
+    assert torch.equal(found.tokens_BT, alone.generate(prompts, SamplingParameters(6), seed=3).tokens_BT)
+
+
 # -- what is refused before anything starts --------------------------------------------------------------
 
 
@@ -327,6 +343,19 @@ def test_a_server_of_one_machine_serves_no_job_of_several(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
         find("vllm").check(config)
+
+
+def test_replicas_are_of_a_python_and_share_lists_of_variables(tmp_path: Path) -> None:
+    def options(**given: Any) -> Config:
+        return configuration(tmp_path, rollout={"vllm": given})
+
+    environment = {"A": "same", "B": ["0,1", "2,3"]}
+    found = options(python="/bin/sh", replicas=2, environment=environment).rollout.vllm
+    assert [found.environment_of(i) for i in range(2)] == [{"A": "same", "B": b} for b in ("0,1", "2,3")]
+    with pytest.raises(ValueError, match=r"rollout.vllm.environment.B: found 2 values, .*the 3 replicas"):
+        options(python="/bin/sh", replicas=3, environment=environment)
+    with pytest.raises(ValueError, match=r"rollout.vllm.replicas: found 2 without rollout.vllm.python"):
+        options(url="http://localhost:1", replicas=2)
 
 
 def test_ahead_takes_a_back_end_of_its_own_processes(tmp_path: Path) -> None:
