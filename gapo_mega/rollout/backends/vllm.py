@@ -263,9 +263,8 @@ class _Asked:
         self._version = version
         self.seconds = 0.0
 
-    def wait(self) -> None:
-        if self._requests is not None:
-            self._requests.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        return self._requests is None or self._requests.wait(seconds)
 
     def result(self) -> Generation:
         share = self._backend.policy.engine.broadcast_in_replica
