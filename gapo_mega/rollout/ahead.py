@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from gapo_mega.engine.base import Engine
@@ -71,7 +72,7 @@ class _Batch:
 
     def wait(self, end: float) -> bool:
         """Whether this rank has nothing more to wait for, by ``end`` of ``time.monotonic``."""
-        return all(one.wait(max(0.0, end - time.monotonic())) for one in self.asked)
+        return all(one.wait(min(max(0.0, end - time.monotonic()), TIMEOUT_MAX)) for one in self.asked)
 
     def results(self) -> list[Generation]:
         """Waits for them. Collective over the replica."""
@@ -119,10 +120,11 @@ class Ahead:
         with self._timer("rollout"):
             self._batches = {number: batch for number, batch in self._batches.items() if number >= step}
             self._ask_missing(step, range(step, step + self._ahead - step % self._ahead))
-            found = self._drawn(step)
+            found = self._drawn(step, step)
             seconds = 0.0
             if step % self._ahead == 0:
-                self.settle()
+                for number in sorted(self._batches):
+                    self._drawn(number, step)
                 started = time.perf_counter()
                 self._ask_missing(step, range(step + self._ahead, step + 2 * self._ahead))
                 seconds = time.perf_counter() - started
@@ -228,17 +230,17 @@ class Ahead:
         for samples, greedy in [(steps.samples, False), (1, True)][: 1 + steps.greedy]:
             batch.asked.append(self._backend.ask(*self._collector.question(prompts, samples, greedy), seed))
 
-    def _drawn(self, step: int) -> list[Generation]:
-        """The rollouts of ``step``. What is lost is asked of the policy as it is now, by all ranks."""
+    def _drawn(self, number: int, step: int) -> list[Generation]:
+        """The rollouts of step ``number``. What is lost is asked of the policy as it is now, in ``step``."""
         again = False
 
         def work() -> list[Generation]:
             nonlocal again
             if again:
-                self._batches[step].policy_step = step
-                self._ask(step)
+                self._batches[number].policy_step = step
+                self._ask(number)
             again = True
-            return self._batches[step].results()
+            return self._batches[number].results()
 
         started = time.perf_counter()
         found = recovered(self._engine, self._collector.update_weights, work)

@@ -345,6 +345,27 @@ def test_a_server_of_one_machine_serves_no_job_of_several(
         find("vllm").check(config)
 
 
+def test_a_class_of_one_s_own_has_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from gapo_mega.rollout.backends import RolloutBackend\n"
+        "class Base(RolloutBackend):\n"
+        "    def update_weights(self): ...\n"
+        "    def generate(self, prompts, sampling, seed): ...\n"
+        "class Says(Base):\n    answers_beside = True\n"
+        "class Has(Says):\n    def ask(self, prompts, sampling, seed): ...\n"
+    )
+
+    def checked(name: str, ahead: int) -> None:
+        check(configuration(tmp_path, rollout={"ahead": ahead, "backend": f"{tmp_path / 'own.py'}:{name}"}))
+
+    checked("Has", 1)
+    checked("Base", 0)
+    with pytest.raises(ValueError, match=r"^rollout.ahead: found 1 with rollout.backend .*own.py:Base"):
+        checked("Base", 1)
+    with pytest.raises(ValueError, match=r"^rollout.backend: found .*own.py:Says, which .* no method ask"):
+        checked("Says", 0)
+
+
 def test_replicas_are_of_a_python_and_share_lists_of_variables(tmp_path: Path) -> None:
     def options(**given: Any) -> Config:
         return configuration(tmp_path, rollout={"vllm": given})
