@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # A checkpoint waits for so many times the longest rollout so far, and so many seconds more.
 _PATIENCE, _SLACK = 3.0, 30.0
+_SILENT = 5.0  # seconds that it waits without saying so
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Ahead:
 
     def _agreed(self, step: int, batch: _Batch) -> list[Generation] | None:
         """The batch's rollouts; None, and the batch is gone, where some data-parallel rank has none."""
-        first = self._late(batch)
+        first = self._late(step, batch)
         if first is None:
             own: Exception | None = None
             try:
@@ -200,9 +201,12 @@ class Ahead:
         del self._batches[step]
         return None
 
-    def _late(self, batch: _Batch) -> Exception | None:
+    def _late(self, step: int, batch: _Batch) -> Exception | None:
         """What to say where some replica still waits, after a time that rollouts do not take."""
         limit = _PATIENCE * self._longest + _SLACK if self._longest else inf
+        if not batch.wait(time.monotonic() + _SILENT) and self._engine.layout.is_main:
+            told = "" if limit == inf else f", until {limit:.0f} s after they were asked for"
+            logger.warning("a checkpoint waits for the responses of step %d, drawn ahead%s", step + 1, told)
         own = self._engine.broadcast_in_replica(batch.wait(batch.begun + limit))
         if all(self._engine.gather_over_data(own)):
             return None

@@ -258,6 +258,7 @@ def test_a_signal_while_a_server_hangs(
 ) -> None:
     """The checkpoint does not wait for it as long as requests may take."""
     monkeypatch.setattr(ahead_module, "_SLACK", 0.5)
+    monkeypatch.setattr(ahead_module, "_SILENT", 0.1)
     never = threading.Event()
 
     def hold(path: str, content: Any) -> None:
@@ -270,6 +271,7 @@ def test_a_signal_while_a_server_hangs(
     started = time.monotonic()
     assert not built(tmp_path, server, engine).run()
     assert time.monotonic() - started < PATIENCE, "requests end after that time, or never"
+    assert "a checkpoint waits for the responses of step 3, drawn ahead, until " in caplog.text
     assert "the responses of step 3, drawn ahead, did not come (not within " in caplog.text
     never.set()
     server.fail = lambda path, content: None

@@ -275,6 +275,22 @@ def test_an_update_that_fails_in_the_middle_is_an_error_and_the_stream_ends(
     assert tensors == ["norm", "table", "large", "last"]
 
 
+def test_weights_wait_for_responses_that_are_under_way(server: TableServer, tmp_path: Path) -> None:
+    engine = TablePolicy()
+    rollouts = backend(server, tmp_path, engine)
+    rollouts.update_weights()
+    sampling = SamplingParameters(8)
+    before = rollouts.generate(PROMPTS, sampling, 7)
+    server.seconds_per_token = 0.02
+    asked = rollouts.ask(PROMPTS, sampling, 7)
+    engine.learn(1)
+    rollouts.update_weights()  # an update drops what is under way
+    found = asked.result()
+    assert torch.equal(found.tokens_BT, before.tokens_BT) and asked.seconds > 0
+    assert found.versions_B is not None and found.versions_B.tolist() == [0] * 4
+    assert rollouts.generate(PROMPTS, sampling, 7).versions_B.tolist() == [1] * 4  # type: ignore[union-attr]
+
+
 def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path) -> None:
     engine = TablePolicy()
     with table_server() as second:
