@@ -78,8 +78,11 @@ survive: $(VENV)/.installed-test
 # vLLM pins releases of its own. PyPI's torchvision and the like want CUDA libraries, and break its import.
 VLLM := build/vllm
 VLLM_PYTHON ?= python3.11
-test-vllm: $(VENV)/.installed-test $(VLLM)/.installed $(MODEL)/config.json
-	GAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
+# Of an environment with vLLM that is there already, in place of one that is built.
+GAPO_VLLM_PYTHON ?= $(CURDIR)/$(VLLM)/bin/python
+VLLM_BUILT := $(if $(filter $(CURDIR)/$(VLLM)/%,$(GAPO_VLLM_PYTHON)),$(VLLM)/.installed)
+test-vllm: $(VENV)/.installed-test $(VLLM_BUILT) $(MODEL)/config.json
+	GAPO_VLLM_PYTHON=$(GAPO_VLLM_PYTHON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
 
 $(VLLM)/.installed: Makefile
 	$(VLLM_PYTHON) -m venv $(VLLM)

@@ -13,6 +13,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from gapo_mega.engine.base import Engine
@@ -25,6 +27,10 @@ from gapo_mega.rollout.score import Timer
 from gapo_mega.types import Generation, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
+
+# A checkpoint waits for so many times the longest rollout so far, and so many seconds more.
+_PATIENCE, _SLACK = 3.0, 30.0
+_SILENT = 5.0  # seconds that it waits without saying so
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ class _Batch:
     asked: list[Asked] = field(default_factory=list)
     found: list[Generation] | None = None
     seconds: float = 0.0  # from the question to the last response
+    begun: float = field(default_factory=time.monotonic)
+
+    def wait(self, end: float) -> bool:
+        """Whether this rank has nothing more to wait for, by ``end`` of ``time.monotonic``."""
+        return all(one.wait(min(max(0.0, end - time.monotonic()), TIMEOUT_MAX)) for one in self.asked)
 
     def results(self) -> list[Generation]:
         """Waits for them. Collective over the replica."""
@@ -100,6 +111,7 @@ class Ahead:
         self._timer = timer
         self._batches: dict[int, _Batch] = {}  # by step
         self._waited = 0.0  # seconds, since the last step
+        self._longest = 0.0  # seconds of a rollout so far; 0 before the first
 
     def take(self, step: int) -> Sampled:
         """The rollout of ``step``, at whose beginning the policy is. Collective.
@@ -109,10 +121,11 @@ class Ahead:
         with self._timer("rollout"):
             self._batches = {number: batch for number, batch in self._batches.items() if number >= step}
             self._ask_missing(step, range(step, step + self._ahead - step % self._ahead))
-            found = self._drawn(step)
+            found = self._drawn(step, step)
             seconds = 0.0
             if step % self._ahead == 0:
-                self.settle()
+                for number in sorted(self._batches):
+                    self._drawn(number, step)
                 started = time.perf_counter()
                 self._ask_missing(step, range(step + self._ahead, step + 2 * self._ahead))
                 seconds = time.perf_counter() - started
@@ -140,22 +153,22 @@ class Ahead:
     def state_dict(self, step: int) -> dict[str, Any]:
         """What a run that goes on after ``step`` steps cannot ask for again, for its policy is gone.
 
-        Waits for it. Collective. What does not come is left out, here too, and is asked of the policy then.
+        Waits for it, but not for several times as long as rollouts have taken so far: a server may hang.
+        Collective. What does not come is left out, here too, and is asked of the policy then.
         """
-        self.settle()
+        started = time.perf_counter()
         older = {n: b for n, b in self._batches.items() if n >= step and b.policy_step < step}
-        return {
-            "data_ranks": self._engine.layout.data,
-            "batches": {
-                str(number): {
-                    "policy_step": batch.policy_step,
-                    "seconds": batch.seconds,
-                    "rollouts": [to_lists(one) for one in found],
-                }
-                for number, batch in sorted(older.items())
-                if (found := self._agreed(number, batch))
-            },
+        batches = {
+            str(number): {
+                "policy_step": batch.policy_step,
+                "seconds": batch.seconds,
+                "rollouts": [to_lists(one) for one in found],
+            }
+            for number, batch in sorted(older.items())
+            if (found := self._agreed(number, batch))
         }
+        self._waited += time.perf_counter() - started
+        return {"data_ranks": self._engine.layout.data, "batches": batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state_dict``. Another number of data ranks has other rows: it asks for them anew."""
@@ -168,22 +181,36 @@ class Ahead:
             found = [from_lists(one) for one in saved["rollouts"]]
             if len(found) == 1 + self._steps.greedy:
                 self._batches[int(number)] = _Batch(saved["policy_step"], [], found, saved["seconds"])
+                self._longest = max(self._longest, saved["seconds"])
 
     def _agreed(self, step: int, batch: _Batch) -> list[Generation] | None:
         """The batch's rollouts; None, and the batch is gone, where some data-parallel rank has none."""
-        own: Exception | None = None
-        try:
-            batch.results()
-        except Exception as error:
-            own = error
-        told = self._engine.gather_over_data(None if own is None else sendable(own))
-        first = next((error for error in told if error is not None), None)
+        first = self._late(step, batch)
+        if first is None:
+            own: Exception | None = None
+            try:
+                batch.results()
+            except Exception as error:
+                own = error
+            told = self._engine.gather_over_data(None if own is None else sendable(own))
+            first = next((error for error in told if error is not None), None)
         if first is None:
             return batch.found
         self._tell("the responses of step %d, drawn ahead, did not come (%s)", step + 1, first)
         batch.drop()
         del self._batches[step]
         return None
+
+    def _late(self, step: int, batch: _Batch) -> Exception | None:
+        """What to say where some replica still waits, after a time that rollouts do not take."""
+        limit = _PATIENCE * self._longest + _SLACK if self._longest else inf
+        if not batch.wait(time.monotonic() + _SILENT) and self._engine.layout.is_main:
+            told = "" if limit == inf else f", until {limit:.0f} s after they were asked for"
+            logger.warning("a checkpoint waits for the responses of step %d, drawn ahead%s", step + 1, told)
+        own = self._engine.broadcast_in_replica(batch.wait(batch.begun + limit))
+        if all(self._engine.gather_over_data(own)):
+            return None
+        return TimeoutError(f"not within {limit:.0f} s")
 
     def _tell(self, message: str, *arguments: object) -> None:
         if self._engine.layout.is_main:
@@ -202,21 +229,22 @@ class Ahead:
     def _ask(self, number: int) -> None:
         batch, steps = self._batches[number], self._steps
         batch.drop()
+        batch.begun = time.monotonic()
         prompts, seed = steps.prompts(number), own_seed(steps.seed(number), self._engine.layout)
         for samples, greedy in [(steps.samples, False), (1, True)][: 1 + steps.greedy]:
             batch.asked.append(self._backend.ask(*self._collector.question(prompts, samples, greedy), seed))
 
-    def _drawn(self, step: int) -> list[Generation]:
-        """The rollouts of ``step``. What is lost is asked of the policy as it is now, by all ranks."""
+    def _drawn(self, number: int, step: int) -> list[Generation]:
+        """The rollouts of step ``number``. What is lost is asked of the policy as it is now, in ``step``."""
         again = False
 
         def work() -> list[Generation]:
             nonlocal again
             if again:
-                self._batches[step].policy_step = step
-                self._ask(step)
+                self._batches[number].policy_step = step
+                self._ask(number)
             again = True
-            return self._batches[step].results()
+            return self._batches[number].results()
 
         started = time.perf_counter()
         found = recovered(self._engine, self._collector.update_weights, work)
@@ -233,6 +261,7 @@ class Ahead:
         """
         batch, waited, self._waited = self._batches[step], self._waited, 0.0
         seconds = max(self._engine.gather_over_data(batch.seconds))
+        self._longest = max(self._longest, seconds)
         return {
             "rollout/staleness": float(step - batch.policy_step),
             "rollout/seconds": seconds,

@@ -137,6 +137,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "python": FREE,
         "url": FREE,
         "arguments": FREE,
+        "replicas": FREE,
         "environment": FREE,
         "weights_directory": FREE,
         "piece_mib": FREE,

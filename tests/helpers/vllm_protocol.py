@@ -18,6 +18,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 
+class _Listening(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that come at once; 5 by default, and the others are reset
+
+
 class TableServer:
     """One server. ``fail`` may answer a request in its place: (path, content) -> (status, answer) or None.
 
@@ -42,7 +46,7 @@ class TableServer:
         self._state = "ready"
         self._loading: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server = _Listening(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)

@@ -177,8 +177,8 @@ def test_a_killed_server_costs_a_repetition_and_nothing_else(tiny: Setup) -> Non
     rollouts.update_weights()
     sampling = SamplingParameters(90, temperature=0.7, repetition_penalty=1.2)
     undisturbed = rollouts.generate(tiny.prompts, sampling, 5)
-    process = rollouts._process
-    assert process is not None and process._process is not None
+    (process,) = rollouts._processes
+    assert process._process is not None
     starts = process.starts
     killer = threading.Timer(0.2, os.kill, (process._process.pid, signal.SIGKILL))
 

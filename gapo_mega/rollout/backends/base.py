@@ -37,8 +37,11 @@ class Asked(Protocol):
 
     seconds: float  # from the question to the last response, the same on every rank; known after ``result``
 
-    def wait(self) -> None:
-        """Wait until ``result`` has nothing to wait for. Not collective, and raises nothing of theirs."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until ``result`` has nothing to wait for on this rank; false where that takes longer.
+
+        Not collective, and raises nothing of theirs.
+        """
         ...
 
     def result(self) -> Generation:

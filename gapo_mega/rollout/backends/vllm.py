@@ -6,8 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,11 +19,13 @@ from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.files import local
 from gapo_mega.rollout.backends.base import Policy, RolloutBackend
 from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.servers.agreement import from_one
 from gapo_mega.rollout.servers.client import Patience, VllmServer
-from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.process import ServerProcess
+from gapo_mega.rollout.servers.questions import Questions
 from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response, assemble
+from gapo_mega.rollout.servers.shares import servers_of
 from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
 from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Generation
@@ -33,13 +34,12 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _ATTEMPTS = 2  # of an update of the weights; a server of ours is started again in between
-_TIES = 16  # tokens beyond top-k that an answer shows at first
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class Vllm(RolloutBackend):
-    """Samples on one server that the run starts, or on servers that are there, which data ranks share.
+    """Samples on servers that the run starts, or on servers that are there, which data ranks share.
 
     Rank 0 sends the weights to all servers; the first rank of every replica asks for its responses. A label
     of the weights travels with them and comes back with every response, so that none of other weights is
@@ -50,21 +50,24 @@ class Vllm(RolloutBackend):
     answers_beside: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, config: Config) -> None:
-        """Starts the server, and does not wait for it."""
+        """Starts the servers that are the run's own, and does not wait for them."""
         super().__init__(policy, config)
         self._options = options = config.rollout.vllm
         self._patience = Patience(options.timeout, options.patience, options.start_timeout)
         self._servers: list[VllmServer] = []  # known to all ranks after the first update
-        self._process: ServerProcess | None = None
+        self._processes: list[ServerProcess] = []  # those of the servers, on rank 0 of a run that starts them
         self._run = uuid.uuid4().hex[:12]
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
         self._asked: list[_Asked] = []  # what has no result yet
         if options.python is not None and policy.engine.layout.is_main:
-            self._process = ServerProcess(
-                _absolute(options.python), self._arguments(options), options.environment
-            )
-            self._process.start()
+            python, arguments = _absolute(options.python), self._arguments(options)
+            self._processes = [
+                ServerProcess(python, arguments, options.environment_of(replica))
+                for replica in range(options.replicas)
+            ]
+            for process in self._processes:
+                process.start()
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -116,21 +119,21 @@ class Vllm(RolloutBackend):
         self.policy.engine.barrier()
 
     def _urls(self) -> list[str]:
-        return self._options.urls if self._process is None else [self._process.url]
+        return [process.url for process in self._processes] or self._options.urls
 
     def _stale(self, label: str) -> list[int]:
         """Numbers of the servers that have other weights, once all of them answer."""
-        if self._process is not None:
-            self._process.start()
+        for process in self._processes:
+            process.start()
         for server in self._servers:
-            server.wait_until_up(self._check_process, self._patience.start)
-        if self._process is not None:
-            self._process.answered = True
+            server.wait_until_up(self._check_processes, self._patience.start)
+        for process in self._processes:
+            process.answered = True
         return [i for i, server in enumerate(self._servers) if server.version() != label]
 
-    def _check_process(self) -> None:
-        if self._process is not None:
-            self._process.check()
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            process.check()
 
     def _send(self, stale: Sequence[int], label: str) -> Exception | None:
         """Stream the weights to these servers. Returns on all ranks what kept one from taking them."""
@@ -146,8 +149,8 @@ class Vllm(RolloutBackend):
             logger.debug("weights: %d bytes in %.2f s", size, time.perf_counter() - begun)
         except Exception as error:
             failure = error
-            if self._process is not None:
-                self._process.kill()  # its weights are in pieces
+            for i in stale if self._processes else []:
+                self._processes[i].kill()  # its weights are in pieces
         return self._told(failure)
 
     def _stream(
@@ -194,69 +197,23 @@ class Vllm(RolloutBackend):
             server.give_up()
         for asked in list(self._asked):
             asked.abandon()
-        if self._process is not None:
-            self._process.close()
+        for process in self._processes:
+            process.close()
 
     def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Requests | None:
         """Those of this rank; None where another one of the replica has them."""
-        layout, label = self.policy.engine.layout, self._label
+        layout, policy = self.policy.engine.layout, self.policy
         if not layout.tensor_rank == layout.pipeline_rank == 0:
             return None
-        server = self._servers[layout.data_rank % len(self._servers)]
-        wanted = self._sampling(sampling)
+        questions = Questions(self._label, sampling, seed, policy.eos_ids, policy.vocabulary)
+        servers = servers_of(prompts, self._servers, layout.data_rank, layout.data)
 
         def ask(row: int) -> Response:
-            return self._ask(server, prompts[row], {**wanted, "seed": _row_seed(seed, row)}, label)
+            return questions.ask(servers[row], prompts[row], row)
 
         return Requests(ask, len(prompts), self.config.rollout.batch_size)
-
-    def _sampling(self, sampling: SamplingParameters) -> Mapping[str, Any]:
-        return {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "repetition_penalty": sampling.repetition_penalty,
-            # Ours alone end a response, whatever the server has read of the model.
-            "stop_token_ids": list(self.policy.eos_ids),
-            "ignore_eos": True,
-            **({"top_k": sampling.top_k, "top_p": sampling.top_p} if sampling.cuts else {}),
-            # That of the drawn token, or also those of all that were left; ties of the k-th stay, too.
-            "logprobs": self._shown(sampling.top_k + _TIES) if sampling.cuts else 0,
-            "detokenize": False,
-        }
-
-    def _shown(self, wanted: int) -> int:
-        vocabulary = self.policy.vocabulary
-        return wanted if vocabulary is None else min(wanted, vocabulary)
-
-    def _ask(
-        self, server: VllmServer, prompt: Sequence[int], wanted: Mapping[str, Any], label: str
-    ) -> Response:
-        """One response. Where more tokens are left to draw from than it shows, it is asked for with more."""
-        while True:
-            choice = server.generate(list(prompt), wanted)
-            self._check_choice(server, choice, label)
-            # All of them, where the whole vocabulary is shown.
-            shown = wanted["logprobs"] + (wanted["logprobs"] == self.policy.vocabulary)
-            response = Response.read(server.url, choice, shown)
-            if response is not None:
-                return response
-            wanted = {**wanted, "logprobs": self._shown(4 * wanted["logprobs"])}
-
-    def _check_choice(self, server: VllmServer, choice: Mapping[str, Any], label: str) -> None:
-        """Raise ``ServerLost`` unless a response is whole and drawn with the weights of that label."""
-        spans = choice.get("weight_versions")
-        labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
-        found = sorted({str(span.get("version")) for span in labelled})
-        if found != [label]:
-            raise ServerLost(
-                f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
-                f"accepted: {label}"
-            )
-        reason = choice.get("finish_reason")
-        if reason not in ("stop", "length"):
-            raise ServerLost(f"{server.url}: found a response that ended with {reason!r}")
 
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
@@ -280,7 +237,7 @@ class Vllm(RolloutBackend):
     # -- agreement of ranks ------------------------------------------------------------------------
     def _from_main(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives rank 0, on every rank; its error is raised on all of them."""
-        return _from_one(self.policy.engine.layout.is_main, make, self._share)
+        return from_one(self.policy.engine.layout.is_main, make, self._share)
 
     def _told(self, failure: Exception | None) -> Exception | None:
         found = self._share(None if failure is None else sendable(failure))
@@ -306,14 +263,13 @@ class _Asked:
         self._version = version
         self.seconds = 0.0
 
-    def wait(self) -> None:
-        if self._requests is not None:
-            self._requests.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        return self._requests is None or self._requests.wait(seconds)
 
     def result(self) -> Generation:
         share = self._backend.policy.engine.broadcast_in_replica
         try:
-            generation, self.seconds = _from_one(self._requests is not None, self._generation, share)
+            generation, self.seconds = from_one(self._requests is not None, self._generation, share)
         except StoppedWaiting:  # the requests go on
             raise
         except Exception:
@@ -336,22 +292,6 @@ class _Asked:
         return generation, self._requests.seconds
 
 
-def _from_one(is_one: bool, make: Callable[[], Value], share: Callable[[Any], Any]) -> Value:
-    """What ``make`` gives the one rank that calls it, on all that ``share``; its error is raised on all."""
-    outcome: Any = None
-    if is_one:
-        try:
-            outcome = make()
-        except Exception as error:
-            share(sendable(error))
-            raise
-    outcome = share(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    value: Value = outcome
-    return value
-
-
 def _absolute(path: str | Path) -> str:
     """As the server finds it, which works elsewhere. A link stays: an environment's Python is one."""
     return str(local(path).absolute())
@@ -370,9 +310,3 @@ def _check_python(python: str) -> None:
             f"rollout.vllm.python: found {python} in a job of {everywhere} processes, {here} of them on this "
             "machine; accepted: rollout.vllm.url (a server that the run starts answers on its machine alone)"
         )
-
-
-def _row_seed(seed: int, row: int) -> int:
-    """62 bits of (seed, row): samples of one prompt differ, and no two replicas share any."""
-    digest = blake2b(f"{seed} {row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2

@@ -18,6 +18,7 @@ from gapo_mega.rollout.servers.lost import ServerLost
 _HERE = Path(in_vllm.__path__[0])
 _END_WITHIN = 20.0  # seconds between SIGTERM and SIGKILL
 _LAST = 3  # lines of the log that an error shows
+_given: set[int] = set()  # ports
 
 # Of torchrun: vLLM would take them for a job of its own.
 _LAUNCHER = (
@@ -161,7 +162,11 @@ def _of_launcher(name: str) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """One that nobody listens on, and that no other server of this process was given."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port

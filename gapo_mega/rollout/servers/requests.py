@@ -38,10 +38,9 @@ class Requests:
         for number in range(min(at_once, count)):
             Thread(target=self._work, name=f"rollout-{number}", daemon=True).start()
 
-    def wait(self) -> None:
-        """Wait until all is answered, or one has failed."""
-        while not self._ended.wait(_BETWEEN_LOOKS):
-            pass
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until all is answered, or one has failed; false where that has not come within ``seconds``."""
+        return self._ended.wait(seconds)
 
     def responses(self) -> list[Response]:
         """All answers, in the order of their numbers.

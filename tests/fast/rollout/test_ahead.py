@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from gapo_mega.objectives.base import RewardFailed
+from gapo_mega.rollout import ahead as ahead_module
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.runs.trainer import Trainer
@@ -249,6 +251,32 @@ def test_a_signal_while_a_step_waits_for_its_responses(
     stopped_while_waiting(tmp_path / "run", server, ahead)
     assert "stopped by a signal while waiting in step 3" in caplog.text
     assert_resumed_as_undisturbed(tmp_path, server, ahead)
+
+
+def test_a_signal_while_a_server_hangs(
+    tmp_path: Path, server: TableServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint does not wait for it as long as requests may take."""
+    monkeypatch.setattr(ahead_module, "_SLACK", 0.5)
+    monkeypatch.setattr(ahead_module, "_SILENT", 0.1)
+    never = threading.Event()
+
+    def hold(path: str, content: Any) -> None:
+        if "generate" in path and server.generated >= len(HELD_OUT) + 8 * 2:
+            never.wait(PATIENCE)
+
+    server.fail = hold  # type: ignore[assignment]
+    engine = TablePolicy()
+    engine.at = {("update_policy", 2): terminate}
+    started = time.monotonic()
+    assert not built(tmp_path, server, engine).run()
+    assert time.monotonic() - started < PATIENCE, "requests end after that time, or never"
+    assert "a checkpoint waits for the responses of step 3, drawn ahead, until " in caplog.text
+    assert "the responses of step 3, drawn ahead, did not come (not within " in caplog.text
+    never.set()
+    server.fail = lambda path, content: None
+    assert built(tmp_path, server).run()
+    assert staleness(tmp_path) == [0, 1, 0, 1, 1]
 
 
 def test_more_or_fewer_steps_ahead_after_a_resume(tmp_path: Path, server: TableServer) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.rollout.backends import Policy, RolloutBackend, backends, check, find
+from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.servers.lost import ServerLost
@@ -275,6 +275,22 @@ def test_an_update_that_fails_in_the_middle_is_an_error_and_the_stream_ends(
     assert tensors == ["norm", "table", "large", "last"]
 
 
+def test_weights_wait_for_responses_that_are_under_way(server: TableServer, tmp_path: Path) -> None:
+    engine = TablePolicy()
+    rollouts = backend(server, tmp_path, engine)
+    rollouts.update_weights()
+    sampling = SamplingParameters(8)
+    before = rollouts.generate(PROMPTS, sampling, 7)
+    server.seconds_per_token = 0.02
+    asked = rollouts.ask(PROMPTS, sampling, 7)
+    engine.learn(1)
+    rollouts.update_weights()  # an update drops what is under way
+    found = asked.result()
+    assert torch.equal(found.tokens_BT, before.tokens_BT) and asked.seconds > 0
+    assert found.versions_B is not None and found.versions_B.tolist() == [0] * 4
+    assert rollouts.generate(PROMPTS, sampling, 7).versions_B.tolist() == [1] * 4  # type: ignore[union-attr]
+
+
 def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path) -> None:
     engine = TablePolicy()
     with table_server() as second:
@@ -289,59 +305,17 @@ def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path
         assert server.calls.count("gapo_begin_update") == 1
 
 
-# -- what is refused before anything starts --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rollout", "message"),
-    [
-        ({}, "rollout.vllm: found neither of python and url"),
-        ({"vllm": {"python": "/bin/sh", "url": "http://localhost:1"}}, "rollout.vllm: found both of python"),
-        ({"vllm": {"python": "/no/python"}}, "rollout.vllm.python: file /no/python not found"),
-        ({"vllm": {"url": "http://other:1"}}, "rollout.vllm.weights_directory: found none with .*other:1"),
-        (
-            {"vllm": {"url": "http://[::1]:1"}, "top_p": 0.9},
-            "rollout.top_p: found 0.9 with .*accepted: 1, or a",
-        ),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, rollout: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        find("vllm").check(configuration(tmp_path, rollout=rollout))
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://u:p@host:1", "http://host:1/?a=b", []])
-def test_an_address_that_is_none_is_refused(tmp_path: Path, url: Any) -> None:
-    with pytest.raises(ValueError, match="url"):
-        configuration(tmp_path, rollout={"vllm": {"url": url}})
-
-
-def test_a_server_of_one_machine_serves_no_job_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_with_several_servers_leaves_the_samples_of_a_prompt_to_one(
+    server: TableServer, tmp_path: Path
 ) -> None:
-    config = configuration(tmp_path, rollout={"vllm": {"python": "/bin/sh"}})
-    find("vllm").check(config)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    find("vllm").check(config)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
-        find("vllm").check(config)
-
-
-def test_ahead_takes_a_back_end_of_its_own_processes(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^rollout.ahead: found 1 with rollout.backend megatron, accepted: 0"
-    ):
-        check(configuration(tmp_path, rollout={"ahead": 1}))
-    check(configuration(tmp_path, rollout={"ahead": 0}))
-    check(configuration(tmp_path, rollout={"ahead": 2, "backend": "vllm", "vllm": {"url": "http://[::1]:1"}}))
-    with pytest.raises(ValueError, match="ahead"):
-        configuration(tmp_path, rollout={"ahead": -1})
-
-
-def test_every_back_end_of_the_folder_is_found_by_its_name() -> None:
-    assert backends().keys() == {"megatron", "vllm"}
-    assert all(issubclass(backend, RolloutBackend) for backend in backends().values())
-    with pytest.raises(ValueError, match=r"rollout.backend: found 'vlm' \(did you mean 'vllm'\?\), accepted"):
-        find("vlm")
+    engine = TablePolicy()
+    with table_server() as second:
+        both = Vllm(Policy(engine, tmp_path, 0, (END,)), settings([server.url, second.url], tmp_path))
+        both.update_weights()
+        prompts = [[3, 5], [3, 5], [4], [4], [6], [6]]
+        found = both.generate(prompts, SamplingParameters(6), seed=3)
+        assert sorted(prompt for _, prompt, _ in server.asked) == [(3, 5), (3, 5), (6,), (6,)]
+        assert [prompt for _, prompt, _ in second.asked] == [(4,), (4,)]
+    alone = backend(server, tmp_path, engine)
+    alone.update_weights()
+    assert torch.equal(found.tokens_BT, alone.generate(prompts, SamplingParameters(6), seed=3).tokens_BT)
