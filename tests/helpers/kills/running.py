@@ -99,6 +99,8 @@ class Run:
             known = counts.get(kill.phase, []) if self._attempts == 1 else counts.get(kill.phase, [])[:1]
             which = int(kill.which * len(known))
             event = int(kill.how_far * known[which]) if known else 0
+            if kill.phase in TIMED:
+                event = int(0.8 * event)  # what is known of it includes the end of the process
             stop = {"phase": kill.phase, "occurrence": which + 1, "event": event}
             plan |= {"observed": kill.observed, "stop": stop}
         return plan
