@@ -30,10 +30,11 @@ def text(found: Sequence[Found]) -> str:
     phases = [phase.name for phase in PHASES]
     equal = sum(case["equal"] for _, case in kills)
     resumed = sum(case["resumed"] for _, case in kills)
+    commands = sum(case["start"] == "command" for case in found)
     lines = [
         f"{len(kills)} kills in {len(found)} runs; resumed after {resumed}, equal in the end after {equal}.",
         f"Seeds: {', '.join(str(seed) for seed in sorted({case['seed'] for case in found}))}. "
-        f"Started as commands: {sum(case['start'] == 'command' for case in found)} runs, the others as forks.",
+        f"Started as commands: {commands} runs, the others as forks.",
         "",
         "Each cell: kills / resumed / equal to the undisturbed run.",
         "",
