@@ -24,7 +24,12 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.out or Path(temporary)).absolute()
         session = Session(
-            folder, arguments.seed, arguments.layouts, arguments.start, workers=arguments.workers
+            folder,
+            arguments.seed,
+            arguments.layouts,
+            arguments.start,
+            workers=arguments.workers,
+            again=arguments.again,
         )
         session.run(arguments.kills)
     print(table.text(session.found))
@@ -53,6 +58,9 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         choices=[*STARTS, "both"],
         help="command: each as a user gives it; forked: without loading Python anew; both: every tenth as a "
         "command (both)",
+    )
+    parser.add_argument(
+        "--again", type=float, default=0.25, metavar="SHARE", help="of runs that are disturbed twice (0.25)"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="K", help="cases side by side (1)")
     parser.add_argument(

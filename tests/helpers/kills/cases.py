@@ -75,8 +75,11 @@ class Case:
     kills: tuple[Kill, ...]
 
 
-def draw(seed: int, number: int, layouts: tuple[str, ...], start: str) -> Case:
-    """Case ``number`` (from 0) of a seed: every pair of a first phase and a signal is met in turn."""
+def draw(seed: int, number: int, layouts: tuple[str, ...], start: str, again: float = 0.25) -> Case:
+    """Case ``number`` (from 0) of a seed: every pair of a first phase and a signal is met in turn.
+
+    ``again``: share of the runs that are disturbed once more.
+    """
     pairs = list(product(FIRST, SIGNALS))
     block, place = divmod(number, len(pairs))
     random.Random(f"order {seed} {block}").shuffle(pairs)
@@ -84,8 +87,8 @@ def draw(seed: int, number: int, layouts: tuple[str, ...], start: str) -> Case:
     (name,) = rng.choices(layouts, [LAYOUTS[layout].weight for layout in layouts])
     layout = LAYOUTS[name]
     kills = [_kill(rng, layout, *pairs[place])]
-    if rng.random() < 0.25:
-        phase = rng.choice([*FIRST, "resume"])
+    if rng.random() < again:
+        phase = "resume" if rng.random() < 0.3 else rng.choice(FIRST)
         kills.append(_kill(rng, layout, phase, rng.choice(SIGNALS)))
     return Case(number, name, start, tuple(kills))
 

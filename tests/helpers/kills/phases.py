@@ -42,7 +42,16 @@ PHASES = (
     Phase("log write", ("gapo_mega.runs.log:RunLog.write",), main_only=True),
     Phase("export", (f"{_ENGINE}.engine:MegatronEngine.export_hf",)),
     Phase("report", ("gapo_mega.evaluation.report:write_report",), main_only=True, timed=True),
-    Phase("resume", ("gapo_mega.runs.loop:RunLoop._resume",)),
+    # Leftovers go, the configuration is written, the checkpoint is loaded, the log is cut.
+    Phase(
+        "resume",
+        (
+            "gapo_mega.runs.session:Session.begin",
+            "gapo_mega.runs.loop:RunLoop._resume",
+            "gapo_mega.runs.log:RunLog.truncate_after",
+            "gapo_mega.runs.cut_lines:keep_cut_lines",
+        ),
+    ),
 )
 BY_NAME = {phase.name: phase for phase in PHASES}
 # Those of an undisturbed run; a run that goes on has the last one, too.

@@ -24,6 +24,7 @@ from tests.helpers.kills.phases import TIMED, places
 
 ENDS_WITHIN = 400.0  # seconds: torchrun waits 240 for its processes, and may be slow
 CONFIG = "config.yaml"
+_LOADING = 200_000  # events of a rank that loads a checkpoint, or more
 _SITE = Path(__file__).parent / "site"
 
 
@@ -95,13 +96,23 @@ class Run:
             return plan
         plan |= {"observed": 0, "places": places(), "timed": TIMED}
         if kill is not None:
-            # Of a run that goes on, the first occurrence: how many there will be is not known.
-            known = counts.get(kill.phase, []) if self._attempts == 1 else counts.get(kill.phase, [])[:1]
-            which = int(kill.which * len(known))
-            event = int(kill.how_far * known[which]) if known else 0
-            stop = {"phase": kill.phase, "occurrence": which + 1, "event": event}
-            plan |= {"observed": kill.observed, "stop": stop}
+            plan |= {"observed": kill.observed, "stop": self._stop(kill, counts)}
         return plan
+
+    def _stop(self, kill: Kill, counts: dict[str, list[int]]) -> dict[str, Any]:
+        """The occurrence and the event at which the observed rank stops, or at the occurrence's end."""
+        known = counts.get(kill.phase, [])
+        if kill.phase == "resume":
+            # A run that goes on loads, which the undisturbed one does not: places of all orders of size.
+            which = int(kill.which * (len(known) if kill.observed == 0 else len(known) - 1))
+            return {"phase": kill.phase, "occurrence": which + 1, "event": int(_LOADING**kill.how_far)}
+        if self._attempts > 1:
+            known = known[:1]  # how many there will be is not known
+        which = int(kill.which * len(known))
+        event = int(kill.how_far * known[which]) if known else 0
+        if kill.phase in TIMED:
+            event = int(0.8 * event)  # what is known of it includes the end of the process
+        return {"phase": kill.phase, "occurrence": which + 1, "event": event}
 
     def _begin(self, plan: dict[str, Any], log: Path) -> int:
         words = ["train", "--config", CONFIG]

@@ -26,10 +26,22 @@ _SILENCE = 0.5  # minutes: a launcher that is killed takes the ranks' store alon
 class Session:
     """The folder of a series of cases, its reference runs, and what is known."""
 
-    def __init__(self, folder: Path, seed: int, layouts: tuple[str, ...], start: str, workers: int) -> None:
-        """``start``: how commands start, one of ``STARTS``, or "both": every tenth case as a command."""
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        layouts: tuple[str, ...],
+        start: str,
+        workers: int,
+        again: float = 0.25,
+    ) -> None:
+        """``start``: how commands start, one of ``STARTS``, or "both": every tenth case as a command.
+
+        ``again``: as ``draw`` takes it.
+        """
         self._folder = folder
-        self._seed, self._layouts, self._start, self._workers = seed, layouts, start, workers
+        self._seed, self._layouts, self._start, self._again = seed, layouts, start, again
+        self._workers = workers
         self._results = folder / RESULTS
         self.found: list[dict[str, Any]] = read(self._results)
 
@@ -67,7 +79,7 @@ class Session:
         start = self._start
         if start == "both":
             start = STARTS[number % 10 == 9]
-        return draw(self._seed, number, self._layouts, start)
+        return draw(self._seed, number, self._layouts, start, self._again)
 
     def _known(self, case: Case) -> bool:
         return any((found["seed"], found["case"]) == (self._seed, case.number) for found in self.found)

@@ -30,8 +30,12 @@ def text(found: Sequence[Found]) -> str:
     phases = [phase.name for phase in PHASES]
     equal = sum(case["equal"] for _, case in kills)
     resumed = sum(case["resumed"] for _, case in kills)
+    commands = sum(case["start"] == "command" for case in found)
     lines = [
         f"{len(kills)} kills in {len(found)} runs; resumed after {resumed}, equal in the end after {equal}.",
+        f"Seeds: {', '.join(str(seed) for seed in sorted({case['seed'] for case in found}))}. "
+        f"Started as commands: {commands} runs, the others as forks.",
+        "",
         "Each cell: kills / resumed / equal to the undisturbed run.",
         "",
         *_table("phase", kills, phases, lambda kill, case: kill["hit"]["phase"], signals, _signal),
@@ -48,7 +52,8 @@ def text(found: Sequence[Found]) -> str:
 def write(path: Path, found: Sequence[Found]) -> None:
     """``PATH.md`` and ``PATH.json``."""
     path.with_suffix(".md").write_text("# Random kills\n\n" + text(found), encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(list(found), indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(map(json.dumps, found))  # one a case
+    path.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _signal(kill: Found, case: Found) -> str:

@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
+from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.optimizer import Trainable
@@ -263,8 +264,7 @@ def _errors(directory: Path, what: str, kind: type[Exception]) -> Iterator[None]
     """Raise failures of the disk and of the format as one short message of type ``kind``."""
     try:
         yield
-    except CheckpointException as error:  # holds one cause per failed rank
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise kind(f"checkpoint {directory} cannot be {what} (rank {rank}): {cause}") from error
+    except CheckpointException as error:
+        raise kind(f"checkpoint {directory} cannot be {what} ({cause_in_words(error)})") from error
     except (OSError, CheckpointingException) as error:
         raise kind(f"checkpoint {directory} cannot be {what}: {error}") from error
