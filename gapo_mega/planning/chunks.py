@@ -8,6 +8,14 @@ from gapo_mega.models.shape import ModelShape
 CHUNK = 1024  # response tokens; below some hundred, products of the output layer get slow
 
 
+def most_response_tokens(config: Config) -> int:
+    """Response tokens that a microbatch may have."""
+    response = config.rollout.max_new_tokens
+    if config.micro_batch_tokens is None:
+        return config.micro_batch_size * response
+    return config.micro_batch_tokens * response // (response + 1)  # a prompt has a token
+
+
 def logits_chunk(config: Config, shape: ModelShape) -> int:
     """Response tokens of a microbatch whose logits are in memory at once; 0: all.
 
@@ -18,6 +26,6 @@ def logits_chunk(config: Config, shape: ModelShape) -> int:
     chosen = config.model.logits_chunk
     if chosen != "auto":
         return chosen
-    tokens = config.micro_batch_size * config.rollout.max_new_tokens
+    tokens = most_response_tokens(config)
     cost = 0 if config.model.lora is not None else shape.hidden
     return CHUNK if tokens > CHUNK + cost else 0

@@ -11,7 +11,12 @@ from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
-from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
+from gapo_mega.planning.strategy import (
+    microbatches,
+    minibatch_sequences,
+    refusal_of_one_pass,
+    refusal_of_shared,
+)
 
 
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
@@ -37,7 +42,9 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
-    check_interleaving(config.parallel, shape, microbatches(config, data_parallel))
+    packed = config.micro_batch_tokens is not None  # then there are as many as are wanted
+    count = (minibatch_sequences if packed else microbatches)(config, data_parallel)
+    check_interleaving(config.parallel, shape, count)
     check_gradients(config, shape, data_parallel)
     check_lengths(config, shape)
     _check_samples(config, estimator)
@@ -131,7 +138,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             f"data-parallel rank: {_listed(_divisors(sequences))}"
         )
     minibatch = sequences // algorithm.minibatches
-    if minibatch % config.micro_batch_size:
+    if config.micro_batch_tokens is None and minibatch % config.micro_batch_size:
         # Pipeline stages exchange tensors of one size, so all microbatches are alike.
         raise ValueError(
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "

@@ -79,6 +79,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "seed": FIXED,
         "steps": FREE,
         "micro_batch_size": FREE,
+        "micro_batch_tokens": FREE,
     },
     ModelConfig: {
         "path": Rule.MODEL,

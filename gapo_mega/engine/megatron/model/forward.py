@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
+from gapo_mega.engine.megatron.model.packing import in_rows, run_packed, unpacked
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.planning.schedule import microbatch_group
@@ -39,6 +40,13 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int) -> Tensor:
     return output
 
 
+def run_batch(model: nn.Module, batch: TokenBatch, multiple: int) -> Tensor:
+    """The stage's output for a batch, which may lie on the host; ``[1, S, X]`` if it is packed."""
+    if batch.packed_width is not None:
+        return run_packed(model, batch, device())
+    return run_model(model, batch.tokens_BT.to(device()), multiple)
+
+
 def sequence_multiple(model: nn.Module) -> int:
     """The ``multiple`` that ``run_model`` needs for this model."""
     config = get_model_config(model)
@@ -50,13 +58,18 @@ def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tens
 
     Those of an earlier pipeline stage are its hidden states at all positions.
     """
-    columns = batch.tokens_BT.shape[1]
-    # Where the mask lies: on the host nobody waits for a device.
-    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
-    with output_only_at(model, rectangle.to(device())):
-        output = run_model(model, batch.tokens_BT.to(device()), multiple)
+    with output_only_at(model, _rectangle(batch, multiple)):
+        output = run_batch(model, batch, multiple)
     # Squeezed, because the backward of an index would make another tensor of this size.
     return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
+
+
+def _rectangle(batch: TokenBatch, multiple: int) -> Rectangle:
+    """Around the response tokens of the rows that a model gets, on this rank's device."""
+    # Where the mask lies: on the host nobody waits for a device.
+    mask_BS = in_rows(batch).response_mask_BT
+    columns = mask_BS.shape[1]
+    return Rectangle.around(mask_BS, columns + (-columns % multiple), multiple).to(device())
 
 
 def run_policy(
@@ -71,20 +84,43 @@ def run_policy(
         output = run_at_responses(model, batch, multiple)
         distribution, backwards, entropy = wanted.distribution, wanted.backwards, wanted.entropy
         return output, lambda out: logprobs_of(out, there, distribution, backwards, entropy)
-    columns = batch.tokens_BT.shape[1]
-    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
-    with left_out(model, rectangle.to(device())) as head:
-        output = run_model(model, there.tokens_BT, multiple)
+    with left_out(model, _rectangle(batch, multiple)) as head:
+        output = run_batch(model, batch, multiple)
     return output, lambda out: head.policy(out, there, wanted)
 
 
-def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Microbatches[AnyBatch]:
+def split(
+    chunks: Chunks,
+    batch: AnyBatch,
+    size: int,
+    together: int = 1,
+    *,
+    tokens: int | None = None,
+    least: int = 1,
+) -> Microbatches[AnyBatch]:
     """``Microbatches`` of ``size`` rows that the chunks' schedule takes.
 
     An interleaved pipeline exchanges tensors in both directions at once, and its schedule knows one shape.
+
+    Args:
+        tokens: packed rows of at most so many, in place of ``size`` rows.
+        least: pieces of packed rows, as far as there are sequences; an interleaved pipeline wants one for
+            every stage.
     """
-    interleaved = get_model_config(chunks[0]).virtual_pipeline_model_parallel_size is not None
-    return Microbatches.of(batch, size, together=together, one_width=interleaved)
+    config = get_model_config(chunks[0])
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if tokens is None:
+        return Microbatches.of(batch, size, together=together, one_width=interleaved)
+    assert together == 1, together
+    least = max(least, config.pipeline_model_parallel_size) if interleaved else least
+    multiple = sequence_multiple(chunks[0])
+    return Microbatches.packed(batch, tokens, least=least, multiple=multiple, one_width=interleaved)
+
+
+def _shape(batch: TokenBatch) -> tuple[int, int]:
+    """Rows and columns that a model gets, but for the padding of sequence parallelism in unpacked rows."""
+    rows, columns = batch.tokens_BT.shape
+    return (rows, columns) if batch.packed_width is None else (1, batch.packed_width)
 
 
 def _as_it_is(output: Tensor) -> Tensor:
@@ -105,7 +141,7 @@ def _schedule(
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     if virtual is not None:
         config.microbatch_group_size_per_vp_stage = microbatch_group(len(microbatches), stages)
-    shapes = {batch.tokens_BT.shape for batch in microbatches}
+    shapes = {_shape(batch) for batch in microbatches}
     assert virtual is None or len(shapes) == 1, shapes
     # All ranks of a replica hold the same rows, so they agree. Stages then send each other shapes first.
     config.variable_seq_lengths = len(shapes) > 1
@@ -119,15 +155,17 @@ def _schedule(
         elif at_responses:
             output = run_at_responses(stage, batch, multiple)
         else:
-            output = run_model(stage, there.tokens_BT, multiple)
+            output = run_batch(stage, batch, multiple)
         if on_output is not None:
             on_output(output, there)
         if at_responses or policy is not None:
             return output, lambda out, **_: on_last_stage(finish(out), there)
+        if batch.packed_width is not None:
+            return output, lambda out, **_: on_last_stage(unpacked(out, there), there)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : there.tokens_BT.shape[1]], there)
 
-    rows, columns = microbatches[0].tokens_BT.shape
+    rows, columns = _shape(microbatches[0])
     iterators = [iter(microbatches) for _ in chunks]
     results: list[Any] = get_forward_backward_func(stages, virtual)(
         forward_step_func=step,
@@ -202,16 +240,22 @@ def forward_only(
 
 
 def batch_logprobs(
-    chunks: Chunks, batch: TokenBatch, size: int, distribution: Distribution, chunk: int = 0
+    chunks: Chunks,
+    batch: TokenBatch,
+    size: int,
+    distribution: Distribution,
+    chunk: int = 0,
+    tokens: int | None = None,
 ) -> Tensor:
     """Log-probabilities of response tokens ``[B, T]``, float32 on the CPU; ``size`` rows a microbatch.
 
-    Zeros elsewhere, and on all but the last pipeline stage. ``chunk``: as in ``Wanted``.
+    Zeros elsewhere, and on all but the last pipeline stage. ``chunk``: as in ``Wanted``. ``tokens``: as for
+    ``split``.
     """
 
     def output_of(policy_BT: Tensor, part: TokenBatch) -> Tensor:
         return policy_BT.cpu()
 
-    pieces = split(chunks, batch, size)
+    pieces = split(chunks, batch, size, tokens=tokens)
     parts = forward_only(chunks, pieces.parts, output_of, policy=Wanted(distribution, chunk=chunk))
     return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)
