@@ -194,7 +194,7 @@ class TokenBatch:
 
         ``where``: of a tensor's name, whose suffix tells its dimensions.
         """
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         for own in fields(self):
             value = getattr(self, own.name)
             if isinstance(value, Tensor) and where(own.name):

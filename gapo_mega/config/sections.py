@@ -260,9 +260,9 @@ class Config(Section):
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="in place of micro_batch_size: forward passes of policy, reference and critic get as many "
-        "sequences as so many tokens hold, in one row without padding and without attention between them; at "
-        "least as many as the longest sequence has",
+        description="in place of micro_batch_size: forward passes of policy, reference and critic get as "
+        "many sequences as so many tokens hold, in one row without padding and without attention between "
+        "them; at least as many as the longest sequence has",
     )
     model: PolicyConfig
     parallel: ParallelConfig = ParallelConfig()

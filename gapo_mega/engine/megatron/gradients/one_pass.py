@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_policy, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import Backwards
+from gapo_mega.engine.megatron.model.logprobs import Backwards, Wanted
+from gapo_mega.engine.megatron.model.packing import sequence_numbers
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -92,7 +94,8 @@ class OnePass(Shards):
         """Add one microbatch's gradients to the rows. Returns its part of every loss."""
         model = self.trainable.model
         backwards = Backwards(last=False)
-        output, finish = run_policy(model, batch, sequence_multiple(model), task.wanted(backwards))
+        output, finish = run_policy(model, batch, sequence_multiple(model), self._wanted(task, backwards))
+        numbers_S = _numbers(batch)
         batch = batch.to(device())
         policy_BX = finish(output)
         del output, finish
@@ -101,11 +104,14 @@ class OnePass(Shards):
         directions = cotangents.Directions(cotangents_MBX)
         passes = directions.factors(self._agreed_rank(directions.rank))
         for number, factor in enumerate(passes, start=1):
-            self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only)
+            self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only, numbers_S)
             backwards.last = number == len(passes)
             torch.autograd.backward(policy_BX, factor.cotangent_BT, retain_graph=not backwards.last)
         clock.lap("backward")
         return losses_M
+
+    def _wanted(self, task: Task, backwards: Backwards) -> Wanted:
+        return replace(task.wanted(backwards), on_rows=self._accumulator.take_output_rows)
 
     def _agreed_rank(self, found: int) -> int:
         """The number of passes; all tensor ranks take equally many."""
@@ -158,8 +164,9 @@ class OnePass(Shards):
             # Stages alternate microbatches: the coefficients change when a backward begins. The hook must not
             # hold the output, which would then outlive its backward.
             coefficients_MB, where = _advantages(batch), output.device
+            numbers_S = _numbers(batch)
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda _: self._accumulator.take(coefficients_MB, where)
+                lambda _: self._accumulator.take(coefficients_MB, where, None, numbers_S)
             )
 
         def loss(policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
@@ -178,7 +185,7 @@ class OnePass(Shards):
                 loss,
                 self.objectives + 1,
                 on_output=bind,
-                policy=task.wanted(Backwards(last=True)),
+                policy=self._wanted(task, Backwards(last=True)),
             )
         finally:
             config.finalize_model_grads_func = reduce
@@ -189,6 +196,11 @@ class OnePass(Shards):
         misses = torch.tensor(0 if fits else 1)
         dist.all_reduce(misses)
         return int(misses) == 0
+
+
+def _numbers(batch: Experience) -> Tensor | None:
+    """Whose the positions of a packed microbatch are."""
+    return None if batch.packed_width is None else sequence_numbers(batch)
 
 
 def _advantages(batch: Experience) -> Tensor:

@@ -255,7 +255,7 @@ class GradientStrategy(ABC):
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         setting = self._setting
-        pieces = self._microbatches(minibatch)
+        pieces = self._pieces(minibatch)
         lengths_B = minibatch.response_mask_BT.sum(dim=1)
         responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
         counts = *responses, pieces.computed, int(minibatch.lengths_B.sum())
@@ -277,7 +277,7 @@ class GradientStrategy(ABC):
             chunk=setting.chunk,
         )
 
-    def _microbatches(self, minibatch: Experience) -> Microbatches[Experience]:
+    def _pieces(self, minibatch: Experience) -> Microbatches[Experience]:
         """Equally many on all ranks, which may reduce gradients after each one."""
         chunks, size, tokens = (
             self.trainable.chunks,

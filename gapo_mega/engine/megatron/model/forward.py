@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
-from gapo_mega.engine.megatron.model.packing import in_rows, run_packed, unpacked
+from gapo_mega.engine.megatron.model.packing import in_rows, run_packed, sequence_numbers, unpacked
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.planning.schedule import microbatch_group
@@ -26,6 +26,7 @@ LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
 # (a stage's output, microbatch), called before anything is computed from the output
 OnOutput = Callable[[Tensor, AnyBatch], None]
 OutputOf = Callable[[Tensor, AnyBatch], Tensor]
+OnRows = Callable[[Tensor], None]  # as in ``Wanted``
 Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``build_chunks``
 
 
@@ -53,23 +54,34 @@ def sequence_multiple(model: nn.Module) -> int:
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 
 
-def run_at_responses(model: nn.Module, batch: TokenBatch, multiple: int) -> Tensor:
+def run_at_responses(
+    model: nn.Module, batch: TokenBatch, multiple: int, on_rows: OnRows | None = None
+) -> Tensor:
     """The outputs ``[N, X]`` that predict response tokens, in the order of the mask.
 
-    Those of an earlier pipeline stage are its hidden states at all positions.
+    Those of an earlier pipeline stage are its hidden states at all positions. ``on_rows``: as in ``Wanted``.
     """
-    with output_only_at(model, _rectangle(batch, multiple)):
+    rectangle = _rectangle(batch, multiple)
+    if on_rows is not None and batch.packed_width is not None:
+        on_rows(_row_sequences(batch, rectangle))
+    with output_only_at(model, rectangle.to(device())):
         output = run_batch(model, batch, multiple)
     # Squeezed, because the backward of an index would make another tensor of this size.
     return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
 
 
 def _rectangle(batch: TokenBatch, multiple: int) -> Rectangle:
-    """Around the response tokens of the rows that a model gets, on this rank's device."""
+    """Around the response tokens of the rows that a model gets."""
     # Where the mask lies: on the host nobody waits for a device.
     mask_BS = in_rows(batch).response_mask_BT
     columns = mask_BS.shape[1]
-    return Rectangle.around(mask_BS, columns + (-columns % multiple), multiple).to(device())
+    return Rectangle.around(mask_BS, columns + (-columns % multiple), multiple)
+
+
+def _row_sequences(batch: TokenBatch, rectangle: Rectangle) -> Tensor:
+    """``[R]``: the number of the sequence that each row of a packed batch's rectangle is of."""
+    numbers_S = sequence_numbers(batch)
+    return numbers_S if rectangle.positions_RB is None else numbers_S[rectangle.positions_RB[:, 0]]
 
 
 def run_policy(
@@ -81,10 +93,12 @@ def run_policy(
     """
     there = batch.to(device())
     if not wanted.chunk or not get_attr_wrapped_model(model, "post_process"):
-        output = run_at_responses(model, batch, multiple)
+        output = run_at_responses(model, batch, multiple, wanted.on_rows)
         distribution, backwards, entropy = wanted.distribution, wanted.backwards, wanted.entropy
         return output, lambda out: logprobs_of(out, there, distribution, backwards, entropy)
-    with left_out(model, _rectangle(batch, multiple)) as head:
+    rectangle = _rectangle(batch, multiple)
+    numbers_R = None if batch.packed_width is None else _row_sequences(batch, rectangle)
+    with left_out(model, rectangle.to(device()), numbers_R) as head:
         output = run_batch(model, batch, multiple)
     return output, lambda out: head.policy(out, there, wanted)
 

@@ -8,6 +8,7 @@ one sequence after the other, which also saves the scores between sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from gapo_mega.types import TokenBatch
 
 
-class PackedAttention(DotProductAttention):
+class PackedAttention(DotProductAttention):  # type: ignore[misc]
     """Megatron's attention, which also takes packed rows."""
 
     def forward(
@@ -32,12 +33,12 @@ class PackedAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """``[S, B, H, D]`` as Megatron's; packed ``[S, H, D]``, and ``[S, H * D]`` of what it returns."""
-        attend = super().forward
+        attend: Callable[..., Tensor] = super().forward
         if packed_seq_params is None:
             return attend(query, key, value, attention_mask, attn_mask_type, attention_bias)
         ends = packed_seq_params.cu_seqlens_q
         lengths = (ends[1:] - ends[:-1]).tolist()
-        parts = zip(*(tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value)), strict=True)
+        parts = zip(*(torch.split(x.unsqueeze(1), lengths) for x in (query, key, value)), strict=True)
         found = [attend(*part, attention_mask, attn_mask_type, attention_bias) for part in parts]
         return torch.cat(found).squeeze(1)
 
@@ -84,6 +85,16 @@ def sequence_lengths(batch: TokenBatch) -> list[int]:
     padding = batch.packed_width - sum(lengths)
     assert padding >= 0, (lengths, batch.packed_width)
     return [*lengths, padding] if padding else lengths
+
+
+def sequence_numbers(batch: TokenBatch) -> Tensor:
+    """int64 ``[S]``: the sequence of a packed batch that each position is of; padding is the last one's.
+
+    On the host, as the batch.
+    """
+    lengths = sequence_lengths(batch)
+    numbers_S = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return numbers_S.clamp_(max=batch.batch_size - 1)
 
 
 def unpacked(output_1SX: Tensor, batch: TokenBatch) -> Tensor:

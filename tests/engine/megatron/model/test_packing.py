@@ -1,4 +1,4 @@
-"""Packed rows give what a row for every sequence gives: transformers' log-probabilities, float64's gradients."""
+"""Packed rows give what a row for every sequence gives: log-probabilities, gradients, values."""
 
 from __future__ import annotations
 
@@ -77,6 +77,11 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "separate, tight": ({"forward": "separate"}, TIGHT, {}),
     "shared": ({"forward": "shared"}, ROOMY, {}),
     "in turns": ({"forward": "shared"}, 50, {}),
+    "one pass": ({"forward": "one_pass"}, ROOMY, {}),
+    "one pass in parts": ({"forward": "one_pass"}, 50, {}),
+    "one pass, tight": ({"forward": "one_pass"}, TIGHT, {}),
+    "one pass, chunks of logits": ({"forward": "one_pass"}, 50, {"model": {"logits_chunk": 3}}),
+    "one pass, full recomputation": ({"forward": "one_pass"}, 50, {"model": {"recompute": "full"}}),
     "single": ({"store": "single", "forward": "separate"}, 50, {}),
     "last layer": ({"scope": "last_layer", "forward": "separate"}, 50, {}),
     "last block shared": ({"scope": "last_block", "forward": "shared"}, ROOMY, {}),
