@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from gapo_mega import ops
@@ -35,8 +34,10 @@ _SHORT = {"cpu": 32, "cuda": 256}
 class Accumulator:
     """The rows of one update, and the coefficients of the pass that is being differentiated."""
 
-    def __init__(self, rows: WholeRows) -> None:
+    def __init__(self, rows: WholeRows, tensor: int = 1, tensor_rank: int = 0) -> None:
+        """``tensor``, ``tensor_rank``: tensor-parallel ranks, and which one this is."""
         self._rows = rows
+        self._tensor, self._tensor_rank = tensor, tensor_rank
         self._written: set[nn.Parameter] = set()
         self._only: int | None = None
         self._coefficients_MB = torch.empty(0)
@@ -68,8 +69,7 @@ class Accumulator:
         self._coefficients_MB = coefficients_MB.float().to(device)
         self._sequences = {}
         if numbers_S is not None:
-            ranks = parallel_state.get_tensor_model_parallel_world_size()
-            own_S = numbers_S.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+            own_S = numbers_S.chunk(self._tensor)[self._tensor_rank]
             for numbers_R in (own_S, numbers_S):  # modules see the whole sequence or this rank's part of it
                 self._sequences[len(numbers_R)] = RowSequences.of(numbers_R).to(device)
 

@@ -46,8 +46,9 @@ class OnePass(Shards):
         if reason is not None:
             raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, separate")
         super().__init__(setting, declared)
-        self._accumulator = Accumulator(self._whole)
-        self._pipelined = setting.groups.layout.pipeline > 1
+        layout = setting.groups.layout
+        self._accumulator = Accumulator(self._whole, layout.tensor, layout.tensor_rank)
+        self._pipelined = layout.pipeline > 1
         self._told = False
 
     def allocate(self, declared: KeptRows) -> list[list[Tensor]]:
