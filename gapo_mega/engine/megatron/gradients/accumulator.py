@@ -50,23 +50,13 @@ class Accumulator:
         """Forget the gradients of the last update: the next addition to a parameter overwrites them."""
         self._written.clear()
 
-    def take(
-        self,
-        coefficients_MB: Tensor,
-        device: torch.device,
-        only: int | None = None,
-        numbers_S: Tensor | None = None,
-    ) -> None:
-        """What holds for everything that is added from now on.
-
-        Args:
-            coefficients_MB: of every objective's row and sequence of the microbatch.
-            device: of the gradients.
-            only: as in ``Factor``.
-            numbers_S: of a packed microbatch, the sequence that every position is of, on the host.
-        """
+    def take(self, coefficients_MB: Tensor, device: torch.device, only: int | None = None) -> None:
+        """The coefficients that hold for what is added from now on; ``only``: as in ``Factor``."""
         self._only = only
         self._coefficients_MB = coefficients_MB.float().to(device)
+
+    def take_positions(self, numbers_S: Tensor | None, device: torch.device) -> None:
+        """The sequence that each position is of, on the host; None: the microbatch is not packed."""
         self._sequences = {}
         if numbers_S is not None:
             own_S = numbers_S.chunk(self._tensor)[self._tensor_rank]
@@ -74,7 +64,7 @@ class Accumulator:
                 self._sequences[len(numbers_R)] = RowSequences.of(numbers_R).to(device)
 
     def take_output_rows(self, numbers_R: Tensor) -> None:
-        """As ``numbers_S``, for the rows that the output layer's next forward gets."""
+        """As ``take_positions``, for the rows that the output layer's next forward gets."""
         self.output_rows = RowSequences.of(numbers_R)
 
     def linear(

@@ -96,7 +96,7 @@ class OnePass(Shards):
         model = self.trainable.model
         backwards = Backwards(last=False)
         output, finish = run_policy(model, batch, sequence_multiple(model), self._wanted(task, backwards))
-        numbers_S = _numbers(batch)
+        self._accumulator.take_positions(_numbers(batch), device())
         batch = batch.to(device())
         policy_BX = finish(output)
         del output, finish
@@ -105,7 +105,7 @@ class OnePass(Shards):
         directions = cotangents.Directions(cotangents_MBX)
         passes = directions.factors(self._agreed_rank(directions.rank))
         for number, factor in enumerate(passes, start=1):
-            self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only, numbers_S)
+            self._accumulator.take(factor.coefficients_MB, policy_BX.device, factor.only)
             backwards.last = number == len(passes)
             torch.autograd.backward(policy_BX, factor.cotangent_BT, retain_graph=not backwards.last)
         clock.lap("backward")
@@ -166,9 +166,12 @@ class OnePass(Shards):
             # hold the output, which would then outlive its backward.
             coefficients_MB, where = _advantages(batch), output.device
             numbers_S = _numbers(batch)
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda _: self._accumulator.take(coefficients_MB, where, None, numbers_S)
-            )
+
+            def take(_: Tensor) -> None:
+                self._accumulator.take_positions(numbers_S, where)
+                self._accumulator.take(coefficients_MB, where)
+
+            output.register_hook(take)  # type: ignore[no-untyped-call]
 
         def loss(policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
             bind(policy_BX, batch)  # the output layer's backward may come before that of its stage's output

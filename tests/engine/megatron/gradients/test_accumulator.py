@@ -81,7 +81,8 @@ def test_packed_rows_are_the_sum_over_sequences(
         input_S1I = torch.randn(len(numbers_R), 1, inputs, generator=generator).to(dtype)
         grad_S1O = torch.randn(len(numbers_R), 1, OUT, generator=generator).to(dtype)
         numbers_S = numbers_R if named is None else torch.zeros(99, dtype=torch.int64)
-        accumulator.take(coefficients_MB, torch.device("cpu"), None, numbers_S)
+        accumulator.take_positions(numbers_S, torch.device("cpu"))
+        accumulator.take(coefficients_MB, torch.device("cpu"))
         if form == "over_positions":
             input_S1I = torch.ones_like(input_S1I)
             accumulator.over_positions(weight, grad_S1O, named)
