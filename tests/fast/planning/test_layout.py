@@ -192,3 +192,16 @@ def test_only_estimators_that_compare_samples_can_leave_flat_prompts_out(name: s
         match=rf"advantages\.filter_flat: found true with advantages\.name {name}, accepted: false",
     ):
         check(config(advantages={"name": name, "filter_flat": True}), SMOLLM2, 1)
+
+
+def test_packed_sequences_divide_nothing() -> None:
+    """And an interleaved pipeline wants a sequence for every stage, whatever a row holds."""
+    rollout = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_new_tokens": 100}
+    sizes = {"rollout": rollout, "data": {"source": "s", "max_prompt_tokens": 100}}
+    packed = {"micro_batch_tokens": 100_000, **sizes}
+    check(config(**packed), SMOLLM2, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_size: found 4, accepted for minibatches of 6"):
+        check(config(**sizes), SMOLLM2, 1)
+    check(config(**packed, parallel={"pipeline": 6, "virtual_pipeline": 5}), SMOLLM2, 6)
+    with pytest.raises(ValueError, match=r"parallel.virtual_pipeline: found 3 with 6 microbatches"):
+        check(config(**packed, parallel={"pipeline": 10, "virtual_pipeline": 3}), SMOLLM2, 10)

@@ -61,7 +61,7 @@ class Microbatches(Generic[AnyBatch]):
         pieces.sort(key=lambda rows: -sum(lengths[row] for row in rows))
         widths = [sum(lengths[row] for row in rows) for rows in pieces]
         widths = [width + -width % multiple for width in widths]
-        if one_width:
+        if one_width and widths:
             widths = [max(widths)] * len(widths)
         parts = [
             replace(

@@ -127,7 +127,7 @@ def test_packed_rows_are_as_many_and_as_wide_as_asked_for() -> None:
         assert sorted(pieces.order_B.tolist()) == list(range(len(LENGTHS)))
         (width,) = {part.packed_width for part in pieces.parts}
         assert width == max(-(-int(part.lengths_B.sum()) // 4) * 4 for part in pieces.parts)
-    assert Microbatches.packed(batch_of([]), 9, least=3).parts == []
+    assert Microbatches.packed(batch_of([]), 9, least=3, one_width=True).parts == []
 
 
 @pytest.mark.parametrize("seed", range(5))
