@@ -2,9 +2,8 @@
 
     python -m benchmarks.packing FOLDER
 
-Random responses whose lengths vary as those of a chat model do (log-normal, the longest eight times the
-median), to a random model in FOLDER, in one process. Each kind's turn comes after the other's, and the median
-counts.
+Random responses whose lengths vary (log-normal, the longest eight times the median), to a random model in
+FOLDER, in one process. Each kind's turn comes after the other's, and the median counts.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gapo_mega import aggregation, losses
+from gapo_mega.config import Config
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.measuring.allocation import measure_allocations
+from gapo_mega.runs.preflight import resolve
 from gapo_mega.types import Experience
-from tests.helpers.ranks import check_engine
 
 PROMPT, RESPONSE, SEQUENCES, OBJECTIVES = 32, 256, 64, 3
 SIZES = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
@@ -58,28 +59,40 @@ def sampled(seed: int = 1) -> Experience:
     )
 
 
-def engine_of(model: Path, forward: str, kind: dict[str, Any]) -> MegatronEngine:
+def engine_of(
+    model: Path, forward: str, kind: dict[str, Any], existing: groups.Groups | None
+) -> MegatronEngine:
     """An engine with an optimizer that moves nothing."""
-    config = check_engine.make_config(
-        str(model),
-        {},
-        {"name": "sgd", "distributed": False, "lr": 1e-30},
-        data={"source": "unused", "max_prompt_tokens": PROMPT},
-        rollout={
-            "prompts_per_step": SEQUENCES // 8,
-            "samples_per_prompt": 8,
-            "max_new_tokens": RESPONSE,
-        },
-        gradients={"forward": forward},
-        **kind,
+    config = Config.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": str(model)},
+            "data": {"source": "unused", "max_prompt_tokens": PROMPT},
+            "rollout": {
+                "prompts_per_step": SEQUENCES // 8,
+                "samples_per_prompt": 8,
+                "max_new_tokens": RESPONSE,
+            },
+            "objectives": [
+                {"name": f"o{i}", "function": "gapo_mega.demo.rewards:plain"} for i in range(OBJECTIVES)
+            ],
+            "optimizer": {"name": "sgd", "distributed": False, "lr": 1e-30},
+            "gradients": {"forward": forward},
+            **kind,
+        }
     )
-    return check_engine.build_engine(config)
+    return MegatronEngine(resolve(config, 1), pad_id=0, eos_ids=[2], existing=existing)
 
 
 def measure(model: Path, forward: str, rounds: int) -> dict[str, tuple[float, float, int]]:
     """Of every kind: padding, seconds of an update, peak of allocated bytes above what was there."""
-    loss, aggregator, batch = losses.Ppo(), aggregation.build("gapo"), sampled()
-    engines = {name: engine_of(model, forward, kind) for name, kind in KINDS.items()}
+    # Nothing is clipped, so that one pass is enough.
+    loss, aggregator, batch = losses.Ppo(clip_epsilon=100.0), aggregation.build("gapo"), sampled()
+    engines: dict[str, MegatronEngine] = {}
+    existing = None
+    for name, kind in KINDS.items():
+        engines[name] = engine_of(model, forward, kind, existing)
+        existing = engines[name].groups
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     found = {}
     for name, engine in engines.items():
@@ -92,6 +105,7 @@ def measure(model: Path, forward: str, rounds: int) -> dict[str, tuple[float, fl
             started = time.perf_counter()
             engine.update_policy(batch, loss, aggregator)
             seconds[name].append(time.perf_counter() - started)
+    groups.shutdown()
     return {name: (found[name][0], statistics.median(seconds[name]), found[name][1]) for name in engines}
 
 
