@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gapo_mega.config import CheckpointConfig, OptimizerConfig
+from gapo_mega.config.lora import LoraConfig
+from gapo_mega.models.adapters import layer_parameters
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.activations import FP32
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.resolved import ResolvedRun
@@ -43,17 +46,22 @@ def predict_disk(
     *,
     with_best: bool = False,
     critics: int = 0,
+    adapters: int = 0,
 ) -> DiskPlan:
     """The disk that ``steps`` steps of training ``parameters`` take.
 
-    ``critics``: bytes in a checkpoint of what is trained beside the model. A checkpoint that only a signal
+    ``critics``: bytes in a checkpoint of what is trained beside the model. ``adapters``: parameters that are
+    trained in place of the model's, which are frozen; 0: there are none. A checkpoint that only a signal
     asks for is not counted.
     """
     every = settings.every_steps
     saves = -(-steps // every) if every else int(settings.save_final)
     exported = parameters * item_bytes(dtype) if settings.export_hf else 0
     at_once = min(saves, settings.keep + 1) + int(with_best)
-    return DiskPlan(state_bytes(parameters, dtype, optimizer) + critics, at_once, exported)
+    model = state_bytes(parameters, dtype, optimizer)
+    if adapters:
+        model = parameters * item_bytes(dtype) + state_bytes(adapters, dtype, optimizer)
+    return DiskPlan(model + critics, at_once, exported)
 
 
 def predict_training(resolved: ResolvedRun) -> DiskPlan:
@@ -71,7 +79,13 @@ def predict_training(resolved: ResolvedRun) -> DiskPlan:
         config.steps,
         with_best=config.checkpoint.best is not None,
         critics=critics,
+        adapters=adapter_parameters(resolved.shape, config.model.lora),
     )
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig | None) -> int:
+    """Of all layers; 0 without adapters."""
+    return 0 if lora is None else layer_parameters(shape, lora) * shape.num_layers
 
 
 def state_bytes(parameters: int, dtype: str, optimizer: OptimizerConfig) -> int:

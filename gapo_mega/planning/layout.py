@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
 from gapo_mega.planning.strategy import (
@@ -149,11 +150,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
-    if config.model.lora is not None and transformer_engine_layers():
-        raise ValueError(
-            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
-            "and multiply in one, and show nobody what they multiply)"
-        )
+    check_adapters(config.model.lora)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -162,6 +159,15 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
+
+
+def check_adapters(lora: LoraConfig | None) -> None:
+    """Raise a one-line ``ValueError`` for adapters on layers that take none."""
+    if lora is not None and transformer_engine_layers():
+        raise ValueError(
+            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
+            "and multiply in one, and show nobody what they multiply)"
+        )
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:
