@@ -65,3 +65,12 @@ def check_correction(correction: str, bounds: Sequence[float], old_logprobs: str
             "auto, none (the rollout's log-probabilities are then the trainer's too: the loss's own ratio is "
             "between policy and rollout)"
         )
+
+
+def check_packing(tokens: int | None, longest: int) -> None:
+    """Refuse packed rows that the longest sequence does not fit into."""
+    if tokens is not None and tokens < longest:
+        raise ValueError(
+            f"micro_batch_tokens: found {tokens}, accepted: null, or at least data.max_prompt_tokens + "
+            f"rollout.max_new_tokens ({longest}), the tokens of the longest sequence"
+        )

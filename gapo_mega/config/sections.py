@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gapo_mega.config.checks import KL_ROW, check_average, check_correction, check_kl_row, check_kl_target
+from gapo_mega.config.checks import (
+    KL_ROW,
+    check_average,
+    check_correction,
+    check_kl_row,
+    check_kl_target,
+    check_packing,
+)
 from gapo_mega.config.fields import Code, LocalPath, Positive, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.loggers import Loggers
@@ -272,6 +279,13 @@ class Config(Section):
     seed: int = Field(1, description="of prompts, sampling and minibatches")
     steps: int = Field(100, ge=1, description="rollout steps")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of micro_batch_size: forward passes of policy, reference and critic get as "
+        "many sequences as so many tokens hold, in one row without padding and without attention between "
+        "them; at least as many as the longest sequence has",
+    )
     model: PolicyConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
@@ -297,6 +311,13 @@ class Config(Section):
     def longest(self) -> int:
         """Tokens of the longest sequence: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def most_sequences(self) -> int:
+        """Sequences of a forward pass, if all are of the longest."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        return max(1, self.micro_batch_tokens // self.longest)
 
     @property
     def one_signal(self) -> ScalarizationConfig | None:
@@ -341,6 +362,11 @@ class Config(Section):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _longest_sequence_fits(self) -> Config:
+        check_packing(self.micro_batch_tokens, self.longest)
         return self
 
     @model_validator(mode="after")

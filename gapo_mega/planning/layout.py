@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
-from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
+from gapo_mega.planning.strategy import (
+    microbatches,
+    minibatch_sequences,
+    refusal_of_one_pass,
+    refusal_of_shared,
+)
 
 
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
@@ -39,7 +45,9 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
-    check_interleaving(config.parallel, shape, microbatches(config, data_parallel))
+    packed = config.micro_batch_tokens is not None  # then there are as many as are wanted
+    count = (minibatch_sequences if packed else microbatches)(config, data_parallel)
+    check_interleaving(config.parallel, shape, count)
     check_gradients(config, shape, data_parallel)
     check_lengths(config, shape)
     _check_samples(config, estimator)
@@ -146,7 +154,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             f"data-parallel rank: {_listed(_divisors(sequences))}"
         )
     minibatch = sequences // algorithm.minibatches
-    if minibatch % config.micro_batch_size:
+    if config.micro_batch_tokens is None and minibatch % config.micro_batch_size:
         # Pipeline stages exchange tensors of one size, so all microbatches are alike.
         raise ValueError(
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
@@ -157,12 +165,13 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
-    if config.model.lora is not None and transformer_engine_layers():
-        raise ValueError(
-            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
-            "and multiply in one, and show nobody what they multiply)"
-        )
+    check_adapters(config.model.lora)
     _check_routers(config, shape)
+    if config.micro_batch_tokens is not None and shape.experts is not None:
+        raise ValueError(
+            f"micro_batch_tokens: found {config.micro_batch_tokens} with a model of experts, accepted: null "
+            "(ranks that share experts exchange tokens, and a packed forward of one does not wait for others)"
+        )
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -183,6 +192,15 @@ def _check_routers(config: Config, shape: ModelShape) -> None:
             raise ValueError(
                 f"model.{name}: found {factor:g} with model.lora, accepted: 0 (routers are frozen)"
             )
+
+
+def check_adapters(lora: LoraConfig | None) -> None:
+    """Raise a one-line ``ValueError`` for adapters on layers that take none."""
+    if lora is not None and transformer_engine_layers():
+        raise ValueError(
+            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
+            "and multiply in one, and show nobody what they multiply)"
+        )
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:

@@ -12,9 +12,17 @@ from gapo_mega.config.strategies import PassCount
 from gapo_mega.optional import transformer_engine_layers
 
 
+def minibatch_sequences(config: Config, data_parallel: int) -> int:
+    """Sequences of a data-parallel rank in one minibatch."""
+    return config.sequences(data_parallel) // config.algorithm.minibatches
+
+
 def microbatches(config: Config, data_parallel: int) -> int:
-    """Forward passes of a data-parallel rank over one minibatch."""
-    return config.sequences(data_parallel) // config.algorithm.minibatches // config.micro_batch_size
+    """Forward passes of a data-parallel rank over one minibatch; with micro_batch_tokens the most it takes.
+
+    First fit puts at least ``most_sequences`` into every row but the last.
+    """
+    return -(-minibatch_sequences(config, data_parallel) // config.most_sequences)
 
 
 ForwardKind = Literal["one_pass", "shared", "separate"]

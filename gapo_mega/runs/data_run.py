@@ -28,8 +28,8 @@ from gapo_mega.models.huggingface.token_ids import check_tokens
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.disk import predict_disk
-from gapo_mega.planning.layout import check_interleaving, check_model_split
+from gapo_mega.planning.disk import adapter_parameters, predict_disk
+from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
@@ -38,6 +38,7 @@ from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
+from gapo_mega.runs.preflight import check_adapter
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
@@ -87,6 +88,8 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
             f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
             f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
         )
+    check_adapters(config.model.lora)
+    check_adapter(config.model.lora, shape)
     data_ranks = check_model_split(config.parallel, shape, world_size)
     check_batches(config, data_ranks)
     microbatches = config.data_sets * config.batch_size // data_ranks // config.micro_batch_size
@@ -143,7 +146,14 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         shape = self.start.shape
         scores = isinstance(config, RewardModelConfig)
         count = critic_parameters(shape, 1, 1, 0, 1) if scores else stage_parameters(shape, 1, 1, 0)
-        plan = predict_disk(count, config.model.dtype, config.optimizer, config.checkpoint, self.total_steps)
+        plan = predict_disk(
+            count,
+            config.model.dtype,
+            config.optimizer,
+            config.checkpoint,
+            self.total_steps,
+            adapters=adapter_parameters(shape, config.model.lora),
+        )
         self.session.check_space(plan)
         self.session.check_export()
         self.session.begin()

@@ -26,6 +26,7 @@ from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.response_scores import ResponseScorer
@@ -303,6 +304,8 @@ class Evaluation:
             seed=config.seed,
             pad_id=candidate.pad_id,
             eos_ids=candidate.eos_ids,
+            micro_batch_tokens=config.micro_batch_tokens,
+            chunk=logits_chunk(config, candidate.model.shape),
         )
         if self._engine is not None:
             self._engine.take(setup)

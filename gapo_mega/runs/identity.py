@@ -42,6 +42,7 @@ from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.supervised import (
     ChatData,
+    ChatModelConfig,
     DataEvaluationConfig,
     ObjectivePairs,
     PairLossConfig,
@@ -79,6 +80,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "seed": FIXED,
         "steps": FREE,
         "micro_batch_size": FREE,
+        "micro_batch_tokens": FREE,
     },
     ModelConfig: {
         "path": Rule.MODEL,
@@ -246,6 +248,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "chat_template": Rule.TEMPLATE,
         "keep_layers": FIXED,
     },
+    ChatModelConfig: {"logits_chunk": FREE},
     SupervisedData: {
         "source": ROWS,
         "split": ROWS,

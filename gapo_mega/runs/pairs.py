@@ -17,7 +17,7 @@ from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from gapo_mega.config.loading import explain
 from gapo_mega.config.results import TrainCheckpointConfig
-from gapo_mega.config.sections import ModelConfig, PolicyConfig, TrainLoggingConfig
+from gapo_mega.config.sections import PolicyConfig, TrainLoggingConfig
 from gapo_mega.config.supervised import PairsConfig
 from gapo_mega.data.encoding import AnswerIds, encode_answers
 from gapo_mega.data.pairs import Pair, load_objectives
@@ -54,7 +54,7 @@ def engine_config(config: PairsConfig, steps: int) -> Config:
             seed=config.seed,
             steps=steps,
             micro_batch_size=2 * config.micro_batch_size,
-            model=PolicyConfig(**{name: getattr(config.model, name) for name in ModelConfig.model_fields}),
+            model=PolicyConfig(**{name: getattr(config.model, name) for name in PolicyConfig.model_fields}),
             parallel=config.parallel,
             data=DataConfig(source=source, max_prompt_tokens=longest - 1),
             rollout=RolloutConfig(

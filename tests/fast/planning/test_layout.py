@@ -244,3 +244,19 @@ def test_losses_of_routers_need_routers_that_are_trained(name: str) -> None:
     adapted = config(model={"path": "m", name: 0.01, "lora": {"target_modules": ["q_proj"]}})
     with pytest.raises(ValueError, match=f"^model.{name}: found 0.01 with model.lora, accepted: 0"):
         check(adapted, WITH_EXPERTS, 1)
+def test_packed_sequences_are_not_for_experts() -> None:
+    with pytest.raises(ValueError, match=r"^micro_batch_tokens: found 100000 with a model of experts, accept"):
+        check(config(micro_batch_tokens=100_000), WITH_EXPERTS, 1)
+
+
+def test_packed_sequences_divide_nothing() -> None:
+    """And an interleaved pipeline wants a sequence for every stage, whatever a row holds."""
+    rollout = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_new_tokens": 100}
+    sizes = {"rollout": rollout, "data": {"source": "s", "max_prompt_tokens": 100}}
+    packed = {"micro_batch_tokens": 100_000, **sizes}
+    check(config(**packed), SMOLLM2, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_size: found 4, accepted for minibatches of 6"):
+        check(config(**sizes), SMOLLM2, 1)
+    check(config(**packed, parallel={"pipeline": 6, "virtual_pipeline": 5}), SMOLLM2, 6)
+    with pytest.raises(ValueError, match=r"parallel.virtual_pipeline: found 3 with 6 microbatches"):
+        check(config(**packed, parallel={"pipeline": 10, "virtual_pipeline": 3}), SMOLLM2, 10)

@@ -364,3 +364,21 @@ def test_data_ranks_that_share_experts_hold_a_part_of_them() -> None:
 def test_losses_of_routers_take_a_row() -> None:
     plain, more = of_experts({}, 2), of_experts({}, 2, router_z_loss=0.001)
     assert more.objective_rows - plain.objective_rows == 4 * (plain.policy_parameters // 2)
+def test_packed_rows_are_planned_for_their_tokens() -> None:
+    """As many as a rectangle's: the same per token; the scores are those within sequences."""
+    shape = shape_of(LlamaConfig(**SIZES))
+    packed, rectangle = sizes_of(config(micro_batch_tokens=8 * 128), shape), sizes_of(config(), shape)
+    for name in ("residual", "query", "key", "ffn", "scores", "mask"):
+        assert getattr(packed, name) == getattr(rectangle, name), name
+    assert packed.rotary == 8 * rectangle.rotary  # one position after the other, of every sequence
+    # Prompts may be as short as a token: 35 sequences of 29 tokens.
+    assert packed.behind == 8 * 128 * 28 // 29 * 48 and rectangle.behind == 8 * 28 * 48
+    plan = RunPlan(*_planned(config(micro_batch_tokens=1024), shape))
+    assert any(
+        "microbatches of at most 1024 packed tokens on a data-parallel rank" in line for line in plan.lines()
+    )
+
+
+def _planned(settings: Config, shape: ModelShape) -> tuple[Any, MemoryPlan]:
+    resolved = resolved_run(settings, shape=shape)
+    return resolved, predict(resolved)

@@ -31,6 +31,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
         distribution=Distribution.of(shape.vocab, SamplingParameters.of(config.rollout)),
         layers=shape.num_layers,
         micro_batch=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         shared=resolved.forward_of(rows) == "shared",
         adam=config.gradients.metric == "adam",
         longest=config.rollout.max_new_tokens,

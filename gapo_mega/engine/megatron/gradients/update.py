@@ -30,6 +30,7 @@ from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
+from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -88,6 +89,7 @@ class Setting:
     measures_entropy: bool = False
     chunk: int = 0  # positions whose logits are in memory at once; 0: all
     routers: tuple[float, float] = (0.0, 0.0)  # factors of the auxiliary and the z loss of experts' routers
+    micro_batch_tokens: int | None = None  # of a packed row, in place of ``micro_batch``
 
     @property
     def entropy(self) -> Entropy:
@@ -278,7 +280,7 @@ class GradientStrategy(ABC):
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         setting = self._setting
-        pieces = split(self.trainable.chunks, minibatch, setting.micro_batch)
+        pieces = self._pieces(minibatch)
         experts.assert_in_step(len(pieces.parts))
         lengths_B = minibatch.response_mask_BT.sum(dim=1)
         responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
@@ -301,6 +303,21 @@ class GradientStrategy(ABC):
             entropy_beta=setting.entropy_beta,
             chunk=setting.chunk,
         )
+
+    def _pieces(self, minibatch: Experience) -> Microbatches[Experience]:
+        """Equally many on all ranks, which may reduce gradients after each one."""
+        chunks, size, tokens = (
+            self.trainable.chunks,
+            self._setting.micro_batch,
+            self._setting.micro_batch_tokens,
+        )
+        pieces = split(chunks, minibatch, size, tokens=tokens)
+        if tokens is None:
+            return pieces
+        most = max(self.groups.gather_over_data(len(pieces.parts)))
+        if most == len(pieces.parts):
+            return pieces
+        return split(chunks, minibatch, size, tokens=tokens, least=most)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

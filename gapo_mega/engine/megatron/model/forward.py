@@ -14,6 +14,7 @@ from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
+from gapo_mega.engine.megatron.model.packing import in_rows, run_packed, sequence_numbers, unpacked
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.planning.schedule import microbatch_group
@@ -27,6 +28,7 @@ LossOf = Callable[[Tensor, AnyBatch], tuple[Tensor, Tensor]]
 # (a stage's output, microbatch), called before anything is computed from the output
 OnOutput = Callable[[Tensor, AnyBatch], None]
 OutputOf = Callable[[Tensor, AnyBatch], Tensor]
+OnRows = Callable[[Tensor], None]  # as in ``Wanted``
 Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``build_chunks``
 
 
@@ -43,6 +45,15 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int, lengths_B: Ten
     return output
 
 
+def run_batch(model: nn.Module, batch: TokenBatch, multiple: int, tells_routers: bool = False) -> Tensor:
+    """The stage's output for a batch, which may lie on the host; ``[1, S, X]`` if it is packed."""
+    if batch.packed_width is not None:
+        assert not tells_routers, "losses of routers with packed rows are refused"
+        return run_packed(model, batch, device())
+    lengths_B = batch.lengths_B.to(device()) if tells_routers else None
+    return run_model(model, batch.tokens_BT.to(device()), multiple, lengths_B)
+
+
 def sequence_multiple(model: nn.Module) -> int:
     """The ``multiple`` that ``run_model`` needs for this model."""
     config = get_model_config(model)
@@ -50,21 +61,39 @@ def sequence_multiple(model: nn.Module) -> int:
 
 
 def run_at_responses(
-    model: nn.Module, batch: TokenBatch, multiple: int, tells_routers: bool = False
+    model: nn.Module,
+    batch: TokenBatch,
+    multiple: int,
+    on_rows: OnRows | None = None,
+    *,
+    tells_routers: bool = False,
 ) -> Tensor:
     """The outputs ``[N, X]`` that predict response tokens, in the order of the mask.
 
-    Those of an earlier pipeline stage are its hidden states at all positions. ``tells_routers``: as in
-    ``Wanted``.
+    Those of an earlier pipeline stage are its hidden states at all positions. ``on_rows``,
+    ``tells_routers``: as in ``Wanted``.
     """
-    columns = batch.tokens_BT.shape[1]
-    # Where the mask lies: on the host nobody waits for a device.
-    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
+    rectangle = _rectangle(batch, multiple)
+    if on_rows is not None and batch.packed_width is not None:
+        on_rows(_row_sequences(batch, rectangle))
     with output_only_at(model, rectangle.to(device())):
-        lengths_B = batch.lengths_B.to(device()) if tells_routers else None
-        output = run_model(model, batch.tokens_BT.to(device()), multiple, lengths_B)
+        output = run_batch(model, batch, multiple, tells_routers)
     # Squeezed, because the backward of an index would make another tensor of this size.
     return output.squeeze(0) if get_attr_wrapped_model(model, "post_process") else output
+
+
+def _rectangle(batch: TokenBatch, multiple: int) -> Rectangle:
+    """Around the response tokens of the rows that a model gets."""
+    # Where the mask lies: on the host nobody waits for a device.
+    mask_BS = in_rows(batch).response_mask_BT
+    columns = mask_BS.shape[1]
+    return Rectangle.around(mask_BS, columns + (-columns % multiple), multiple)
+
+
+def _row_sequences(batch: TokenBatch, rectangle: Rectangle) -> Tensor:
+    """``[R]``: the number of the sequence that each row of a packed batch's rectangle is of."""
+    numbers_S = sequence_numbers(batch)
+    return numbers_S if rectangle.positions_RB is None else numbers_S[rectangle.positions_RB[:, 0]]
 
 
 def run_policy(
@@ -76,24 +105,48 @@ def run_policy(
     """
     there = batch.to(device())
     if not wanted.chunk or not get_attr_wrapped_model(model, "post_process"):
-        output = run_at_responses(model, batch, multiple, wanted.tells_routers)
+        output = run_at_responses(model, batch, multiple, wanted.on_rows, tells_routers=wanted.tells_routers)
         distribution, backwards, entropy = wanted.distribution, wanted.backwards, wanted.entropy
         return output, lambda out: logprobs_of(out, there, distribution, backwards, entropy)
-    columns = batch.tokens_BT.shape[1]
-    rectangle = Rectangle.around(batch.response_mask_BT, columns + (-columns % multiple), multiple)
-    lengths_B = there.lengths_B if wanted.tells_routers else None
-    with left_out(model, rectangle.to(device())) as head:
-        output = run_model(model, there.tokens_BT, multiple, lengths_B)
+    rectangle = _rectangle(batch, multiple)
+    numbers_R = None if batch.packed_width is None else _row_sequences(batch, rectangle)
+    with left_out(model, rectangle.to(device()), numbers_R) as head:
+        output = run_batch(model, batch, multiple, wanted.tells_routers)
     return output, lambda out: head.policy(out, there, wanted)
 
 
-def split(chunks: Chunks, batch: AnyBatch, size: int, together: int = 1) -> Microbatches[AnyBatch]:
+def split(
+    chunks: Chunks,
+    batch: AnyBatch,
+    size: int,
+    together: int = 1,
+    *,
+    tokens: int | None = None,
+    least: int = 1,
+) -> Microbatches[AnyBatch]:
     """``Microbatches`` of ``size`` rows that the chunks' schedule takes.
 
     An interleaved pipeline exchanges tensors in both directions at once, and its schedule knows one shape.
+
+    Args:
+        tokens: packed rows of at most so many, in place of ``size`` rows.
+        least: pieces of packed rows, as far as there are sequences; an interleaved pipeline wants one for
+            every stage.
     """
-    interleaved = get_model_config(chunks[0]).virtual_pipeline_model_parallel_size is not None
-    return Microbatches.of(batch, size, together=together, one_width=interleaved)
+    config = get_model_config(chunks[0])
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if tokens is None:
+        return Microbatches.of(batch, size, together=together, one_width=interleaved)
+    assert together == 1, together
+    least = max(least, config.pipeline_model_parallel_size) if interleaved else least
+    multiple = sequence_multiple(chunks[0])
+    return Microbatches.packed(batch, tokens, least=least, multiple=multiple, one_width=interleaved)
+
+
+def _shape(batch: TokenBatch) -> tuple[int, int]:
+    """Rows and columns that a model gets, but for the padding of sequence parallelism in unpacked rows."""
+    rows, columns = batch.tokens_BT.shape
+    return (rows, columns) if batch.packed_width is None else (1, batch.packed_width)
 
 
 def _as_it_is(output: Tensor) -> Tensor:
@@ -115,7 +168,7 @@ def _schedule(
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     if virtual is not None:
         config.microbatch_group_size_per_vp_stage = microbatch_group(len(microbatches), stages)
-    shapes = {batch.tokens_BT.shape for batch in microbatches}
+    shapes = {_shape(batch) for batch in microbatches}
     assert virtual is None or len(shapes) == 1, shapes
     # All ranks of a replica hold the same rows, so they agree. Stages then send each other shapes first.
     config.variable_seq_lengths = len(shapes) > 1
@@ -130,15 +183,17 @@ def _schedule(
         elif at_responses:
             output = run_at_responses(stage, batch, multiple)
         else:
-            output = run_model(stage, there.tokens_BT, multiple)
+            output = run_batch(stage, batch, multiple)
         if on_output is not None:
             on_output(output, there)
         if at_responses or policy is not None:
             return output, lambda out, **_: on_last_stage(finish(out), there)
+        if batch.packed_width is not None:
+            return output, lambda out, **_: on_last_stage(unpacked(out, there), there)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : there.tokens_BT.shape[1]], there)
 
-    rows, columns = microbatches[0].tokens_BT.shape
+    rows, columns = _shape(microbatches[0])
     iterators = [iter(microbatches) for _ in chunks]
     results: list[Any] = get_forward_backward_func(stages, virtual)(
         forward_step_func=step,
@@ -215,16 +270,22 @@ def forward_only(
 
 
 def batch_logprobs(
-    chunks: Chunks, batch: TokenBatch, size: int, distribution: Distribution, chunk: int = 0
+    chunks: Chunks,
+    batch: TokenBatch,
+    size: int,
+    distribution: Distribution,
+    chunk: int = 0,
+    tokens: int | None = None,
 ) -> Tensor:
     """Log-probabilities of response tokens ``[B, T]``, float32 on the CPU; ``size`` rows a microbatch.
 
-    Zeros elsewhere, and on all but the last pipeline stage. ``chunk``: as in ``Wanted``.
+    Zeros elsewhere, and on all but the last pipeline stage. ``chunk``: as in ``Wanted``. ``tokens``: as for
+    ``split``.
     """
 
     def output_of(policy_BT: Tensor, part: TokenBatch) -> Tensor:
         return policy_BT.cpu()
 
-    pieces = split(chunks, batch, size)
+    pieces = split(chunks, batch, size, tokens=tokens)
     parts = forward_only(chunks, pieces.parts, output_of, policy=Wanted(distribution, chunk=chunk))
     return pieces.rejoin(parts) if parts else torch.zeros(batch.tokens_BT.shape)
