@@ -167,11 +167,8 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
     check_adapters(config.model.lora)
     _check_routers(config, shape)
-    if config.micro_batch_tokens is not None and shape.experts is not None:
-        raise ValueError(
-            f"micro_batch_tokens: found {config.micro_batch_tokens} with a model of experts, accepted: null "
-            "(ranks that share experts exchange tokens, and a packed forward of one does not wait for others)"
-        )
+    if config.micro_batch_tokens is not None:
+        _check_packed_experts(config)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -180,6 +177,21 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_one_pass(with_experts=shape.experts is not None)
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
+
+
+def _check_packed_experts(config: Config) -> None:
+    """Data ranks that exchange tokens run in step, and rows of theirs may be of another number."""
+    found = f"micro_batch_tokens: found {config.micro_batch_tokens}"
+    if config.parallel.tensor % config.parallel.sharing:
+        raise ValueError(
+            f"{found} with experts that data ranks share (parallel.expert {config.parallel.expert}), "
+            "accepted: null"
+        )
+    for name in ("router_aux_loss", "router_z_loss"):
+        if getattr(config.model, name) > 0:
+            raise ValueError(
+                f"{found} with model.{name}, accepted: null (routers are not told of packed rows)"
+            )
 
 
 def _check_routers(config: Config, shape: ModelShape) -> None:

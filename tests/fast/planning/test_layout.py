@@ -244,9 +244,19 @@ def test_losses_of_routers_need_routers_that_are_trained(name: str) -> None:
     adapted = config(model={"path": "m", name: 0.01, "lora": {"target_modules": ["q_proj"]}})
     with pytest.raises(ValueError, match=f"^model.{name}: found 0.01 with model.lora, accepted: 0"):
         check(adapted, WITH_EXPERTS, 1)
-def test_packed_sequences_are_not_for_experts() -> None:
-    with pytest.raises(ValueError, match=r"^micro_batch_tokens: found 100000 with a model of experts, accept"):
-        check(config(micro_batch_tokens=100_000), WITH_EXPERTS, 1)
+
+
+def test_packed_sequences_are_not_for_experts_of_data_ranks_nor_losses_of_routers() -> None:
+    packed = {"micro_batch_tokens": 100_000, "micro_batch_size": 1}
+    check(config(**packed), WITH_EXPERTS, 2)
+    with pytest.raises(
+        ValueError, match=r"^micro_batch_tokens: found 100000 with experts that data ranks sh"
+    ):
+        check(config(**packed, parallel={"expert": 2}), WITH_EXPERTS, 2)
+    with pytest.raises(
+        ValueError, match=r"^micro_batch_tokens: found 100000 with model.router_z_loss, accep"
+    ):
+        check(config(**packed, model={"path": "m", "router_z_loss": 0.1}), WITH_EXPERTS, 1)
 
 
 def test_packed_sequences_divide_nothing() -> None:

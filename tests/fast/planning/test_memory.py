@@ -364,6 +364,8 @@ def test_data_ranks_that_share_experts_hold_a_part_of_them() -> None:
 def test_losses_of_routers_take_a_row() -> None:
     plain, more = of_experts({}, 2), of_experts({}, 2, router_z_loss=0.001)
     assert more.objective_rows - plain.objective_rows == 4 * (plain.policy_parameters // 2)
+
+
 def test_packed_rows_are_planned_for_their_tokens() -> None:
     """As many as a rectangle's: the same per token; the scores are those within sequences."""
     shape = shape_of(LlamaConfig(**SIZES))

@@ -203,6 +203,8 @@ def test_losses_of_routers_have_passes_of_their_own(
     resolved = resolved_run(chosen, shape=SHAPE)
     assert resolved.passes == PassCount(forwards, backwards)
     assert backwards_of_run(chosen, 5) == 5 * backwards
+
+
 def test_packed_microbatches_are_planned_for_the_longest_sequences() -> None:
     """Of 16 sequences of at most 60 tokens: three in a row of 200, and all in one of 960."""
     lengths = {"data": {"source": "s", "max_prompt_tokens": 40}}
