@@ -365,14 +365,10 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _longest_sequence_fits(self) -> Config:
-        check_packing(self.micro_batch_tokens, self.longest)
-        return self
-
-    @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         algorithm = self.algorithm
         names = [objective.name for objective in self.objectives]
+        check_packing(self.micro_batch_tokens, self.longest)
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)

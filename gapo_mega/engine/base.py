@@ -101,13 +101,8 @@ class SamplingParameters:
     @classmethod
     def of(cls, rollout: RolloutConfig) -> SamplingParameters:
         """Those of a configuration's section."""
-        return cls(
-            rollout.max_new_tokens,
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            rollout.repetition_penalty,
-        )
+        cut, penalty = (rollout.top_k, rollout.top_p), rollout.repetition_penalty
+        return cls(rollout.max_new_tokens, rollout.temperature, *cut, penalty)
 
     @property
     def cuts(self) -> bool:
