@@ -12,44 +12,20 @@ import pytest
 
 from gapo_mega.objectives.base import RewardFailed
 from gapo_mega.rollout import ahead as ahead_module
-from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.runs.trainer import Trainer
+from tests.helpers.ahead_runs import PATIENCE, STEPS, built, lines
 from tests.helpers.fake_engine import terminate
-from tests.helpers.fake_runs import HELD_OUT, Words, trainer
+from tests.helpers.fake_runs import HELD_OUT, Words
 from tests.helpers.metrics_log import metrics
 from tests.helpers.table_policy import TablePolicy
 from tests.helpers.vllm_protocol import TableServer, table_server
-
-STEPS = 5
-PATIENCE = 20.0  # seconds for another thread
 
 
 @pytest.fixture
 def server() -> Iterator[TableServer]:
     with table_server() as running:
         yield running
-
-
-def built(
-    directory: Path,
-    server: TableServer,
-    engine: TablePolicy | None = None,
-    *,
-    ahead: int = 1,
-    objectives: list[Words] | None = None,
-    **sections: Any,
-) -> Trainer:
-    vllm = {"url": server.url, "patience": 0, "start_timeout": 2, "timeout": PATIENCE}
-    rollout = {"backend": "vllm", "ahead": ahead, "vllm": vllm}
-    settings: dict[str, Any] = {"steps": STEPS, "rollout": rollout, "backend": Vllm, **sections}
-    return trainer(directory, engine or TablePolicy(), objectives, **settings)
-
-
-def lines(directory: Path) -> list[dict[str, Any]]:
-    """What the log has of every step, but for the times."""
-    clocked = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights")
-    return [{k: v for k, v in line.items() if k not in clocked} for line in metrics(directory)]
 
 
 def staleness(directory: Path) -> list[float]:
@@ -90,7 +66,7 @@ def held_out() -> set[tuple[int, ...]]:
 def test_a_step_s_responses_are_of_the_policy_that_its_number_says(
     tmp_path: Path, server: TableServer, ahead: int, expected: list[int]
 ) -> None:
-    run = built(tmp_path, server, ahead=ahead)
+    run = built(tmp_path, server.url, ahead=ahead)
     assert run.run()
     assert policies(run, server) == [{number} for number in expected]
     assert staleness(tmp_path) == [step - number for step, number in enumerate(expected)]
@@ -98,7 +74,7 @@ def test_a_step_s_responses_are_of_the_policy_that_its_number_says(
 
 
 def test_without_ahead_every_step_is_of_its_own_policy(tmp_path: Path, server: TableServer) -> None:
-    run = built(tmp_path, server, ahead=0)
+    run = built(tmp_path, server.url, ahead=0)
     assert run.run()
     assert policies(run, server) == [{step} for step in range(STEPS)]
     assert not any(name.startswith("rollout/") for name in metrics(tmp_path)[0])
@@ -127,31 +103,31 @@ def test_responses_are_drawn_while_the_policy_is_trained(
     server.fail = when_training  # type: ignore[assignment]
     engine = TablePolicy()
     engine.at = {("update_policy", 1): train}
-    assert built(tmp_path, server, engine, ahead=ahead).run()
+    assert built(tmp_path, server.url, engine, ahead=ahead).run()
     assert drawn.is_set()
 
 
 def test_the_same_run_twice_is_the_same(tmp_path: Path, server: TableServer) -> None:
     server.seconds_per_token = 0.002
     for name in ("one", "two"):
-        assert built(tmp_path / name, server).run()
+        assert built(tmp_path / name, server.url).run()
         server.seconds_per_token = 0.0
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
 
 
 def test_tokens_are_corrected_unless_somebody_says_otherwise(tmp_path: Path, server: TableServer) -> None:
-    assert built(tmp_path / "auto", server).run()
+    assert built(tmp_path / "auto", server.url).run()
     assert all(0 < line["correction/weight"] <= 2 for line in metrics(tmp_path / "auto"))
-    assert built(tmp_path / "none", server, algorithm={"correction": "none"}).run()
+    assert built(tmp_path / "none", server.url, algorithm={"correction": "none"}).run()
     assert "correction/weight" not in metrics(tmp_path / "none")[0]
 
 
 def test_held_out_answers_in_between_are_of_the_policy_as_it_is_and_change_nothing(
     tmp_path: Path, server: TableServer
 ) -> None:
-    assert built(tmp_path / "plain", server).run()
+    assert built(tmp_path / "plain", server.url).run()
     plain = len(server.asked)
-    run = built(tmp_path / "evaluated", server, evaluation={"every_steps": 1, "shown": 1})
+    run = built(tmp_path / "evaluated", server.url, evaluation={"every_steps": 1, "shown": 1})
     assert run.run()
     extra = {"heldout", "heldout_gain", "heldout_gain_error"}
     kept = [
@@ -166,7 +142,7 @@ def test_held_out_answers_in_between_are_of_the_policy_as_it_is_and_change_nothi
 
 
 def test_greedy_responses_for_the_estimator_are_drawn_ahead_too(tmp_path: Path, server: TableServer) -> None:
-    run = built(tmp_path, server, advantages={"name": "remax"})
+    run = built(tmp_path, server.url, advantages={"name": "remax"})
     assert run.run()
     greedy = [version(label) for label, _, sampling in server.asked if sampling["temperature"] == 0]
     assert greedy == [number for number in (0, 0, 1, 2, 3) for _ in range(4)]
@@ -177,10 +153,10 @@ def test_greedy_responses_for_the_estimator_are_drawn_ahead_too(tmp_path: Path, 
 
 def assert_resumed_as_undisturbed(tmp_path: Path, server: TableServer, ahead: int) -> None:
     last = TablePolicy()
-    assert built(tmp_path / "run", server, last, ahead=ahead).run()
+    assert built(tmp_path / "run", server.url, last, ahead=ahead).run()
     whole = TablePolicy()
     with table_server() as other:
-        assert built(tmp_path / "whole", other, whole, ahead=ahead).run()
+        assert built(tmp_path / "whole", other.url, whole, ahead=ahead).run()
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert last.policy == whole.policy and last.table.equal(whole.table)
 
@@ -193,7 +169,7 @@ def test_a_signal_s_checkpoint_has_what_was_drawn_ahead(
     engine = TablePolicy()
     engine.at = {("update_policy", step): terminate}
     server.seconds_per_token = 0.002  # under way when the signal comes
-    assert not built(tmp_path / "run", server, engine, ahead=ahead).run()
+    assert not built(tmp_path / "run", server.url, engine, ahead=ahead).run()
     assert_resumed_as_undisturbed(tmp_path, server, ahead)
 
 
@@ -208,7 +184,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     engine = TablePolicy()
     engine.at = {("update_policy", step): die}
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path / "run", server, engine, ahead=ahead, checkpoint={"every_steps": 1}).run()
+        built(tmp_path / "run", server.url, engine, ahead=ahead, checkpoint={"every_steps": 1}).run()
     assert_resumed_as_undisturbed(tmp_path, server, ahead)
 
 
@@ -224,7 +200,9 @@ def test_a_step_that_fails_after_its_rollout_leaves_that_rollout(
 
     engine.at = {("update_policy", 2): fail}
     with pytest.raises(RewardFailed):
-        built(tmp_path / "run", server, engine, ahead=ahead, objectives=[failing, Words("short", -1.0)]).run()
+        built(
+            tmp_path / "run", server.url, engine, ahead=ahead, objectives=[failing, Words("short", -1.0)]
+        ).run()
     assert_resumed_as_undisturbed(tmp_path, server, ahead)
 
 
@@ -241,7 +219,7 @@ def stopped_while_waiting(directory: Path, server: TableServer, ahead: int) -> N
             assert released.wait(PATIENCE)
 
     server.fail = hold  # type: ignore[assignment]
-    assert not built(directory, server, ahead=ahead).run()
+    assert not built(directory, server.url, ahead=ahead).run()
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -269,13 +247,13 @@ def test_a_signal_while_a_server_hangs(
     engine = TablePolicy()
     engine.at = {("update_policy", 2): terminate}
     started = time.monotonic()
-    assert not built(tmp_path, server, engine).run()
+    assert not built(tmp_path, server.url, engine).run()
     assert time.monotonic() - started < PATIENCE, "requests end after that time, or never"
     assert "a checkpoint waits for the responses of step 3, drawn ahead, until " in caplog.text
     assert "the responses of step 3, drawn ahead, did not come (not within " in caplog.text
     never.set()
     server.fail = lambda path, content: None
-    assert built(tmp_path, server).run()
+    assert built(tmp_path, server.url).run()
     assert staleness(tmp_path) == [0, 1, 0, 1, 1]
 
 
@@ -284,8 +262,8 @@ def test_more_or_fewer_steps_ahead_after_a_resume(tmp_path: Path, server: TableS
     for number, ahead in enumerate((2, 1, 0, 3)):
         engine = TablePolicy()
         engine.at = {("update_policy", 1): terminate}
-        assert built(directory, server, engine, ahead=ahead).run() is False, number
-    assert built(directory, server, ahead=1).run()
+        assert built(directory, server.url, engine, ahead=ahead).run() is False, number
+    assert built(directory, server.url, ahead=1).run()
     assert len(metrics(directory)) == STEPS
 
 
@@ -294,12 +272,12 @@ def test_another_number_of_data_ranks_draws_anew(
 ) -> None:
     engine = TablePolicy()
     engine.at = {("update_policy", 2): terminate}
-    run = built(tmp_path, server, engine)
+    run = built(tmp_path, server.url, engine)
     assert not run.run()
     assert run._ahead is not None
     state = run._ahead.state_dict(2)
     assert list(state["batches"]) == ["2"]
-    again = built(tmp_path / "other", server)
+    again = built(tmp_path / "other", server.url)
     assert again._ahead is not None
     again._ahead.load_state_dict({**state, "data_ranks": 2})
     assert again._ahead._batches == {}
@@ -320,7 +298,7 @@ def test_what_is_lost_under_way_is_drawn_by_the_policy_as_it_is(
     again: list[str] = []
     engine = TablePolicy()
     engine.at = {("update_policy", 2): lambda: again.append("restarted")}
-    assert built(tmp_path, server, engine).run()
+    assert built(tmp_path, server.url, engine).run()
     assert staleness(tmp_path) == [0, 1, 0, 1, 1]
     assert 'found status 500 and \'{"error": "engine is dead"}\'; the weights are taken' in caplog.text
 
@@ -331,11 +309,11 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(
     engine = TablePolicy()
     engine.at = {("update_policy", 2): server.close}
     with pytest.raises(ServerLost, match=rf"^{server.url}: found no healthy vLLM server within 2 s$"):
-        built(tmp_path, server, engine).run()
+        built(tmp_path, server.url, engine).run()
     assert (tmp_path / "checkpoints" / "step_00000002" / "complete.json").exists()
     assert "the run can go on from step 2" in caplog.text
     with table_server() as other:
-        assert built(tmp_path, other).run()
+        assert built(tmp_path, other.url).run()
     assert staleness(tmp_path)[:2] == [0, 1] and len(metrics(tmp_path)) == STEPS
 
 
@@ -346,12 +324,12 @@ def test_a_refusal_under_way_is_the_error_of_the_run(tmp_path: Path, server: Tab
         (400, {"error": "too long"}) if "generate" in path and server.generated >= before else None
     )
     with pytest.raises(ValueError, match=rf"^{server.url}.*found status 400 and .*too long"):
-        built(tmp_path, server, ahead=ahead).run()
+        built(tmp_path, server.url, ahead=ahead).run()
 
 
 def test_an_early_end_waits_for_nothing_that_nobody_wants(tmp_path: Path, server: TableServer) -> None:
     """Responses of a step that does not come never come here."""
-    run = built(tmp_path, server)
+    run = built(tmp_path, server.url)
     never = threading.Event()
     stop = len(HELD_OUT) + 8 * 3
 
