@@ -9,9 +9,16 @@ from __future__ import annotations
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
+from gapo_mega.config.lora import TARGET_MODULES
+from gapo_mega.models.adapters import linear_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
-from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
+from gapo_mega.planning.strategy import (
+    microbatches,
+    refusal_of_one_pass,
+    refusal_of_shared,
+    trains_experts,
+)
 
 
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
@@ -163,18 +170,33 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
             "and multiply in one, and show nobody what they multiply)"
         )
     _check_routers(config, shape)
+    _check_adapters(config, shape)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass(with_experts=shape.experts is not None)
+    reason = refusal_of_one_pass(with_experts=trains_experts(config, shape))
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 
 
+def _check_adapters(config: Config, shape: ModelShape) -> None:
+    """Adapters of the MLP need one MLP a layer."""
+    lora = config.model.lora
+    if lora is None or shape.experts is None:
+        return
+    found = [name for name in lora.targets if linear_of(name).folder == "mlp"]
+    if found:
+        others = [name for name in TARGET_MODULES if linear_of(name).folder != "mlp"]
+        raise ValueError(
+            f"model.lora.target_modules: found {', '.join(found)} with a model with experts, accepted: "
+            f"{', '.join(others)} (experts have no adapters)"
+        )
+
+
 def _check_routers(config: Config, shape: ModelShape) -> None:
-    """Losses of routers need some, and adapters on experts, routers or none are not there."""
+    """Losses of routers need routers that are trained."""
     for name in ("router_aux_loss", "router_z_loss"):
         factor = getattr(config.model, name)
         if factor > 0 and shape.experts is None:

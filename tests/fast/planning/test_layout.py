@@ -244,3 +244,15 @@ def test_losses_of_routers_need_routers_that_are_trained(name: str) -> None:
     adapted = config(model={"path": "m", name: 0.01, "lora": {"target_modules": ["q_proj"]}})
     with pytest.raises(ValueError, match=f"^model.{name}: found 0.01 with model.lora, accepted: 0"):
         check(adapted, WITH_EXPERTS, 1)
+
+
+def test_experts_have_no_adapters() -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(model={"path": "m", "lora": {}}), WITH_EXPERTS, 1)
+    assert str(caught.value).startswith(
+        "model.lora.target_modules: found gate_proj, up_proj, down_proj with a model with experts, accepted: "
+        "q_proj, k_proj, v_proj, o_proj"
+    )
+    attention = {"path": "m", "lora": {"target_modules": ["q_proj", "o_proj"]}}
+    # Nothing of an expert is trained, and its tokens may come in a heap.
+    check(config(model=attention, gradients={"forward": "one_pass"}), WITH_EXPERTS, 1)
