@@ -75,14 +75,19 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
 
 
 def _check_sharing(parallel: ParallelConfig, data: int) -> None:
-    """Whether the ranks of a stage hold its experts a whole number of times."""
-    ranks, split = parallel.tensor * data, parallel.experts_split
-    if ranks % parallel.sharing == 0:
+    """Whether the ranks of a stage hold its experts a whole number of times, by whole replicas or in one."""
+    tensor, split = parallel.tensor, parallel.experts_split
+    ranks = tensor * data
+
+    def fits(sharing: int) -> bool:
+        return ranks % sharing == 0 and (tensor % sharing == 0 or sharing % tensor == 0)
+
+    if fits(parallel.sharing):
         return
-    fitting = [number for number in _divisors(ranks) if ranks % (number * split) == 0]
+    fitting = [number for number in _divisors(ranks) if fits(number * split)]
     raise ValueError(
         f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
-        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {parallel.tensor} x data {data}), accepted: "
+        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {tensor} x data {data}), accepted: "
         + (_listed(fitting) if fitting else f"1, with an expert_tensor that divides {ranks}")
     )
 
