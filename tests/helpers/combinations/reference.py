@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -115,6 +114,8 @@ class Reference:
         eager: dict[str, Any] = {"experts_implementation": "eager"}
         self._model = AutoModelForCausalLM.from_pretrained(directory, **eager).double()
         self.start = tensors_of(directory)
+        own = self._by_file([parameter.detach() for parameter in self._model.parameters()])
+        assert own.keys() == self.start.keys() and all(own[k].equal(v) for k, v in self.start.items())
         whole = global_batch(VOCABULARY)
         self._tokens_BT = whole.tokens_BT
         self._chain = processors(temperature, PENALTY if edited else 1.0)
@@ -148,32 +149,18 @@ class Reference:
 
     @torch.no_grad()
     def _load(self, weights: Named) -> None:
-        """Take weights by the names that files have: of experts a tensor each, which a model has in one."""
-        named = dict(self._model.named_parameters())
-        if named.keys() != weights.keys():
-            with tempfile.TemporaryDirectory() as folder:
-                self._model.config.save_pretrained(folder)
-                save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / "model.safetensors")
-                other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-                weights = dict(other.named_parameters())
-        assert named.keys() == weights.keys()
-        for name, parameter in named.items():
-            parameter.copy_(weights[name])
+        """Take weights by the names that files have."""
+        for name, parameter in self._model.named_parameters():
+            parts = [[weights[file] for file in files] for files in _files(name, len(parameter))]
+            parameter.copy_(torch.stack([torch.cat(part) for part in parts]).view(parameter.shape))
 
-    @torch.no_grad()
     def _by_file(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """Values of all parameters by the names that files have."""
-        named = dict(self._model.named_parameters())
-        if named.keys() == self.start.keys():
-            return dict(zip(named, values, strict=True))
-        before = [parameter.clone() for parameter in named.values()]
-        for parameter, value in zip(named.values(), values, strict=True):
-            parameter.copy_(value)
-        with tempfile.TemporaryDirectory() as folder:
-            self._model.save_pretrained(folder)
-            found = tensors_of(Path(folder))
-        for parameter, value in zip(named.values(), before, strict=True):
-            parameter.copy_(value)
+        found = {}
+        for (name, _), value in zip(self._model.named_parameters(), values, strict=True):
+            groups = _files(name, len(value))
+            for files, part in zip(groups, value.unsqueeze(0) if len(groups) == 1 else value, strict=True):
+                found |= dict(zip(files, part.chunk(len(files)), strict=True))
         return found
 
     def _losses(self, logits_BTV: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
@@ -216,6 +203,15 @@ class Reference:
             token_rewards_MBT=whole.token_rewards_MBT[:OBJECTIVES],
             advantages_MBT=whole.advantages_MBT[:OBJECTIVES],
         )
+
+
+def _files(name: str, count: int) -> list[list[str]]:
+    """A parameter's tensors in files: each of ``count`` experts of Mixtral has its own."""
+    layer, _, kind = name.partition("mlp.experts.")
+    if not kind:
+        return [[name.replace("mlp.gate.", "block_sparse_moe.gate.")]]
+    parts = {"gate_up_proj": ["w1", "w3"], "down_proj": ["w2"]}[kind]
+    return [[f"{layer}block_sparse_moe.experts.{i}.{part}.weight" for part in parts] for i in range(count)]
 
 
 @functools.cache
