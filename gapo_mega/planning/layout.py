@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
-from gapo_mega.config.lora import LoraConfig
+from gapo_mega.config.lora import TARGET_MODULES, LoraConfig
+from gapo_mega.models.adapters import linear_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
 from gapo_mega.planning.strategy import (
@@ -17,6 +18,7 @@ from gapo_mega.planning.strategy import (
     minibatch_sequences,
     refusal_of_one_pass,
     refusal_of_shared,
+    trains_experts,
 )
 
 
@@ -76,14 +78,19 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
 
 
 def _check_sharing(parallel: ParallelConfig, data: int) -> None:
-    """Whether the ranks of a stage hold its experts a whole number of times."""
-    ranks, split = parallel.tensor * data, parallel.experts_split
-    if ranks % parallel.sharing == 0:
+    """Whether the ranks of a stage hold its experts a whole number of times, by whole replicas or in one."""
+    tensor, split = parallel.tensor, parallel.experts_split
+    ranks = tensor * data
+
+    def fits(sharing: int) -> bool:
+        return ranks % sharing == 0 and (tensor % sharing == 0 or sharing % tensor == 0)
+
+    if fits(parallel.sharing):
         return
-    fitting = [number for number in _divisors(ranks) if ranks % (number * split) == 0]
+    fitting = [number for number in _divisors(ranks) if fits(number * split)]
     raise ValueError(
         f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
-        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {parallel.tensor} x data {data}), accepted: "
+        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {tensor} x data {data}), accepted: "
         + (_listed(fitting) if fitting else f"1, with an expert_tensor that divides {ranks}")
     )
 
@@ -165,7 +172,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
-    check_adapters(config.model.lora)
+    check_adapters(config.model.lora, shape)
     _check_routers(config, shape)
     if config.micro_batch_tokens is not None:
         _check_packed_experts(config)
@@ -174,7 +181,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass(with_experts=shape.experts is not None)
+    reason = refusal_of_one_pass(with_experts=trains_experts(config, shape))
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 
@@ -195,7 +202,7 @@ def _check_packed_experts(config: Config) -> None:
 
 
 def _check_routers(config: Config, shape: ModelShape) -> None:
-    """Losses of routers need some, and adapters on experts, routers or none are not there."""
+    """Losses of routers need routers that are trained."""
     for name in ("router_aux_loss", "router_z_loss"):
         factor = getattr(config.model, name)
         if factor > 0 and shape.experts is None:
@@ -206,12 +213,21 @@ def _check_routers(config: Config, shape: ModelShape) -> None:
             )
 
 
-def check_adapters(lora: LoraConfig | None) -> None:
+def check_adapters(lora: LoraConfig | None, shape: ModelShape) -> None:
     """Raise a one-line ``ValueError`` for adapters on layers that take none."""
-    if lora is not None and transformer_engine_layers():
+    if lora is None:
+        return
+    if transformer_engine_layers():
         raise ValueError(
             "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
             "and multiply in one, and show nobody what they multiply)"
+        )
+    found = [name for name in lora.targets if linear_of(name).folder == "mlp"]
+    if found and shape.experts is not None:
+        others = [name for name in TARGET_MODULES if linear_of(name).folder != "mlp"]
+        raise ValueError(
+            f"model.lora.target_modules: found {', '.join(found)} with a model with experts, accepted: "
+            f"{', '.join(others)} (experts have no adapters)"
         )
 
 

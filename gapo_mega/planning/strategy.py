@@ -9,6 +9,7 @@ from typing import Literal
 
 from gapo_mega.config import Config, strategies
 from gapo_mega.config.strategies import PassCount
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
 
 
@@ -40,7 +41,7 @@ def forward_kind(
     One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
     a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
     gradient once per microbatch instead of once per minibatch, which may cost more than it saves: in that
-    case ``auto`` takes separate passes. ``with_experts``: the model has some.
+    case ``auto`` takes separate passes. ``with_experts``: some are trained.
     """
     asked = config.gradients.forward
     if asked != "auto":
@@ -68,6 +69,11 @@ def _one_pass_is_sure(config: Config) -> bool:
     return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
 
 
+def trains_experts(config: Config, shape: ModelShape) -> bool:
+    """Whether experts have gradients; beside adapters they are frozen."""
+    return shape.experts is not None and config.model.lora is None
+
+
 def router_passes(config: Config) -> PassCount:
     """What the losses of experts' routers add to an update: one pass, and a forward that counts choices."""
     if not config.model.router_losses:
@@ -78,7 +84,7 @@ def router_passes(config: Config) -> PassCount:
 def refusal_of_one_pass(with_experts: bool) -> str | None:
     """Why a model's layers here cannot hand over the gradients of sequences; None if they can."""
     if with_experts:
-        return "a model with experts (each gets the tokens of all sequences in one heap)"
+        return "trained experts (each gets the tokens of all sequences in one heap)"
     if transformer_engine_layers():
         return "Transformer Engine's layers (they add up the gradients of sequences themselves)"
     return None

@@ -88,7 +88,7 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
             f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
             f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
         )
-    check_adapters(config.model.lora)
+    check_adapters(config.model.lora, shape)
     check_adapter(config.model.lora, shape)
     data_ranks = check_model_split(config.parallel, shape, world_size)
     check_batches(config, data_ranks)

@@ -10,7 +10,7 @@ import pytest
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape
 from gapo_mega.models.shape import Experts
-from gapo_mega.planning.layout import data_parallel_size
+from gapo_mega.planning.layout import check_model_split, data_parallel_size
 from tests.helpers.resolved import check
 
 SMOLLM2 = ModelShape(
@@ -270,3 +270,25 @@ def test_packed_sequences_divide_nothing() -> None:
     check(config(**packed, parallel={"pipeline": 6, "virtual_pipeline": 5}), SMOLLM2, 6)
     with pytest.raises(ValueError, match=r"parallel.virtual_pipeline: found 3 with 6 microbatches"):
         check(config(**packed, parallel={"pipeline": 10, "virtual_pipeline": 3}), SMOLLM2, 10)
+
+
+def test_experts_have_no_adapters() -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(model={"path": "m", "lora": {}}), WITH_EXPERTS, 1)
+    assert str(caught.value).startswith(
+        "model.lora.target_modules: found gate_proj, up_proj, down_proj with a model with experts, accepted: "
+        "q_proj, k_proj, v_proj, o_proj"
+    )
+    attention = {"path": "m", "lora": {"target_modules": ["q_proj", "o_proj"]}}
+    # Nothing of an expert is trained, and its tokens may come in a heap.
+    check(config(model=attention, gradients={"forward": "one_pass"}), WITH_EXPERTS, 1)
+
+
+def test_experts_are_shared_within_a_replica_or_by_whole_ones() -> None:
+    """Ranks 0 to 2 of six with tensor 2 would be one replica and half of the next."""
+    parallel = {"tensor": 2, "sequence_parallel": True, "expert": 3, "expert_tensor": 1}
+    with pytest.raises(
+        ValueError, match=r"^parallel\.expert: found 3 .* \(tensor 2 x data 3\), accepted: 1, 2, 6$"
+    ):
+        check_model_split(config(parallel=parallel).parallel, WITH_EXPERTS, 6)
+    check_model_split(config(parallel={**parallel, "expert": 6}).parallel, WITH_EXPERTS, 6)

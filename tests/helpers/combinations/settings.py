@@ -24,6 +24,7 @@ from gapo_mega.config import (
 )
 from gapo_mega.config.strategies import stores
 from gapo_mega.models.shape import ModelShape
+from tests.helpers.peft_models import SETTINGS
 from tests.helpers.resolved import check
 
 OBJECTIVES = 2
@@ -119,7 +120,7 @@ class Setting:
 
 
 AXES: dict[str, tuple[str, ...]] = {
-    "model": ("dense", "experts"),
+    "model": ("dense", "experts", "adapters"),
     "layout": tuple(LAYOUTS),
     "sequence_parallel": ON_OFF,
     "distributed": ON_OFF,
@@ -231,7 +232,7 @@ def config_of(setting: Setting, model: str) -> Config:
         output_dir="unused",
         steps=4,
         micro_batch_size=rows if setting.microbatches == "one" else SEVERAL,
-        model=_model(model, setting.dtype, setting.recompute),
+        model=_model(model, setting.dtype, setting.recompute, setting.model == "adapters"),
         parallel=_parallel(setting.layout, setting.sequence_parallel),
         data=DataConfig(source="unused", max_prompt_tokens=8),
         rollout=_rollout(setting.temperature, setting.sampling),
@@ -278,8 +279,14 @@ def _rollout(temperature: str, sampling: str) -> RolloutConfig:
 
 
 @_once
-def _model(path: str, dtype: str, recompute: str) -> PolicyConfig:
-    return PolicyConfig.model_validate({"path": path, "dtype": dtype, "recompute": recompute})
+def _model(path: str, dtype: str, recompute: str, adapters: bool) -> PolicyConfig:
+    lora = {**SETTINGS, "path": adapter_of(path)} if adapters else None
+    return PolicyConfig.model_validate({"path": path, "dtype": dtype, "recompute": recompute, "lora": lora})
+
+
+def adapter_of(model: str) -> str:
+    """The directory of a model's adapter."""
+    return f"{model}-adapter"
 
 
 @_once

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.model.lora import adapted_layers
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.losses import Ppo
 from tests.helpers.combinations import comparison
@@ -66,7 +67,10 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
         _copy_(engine, adam_state(engine, key))
     with tempfile.TemporaryDirectory(dir=folder) as own:
         directory = Path(own) / "exported"
-        engine.export_hf(directory)
+        if any(adapted_layers(engine.policy.modules)):
+            engine.export_adapter(directory)
+        else:
+            engine.export_hf(directory)
         found = tensors_of(directory) if dist.get_rank() == 0 else None
     _copy_(engine, kept)
     return found

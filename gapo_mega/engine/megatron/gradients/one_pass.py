@@ -26,6 +26,7 @@ from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_policy, sequence_multiple
 from gapo_mega.engine.megatron.model.logprobs import Backwards, Wanted
 from gapo_mega.engine.megatron.model.packing import sequence_numbers
@@ -115,12 +116,12 @@ class OnePass(Shards):
         return replace(task.wanted(backwards), on_rows=self._accumulator.take_output_rows)
 
     def _agreed_rank(self, found: int) -> int:
-        """The number of passes; all tensor ranks take equally many."""
-        if self.groups.layout.tensor == 1:
-            return found
-        largest = torch.tensor(found)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
-        return int(largest)
+        """The number of passes; all tensor ranks take equally many, and data ranks that share experts."""
+        if self.groups.layout.tensor > 1:
+            largest = torch.tensor(found)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
+            found = int(largest)
+        return experts.most_among_sharers(found)
 
     # -- with a pipeline -----------------------------------------------------------------------------
     def _schedule(self, task: Task, clock: Clock) -> Tensor | None:
