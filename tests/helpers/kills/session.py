@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,14 @@ class Session:
         forking.load()
         self._prepare()
         running: dict[int, Case] = {}
+        try:
+            self._run(kills, running)
+        finally:
+            for process in running:  # they end what they have started
+                os.kill(process, signal.SIGTERM)
+                forking.wait(process, 30.0)
+
+    def _run(self, kills: int, running: dict[int, Case]) -> None:
         number = 0
         with tqdm(total=kills, initial=min(kills, self._count()), unit="kill", smoothing=0.05) as bar:
             while self._count() < kills or running:
