@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tests.helpers.kills import forking
 from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
+from tests.helpers.kills.phases import PHASES
 from tests.helpers.kills.running import CONFIG, Attempt, Run
 from tests.helpers.rank_runs import settings
 
@@ -116,8 +117,11 @@ class Session:
             self._reference(layout), layout, "forked" if self._start == "forked" else "command"
         )
         done, counts = run.observe()
-        if done.code != 0 or not counts:
+        if done.code != 0:
             raise RuntimeError(f"the undisturbed run {layout} ended with {done.code}:\n{done.log[-4000:]}")
+        missing = [phase.name for phase in PHASES if phase.name not in counts]
+        if missing:  # and so would never be hit
+            raise RuntimeError(f"no function of phases.py was called in {layout} for {', '.join(missing)}")
         self._counts(layout).write_text(json.dumps(counts))
 
     def _new_run(self, folder: Path, layout: str, start: str) -> Run:
