@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from tests.helpers.kills import table
 from tests.helpers.kills.cases import LAYOUTS, STARTS
@@ -21,6 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
         table.write(arguments.table, found)
         print(table.text(found))
         return 0
+    signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.out or Path(temporary)).absolute()
         session = Session(
@@ -36,6 +39,11 @@ def main(words: Sequence[str] | None = None) -> int:
     for case in session.failed:
         print(f"\ncase {case['case']}: {table.told(case)}", *case["faults"], sep="\n  ")
     return 1 if session.failed else 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Here and in what it forks: nothing stays."""
+    sys.exit(128 + number)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:

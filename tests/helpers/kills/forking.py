@@ -119,6 +119,7 @@ def _command(
     if waiting:
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+        assert subprocess_handler.Popen is subprocess.Popen, "this release starts ranks in another way"
         subprocess_handler.Popen = _popen(waiting)  # type: ignore[misc]
         os.execv = _become  # type: ignore[assignment]
     sys.argv = ["gapo-mega", *arguments]

@@ -29,7 +29,7 @@ PHASES = (
     # Inner products, the method's weights, and the combination in the gradient buffer.
     Phase("combine", (f"{_GRADIENTS}.kept_rows:Shards.direction",)),
     Phase("optimizer", (f"{_ENGINE}.model.optimizer:Trainable.step",)),
-    Phase("checkpoint write", ("gapo_mega.runs.checkpoints:CheckpointFolder.save",)),
+    Phase("checkpoint write", ("gapo_mega.runs.loop:RunLoop._save",)),
     # Flushed, listed with checksums and renamed; then older ones go.
     Phase(
         "checkpoint rename",

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,20 +66,27 @@ class Run:
         log = self.folder / f"log-{self._attempts}.txt"
         process = self._begin(plan, log)
         found = Attempt(None, "", 0.0)
+        try:
+            self._follow(process, kill, Path(plan["folder"]), found)
+        except BaseException:  # nobody else would end it, or let what is stopped go on
+            _end_now([*psutil.Process(process).children(recursive=True), psutil.Process(process)])
+            raise
+        found.log = log.read_text(errors="replace")
+        found.seconds = time.monotonic() - begun
+        return found
+
+    def _follow(self, process: int, kill: Kill | None, folder: Path, found: Attempt) -> None:
+        """Disturb the run, and wait until nothing is left of it."""
         family = [psutil.Process(process)]
         if kill is not None:
-            place = self._wait_for_hit(Path(plan["folder"]), process, kill.observed)
-            if place is not None:
+            found.hit = self._wait_for_hit(folder, process, kill.observed)
+            if found.hit is not None:
                 family += family[0].children(recursive=True)
-                found.hit = place
-                found.sent = self._send(kill, Path(plan["folder"]), process)
+                found.sent = self._send(kill, folder, process)
         found.code = forking.wait(process, ENDS_WITHIN)
         found.left = _end(family)
         if found.code is None:
             forking.wait(process, 60.0)
-        found.log = log.read_text(errors="replace")
-        found.seconds = time.monotonic() - begun
-        return found
 
     def observe(self) -> tuple[Attempt, dict[str, list[int]]]:
         """Give the command and count the events of its phases on rank 0."""
@@ -197,21 +204,19 @@ def _stopped(process: int) -> bool:
 
 def _end(family: Sequence[psutil.Process]) -> list[str]:
     """Wait until all have ended; end what does not, and name it."""
-    left = _wait_until_gone(family, lambda: ENDS_WITHIN)
-    told = [f"process {one.pid}: {' '.join(one.cmdline()[-3:])}" for one in left]
-    for one in left:
+    end = time.monotonic() + ENDS_WITHIN
+    while (
+        left := [one for one in family if one.is_running() and _lives(one.pid)]
+    ) and time.monotonic() < end:
+        time.sleep(0.02)
+    _end_now(left)
+    return [f"process {one.pid}" for one in left]
+
+
+def _end_now(family: Sequence[psutil.Process]) -> None:
+    for one in family:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    return told
-
-
-def _wait_until_gone(family: Sequence[psutil.Process], within: Callable[[], float]) -> list[psutil.Process]:
-    end = time.monotonic() + within()
-    while True:
-        left = [one for one in family if one.is_running() and _lives(one.pid)]
-        if not left or time.monotonic() > end:
-            return left
-        time.sleep(0.02)
 
 
 def _default_signals() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from tests.helpers.kills import forking
 from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
+from tests.helpers.kills.phases import PHASES
 from tests.helpers.kills.running import CONFIG, Attempt, Run
 from tests.helpers.rank_runs import settings
 
@@ -52,6 +54,14 @@ class Session:
         forking.load()
         self._prepare()
         running: dict[int, Case] = {}
+        try:
+            self._run(kills, running)
+        finally:
+            for process in running:  # they end what they have started
+                os.kill(process, signal.SIGTERM)
+                forking.wait(process, 30.0)
+
+    def _run(self, kills: int, running: dict[int, Case]) -> None:
         number = 0
         with tqdm(total=kills, initial=min(kills, self._count()), unit="kill", smoothing=0.05) as bar:
             while self._count() < kills or running:
@@ -107,8 +117,11 @@ class Session:
             self._reference(layout), layout, "forked" if self._start == "forked" else "command"
         )
         done, counts = run.observe()
-        if done.code != 0 or not counts:
+        if done.code != 0:
             raise RuntimeError(f"the undisturbed run {layout} ended with {done.code}:\n{done.log[-4000:]}")
+        missing = [phase.name for phase in PHASES if phase.name not in counts]
+        if missing:  # and so would never be hit
+            raise RuntimeError(f"no function of phases.py was called in {layout} for {', '.join(missing)}")
         self._counts(layout).write_text(json.dumps(counts))
 
     def _new_run(self, folder: Path, layout: str, start: str) -> Run:
