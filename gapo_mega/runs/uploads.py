@@ -168,7 +168,7 @@ class Export:
         try:
             if place.is_below(directory):
                 raise ValueError(
-                    f"{PARAMETER}: found {self.url}, which is in the run's directory {directory}; accepted: a "
+                    f"{PARAMETER}: found {self.url}, which is in the run's directory; accepted: a "
                     "place beside it, or null (the model is exported to hf/ there anyway)"
                 )
             self._check_mine(place)

@@ -235,9 +235,7 @@ def test_the_runs_own_directory_is_no_other_place(tmp_path: Path, inside: str) -
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "link").symlink_to("run")
-    with pytest.raises(
-        ValueError, match=r"^checkpoint\.export_to: found file://.*, which is in the run's direct"
-    ):
+    with pytest.raises(ValueError, match=r"^checkpoint\.export_to: found file://.*, which is in the run's"):
         Export(f"file://{run}{inside}", []).check(run)
     assert list(run.iterdir()) == []
     Export(f"file://{tmp_path / 'run-model'}", []).check(run)
