@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo_mega.engine.base import BackgroundSave, RunEngine
-from gapo_mega.runs.checkpoints import CheckpointFolder
+from gapo_mega.runs.checkpoints import CheckpointFolder, any_replica
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Saves:
                     self._under_way.step,
                     waited,
                 )
-            if self._engine.broadcast_in_replica(waited) > within:
+            if any_replica(self._engine, waited > within):
                 break
         self._complete(self._under_way)
 

@@ -290,7 +290,7 @@ class Session:
         manifest = read_manifest(self.directory)
         known = [None if manifest is None else manifest.run, self._resumed_run]
         self.export = export = Export(url, [run for run in known if run is not None])
-        agree(self.everyone, lambda: export.check() if self.everyone.is_main else None)
+        agree(self.everyone, lambda: export.check(self.directory) if self.everyone.is_main else None)
 
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:

@@ -127,13 +127,12 @@ def _remove_left(directory: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether this host has a process of that number, whoever's it is."""
+    """Whether this host has a process of that number."""
     try:
-        os.kill(process, 0)
+        with suppress(PermissionError):  # another user's
+            os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
 
 

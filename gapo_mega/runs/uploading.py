@@ -24,8 +24,8 @@ def put_from_main(export: Export, directory: Path, step: int, ranks: Ranks) -> N
     def put() -> None:
         try:
             export.put(directory, step)
-        except ValueError as error:
-            errors.append(str(error))
+        except Exception as error:  # all ranks raise it, below
+            errors.append(str(error) or type(error).__name__)
 
     thread = threading.Thread(target=put, name="gapo-mega upload", daemon=True)
     if ranks.layout.is_main:

@@ -80,6 +80,13 @@ class Place:
         """Of a file in the directory."""
         return f"{self.root}/{name}"
 
+    def is_below(self, directory: Path) -> bool:
+        """Whether it is ``directory``, or in it, on this machine."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        here = isinstance(self.files, LocalFileSystem)
+        return here and Path(self.root).resolve().is_relative_to(directory.resolve())
+
     def has(self, name: str) -> bool:
         """Whether the file is there."""
         self.files.invalidate_cache()
@@ -152,13 +159,18 @@ class Export:
         self.url = url
         self.known_by = list(known_by)
 
-    def check(self) -> None:
+    def check(self, directory: Path) -> None:
         """Refuse a place that cannot be written to, or that has another model. Leaves nothing there.
 
-        Raises ``ValueError``.
+        ``directory``: the run's. Raises ``ValueError``.
         """
         place = Place.of(self.url)
         try:
+            if place.is_below(directory):
+                raise ValueError(
+                    f"{PARAMETER}: found {self.url}, which is in the run's directory; accepted: a "
+                    "place beside it, or null (the model is exported to hf/ there anyway)"
+                )
             self._check_mine(place)
             place.try_writing()
         except ValueError:

@@ -67,7 +67,7 @@ def places(tmp_path: Path) -> list[tuple[str, str]]:
 def test_a_model_arrives_whole(tmp_path: Path, store: MemoryFileSystem, kind: int) -> None:
     url, root = places(tmp_path)[kind]
     export = Export(url, ["mine"])
-    export.check()
+    export.check(tmp_path / "run")
     files = fsspec.filesystem(url.partition(":")[0])
     assert not files.exists(root)  # the check leaves nothing, and no folder
     export.put(model(tmp_path / "hf"), step=7)
@@ -126,7 +126,7 @@ def test_another_model_stays(
     export = Export("memory://bucket/a", mine)
     said = r"^checkpoint\.export_to: found memory://bucket/a, where there is a model that this run has"
     with pytest.raises(ValueError, match=said):
-        export.check()
+        export.check(tmp_path / "run")
     with pytest.raises(ValueError, match=said):  # it may have come meanwhile
         export.put(model(tmp_path / "hf"), step=1)
     assert texts(store, "/bucket/a") == there
@@ -224,15 +224,27 @@ def test_a_file_that_arrives_short_is_no_success(
 )
 def test_places_that_take_nothing_are_refused(url: str, said: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Export(url, []).check()
+        Export(url, []).check(Path("run"))
     line = str(caught.value)
     assert line.startswith("checkpoint.export_to: ") and said in line and "\n" not in line
+
+
+@pytest.mark.parametrize("inside", ["", "/", "/hf", "/sub/model", "/../link/hf"])
+def test_the_runs_own_directory_is_no_other_place(tmp_path: Path, inside: str) -> None:
+    """It would be copied onto itself."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with pytest.raises(ValueError, match=r"^checkpoint\.export_to: found file://.*, which is in the run's"):
+        Export(f"file://{run}{inside}", []).check(run)
+    assert list(run.iterdir()) == []
+    Export(f"file://{tmp_path / 'run-model'}", []).check(run)
 
 
 def test_a_package_that_is_not_there_is_named() -> None:
     """No environment of ours has fsspec's driver of Dropbox."""
     with pytest.raises(ValueError, match=r"the package for dropbox is not usable \(ImportError: .*dropbox"):
-        Export("dropbox://a/b", []).check()
+        Export("dropbox://a/b", []).check(Path("run"))
 
 
 def test_a_folder_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +255,7 @@ def test_a_folder_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "makedirs", refuse)
     with pytest.raises(ValueError, match=r"cannot be written to .*Permission denied"):
-        Export(f"file://{tmp_path / 'a'}", []).check()
+        Export(f"file://{tmp_path / 'a'}", []).check(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

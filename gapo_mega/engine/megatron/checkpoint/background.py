@@ -109,7 +109,7 @@ class BackgroundSave:
             own = sorted({result.storage_data.relative_path for result in self._results})
             self._files = {name: measured(self._directory / name) for name in own}
         except Exception as error:  # told by ``finish``, in the thread that trains
-            self._error = f"{type(error).__name__}: {error}"
+            self._error = _one_line(error)
 
     def is_done(self) -> bool:
         return self._everywhere(not self._thread.is_alive())
@@ -130,8 +130,8 @@ class BackgroundSave:
         if everyone is not None:
             try:
                 self._writer.complete(everyone)
-            except OSError as found:
-                error = str(found)
+            except Exception as found:  # every rank has to hear of it
+                error = _one_line(found)
         self._agree(error)
         return self._files
 
@@ -142,3 +142,9 @@ class BackgroundSave:
         for rank, found in enumerate(errors):
             if found is not None:
                 raise OSError(f"checkpoint {self._directory} cannot be written (rank {rank}): {found}")
+
+
+def _one_line(error: Exception) -> str:
+    """Torch adds lines of C++ to what a disk says."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
