@@ -15,6 +15,7 @@ from gapo_mega.config.checks import (
     KL_ROW,
     check_average,
     check_correction,
+    check_instances,
     check_kl_row,
     check_kl_target,
     check_packing,
@@ -345,6 +346,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _longest_sequence_fits(self) -> Config:
         check_packing(self.micro_batch_tokens, self.longest)
+        return self
+
+    @model_validator(mode="after")
+    def _instances_are_of_distributed_optimizers(self) -> Config:
+        optimizers = {"optimizer": self.optimizer, "critic.optimizer": self.critic.optimizer}
+        check_instances(self.parallel.distributed_optimizer_instances, optimizers)
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             "world of "
             f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
         )
-    return world_size // (tensor * pipeline)
+    data, instances = world_size // (tensor * pipeline), parallel.distributed_optimizer_instances
+    if data % instances:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
+            f"ranks: {_listed(_divisors(data))}"
+        )
+    return data
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:

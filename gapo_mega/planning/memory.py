@@ -210,7 +210,8 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     whole = any(resolved.forward_of(rows) == "shared" for rows in measured)
     scope = config.gradients.scope
     chunk = 0 if whole or (scope != "full" and has_output_layer(scope)) else logits_chunk(config, shape)
-    shard = trained // data if config.optimizer.distributed else trained
+    sharing = data // config.parallel.distributed_optimizer_instances
+    shard = trained // sharing if config.optimizer.distributed else trained
     sizes = rank_sizes(config.parallel, shape, shard, trained, stage, lora)
     offloaded = config.model.offload_reference
     scoring = [
@@ -227,7 +228,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         policy_parameters=count,
         parameters=count * item,
         gradients=trained * FP32,
-        optimizer=_optimizer_bytes(config, config.optimizer, trained, data),
+        optimizer=_optimizer_bytes(config, config.optimizer, trained, sharing),
         objective_rows=sum(resolved.strategy_of(rows).row_bytes(rows, sizes) for rows in measured)
         + average_bytes(resolved, sizes),
         reference=0 if offloaded or lora is not None else count * item,
@@ -247,7 +248,8 @@ def _critic(resolved: ResolvedRun, stage: int) -> int:
     count = critic_parameters(
         shape, config.parallel.tensor, config.parallel.pipeline, stage, resolved.value_heads
     )
-    state = _optimizer_bytes(config, config.critic.optimizer, count, resolved.data)
+    sharing = resolved.data // config.parallel.distributed_optimizer_instances
+    state = _optimizer_bytes(config, config.critic.optimizer, count, sharing)
     return resolved.value_models * (count * (_item_size(config) + FP32) + state)
 
 
@@ -255,11 +257,11 @@ def _item_size(config: Config) -> int:
     return 2 if config.model.dtype == "bf16" else FP32
 
 
-def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int, data: int) -> int:
-    """fp32 main parameters (bf16 only) and moments of ``count`` parameters on one of ``data`` ranks."""
+def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int, sharing: int) -> int:
+    """fp32 main parameters (bf16 only) and moments of ``count`` parameters on one of ``sharing`` ranks."""
     main = 1 if config.model.dtype == "bf16" else 0
     moments = 2 if optimizer.name == "adam" else int(optimizer.momentum > 0)
-    return (main + moments) * FP32 * count // (data if optimizer.distributed else 1)
+    return (main + moments) * FP32 * count // (sharing if optimizer.distributed else 1)
 
 
 def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:
