@@ -11,7 +11,7 @@ from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.config.lora import LoraConfig
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.optional import transformer_engine_layers
+from gapo_mega.optional import einops, transformer_engine_layers
 from gapo_mega.planning.strategy import (
     microbatches,
     minibatch_sequences,
@@ -41,6 +41,11 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         raise ValueError(
             f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
             f"ranks: {_listed(_divisors(data))}"
+        )
+    if instances > 1 and not einops().usable:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances} without the package einops, by "
+            "which Megatron arranges their ranks; accepted: 1, or pip install 'gapo-mega[instances]'"
         )
     return data
 

@@ -15,6 +15,8 @@ from tests.helpers.ranks.check_engine import parameters
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import tiny_llama, tiny_mixtral
 
+pytest.importorskip("einops")
+
 ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
 TWO = {"distributed_optimizer_instances": 2}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
