@@ -1,4 +1,4 @@
-"""Packed rows against rows with padding: tokens computed, seconds and memory of an update.
+"""Packed rows against rows with padding: tokens computed, CPU seconds and memory of an update.
 
     python -m benchmarks.packing FOLDER
 
@@ -85,7 +85,7 @@ def engine_of(
 
 
 def measure(model: Path, forward: str, rounds: int) -> dict[str, tuple[float, float, int]]:
-    """Of every kind: padding, seconds of an update, peak of allocated bytes above what was there."""
+    """Of every kind: padding, CPU seconds of an update, peak of allocated bytes above what was there."""
     # Nothing is clipped, so that one pass is enough.
     loss, aggregator, batch = losses.Ppo(clip_epsilon=100.0), aggregation.build("gapo"), sampled()
     engines: dict[str, MegatronEngine] = {}
@@ -102,9 +102,9 @@ def measure(model: Path, forward: str, rounds: int) -> dict[str, tuple[float, fl
         found[name] = report.padding, allocated.peak_bytes
     for _ in range(rounds):
         for name, engine in engines.items():
-            started = time.perf_counter()
+            started = time.process_time()
             engine.update_policy(batch, loss, aggregator)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     groups.shutdown()
     return {name: (found[name][0], statistics.median(seconds[name]), found[name][1]) for name in engines}
 
@@ -118,7 +118,7 @@ def main() -> int:
     torch.manual_seed(0)
     model = arguments.folder / "model"
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(model)
-    print("forward   kind    tokens computed  seconds  peak MiB")
+    print("forward   kind    tokens computed  CPU s    peak MiB")
     for forward in ("one_pass", "separate"):
         for name, (padding, time_s, peak) in measure(model, forward, arguments.rounds).items():
             print(f"{forward:9} {name:7} {padding:15.2f}  {time_s:7.2f}  {peak / 2**20:8.1f}")

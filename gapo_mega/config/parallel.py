@@ -33,7 +33,13 @@ class ParallelConfig(Section):
     expert_tensor: int | None = Field(
         None, ge=1, description="ranks that share every expert; none: as many as tensor"
     )
-    distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
+    distributed_optimizer_instances: int = Field(
+        1,
+        ge=1,
+        description="copies of the optimizer's state, each split over as many of the data ranks: they gather "
+        "parameters among themselves, and gradients are also reduced over the copies; needs "
+        "optimizer.distributed without overlap_grad_reduce, divides the data ranks",
+    )
     timeout_minutes: float = Field(
         30,
         ge=0.1,
@@ -74,13 +80,11 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:
-        for name in ("context", "distributed_optimizer_instances"):
-            value = getattr(self, name)
-            if value != 1:
-                raise ValueError(
-                    f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
-                    "not been verified in other layouts)"
-                )
+        if self.context != 1:
+            raise ValueError(
+                f"parallel.context: found {self.context}, accepted: 1 (the gradient inner products have "
+                "not been verified in other layouts)"
+            )
         if self.expert == 1 and self.experts_split != self.tensor:
             raise ValueError(
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "

@@ -15,6 +15,7 @@ from gapo_mega.config.checks import (
     KL_ROW,
     check_average,
     check_correction,
+    check_instances,
     check_kl_row,
     check_kl_target,
     check_packing,
@@ -369,6 +370,8 @@ class Config(Section):
         algorithm = self.algorithm
         names = [objective.name for objective in self.objectives]
         check_packing(self.micro_batch_tokens, self.longest)
+        optimizers = {"optimizer": self.optimizer, "critic.optimizer": self.critic.optimizer}
+        check_instances(self.parallel.distributed_optimizer_instances, optimizers)
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)

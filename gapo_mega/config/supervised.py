@@ -22,6 +22,7 @@ from gapo_mega.config import (
     Section,
     TemplatePath,
 )
+from gapo_mega.config.checks import check_instances
 from gapo_mega.config.fields import MOST_ROWS, Name
 from gapo_mega.config.lora import LoraConfig
 
@@ -177,6 +178,12 @@ class SupervisedConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: DataEvaluationConfig = DataEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _instances_are_of_distributed_optimizers(self) -> SupervisedConfig:
+        instances = self.parallel.distributed_optimizer_instances
+        check_instances(instances, {"optimizer": self.optimizer})
+        return self
 
     @property
     def data_sets(self) -> int:

@@ -12,7 +12,7 @@ from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.config.lora import TARGET_MODULES, LoraConfig
 from gapo_mega.models.adapters import linear_of
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.optional import transformer_engine_layers
+from gapo_mega.optional import einops, transformer_engine_layers
 from gapo_mega.planning.strategy import (
     microbatches,
     minibatch_sequences,
@@ -40,7 +40,18 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             "world of "
             f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
         )
-    return world_size // (tensor * pipeline)
+    data, instances = world_size // (tensor * pipeline), parallel.distributed_optimizer_instances
+    if data % instances:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
+            f"ranks: {_listed(_divisors(data))}"
+        )
+    if instances > 1 and not einops().usable:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances} without the package einops, by "
+            "which Megatron arranges their ranks; accepted: 1, or pip install 'gapo-mega[instances]'"
+        )
+    return data
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
@@ -65,7 +76,11 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
                 + ("1" if expert > 1 else "null")
             )
         return
-    count = shape.experts.count
+    instances, count = parallel.distributed_optimizer_instances, shape.experts.count
+    if instances > 1:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances} with a model of experts, accepted: 1"
+        )
     if count % expert:
         raise ValueError(
             f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(_divisors(count))}"

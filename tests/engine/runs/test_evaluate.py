@@ -117,6 +117,20 @@ def test_scores_and_divergence_are_those_of_the_responses(folder: Path, tmp_path
     assert compared >= 3
 
 
+def test_packed_rows_and_logits_in_chunks_say_the_same(folder: Path, tmp_path: Path) -> None:
+    """Divergences, which passes over whole sequences measure; responses are bit for bit alike."""
+    packed = {"micro_batch_tokens": 100, "model": {"path": "unused", "logits_chunk": 3}}
+    found = []
+    for name, sections in (("plain", {}), ("packed", packed)):
+        evaluated(configuration(folder, **sections), request(folder, tmp_path / name))
+        found.append(read_answers(tmp_path / name / "tuned" / "responses.jsonl"))
+    assert [answer.response for answer in found[0]] == [answer.response for answer in found[1]]
+    # Sums of six differences of fp32 log-probabilities.
+    expected = [answer.kl for answer in found[0]]
+    assert [answer.kl for answer in found[1]] == pytest.approx(expected, abs=1e-5)
+    assert max(abs(kl) for kl in expected) > 1e-3
+
+
 def test_it_goes_on_where_it_was_killed(folder: Path, tmp_path: Path) -> None:
     evaluated(configuration(folder), request(folder, tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")

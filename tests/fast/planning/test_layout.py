@@ -10,6 +10,8 @@ import pytest
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape
 from gapo_mega.models.shape import Experts
+from gapo_mega.optional import Probe
+from gapo_mega.planning import layout
 from gapo_mega.planning.layout import check_model_split, data_parallel_size
 from tests.helpers.resolved import check
 
@@ -292,3 +294,31 @@ def test_experts_are_shared_within_a_replica_or_by_whole_ones() -> None:
     ):
         check_model_split(config(parallel=parallel).parallel, WITH_EXPERTS, 6)
     check_model_split(config(parallel={**parallel, "expert": 6}).parallel, WITH_EXPERTS, 6)
+
+
+def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"distributed_optimizer_instances": 2}
+    monkeypatch.setattr(layout, "einops", lambda: Probe(True, "einops", ""))
+    check(config(parallel=two), SMOLLM2, 4)
+    with pytest.raises(ValueError, match=r"instances: found 2 with a model of experts, accepted: 1$"):
+        check(config(parallel=two), WITH_EXPERTS, 4)
+    with pytest.raises(ValueError, match=r"instances: found 2, accepted for 1 data-parallel ranks: 1$"):
+        check(config(parallel={"tensor": 3, **two}), SMOLLM2, 3)
+    monkeypatch.setattr(layout, "einops", lambda: Probe(False, "", "it"))
+    with pytest.raises(
+        ValueError, match=r"instances: found 2 without the package einops.*gapo-mega\[instances\]"
+    ):
+        check(config(parallel=two), SMOLLM2, 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"distributed": False}}, "with optimizer.distributed false, accepted: 1"),
+        ({"critic": {"optimizer": {"distributed": False}}}, "with critic.optimizer.distributed false"),
+        ({"optimizer": {"overlap_grad_reduce": True}}, "with optimizer.overlap_grad_reduce true"),
+    ],
+)
+def test_instances_of_what_is_none_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"parallel.distributed_optimizer_instances: found 2 {message}"):
+        config(parallel={"distributed_optimizer_instances": 2}, **sections)

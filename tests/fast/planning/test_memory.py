@@ -381,6 +381,14 @@ def test_packed_rows_are_planned_for_their_tokens() -> None:
     )
 
 
+def test_every_instance_holds_the_whole_optimizer_state() -> None:
+    shape = shape_of(LlamaConfig(**SIZES))
+    (alone,) = predict(resolved_run(config(), world=2, shape=shape)).stages
+    instances = config(parallel={"distributed_optimizer_instances": 2})
+    (shared,) = predict(resolved_run(instances, world=4, shape=shape)).stages
+    assert shared.optimizer == alone.optimizer > 0
+
+
 def _planned(settings: Config, shape: ModelShape) -> tuple[Any, MemoryPlan]:
     resolved = resolved_run(settings, shape=shape)
     return resolved, predict(resolved)

@@ -28,6 +28,7 @@ from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_h
 from gapo_mega.engine.megatron.gradients.router_gradient import RouterGradient
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.model import experts
+from gapo_mega.engine.megatron.model.buffers import optimizer_instances
 from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
@@ -258,15 +259,17 @@ class GradientStrategy(ABC):
         """The Gram matrix of ``rows`` of the shards of all ranks, bit for bit the same on every rank.
 
         Experts and all other parameters are summed over groups of their own, as in Megatron's norm. Without
-        the distributed optimizer every replica sums its own parts, perhaps in another order, so rank 0
-        broadcasts its sum: weights that differ in one bit would let replicas drift apart.
+        the distributed optimizer every replica sums its own parts, and so does every instance of it, perhaps
+        in another order, so rank 0 broadcasts its sum: weights that differ in one bit would let replicas
+        drift apart.
         """
         sums = [
             ops.sum_gram_(inner_products(shard, rows, metric, counted), group)
             for counted, group in zip(shard.counted, self._sums_over, strict=True)
         ]
         gram = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
-        return gram if self.trainable.chunks[0].ddp_config.use_distributed_optimizer else self.agreed(gram)
+        one_sum = self.trainable.chunks[0].ddp_config.use_distributed_optimizer and optimizer_instances() == 1
+        return gram if one_sum else self.agreed(gram)
 
     @staticmethod
     def agreed(tensor: Tensor) -> Tensor:
