@@ -359,16 +359,11 @@ class Config(Section):
         return self.rollout.prompts_per_step // data_ranks * self.rollout.samples_per_prompt
 
     @model_validator(mode="after")
-    def _objective_names_differ(self) -> Config:
-        names = [o.name for o in self.objectives]
-        if len(set(names)) != len(names):
-            raise ValueError(f"objectives: names must differ, found {names}")
-        return self
-
-    @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         algorithm = self.algorithm
         names = [objective.name for objective in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives: names must differ, found {names}")
         check_packing(self.micro_batch_tokens, self.longest)
         optimizers = {"optimizer": self.optimizer, "critic.optimizer": self.critic.optimizer}
         check_instances(self.parallel.distributed_optimizer_instances, optimizers)

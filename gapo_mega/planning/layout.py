@@ -79,7 +79,8 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
     instances, count = parallel.distributed_optimizer_instances, shape.experts.count
     if instances > 1:
         raise ValueError(
-            f"parallel.distributed_optimizer_instances: found {instances} with a model of experts, accepted: 1"
+            f"parallel.distributed_optimizer_instances: found {instances} with a model of experts, accepted: "
+            "1"
         )
     if count % expert:
         raise ValueError(
