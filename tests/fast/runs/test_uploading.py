@@ -92,8 +92,8 @@ def test_a_failure_at_the_end_keeps_everything_else(
     assert store.cat_file(f"{ROOT}/config.json") in model.values()
 
 
-def test_the_answer_is_that_of_the_configuration(tmp_path: Path) -> None:
-    """No message repeats a password, wherever it stands."""
+def test_no_message_repeats_a_password(tmp_path: Path) -> None:
+    """Wherever it stands."""
     file = tmp_path / "run.yaml"
     config = configuration(tmp_path / "run").model_dump(mode="json")
     file.write_text(json.dumps(config))
