@@ -12,14 +12,8 @@ from tests.helpers.ranks.launch import launch
 # Layouts are [tensor, pipeline] or [tensor, pipeline, virtual_pipeline]; data parallelism takes the rest of
 # four ranks.
 CASES: dict[str, dict[str, Any]] = {
-<<<<<<< HEAD
     "TP2xDP2": {"save": [2, 1], "load": [[2, 2], [1, 1]]},
     "TP2xDP2-bf16": {"save": [2, 1], "load": [[1, 1]], "dtype": "bf16"},
-    "TP2xDP2-background": {"save": [2, 1], "load": [[1, 2]], "background": True},
-=======
-    "TP2xDP2": {"save": [2, 1], "load": [[2, 2], [1, 2], [1, 1]]},
-    "TP2xDP2-bf16": {"save": [2, 1], "load": [[2, 2], [1, 1]], "dtype": "bf16"},
->>>>>>> saves22
     "TP2xDP2-plain-adam": {
         "save": [2, 1],
         "load": [[1, 2]],
