@@ -62,7 +62,7 @@ CHANGES = [
 def sweep(folder: Path, settings: list[Setting]) -> dict[Setting, Outcome]:
     write_models(folder)
     outcomes: list[Outcome] = []
-    Sweep(folder, outcomes.append, seconds=120).run(settings, workers=1)
+    Sweep(folder, outcomes.append, seconds=300).run(settings, workers=1)
     return {outcome.setting: outcome for outcome in outcomes}
 
 
