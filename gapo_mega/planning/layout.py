@@ -58,6 +58,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
+    _check_packing(config)
     packed = config.micro_batch_tokens is not None  # then there are as many as are wanted
     count = (minibatch_sequences if packed else microbatches)(config, data_parallel)
     check_interleaving(config.parallel, shape, count)
@@ -183,6 +184,15 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
             "sequences on "
             f"a data-parallel rank: {_listed(_divisors(minibatch))}"
+        )
+
+
+def _check_packing(config: Config) -> None:
+    tokens = config.micro_batch_tokens
+    if tokens is not None and config.model.dtype == "fp32" and transformer_engine_layers():
+        raise ValueError(
+            f"micro_batch_tokens: found {tokens} with model.dtype fp32 and Transformer Engine's layers, "
+            "accepted: null, or model.dtype bf16 (their attention takes packed rows in no other type)"
         )
 
 

@@ -322,3 +322,12 @@ def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_instances_of_what_is_none_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"parallel.distributed_optimizer_instances: found 2 {message}"):
         config(parallel={"distributed_optimizer_instances": 2}, **sections)
+
+
+def test_transformer_engine_packs_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {"micro_batch_tokens": 100_000}
+    check(config(**packed), SMOLLM2, 1)
+    monkeypatch.setattr(layout, "transformer_engine_layers", lambda: True)
+    check(config(**packed, model={"path": "m", "dtype": "bf16"}), SMOLLM2, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_tokens: found 100000 with model.dtype fp32"):
+        check(config(**packed), SMOLLM2, 1)

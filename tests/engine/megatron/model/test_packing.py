@@ -22,6 +22,7 @@ from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.logits import chosen_logprobs, relative_error
 from tests.helpers.policy_gradients import PARTS, RATE, SGD, WHOLE, Reference, engine_of, flat
 from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.sampled import random_kept
 from tests.helpers.tiny import tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3
 
 VOCABULARY = 200
@@ -109,6 +110,29 @@ def test_gradients_against_float64(case: str, model: Path, tmp_path: Path) -> No
     start = torch.cat([p.detach().flatten() for p in reference.model.parameters()])
     expected = RATE * (aggregator(rows @ rows.T) @ reference.rows())
     assert float((flat(tmp_path / "one") - start + expected).norm() / expected.norm()) <= 2e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_one_pass_of_biases_and_of_norms_of_heads(family: str, tmp_path: Path) -> None:
+    write: Callable[[Path], PreTrainedModel] = FAMILIES[family]
+    write(tmp_path / "model")
+    with engine_of(tmp_path / "model", {"forward": "one_pass"}, PARTS, SGD, **packed(50)) as engine:
+        batch = check_engine.local_part(check_engine.global_batch(VOCABULARY), engine)
+        report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+    rows = Reference(tmp_path / "model", batch).rows()
+    assert gram_error(report.gram, rows @ rows.T) <= 1e-5
+
+
+def test_penalties_and_kept_tokens_are_those_of_each_sequence(model: Path) -> None:
+    rollout = {**SIZES["rollout"], "temperature": 0.7, "repetition_penalty": 1.3, "top_k": 20}
+    batch = check_engine.global_batch(VOCABULARY)
+    kept, _ = random_kept(batch.tokens_BT, batch.response_mask_BT, VOCABULARY, 0.1)
+    batch = dataclasses.replace(batch, kept=kept)
+    found = []
+    for tokens in (None, 50):
+        with engine_of(model, {}, PARTS, SGD, **packed(tokens, rollout=rollout)) as engine:
+            found.append(engine.logprobs(batch, "policy"))
+    assert relative_error(found[1], found[0]) <= 1e-5
 
 
 @pytest.fixture

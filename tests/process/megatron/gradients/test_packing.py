@@ -21,6 +21,7 @@ SIZES: dict[str, Any] = {
 }
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 ONE_PASS, TURNS, SEPARATE = ({"forward": kind} for kind in ("one_pass", "shared", "separate"))
+LORA = {"model": {"lora": {"rank": 3}}}
 OVERLAP = {**ADAM, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Into so many tokens go the sequences of one data rank of two by threes and twos, the other's by twos.
 TOKENS = 25
@@ -31,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dict
     "TP2 sequence last layer": ("llama", SEQUENCE, SGD, {**SEPARATE, "scope": "last_layer"}, {}),
     "PP2": ("llama", {"pipeline": 2}, SGD, SEPARATE, {}),
     "PP2 one pass": ("llama", {"pipeline": 2}, SGD, ONE_PASS, {}),
+    "PP2 interleaved one pass": ("llama", {"pipeline": 2, "virtual_pipeline": 2}, SGD, ONE_PASS, {}),
+    "TP2 sequence one pass adapters": ("llama", SEQUENCE, SGD, ONE_PASS, LORA),
     "PP2 interleaved": ("llama", {"pipeline": 2, "virtual_pipeline": 2}, SGD, SEPARATE, {}),
     "DP2 turns": ("llama", {}, SGD, TURNS, {}),
     "DP2 one pass overlap": ("llama", {}, OVERLAP, ONE_PASS, {}),
@@ -47,8 +50,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     tiny_mixtral(folder / "mixtral")
     packed = {name: _job(folder, name, *case, tokens=TOKENS) for name, case in CASES.items()}
     single = {
-        _reference(name): _job(folder, _reference(name), model, {}, optimizer, {**gradients, **SEPARATE}, {})
-        for name, (model, _, optimizer, gradients, _) in CASES.items()
+        _reference(name): _job(
+            folder,
+            _reference(name),
+            model,
+            {},
+            optimizer,
+            {**gradients, **SEPARATE},
+            LORA if sections is LORA else {},
+        )
+        for name, (model, _, optimizer, gradients, sections) in CASES.items()
     }
     found = {}
     for ranks, jobs in ((1, single), (2, packed)):
@@ -59,8 +70,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def _reference(name: str) -> str:
     """The same model, optimizer and scope."""
-    model, _, optimizer, gradients, _ = CASES[name]
-    return f"{model} {optimizer['name']} {gradients.get('scope', 'full')}"
+    model, _, optimizer, gradients, sections = CASES[name]
+    adapters = "adapters" if sections is LORA else "whole"
+    return f"{model} {optimizer['name']} {gradients.get('scope', 'full')} {adapters}"
 
 
 def _job(
