@@ -3,7 +3,8 @@
 It sees what a profiler sees (``sys.setprofile``), so that the package needs to know nothing of it. A place is
 the n-th event, such as a call or a return, in a phase: the same on a busy machine as on a quiet one. There
 the process writes where it is and sends itself SIGSTOP; what happens then is up to whoever waits for it.
-Of a timed phase, a place is so many milliseconds after its beginning, and nothing is observed after it.
+Of a timed phase, a place is so many milliseconds of the processor after its beginning, and nothing is
+observed after it.
 
 Imports nothing but the standard library: it is loaded at the start of every process.
 """
@@ -69,12 +70,13 @@ class Observer:
         """From here on the clock tells, not a profiler, which would make it several times as long."""
         sys.setprofile(None)
         self._stack.clear()
-        self._began = (phase, time.monotonic())
+        self._began = (phase, begun := time.process_time())
         stop, main = self._stop, threading.get_ident()
         if stop is not None and stop["phase"] == phase:
 
             def halt() -> None:
-                time.sleep(stop["event"] / 1000)
+                while time.process_time() < begun + stop["event"] / 1000:
+                    time.sleep(0.005)
                 self.counts[phase][-1] = stop["event"]
                 self._halt(sys._current_frames()[main], "time", None, phase)
 
@@ -85,7 +87,7 @@ class Observer:
         sys.setprofile(None)
         if self._began is not None:
             phase, begun = self._began
-            self.counts[phase][-1] = int(1000 * (time.monotonic() - begun))
+            self.counts[phase][-1] = int(1000 * (time.process_time() - begun))
         _write(os.path.join(self._folder, COUNTS), json.dumps(self.counts))
 
     def _count(self, frame: FrameType, event: str, argument: object) -> None:
