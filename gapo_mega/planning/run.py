@@ -26,11 +26,12 @@ class RunPlan:
         sequences = config.sequences()
         virtual = parallel.virtual_pipeline
         interleaved = f" ({virtual} chunks a stage)" if virtual > 1 else ""
+        experts = f", experts over {parallel.sharing} ranks" if parallel.expert > 1 else ""
         minibatch = sequences // data // algorithm.minibatches
         return [
             *(f"{parameter}: {card}" for parameter, card in self.resolved.cards.items()),
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline}{interleaved} x data {data}",
+            f"{parallel.pipeline}{interleaved} x data {data}{experts}",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
             f"sequences, {sequences // data} on a data-parallel rank",
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
