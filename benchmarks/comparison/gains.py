@@ -22,8 +22,8 @@ class Point:
 
     Attributes:
         gains: by objective, held-out mean after training less before; in units of the scores' spread before.
-        hurt_steps: share of the steps that were looked at under which an objective fell to first order, by the
-            change that the optimizer made; None: none was.
+        hurt_steps: share of the steps looked at under which an objective fell to first order, by the
+            change that the optimizer made; None: none was looked at.
     """
 
     group: str
