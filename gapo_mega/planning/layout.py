@@ -78,10 +78,10 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
             )
         return
     instances, count = parallel.distributed_optimizer_instances, shape.experts.count
-    if instances > 1:
+    if instances > 1 and parallel.in_step:
         raise ValueError(
-            f"parallel.distributed_optimizer_instances: found {instances} with a model of experts, accepted: "
-            "1"
+            f"parallel.distributed_optimizer_instances: found {instances} with experts that data ranks share "
+            f"(parallel.expert {expert}), accepted: 1"
         )
     if count % expert:
         raise ValueError(

@@ -21,9 +21,14 @@ def minibatch_sequences(config: Config, data_parallel: int) -> int:
 def microbatches(config: Config, data_parallel: int) -> int:
     """Forward passes of a data-parallel rank over one minibatch; with micro_batch_tokens the most it takes.
 
-    First fit puts at least ``most_sequences`` into every row but the last.
+    First fit puts at least ``most_sequences`` into every row but the last. An interleaved pipeline gets a row
+    for each stage, where there are as many sequences.
     """
-    return -(-minibatch_sequences(config, data_parallel) // config.most_sequences)
+    sequences = minibatch_sequences(config, data_parallel)
+    found = -(-sequences // config.most_sequences)
+    if config.micro_batch_tokens is None or config.parallel.virtual_pipeline == 1:
+        return found
+    return max(found, min(sequences, config.parallel.pipeline))
 
 
 ForwardKind = Literal["one_pass", "shared", "separate"]

@@ -99,8 +99,9 @@ class Evaluation:
 
         ``everyone``, ``world``: the processes of the evaluation and their number; None: those of this job.
         """
-        # Frozen models are one chunk a stage.
-        parallel = config.parallel.model_copy(update={"virtual_pipeline": 1})
+        # Frozen models are one chunk a stage, and have no optimizer.
+        alone = {"virtual_pipeline": 1, "distributed_optimizer_instances": 1}
+        parallel = config.parallel.model_copy(update=alone)
         self.config = config.model_copy(update={"parallel": parallel})
         self.request = request
         self._everyone = peers(config.parallel.timeout) if everyone is None else everyone

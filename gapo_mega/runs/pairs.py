@@ -48,13 +48,14 @@ def engine_config(config: PairsConfig, steps: int) -> Config:
     objectives = [ObjectiveConfig(name=objective.name) for objective in config.objectives]
     source, longest = config.objectives[0].data.source, config.model.max_tokens
     samples = 2 * len(objectives)
+    model = {name: value for name, value in config.model if name in PolicyConfig.model_fields}
     try:
         return Config(
             output_dir=config.output_dir,
             seed=config.seed,
             steps=steps,
             micro_batch_size=2 * config.micro_batch_size,
-            model=PolicyConfig(**{name: getattr(config.model, name) for name in PolicyConfig.model_fields}),
+            model=PolicyConfig(**model),
             parallel=config.parallel,
             data=DataConfig(source=source, max_prompt_tokens=longest - 1),
             rollout=RolloutConfig(

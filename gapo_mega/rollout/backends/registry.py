@@ -27,10 +27,12 @@ def check(config: Config) -> None:
     rollout = config.rollout
     backend = find(rollout.backend)
     backend.check(config)
-    if backend.answers_beside and backend.ask is RolloutBackend.ask:
+    asks = backend.ask is not RolloutBackend.ask
+    if backend.answers_beside != asks:
+        has = "a method ask and not answers_beside" if asks else "answers_beside and no method ask"
         raise ValueError(
-            f"rollout.backend: found {rollout.backend}, which says answers_beside and has no method ask; "
-            "accepted: a class with both, or with neither"
+            f"rollout.backend: found {rollout.backend}, which has {has}; accepted: a class with both, or "
+            "with neither"
         )
     if rollout.ahead and not backend.answers_beside:
         others = sorted(name for name, other in backends().items() if other.answers_beside)

@@ -300,8 +300,9 @@ def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     two = {"distributed_optimizer_instances": 2}
     monkeypatch.setattr(layout, "einops", lambda: Probe(True, "einops", ""))
     check(config(parallel=two), SMOLLM2, 4)
-    with pytest.raises(ValueError, match=r"instances: found 2 with a model of experts, accepted: 1$"):
-        check(config(parallel=two), WITH_EXPERTS, 4)
+    check(config(parallel=two), WITH_EXPERTS, 4)
+    with pytest.raises(ValueError, match=r"instances: found 2 with experts that data ranks share .* 1$"):
+        check(config(parallel={"expert": 2, **two}), WITH_EXPERTS, 4)
     with pytest.raises(ValueError, match=r"instances: found 2, accepted for 1 data-parallel ranks: 1$"):
         check(config(parallel={"tensor": 3, **two}), SMOLLM2, 3)
     monkeypatch.setattr(layout, "einops", lambda: Probe(False, "", "it"))

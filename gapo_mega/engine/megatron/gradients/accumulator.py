@@ -59,8 +59,11 @@ class Accumulator:
         """The sequence that each position is of, on the host; None: the microbatch is not packed."""
         self._sequences = {}
         if numbers_S is not None:
-            own_S = numbers_S.chunk(self._tensor)[self._tensor_rank]
-            for numbers_R in (own_S, numbers_S):  # modules see the whole sequence or this rank's part of it
+            rows = [numbers_S]
+            # Under sequence parallelism, whose widths are multiples, modules see this rank's part.
+            if len(numbers_S) % self._tensor == 0:
+                rows.insert(0, numbers_S.chunk(self._tensor)[self._tensor_rank])
+            for numbers_R in rows:
                 self._sequences[len(numbers_R)] = RowSequences.of(numbers_R).to(device)
 
     def take_output_rows(self, numbers_R: Tensor) -> None:

@@ -98,6 +98,21 @@ def test_packed_rows_are_the_sum_over_sequences(
     assert (found - expected).norm() <= error * expected.norm()
 
 
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_ranks_without_sequence_parallelism_see_packed_rows_of_any_width(count: int) -> None:
+    """Six positions, six times four ranks' too few and all in between: every rank knows the whole row."""
+    weight = nn.Parameter(torch.empty(OUT, WIDTH), requires_grad=False)
+    for rank in range(4):
+        weight.main_grad = torch.zeros(OUT, WIDTH)  # type: ignore[attr-defined]
+        memory = Rows(weight, 1)
+        accumulator = Accumulator(memory, tensor=4, tensor_rank=rank)  # type: ignore[arg-type]
+        accumulator.start()
+        accumulator.take_positions(torch.zeros(count, dtype=torch.int64), torch.device("cpu"))
+        accumulator.take(torch.tensor([[1.0], [2.0]]), torch.device("cpu"))
+        accumulator.linear(weight, torch.ones(count, 1, WIDTH), torch.ones(count, 1, OUT))
+        assert bool((memory.memory == count).all()) and bool((weight.main_grad == 2 * count).all())  # type: ignore[operator]
+
+
 def test_rule() -> None:
     """One row needs no tiles; with more of them tiles win earlier."""
     assert is_short(10_000, 1, "cpu") and is_short(10_000, 1, "cuda")

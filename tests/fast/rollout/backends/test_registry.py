@@ -57,6 +57,7 @@ def test_a_class_of_one_s_own_has_what_it_says(tmp_path: Path) -> None:
         "    def generate(self, prompts, sampling, seed): ...\n"
         "class Says(Base):\n    answers_beside = True\n"
         "class Has(Says):\n    def ask(self, prompts, sampling, seed): ...\n"
+        "class Asks(Base):\n    def ask(self, prompts, sampling, seed): ...\n"
     )
 
     def checked(name: str, ahead: int) -> None:
@@ -68,6 +69,8 @@ def test_a_class_of_one_s_own_has_what_it_says(tmp_path: Path) -> None:
         checked("Base", 1)
     with pytest.raises(ValueError, match=r"^rollout.backend: found .*own.py:Says, which .* no method ask"):
         checked("Says", 0)
+    with pytest.raises(ValueError, match=r"^rollout.backend: found .*own.py:Asks, which .* not answers_besi"):
+        checked("Asks", 0)
 
 
 def test_replicas_are_of_a_python_and_share_lists_of_variables(tmp_path: Path) -> None:
