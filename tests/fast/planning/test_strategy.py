@@ -217,7 +217,9 @@ def test_packed_microbatches_are_planned_for_the_longest_sequences() -> None:
         assert microbatches(packed(tokens), 1) == count
     assert microbatches(packed(200), 2) == 3
     stages = {"pipeline": 4, "virtual_pipeline": 2}
-    assert microbatches(config(micro_batch_tokens=960, rollout=rollout, parallel=stages, **lengths), 1) == 4
+    assert (
+        microbatches(config({}, micro_batch_tokens=960, rollout=rollout, parallel=stages, **lengths), 1) == 4
+    )
     assert forward_kind(packed(200), 2) == "one_pass"
     assert forward_kind(packed(960), 1, by_token=True) == "shared"
     assert forward_kind(packed(959), 2, by_token=True) == "shared"
