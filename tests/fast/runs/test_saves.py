@@ -11,6 +11,9 @@ import pytest
 
 from gapo_mega.models.checkpoint_files import listing_of, measured, read_marker
 from gapo_mega.runs import saves
+from gapo_mega.runs.checkpoints import CheckpointFolder
+from gapo_mega.runs.saves import Saves
+from gapo_mega.whereabouts import moves
 from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.held_runs import lines, start
 
@@ -187,3 +190,24 @@ def test_the_best_checkpoint_is_there_when_the_end_loads_it(tmp_path: Path) -> N
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert f"step_{summary['step']:08d}" in names(tmp_path / "run")
     assert engine.calls.count("load") == (0 if summary["step"] == 4 else 1)
+
+
+def test_a_wait_gets_on_while_files_grow_and_not_on_a_disk_that_hangs(tmp_path: Path) -> None:
+    """The rank's own watch ends what does nothing for too long."""
+    moved = {}
+    for name, grows in (("grows", True), ("hangs", False)):
+        engine = slow(20)
+        folder = CheckpointFolder(tmp_path / name, 2, engine.layout, engine.barrier)
+        under_way = Saves(folder, engine, asynchronous=True)
+        under_way.save(1, {}, {}, ())
+        (directory,) = (tmp_path / name).iterdir()
+
+        def write(file: Path = directory / "part", grows: bool = grows) -> None:
+            with file.open("a") as part:
+                part.write("x" * grows)
+
+        engine.looking = write
+        before = moves()
+        under_way.settle()
+        moved[name] = moves() - before
+    assert moved["grows"] >= 19 and moved["hangs"] == 0

@@ -14,8 +14,10 @@ from tenacity import nap
 
 from gapo_mega.config.loading import load
 from gapo_mega.runs.directory import read_manifest
-from gapo_mega.runs.uploads import UPLOADED
-from tests.helpers.fake_engine import FakeEngine
+from gapo_mega.runs.uploading import put_from_main
+from gapo_mega.runs.uploads import UPLOADED, Export
+from gapo_mega.whereabouts import moves
+from tests.helpers.fake_engine import FakeEngine, layout
 from tests.helpers.fake_runs import configuration
 from tests.helpers.held_runs import snapshot, start
 
@@ -118,6 +120,22 @@ def test_no_message_repeats_a_password(tmp_path: Path) -> None:
     for url in ("abfs://container@account.dfs.core.windows.net/a", "sftp://me@host/a", "s3://bucket/a/"):
         found = load(file, [f"checkpoint.export_to={url}", "checkpoint.export_hf=true"])
         assert found.checkpoint.export_to == url.rstrip("/")
+
+
+def test_ranks_that_wait_for_the_upload_get_on(tmp_path: Path) -> None:
+    """How long it takes is the main rank's matter."""
+
+    class Waiting(FakeEngine):
+        seen = 0
+
+        def broadcast_in_replica(self, value: Any) -> Any:
+            """As the main rank, whose upload is seen to be under way three times."""
+            self.seen += 1
+            return self.seen <= 3 if isinstance(value, bool) else value
+
+    before = moves()
+    put_from_main(Export(URL, ["a"]), tmp_path, 1, Waiting(layout(rank=1, world=2)))
+    assert moves() == before + 3
 
 
 def texts(store: MemoryFileSystem) -> dict[str, bytes]:
