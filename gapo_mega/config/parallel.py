@@ -60,7 +60,7 @@ class ParallelConfig(Section):
         ge=0.1,
         le=MOST_MINUTES,
         description="a rank that does not get on for so long (no token, microbatch or end of a phase) ends, "
-        "also where all hang at once; none: no limit",
+        "also where all hang at once; none: no limit; not below timeout_minutes",
     )
 
     @property
@@ -98,6 +98,16 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"parallel.virtual_pipeline: found {self.virtual_pipeline} with parallel.pipeline 1; it "
                 "needs pipeline >= 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lets_ranks_wait(self) -> ParallelConfig:
+        """A rank that waits in a collective does not get on: the limit of that comes first."""
+        if self.phase_minutes is not None and self.phase_minutes < self.timeout_minutes:
+            raise ValueError(
+                f"parallel.phase_minutes: found {self.phase_minutes:g}, accepted: at least "
+                f"parallel.timeout_minutes ({self.timeout_minutes:g}), or null"
             )
         return self
 

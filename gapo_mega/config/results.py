@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 
 from gapo_mega.config.fields import LocalPath, Positive, RemotePath, Section
 
-# Prefixes of settings that say where and what a run writes, and change no number.
+# Of rollout.vllm: where servers are and how long they are waited for. Its arguments change what they answer.
+_OF_SERVERS = (
+    *("python", "url", "replicas", "environment", "weights_directory", "piece_mib"),
+    *("timeout", "patience", "start_timeout"),
+)
+# Prefixes of settings that change no number: where and what a run writes, where it asks, how long it waits.
 WITHOUT_EFFECT = (
     *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "checkpoint.save_final"),
     *(
@@ -20,6 +25,8 @@ WITHOUT_EFFECT = (
         "evaluation.shown",
         "evaluation.shared",
     ),
+    *("parallel.timeout_minutes", "parallel.silence_minutes", "parallel.phase_minutes"),
+    *(f"rollout.vllm.{name}" for name in _OF_SERVERS),
 )
 EVERY_STEPS = "evaluation.every_steps"
 # By what a checkpoint may be the best, beside the name of an objective.

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from threading import TIMEOUT_MAX
 from typing import Any
 
 from gapo_mega.engine.base import Engine
@@ -73,7 +72,7 @@ class _Batch:
 
     def wait(self, end: float) -> bool:
         """Whether this rank has nothing more to wait for, by ``end`` of ``time.monotonic``."""
-        return all(one.wait(min(max(0.0, end - time.monotonic()), TIMEOUT_MAX)) for one in self.asked)
+        return all(one.wait(max(0.0, end - time.monotonic())) for one in self.asked)
 
     def results(self) -> list[Generation]:
         """Waits for them. Collective over the replica."""

@@ -140,11 +140,18 @@ class CheckpointFolder:
         self._barrier()
         with _disk_errors(self.directory, "read"):
             files = checksums(temporary, self._everyone, own)
-        if self._layout.is_main:
-            with _disk_errors(self.directory, "written"):
-                self._complete(temporary, final, step, {FILES: files, **(about or {})})
-                self._remove_old(kept, known_by=_run_id(about or {}))
+        failure: OSError | None = None
+        try:
+            if self._layout.is_main:
+                with _disk_errors(self.directory, "written"):
+                    self._complete(temporary, final, step, {FILES: files, **(about or {})})
+                    self._remove_old(kept, known_by=_run_id(about or {}))
+        except OSError as error:
+            failure = error
+        told = self._everyone.gather(None if failure is None else str(failure))[0]
         self._barrier()
+        if told is not None:  # on every rank, for all go on alike
+            raise failure or OSError(told)
         return final
 
     def _check_space(self, step: int) -> None:

@@ -40,6 +40,7 @@ from gapo_mega.runs.preflight import check_answering, check_score_models
 from gapo_mega.runs.processes import Peers, agree, peers, watched, world_size
 from gapo_mega.runs.start import score_models_in
 from gapo_mega.types import Prompt
+from gapo_mega.whereabouts import enter
 
 logger = logging.getLogger(__name__)
 
@@ -283,6 +284,7 @@ class Evaluation:
         )
         sequences = config.rollout.batch_size
         for numbers in batches(done, len(prompts), self._samples, sequences, engine.layout.data):
+            enter("answering")  # from here on the rank's own watch counts
             earlier = answerer.told(_of_all(store, numbers) if self._everyone.is_main else None)
             answers = answerer.answer(numbers) if earlier is None else answerer.score(earlier)
             if self._everyone.is_main:
@@ -320,6 +322,7 @@ class Evaluation:
     # -- the results ---------------------------------------------------------------------------------
     def _results(self, stores: Sequence[AnswerStore]) -> Comparison | None:
         written: list[Comparison] = []
+        enter("comparing")
 
         def compared() -> None:
             if self._everyone.is_main:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,19 +173,14 @@ class RunLoop:
             self._before = None
             self.step += 1
             over = self._is_over()
-            with within("checkpoint"):
-                self._saves.look()
             if any_replica(self._engine, stop.requested) and not over:
-                self._save()
-                self._settle(TO_LEAVE)
-                self._log.close()
-                logger.warning(
-                    "stopped by a signal after step %d; the same command goes on from there", self.step
-                )
+                self._stop()
                 return False
+            self._end_older(self._saves.look)
             if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
+                self._end_older(self._saves.settle)
                 self._save()
-        self._settle()
+        self._end_older(self._saves.settle)
         self._log.end_steps()
         if self._selection.stops:
             logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
@@ -195,6 +191,39 @@ class RunLoop:
         self._before = None
         self._log.conclude()
         return True
+
+    def _stop(self) -> None:
+        """Save the step that is done, as a signal asks; an older checkpoint that fails is told, no more."""
+        older = self._saves.under_way
+        try:
+            self._end_older(partial(self._saves.settle, TO_LEAVE))
+        except OSError as error:
+            logger.warning("stopped by a signal after step %d", self.step)
+            logger.error("the checkpoint of step %d could not be written: %s", older, error)
+            self._leave()
+        else:
+            self._save()
+            self._settle(TO_LEAVE)
+            logger.warning(
+                "stopped by a signal after step %d; the same command goes on from there", self.step
+            )
+        self._log.close()
+
+    def _end_older(self, end: Callable[[], None]) -> None:
+        """Let ``end`` complete the checkpoint under way. Raises ``OSError`` where that has failed.
+
+        Where it was of an older step, ``_leave`` then finds the one that is done.
+        """
+        older = self._saves.under_way
+        if older is None:
+            return
+        try:
+            with within("checkpoint"):
+                end()
+        except OSError:
+            if older < self.step:
+                self._before = Before.of(self._engine.changes, self._work.state_dict())
+            raise
 
     def _is_untouched(self) -> bool:
         """Whether models and optimizers still are as after step ``self.step``, in the middle of the next."""
@@ -216,7 +245,7 @@ class RunLoop:
         step = self._saves.under_way or self.step
         try:
             if stand_together(told):
-                self._settle(TO_LEAVE)
+                self._settle_to_leave()
             if why is None and self._before is not None:
                 why = obstacle(told, self.step)
                 step = self.step
@@ -226,6 +255,16 @@ class RunLoop:
         except Exception as error:  # beside the one that ends the run, which is the one to be seen
             why = f"the checkpoint of step {step} could not be written: {error}"
         return why
+
+    def _settle_to_leave(self) -> None:
+        """A failure of an older step's checkpoint does not keep from saving the one that is done."""
+        older = self._saves.under_way
+        try:
+            self._settle(TO_LEAVE)
+        except OSError as error:
+            if older == self.step:
+                raise
+            logger.error("the checkpoint of step %d could not be written: %s", older, error)
 
     def _tell_newest(self) -> None:
         if not self._engine.layout.is_main:

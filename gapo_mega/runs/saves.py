@@ -12,11 +12,13 @@ from typing import Any
 
 from gapo_mega.engine.base import BackgroundSave, RunEngine
 from gapo_mega.runs.checkpoints import CheckpointFolder, any_replica
+from gapo_mega.runs.disk_space import bytes_below
+from gapo_mega.whereabouts import get_on
 
 logger = logging.getLogger(__name__)
 
 TO_LEAVE = 600.0  # seconds that the checkpoint under way has where a run ends before its last step
-_BETWEEN_WORDS = 30.0  # seconds
+_BETWEEN_WORDS, _BETWEEN_LOOKS = 30.0, 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,14 @@ class Saves:
         """
         if self._under_way is None:
             return
-        started = time.monotonic()
-        while not self._under_way.files.wait(min(_BETWEEN_WORDS, within)):
+        started, told, size = time.monotonic(), 0.0, 0
+        while not self._under_way.files.wait(min(_BETWEEN_LOOKS, within)):
             waited = time.monotonic() - started
-            if self._engine.layout.is_main:
+            before, size = size, _written(self._under_way.directory)
+            if size != before:  # else the disk hangs, which the rank's own watch is there for
+                get_on()
+            if self._engine.layout.is_main and waited - told >= _BETWEEN_WORDS:
+                told = waited
                 logger.warning(
                     "waiting for the checkpoint of step %d, which is being written: %.0f s",
                     self._under_way.step,
@@ -89,3 +95,11 @@ class Saves:
         self._under_way = None  # a failure is told once, and leaves no checkpoint
         own = found.files.finish()
         self._folder.complete(found.step, found.directory, found.about, found.kept, own)
+
+
+def _written(directory: Path) -> int:
+    """Bytes of the files so far; -1 where one was renamed meanwhile."""
+    try:
+        return bytes_below(directory)
+    except FileNotFoundError:
+        return -1

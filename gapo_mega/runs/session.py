@@ -288,7 +288,7 @@ class Session:
         if url is None:
             return
         manifest = read_manifest(self.directory)
-        known = [None if manifest is None else manifest.run, self._resumed_run]
+        known = [self._resumed_run, *([] if manifest is None else [manifest.run, *manifest.replaced])]
         self.export = export = Export(url, [run for run in known if run is not None])
         agree(self.everyone, lambda: export.check(self.directory) if self.everyone.is_main else None)
 

@@ -38,7 +38,6 @@ _QUIET = 3600.0  # seconds after which nobody still writes a file, on whatever h
 _LATER = (
     *("output_dir", "steps", TOTAL_UPDATES, "model.path", *WITHOUT_EFFECT),
     *("checkpoint.best", EVERY_STEPS, "evaluation.early_stopping_patience"),
-    *("parallel.timeout_minutes", "parallel.silence_minutes", "parallel.phase_minutes"),
     *(
         "aggregation.",
         "scalarization.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from gapo_mega.engine.base import Ranks
 from gapo_mega.runs.checkpoints import any_replica
 from gapo_mega.runs.uploads import Export
+from gapo_mega.whereabouts import get_on
 
 _BETWEEN_LOOKS = 0.2  # seconds
 
@@ -31,6 +32,8 @@ def put_from_main(export: Export, directory: Path, step: int, ranks: Ranks) -> N
     if ranks.layout.is_main:
         thread.start()
     while any_replica(ranks, thread.is_alive()):
+        if not ranks.layout.is_main:
+            get_on()  # on the main rank the upload itself says so
         time.sleep(_BETWEEN_LOOKS)
     found = ranks.gather_over_data(ranks.broadcast_in_replica(errors))
     first = next((error for part in found for error in part), None)

@@ -73,6 +73,7 @@ class FakeEngine:
         self.policy = 1
         self.changes = 0
         self.looks = 1  # at a save in the background, before it is done
+        self.looking: Callable[[], None] = lambda: None  # at each of them
         self.finite = True
         self.next_report: dict[str, Any] = {}
         self.kl_rows = 0  # after those of the objectives
@@ -212,6 +213,7 @@ class Writing:
         self._looks = 0
 
     def is_done(self) -> bool:
+        self._engine.looking()
         self._looks += 1
         return self._looks > self._engine.looks
 

@@ -10,7 +10,7 @@ from gapo_mega.whereabouts import PEERS_LOST
 from tests.helpers.environment import environment
 from tests.helpers.rank_runs import disturb, prepare, write_config
 
-LIMIT = {"phase_minutes": 0.5}
+LIMIT = {"timeout_minutes": 0.5, "phase_minutes": 0.5}
 
 
 def train(config: Path) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 from threading import Event, Lock, Thread
 
 from gapo_mega import stopping
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.responses import Response
+from gapo_mega.whereabouts import get_on
 
 _BETWEEN_LOOKS = 0.2  # seconds
 
@@ -39,8 +41,16 @@ class Requests:
             Thread(target=self._work, name=f"rollout-{number}", daemon=True).start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all is answered, or one has failed; false where that has not come within ``seconds``."""
-        return self._ended.wait(seconds)
+        """Wait until all is answered, or one has failed; false where that has not come within ``seconds``.
+
+        The phase goes on meanwhile: each question has a limit of its own.
+        """
+        end = inf if seconds is None else time.monotonic() + seconds
+        while not self._ended.wait(min(max(0.0, end - time.monotonic()), _BETWEEN_LOOKS)):
+            get_on()
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def responses(self) -> list[Response]:
         """All answers, in the order of their numbers.

@@ -124,3 +124,15 @@ def test_the_configuration_says_how_long() -> None:
     settings: dict[str, Any] = {"phase_minutes": 0.05}
     with pytest.raises(ValueError, match="phase_minutes"):
         ParallelConfig(**settings)
+
+
+def test_a_rank_may_wait_for_others_as_long_as_they_may_take() -> None:
+    for timeout, phase in ((5.0, 5.0), (240.0, 240.0), (600.0, None), (600.0, 601.0)):
+        found = ParallelConfig(timeout_minutes=timeout, phase_minutes=phase)
+        assert found.phase is None or found.phase >= found.timeout
+    for settings, said in (
+        ({"phase_minutes": 20}, r"found 20, accepted: at least parallel\.timeout_minutes \(30\), or null"),
+        ({"timeout_minutes": 600}, r"found 240, accepted: at least parallel\.timeout_minutes \(600\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"parallel\.phase_minutes: {said}"):
+            ParallelConfig.model_validate(settings)

@@ -11,7 +11,10 @@ import pytest
 
 from gapo_mega.models.checkpoint_files import listing_of, measured, read_marker
 from gapo_mega.runs import saves
-from tests.helpers.fake_engine import FakeEngine, terminate
+from gapo_mega.runs.checkpoints import CheckpointFolder
+from gapo_mega.runs.saves import Saves
+from gapo_mega.whereabouts import moves
+from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.held_runs import lines, start
 
 ASYNCHRONOUS = {"every_steps": 1, "keep": 9, "asynchronous": True}
@@ -142,14 +145,93 @@ def test_a_step_cut_short_keeps_the_one_under_way(tmp_path: Path, caplog: pytest
 
 
 def test_a_writer_that_fails_ends_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It has no such checkpoint, and says so; the one before stays."""
+    """It has no such checkpoint, and says so; the step that is done by then is saved."""
     engine = slow(0, finish_save=(2, full))
     with pytest.raises(OSError, match="No space left"):
         start(tmp_path / "run", engine, checkpoint=ASYNCHRONOUS)
-    assert "the run can go on from step 1" in caplog.text
-    assert names(tmp_path / "run") == [".incomplete-step_00000002", "step_00000001"]
+    assert "the run can go on from step 3" in caplog.text
+    assert names(tmp_path / "run") == ["step_00000001", "step_00000003"]
     assert start(tmp_path / "run", checkpoint=ASYNCHRONOUS)[0]
-    assert names(tmp_path / "run") == [f"step_{step:08d}" for step in range(1, 5)]
+    assert names(tmp_path / "run") == [f"step_{step:08d}" for step in (1, 3, 4)]
+
+
+def test_a_disk_that_stays_full_leaves_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = slow(0, finish_save=(2, full))
+    engine.at[("finish_save", 3)] = full
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path / "run", engine, checkpoint=ASYNCHRONOUS)
+    assert "the checkpoint of step 3 could not be written" in caplog.text
+    assert "the run can go on from step 1" in caplog.text
+
+
+@pytest.mark.parametrize("looks", [0, 9])
+def test_a_signal_saves_the_step_although_an_older_checkpoint_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, looks: int
+) -> None:
+    """The older one is waited for first, so long as a way out may take."""
+    engine = slow(looks, finish_save=(1, full), update_policy=(3, terminate))
+    settings = {**ASYNCHRONOUS, "every_steps": 2}
+    finished, _ = start(tmp_path / "run", engine, checkpoint=settings)
+    assert not finished and order(engine) == "uubufbf"
+    assert "the checkpoint of step 2 could not be written: [Errno 28] No space left" in caplog.text
+    assert names(tmp_path / "run") == ["step_00000003"]
+    assert start(tmp_path / "run", checkpoint=settings)[0]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_signal_gives_an_older_checkpoint_up_that_does_not_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands for a disk that takes 40 s a look, and goes again after ten minutes."""
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(saves.time, "monotonic", lambda: float(next(clock)))
+    engine = slow(1000, update_policy=(3, terminate))
+
+    def late() -> None:
+        engine.looks = 0
+        full()
+
+    engine.at[("finish_save", 1)] = late
+    finished, _ = start(tmp_path / "run", engine, checkpoint={**ASYNCHRONOUS, "every_steps": 2})
+    assert not finished and "waiting for the checkpoint of step 2" in caplog.text
+    assert names(tmp_path / "run") == ["step_00000003"]
+
+
+def test_an_error_saves_the_step_although_an_older_checkpoint_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = slow(9, finish_save=(1, full), update_policy=(4, fail))
+    with pytest.raises(KeyError, match="a reward"):
+        start(tmp_path / "run", engine, checkpoint={**ASYNCHRONOUS, "every_steps": 2})
+    assert "the checkpoint of step 2 could not be written" in caplog.text
+    assert names(tmp_path / "run") == ["step_00000003"]
+
+
+def test_the_end_keeps_the_last_step_although_an_older_checkpoint_fails(tmp_path: Path) -> None:
+    engine = slow(9, finish_save=(1, full))
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path / "run", engine, checkpoint={**ASYNCHRONOUS, "every_steps": 3})
+    assert names(tmp_path / "run") == ["step_00000004"]
+
+
+def test_all_ranks_hear_of_what_the_main_one_cannot_complete(tmp_path: Path) -> None:
+    """Else they would wait for it in different places."""
+
+    class Second:
+        rank, size, is_main = 1, 2, False
+
+        def gather(self, value: Any) -> list[Any]:
+            return ["cannot be written: full" if value is None else value, value]
+
+        def leave(self, value: Any, seconds: float) -> list[Any]:
+            return self.gather(value)
+
+    folder = CheckpointFolder(tmp_path, 2, layout(rank=1, world=2), lambda: None, Second())
+    (tmp_path / ".incomplete").mkdir()
+    with pytest.raises(OSError, match="cannot be written: full"):
+        folder.complete(1, tmp_path / ".incomplete")
 
 
 def test_a_writer_that_fails_hides_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,3 +269,24 @@ def test_the_best_checkpoint_is_there_when_the_end_loads_it(tmp_path: Path) -> N
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert f"step_{summary['step']:08d}" in names(tmp_path / "run")
     assert engine.calls.count("load") == (0 if summary["step"] == 4 else 1)
+
+
+def test_a_wait_gets_on_while_files_grow_and_not_on_a_disk_that_hangs(tmp_path: Path) -> None:
+    """The rank's own watch ends what does nothing for too long."""
+    moved = {}
+    for name, grows in (("grows", True), ("hangs", False)):
+        engine = slow(20)
+        folder = CheckpointFolder(tmp_path / name, 2, engine.layout, engine.barrier)
+        under_way = Saves(folder, engine, asynchronous=True)
+        under_way.save(1, {}, {}, ())
+        (directory,) = (tmp_path / name).iterdir()
+
+        def write(file: Path = directory / "part", grows: bool = grows) -> None:
+            with file.open("a") as part:
+                part.write("x" * grows)
+
+        engine.looking = write
+        before = moves()
+        under_way.settle()
+        moved[name] = moves() - before
+    assert moved["grows"] >= 19 and moved["hangs"] == 0

@@ -14,8 +14,10 @@ from tenacity import nap
 
 from gapo_mega.config.loading import load
 from gapo_mega.runs.directory import read_manifest
-from gapo_mega.runs.uploads import UPLOADED
-from tests.helpers.fake_engine import FakeEngine
+from gapo_mega.runs.uploading import put_from_main
+from gapo_mega.runs.uploads import UPLOADED, Export
+from gapo_mega.whereabouts import moves
+from tests.helpers.fake_engine import FakeEngine, layout, terminate
 from tests.helpers.fake_runs import configuration
 from tests.helpers.held_runs import snapshot, start
 
@@ -59,6 +61,26 @@ def test_a_run_puts_its_model_there_and_a_longer_one_replaces_it(
     assert store.cat_file(f"{ROOT}/config.json") == (tmp_path / "a" / "hf" / "config.json").read_bytes()
     assert run(tmp_path / "a", overwrite=True)  # another run, in place of the one that it overwrites
     assert json.loads(store.cat_file(f"{ROOT}/{UPLOADED}"))["step"] == 2
+
+
+def test_a_run_that_overwrites_may_replace_the_model_after_a_restart_too(
+    tmp_path: Path, store: MemoryFileSystem
+) -> None:
+    """The place has the model of the first run until the last one ends."""
+    assert run(tmp_path / "a")
+    for after in (1, 2):
+        engine = Exporting(at={("update_policy", after): terminate})
+        settings = {"export_hf": True, "export_to": URL, "save_final": True}
+        finished, _ = start(tmp_path / "a", engine, overwrite=True, with_report=True, checkpoint=settings)
+        assert not finished
+    first = json.loads(store.cat_file(f"{ROOT}/{UPLOADED}"))["run"]
+    assert run(tmp_path / "a", steps=4)
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest is not None and manifest.replaced[0] == first and len(manifest.replaced) == 2
+    assert json.loads(store.cat_file(f"{ROOT}/{UPLOADED}"))["run"] == manifest.run
+    assert run(tmp_path / "a", steps=5)
+    with pytest.raises(ValueError, match=r"where there is a model that this run has not put there"):
+        run(tmp_path / "b")
 
 
 def test_another_runs_model_is_refused_before_anything_is_written(
@@ -118,6 +140,22 @@ def test_no_message_repeats_a_password(tmp_path: Path) -> None:
     for url in ("abfs://container@account.dfs.core.windows.net/a", "sftp://me@host/a", "s3://bucket/a/"):
         found = load(file, [f"checkpoint.export_to={url}", "checkpoint.export_hf=true"])
         assert found.checkpoint.export_to == url.rstrip("/")
+
+
+def test_ranks_that_wait_for_the_upload_get_on(tmp_path: Path) -> None:
+    """How long it takes is the main rank's matter."""
+
+    class Waiting(FakeEngine):
+        seen = 0
+
+        def broadcast_in_replica(self, value: Any) -> Any:
+            """As the main rank, whose upload is seen to be under way three times."""
+            self.seen += 1
+            return self.seen <= 3 if isinstance(value, bool) else value
+
+    before = moves()
+    put_from_main(Export(URL, ["a"]), tmp_path, 1, Waiting(layout(rank=1, world=2)))
+    assert moves() == before + 3
 
 
 def texts(store: MemoryFileSystem) -> dict[str, bytes]:

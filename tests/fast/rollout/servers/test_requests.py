@@ -12,6 +12,7 @@ from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response
 from gapo_mega.stopping import StoppedWaiting, asked_by
+from gapo_mega.whereabouts import moves
 
 
 def answer(number: int) -> Response:
@@ -86,3 +87,21 @@ def test_nobody_waits_for_what_is_abandoned(gate: threading.Event) -> None:
     requests.wait()
     with pytest.raises(ServerLost, match="nobody waits"):
         requests.responses()
+
+
+@pytest.mark.parametrize("seconds", [None, 20.0])
+def test_who_waits_gets_on(gate: threading.Event, seconds: float | None) -> None:
+    """Each question has a limit of its own: the rank's own watch has nothing to end."""
+    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), 1, 1)
+    before = moves()
+    timer = threading.Timer(1.0, gate.set)
+    timer.start()
+    assert requests.wait(seconds)
+    assert moves() > before
+    timer.join()
+
+
+def test_a_wait_ends_in_time(gate: threading.Event) -> None:
+    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), 1, 1)
+    assert not requests.wait(0.3)
+    assert not requests.wait(0.0)
