@@ -70,11 +70,15 @@ def stand_together(told: Sequence[Any]) -> bool:
     return absent(told) is None and len({value[0] for value in told}) == 1
 
 
-def obstacle(told: Sequence[Any], step: int) -> str | None:
+def obstacle(told: Sequence[Any], step: int, over: bool = False) -> str | None:
     """Why no checkpoint of ``step`` can be written; None where all ranks can.
 
-    ``told``: by ``meet``, the same on every rank.
+    Args:
+        told: by ``meet``, the same on every rank.
+        over: whether ``step`` was the last one: what moves the models after it is the end of the run.
     """
-    if any(value != [step, True] for value in told):
-        return absent(told) or f"step {step + 1} was cut short after its updates had begun"
-    return None
+    if all(value == [step, True] for value in told):
+        return None
+    if over and stand_together(told):
+        return f"the state after step {step} is gone: the end had taken the best checkpoint"
+    return absent(told) or f"step {step + 1} was cut short after its updates had begun"

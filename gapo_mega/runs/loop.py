@@ -247,9 +247,10 @@ class RunLoop:
             if stand_together(told):
                 self._settle_to_leave()
             if why is None and self._before is not None:
-                why = obstacle(told, self.step)
-                step = self.step
-                if why is None and step not in self._checkpoints.steps():
+                step, over = self.step, self._is_over()
+                saved = step in self._checkpoints.steps()
+                why = None if over and saved else obstacle(told, step, over)
+                if why is None and not saved:
                     self._save(self._before.restore())
                     self._settle(TO_LEAVE)
         except Exception as error:  # beside the one that ends the run, which is the one to be seen

@@ -114,6 +114,33 @@ def test_a_failure_at_the_end_keeps_everything_else(
     assert store.cat_file(f"{ROOT}/config.json") in model.values()
 
 
+@pytest.mark.parametrize("save_final", [False, True])
+def test_a_failure_after_the_end_took_the_best_policy_is_told_as_it_is(
+    tmp_path: Path,
+    store: MemoryFileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    save_final: bool,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("507 Insufficient Storage")
+
+    settings = {"export_hf": True, "export_to": URL, "save_final": save_final, "best": "worst_gain"}
+    sections: dict[str, Any] = {
+        "evaluation": {"every_steps": 1},
+        "data": {"source": "unused", "heldout_prompts": 3},
+    }
+    monkeypatch.setattr(MemoryFileSystem, "put_file", full)
+    with pytest.raises(ValueError, match="could not be put"):
+        start(tmp_path / "a", Exporting(), with_report=True, checkpoint=settings, **sections)
+    best = json.loads((tmp_path / "a" / "summary.json").read_text())["step"]
+    assert best < 4 and "cut short" not in caplog.text
+    assert ("the state after step 4 is gone: the end had taken the best checkpoint" in caplog.text) is (
+        not save_final
+    )
+    assert f"the run can go on from step {4 if save_final else best}" in caplog.text
+
+
 def test_no_message_repeats_a_password(tmp_path: Path) -> None:
     """Wherever it stands."""
     file = tmp_path / "run.yaml"
