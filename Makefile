@@ -51,7 +51,7 @@ help:
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make test-vllm     the tests with a real vLLM: an environment of several GB in build/vllm, minutes"
-	@echo "make survive       ranks that are killed, stopped or hang, links that are cut, restarts: some ten minutes"
+	@echo "make survive       ranks and links that are lost: ten minutes; then KILLS (200) random kills: an hour"
 	@echo "make fuzz          configurations and data files of all kinds, FUZZ (10000) of each, random"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"
@@ -71,15 +71,24 @@ test: $(VENV)/.installed-test $(MODEL)/config.json
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) tests/fast
 
-# What mostly waits: for time limits, and for others to be started again.
+# What mostly waits: for time limits, and for others to be started again. Then random kills; OUT has those that
+# are done, and the next call goes on from there.
+KILLS ?= 200
+SEED ?= 1
+survive: OUT ?= build/survive
 survive: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/survive
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.helpers.kills --kills $(KILLS) --seed $(SEED) \
+	  --out $(OUT) --workers 2
 
 # vLLM pins releases of its own. PyPI's torchvision and the like want CUDA libraries, and break its import.
 VLLM := build/vllm
 VLLM_PYTHON ?= python3.11
-test-vllm: $(VENV)/.installed-test $(VLLM)/.installed $(MODEL)/config.json
-	GAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
+# Of an environment with vLLM that is there already, in place of one that is built.
+GAPO_VLLM_PYTHON ?= $(CURDIR)/$(VLLM)/bin/python
+VLLM_BUILT := $(if $(filter $(CURDIR)/$(VLLM)/%,$(GAPO_VLLM_PYTHON)),$(VLLM)/.installed)
+test-vllm: $(VENV)/.installed-test $(VLLM_BUILT) $(MODEL)/config.json
+	GAPO_VLLM_PYTHON=$(GAPO_VLLM_PYTHON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
 
 $(VLLM)/.installed: Makefile
 	$(VLLM_PYTHON) -m venv $(VLLM)

@@ -27,6 +27,7 @@ from gapo_mega.commands.sweep import sweep
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
+from gapo_mega.rollout.servers.lost import SERVER_LOST, ServerLost
 from gapo_mega.whereabouts import PEERS_LOST, LostPeersError
 
 USER_ERROR = 2  # exit code, as for a wrong command line
@@ -64,11 +65,17 @@ def main() -> None:
     """Entry point of the command and of ``python -m gapo_mega.cli``."""
     try:
         app()
-    except (ValueError, LostPeersError) as error:
+    except (ValueError, LostPeersError, ServerLost) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(PEERS_LOST if isinstance(error, LostPeersError) else USER_ERROR)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, LostPeersError):
+        return PEERS_LOST
+    return SERVER_LOST if isinstance(error, ServerLost) else USER_ERROR
 
 
 def _print_version(wanted: bool) -> None:

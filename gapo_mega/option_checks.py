@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 # People type preferences, and write 1/3 as 0.3333.
 _SUM_TOLERANCE = 1e-3
+HIDDEN = "***"
+_USER_AND_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -18,6 +21,11 @@ def shown(value: object, most: int = 80) -> str:
         text = f"a value of type {type(value).__name__} that cannot be shown ({type(error).__name__})"
     text = " ".join(text.split()) if len(text.splitlines()) > 1 else text
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def without_password(text: str) -> str:
+    """``text`` with user and password of every address in it hidden."""
+    return _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
 
 
 def require_choice(option: str, value: object, accepted: Sequence[str]) -> None:

@@ -105,6 +105,12 @@ def pandas() -> Probe:
 
 
 @cache
+def einops() -> Probe:
+    """einops, the ``instances`` extra, by which Megatron arranges the ranks of optimizer instances."""
+    return _any_of(("einops",), "parallel.distributed_optimizer_instances above 1")
+
+
+@cache
 def serve() -> Probe:
     """FastAPI and uvicorn, the ``serve`` extra."""
     found = {name: _distribution(name) for name in ("fastapi", "uvicorn")}

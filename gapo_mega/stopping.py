@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gapo_mega.whereabouts import get_on
+
 _BETWEEN_LOOKS = 0.2  # seconds
 _asked: list[Callable[[], bool]] = []  # the innermost run's is the last
 
@@ -31,6 +33,7 @@ def wait(seconds: float) -> None:
     """Sleep. Raises ``StoppedWaiting`` once the run is asked to stop."""
     end = time.monotonic() + seconds
     while True:
+        get_on()
         if _asked and _asked[-1]():
             raise StoppedWaiting("asked to stop while waiting")
         left = end - time.monotonic()

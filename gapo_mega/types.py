@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -143,12 +143,15 @@ class TokenBatch:
     """Tokens, and which of them count: all that a forward pass reads. One row per sequence.
 
     The mask is true on the tokens of the response or, in supervised work, on those that are learned or at
-    which a score is taken. With ``kept`` the log-probability of a token is that among the kept ones.
+    which a score is taken. With ``kept`` the log-probability of a token is that among the kept ones. With
+    ``packed_width`` a model gets all sequences one behind the other, without their padding, as one row of so
+    many tokens; every tensor here has one row per sequence all the same.
     """
 
     tokens_BT: Tensor  # int64, right padded
     response_mask_BT: Tensor  # bool
     kept: KeptTokens | None = field(default=None, kw_only=True)
+    packed_width: int | None = field(default=None, kw_only=True)
 
     @property
     def batch_size(self) -> int:
@@ -191,7 +194,7 @@ class TokenBatch:
 
         ``where``: of a tensor's name, whose suffix tells its dimensions.
         """
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         for own in fields(self):
             value = getattr(self, own.name)
             if isinstance(value, Tensor) and where(own.name):
@@ -254,3 +257,22 @@ class SupervisedUpdate:
     gradient_norm: float  # before clipping
     learning_rate: float
     skipped: bool  # True: the gradient was not finite, parameters untouched
+
+
+class BackgroundSave(Protocol):
+    """A checkpoint whose files are being written while training goes on. All methods are collective."""
+
+    def is_done(self) -> bool:
+        """Whether every rank has written its files, or has failed to. The same on every rank."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """``is_done``, ``seconds`` from now at the latest."""
+        ...
+
+    def finish(self) -> Mapping[str, Mapping[str, Any]]:
+        """Make one checkpoint of all ranks' files; return sizes and checksums of this rank's, by name.
+
+        Raises ``OSError`` on every rank where one has not written its files.
+        """
+        ...

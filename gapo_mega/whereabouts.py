@@ -32,7 +32,9 @@ class Place:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
 
 
-_places = [Place(0, "start", time.time())]  # one; any thread may read it
+START = "start"  # the phase of a process before a run has any
+_places = [Place(0, START, time.time())]  # one; any thread may read it
+_moves = [0]  # one; any thread may read it
 
 
 def here() -> Place:
@@ -40,13 +42,20 @@ def here() -> Place:
     return _places[0]
 
 
+def get_on() -> None:
+    """Note that the phase goes on: a token, a microbatch, a file, another look at what is waited for."""
+    _moves[0] += 1
+
+
 def enter(phase: str, step: int = 0) -> None:
     """Be in ``phase`` of ``step`` from now on."""
+    get_on()
     _places[0] = Place(step, phase, time.time())
 
 
 def passed(lap: str) -> None:
     """Note that a part of the phase is done: the phase is what follows ``lap`` from now on."""
+    get_on()
     _places[0] = replace(here(), phase=f"{here().phase.split(' after ')[0]} after {lap}", since=time.time())
 
 
@@ -59,4 +68,10 @@ def within(phase: str) -> Iterator[None]:
     outer = here()
     enter(phase, outer.step)
     yield
+    get_on()
     _places[0] = outer
+
+
+def moves() -> int:
+    """How often this process has noted that it gets on."""
+    return _moves[0]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "results.json"  # of a sweep
+METRICS = "metrics.jsonl"  # of a run
+_CHANGE = "actual_change/"
 ANSWERS = "heldout_answers.jsonl"  # of a run
 JUDGED = "judged_answers.jsonl"  # the same with scores of models that no run was trained on
 
@@ -20,6 +22,8 @@ class Point:
 
     Attributes:
         gains: by objective, held-out mean after training less before; in units of the scores' spread before.
+        hurt_steps: share of the steps looked at under which an objective fell to first order, by the
+            change that the optimizer made; None: none was looked at.
     """
 
     group: str
@@ -27,6 +31,7 @@ class Point:
     gains: Mapping[str, float]
     kl: float
     length: float
+    hurt_steps: float | None = None
 
     @property
     def worst(self) -> float:
@@ -91,13 +96,28 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
             {name: _gain(own, name) / unit for name, unit in spread.items()},
             float(point["kl"]),
             float(point["response_length"]),
+            _hurt_steps(rows_of(run / METRICS)),
         )
-        for (group, point, _), own in zip(ended, rows, strict=True)
+        for (group, point, run), own in zip(ended, rows, strict=True)
     ]
 
 
 def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return statistics.fmean(row["after"]["scores"][name] - row["before"]["scores"][name] for row in rows)
+
+
+def _hurt_steps(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of a run's log; a scalarizer's own gradient is no objective."""
+    changes = [
+        [
+            value
+            for key, value in line.items()
+            if key.startswith(_CHANGE) and f"reward/{key.removeprefix(_CHANGE)}" in line
+        ]
+        for line in lines
+    ]
+    seen = [min(values) < 0 for values in changes if values]
+    return sum(seen) / len(seen) if seen else None
 
 
 def by_group(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
@@ -116,7 +136,7 @@ def error_of(values: Sequence[float]) -> float:
 def table(points: Sequence[Point]) -> str:
     """Markdown, a line a method, the best worst gain first: means over seeds, ± their standard error."""
     names = list(points[0].gains)
-    heads = ["method", "seeds", "worst gain", "mean gain", *names, "hurt", "KL", "tokens"]
+    heads = ["method", "seeds", "worst gain", "mean gain", *names, "hurt", "hurt steps", "KL", "tokens"]
     lines = [heads, ["---"] * len(heads)]
     for group, found in by_group(points):
         hurt = sum(gain < 0 for point in found for gain in point.gains.values())
@@ -128,6 +148,7 @@ def table(points: Sequence[Point]) -> str:
                 _mean([point.mean for point in found]),
                 *(_mean([point.gains[name] for point in found]) for name in names),
                 f"{hurt} of {len(found) * len(names)}",
+                _mean([point.hurt_steps for point in found if point.hurt_steps is not None]),
                 f"{statistics.fmean(point.kl for point in found):.2f}",
                 f"{statistics.fmean(point.length for point in found):.1f}",
             ]
@@ -136,5 +157,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.2f}"
     return mean if len(values) < 2 else f"{mean} ±{error_of(values):.2f}"

@@ -44,6 +44,7 @@ def info() -> None:
         "mlflow": optional.mlflow(),
         "trackio": optional.trackio(),
         "pandas": optional.pandas(),
+        "einops": optional.einops(),
         "serve": optional.serve(),
     }
     for name, probe in probes.items():

@@ -132,7 +132,7 @@ class _Plan:
         """Run what has not ended; write results and pictures; exit with 1 where points are left."""
         from gapo_mega.runs.lock import DirectoryLock
         from gapo_mega.runs.sweep import Pool, room
-        from gapo_mega.runs.sweep_results import write_results
+        from gapo_mega.runs.sweep_results import results_file, write_results
         from gapo_mega.runs.sweep_tasks import log_file
 
         found = self.check()
@@ -140,6 +140,9 @@ class _Plan:
             space = room(self.settings.jobs, self.settings.nproc, launch.available_cores())
             states: dict[str, StateName] = {name: state.name for name, state in found.items()}
             print(f"{self._counted(states)}; {space.jobs} at once")
+
+            if results_file(self.settings).is_file():  # points may go on to more steps than these
+                write_results(self.settings, self.points, states, final=False)
 
             def ended(task: Task) -> None:
                 if task in self.tasks:
@@ -209,6 +212,7 @@ class _Plan:
 
     def _report(self, states: dict[str, StateName], *, final: bool) -> None:
         from gapo_mega.evaluation.sweep_tables import front_table, points_table, print_tables
+        from gapo_mega.runs.checkpoints import set_aside
         from gapo_mega.runs.sweep_results import results_file, write_results
 
         results = write_results(self.settings, self.points, states, final=final)
@@ -218,6 +222,8 @@ class _Plan:
         print_tables(tables if results["front"] is None else [*tables, *front_table(results)])
         if results["front"] is not None:
             self._compare(states)
+        elif self._pictures.is_dir():  # of fewer steps than points have now
+            print(f"{self._pictures} is now {set_aside(self._pictures, 'earlier').name}: no point has ended")
         print(self._counted(states))
         print(f"results: {results_file(self.settings)}")
 
@@ -228,10 +234,14 @@ class _Plan:
         from gapo_mega.evaluation.finished_run import read_run
 
         ended = [point.directory for point in self.points if states[point.name] == "finished"]
-        folder = local(self.settings.output_dir) / "compare"
+        folder = self._pictures
         folder.mkdir(exist_ok=True)
         for path in write_comparison(folder, compare([read_run(directory) for directory in ended])):
             print(f"written: {path}")
+
+    @property
+    def _pictures(self) -> Path:
+        return local(self.settings.output_dir) / "compare"
 
     def _counted(self, states: dict[str, StateName]) -> str:
         names = [states[point.name] for point in self.points]

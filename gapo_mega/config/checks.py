@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gapo_mega.config import strategies
 from gapo_mega.config.fields import MOST_ROWS
 from gapo_mega.config.gradients import GradientConfig
+from gapo_mega.config.optimizer import OptimizerConfig
 
 KL_ROW = "kl"  # the log's name for the divergence from the reference as a row
 
@@ -65,3 +66,29 @@ def check_correction(correction: str, bounds: Sequence[float], old_logprobs: str
             "auto, none (the rollout's log-probabilities are then the trainer's too: the loss's own ratio is "
             "between policy and rollout)"
         )
+
+
+def check_packing(tokens: int | None, longest: int) -> None:
+    """Refuse packed rows that the longest sequence does not fit into."""
+    if tokens is not None and tokens < longest:
+        raise ValueError(
+            f"micro_batch_tokens: found {tokens}, accepted: null, or at least data.max_prompt_tokens + "
+            f"rollout.max_new_tokens ({longest}), the tokens of the longest sequence"
+        )
+
+
+def check_instances(instances: int, optimizers: Mapping[str, OptimizerConfig]) -> None:
+    """Refuse several instances of what is none, by the section of an optimizer."""
+    if instances == 1:
+        return
+    name = f"parallel.distributed_optimizer_instances: found {instances} with"
+    for section, optimizer in optimizers.items():
+        if not optimizer.distributed:
+            raise ValueError(
+                f"{name} {section}.distributed false, accepted: 1 (there is no distributed optimizer)"
+            )
+        if optimizer.overlap_grad_reduce:
+            raise ValueError(
+                f"{name} {section}.overlap_grad_reduce true, accepted: 1 (reductions over two groups have "
+                "not been run overlapped)"
+            )

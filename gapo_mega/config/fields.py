@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -70,3 +71,32 @@ def _template(text: str) -> str:
 
 # Jinja text, or the path of a file that ends in .jinja.
 TemplatePath = Annotated[str, AfterValidator(_template)]
+
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://([^\s?#]+)")
+
+
+def _address(url: str) -> str:
+    found = _ADDRESS.fullmatch(url)
+    if found is None or "::" in url:
+        # Without the text: it may hold what is secret.
+        raise ValueError(
+            "found what is no such address, accepted: PROTOCOL://PLACE, without spaces, query and fragment, "
+            "as s3://bucket/name or file:///mnt/share/name"
+        )
+    user, at, _ = found.group(2).partition("/")[0].rpartition("@")
+    if at and ":" in user:
+        raise ValueError(
+            "found a password in it, accepted: none (credentials are where the protocol looks for them: "
+            "environment variables, the files of its own tools)"
+        )
+    return url.rstrip("/")
+
+
+def protocol_of(url: str) -> str:
+    """The part of an ``Address`` before ``://``."""
+    return url.partition("://")[0]
+
+
+# A directory on one of fsspec's file systems.
+RemotePath = Annotated[str, AfterValidator(_address)]

@@ -21,7 +21,7 @@ from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.files import local, read_text
-from gapo_mega.option_checks import shown
+from gapo_mega.option_checks import shown, without_password
 from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
@@ -309,7 +309,7 @@ def _place(detail: ErrorDetails) -> Location:
 
 def _said(override: str) -> str:
     """An override as an error repeats it."""
-    return shown(override, _LONGEST_PATH)
+    return shown(without_password(override), _LONGEST_PATH)
 
 
 def _dotted(location: Sequence[object]) -> str:

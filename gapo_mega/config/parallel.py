@@ -28,12 +28,18 @@ class ParallelConfig(Section):
         1,
         ge=1,
         description="ranks that share the experts of a layer; divides their number; with expert_tensor it "
-        "makes tensor",
+        "divides the ranks of a stage, tensor x data",
     )
     expert_tensor: int | None = Field(
         None, ge=1, description="ranks that share every expert; none: as many as tensor"
     )
-    distributed_optimizer_instances: int = Field(1, ge=1, description="only 1 is accepted")
+    distributed_optimizer_instances: int = Field(
+        1,
+        ge=1,
+        description="copies of the optimizer's state, each split over as many of the data ranks: they gather "
+        "parameters among themselves, and gradients are also reduced over the copies; needs "
+        "optimizer.distributed without overlap_grad_reduce, divides the data ranks",
+    )
     timeout_minutes: float = Field(
         30,
         ge=0.1,
@@ -49,10 +55,23 @@ class ParallelConfig(Section):
         "timeout_minutes counts",
     )
 
+    phase_minutes: float | None = Field(
+        240,
+        ge=0.1,
+        le=MOST_MINUTES,
+        description="a rank that does not get on for so long (no token, microbatch or end of a phase) ends, "
+        "also where all hang at once; none: no limit; not below timeout_minutes",
+    )
+
     @property
     def timeout(self) -> timedelta:
         """Longest wait for other ranks."""
         return timedelta(minutes=self.timeout_minutes)
+
+    @property
+    def phase(self) -> timedelta | None:
+        """How long a rank may stay where it is; None: for ever."""
+        return None if self.phase_minutes is None else timedelta(minutes=self.phase_minutes)
 
     @property
     def silence(self) -> timedelta:
@@ -61,24 +80,15 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:
-        for name in ("context", "distributed_optimizer_instances"):
-            value = getattr(self, name)
-            if value != 1:
-                raise ValueError(
-                    f"parallel.{name}: found {value}, accepted: 1 (the gradient inner products have "
-                    "not been verified in other layouts)"
-                )
+        if self.context != 1:
+            raise ValueError(
+                f"parallel.context: found {self.context}, accepted: 1 (the gradient inner products have "
+                "not been verified in other layouts)"
+            )
         if self.expert == 1 and self.experts_split != self.tensor:
             raise ValueError(
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
                 f"or parallel.tensor ({self.tensor}); other splits need parallel.expert > 1"
-            )
-        if self.expert > 1 and self.expert * self.experts_split != self.tensor:
-            # Replicas that share experts would have to generate in step with each other.
-            raise ValueError(
-                f"parallel.expert: found {self.expert}, accepted: 1, or a number that makes parallel.tensor "
-                f"({self.tensor}) with parallel.expert_tensor ({self.experts_split}): the ranks of a layer "
-                "share its experts"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
@@ -91,7 +101,27 @@ class ParallelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _lets_ranks_wait(self) -> ParallelConfig:
+        """A rank that waits in a collective does not get on: the limit of that comes first."""
+        if self.phase_minutes is not None and self.phase_minutes < self.timeout_minutes:
+            raise ValueError(
+                f"parallel.phase_minutes: found {self.phase_minutes:g}, accepted: at least "
+                f"parallel.timeout_minutes ({self.timeout_minutes:g}), or null"
+            )
+        return self
+
     @property
     def experts_split(self) -> int:
         """Ranks that share every expert."""
         return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def sharing(self) -> int:
+        """Neighbouring ranks of a stage that together hold its experts once."""
+        return self.expert * self.experts_split
+
+    @property
+    def in_step(self) -> bool:
+        """Whether data ranks share experts: they exchange tokens in every forward and backward."""
+        return self.tensor % self.sharing != 0

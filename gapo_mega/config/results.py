@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gapo_mega.config.fields import LocalPath, Section
+from gapo_mega.config.fields import LocalPath, Positive, RemotePath, Section
 
-# Prefixes of settings that say where and what a run writes, and change no number.
+# Of rollout.vllm: where servers are and how long they are waited for. Its arguments change what they answer.
+_OF_SERVERS = (
+    *("python", "url", "replicas", "environment", "weights_directory", "piece_mib"),
+    *("timeout", "patience", "start_timeout"),
+)
+# Prefixes of settings that change no number: where and what a run writes, where it asks, how long it waits.
 WITHOUT_EFFECT = (
     *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.resume", "checkpoint.save_final"),
     *(
+        "checkpoint.asynchronous",
         "checkpoint.export_hf",
+        "checkpoint.export_to",
         "checkpoint.export_adapter",
         "logging.",
         "evaluation.shown",
         "evaluation.shared",
     ),
+    *("parallel.timeout_minutes", "parallel.silence_minutes", "parallel.phase_minutes"),
+    *(f"rollout.vllm.{name}" for name in _OF_SERVERS),
 )
 EVERY_STEPS = "evaluation.every_steps"
 # By what a checkpoint may be the best, beside the name of an objective.
@@ -28,10 +37,33 @@ class CheckpointConfig(Section):
     """Resumable state in Megatron's torch_dist format."""
 
     every_steps: int = Field(0, ge=0, description="0: only on SIGTERM and at the end")
-    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept; not used with keep_gb")
+    keep_gb: Positive | None = Field(
+        None,
+        description="keep as many complete checkpoints as fit into so many GB (1e9 bytes), and always the "
+        "newest; none: keep says how many",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="write checkpoints while training goes on, from a copy in the host's memory; ways out "
+        "wait for the one under way",
+    )
     resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
     save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
     export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
+    export_to: RemotePath | None = Field(
+        None,
+        description="where that directory is put at the end, too: PROTOCOL://PLACE for fsspec (s3, gs, abfs, "
+        "sftp, file ...); none: nowhere. Needs export_hf",
+    )
+
+    @model_validator(mode="after")
+    def _exports_what_it_puts(self) -> CheckpointConfig:
+        if self.export_to is not None and not self.export_hf:
+            raise ValueError(
+                "checkpoint.export_to: found with checkpoint.export_hf false, accepted: null, or an export"
+            )
+        return self
 
 
 class TrainCheckpointConfig(CheckpointConfig):

@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gapo_mega.config.checks import KL_ROW, check_average, check_correction, check_kl_row, check_kl_target
+from gapo_mega.config.checks import (
+    KL_ROW,
+    check_average,
+    check_correction,
+    check_instances,
+    check_kl_row,
+    check_kl_target,
+    check_packing,
+)
 from gapo_mega.config.fields import Code, LocalPath, Positive, Section
 from gapo_mega.config.gradients import GradientConfig
 from gapo_mega.config.loggers import Loggers
@@ -50,6 +58,22 @@ class PolicyConfig(ModelConfig):
         description="response tokens whose logits are in memory at once: the output layer runs chunk by "
         "chunk, and once more in every backward; auto: 1024 where that saves memory; 0: all at once",
     )
+    router_aux_loss: float = Field(
+        0.0,
+        ge=0,
+        description="factor of a loss that spreads tokens evenly over experts, summed over layers; its "
+        "gradient is added once to the combined direction and is no objective's",
+    )
+    router_z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="factor of a loss that keeps the logits of experts' routers small, added likewise",
+    )
+
+    @property
+    def router_losses(self) -> bool:
+        """Whether routers have losses, for which an update takes passes of its own."""
+        return self.router_aux_loss > 0 or self.router_z_loss > 0
 
 
 class DataConfig(Section):
@@ -113,6 +137,12 @@ class RolloutConfig(Section):
         description="where the responses of a training come from, an entry of gapo_mega.rollout.backends or "
         "a class of one's own. megatron: the trained weights themselves, in the same processes; vllm: vLLM, "
         "in processes of its own",
+    )
+    ahead: int = Field(
+        0,
+        ge=0,
+        description="steps whose responses are drawn together while as many steps before them are trained, "
+        "by a back end with processes of its own; 0: a step waits for its responses, of the policy as it is",
     )
     vllm: VllmConfig = VllmConfig()
 
@@ -250,6 +280,13 @@ class Config(Section):
     seed: int = Field(1, description="of prompts, sampling and minibatches")
     steps: int = Field(100, ge=1, description="rollout steps")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass on a data-parallel rank")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of micro_batch_size: forward passes of policy, reference and critic get as "
+        "many sequences as so many tokens hold, in one row without padding and without attention between "
+        "them; at least as many as the longest sequence has",
+    )
     model: PolicyConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
@@ -275,6 +312,13 @@ class Config(Section):
     def longest(self) -> int:
         """Tokens of the longest sequence: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def most_sequences(self) -> int:
+        """Sequences of a forward pass, if all are of the longest."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        return max(1, self.micro_batch_tokens // self.longest)
 
     @property
     def one_signal(self) -> ScalarizationConfig | None:
@@ -315,16 +359,14 @@ class Config(Section):
         return self.rollout.prompts_per_step // data_ranks * self.rollout.samples_per_prompt
 
     @model_validator(mode="after")
-    def _objective_names_differ(self) -> Config:
-        names = [o.name for o in self.objectives]
-        if len(set(names)) != len(names):
-            raise ValueError(f"objectives: names must differ, found {names}")
-        return self
-
-    @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         algorithm = self.algorithm
         names = [objective.name for objective in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives: names must differ, found {names}")
+        check_packing(self.micro_batch_tokens, self.longest)
+        optimizers = {"optimizer": self.optimizer, "critic.optimizer": self.critic.optimizer}
+        check_instances(self.parallel.distributed_optimizer_instances, optimizers)
         check_average(self.aggregation.average, self.gradients)
         check_kl_row(algorithm.kl, names)
         check_kl_target(algorithm.kl_target, algorithm.kl, algorithm.kl_beta)

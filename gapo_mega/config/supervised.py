@@ -6,7 +6,7 @@ too are those of ``gapo_mega.config``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,9 @@ from gapo_mega.config import (
     Section,
     TemplatePath,
 )
+from gapo_mega.config.checks import check_instances
 from gapo_mega.config.fields import MOST_ROWS, Name
+from gapo_mega.config.lora import LoraConfig
 
 
 class SupervisedData(Section):
@@ -119,6 +121,22 @@ class ScoreModelConfig(ModelConfig):
     keep_layers: int | None = Field(
         None, ge=1, description="use only the first N decoder layers of path; none: all"
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train low-rank adapters (and the score head), and freeze all other weights; none: train "
+        "all weights",
+    )
+
+
+class ChatModelConfig(ScoreModelConfig):
+    """The language model to train."""
+
+    logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="tokens to learn whose logits are in memory at once: the output layer runs chunk by "
+        "chunk, and once more in the backward; auto: 1024 where that saves memory (train-pairs: all at "
+        "once); 0: all at once",
+    )
 
 
 class SupervisedOptimizer(OptimizerConfig):
@@ -161,6 +179,12 @@ class SupervisedConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     evaluation: DataEvaluationConfig = DataEvaluationConfig()
 
+    @model_validator(mode="after")
+    def _instances_are_of_distributed_optimizers(self) -> SupervisedConfig:
+        instances = self.parallel.distributed_optimizer_instances
+        check_instances(instances, {"optimizer": self.optimizer})
+        return self
+
     @property
     def data_sets(self) -> int:
         """Data sets of which a step takes ``batch_size`` items each."""
@@ -186,6 +210,7 @@ class RewardModelConfig(SupervisedConfig):
 class SftConfig(SupervisedConfig):
     """Supervised fine-tuning: the next token of conversations, by cross entropy."""
 
+    model: ChatModelConfig
     data: ChatData
     gradients: SkipConfig = SkipConfig()
     assistant_only: bool = Field(True, description="loss on the assistant's tokens only; false: on all")
@@ -242,6 +267,7 @@ class PairsConfig(SupervisedConfig):
     others begin again meanwhile.
     """
 
+    model: ChatModelConfig
     objectives: list[PairObjective] = Field(min_length=1, max_length=MOST_ROWS, description="the data sets")
     loss: PairLossConfig = PairLossConfig()
     aggregation: AggregationConfig = AggregationConfig()

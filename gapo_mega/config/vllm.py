@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from gapo_mega.config.fields import LocalPath, Section
 
@@ -33,8 +33,13 @@ class VllmConfig(Section):
     arguments: list[str] = Field(
         [], description="further arguments of a server that the run starts, such as --enforce-eager"
     )
-    environment: dict[str, str] = Field(
-        {}, description="variables of a server that the run starts, such as CUDA_VISIBLE_DEVICES"
+    replicas: int = Field(
+        1, ge=1, le=64, description="servers that the run starts; data-parallel ranks share them"
+    )
+    environment: dict[str, str | list[str]] = Field(
+        {},
+        description="variables of servers that the run starts, such as CUDA_VISIBLE_DEVICES; a list has a "
+        "value for each of the replicas",
     )
     weights_directory: LocalPath | None = Field(
         None,
@@ -54,6 +59,28 @@ class VllmConfig(Section):
     start_timeout: float = Field(
         600.0, gt=0, le=1500, description="for how many seconds a server that starts is waited for"
     )
+
+    @model_validator(mode="after")
+    def _has_a_value_for_each(self) -> VllmConfig:
+        if self.replicas > 1 and self.python is None:
+            raise ValueError(
+                f"rollout.vllm.replicas: found {self.replicas} without rollout.vllm.python, accepted: 1 "
+                "(with that Python the run starts servers)"
+            )
+        for name, value in self.environment.items():
+            if isinstance(value, list) and len(value) != self.replicas:
+                raise ValueError(
+                    f"rollout.vllm.environment.{name}: found {len(value)} values, accepted: one text, or one "
+                    f"for each of the {self.replicas} replicas (rollout.vllm.replicas)"
+                )
+        return self
+
+    def environment_of(self, replica: int) -> dict[str, str]:
+        """Variables of the server of that number, from 0."""
+        return {
+            name: value if isinstance(value, str) else value[replica]
+            for name, value in self.environment.items()
+        }
 
     @property
     def urls(self) -> list[str]:

@@ -22,6 +22,7 @@ from gapo_mega.ops import HostAggregator
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.setups import AnsweringSetup
 from gapo_mega.planning.setups import SupervisedSetup as SupervisedSetup
+from gapo_mega.types import BackgroundSave as BackgroundSave
 from gapo_mega.types import Experience, Generation, TokenBatch, TokenWatcher
 from gapo_mega.types import PolicyFacts as PolicyFacts
 from gapo_mega.types import SupervisedUpdate as SupervisedUpdate
@@ -52,6 +53,7 @@ class Layout:
     data_rank: int
     tensor_rank: int
     pipeline_rank: int
+    in_step: bool = False  # data ranks share experts: they make the same calls, with equally many rows
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +85,7 @@ class GradientReport:
     # microbatch costs.
     padding: float = 1.0
     policy: PolicyFacts | None = None
+    routers: dict[str, float] = field(default_factory=dict)  # of the losses of experts' routers, for the log
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,8 @@ class SamplingParameters:
     @classmethod
     def of(cls, rollout: RolloutConfig) -> SamplingParameters:
         """Those of a configuration's section."""
-        return cls(
-            rollout.max_new_tokens,
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            rollout.repetition_penalty,
-        )
+        cut, penalty = (rollout.top_k, rollout.top_p), rollout.repetition_penalty
+        return cls(rollout.max_new_tokens, rollout.temperature, *cut, penalty)
 
     @property
     def cuts(self) -> bool:
@@ -172,6 +170,10 @@ class RunEngine(Ranks, Protocol):
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Save models, optimizers, schedules, random-number states and ``extra``, the run's own state."""
+        ...
+
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        """``save`` the state as it is now; the files are written after this has returned."""
         ...
 
     def load(self, directory: Path) -> dict[str, Any]:

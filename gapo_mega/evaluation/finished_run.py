@@ -115,12 +115,23 @@ def read_run(directory: Path) -> FinishedRun:
         cost=Cost(
             updates=updates,
             samples=done * config.sequences(),
-            backwards=backwards_of_run(config, updates),
+            backwards=backwards_of_run(config, updates, _one_pass(config, series)),
             reward_calls=updates // of_a_step * scored_in_a_step(config) * len(config.objectives),
             seconds=seconds,
         ),
         standing=standing,
     )
+
+
+def _one_pass(config: Config, series: Series) -> bool:
+    """Whether updates of several gradients may have taken one pass.
+
+    The log has the time of every other kind of pass, by objective. An update of one gradient has those of the
+    first objective, too. A pipeline that tried one pass and took others says both.
+    """
+    later = {*config.rows[1:], *config.audited_rows[1:]}
+    others = {f"time/{kind}/{name}" for kind in ("forward_backward", "backward") for name in later}
+    return "time/one_pass" in series.values or not others & series.values.keys()
 
 
 def scored_in_a_step(config: Config) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Columns that tell the runs of a sweep apart.
 OF_POINTS = ("run", "method", "preference", "seed")
 # Numbers of a whole step, whose second half may be the name of an objective: time/step, correction/weight.
-_OF_STEPS = ("time", "memory", "logprob_difference", "correction")
+_OF_STEPS = ("time", "memory", "logprob_difference", "correction", "rollout")
 _HELDOUT = {"heldout": "score", "heldout_gain": "gain", "heldout_gain_error": "gain_error"}
 
 

@@ -26,6 +26,7 @@ from gapo_mega.measuring.allocation import measure_allocations
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_gradients
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.planning.strategy import minibatch_sequences
 from gapo_mega.types import Experience
 
 BASELINE = "one objective"
@@ -146,7 +147,7 @@ class StepBenchmark:
         self.engine = build_benchmark_engine(self._alone)
         layout = self.engine.layout
         self.contenders = contenders(config, shape, layout.data, objectives, only)
-        sequences = resolved.microbatches * config.micro_batch_size
+        sequences = minibatch_sequences(config, layout.data)
         batch = synthetic_batch(config, shape, sequences, max(objectives), layout.data_rank)
         old_BT = self.engine.logprobs(batch, "policy")
         self.batch = dataclasses.replace(batch, old_logprobs_BT=old_BT)

@@ -21,13 +21,13 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from gapo_mega.files import local
+from gapo_mega.option_checks import HIDDEN, without_password
 
 logger = logging.getLogger(__name__)
 
 FROM_ENVIRONMENT = "env:"
 FROM_FILE = "file:"
 _LARGEST_FILE = 1 << 16  # bytes of a file that holds one credential
-_HIDDEN = "***"
 _SHORTEST_SECRET = 4  # characters; a shorter piece of a credential is a common word
 _NAMES_A_CREDENTIAL = re.compile(
     r"authori[sz]ation|authentication|token(?!s($|[-_]))|secret|passw|cookie|credential"
@@ -41,7 +41,6 @@ _IS_A_CREDENTIAL = re.compile(
 )
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
-_USER_AND_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 
 
 class Credentials:
@@ -62,7 +61,7 @@ class Credentials:
     def hidden(self, text: str) -> str:
         """``text`` without the credentials that a service or a library repeated in it."""
         for secret in sorted(self._secrets, key=len, reverse=True):
-            text = text.replace(secret, _HIDDEN)
+            text = text.replace(secret, HIDDEN)
         return without_password(text)
 
     def proxy(self, value: str | None) -> str | None:
@@ -166,11 +165,6 @@ def _first_bytes(path: Path) -> bytes:
         logger.warning("%s holds a credential, and others may read it (chmod 600 %s)", path, path)
     with path.open("rb") as file:
         return file.read(_LARGEST_FILE)
-
-
-def without_password(text: str) -> str:
-    """``text`` with user and password of every address in it hidden."""
-    return _USER_AND_PASSWORD.sub(f"{_HIDDEN}@", text)
 
 
 def credential_in_query(url: str) -> str | None:

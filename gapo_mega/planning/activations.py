@@ -53,6 +53,7 @@ from dataclasses import dataclass
 from gapo_mega.config import Config
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.blocks import Block, Counter
+from gapo_mega.planning.chunks import most_response_tokens
 from gapo_mega.planning.schedule import schedule
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
@@ -139,15 +140,19 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
     tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
     length = config.longest
     length += -length % tensor if split else 0
-    tokens = config.micro_batch_size * length
-    response = config.rollout.max_new_tokens
-    outputs = config.micro_batch_size * (response + (-response % tensor if split else 0))
+    rows, response = config.micro_batch_size, config.rollout.max_new_tokens
+    tokens, positions = rows * length, length
+    outputs = rows * (response + (-response % tensor if split else 0))
+    if config.micro_batch_tokens is not None:
+        # One row, whose scores are those within its sequences: the most if all are of the longest.
+        rows, tokens, outputs = 1, config.micro_batch_tokens, most_response_tokens(config)
+        tokens, outputs = (n + (-n % tensor if split else 0) for n in (tokens, outputs))
+        positions = tokens
     query, key = (n * shape.head_dim // tensor for n in (shape.heads, shape.kv_groups))
     columns = shape.padded_vocab(VOCABULARY_DIVISOR * tensor) // tensor
-    size = config.micro_batch_size
     # Frozen weights have no gradient; what adapters add, a few numbers per token and rank, is not counted.
     trained = shape.hidden if config.model.lora is None else 0
-    part = min(chunk // size * size or size, outputs) if chunk else outputs
+    part = min(chunk // rows * rows or rows, outputs) if chunk else outputs
     chosen = 1 if shape.experts is None else shape.experts.chosen
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
@@ -159,10 +164,10 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,
         mask=length * length,
-        rotary=length * shape.head_dim,
+        rotary=positions * shape.head_dim,
         behind=outputs * shape.hidden,
         logits=part * columns,
-        chosen=min(part, size * response) * columns,
+        chosen=min(part, most_response_tokens(config)) * columns,
         waiting=columns * trained if part < outputs else 0,
         qkv_weight=(query + 2 * key) * trained,
         projection_weight=query * trained,
@@ -180,10 +185,8 @@ def _penalized(config: Config) -> int:
     """Tokens before a response token, itself not included, over all response tokens of a microbatch."""
     if config.rollout.repetition_penalty == 1.0:
         return 0
-    response = config.rollout.max_new_tokens
-    return config.micro_batch_size * (
-        response * config.data.max_prompt_tokens + response * (response - 1) // 2
-    )
+    tokens = most_response_tokens(config)
+    return tokens * config.data.max_prompt_tokens + tokens * (config.rollout.max_new_tokens - 1) // 2
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gapo_mega.config import CheckpointConfig, OptimizerConfig
+from gapo_mega.config.lora import LoraConfig
+from gapo_mega.models.adapters import layer_parameters
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.activations import FP32
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.resolved import ResolvedRun
+
+GB = 1e9  # bytes
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,13 @@ class DiskPlan:
         checkpoint: of one.
         at_once: checkpoints that are there at the same time; the oldest goes when the newest is complete.
         export: of the exported model; 0 where there is none.
+        limit: the setting that says how many checkpoints are kept.
     """
 
     checkpoint: int
     at_once: int
     export: int
+    limit: str = "checkpoint.keep"
 
     @property
     def needed(self) -> int:
@@ -43,17 +50,25 @@ def predict_disk(
     *,
     with_best: bool = False,
     critics: int = 0,
+    adapters: int = 0,
 ) -> DiskPlan:
     """The disk that ``steps`` steps of training ``parameters`` take.
 
-    ``critics``: bytes in a checkpoint of what is trained beside the model. A checkpoint that only a signal
+    ``critics``: bytes in a checkpoint of what is trained beside the model. ``adapters``: parameters that are
+    trained in place of the model's, which are frozen; 0: there are none. A checkpoint that only a signal
     asks for is not counted.
     """
     every = settings.every_steps
     saves = -(-steps // every) if every else int(settings.save_final)
     exported = parameters * item_bytes(dtype) if settings.export_hf else 0
-    at_once = min(saves, settings.keep + 1) + int(with_best)
-    return DiskPlan(state_bytes(parameters, dtype, optimizer) + critics, at_once, exported)
+    checkpoint = state_bytes(parameters, dtype, optimizer)
+    if adapters:
+        checkpoint = parameters * item_bytes(dtype) + state_bytes(adapters, dtype, optimizer)
+    checkpoint += critics
+    keep, limit = settings.keep, "checkpoint.keep"
+    if settings.keep_gb is not None:
+        keep, limit = max(1, int(settings.keep_gb * GB // checkpoint)), "checkpoint.keep_gb"
+    return DiskPlan(checkpoint, min(saves, keep + 1) + int(with_best), exported, limit)
 
 
 def predict_training(resolved: ResolvedRun) -> DiskPlan:
@@ -71,7 +86,13 @@ def predict_training(resolved: ResolvedRun) -> DiskPlan:
         config.steps,
         with_best=config.checkpoint.best is not None,
         critics=critics,
+        adapters=adapter_parameters(resolved.shape, config.model.lora),
     )
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig | None) -> int:
+    """Of all layers; 0 without adapters."""
+    return 0 if lora is None else layer_parameters(shape, lora) * shape.num_layers
 
 
 def state_bytes(parameters: int, dtype: str, optimizer: OptimizerConfig) -> int:

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config, ParallelConfig, strategies
+from gapo_mega.config.lora import TARGET_MODULES, LoraConfig
+from gapo_mega.models.adapters import linear_of
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.optional import transformer_engine_layers
-from gapo_mega.planning.strategy import microbatches, refusal_of_one_pass, refusal_of_shared
+from gapo_mega.optional import einops, transformer_engine_layers
+from gapo_mega.planning.strategy import (
+    microbatches,
+    minibatch_sequences,
+    refusal_of_one_pass,
+    refusal_of_shared,
+    trains_experts,
+)
 
 
 def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
     _check_experts(parallel, shape)
-    return data_parallel_size(parallel, world_size)
+    data = data_parallel_size(parallel, world_size)
+    _check_sharing(parallel, data)
+    return data
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -30,14 +40,28 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             "world of "
             f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
         )
-    return world_size // (tensor * pipeline)
+    data, instances = world_size // (tensor * pipeline), parallel.distributed_optimizer_instances
+    if data % instances:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
+            f"ranks: {_listed(_divisors(data))}"
+        )
+    if instances > 1 and not einops().usable:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances} without the package einops, by "
+            "which Megatron arranges their ranks; accepted: 1, or pip install 'gapo-mega[instances]'"
+        )
+    return data
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
-    check_interleaving(config.parallel, shape, microbatches(config, data_parallel))
+    _check_packing(config)
+    packed = config.micro_batch_tokens is not None  # then there are as many as are wanted
+    count = (minibatch_sequences if packed else microbatches)(config, data_parallel)
+    check_interleaving(config.parallel, shape, count)
     check_gradients(config, shape, data_parallel)
     check_lengths(config, shape)
     _check_samples(config, estimator)
@@ -53,7 +77,12 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
                 + ("1" if expert > 1 else "null")
             )
         return
-    count = shape.experts.count
+    instances, count = parallel.distributed_optimizer_instances, shape.experts.count
+    if instances > 1 and parallel.in_step:
+        raise ValueError(
+            f"parallel.distributed_optimizer_instances: found {instances} with experts that data ranks share "
+            f"(parallel.expert {expert}), accepted: 1"
+        )
     if count % expert:
         raise ValueError(
             f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(_divisors(count))}"
@@ -63,6 +92,24 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
             f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
             f"{_listed(_divisors(shape.ffn))}"
         )
+
+
+def _check_sharing(parallel: ParallelConfig, data: int) -> None:
+    """Whether the ranks of a stage hold its experts a whole number of times, by whole replicas or in one."""
+    tensor, split = parallel.tensor, parallel.experts_split
+    ranks = tensor * data
+
+    def fits(sharing: int) -> bool:
+        return ranks % sharing == 0 and (tensor % sharing == 0 or sharing % tensor == 0)
+
+    if fits(parallel.sharing):
+        return
+    fitting = [number for number in _divisors(ranks) if fits(number * split)]
+    raise ValueError(
+        f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
+        f"{parallel.sharing} ranks, on stages of {ranks} (tensor {tensor} x data {data}), accepted: "
+        + (_listed(fitting) if fitting else f"1, with an expert_tensor that divides {ranks}")
+    )
 
 
 def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
@@ -131,7 +178,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             f"data-parallel rank: {_listed(_divisors(sequences))}"
         )
     minibatch = sequences // algorithm.minibatches
-    if minibatch % config.micro_batch_size:
+    if config.micro_batch_tokens is None and minibatch % config.micro_batch_size:
         # Pipeline stages exchange tensors of one size, so all microbatches are alike.
         raise ValueError(
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
@@ -140,21 +187,74 @@ def _check_batches(config: Config, data_parallel: int) -> None:
         )
 
 
+def _check_packing(config: Config) -> None:
+    tokens = config.micro_batch_tokens
+    if tokens is not None and config.model.dtype == "fp32" and transformer_engine_layers():
+        raise ValueError(
+            f"micro_batch_tokens: found {tokens} with model.dtype fp32 and Transformer Engine's layers, "
+            "accepted: null, or model.dtype bf16 (their attention takes packed rows in no other type)"
+        )
+
+
 def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> None:
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
-    if config.model.lora is not None and transformer_engine_layers():
-        raise ValueError(
-            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
-            "and multiply in one, and show nobody what they multiply)"
-        )
+    check_adapters(config.model.lora, shape)
+    _check_routers(config, shape)
+    if config.micro_batch_tokens is not None:
+        _check_packed_experts(config)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass(with_experts=shape.experts is not None)
+    reason = refusal_of_one_pass(with_experts=trains_experts(config, shape))
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
+
+
+def _check_packed_experts(config: Config) -> None:
+    """Data ranks that exchange tokens run in step, and rows of theirs may be of another number."""
+    found = f"micro_batch_tokens: found {config.micro_batch_tokens}"
+    if config.parallel.tensor % config.parallel.sharing:
+        raise ValueError(
+            f"{found} with experts that data ranks share (parallel.expert {config.parallel.expert}), "
+            "accepted: null"
+        )
+    for name in ("router_aux_loss", "router_z_loss"):
+        if getattr(config.model, name) > 0:
+            raise ValueError(
+                f"{found} with model.{name}, accepted: null (routers are not told of packed rows)"
+            )
+
+
+def _check_routers(config: Config, shape: ModelShape) -> None:
+    """Losses of routers need routers that are trained."""
+    for name in ("router_aux_loss", "router_z_loss"):
+        factor = getattr(config.model, name)
+        if factor > 0 and shape.experts is None:
+            raise ValueError(f"model.{name}: found {factor:g} with a model without experts, accepted: 0")
+        if factor > 0 and config.model.lora is not None:
+            raise ValueError(
+                f"model.{name}: found {factor:g} with model.lora, accepted: 0 (routers are frozen)"
+            )
+
+
+def check_adapters(lora: LoraConfig | None, shape: ModelShape) -> None:
+    """Raise a one-line ``ValueError`` for adapters on layers that take none."""
+    if lora is None:
+        return
+    if transformer_engine_layers():
+        raise ValueError(
+            "model.lora: found adapters with Transformer Engine's layers, accepted: null (these layers norm "
+            "and multiply in one, and show nobody what they multiply)"
+        )
+    found = [name for name in lora.targets if linear_of(name).folder == "mlp"]
+    if found and shape.experts is not None:
+        others = [name for name in TARGET_MODULES if linear_of(name).folder != "mlp"]
+        raise ValueError(
+            f"model.lora.target_modules: found {', '.join(found)} with a model with experts, accepted: "
+            f"{', '.join(others)} (experts have no adapters)"
+        )
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:

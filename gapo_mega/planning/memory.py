@@ -134,7 +134,7 @@ def rank_sizes(
     return RankSizes(
         shard=shard,
         whole=whole,
-        layer=_layer_parameters(shape, parallel.tensor)
+        layer=_layer_parameters(shape, parallel.tensor, parallel.sharing)
         if lora is None
         else layer_parameters(shape, lora, parallel.tensor),
         layers=[layer for start in starts for layer in range(start, start + layers)],
@@ -151,9 +151,14 @@ def average_bytes(resolved: ResolvedRun, sizes: RankSizes) -> int:
     return resolved.strategy.average_bytes(len(config.rows), sizes, config.aggregation.average_dtype)
 
 
-def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
-    """Parameters of the language model on one rank of a stage, the padded vocabulary included."""
-    total = _backbone_parameters(shape, tensor, pipeline, stage)
+def stage_parameters(
+    shape: ModelShape, tensor: int, pipeline: int, stage: int, sharing: int | None = None
+) -> int:
+    """Parameters of the language model on one rank of a stage, the padded vocabulary included.
+
+    ``sharing``: ranks that together hold experts once; None: the tensor ranks.
+    """
+    total = _backbone_parameters(shape, tensor, pipeline, stage, sharing)
     holds_embedding_already = shape.tied and pipeline == 1
     if stage == pipeline - 1 and not holds_embedding_already:
         # Untied: the output layer. Tied over several stages: the last stage's copy of the embedding.
@@ -161,14 +166,18 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) 
     return total
 
 
-def critic_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int, heads: int) -> int:
+def critic_parameters(
+    shape: ModelShape, tensor: int, pipeline: int, stage: int, heads: int, sharing: int | None = None
+) -> int:
     """Parameters of a value model: its linear head with bias is not split over tensor ranks."""
     head = heads * (shape.hidden + 1) if stage == pipeline - 1 else 0
-    return _backbone_parameters(shape, tensor, pipeline, stage) + head
+    return _backbone_parameters(shape, tensor, pipeline, stage, sharing) + head
 
 
-def _backbone_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> int:
-    total = _layer_parameters(shape, tensor) * (shape.num_layers // pipeline)
+def _backbone_parameters(
+    shape: ModelShape, tensor: int, pipeline: int, stage: int, sharing: int | None
+) -> int:
+    total = _layer_parameters(shape, tensor, sharing) * (shape.num_layers // pipeline)
     if stage == 0:
         total += _embedding_parameters(shape, tensor)
     if stage == pipeline - 1:
@@ -176,14 +185,29 @@ def _backbone_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: i
     return total
 
 
-def _layer_parameters(shape: ModelShape, tensor: int) -> int:
+def _layer_parameters(shape: ModelShape, tensor: int, sharing: int | None) -> int:
     query, key = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
     split = shape.hidden * (query + 2 * key) + query * shape.hidden
-    split += 3 * shape.hidden * shape.ffn * shape.mlps
     if shape.qkv_bias:
         split += query + 2 * key
+    mlps = _mlp_parameters(shape, tensor if shape.experts is None else sharing or tensor)
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    return split // tensor + norms + shape.router  # norms and routers are held by every tensor rank
+    return split // tensor + mlps + norms + shape.router  # norms and routers are held by every tensor rank
+
+
+def _mlp_parameters(shape: ModelShape, sharing: int) -> int:
+    return 3 * shape.hidden * shape.ffn * shape.mlps // sharing
+
+
+def _stepped(resolved: ResolvedRun, shape: ModelShape, count: int) -> int:
+    """Of a stage's ``count`` trained parameters on a rank, those whose optimizer state it has."""
+    parallel, data = resolved.config.parallel, resolved.data
+    if not parallel.in_step:
+        return count // (data // parallel.distributed_optimizer_instances)
+    # Fewer ranks hold the same experts than hold the same of all else.
+    layers, copies = shape.num_layers // parallel.pipeline, parallel.tensor * data // parallel.sharing
+    experts = _mlp_parameters(shape, parallel.sharing) * layers
+    return (count - experts) // data + experts // copies
 
 
 def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
@@ -193,8 +217,8 @@ def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
 def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     config, shape, data = resolved.config, resolved.shape, resolved.data
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    item = _item_size(config)
-    count = stage_parameters(shape, tensor, pipeline, stage)
+    item, sharing = _item_size(config), config.parallel.sharing
+    count = stage_parameters(shape, tensor, pipeline, stage, sharing)
     lora, trained = config.model.lora, count
     if lora is not None:
         trained = layer_parameters(shape, lora, tensor) * (shape.num_layers // pipeline)
@@ -210,13 +234,15 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     whole = any(resolved.forward_of(rows) == "shared" for rows in measured)
     scope = config.gradients.scope
     chunk = 0 if whole or (scope != "full" and has_output_layer(scope)) else logits_chunk(config, shape)
-    shard = trained // data if config.optimizer.distributed else trained
+    owners = data // config.parallel.distributed_optimizer_instances  # ranks that have a state together
+    stepped = _stepped(resolved, shape, trained) if lora is None else trained // owners
+    shard = stepped if config.optimizer.distributed else trained
     sizes = rank_sizes(config.parallel, shape, shard, trained, stage, lora)
     offloaded = config.model.offload_reference
     scoring = [
         (
             model.request.offload,
-            critic_parameters(model.shape, tensor, pipeline, stage, 1)
+            critic_parameters(model.shape, tensor, pipeline, stage, 1, sharing)
             * (2 if model.request.dtype == "bf16" else FP32),
         )
         for model in resolved.score_models
@@ -227,9 +253,11 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         policy_parameters=count,
         parameters=count * item,
         gradients=trained * FP32,
-        optimizer=_optimizer_bytes(config, config.optimizer, trained, data),
+        optimizer=_optimizer_bytes(config, config.optimizer, shard),
         objective_rows=sum(resolved.strategy_of(rows).row_bytes(rows, sizes) for rows in measured)
-        + average_bytes(resolved, sizes),
+        + average_bytes(resolved, sizes)
+        # The gradient of the routers' losses, of every strategy that updates.
+        + len(measured) * config.model.router_losses * shard * FP32,
         reference=0 if offloaded or lora is not None else count * item,
         score_models=sum(size for away, size in scoring if not away),
         critic=_critic(resolved, stage),
@@ -244,10 +272,12 @@ def _critic(resolved: ResolvedRun, stage: int) -> int:
     if resolved.critic is None:
         return 0
     config, shape = resolved.config, resolved.critic.shape
+    parallel = config.parallel
     count = critic_parameters(
-        shape, config.parallel.tensor, config.parallel.pipeline, stage, resolved.value_heads
+        shape, parallel.tensor, parallel.pipeline, stage, resolved.value_heads, parallel.sharing
     )
-    state = _optimizer_bytes(config, config.critic.optimizer, count, resolved.data)
+    stepped = _stepped(resolved, shape, count) if config.critic.optimizer.distributed else count
+    state = _optimizer_bytes(config, config.critic.optimizer, stepped)
     return resolved.value_models * (count * (_item_size(config) + FP32) + state)
 
 
@@ -255,11 +285,11 @@ def _item_size(config: Config) -> int:
     return 2 if config.model.dtype == "bf16" else FP32
 
 
-def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int, data: int) -> int:
-    """fp32 main parameters (bf16 only) and moments of ``count`` parameters on one of ``data`` ranks."""
+def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int) -> int:
+    """fp32 main parameters (bf16 only) and moments of the ``count`` parameters that a rank steps."""
     main = 1 if config.model.dtype == "bf16" else 0
     moments = 2 if optimizer.name == "adam" else int(optimizer.momentum > 0)
-    return (main + moments) * FP32 * count // (data if optimizer.distributed else 1)
+    return (main + moments) * FP32 * count
 
 
 def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:

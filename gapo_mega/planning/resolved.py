@@ -19,7 +19,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches
+from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches, router_passes, trains_experts
 from gapo_mega.scalarization.base import Scalarizer
 
 
@@ -106,7 +106,7 @@ class ResolvedRun:
     def forward_of(self, rows: int) -> ForwardKind:
         """The kind of passes of an update that measures ``rows`` gradients."""
         by_token = self.critic is not None or self.estimator.by_token
-        with_experts = self.shape.experts is not None
+        with_experts = trains_experts(self.config, self.shape)
         return forward_kind(self.config, self.data, by_token=by_token, rows=rows, with_experts=with_experts)
 
     @property
@@ -117,7 +117,9 @@ class ResolvedRun:
     @property
     def passes(self) -> PassCount:
         """Forwards and backwards of one update; partial backwards (of a scope) are not counted."""
-        return self.strategy.passes(len(self.config.rows), self.shared)
+        count = self.strategy.passes(len(self.config.rows), self.shared)
+        own = router_passes(self.config)
+        return PassCount(count.forwards + own.forwards, count.backwards + own.backwards)
 
     @property
     def updates_per_step(self) -> int:

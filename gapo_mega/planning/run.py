@@ -26,16 +26,16 @@ class RunPlan:
         sequences = config.sequences()
         virtual = parallel.virtual_pipeline
         interleaved = f" ({virtual} chunks a stage)" if virtual > 1 else ""
+        experts = f", experts over {parallel.sharing} ranks" if parallel.expert > 1 else ""
         minibatch = sequences // data // algorithm.minibatches
         return [
             *(f"{parameter}: {card}" for parameter, card in self.resolved.cards.items()),
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline}{interleaved} x data {data}",
+            f"{parallel.pipeline}{interleaved} x data {data}{experts}",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
             f"sequences, {sequences // data} on a data-parallel rank",
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
-            f"{minibatch * data} sequences, in microbatches of {config.micro_batch_size} on a "
-            "data-parallel rank",
+            f"{minibatch * data} sequences, in microbatches of {_microbatch(config)} on a data-parallel rank",
             *_adapters(config, self.resolved.shape),
             *_while_training(config),
             *self.memory.table().splitlines(),
@@ -63,6 +63,11 @@ class RunPlan:
         cards = {parameter: card.name for parameter, card in self.resolved.cards.items()}
         run = {"world": self.resolved.world, "layout": layout, "cards": cards}
         return run | {**self.memory.as_dict(), "fits": fits}
+
+
+def _microbatch(config: Config) -> str:
+    tokens = config.micro_batch_tokens
+    return str(config.micro_batch_size) if tokens is None else f"at most {tokens} packed tokens"
 
 
 def _adapters(config: Config, shape: ModelShape) -> list[str]:

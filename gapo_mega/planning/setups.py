@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.models.shape import ModelShape
 
 
@@ -27,6 +28,8 @@ class AnsweringSetup:
         reference: its divergence is measured from; None: it is not.
         model, parallel, rollout: sections of the configuration; the paths in them do not count.
         micro_batch: sequences of a forward pass.
+        micro_batch_tokens: of a packed row, in place of ``micro_batch``; None: unpacked.
+        chunk: response tokens whose logits are in memory at once; 0: all.
         seed: of the model-parallel random numbers.
         pad_id, eos_ids: of the policy's tokenizer.
     """
@@ -40,6 +43,8 @@ class AnsweringSetup:
     seed: int
     pad_id: int
     eos_ids: Sequence[int]
+    micro_batch_tokens: int | None = None
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class SupervisedSetup:
         seed: of the model-parallel random numbers.
         config: entries of the trained model's ``config.json`` that differ from the source's.
         chat_template: Jinja text to store with the trained model; None: the source's own.
+        lora: the adapters to train; None: all weights are trained.
+        chunk: tokens to learn whose logits are in memory at once; 0: all.
     """
 
     shape: ModelShape
@@ -67,3 +74,5 @@ class SupervisedSetup:
     seed: int
     config: Mapping[str, object]
     chat_template: str | None = None
+    lora: LoraConfig | None = None
+    chunk: int = 0

@@ -8,12 +8,27 @@ from __future__ import annotations
 from typing import Literal
 
 from gapo_mega.config import Config, strategies
+from gapo_mega.config.strategies import PassCount
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
 
 
+def minibatch_sequences(config: Config, data_parallel: int) -> int:
+    """Sequences of a data-parallel rank in one minibatch."""
+    return config.sequences(data_parallel) // config.algorithm.minibatches
+
+
 def microbatches(config: Config, data_parallel: int) -> int:
-    """Forward passes of a data-parallel rank over one minibatch."""
-    return config.sequences(data_parallel) // config.algorithm.minibatches // config.micro_batch_size
+    """Forward passes of a data-parallel rank over one minibatch; with micro_batch_tokens the most it takes.
+
+    First fit puts at least ``most_sequences`` into every row but the last. An interleaved pipeline gets a row
+    for each stage, where there are as many sequences.
+    """
+    sequences = minibatch_sequences(config, data_parallel)
+    found = -(-sequences // config.most_sequences)
+    if config.micro_batch_tokens is None or config.parallel.virtual_pipeline == 1:
+        return found
+    return max(found, min(sequences, config.parallel.pipeline))
 
 
 ForwardKind = Literal["one_pass", "shared", "separate"]
@@ -31,7 +46,7 @@ def forward_kind(
     One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
     a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
     gradient once per microbatch instead of once per minibatch, which may cost more than it saves: in that
-    case ``auto`` takes separate passes. ``with_experts``: the model has some.
+    case ``auto`` takes separate passes. ``with_experts``: some are trained.
     """
     asked = config.gradients.forward
     if asked != "auto":
@@ -59,10 +74,22 @@ def _one_pass_is_sure(config: Config) -> bool:
     return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
 
 
+def trains_experts(config: Config, shape: ModelShape) -> bool:
+    """Whether experts have gradients; beside adapters they are frozen."""
+    return shape.experts is not None and config.model.lora is None
+
+
+def router_passes(config: Config) -> PassCount:
+    """What the losses of experts' routers add to an update: one pass, and a forward that counts choices."""
+    if not config.model.router_losses:
+        return PassCount(0, 0)
+    return PassCount(2 if config.model.router_aux_loss > 0 else 1, 1)
+
+
 def refusal_of_one_pass(with_experts: bool) -> str | None:
     """Why a model's layers here cannot hand over the gradients of sequences; None if they can."""
     if with_experts:
-        return "a model with experts (each gets the tokens of all sequences in one heap)"
+        return "trained experts (each gets the tokens of all sequences in one heap)"
     if transformer_engine_layers():
         return "Transformer Engine's layers (they add up the gradients of sequences themselves)"
     return None

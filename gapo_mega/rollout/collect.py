@@ -9,8 +9,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.base import Layout, SamplingParameters
 from gapo_mega.types import Generation, Prompt, Rollout, well_formed
+
+
+def own_seed(seed: int, layout: Layout) -> int:
+    """A data-parallel rank's seed, of a step's."""
+    return seed * layout.data + layout.data_rank
 
 
 class Source(Protocol):
@@ -46,11 +51,21 @@ class Collector:
 
         ``greedy``: always the most likely token, after the repetition penalty.
         """
+        tokens, sampling = self.question(prompts, samples, greedy)
+        return self.rollout(prompts, samples, self._generator.generate(tokens, sampling, seed))
+
+    def question(
+        self, prompts: Sequence[Prompt], samples: int, greedy: bool = False
+    ) -> tuple[list[Sequence[int]], SamplingParameters]:
+        """What ``collect`` asks for: token ids of every response's prompt, and how to sample."""
         sampling = self._sampling
         if greedy:
             sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+        return [prompt.token_ids for prompt in prompts for _ in range(samples)], sampling
+
+    def rollout(self, prompts: Sequence[Prompt], samples: int, generation: Generation) -> Rollout:
+        """The generator's answer to ``question``, with the text of the responses."""
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        generation = self._generator.generate([p.token_ids for p in repeated], sampling, seed)
         responses = [
             well_formed(str(self._tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True)))
             for tokens_T, mask_T in zip(generation.tokens_BT, generation.response_mask_BT, strict=True)

@@ -11,7 +11,8 @@ import torch
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.advantages.rewards import whiten
 from gapo_mega.engine.base import Engine
-from gapo_mega.rollout.collect import Collector
+from gapo_mega.rollout.ahead import Sampled
+from gapo_mega.rollout.collect import Collector, own_seed
 from gapo_mega.rollout.correction import Correction
 from gapo_mega.rollout.facts import BatchFacts, batch_facts
 from gapo_mega.rollout.flat import without_flat
@@ -67,32 +68,49 @@ class ExperienceMaker:
         self._correction = correction
 
     def make(
-        self, prompts: list[Prompt], seed: int, watch: Callable[[Rollout, Experience], None] | None = None
+        self,
+        prompts: list[Prompt],
+        seed: int,
+        watch: Callable[[Rollout, Experience], None] | None = None,
+        sampled: Sampled | None = None,
     ) -> tuple[Experience, BatchFacts]:
         """The experience with advantages, and the facts that the log takes. Collective.
 
         ``prompts`` are this rank's; ``seed`` is the step's, from which every data rank derives its own.
-        ``watch`` is shown the scored rollout with all its prompts.
+        ``watch`` is shown the scored rollout with all its prompts. ``sampled``: the rollout, where it was
+        drawn ahead; None: it is drawn now.
         """
-        layout = self._engine.layout
-        with self._timer("rollout"):
-            self._collector.update_weights()
-            own_seed = seed * layout.data + layout.data_rank
-            rollout = recovered(
-                self._engine,
-                self._collector.update_weights,
-                lambda: self._collector.collect(prompts, self._samples, own_seed),
-            )
+        rollout = self._rollout(prompts, seed) if sampled is None else sampled.rollout
         experience = self._scorer.score(rollout)
         if watch is not None:
             watch(rollout, experience)
         if self._estimator.needs_greedy:
-            experience = self._with_greedy_scores(experience, prompts, own_seed)
+            greedy = self._greedy(prompts, seed) if sampled is None else sampled.greedy
+            assert greedy is not None
+            experience = self._with_greedy_scores(experience, greedy)
         experience, told = self._estimate(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)
         experience, corrected = self._correct(rollout, self._whiten(experience))
         facts = batch_facts(self._engine, self._names, rollout, experience, self._samples)
-        return experience, dataclasses.replace(facts, extra=facts.extra | told | corrected)
+        drawn = {} if sampled is None else sampled.facts
+        return experience, dataclasses.replace(facts, extra=facts.extra | told | corrected | drawn)
+
+    def _rollout(self, prompts: list[Prompt], seed: int) -> Rollout:
+        with self._timer("rollout"):
+            self._collector.update_weights()
+            return self._collected(prompts, self._samples, seed)
+
+    def _greedy(self, prompts: list[Prompt], seed: int) -> Rollout:
+        with self._timer("greedy"):
+            return self._collected(prompts, 1, seed, greedy=True)
+
+    def _collected(self, prompts: list[Prompt], samples: int, seed: int, *, greedy: bool = False) -> Rollout:
+        own = own_seed(seed, self._engine.layout)
+        return recovered(
+            self._engine,
+            self._collector.update_weights,
+            lambda: self._collector.collect(prompts, samples, own, greedy),
+        )
 
     def _estimate(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
         """The experience with advantages, and what a scalarizer says of it."""
@@ -112,13 +130,8 @@ class ExperienceMaker:
         corrected_MBT = made_MBT * weights_BT
         return dataclasses.replace(experience, advantages_MBT=corrected_MBT, correction_BT=weights_BT), facts
 
-    def _with_greedy_scores(self, experience: Experience, prompts: list[Prompt], seed: int) -> Experience:
+    def _with_greedy_scores(self, experience: Experience, greedy: Rollout) -> Experience:
         with self._timer("greedy"):
-            greedy = recovered(
-                self._engine,
-                self._collector.update_weights,
-                lambda: self._collector.collect(prompts, 1, seed, greedy=True),
-            )
             scores_MG = self._scorer.agreed_scores(greedy)
         # The collector numbers prompts from 0, in their order.
         return dataclasses.replace(experience, greedy_scores_MB=scores_MG[:, experience.group_B])

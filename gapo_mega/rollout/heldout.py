@@ -9,6 +9,7 @@ import torch
 
 from gapo_mega.config import EvaluationConfig
 from gapo_mega.engine.base import Engine
+from gapo_mega.planning.shares import share
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.random_streams import undisturbed
 from gapo_mega.rollout.recovery import recovered
@@ -75,7 +76,8 @@ class HeldOut:
     def _part(self) -> list[tuple[int, str, str, list[float]]]:
         """Number and text of the prompt, response and scores of this data rank's share."""
         layout = self._engine.layout
-        numbers = list(range(layout.data_rank, len(self._prompts), layout.data))
+        everyone = range(len(self._prompts))
+        numbers, own = share(everyone, layout.data_rank, layout.data, layout.in_step)
         if not numbers:
             return []
         rollout = self._collector.collect(
@@ -84,4 +86,5 @@ class HeldOut:
         scores_BM = self._scorer.scores(rollout.prompts, rollout.responses, rollout.facts).T.tolist()
         rows = [i for i in numbers for _ in range(self.samples)]
         texts = [prompt.text for prompt in rollout.prompts]
-        return list(zip(rows, texts, rollout.responses, scores_BM, strict=True))
+        part = list(zip(rows, texts, rollout.responses, scores_BM, strict=True))
+        return part[: own * self.samples]

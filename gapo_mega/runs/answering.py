@@ -9,6 +9,7 @@ from typing import Literal
 
 from gapo_mega.engine.base import Answering
 from gapo_mega.evaluation.answers import Answer
+from gapo_mega.planning.shares import share
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.response_scores import ResponseScorer
 from gapo_mega.types import Prompt, ResponseFacts, Rollout
@@ -54,19 +55,20 @@ class BatchAnswerer:
 
     def answer(self, numbers: Sequence[int]) -> list[Answer]:
         """Responses to the prompts ``numbers``, at least one, with all scores; the same on every rank."""
-        mine = self._share(numbers)
-        return self._gathered(self._answered(mine, numbers[0]) if mine else [])
+        mine, own = self._share(numbers)
+        return self._gathered(self._answered(mine, numbers[0])[: own * self._manner.samples] if mine else [])
 
     def score(self, answers: Sequence[Answer]) -> list[Answer]:
         """``answers``, samples of a prompt side by side, with all scores; those that they have stay."""
-        numbers = self._share(list(dict.fromkeys(answer.number for answer in answers)))
-        mine = [answer for answer in answers if answer.number in numbers]
+        numbers, own = self._share(list(dict.fromkeys(answer.number for answer in answers)))
+        mine = [answer for number in numbers for answer in answers if answer.number == number]
         prompts = [self._prompts[answer.number] for answer in mine]
         facts = ResponseFacts([a.tokens for a in mine], [a.finished for a in mine])
         scores = self._scores(prompts, [answer.response for answer in mine], facts) if mine else []
-        return self._gathered(
-            [replace(answer, scores=new | answer.scores) for answer, new in zip(mine, scores, strict=True)]
-        )
+        scored = [
+            replace(answer, scores=new | answer.scores) for answer, new in zip(mine, scores, strict=True)
+        ]
+        return self._gathered([answer for answer in scored if answer.number in numbers[:own]])
 
     def told(self, value: list[Answer] | None) -> list[Answer] | None:
         """The main rank's ``value``, on every rank."""
@@ -74,9 +76,10 @@ class BatchAnswerer:
         found: list[Answer] | None = self._engine.broadcast_in_replica(first)
         return found
 
-    def _share(self, numbers: Sequence[int]) -> list[int]:
+    def _share(self, numbers: Sequence[int]) -> tuple[list[int], int]:
+        """What this data rank computes, and how many of the first are its own."""
         layout = self._engine.layout
-        return list(numbers[layout.data_rank :: layout.data])
+        return share(numbers, layout.data_rank, layout.data, layout.in_step)
 
     def _answered(self, numbers: Sequence[int], first: int) -> list[Answer]:
         layout, samples = self._engine.layout, self._manner.samples

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ import torch
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
 from gapo_mega.evaluation.files import flush, write_text
-from gapo_mega.models.checkpoint_files import FILES, MARKER
+from gapo_mega.models.checkpoint_files import FILES, MARKER, Listing
 from gapo_mega.models.scratch import size_of
 from gapo_mega.runs.checksums import checksums
 from gapo_mega.runs.disk_space import check_checkpoint
+from gapo_mega.runs.keeping import Keep
 from gapo_mega.runs.processes import Alone, Peers, agree
 
 logger = logging.getLogger(__name__)
@@ -56,21 +57,19 @@ class CheckpointFolder:
     def __init__(
         self,
         directory: Path,
-        keep: int,
+        keep: int | Keep,
         layout: Layout,
         barrier: Callable[[], None],
         everyone: Peers | None = None,
         least_bytes: int = 0,
     ) -> None:
-        """``keep``: complete checkpoints that are kept (at least 1). ``barrier`` waits for every rank.
+        """``keep``: complete checkpoints that are kept; a number is a count. ``barrier``: for all ranks.
 
         ``everyone``: the ranks that share the reading for checksums; None: each is alone with it.
         ``least_bytes``: what a checkpoint is known to take.
         """
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep: found {keep}, accepted: at least 1")
         self.directory = directory
-        self._keep = keep
+        self._keep = Keep(keep) if isinstance(keep, int) else keep
         self._layout = layout
         self._barrier = barrier
         self._everyone = Alone() if everyone is None else everyone
@@ -108,7 +107,13 @@ class CheckpointFolder:
         Raises OSError, naming the directory, when the disk refuses, and ``ValueError`` before anything is
         written where it has too little room.
         """
-        temporary, final = self.directory / f"{_TEMPORARY}step_{step:08d}", self.path(step)
+        temporary = self.prepare(step)
+        write(temporary)
+        return self.complete(step, temporary, about, kept)
+
+    def prepare(self, step: int) -> Path:
+        """Make an empty directory to write the checkpoint of ``step`` to; raises as ``save``."""
+        temporary = self.directory / f"{_TEMPORARY}step_{step:08d}"
         if self._layout.is_main:
             with _disk_errors(self.directory, "written"):
                 self._remove_incomplete()
@@ -117,15 +122,36 @@ class CheckpointFolder:
             with _disk_errors(self.directory, "written"):
                 temporary.mkdir(parents=True)
         self._barrier()
-        write(temporary)
+        return temporary
+
+    def complete(
+        self,
+        step: int,
+        temporary: Path,
+        about: Mapping[str, Any] | None = None,
+        kept: Collection[int] = (),
+        own: Listing = MappingProxyType({}),
+    ) -> Path:
+        """Give the checkpoint of ``step`` its name, and remove older ones; raises as ``save``.
+
+        ``temporary``: where every rank has written its part. ``own``: checksums that this rank has taken.
+        """
+        final = self.path(step)
         self._barrier()
         with _disk_errors(self.directory, "read"):
-            files = checksums(temporary, self._everyone)
-        if self._layout.is_main:
-            with _disk_errors(self.directory, "written"):
-                self._complete(temporary, final, step, {FILES: files, **(about or {})})
-                self._remove_old(kept, known_by=_run_id(about or {}))
+            files = checksums(temporary, self._everyone, own)
+        failure: OSError | None = None
+        try:
+            if self._layout.is_main:
+                with _disk_errors(self.directory, "written"):
+                    self._complete(temporary, final, step, {FILES: files, **(about or {})})
+                    self._remove_old(kept, known_by=_run_id(about or {}))
+        except OSError as error:
+            failure = error
+        told = self._everyone.gather(None if failure is None else str(failure))[0]
         self._barrier()
+        if told is not None:  # on every rank, for all go on alike
+            raise failure or OSError(told)
         return final
 
     def _check_space(self, step: int) -> None:
@@ -151,11 +177,12 @@ class CheckpointFolder:
         flush(self.directory)
 
     def _remove_old(self, kept: Collection[int], known_by: str | None) -> None:
-        """Remove what is older than the last ``keep`` of this run's checkpoints."""
+        """Remove this run's older checkpoints, as far as ``keep`` says."""
         mine = [step for step in self.steps() if not is_foreign(self.path(step), known_by)]
-        for step in mine[: -self._keep]:
+        for step in self._keep.surplus(mine, lambda step: size_of(self.path(step))):
             if step not in kept:
                 remove_checkpoint(self.path(step))
+                logger.info("removed checkpoint %s (%s)", self.path(step), self._keep)
 
     def _remove_incomplete(self) -> None:
         for path in incomplete_parts(self.directory):

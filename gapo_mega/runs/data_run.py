@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -28,17 +28,21 @@ from gapo_mega.models.huggingface.token_ids import check_tokens
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.planning.disk import predict_disk
-from gapo_mega.planning.layout import check_interleaving, check_model_split
+from gapo_mega.planning.disk import adapter_parameters, predict_disk
+from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
+from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
+from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
 from gapo_mega.runs.loop import RunLoop
+from gapo_mega.runs.preflight import check_adapter
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.uploading import put_from_main
 
 logger = logging.getLogger(__name__)
 AnyConfig = TypeVar("AnyConfig", bound=SupervisedConfig)
@@ -84,6 +88,8 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
             f"model.max_tokens: found {config.model.max_tokens}, accepted: at most the model's "
             f"{shape.max_positions} positions and its sliding window ({shape.sliding_window})"
         )
+    check_adapters(config.model.lora, shape)
+    check_adapter(config.model.lora, shape)
     data_ranks = check_model_split(config.parallel, shape, world_size)
     check_batches(config, data_ranks)
     microbatches = config.data_sets * config.batch_size // data_ranks // config.micro_batch_size
@@ -140,8 +146,16 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         shape = self.start.shape
         scores = isinstance(config, RewardModelConfig)
         count = critic_parameters(shape, 1, 1, 0, 1) if scores else stage_parameters(shape, 1, 1, 0)
-        plan = predict_disk(count, config.model.dtype, config.optimizer, config.checkpoint, self.total_steps)
+        plan = predict_disk(
+            count,
+            config.model.dtype,
+            config.optimizer,
+            config.checkpoint,
+            self.total_steps,
+            adapters=adapter_parameters(shape, config.model.lora),
+        )
         self.session.check_space(plan)
+        self.session.check_export()
         self.session.begin()
         self.engine = self._build()
         layout = self.engine.layout
@@ -192,6 +206,9 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
         self.measured = self.evaluate()
+        if self.engine.layout.is_main:
+            written = [SUMMARY_FILE, *([EXPORT_FOLDER] if self.config.checkpoint.export_hf else [])]
+            set_aside_others(self.directory, self.loop.step, written)
         if self.config.checkpoint.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
         if self.engine.layout.is_main:
@@ -205,10 +222,16 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             write_text(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             measures.print_table(self.measured, self.directory)
         self.engine.barrier()
+        if self.session.export is not None:
+            put_from_main(self.session.export, self.directory / EXPORT_FOLDER, self.loop.step, self.engine)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that give a step its items: those of a resumed run must be the same."""
         return {"items": self._counts(), "batch_size": self.config.batch_size}
+
+    def in_flight(self, step: int) -> dict[str, Any]:
+        """Nothing: a step begins with its items."""
+        return {}
 
     def _counts(self) -> int | list[int]:
         """Training items; of every data set where there are several."""
@@ -259,12 +282,18 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             return {}
         return {f"heldout/{name}": value for name, value in self.evaluate().items()}
 
-    def _own(self, count: int, lengths: Sequence[int]) -> list[list[int]]:
-        """This data rank's share of held-out items, by length and cut into forward passes. Collective."""
+    def _own(self, count: int, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """This data rank's share of held-out items, by length and cut into forward passes. Collective.
+
+        With each the word whether it counts: data ranks that share experts take equally many passes.
+        """
         self.engine.gather_parameters()  # this rank may have no item, and so no forward pass
         layout, size = self.engine.layout, self.config.micro_batch_size
-        own = sorted(range(layout.data_rank, count, layout.data), key=lambda i: lengths[i])
-        return [own[i : i + size] for i in range(0, len(own), size)]
+        taken, count_own = share(range(count), layout.data_rank, layout.data, layout.in_step)
+        own = sorted(taken[:count_own], key=lambda i: lengths[i])
+        yield from ((own[i : i + size], True) for i in range(0, len(own), size))
+        if -(-len(taken) // size) > -(-len(own) // size):
+            yield taken[count_own:], False
 
     def _gathered(self, own: dict[int, Any], count: int) -> list[Any]:
         """All ranks' values by item, in the items' order."""

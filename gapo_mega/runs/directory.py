@@ -6,11 +6,12 @@ there without it are somebody else's, unless they look like what an earlier vers
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Manifest:
     finished: int | None = None  # steps of the last run that reached its end
     asked: int | None = None  # steps that it was asked for: more, where it stopped early
     run: str | None = None  # what its checkpoints are known by; None: an earlier version
+    replaced: Sequence[str] = ()  # the same of runs that it has overwritten
 
 
 def check_directory(directory: Path, wanted: Wanted, overwrite: bool) -> None:
@@ -141,13 +143,16 @@ def begin(directory: Path, wanted: Wanted, overwrite: bool, known_by: str | None
     """
     with disk_errors(directory):
         found = read_manifest(directory)
+        replaced = [] if found is None else list(found.replaced)
         if found is not None and overwrite:
             _remove(directory, found)
+            replaced += [] if found.run is None else [found.run]
             found = None
         old = [] if found is None else list(found.names)
         names = list(dict.fromkeys([*old, *wanted.names]))
         run = (None if found is None else found.run) or known_by or uuid.uuid4().hex
-        _write(directory, Manifest(wanted.command, names, {} if found is None else found.files, run=run))
+        files = {} if found is None else found.files
+        _write(directory, Manifest(wanted.command, names, files, run=run, replaced=replaced))
         return run
 
 
@@ -160,7 +165,15 @@ def end(directory: Path, steps: int, asked: int | None = None) -> None:
     assert found is not None, "begin() comes first"
     folders = [directory / name for name in (EXPORT_FOLDER, ADAPTER_FOLDER, REPORT_FOLDER)]
     files = {folder.name: sorted(_inside(folder)) for folder in folders if folder.is_dir()}
-    _write(directory, Manifest(found.command, found.names, files, steps, asked, found.run))
+    _write(directory, dataclasses.replace(found, files=files, finished=steps, asked=asked))
+
+
+def forget_files(directory: Path, names: Collection[str]) -> None:
+    """Take what the runs' ends wrote below ``names`` out of the manifest: it is about to be renamed."""
+    found = read_manifest(directory)
+    if found is not None and (directory / MANIFEST_FILE).is_file():
+        files = {name: listed for name, listed in found.files.items() if name not in names}
+        _write(directory, dataclasses.replace(found, files=files))
 
 
 def _check_place(directory: Path) -> None:
@@ -266,7 +279,10 @@ def _check_resumable(directory: Path, settings: CheckpointConfig) -> None:
 
 
 def _remove(directory: Path, manifest: Manifest) -> None:
-    """Remove what runs wrote; what lies beside it stays. Checkpoints go first: nothing resumes from half."""
+    """Remove what runs wrote; what lies beside it stays. Checkpoints go first: nothing resumes from half.
+
+    The manifest stays until another is written: a kill in between loses none of the runs' names.
+    """
     for path in parts_of(directory / CHECKPOINTS_FOLDER):
         if is_foreign(path, manifest.run):
             logger.warning(
@@ -279,7 +295,6 @@ def _remove(directory: Path, manifest: Manifest) -> None:
     for folder in (*_FOLDERS, "audit"):
         _remove_empty(directory / folder)
     remove_config(directory)
-    (directory / MANIFEST_FILE).unlink(missing_ok=True)
 
 
 def _written(directory: Path, manifest: Manifest) -> Iterator[Path]:
@@ -326,5 +341,6 @@ def _write(directory: Path, manifest: Manifest) -> None:
         "finished": manifest.finished,
         "asked": manifest.asked,
         "run": manifest.run,
+        "replaced": list(manifest.replaced),
     }
     write_text(directory / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")

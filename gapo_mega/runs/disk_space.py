@@ -26,7 +26,7 @@ def check_plan(directory: Path, plan: DiskPlan, there: int) -> None:
     raise ValueError(
         f"output_dir: found {shown(free)} free in {directory}{beside}, and the run needs "
         f"{shown(plan.needed)} ({' and '.join(parts)}); accepted: a disk with that room, a "
-        "smaller checkpoint.keep, or checkpoint.export_hf false"
+        f"smaller {plan.limit}, or checkpoint.export_hf false"
     )
 
 

@@ -26,6 +26,7 @@ from gapo_mega.models.huggingface.token_ids import check_tokens, end_of_sequence
 from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.response_scores import ResponseScorer
@@ -39,6 +40,7 @@ from gapo_mega.runs.preflight import check_answering, check_score_models
 from gapo_mega.runs.processes import Peers, agree, peers, watched, world_size
 from gapo_mega.runs.start import score_models_in
 from gapo_mega.types import Prompt
+from gapo_mega.whereabouts import enter
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +100,9 @@ class Evaluation:
 
         ``everyone``, ``world``: the processes of the evaluation and their number; None: those of this job.
         """
-        # Frozen models are one chunk a stage.
-        parallel = config.parallel.model_copy(update={"virtual_pipeline": 1})
+        # Frozen models are one chunk a stage, and have no optimizer.
+        alone = {"virtual_pipeline": 1, "distributed_optimizer_instances": 1}
+        parallel = config.parallel.model_copy(update=alone)
         self.config = config.model_copy(update={"parallel": parallel})
         self.request = request
         self._everyone = peers(config.parallel.timeout) if everyone is None else everyone
@@ -193,7 +196,7 @@ class Evaluation:
         The main rank has the comparison, the others None. What an earlier call has done there with the same
         settings is not done again. Raises ``ValueError`` where other responses are there.
         """
-        with watched(self._everyone, self.config.parallel.silence):
+        with watched(self._everyone, self.config.parallel.silence, self.config.parallel.phase):
             return self._run()
 
     def _run(self) -> Comparison | None:
@@ -281,6 +284,7 @@ class Evaluation:
         )
         sequences = config.rollout.batch_size
         for numbers in batches(done, len(prompts), self._samples, sequences, engine.layout.data):
+            enter("answering")  # from here on the rank's own watch counts
             earlier = answerer.told(_of_all(store, numbers) if self._everyone.is_main else None)
             answers = answerer.answer(numbers) if earlier is None else answerer.score(earlier)
             if self._everyone.is_main:
@@ -303,6 +307,8 @@ class Evaluation:
             seed=config.seed,
             pad_id=candidate.pad_id,
             eos_ids=candidate.eos_ids,
+            micro_batch_tokens=config.micro_batch_tokens,
+            chunk=logits_chunk(config, candidate.model.shape),
         )
         if self._engine is not None:
             self._engine.take(setup)
@@ -316,6 +322,7 @@ class Evaluation:
     # -- the results ---------------------------------------------------------------------------------
     def _results(self, stores: Sequence[AnswerStore]) -> Comparison | None:
         written: list[Comparison] = []
+        enter("comparing")
 
         def compared() -> None:
             if self._everyone.is_main:

@@ -42,6 +42,7 @@ from gapo_mega.config.loggers import LoggerConfig
 from gapo_mega.config.lora import LoraConfig
 from gapo_mega.config.supervised import (
     ChatData,
+    ChatModelConfig,
     DataEvaluationConfig,
     ObjectivePairs,
     PairLossConfig,
@@ -79,6 +80,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "seed": FIXED,
         "steps": FREE,
         "micro_batch_size": FREE,
+        "micro_batch_tokens": FREE,
     },
     ModelConfig: {
         "path": Rule.MODEL,
@@ -86,7 +88,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "recompute": FREE,
         "offload_reference": FREE,
     },
-    PolicyConfig: {"logits_chunk": FREE},
+    PolicyConfig: {"logits_chunk": FREE, "router_aux_loss": FIXED, "router_z_loss": FIXED},
     LoraConfig: {
         "rank": FIXED,
         "alpha": FIXED,
@@ -105,6 +107,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "distributed_optimizer_instances": FREE,
         "timeout_minutes": FREE,
         "silence_minutes": FREE,
+        "phase_minutes": FREE,
     },
     DataConfig: {
         "source": ROWS,
@@ -130,11 +133,13 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "repetition_penalty": FIXED,
         "batch_size": FREE,
         "backend": CODE,
+        "ahead": FREE,
     },
     VllmConfig: {
         "python": FREE,
         "url": FREE,
         "arguments": FREE,
+        "replicas": FREE,
         "environment": FREE,
         "weights_directory": FREE,
         "piece_mib": FREE,
@@ -203,9 +208,12 @@ RULES: dict[type[Section], dict[str, Rule]] = {
     CheckpointConfig: {
         "every_steps": FREE,
         "keep": FREE,
+        "keep_gb": FREE,
+        "asynchronous": FREE,
         "resume": FREE,
         "save_final": FREE,
         "export_hf": FREE,
+        "export_to": FREE,
     },
     TrainCheckpointConfig: {"export_adapter": FREE, "best": FREE},
     EvaluationConfig: {
@@ -240,6 +248,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "chat_template": Rule.TEMPLATE,
         "keep_layers": FIXED,
     },
+    ChatModelConfig: {"logits_chunk": FREE},
     SupervisedData: {
         "source": ROWS,
         "split": ROWS,

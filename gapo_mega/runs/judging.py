@@ -15,6 +15,7 @@ from gapo_mega.evaluation.intervals import Resampling
 from gapo_mega.evaluation.judged import Judged, Judgement, Outcome, judged
 from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions, verdict_of
 from gapo_mega.types import Prompt
+from gapo_mega.whereabouts import get_on
 
 JUDGEMENTS_FILE = "judgements.jsonl"
 
@@ -91,6 +92,7 @@ class Judging:
                         file.write(line + "\n")
                         file.flush()
                         self._said[digest] = words
+                    get_on()
                 return self._said[digest]
 
             yield say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,38 @@ class Before:
         return state
 
 
-def obstacle(everyone: Peers, step: int, untouched: bool) -> str | None:
-    """Why no checkpoint of ``step`` can be written; None where all ranks can. Every rank calls it.
+def meet(everyone: Peers, step: int, untouched: bool) -> list[Any]:
+    """Where every rank stands; None for one that does not come within ``LEAVE_WITHIN``. Once a process.
 
-    ``untouched``: whether this rank has the models and optimizers that it had after ``step``. Ranks that do
-    not come within ``LEAVE_WITHIN`` are not waited for.
+    Args:
+        step: steps that this rank has done.
+        untouched: whether it has the models and optimizers that it had after them.
     """
-    told = everyone.leave([step, untouched], LEAVE_WITHIN)
+    return everyone.leave([step, untouched], LEAVE_WITHIN)
+
+
+def absent(told: Sequence[Any]) -> str | None:
+    """Which ranks have not come, of those that ``meet`` has told of; None where all have."""
     missing = [rank for rank, value in enumerate(told) if value is None]
     if missing:
         return f"{ranks_in_words(missing)} did not answer within {LEAVE_WITHIN:.0f} s"
-    if any(value != [step, True] for value in told):
-        return f"step {step + 1} was cut short after its updates had begun"
     return None
+
+
+def stand_together(told: Sequence[Any]) -> bool:
+    """Whether all ranks have come, after the same step: what is collective can be done."""
+    return absent(told) is None and len({value[0] for value in told}) == 1
+
+
+def obstacle(told: Sequence[Any], step: int, over: bool = False) -> str | None:
+    """Why no checkpoint of ``step`` can be written; None where all ranks can.
+
+    Args:
+        told: by ``meet``, the same on every rank.
+        over: whether ``step`` was the last one: what moves the models after it is the end of the run.
+    """
+    if all(value == [step, True] for value in told):
+        return None
+    if over and stand_together(told):
+        return f"the state after step {step} is gone: the end had taken the best checkpoint"
+    return absent(told) or f"step {step + 1} was cut short after its updates had begun"

@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gapo_mega.evaluation.files import CONFIG_FILE, RESOLVED_CONFIG_FILE, partial_of
-from gapo_mega.evaluation.report import REPORT_FOLDER
+from gapo_mega.evaluation.report import REPORT_FOLDER, REPORT_PAGE
 from gapo_mega.models.huggingface.writing import finish_interrupted
 from gapo_mega.models.scratch import size_of, tell_removed
 from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, incomplete_parts, remove_checkpoint
-from gapo_mega.runs.directory import EXPORT_FOLDER, MANIFEST_FILE, RUN_FILES
+from gapo_mega.runs.cut_lines import CUT_LINES
+from gapo_mega.runs.directory import (
+    EXPORT_FOLDER,
+    MANIFEST_FILE,
+    RESPONSES_FILES,
+    RESPONSES_FOLDER,
+    RUN_FILES,
+)
 from gapo_mega.runs.lock import OWNER_FILE
 
 
@@ -32,7 +39,13 @@ def remove_leftovers(directory: Path) -> None:
 
 def _partial_files(directory: Path) -> Iterator[Path]:
     names = (*RUN_FILES, MANIFEST_FILE, CONFIG_FILE, RESOLVED_CONFIG_FILE, OWNER_FILE)
-    report = directory / REPORT_FOLDER
-    whole = [directory / name for name in names]
-    whole += [report / "index.html", *(report.glob("*.png") if report.is_dir() else [])]
-    yield from (path for path in map(partial_of, whole) if path.is_file() and not path.is_symlink())
+    # Of names with a number, and of pictures, the whole file need not be there yet.
+    patterns = {
+        directory: [CUT_LINES],
+        directory / REPORT_FOLDER: [REPORT_PAGE, "*.png"],
+        directory / RESPONSES_FOLDER: [RESPONSES_FILES],
+    }
+    found = [partial_of(directory / name) for name in names]
+    for folder, wholes in patterns.items():
+        found += [path for whole in wholes for path in folder.glob(partial_of(folder / whole).name)]
+    yield from (path for path in found if path.is_file() and not path.is_symlink())

@@ -7,8 +7,10 @@ does, what a checkpoint must hold of it, what to write at the end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,9 +30,12 @@ from gapo_mega.runs.checkpoints import (
     step_of,
 )
 from gapo_mega.runs.cut_lines import keep_cut_lines
-from gapo_mega.runs.leaving import Before, obstacle
+from gapo_mega.runs.earlier_ends import set_aside_ends
+from gapo_mega.runs.keeping import Keep
+from gapo_mega.runs.leaving import Before, absent, meet, obstacle, stand_together
 from gapo_mega.runs.log import RunLog
-from gapo_mega.runs.processes import Alone, Peers, naming_the_lost
+from gapo_mega.runs.processes import Alone, Peers, agree, naming_the_lost
+from gapo_mega.runs.saves import TO_LEAVE, Saves
 from gapo_mega.runs.selection import Selection
 from gapo_mega.stopping import StoppedWaiting, asked_by
 from gapo_mega.user_code import reason_of
@@ -68,8 +73,17 @@ class Work(Protocol):
         """What a checkpoint must hold beside models, optimizers and the number of steps."""
         ...
 
+    def in_flight(self, step: int) -> dict[str, Any]:
+        """What else a checkpoint after ``step`` steps must hold, and what may have to be waited for.
+
+        Of ``step`` as ``state_dict`` was then; a later step may have begun, and changed nothing. Collective.
+        """
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Inverse of ``state_dict``. Raises ``ValueError`` for the state of another configuration.
+        """Inverse of ``state_dict`` and ``in_flight`` together.
+
+        Raises ``ValueError`` for the state of another configuration.
 
         ``checkpoint``: where the state comes from, for the error.
         """
@@ -107,12 +121,13 @@ class RunLoop:
         self._everyone = Alone() if everyone is None else everyone
         self._checkpoints = CheckpointFolder(
             directory / CHECKPOINTS_FOLDER,
-            settings.keep,
+            Keep.of(settings),
             engine.layout,
             engine.barrier,
             self._everyone,
             checkpoint_bytes,
         )
+        self._saves = Saves(self._checkpoints, engine, settings.asynchronous)
         self._selection = selection or Selection(None, None)
         self._before: Before | None = None  # of the step under way
         self.step = 0  # steps done
@@ -125,6 +140,8 @@ class RunLoop:
         """
         enter("resuming")
         self._resume()
+        if not self._is_over():
+            agree(self._everyone, self._set_ends_aside)
         enter("before training")
         self._work.begin()
         updates = self.step * self._work.updates_per_step
@@ -157,14 +174,13 @@ class RunLoop:
             self.step += 1
             over = self._is_over()
             if any_replica(self._engine, stop.requested) and not over:
-                self._save()
-                self._log.close()
-                logger.warning(
-                    "stopped by a signal after step %d; the same command goes on from there", self.step
-                )
+                self._stop()
                 return False
+            self._end_older(self._saves.look)
             if is_due(self._settings, self.step, over) or self.step in self._selection.kept:
+                self._end_older(self._saves.settle)
                 self._save()
+        self._end_older(self._saves.settle)
         self._log.end_steps()
         if self._selection.stops:
             logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
@@ -176,6 +192,39 @@ class RunLoop:
         self._log.conclude()
         return True
 
+    def _stop(self) -> None:
+        """Save the step that is done, as a signal asks; an older checkpoint that fails is told, no more."""
+        older = self._saves.under_way
+        try:
+            self._end_older(partial(self._saves.settle, TO_LEAVE))
+        except OSError as error:
+            logger.warning("stopped by a signal after step %d", self.step)
+            logger.error("the checkpoint of step %d could not be written: %s", older, error)
+            self._leave()
+        else:
+            self._save()
+            self._settle(TO_LEAVE)
+            logger.warning(
+                "stopped by a signal after step %d; the same command goes on from there", self.step
+            )
+        self._log.close()
+
+    def _end_older(self, end: Callable[[], None]) -> None:
+        """Let ``end`` complete the checkpoint under way. Raises ``OSError`` where that has failed.
+
+        Where it was of an older step, ``_leave`` then finds the one that is done.
+        """
+        older = self._saves.under_way
+        if older is None:
+            return
+        try:
+            with within("checkpoint"):
+                end()
+        except OSError:
+            if older < self.step:
+                self._before = Before.of(self._engine.changes, self._work.state_dict())
+            raise
+
     def _is_untouched(self) -> bool:
         """Whether models and optimizers still are as after step ``self.step``, in the middle of the next."""
         return self._before is not None and self._engine.changes == self._before.changes
@@ -184,17 +233,39 @@ class RunLoop:
         """Write a checkpoint of the last whole step if it can be had, and say from where the run goes on."""
         if self.step == 0:
             return
-        why = None
-        if self._before is not None:
-            why = obstacle(self._everyone, self.step, self._is_untouched())
-            if why is None and self.step not in self._checkpoints.steps():
-                try:
-                    self._save(self._before.restore())
-                except Exception as error:  # beside the one that ends the run, which is the one to be seen
-                    why = f"the checkpoint of step {self.step} could not be written: {error}"
-        if why is not None:
-            logger.error("%s", why)
+        if self._before is not None or self._saves.under_way is not None:
+            why = self._save_to_leave(meet(self._everyone, self.step, self._is_untouched()))
+            if why is not None:
+                logger.error("%s", why)
         self._tell_newest()
+
+    def _save_to_leave(self, told: Sequence[Any]) -> str | None:
+        """Save what can be had, and return why that is not all. ``told``: what the ranks stand at."""
+        why = absent(told)
+        step = self._saves.under_way or self.step
+        try:
+            if stand_together(told):
+                self._settle_to_leave()
+            if why is None and self._before is not None:
+                step, over = self.step, self._is_over()
+                saved = step in self._checkpoints.steps()
+                why = None if over and saved else obstacle(told, step, over)
+                if why is None and not saved:
+                    self._save(self._before.restore())
+                    self._settle(TO_LEAVE)
+        except Exception as error:  # beside the one that ends the run, which is the one to be seen
+            why = f"the checkpoint of step {step} could not be written: {error}"
+        return why
+
+    def _settle_to_leave(self) -> None:
+        """A failure of an older step's checkpoint does not keep from saving the one that is done."""
+        older = self._saves.under_way
+        try:
+            self._settle(TO_LEAVE)
+        except OSError as error:
+            if older == self.step:
+                raise
+            logger.error("the checkpoint of step %d could not be written: %s", older, error)
 
     def _tell_newest(self) -> None:
         if not self._engine.layout.is_main:
@@ -231,8 +302,14 @@ class RunLoop:
             return None
         return self._checkpoints.path(best.step)
 
+    def _settle(self, seconds: float = math.inf) -> None:
+        """Wait for the checkpoint that is being written, so long at most; all ranks call it."""
+        if self._saves.under_way is not None:
+            with within("checkpoint"):
+                self._saves.settle(seconds)
+
     def _save(self, state: Mapping[str, Any] | None = None) -> None:
-        """Write a complete checkpoint of the current step; all ranks call it.
+        """Write a checkpoint of the current step, or begin to; all ranks call it.
 
         ``state``: the work's; None: as it is now. Raises ``ValueError`` for weights that are not finite.
         """
@@ -242,13 +319,18 @@ class RunLoop:
     def _write(self, state: Mapping[str, Any] | None) -> None:
         self._check_finite()
         extra = {"step": self.step, **(self._work.state_dict() if state is None else state)}
+        extra |= self._work.in_flight(self.step)
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record
         if self._selection.best is not None:
             about[BEST] = asdict(self._selection.best)
         kept = self._selection.kept
-        self._checkpoints.save(self.step, lambda directory: self._engine.save(directory, extra), about, kept)
+        self._saves.save(self.step, extra, about, kept)
+
+    def _set_ends_aside(self) -> None:
+        if self._engine.layout.is_main:
+            set_aside_ends(self._directory, self.step)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""

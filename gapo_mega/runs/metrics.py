@@ -82,6 +82,7 @@ def step_metrics(
     metrics |= {f"excluded/{name}": float(i in report.excluded) for i, name in enumerate(names)}
     if report.policy is not None:
         metrics |= _policy(report.policy, names)
+    metrics |= report.routers
     metrics |= dict(extra or {})
     phases = {**seconds, **_by_name(report.seconds, names)}
     metrics |= {f"time/{phase}": value for phase, value in phases.items()}

@@ -17,7 +17,7 @@ from gapo_mega.aggregation.base import ZeroGradientError
 from gapo_mega.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from gapo_mega.config.loading import explain
 from gapo_mega.config.results import TrainCheckpointConfig
-from gapo_mega.config.sections import ModelConfig, PolicyConfig, TrainLoggingConfig
+from gapo_mega.config.sections import PolicyConfig, TrainLoggingConfig
 from gapo_mega.config.supervised import PairsConfig
 from gapo_mega.data.encoding import AnswerIds, encode_answers
 from gapo_mega.data.pairs import Pair, load_objectives
@@ -48,13 +48,14 @@ def engine_config(config: PairsConfig, steps: int) -> Config:
     objectives = [ObjectiveConfig(name=objective.name) for objective in config.objectives]
     source, longest = config.objectives[0].data.source, config.model.max_tokens
     samples = 2 * len(objectives)
+    model = {name: value for name, value in config.model if name in PolicyConfig.model_fields}
     try:
         return Config(
             output_dir=config.output_dir,
             seed=config.seed,
             steps=steps,
             micro_batch_size=2 * config.micro_batch_size,
-            model=PolicyConfig(**{name: getattr(config.model, name) for name in ModelConfig.model_fields}),
+            model=PolicyConfig(**model),
             parallel=config.parallel,
             data=DataConfig(source=source, max_prompt_tokens=longest - 1),
             rollout=RolloutConfig(
@@ -205,13 +206,13 @@ class PairsRun(DataRun[PairsConfig, Engine]):
     def _evaluate(self, objective: int, pairs: Encoded) -> dict[str, float]:
         lengths = [max(len(ids) for ids, _ in both) for both, _ in pairs]
         sums: dict[str, float] = {}
-        for items in self._own(len(pairs), lengths):
+        for items, counts in self._own(len(pairs), lengths):
             batch = Pairs.of([[pairs[i] for i in items]], self.start.pad_id)
             reference_BT = self.engine.logprobs(batch.batch, "reference")
             policy_BT = self.engine.logprobs(batch.batch, "policy")
             weights = [self.config.objectives[objective].weight]
             facts = measure(batch, policy_BT, reference_BT, self.config.loss, weights).facts()
-            for key, value_M in facts.items():
+            for key, value_M in facts.items() if counts else ():
                 sums[key] = sums.get(key, 0.0) + float(value_M)
         everyone = self.engine.gather_over_data(sums)
         return {

@@ -16,6 +16,7 @@ from gapo_mega import advantages, aggregation, losses, objectives, scalarization
 from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.aggregation.base import Aggregator
 from gapo_mega.config import Config
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.data.preview import preview_prompts, unchecked
 from gapo_mega.files import local
 from gapo_mega.losses.base import PolicyLoss
@@ -58,12 +59,12 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     check_layout(config, shape, world_size, estimator)
     check_estimator(config, estimator)
     check_logging(config.logging)
-    backends.find(config.rollout.backend).check(config)
+    backends.check(config)
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
         check_kind("scalarization", config.scalarization.name)
     if not shapes_only:
-        _check_adapter(config, shape)
+        check_adapter(config.model.lora, shape)
     aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
     return ResolvedRun(
@@ -81,9 +82,8 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     )
 
 
-def _check_adapter(config: Config, shape: ModelShape) -> None:
+def check_adapter(lora: LoraConfig | None, shape: ModelShape) -> None:
     """Raise ``ValueError`` where the adapter to start from is none, or another than the settings say."""
-    lora = config.model.lora
     if lora is not None and lora.path is not None:
         names = AdapterNames(shape, lora)
         expected = {names.source(name): names.size(name) for name in names.names()}

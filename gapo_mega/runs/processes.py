@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gapo_mega.planning.world import read_world
-from gapo_mega.runs.watch import Watch
+from gapo_mega.runs.own_watch import OwnWatch
+from gapo_mega.runs.watch import Watch, end_process
 from gapo_mega.whereabouts import LostPeersError, here
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,13 @@ class Job:
         self._watch.stop(None if reason is None else told)
         self._watch = None
 
+    def give_up(self, finding: str) -> None:
+        """End this process because of ``finding``, which the others are told."""
+        if self._watch is None:
+            end_process(f"{finding}; this process ends")
+        else:
+            self._watch.leave(finding)
+
     def explain(self, error: Exception) -> str:
         """What to say where a collective has failed with ``error``."""
         if self._watch is None:
@@ -186,8 +194,36 @@ def _begun(directory: Path) -> str:
 
 
 @contextmanager
-def watched(everyone: Peers, silence: timedelta) -> Iterator[None]:
-    """Within: ranks that are silent for so long end the others. Collectives that fail name who is missing."""
+def watched(everyone: Peers, silence: timedelta, phase: timedelta | None = None) -> Iterator[None]:
+    """Within: ranks that are silent for so long end the others. Collectives that fail name who is missing.
+
+    ``phase``: after which a rank ends that does not get on; None: never.
+    """
+    own = None if phase is None else OwnWatch(everyone.rank, phase, _ending(everyone))
+    if own is not None:
+        own.start()
+    try:
+        with _watched(everyone, silence):
+            yield
+    finally:
+        if own is not None:
+            own.stop()
+
+
+def _ending(everyone: Peers) -> Callable[[str], None]:
+    """Ends this process, told why; the others hear of it where there are some."""
+
+    def end(message: str) -> None:
+        if isinstance(everyone, Job):
+            everyone.give_up(message)
+        else:
+            end_process(f"{message}; this process ends")
+
+    return end
+
+
+@contextmanager
+def _watched(everyone: Peers, silence: timedelta) -> Iterator[None]:
     if not isinstance(everyone, Job):
         yield
         return

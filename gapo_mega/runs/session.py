@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,7 @@ from gapo_mega.runs.resume import (
     told,
 )
 from gapo_mega.runs.sound_checkpoints import Examined, examine
+from gapo_mega.runs.uploads import Export
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class Session:
         self._identity: Identity | None = None
         self._compared = Comparison()
         self._examined = Examined()
+        self.export: Export | None = None  # where the exported model goes, beside this directory
         self._run_id = ""  # of rank 0, from ``begin`` on
 
     # -- the directory -------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Session:
         From here on ranks watch over one another. Raises ``ValueError`` where the directory is not to be had,
         and where no checkpoint is sound.
         """
-        self._watched.enter_context(watched(self.everyone, self.config.parallel.silence))
+        self._watched.enter_context(self._watches())
         self._is_open = True
         try:
             # Workers that torchrun starts again go on; they do not begin once more.
@@ -143,6 +145,10 @@ class Session:
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
+
+    def _watches(self) -> AbstractContextManager[None]:
+        parallel = self.config.parallel
+        return watched(self.everyone, parallel.silence, parallel.phase)
 
     def close(self) -> None:
         """Give it back."""
@@ -232,6 +238,11 @@ class Session:
     def _newest_path(self) -> Path:
         return checkpoint_path(self.directory / CHECKPOINTS_FOLDER, self._newest[-1])
 
+    @property
+    def _resumed_run(self) -> str | None:
+        """By what the checkpoint that the run goes on from is known."""
+        return record_of(self._newest_path).get(RUN_ID) if self._newest else None
+
     def _compare_settings(self) -> None:
         assert self._identity is not None
         if self._newest:
@@ -271,6 +282,16 @@ class Session:
 
         agree(self.everyone, check)
 
+    def check_export(self) -> None:
+        """Refuse a place for the exported model that cannot be written to. Raises ``ValueError``."""
+        url = self.config.checkpoint.export_to
+        if url is None:
+            return
+        manifest = read_manifest(self.directory)
+        known = [self._resumed_run, *([] if manifest is None else [manifest.run, *manifest.replaced])]
+        self.export = export = Export(url, [run for run in known if run is not None])
+        agree(self.everyone, lambda: export.check(self.directory) if self.everyone.is_main else None)
+
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:
         """Write manifest and configuration, and log what the checkpoint has otherwise. Before models load.
@@ -278,7 +299,7 @@ class Session:
         From here on the run is accepted, and so damaged checkpoints are renamed.
         """
         newest = self._newest
-        known_by = record_of(self._newest_path).get(RUN_ID) if newest else None
+        known_by = self._resumed_run
 
         def write() -> None:
             if not self.everyone.is_main:
@@ -292,6 +313,8 @@ class Session:
 
         agree(self.everyone, write)
         self._run_id = self.everyone.gather(self._run_id)[0]
+        if self.export is not None:
+            self.export.known_by.insert(0, self._run_id)
         self._see_none_damaged()
         note_begun(self.everyone, self.directory)
         if newest:

@@ -10,13 +10,20 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import re
+import socket
+import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from gapo_mega.config.results import EVERY_STEPS, WITHOUT_EFFECT
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import flush
 from gapo_mega.files import local
+from gapo_mega.models.scratch import tell_removed
 from gapo_mega.rollout.heldout import Answers
 from gapo_mega.runs.identity import TOTAL_UPDATES
 from gapo_mega.runs.lock import disk_errors
@@ -25,6 +32,8 @@ from gapo_mega.runs.processes import Peers, agree
 logger = logging.getLogger(__name__)
 
 PARAMETER = "evaluation.shared"
+_OWN = re.compile(r"\.(?P<host>.+)\.(?P<process>[1-9][0-9]{0,8})\.[0-9a-f]{32}\.json")
+_QUIET = 3600.0  # seconds after which nobody still writes a file, on whatever host
 # Settings that begin to matter with the first update, and places of what counts by its contents.
 _LATER = (
     *("output_dir", "steps", TOTAL_UPDATES, "model.path", *WITHOUT_EFFECT),
@@ -60,6 +69,8 @@ class SharedAnswers:
 
         def look() -> None:
             if everyone.is_main:
+                with disk_errors(self._path.parent, PARAMETER):
+                    _remove_left(self._path.parent)
                 seen[0] = self._read()
 
         agree(everyone, look)
@@ -77,8 +88,9 @@ class SharedAnswers:
             with disk_errors(self._path.parent, PARAMETER):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 # Runs that begin at the same time write the same file: each one a whole one of its own.
-                own = self._path.with_name(f".{uuid.uuid4().hex}.json")
-                write_text(own, json.dumps(dataclasses.asdict(made), ensure_ascii=False) + "\n")
+                own = self._path.with_name(_own_name())
+                own.write_text(json.dumps(dataclasses.asdict(made), ensure_ascii=False) + "\n", "utf-8")
+                flush(own)
                 own.replace(self._path)
         return made
 
@@ -92,6 +104,35 @@ class SharedAnswers:
                 f"{PARAMETER}: found {self._path}, which no run has written so; accepted: another directory, "
                 "or to remove that file"
             ) from None
+
+
+def _own_name() -> str:
+    """Of a file that only this process writes."""
+    return f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.json"
+
+
+def _remove_left(directory: Path) -> None:
+    """Remove what killed processes have left half written. Raises ``OSError``."""
+    for path in directory.glob(".*.json"):
+        named = _OWN.fullmatch(path.name)
+        if named is None or path.is_symlink():
+            continue
+        with suppress(FileNotFoundError):  # another process may remove it, too, or give it its name
+            status = path.stat()
+            ended = named["host"] == socket.gethostname() and not _runs(int(named["process"]))
+            if ended or time.time() - status.st_mtime > _QUIET:
+                path.unlink()
+                tell_removed(path, status.st_size)
+
+
+def _runs(process: int) -> bool:
+    """Whether this host has a process of that number."""
+    try:
+        with suppress(PermissionError):  # another user's
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def digest(record: Mapping[str, Any], world: int) -> str:

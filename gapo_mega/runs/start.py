@@ -115,6 +115,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         )
         session.check_contents(contents, config.steps, resolved.total_updates)
         session.check_space(predict_training(resolved))
+        session.check_export()
         session.begin()
         shared = None
         if config.evaluation.shared is not None:
@@ -122,7 +123,7 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
                 config.evaluation.shared, session.record(), resolved.world, session.everyone
             )
         engine = build_engine(resolved, pad_id=pad_id, eos_ids=eos_ids)
-        policy = Policy(engine, companions, pad_id, tuple(eos_ids))
+        policy = Policy(engine, companions, pad_id, tuple(eos_ids), resolved.shape.vocab)
         with closing(backends.find(config.rollout.backend)(policy, config)) as backend:
             trainer = Trainer(
                 resolved,

@@ -24,6 +24,7 @@ from gapo_mega.engine.base import (
     read_score_head,
 )
 from gapo_mega.evaluation import measures
+from gapo_mega.planning.chunks import chunk_of
 from gapo_mega.runs.data_run import DataRun
 from gapo_mega.runs.skips import Skips
 from gapo_mega.types import TokenBatch
@@ -83,8 +84,8 @@ class SupervisedRun(DataRun[OneLossConfig, SupervisedEngine]):
         """Metrics of an update that only one kind has."""
 
     # -- helpers -------------------------------------------------------------------------------------
-    def _setup(self, micro_batch: int, config: dict[str, object]) -> SupervisedSetup:
-        """``config``: what the kind changes in the trained model's ``config.json``."""
+    def _setup(self, micro_batch: int, config: dict[str, object], chunk: int = 0) -> SupervisedSetup:
+        """``config``: what the kind changes in the trained model's ``config.json``; ``chunk``: of logits."""
         kept = self.config.model.keep_layers
         if kept is not None:
             config["num_hidden_layers"] = kept
@@ -102,6 +103,8 @@ class SupervisedRun(DataRun[OneLossConfig, SupervisedEngine]):
             seed=self.config.seed,
             config=config,
             chat_template=self._template(),
+            lora=self.config.model.lora,
+            chunk=chunk,
         )
 
 
@@ -159,7 +162,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
             return {}
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in self._heldout]
         own: dict[int, tuple[float, float]] = {}
-        for items in self._own(len(self._heldout), lengths):
+        for items, _ in self._own(len(self._heldout), lengths):  # equal items have equal scores
             batch = batches.pair_batch([self._heldout[i] for i in items], self.start.pad_id)
             scores_B = self.engine.measure(batch)
             own |= dict(zip(items, scores_B.view(-1, 2).tolist(), strict=True))
@@ -194,7 +197,10 @@ class SftRun(SupervisedRun[SftConfig]):
         return self._train, self._heldout
 
     def _build(self) -> SupervisedEngine:
-        return build_chat_engine(self._setup(self.config.micro_batch_size, {}))
+        model, size = self.config.model, self.config.micro_batch_size
+        frozen = model.lora is not None
+        chunk = chunk_of(model.logits_chunk, size * model.max_tokens, self.start.shape, frozen)
+        return build_chat_engine(self._setup(size, {}, chunk))
 
     def _batch(self, items: Sequence[int]) -> TokenBatch:
         chats = [self._train[i] for i in items]
@@ -208,7 +214,7 @@ class SftRun(SupervisedRun[SftConfig]):
         if not self._heldout:
             return {}
         own: dict[int, float] = {}
-        for items in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
+        for items, _ in self._own(len(self._heldout), [len(ids) for ids, _ in self._heldout]):
             batch = batches.chat_batch([self._heldout[i] for i in items], self.start.pad_id)
             logprobs_B = self.engine.measure(batch)
             own |= dict(zip(items, logprobs_B.tolist(), strict=True))

@@ -111,6 +111,8 @@ def points_of(sweep: SweepConfig, file: Path) -> tuple[list[Point], list[str]]:
             seen.add(name)
             directory = local(sweep.output_dir) / POINTS_FOLDER / name
             overrides = [*settings, override("seed", seed), override("output_dir", str(directory))]
+            if config.checkpoint.export_to is not None:
+                overrides.append(override("checkpoint.export_to", f"{config.checkpoint.export_to}/{name}"))
             try:
                 complete = load(base, overrides)
             except ValueError as error:

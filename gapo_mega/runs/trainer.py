@@ -23,6 +23,7 @@ from gapo_mega.engine.base import Engine, GradientReport, SamplingParameters, ge
 from gapo_mega.losses import value_loss_sum
 from gapo_mega.planning.disk import predict_training
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.rollout.ahead import Ahead, Steps
 from gapo_mega.rollout.backends import RolloutBackend
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.correction import correction_of
@@ -112,6 +113,7 @@ class Trainer:
             self, engine, directory, config.checkpoint, self.log, record, selection, everyone, checkpoint
         )
         self._resumed = [] if session is None else session.history
+        self._export = None if session is None else session.export
         self._with_report = with_report
         self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
@@ -122,7 +124,8 @@ class Trainer:
             if objective.wanted_model is not None:
                 objective.attach(engine.score_model(objective.wanted_model))
         collector = Collector(self._backend or engine.generator, tokenizer, SamplingParameters.of(rollout))
-        samples_policy = self._backend is None or self._backend.samples_policy
+        samples_policy = self._backend is None or (self._backend.samples_policy and not rollout.ahead)
+        self._ahead = self._drawn_ahead(collector)
         scorer = Scorer(
             engine,
             self.resolved.objectives,
@@ -153,6 +156,21 @@ class Trainer:
         self.heldout = HeldOut(
             engine, collector, scorer, list(heldout_prompts), config.evaluation, config.seed
         )
+
+    def _drawn_ahead(self, collector: Collector) -> Ahead | None:
+        rollout = self.config.rollout
+        if rollout.ahead == 0:
+            return None
+        assert self._backend is not None
+        greedy = self.resolved.estimator.needs_greedy
+        steps = Steps(self.config.steps, self._prompts, self._seed, rollout.samples_per_prompt, greedy)
+        return Ahead(self.engine, self._backend, collector, steps, rollout.ahead, self.phases)
+
+    def _prompts(self, step: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.order.items(step)]
+
+    def _seed(self, step: int) -> int:
+        return self.config.seed * 1_000_003 + step
 
     def _scalarized(self) -> Scalarized | None:
         if self.scalarizer is None or self.config.one_signal is None:
@@ -205,11 +223,11 @@ class Trainer:
         """Roll out, score, estimate advantages, update once per minibatch, and evaluate if it is time to."""
         self.phases.restart()
         algorithm = self.config.algorithm
-        seed = self.config.seed * 1_000_003 + step
-        prompts = [self.prompts[i] for i in self.order.items(step)]
+        seed = self._seed(step)
         done = step + 1
         watch = partial(self.responses.write, done) if self.responses.is_due(done) else None
-        experience, facts = self.maker.make(prompts, seed, watch)
+        sampled = None if self._ahead is None else self._ahead.take(step)
+        experience, facts = self.maker.make(self._prompts(step), seed, watch, sampled)
         self.aggregator.observe(*torch.tensor([facts.rewards, facts.spreads], dtype=torch.float64))
         order = torch.Generator().manual_seed(generator_seed(seed))
         update, last = step * self.updates_per_step, done * self.updates_per_step
@@ -232,6 +250,8 @@ class Trainer:
 
     def finish(self) -> None:
         """Export the policy, answer the held-out prompts again, and write summary and report."""
+        if self._ahead is not None:
+            self._ahead.drop()
         if self._with_report:
             best = self.loop.best_checkpoint()
             finish(
@@ -243,6 +263,7 @@ class Trainer:
                 best,
                 self._elapsed,
                 self._resumed,
+                self._export,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,8 +278,12 @@ class Trainer:
             "seconds": self._elapsed(),
         }
 
+    def in_flight(self, step: int) -> dict[str, Any]:
+        """Responses that were drawn ahead by policies that are gone."""
+        return {} if self._ahead is None else {"ahead": self._ahead.state_dict(step)}
+
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Inverse of ``state_dict``. Raises ``ValueError`` for other prompts or another aggregator."""
+        """Inverse of both. Raises ``ValueError`` for other prompts or another aggregator."""
         self._position().check_same_prompts(PromptPosition(**state["schedule"]))
         self.aggregator.load_state_dict(state["aggregator"])
         self.kl.load_state_dict(state.get("kl", {}))
@@ -266,6 +291,8 @@ class Trainer:
             self.scalarizer.load_state_dict(state["scalarizer"])
         self.skips.in_a_row = int(state["skipped_in_a_row"])
         self.evaluations.load_state_dict(state)
+        if self._ahead is not None:
+            self._ahead.load_state_dict(state.get("ahead", {}))
         self._seconds_before_resume = float(state["seconds"])
 
     def _position(self) -> PromptPosition:
@@ -328,6 +355,8 @@ class Trainer:
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
         if evaluated is not None:
             with self.phases("evaluation"):
+                if self._ahead is not None:
+                    self._ahead.settle()
                 extra |= self.evaluations.measure(evaluated)
         metrics = step_metrics(
             report,

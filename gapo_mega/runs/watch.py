@@ -181,7 +181,7 @@ class Watch:
                 continue
             finding = self._lost(now)
             if finding is not None:
-                self._leave(finding)
+                self.leave(finding)
                 return
 
     def _forgive(self, now: float) -> None:
@@ -207,7 +207,8 @@ class Watch:
             f"{self._limit:g} s (parallel.silence_minutes)" + (f"; last heard: {last}" if last else "")
         )
 
-    def _leave(self, finding: str) -> None:
+    def leave(self, finding: str) -> None:
+        """Tell the others what is wrong, and end this process."""
         self._last_words = finding
         self._stopping.set()
         self._threads[0].join(_TO_TELL + self._to_hear)

@@ -76,6 +76,7 @@ MIRRORED = {
     "examples": "examples",
     "tools": "tools",
     "combinations": "tests/helpers/combinations",
+    "kills": "tests/helpers/kills",
 }
 KINDS_OF_TESTS = ("fast", "engine", "process")
 

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from gapo_mega.engine.base import (
     Aggregator,
+    BackgroundSave,
     GradientReport,
     Layout,
     PolicyLossSum,
     SamplingParameters,
     ValueLoss,
 )
+from gapo_mega.models.checkpoint_files import Listing, measured
 from gapo_mega.objectives.base import ScoreModelRequest, TokenScorer
 from gapo_mega.types import Experience, Generation, TokenBatch
 
@@ -70,6 +72,8 @@ class FakeEngine:
         self.prompts: list[tuple[int, ...]] = []
         self.policy = 1
         self.changes = 0
+        self.looks = 1  # at a save in the background, before it is done
+        self.looking: Callable[[], None] = lambda: None  # at each of them
         self.finite = True
         self.next_report: dict[str, Any] = {}
         self.kl_rows = 0  # after those of the objectives
@@ -175,6 +179,10 @@ class FakeEngine:
         self._called("save")
         (directory / "state.json").write_text(json.dumps({"policy": self.policy, "extra": extra}))
 
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        self._called("save_in_background")
+        return Writing(self, directory, json.dumps({"policy": self.policy, "extra": extra}))
+
     def load(self, directory: Path) -> dict[str, Any]:
         self._called("load")
         self.changes += 1
@@ -193,6 +201,33 @@ class FakeEngine:
 
     def close(self) -> None:
         self._called("close")
+
+
+class Writing:
+    """A state that is written with the last of ``engine.looks`` looks, or with the end of the wait for it."""
+
+    def __init__(self, engine: FakeEngine, directory: Path, state: str) -> None:
+        self._engine = engine
+        self._directory = directory
+        self._state = state
+        self._looks = 0
+
+    def is_done(self) -> bool:
+        self._engine.looking()
+        self._looks += 1
+        return self._looks > self._engine.looks
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds > 0
+        return self.is_done()
+
+    def finish(self) -> Listing:
+        self._engine._called("finish_save")
+        if self._looks <= self._engine.looks:
+            raise OSError("its files are not written yet")
+        path = self._directory / "state.json"
+        path.write_text(self._state)
+        return {path.name: measured(path)}
 
 
 def terminate() -> None:

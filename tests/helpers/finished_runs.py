@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ NAMES = ("concise", "plain")
 UPDATES = 20
 
 
-def write_run(folder: Path, name: str, seed: int, shift: float, **sections: Any) -> FinishedRun:
-    """A run directory as ``train`` leaves it, whose scores after training are moved by ``shift``."""
+def write_run(
+    folder: Path, name: str, seed: int, shift: float, phases: Sequence[str] = (), **sections: Any
+) -> FinishedRun:
+    """A run directory as ``train`` leaves it, whose scores after training are moved by ``shift``.
+
+    ``phases``: of an update, whose times the log has.
+    """
     directory = folder / name
     config = Config.model_validate(
         {
@@ -36,10 +42,10 @@ def write_run(folder: Path, name: str, seed: int, shift: float, **sections: Any)
             **sections,
         }
     )
-    return leave_run(directory, config, shift)
+    return leave_run(directory, config, shift, phases)
 
 
-def leave_run(directory: Path, config: Config, shift: float) -> FinishedRun:
+def leave_run(directory: Path, config: Config, shift: float, phases: Sequence[str] = ()) -> FinishedRun:
     """What a training with ``config`` leaves in ``directory``."""
     name, seed = directory.name, config.seed
     directory.mkdir(parents=True, exist_ok=True)
@@ -59,7 +65,8 @@ def leave_run(directory: Path, config: Config, shift: float) -> FinishedRun:
     write_heldout(
         directory / "heldout_answers.jsonl", NAMES, prompts, [texts, texts], [before.tolist(), after.tolist()]
     )
-    rows = [{"step": i + 1, "kl": 0.01 * i, "response_length": 9.0} for i in range(UPDATES)]
+    times = {f"time/{phase}": 0.5 for phase in phases}
+    rows = [{"step": i + 1, "kl": 0.01 * i, "response_length": 9.0, **times} for i in range(UPDATES)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     end(directory, config.steps)
     return read_run(directory)

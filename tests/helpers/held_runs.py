@@ -46,6 +46,7 @@ def start(
         held.check_settings(Identity(COMMAND, settings_of(config, "critic")))
         updates = config.steps * config.algorithm.minibatches
         held.check_contents(found or contents(), config.steps, updates)
+        held.check_export()
         held.begin()
         run = trainer(directory, engine, with_report=with_report, session=held, **sections)
         finished = run.run()

@@ -35,7 +35,8 @@ def random_adapter(base: Path, target: Path, targets: Any = "all-linear", **fiel
 
 def peft_model(base: Path, adapter: Path) -> PeftModel:
     """In float64, with the adapter's parameters trainable."""
-    model = AutoModelForCausalLM.from_pretrained(base).double()
+    # The default for experts has no float64.
+    model = AutoModelForCausalLM.from_pretrained(base, experts_implementation="eager").double()
     return PeftModel.from_pretrained(model, adapter, is_trainable=True).double().eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ class TablePolicy(FakeEngine):
         yield "table", self.table
         yield "large", torch.zeros(400_000)
         yield "last", torch.ones(1)
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+        super().save(directory, extra)
+        torch.save(self.table, directory / "table.pt")
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        self.table = torch.load(directory / "table.pt")
+        return super().load(directory)
 
     def update_policy(self, *arguments: Any, **options: Any) -> GradientReport:
         report = super().update_policy(*arguments, **options)

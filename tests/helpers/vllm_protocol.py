@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,12 +18,18 @@ import numpy as np
 from safetensors.numpy import load_file
 
 
+class _Listening(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that come at once; 5 by default, and the others are reset
+
+
 class TableServer:
     """One server. ``fail`` may answer a request in its place: (path, content) -> (status, answer) or None.
 
     Attributes:
         calls: paths that were asked for, ``generate`` aside, in order.
         generated: how many responses were asked for.
+        asked: label of the weights, prompt and sampling settings of every response, in order of arrival.
+        seconds_per_token: that a response takes.
         table: its weights, float64.
         label: of the weights.
     """
@@ -32,12 +39,14 @@ class TableServer:
         self.calls: list[str] = []
         self.pieces: list[list[str]] = []
         self.generated = 0
+        self.asked: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+        self.seconds_per_token = 0.0
         self.table = np.zeros((2, 2))
         self.label = "default"
         self._state = "ready"
         self._loading: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server = _Listening(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -84,6 +93,7 @@ class TableServer:
         if path == "/inference/v1/generate":
             with self._lock:
                 self.generated += 1
+                self.asked.append((self.label, tuple(content["token_ids"]), content["sampling_params"]))
             if self._state != "ready":
                 return 500, {"error": f"asked while {self._state}"}
             return 200, {"choices": [self._choice(content["token_ids"], content["sampling_params"])]}
@@ -122,8 +132,16 @@ class TableServer:
             self._loading |= piece
             return self._go({"begun": ["taken"], "taken": ["taken"]}, "taken", {"results": [str(len(piece))]})
         assert (method, arguments) == ("gapo_finish_update", [])
-        self.table = self._loading["table"].astype(np.float64)
+        self.loaded(self._loading)
         return self._go({"taken": ["loaded"]}, "loaded", done)
+
+    def loaded(self, tensors: dict[str, np.ndarray]) -> None:
+        """Answer with these weights from now on."""
+        self.table = tensors["table"].astype(np.float64)
+
+    def logits(self, history: list[int]) -> np.ndarray:
+        """Of the token after ``history``, float64 [V]."""
+        return np.asarray(self.table[history[-1]])
 
     def _go(self, allowed: dict[str, list[str]], to: str, answer: Any) -> tuple[int, Any]:
         if to not in allowed.get(self._state, []):
@@ -135,10 +153,18 @@ class TableServer:
         draw = np.random.default_rng(sampling["seed"])
         history, tokens, content, reason = list(prompt), [], [], "length"
         for _ in range(sampling["max_tokens"]):
-            token, logprob = self._draw(history, sampling, draw)
+            time.sleep(self.seconds_per_token)
+            logprobs = self._distribution(history, sampling)
+            greedy = sampling["temperature"] == 0
+            token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
+            content.append(
+                {
+                    **{"token_id": token, "logprob": float(logprobs[token]), "rank": 1},
+                    "top_logprobs": _likeliest(logprobs, token, sampling["logprobs"]),
+                }
+            )
             history.append(token)
             tokens.append(token)
-            content.append({"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []})
             if token in sampling["stop_token_ids"]:
                 reason = "stop"
                 break
@@ -150,23 +176,48 @@ class TableServer:
             "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
         }
 
-    def _draw(self, history: list[int], sampling: dict[str, Any], draw: Any) -> tuple[int, float]:
-        logprobs = table_logprobs(
-            self.table, history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
+    def _distribution(self, history: list[int], sampling: dict[str, Any]) -> np.ndarray:
+        """Log-probabilities of the next token, minus infinity where top-k and top-p leave none."""
+        logprobs = processed(
+            self.logits(history), history, sampling["repetition_penalty"], sampling["temperature"] or 1.0
         )
-        greedy = sampling["temperature"] == 0
-        token = int(logprobs.argmax() if greedy else draw.choice(len(logprobs), p=np.exp(logprobs)))
-        return token, float(logprobs[token])
+        return cut(logprobs, sampling.get("top_k", 0), sampling.get("top_p", 1.0))
 
 
 def table_logprobs(table: Any, history: list[int], penalty: float, temperature: float) -> Any:
     """Log-probabilities of the next token, float64 [V]."""
-    logits = np.array(table[history[-1]], dtype=np.float64)
+    return processed(table[history[-1]], history, penalty, temperature)
+
+
+def processed(logits: Any, history: list[int], penalty: float, temperature: float) -> Any:
+    """Log-probabilities after repetition penalty and temperature, float64 [V]."""
+    logits = np.array(logits, dtype=np.float64)
     seen = sorted(set(history))
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     logits = logits / temperature
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
+
+
+def cut(logprobs: np.ndarray, k: int, p: float) -> np.ndarray:
+    """The ``k`` likeliest with ties, of these the fewest that reach ``p``; minus infinity for the others."""
+    if k == 0 and p == 1:
+        return logprobs
+    if k:
+        logprobs = np.where(logprobs >= np.sort(logprobs)[-k], logprobs, -np.inf)
+        logprobs = logprobs - np.log(np.exp(logprobs).sum())
+    order = np.argsort(logprobs)
+    dropped = np.exp(logprobs[order]).cumsum() <= 1 - p
+    dropped[-1] = False
+    logprobs[order[dropped]] = -np.inf
+    return np.asarray(logprobs - np.log(np.exp(logprobs).sum()))
+
+
+def _likeliest(logprobs: np.ndarray, drawn: int, count: int) -> list[dict[str, Any]]:
+    """The drawn token and the ``count`` likeliest, without a repetition; 0 asks for the drawn one alone."""
+    tokens = dict.fromkeys([drawn, *np.argsort(-logprobs, kind="stable")[:count].tolist()])
+    shown = list(tokens)[: max(count, 1)]
+    return [{"token_id": token, "logprob": max(float(logprobs[token]), -9999.0)} for token in shown]
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def set_up(directory: Path, vocabulary: int, eos: int) -> Setup:
         str(directory), {}, {"name": "sgd", "distributed": False, "lr": 1.0}, **sections
     )
     Vllm.check(config)
-    rollouts = Vllm(Policy(engine := check_engine.build_engine(config), directory, 0, (eos,)), config)
+    engine = check_engine.build_engine(config)
+    rollouts = Vllm(Policy(engine, directory, 0, (eos,), vocabulary), config)
     source = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, vocabulary, (n,), generator=source).tolist() for n in (5, 1, 9, 23)]
     prompts.append(prompts[2])
@@ -120,7 +121,8 @@ def of_transformers(directory: Path, prompts: Sequence[Sequence[int]], eos: int)
 
 def trained(engine: MegatronEngine, generation: Generation) -> Tensor:
     """The trainer's log-probabilities of a generation."""
-    return engine.logprobs(TokenBatch(generation.tokens_BT, generation.response_mask_BT), "policy")
+    batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT, kept=generation.kept)
+    return engine.logprobs(batch, "policy")
 
 
 def assert_one_distribution(setup: Setup) -> None:
@@ -131,6 +133,12 @@ def assert_one_distribution(setup: Setup) -> None:
     sampled = setup.rollouts.generate(setup.prompts, sampling, 5)
     assert sampled.versions_B is not None and set(sampled.versions_B.tolist()) == {setup.engine.changes}
     torch.testing.assert_close(sampled.logprobs_BT, trained(setup.engine, sampled), atol=CLOSE, rtol=0)
+    cut = SamplingParameters(12, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    kept = setup.rollouts.generate(setup.prompts, cut, 5)
+    assert kept.kept is not None
+    counts_N = kept.kept.counts_BT[kept.response_mask_BT]
+    assert int(counts_N.min()) >= 1 and int(counts_N.max()) <= 20 and len(counts_N.unique()) > 1
+    torch.testing.assert_close(kept.logprobs_BT, trained(setup.engine, kept), atol=CLOSE, rtol=0)
     texts = responses(sampled)
     assert texts[2] != texts[4], "samples of one prompt differ"
 
@@ -169,8 +177,8 @@ def test_a_killed_server_costs_a_repetition_and_nothing_else(tiny: Setup) -> Non
     rollouts.update_weights()
     sampling = SamplingParameters(90, temperature=0.7, repetition_penalty=1.2)
     undisturbed = rollouts.generate(tiny.prompts, sampling, 5)
-    process = rollouts._process
-    assert process is not None and process._process is not None
+    (process,) = rollouts._processes
+    assert process._process is not None
     starts = process.starts
     killer = threading.Timer(0.2, os.kill, (process._process.pid, signal.SIGKILL))
 

@@ -69,7 +69,10 @@ class MegatronAnswers(groups.Collective):
         assert chosen is not None
         distribution = Distribution.of(chosen.shape.vocab, SamplingParameters.of(self._setup.rollout))
         with megatron_device(), self._models[model].on_device() as built:
-            local_BT = batch_logprobs([built], batch, self._setup.micro_batch, distribution)
+            setup = self._setup
+            local_BT = batch_logprobs(
+                [built], batch, setup.micro_batch, distribution, setup.chunk, setup.micro_batch_tokens
+            )
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gapo_mega.engine.base import ValueLoss
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
+from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import Experience, TokenBatch
+from gapo_mega.types import AnyBatch, Experience, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,20 @@ def _before_token(output_BTH: Tensor) -> Tensor:
 class Critics:
     """All value models of a run; objective ``i`` is head ``i`` of the concatenated heads."""
 
-    def __init__(self, models: list[Trainable], heads: int, groups: Groups, micro_batch: int) -> None:
+    def __init__(
+        self,
+        models: list[Trainable],
+        heads: int,
+        groups: Groups,
+        micro_batch: int,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
+        """``micro_batch``, ``micro_batch_tokens``: ``size`` and ``tokens`` of ``split``."""
         self.models = models
         self._heads = heads  # per model
         self._groups = groups
         self._micro_batch = micro_batch
+        self._micro_batch_tokens = micro_batch_tokens
 
     def values(self, batch: TokenBatch) -> Tensor:
         """``[M, B, T]`` float32 on the CPU, no graph, the same on every rank of the replica.
@@ -42,12 +52,15 @@ class Critics:
         """
         outputs: list[Tensor] = []
         for trainable in self.models:
-            pieces = split(trainable.chunks, batch, self._micro_batch)
+            pieces = self._split(trainable, batch)
             parts = forward_only(trainable.chunks, pieces.parts, lambda out, _: _before_token(out).cpu())
             shape = (self._heads, *batch.tokens_BT.shape)
             local = pieces.rejoin(parts, dim=1) if parts else torch.zeros(shape)
             outputs.append(self._groups.from_last_stage(local.float()))
         return torch.cat(outputs)
+
+    def _split(self, trainable: Trainable, batch: AnyBatch) -> Microbatches[AnyBatch]:
+        return split(trainable.chunks, batch, self._micro_batch, tokens=self._micro_batch_tokens)
 
     @staticmethod
     def _step(trainable: Trainable) -> None:
@@ -72,7 +85,7 @@ class Critics:
                 return mean, mean
 
             trainable.zero_grad()
-            microbatches = split(trainable.chunks, minibatch, self._micro_batch).parts
+            microbatches = self._split(trainable, minibatch).parts
             part = forward_backward(trainable.chunks, microbatches, mean_loss)
             self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))

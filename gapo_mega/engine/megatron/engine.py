@@ -21,6 +21,7 @@ from gapo_mega.engine.base import (
 )
 from gapo_mega.engine.megatron.checkpoint import adapter, weights
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint.background import BackgroundSave, HeldFiles
 from gapo_mega.engine.megatron.critic import Critics
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.gradients import strategies
@@ -28,7 +29,7 @@ from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.update import GradientStrategy
 from gapo_mega.engine.megatron.model import lora
 from gapo_mega.engine.megatron.model.build import build_chunks, build_gpt
-from gapo_mega.engine.megatron.model.forward import batch_logprobs
+from gapo_mega.engine.megatron.model.forward import Chunks, batch_logprobs
 from gapo_mega.engine.megatron.model.frozen import FrozenModel
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
@@ -124,21 +125,27 @@ class MegatronEngine(groups.Collective):
             chunks = build_chunks(self.shape, config.model, config.parallel, value_heads=heads)
             self._load(chunks, source)
             models.append(make_trainable(chunks, config.critic.optimizer, resolved.total_updates))
-        return Critics(models, heads, self.groups, config.micro_batch_size)
+        size, tokens = config.micro_batch_size, config.micro_batch_tokens
+        return Critics(models, heads, self.groups, size, tokens)
 
     # -- forward -----------------------------------------------------------------------------------
     def logprobs(self, batch: TokenBatch, model: Literal["policy", "reference"]) -> Tensor:
         distribution = Distribution.of(self.shape.vocab, SamplingParameters.of(self._config.rollout))
-        size, chunk = self._config.micro_batch_size, logits_chunk(self._config, self.shape)
+        size, tokens = self._config.micro_batch_size, self._config.micro_batch_tokens
+        chunk = logits_chunk(self._config, self.shape)
+
+        def of(chunks: Chunks) -> Tensor:
+            return batch_logprobs(chunks, batch, size, distribution, chunk, tokens)
+
         with megatron_device():
             if model == "policy":
-                local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
+                local_BT = of(self.policy.chunks)
             elif self.reference is None:
                 with lora.switched_off(self.policy.modules):
-                    local_BT = batch_logprobs(self.policy.chunks, batch, size, distribution, chunk)
+                    local_BT = of(self.policy.chunks)
             else:
                 with self.reference.on_device() as reference:
-                    local_BT = batch_logprobs([reference], batch, size, distribution, chunk)
+                    local_BT = of([reference])
         return self.groups.from_last_stage(local_BT)
 
     def score_model(self, request: ScoreModelRequest) -> TokenScorer:
@@ -212,7 +219,12 @@ class MegatronEngine(groups.Collective):
         self.gather_parameters()
         return self.everywhere(all(trainable.is_finite() for trainable in self._trainables().values()))
 
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        held = HeldFiles(directory)
+        self.save(directory, extra, held)
+        return BackgroundSave(directory, held, self.everywhere)
+
+    def save(self, directory: Path, extra: dict[str, Any], writer: HeldFiles | None = None) -> None:
         """Rank 0 also copies the source's configuration and tokenizer into the checkpoint."""
         settings = self._config.model.lora
         checkpoint.save(
@@ -222,6 +234,7 @@ class MegatronEngine(groups.Collective):
             self.groups,
             averages=self._averages(),
             lora=None if settings is None else settings_of(settings),
+            writer=writer,
         )
         if self.layout.is_main:
             companions = directory / model_location.COMPANIONS

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from gapo_mega.engine.base import SupervisedSetup, SupervisedUpdate
+from gapo_mega.engine.megatron.checkpoint import adapter, weights
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
-from gapo_mega.engine.megatron.checkpoint import weights
+from gapo_mega.engine.megatron.checkpoint.background import BackgroundSave, HeldFiles
+from gapo_mega.engine.megatron.model import lora
 from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
-from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, logprobs_of
+from gapo_mega.engine.megatron.model.logprobs import Backwards, Distribution, Wanted
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import make_trainable
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
+from gapo_mega.files import local
 from gapo_mega.losses.preference import bradley_terry_sum
+from gapo_mega.models.adapters import settings_of
 from gapo_mega.models.huggingface import location as model_location
 from gapo_mega.models.huggingface.writing import copy_companions, set_config, write_template
 from gapo_mega.models.score_head import ScoreHead
@@ -37,7 +43,6 @@ class SupervisedModel(groups.Collective, ABC):
     """What both kinds of ``SupervisedEngine`` share; subclasses define model and loss."""
 
     rows_together: ClassVar[int] = 1  # consecutive rows that a loss takes together
-    at_marks: ClassVar[bool]  # whether only outputs that predict a marked token are read
 
     def __init__(
         self,
@@ -58,8 +63,18 @@ class SupervisedModel(groups.Collective, ABC):
             chunks = build_chunks(setup.shape, setup.model, setup.parallel, self._value_heads())
             for chunk in chunks:
                 weights.load(chunk, setup.shape, setup.source, head)
+            self._attach_adapters(chunks)
+            for chunk in chunks:
                 self._prepare(chunk)
             self._trainable = make_trainable(chunks, setup.optimizer, setup.total_steps)
+
+    def _attach_adapters(self, chunks: Sequence[GPTModel]) -> None:
+        setup, settings = self._setup, self._setup.lora
+        if settings is None:
+            return
+        lora.attach(chunks, setup.shape, settings, setup.seed)
+        if settings.path is not None:
+            adapter.load(chunks, setup.shape, settings, local(settings.path))
 
     def update(self, batch: TokenBatch) -> SupervisedUpdate:
         """Accumulates gradients over microbatches and skips the step if the gradient is not finite."""
@@ -73,7 +88,7 @@ class SupervisedModel(groups.Collective, ABC):
         with megatron_device():
             parts = self._microbatches(batch).parts
             chunks = self._trainable.chunks
-            part = forward_backward(chunks, parts, mean_loss, logged_numbers=2, at_responses=self.at_marks)
+            part = forward_backward(chunks, parts, mean_loss, logged_numbers=2, policy=self._policy())
             sums = self.sum_over_data(self.groups.from_last_stage(part)).tolist()
             rate = float(self._trainable.optimizer.param_groups[0]["lr"])
             norm = self._trainable.grad_norm()
@@ -89,7 +104,8 @@ class SupervisedModel(groups.Collective, ABC):
             return torch.zeros(0)
         pieces = self._microbatches(batch)
         with megatron_device():
-            parts = forward_only(self._trainable.chunks, pieces.parts, self._measured, self.at_marks)
+            chunks = self._trainable.chunks
+            parts = forward_only(chunks, pieces.parts, self._measured, policy=self._policy())
         found = [part.cpu() for part in parts]
         local_B = pieces.rejoin_rows(found) if found else torch.zeros(batch.batch_size)
         return self.groups.from_last_stage(local_B)
@@ -106,11 +122,25 @@ class SupervisedModel(groups.Collective, ABC):
         self.gather_parameters()
         return self.everywhere(self._trainable.is_finite())
 
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+    def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
+        held = HeldFiles(directory)
+        self.save(directory, extra, held)
+        return BackgroundSave(directory, held, self.everywhere)
+
+    def save(self, directory: Path, extra: dict[str, Any], writer: HeldFiles | None = None) -> None:
         """Rank 0 also writes configuration, tokenizer and chat template, for a conversion."""
         head = self._head_out()
         about_head = None if head is None else asdict(head)
-        checkpoint.save(directory, {_NAME: self._trainable}, extra, self.groups, about_head)
+        settings = self._setup.lora
+        checkpoint.save(
+            directory,
+            {_NAME: self._trainable},
+            extra,
+            self.groups,
+            about_head,
+            lora=None if settings is None else settings_of(settings),
+            writer=writer,
+        )
         if self.layout.is_main:
             folder = directory / model_location.COMPANIONS
             copy_companions(model_location.companions_of(self._setup.source), folder)
@@ -154,7 +184,7 @@ class SupervisedModel(groups.Collective, ABC):
     def _loss_sum(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Sum of the loss with its graph, and the number of pairs in the right order.
 
-        ``output`` ``[B, T, X]`` or, ``at_marks``, ``[N, X]``; so for ``_measured``, too.
+        ``output`` ``[B, T, X]`` or, with a ``_policy``, log-probabilities ``[B, T]``; ``_measured``, too.
         """
 
     @abstractmethod
@@ -163,7 +193,11 @@ class SupervisedModel(groups.Collective, ABC):
 
     @abstractmethod
     def _prepare(self, model: Any) -> None:
-        """Change the model before it is wrapped for training."""
+        """Change the model, which may have adapters, before it is wrapped for training."""
+
+    @abstractmethod
+    def _policy(self) -> Wanted | None:
+        """What a forward gives of the marked tokens; ``None``: the outputs at all positions."""
 
     @abstractmethod
     def _head_out(self) -> ScoreHead | None:
@@ -174,7 +208,6 @@ class PairEngine(SupervisedModel):
     """A score model with the Bradley-Terry loss. ``micro_batch`` counts rows, two per pair."""
 
     rows_together = 2
-    at_marks = False  # a value head is no work
 
     def __init__(
         self,
@@ -194,9 +227,14 @@ class PairEngine(SupervisedModel):
         return 1
 
     def _prepare(self, model: Any) -> None:
-        # A bias shifts all scores alike: no preference determines it. Classifiers of transformers have none.
         if model.post_process:
+            # A bias shifts all scores alike: no preference determines it. Classifiers of transformers have
+            # none.
             model.output_layer.bias.requires_grad_(False)
+            model.output_layer.weight.requires_grad_(True)  # beside adapters, too: a new head knows nothing
+
+    def _policy(self) -> None:
+        return None  # a value head is no work
 
     def _head_out(self) -> ScoreHead:
         return ScoreHead("score.weight", skip_padding_id=self._pad_id)
@@ -217,8 +255,6 @@ class PairEngine(SupervisedModel):
 class ChatEngine(SupervisedModel):
     """A language model with the cross entropy of the marked tokens."""
 
-    at_marks = True
-
     def _value_heads(self) -> None:
         return None
 
@@ -236,5 +272,8 @@ class ChatEngine(SupervisedModel):
         return total, torch.zeros((), device=total.device)
 
     def _measured(self, output: Tensor, batch: TokenBatch) -> Tensor:
+        return output.sum(dim=1)
+
+    def _policy(self) -> Wanted:
         distribution = Distribution(self._setup.shape.vocab)
-        return logprobs_of(output, batch, distribution, Backwards(last=True)).sum(dim=1)
+        return Wanted(distribution, Backwards(last=True), chunk=self._setup.chunk)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import Engine, SamplingParameters
@@ -22,12 +22,35 @@ class Policy:
         companions: directory of its configuration and tokenizer; weights that lie there are those from
             before training, if any.
         pad_id, eos_ids: its tokenizer's.
+        vocabulary: tokens that its output layer has; None: not said.
     """
 
     engine: Engine
     companions: Path
     pad_id: int
     eos_ids: tuple[int, ...]
+    vocabulary: int | None = None
+
+
+class Asked(Protocol):
+    """Responses that are under way; every rank of a replica has them."""
+
+    seconds: float  # from the question to the last response, the same on every rank; known after ``result``
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until ``result`` has nothing to wait for on this rank; false where that takes longer.
+
+        Not collective, and raises nothing of theirs.
+        """
+        ...
+
+    def result(self) -> Generation:
+        """As ``generate``. Collective over the replica. After ``StoppedWaiting`` it may be called again."""
+        ...
+
+    def abandon(self) -> None:
+        """Nobody wants them any more. Waits for nothing; may be called at any time."""
+        ...
 
 
 class RolloutBackend(ABC):
@@ -41,6 +64,8 @@ class RolloutBackend(ABC):
     # Whether it samples from the trained parameters themselves, with the arithmetic of the trainer's forward.
     # Then there is nothing to correct (``algorithm.correction``).
     samples_policy: ClassVar[bool] = False
+    # Whether it answers while the policy is trained (``rollout.ahead``): then it has ``ask``.
+    answers_beside: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy
@@ -56,7 +81,8 @@ class RolloutBackend(ABC):
         """Have the next responses be those of the policy as it is now.
 
         Takes the parameters from ``engine.named_weights``, a tensor at a time, if they changed since it last
-        did. Called before everything that is answered, also before the first rollout.
+        did. Called before everything that is answered, also before the first rollout. Waits until what is
+        asked for has come, before it changes what draws it.
         """
 
     @abstractmethod
@@ -70,6 +96,13 @@ class RolloutBackend(ABC):
         replica passes another ``seed``. Raises ``rollout.servers.lost.ServerLost`` where the same rollout
         may succeed after another ``update_weights``: the caller does both.
         """
+
+    def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> Asked:
+        """As ``generate``, without waiting: the responses are drawn while this rank does other work.
+
+        Not collective, but every rank of the world calls it alike. Only where ``answers_beside`` is true.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers nothing beside training")
 
     def close(self) -> None:
         """Let go of processes and connections. Not collective; called at every end of a run."""

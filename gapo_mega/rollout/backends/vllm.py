@@ -6,9 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,11 +19,15 @@ from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.files import local
 from gapo_mega.rollout.backends.base import Policy, RolloutBackend
 from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.servers.agreement import from_one
 from gapo_mega.rollout.servers.client import Patience, VllmServer
-from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.process import ServerProcess
+from gapo_mega.rollout.servers.questions import Questions
+from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response, assemble
+from gapo_mega.rollout.servers.shares import servers_of
 from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Generation
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class Vllm(RolloutBackend):
-    """Samples on one server that the run starts, or on servers that are there, which data ranks share.
+    """Samples on servers that the run starts, or on servers that are there, which data ranks share.
 
     Rank 0 sends the weights to all servers; the first rank of every replica asks for its responses. A label
     of the weights travels with them and comes back with every response, so that none of other weights is
@@ -45,22 +47,27 @@ class Vllm(RolloutBackend):
     """
 
     name: ClassVar[str] = "vllm"
+    answers_beside: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, config: Config) -> None:
-        """Starts the server, and does not wait for it."""
+        """Starts the servers that are the run's own, and does not wait for them."""
         super().__init__(policy, config)
         self._options = options = config.rollout.vllm
         self._patience = Patience(options.timeout, options.patience, options.start_timeout)
         self._servers: list[VllmServer] = []  # known to all ranks after the first update
-        self._process: ServerProcess | None = None
+        self._processes: list[ServerProcess] = []  # those of the servers, on rank 0 of a run that starts them
         self._run = uuid.uuid4().hex[:12]
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
+        self._asked: list[_Asked] = []  # what has no result yet
         if options.python is not None and policy.engine.layout.is_main:
-            self._process = ServerProcess(
-                _absolute(options.python), self._arguments(options), options.environment
-            )
-            self._process.start()
+            python, arguments = _absolute(options.python), self._arguments(options)
+            self._processes = [
+                ServerProcess(python, arguments, options.environment_of(replica))
+                for replica in range(options.replicas)
+            ]
+            for process in self._processes:
+                process.start()
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -71,12 +78,12 @@ class Vllm(RolloutBackend):
                 f"rollout.vllm: found {found} of python and url with rollout.backend vllm, accepted: one of "
                 "them (the Python of an environment with vLLM, or where servers answer)"
             )
-        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
-            if (value := getattr(rollout, name)) != neutral:
-                raise ValueError(
-                    f"rollout.{name}: found {value} with rollout.backend vllm, accepted: {neutral:g} (the "
-                    "trainer must know which tokens were left to draw from)"
-                )
+        if rollout.top_p != 1.0 and not rollout.top_k:
+            raise ValueError(
+                f"rollout.top_p: found {rollout.top_p} with rollout.backend vllm and no rollout.top_k, "
+                "accepted: 1, or a top_k beside it (the trainer must know which tokens were left to draw "
+                "from, and an answer names few)"
+            )
         for url in rollout.vllm.urls:
             if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
                 raise ValueError(
@@ -99,27 +106,34 @@ class Vllm(RolloutBackend):
             stale = self._from_main(lambda: self._stale(label))
             if not stale:
                 break
+            self._settle()
             failure = self._send(stale, label)
             if failure is not None and (attempt == _ATTEMPTS or self._options.python is None):
                 raise failure
         self._taken, self._label = version, label
 
+    def _settle(self) -> None:
+        """Wait until no rank has a request under way: an update drops those, or mixes their weights."""
+        for asked in self._asked:
+            asked.wait()
+        self.policy.engine.barrier()
+
     def _urls(self) -> list[str]:
-        return self._options.urls if self._process is None else [self._process.url]
+        return [process.url for process in self._processes] or self._options.urls
 
     def _stale(self, label: str) -> list[int]:
         """Numbers of the servers that have other weights, once all of them answer."""
-        if self._process is not None:
-            self._process.start()
+        for process in self._processes:
+            process.start()
         for server in self._servers:
-            server.wait_until_up(self._check_process, self._patience.start)
-        if self._process is not None:
-            self._process.answered = True
+            server.wait_until_up(self._check_processes, self._patience.start)
+        for process in self._processes:
+            process.answered = True
         return [i for i, server in enumerate(self._servers) if server.version() != label]
 
-    def _check_process(self) -> None:
-        if self._process is not None:
-            self._process.check()
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            process.check()
 
     def _send(self, stale: Sequence[int], label: str) -> Exception | None:
         """Stream the weights to these servers. Returns on all ranks what kept one from taking them."""
@@ -135,8 +149,8 @@ class Vllm(RolloutBackend):
             logger.debug("weights: %d bytes in %.2f s", size, time.perf_counter() - begun)
         except Exception as error:
             failure = error
-            if self._process is not None:
-                self._process.kill()  # its weights are in pieces
+            for i in stale if self._processes else []:
+                self._processes[i].kill()  # its weights are in pieces
         return self._told(failure)
 
     def _stream(
@@ -166,57 +180,40 @@ class Vllm(RolloutBackend):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:
         """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
-        engine = self.policy.engine
-        is_first = engine.layout.tensor_rank == engine.layout.pipeline_rank == 0
-        return _from_one(
-            is_first, lambda: self._answered(prompts, sampling, seed), engine.broadcast_in_replica
-        )
+        return self.ask(prompts, sampling, seed).result()
+
+    def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> _Asked:
+        asked = _Asked(self, prompts, self._requests(prompts, sampling, seed), self._taken)
+        self._asked.append(asked)
+        return asked
+
+    def forget(self, asked: _Asked) -> None:
+        """Whose requests are at their end, or are not waited for."""
+        if asked in self._asked:
+            self._asked.remove(asked)
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
+        for server in self._servers:
+            server.give_up()
+        for asked in list(self._asked):
+            asked.abandon()
+        for process in self._processes:
+            process.close()
 
-    def _answered(
+    def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
-    ) -> Generation:
-        server = self._servers[self.policy.engine.layout.data_rank % len(self._servers)]
-        wanted = self._sampling(sampling)
+    ) -> Requests | None:
+        """Those of this rank; None where another one of the replica has them."""
+        layout, policy = self.policy.engine.layout, self.policy
+        if not layout.tensor_rank == layout.pipeline_rank == 0:
+            return None
+        questions = Questions(self._label, sampling, seed, policy.eos_ids, policy.vocabulary)
+        servers = servers_of(prompts, self._servers, layout.data_rank, layout.data)
 
         def ask(row: int) -> Response:
-            own = {**wanted, "seed": _row_seed(seed, row)}
-            return self._response(server, server.generate(list(prompts[row]), own))
+            return questions.ask(servers[row], prompts[row], row)
 
-        with ThreadPoolExecutor(self.config.rollout.batch_size) as threads:
-            responses = list(threads.map(ask, range(len(prompts))))
-        versions_B = torch.full((len(prompts),), self._taken)
-        return assemble(prompts, responses, self.policy.pad_id, self.policy.eos_ids, versions_B)
-
-    def _sampling(self, sampling: SamplingParameters) -> Mapping[str, Any]:
-        return {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "repetition_penalty": sampling.repetition_penalty,
-            # Ours alone end a response, whatever the server has read of the model.
-            "stop_token_ids": list(self.policy.eos_ids),
-            "ignore_eos": True,
-            "logprobs": 0,  # that of the drawn token
-            "detokenize": False,
-        }
-
-    def _response(self, server: VllmServer, choice: Mapping[str, Any]) -> Response:
-        """One answer. Raises ``ServerLost`` unless it is whole and drawn with the weights that we sent."""
-        spans = choice.get("weight_versions")
-        labelled = [span for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
-        found = sorted({str(span.get("version")) for span in labelled})
-        if found != [self._label]:
-            raise ServerLost(
-                f"{server.url}: found a response of the weights {', '.join(found) or 'without a label'}, "
-                f"accepted: {self._label}"
-            )
-        reason = choice.get("finish_reason")
-        if reason not in ("stop", "length"):
-            raise ServerLost(f"{server.url}: found a response that ended with {reason!r}")
-        return Response.read(server.url, choice)
+        return Requests(ask, len(prompts), self.config.rollout.batch_size)
 
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
@@ -226,6 +223,7 @@ class Vllm(RolloutBackend):
             "--dtype": _DTYPES[config.model.dtype],
             "--max-model-len": str(config.longest),
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
+            "--max-logprobs": "-1",  # of as many tokens as top-k leaves
             "--generation-config": "vllm",  # none of the model's own sampling settings
             "--worker-extension-cls": "gapo_mega_vllm.TakesWeights",
         }
@@ -239,7 +237,7 @@ class Vllm(RolloutBackend):
     # -- agreement of ranks ------------------------------------------------------------------------
     def _from_main(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives rank 0, on every rank; its error is raised on all of them."""
-        return _from_one(self.policy.engine.layout.is_main, make, self._share)
+        return from_one(self.policy.engine.layout.is_main, make, self._share)
 
     def _told(self, failure: Exception | None) -> Exception | None:
         found = self._share(None if failure is None else sendable(failure))
@@ -252,20 +250,46 @@ class Vllm(RolloutBackend):
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
 
 
-def _from_one(is_one: bool, make: Callable[[], Value], share: Callable[[Any], Any]) -> Value:
-    """What ``make`` gives the one rank that calls it, on all that ``share``; its error is raised on all."""
-    outcome: Any = None
-    if is_one:
+class _Asked:
+    """Responses of one replica, which its first rank asks for."""
+
+    def __init__(
+        self, backend: Vllm, prompts: Sequence[Sequence[int]], requests: Requests | None, version: int
+    ) -> None:
+        """``requests``: of the replica's first rank. ``version``: of the weights that draw."""
+        self._backend = backend
+        self._prompts = prompts
+        self._requests = requests
+        self._version = version
+        self.seconds = 0.0
+
+    def wait(self, seconds: float | None = None) -> bool:
+        return self._requests is None or self._requests.wait(seconds)
+
+    def result(self) -> Generation:
+        share = self._backend.policy.engine.broadcast_in_replica
         try:
-            outcome = make()
-        except Exception as error:
-            share(sendable(error))
+            generation, self.seconds = from_one(self._requests is not None, self._generation, share)
+        except StoppedWaiting:  # the requests go on
             raise
-    outcome = share(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    value: Value = outcome
-    return value
+        except Exception:
+            self._backend.forget(self)
+            raise
+        self._backend.forget(self)
+        return generation
+
+    def abandon(self) -> None:
+        self._backend.forget(self)
+        if self._requests is not None:
+            self._requests.abandon()
+
+    def _generation(self) -> tuple[Generation, float]:
+        assert self._requests is not None
+        policy = self._backend.policy
+        responses = self._requests.responses()
+        versions_B = torch.full((len(self._prompts),), self._version)
+        generation = assemble(self._prompts, responses, policy.pad_id, policy.eos_ids, versions_B)
+        return generation, self._requests.seconds
 
 
 def _absolute(path: str | Path) -> str:
@@ -286,9 +310,3 @@ def _check_python(python: str) -> None:
             f"rollout.vllm.python: found {python} in a job of {everywhere} processes, {here} of them on this "
             "machine; accepted: rollout.vllm.url (a server that the run starts answers on its machine alone)"
         )
-
-
-def _row_seed(seed: int, row: int) -> int:
-    """62 bits of (seed, row): samples of one prompt differ, and no two replicas share any."""
-    digest = blake2b(f"{seed} {row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2

@@ -40,6 +40,11 @@ class VllmServer:
     def __init__(self, url: str, patience: Patience) -> None:
         self.url = url.rstrip("/")
         self._patience = patience
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """Ask nothing a second time from now on."""
+        self._given_up = True
 
     # -- answering ---------------------------------------------------------------------------------
     def generate(self, token_ids: list[int], sampling: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,7 +116,7 @@ class VllmServer:
             try:
                 return ask()
             except ServerLost:
-                if time.monotonic() > end:
+                if self._given_up or time.monotonic() > end:
                     raise
             stopping.wait(_BETWEEN_LOOKS)
 

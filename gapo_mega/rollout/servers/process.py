@@ -18,6 +18,7 @@ from gapo_mega.rollout.servers.lost import ServerLost
 _HERE = Path(in_vllm.__path__[0])
 _END_WITHIN = 20.0  # seconds between SIGTERM and SIGKILL
 _LAST = 3  # lines of the log that an error shows
+_given: set[int] = set()  # ports
 
 # Of torchrun: vLLM would take them for a job of its own.
 _LAUNCHER = (
@@ -70,7 +71,7 @@ class ServerProcess:
         return self._folder / "vllm.log"
 
     def start(self) -> None:
-        """Start it unless it runs; does not wait until it answers."""
+        """Start it unless it runs; does not wait until it answers. ``ValueError`` if it is no program."""
         if self._process is not None and self._process.poll() is None:
             return
         self._end()  # what a killed server has left
@@ -78,15 +79,22 @@ class ServerProcess:
         self.answered = False
         command = [self._python, str(_HERE / "gapo_mega_server.py"), str(os.getpid()), *self._arguments]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._folder,
-                start_new_session=True,  # Ctrl-C ends the run, which ends the server
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                    env=self._environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._folder,
+                    start_new_session=True,  # Ctrl-C ends the run, which ends the server
+                )
+            except OSError as error:
+                self.close()
+                raise ValueError(
+                    f"rollout.vllm.python: found {self._python}, which does not start ({error.strerror}), "
+                    "accepted: the Python of an environment with vLLM"
+                ) from error
 
     def check(self) -> None:
         """Start it again if it has ended after an answer. Raise ``ServerLost`` if it has ended before any.
@@ -154,7 +162,11 @@ def _of_launcher(name: str) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """One that nobody listens on, and that no other server of this process was given."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port

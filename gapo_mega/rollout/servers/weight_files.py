@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -23,26 +24,47 @@ def hand_over(
 ) -> int:
     """Give ``take`` the paths of files with consecutive tensors, of up to ``most`` bytes or one tensor each.
 
-    Iterates ``tensors`` to the end, also where ``take`` raises: the stream is a collective of many ranks. The
-    error comes afterwards. Returns the bytes that were handed over.
+    Iterates ``tensors`` to the end, whatever fails: the stream is a collective of many ranks. The error comes
+    afterwards; ``ValueError`` where nothing can be written. Returns the bytes that were handed over.
     """
-    failure: Exception | None = None
+    pieces = _pieces(tensors, most)
     total = 0
-    with tempfile.TemporaryDirectory(prefix="gapo-mega-weights-", dir=folder) as place:
-        for number, piece in enumerate(_pieces(tensors, most)):
-            if failure is not None:
-                continue
-            path = Path(place) / f"{number}.safetensors"
-            try:
-                write_safetensors(path, piece, piece.items())
+    try:
+        with _place(folder, most) as place:
+            for number, piece in enumerate(pieces):
+                path = place / f"{number}.safetensors"
+                with _writing(place.parent, most):
+                    write_safetensors(path, piece, piece.items())
                 take(str(path))
-            except Exception as error:
-                failure = error
-            total += sum(map(num_bytes, piece.values()))
-            path.unlink(missing_ok=True)
-    if failure is not None:
-        raise failure
+                total += sum(map(num_bytes, piece.values()))
+                path.unlink()
+    except Exception:
+        for _ in pieces:
+            pass
+        raise
     return total
+
+
+@contextmanager
+def _place(folder: str | None, most: int) -> Iterator[Path]:
+    """A new directory for the files, gone afterwards."""
+    with _writing(Path(folder or tempfile.gettempdir()), most):
+        place = tempfile.TemporaryDirectory(prefix="gapo-mega-weights-", dir=folder)
+    with place as name:
+        yield Path(name)
+
+
+@contextmanager
+def _writing(folder: Path, most: int) -> Iterator[None]:
+    """Within: what the file system says becomes a ``ValueError``."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"rollout.vllm.weights_directory: weights cannot be written to {folder} "
+            f"({error.strerror or error}), accepted: a directory with room for rollout.vllm.piece_mib, "
+            f"{most >> 20} MiB, or for the largest tensor"
+        ) from error
 
 
 def _pieces(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

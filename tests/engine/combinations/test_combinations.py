@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from gapo_mega.models import HFDirectory
-from gapo_mega.models.registry import shape_of
 from gapo_mega.models.shape import ModelShape
 from tests.helpers.combinations import comparison, reporting, running
 from tests.helpers.combinations.__main__ import main
 from tests.helpers.combinations.comparison import Observed
-from tests.helpers.combinations.reference import Reference, reference_of, write_models
+from tests.helpers.combinations.reference import (
+    Reference,
+    directory_of,
+    reference_of,
+    shapes_of,
+    write_models,
+)
 from tests.helpers.combinations.settings import AXES, Setting, combinations, parse_where
 from tests.helpers.ranks import check_combination, worlds
 
@@ -37,21 +41,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def shape(models: Path) -> ModelShape:
-    return shape_of(HFDirectory(models / "tied-false").config)
+def shapes(models: Path) -> dict[str, ModelShape]:
+    return shapes_of(models)
 
 
 class TestSettings:
-    def test_refused_in_the_project_s_own_words(self, shape: ModelShape) -> None:
+    def test_refused_in_the_project_s_own_words(self, shapes: dict[str, ModelShape]) -> None:
         """The part without sequence parallelism, tied, in fp32: counted from the rules as documented."""
         where = parse_where(
             [
-                *("sequence_parallel=false", "tied=true", "dtype=fp32", "recompute=none"),
+                *("model=dense", "sequence_parallel=false", "tied=true", "dtype=fp32", "recompute=none"),
                 *("temperature=0.7", "sampling=plain"),
             ]
         )
-        found = combinations(shape, where)
-        assert found.total == 10 * 3 * 2**4 * 3 * 5 * 2 == len(found.valid) + sum(found.refused.values())
+        found = combinations(shapes, where)
+        assert found.total == 14 * 3 * 2**4 * 3 * 5 * 2 == len(found.valid) + sum(found.refused.values())
         # By what can be combined (docs/gradients.md), for each of 5 kinds of reduction (parameters
         # are gathered late only where the optimizer is distributed and gradients are reduced early): without
         # a pipeline (4 layouts), with one (3), which has no shared forward, and with an interleaved one (3),
@@ -74,16 +78,16 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"--where layout: found 'TP9', accepted: single, TP2"):
             parse_where(["layout=TP9"])
 
-    def test_the_command_names_one_combination(self, shape: ModelShape) -> None:
+    def test_the_command_names_one_combination(self, shapes: dict[str, ModelShape]) -> None:
         words = reporting.command(Setting(**PLAIN)).split()
-        found = combinations(shape, parse_where([word for word in words if "=" in word]))
+        found = combinations(shapes, parse_where([word for word in words if "=" in word]))
         assert found.valid == [Setting(**PLAIN)] and found.total == 1
 
 
 def seen_by(models: Path, **changes: str) -> tuple[Setting, Observed, Reference]:
     setting = Setting(**{**PLAIN, **changes})
-    reference = reference_of(models, setting.tied, setting.temperature, setting.sampling)
-    seen = check_combination.observe(setting, models / f"tied-{setting.tied}", reference)
+    reference = reference_of(models, setting.model, setting.tied, setting.temperature, setting.sampling)
+    seen = check_combination.observe(setting, directory_of(models, setting.model, setting.tied), reference)
     assert seen is not None
     return setting, seen, reference
 
@@ -120,7 +124,7 @@ class TestComparison:
         self, models: Path, adam: tuple[Setting, Observed, Reference], temperature: str, sampling: str
     ) -> None:
         setting, seen, _ = adam
-        other = reference_of(models, setting.tied, temperature, sampling)
+        other = reference_of(models, setting.model, setting.tied, temperature, sampling)
         # Not the first loss: every reference starts from ratios to its own log-probabilities.
         assert {"gram 1", "direction 1", "gram 2", "loss 2"} <= failing(setting, seen, other)
 
@@ -207,8 +211,8 @@ class TestResults:
 
     def test_batches_keep_the_order_and_have_one_number_of_ranks(self) -> None:
         settings = [Setting(**{**PLAIN, "layout": layout}) for layout in AXES["layout"]] * 3
-        batches = running.batches(settings, size=10)
-        assert [len(batch) for batch in batches] == [1, 4, 5] * 3
+        batches = running.batches(settings, size=14)
+        assert [len(batch) for batch in batches] == [1, 6, 7] * 3
         assert [setting.layout for batch in batches[:3] for setting in batch] == list(AXES["layout"])
 
     def test_table_and_command(self) -> None:
@@ -219,7 +223,7 @@ class TestResults:
         assert line.split() == ["layout", "single", "2", "2", "inf"]
         assert "gram 1: error 3e-05, accepted 1e-05" in reporting.failure(bad)
         assert reporting.failure(bad).startswith(
-            "FAILED python -m tests.helpers.combinations --where layout=single "
+            "FAILED python -m tests.helpers.combinations --where model=dense "
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import convert
 from gapo_mega.evaluation.answers import read_answers, write_answers
 from gapo_mega.evaluation.comparison import Comparison
 from gapo_mega.evaluation.intervals import Resampling
+from gapo_mega.runs import processes
 from gapo_mega.runs.evaluate import Evaluation, Request
 from gapo_mega.runs.evaluated_models import find_models
+from gapo_mega.whereabouts import START, enter
+from tests.helpers import rewards
 from tests.helpers.hf_directories import classifier
 from tests.helpers.perturbed import perturbed
 from tests.helpers.rewards import short, vowels
@@ -117,6 +122,20 @@ def test_scores_and_divergence_are_those_of_the_responses(folder: Path, tmp_path
     assert compared >= 3
 
 
+def test_packed_rows_and_logits_in_chunks_say_the_same(folder: Path, tmp_path: Path) -> None:
+    """Divergences, which passes over whole sequences measure; responses are bit for bit alike."""
+    packed = {"micro_batch_tokens": 100, "model": {"path": "unused", "logits_chunk": 3}}
+    found = []
+    for name, sections in (("plain", {}), ("packed", packed)):
+        evaluated(configuration(folder, **sections), request(folder, tmp_path / name))
+        found.append(read_answers(tmp_path / name / "tuned" / "responses.jsonl"))
+    assert [answer.response for answer in found[0]] == [answer.response for answer in found[1]]
+    # Sums of six differences of fp32 log-probabilities.
+    expected = [answer.kl for answer in found[0]]
+    assert [answer.kl for answer in found[1]] == pytest.approx(expected, abs=1e-5)
+    assert max(abs(kl) for kl in expected) > 1e-3
+
+
 def test_it_goes_on_where_it_was_killed(folder: Path, tmp_path: Path) -> None:
     evaluated(configuration(folder), request(folder, tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -135,6 +154,29 @@ def test_what_is_there_needs_no_model(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gapo_mega.runs.evaluate.build_answering_engine", None)
     again, _ = evaluated(configuration(folder), wanted)
     assert again == first
+
+
+def test_a_reward_that_hangs_ends_the_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until the process is told to end, which a patched end does not do."""
+    said: list[str] = []
+    ended = threading.Event()
+
+    def end(message: str) -> None:
+        said.append(message)
+        ended.set()
+
+    def hanging(prompts: list[str], responses: list[str]) -> list[float]:
+        assert ended.wait(60)
+        return short(prompts, responses)
+
+    monkeypatch.setattr(processes, "end_process", end)
+    monkeypatch.setattr(rewards, "short", hanging)
+    monkeypatch.setattr(ParallelConfig, "phase", timedelta(seconds=2))
+    enter(START)
+    evaluated(configuration(folder), request(folder, tmp_path / "out", "base"))
+    assert "has been in answering since" in said[0] and "(parallel.phase_minutes)" in said[0]
 
 
 def test_a_judge_is_added_to_what_is_there(folder: Path, tmp_path: Path) -> None:

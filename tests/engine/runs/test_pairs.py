@@ -254,3 +254,17 @@ def test_what_does_not_fit_is_refused_before_a_model_is_built(
     with pytest.raises(ValueError, match=message):
         PairsRun(settings(folder, "refused", **changes))
     assert not (folder / "refused").exists()
+
+
+def test_adapters_are_trained_and_merged(folder: Path) -> None:
+    """Their layers change by a matrix of their rank, and nothing else does."""
+    model = {"lora": {"rank": 2, "target_modules": ["v_proj"]}, "logits_chunk": 7}
+    train(settings(folder, "adapters", model=model, optimizer={"lr": 1e-2}))
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(folder / "adapters" / "hf" / "model.safetensors")
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {name for name in before if "v_proj" in name}
+    for name in changed:
+        # Rounding to fp32 adds singular values of 1e-7 of the weights'.
+        change = (after[name] - before[name]).double()
+        assert int((torch.linalg.svdvals(change) > 1e-5).sum()) == 2

@@ -111,6 +111,33 @@ def test_fine_tuning_raises_the_likelihood_of_held_out_chats(folder: Path) -> No
     AutoModelForCausalLM.from_pretrained(folder / "after" / "hf")
 
 
+def test_fine_tuning_of_adapters_changes_their_layers_alone(folder: Path) -> None:
+    """By a matrix of their rank; with logits in chunks; and a run that is resumed goes on with them."""
+    lora = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
+    options: dict[str, Any] = {
+        "model": {"lora": lora, "logits_chunk": 5},
+        "checkpoint": {"every_steps": 3},
+        "optimizer": {"lr": 2e-2, "schedule": "constant", "warmup_fraction": 0.0},
+    }
+    for steps in (3, 6):
+        changed = {**options, "max_steps": steps, "model": dict(options["model"])}
+        run = SftRun(SftConfig.model_validate(settings(folder, "adapters", **changed)))
+        run.run()
+        run.engine.close()
+    losses = [record["loss"] for record in metrics(folder / "adapters", CLOCKED)]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(folder / "adapters" / "hf" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, value in before.items():
+        change = (after[name] - value).double()
+        if any(module in name for module in lora["target_modules"]):
+            # Rounding to fp32 adds singular values of 1e-7 of the weights'.
+            assert int((torch.linalg.svdvals(change) > 1e-5).sum()) == 2, name
+        else:
+            assert not change.any(), name
+
+
 def test_the_runs_own_template_goes_with_the_model(folder: Path) -> None:
     """Into checkpoints, too: they may be used as they are."""
     template = "{% for m in messages %}{{ m['role'] }} says {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -139,6 +166,7 @@ def test_what_training_would_drop_is_refused(folder: Path) -> None:
         ({"batch_size": 6}, r"micro_batch_size: found 4, accepted"),
         ({"batch_size": 200}, r"batch_size: found 200, accepted: 1 to the 96 training items"),
         ({"parallel": {"tensor": 3}}, r"parallel\.tensor: found 3"),
+        ({"model": {"lora": {"path": "/no/such/adapter"}}}, r"model\.lora\.path: .*no/such/adapter"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_built(

@@ -223,7 +223,7 @@ def test_info_tells_what_is_usable_not_what_is_used(here: Here, monkeypatch: pyt
             raise PackageNotFoundError(name)
         return found[name]
 
-    probes = (optional.transformer_engine, optional.apex, optional.wandb, optional.serve)
+    probes = (optional.transformer_engine, optional.apex, optional.wandb, optional.serve, optional.einops)
     for probe in probes:
         probe.cache_clear()
     monkeypatch.setattr(optional, "version", version)

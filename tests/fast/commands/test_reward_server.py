@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import uvicorn
 
 from gapo_mega import objectives, optional
 from gapo_mega.commands import reward_server
+from gapo_mega.commands.serve_reward import serve_reward
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.types import Prompt
 from tests.helpers.http_services import right, services
@@ -47,6 +49,10 @@ def test_shortcuts_take_overrides() -> None:
 def service() -> Iterator[Any]:
     with services() as start:
         yield start
+
+
+def test_it_listens_on_the_loopback_unless_told_otherwise() -> None:
+    assert inspect.signature(serve_reward).parameters["host"].default == "127.0.0.1"
 
 
 def test_a_port_that_is_taken_is_refused(service: Any) -> None:

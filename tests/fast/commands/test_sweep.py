@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from gapo_mega.config.loading import load
+from gapo_mega.config.sweep import SweepConfig
 from gapo_mega.runs.lock import DirectoryLock
+from gapo_mega.runs.sweep_points import points_of
+from tests.helpers.finished_runs import UPDATES, leave_run
 from tests.helpers.here import Here
 from tests.helpers.run_files import write_run_file
 
@@ -132,3 +136,32 @@ def test_points_wait_for_the_warm_start(here: Sweeps) -> None:
     assert "POINT=warm_start" in script and "--dependency=afterok" in script
     wrong = {**warm, "settings": {**warm["settings"], "batch_size": 3}}
     assert here.refused("--dry-run", out="warm", warm_start=wrong).startswith("warm_start: ")
+
+
+def ended_points(here: Sweeps, out: str, **keys: Any) -> list[Path]:
+    """Directories of the points, which have all ended."""
+    file = Path(here.file(out, **keys))
+    points, _ = points_of(load(file, kind=SweepConfig), file)
+    for number, point in enumerate(points):
+        leave_run(point.directory, point.config, shift=0.1 * number)
+    return [point.directory for point in points]
+
+
+def test_what_points_were_before_they_go_on_is_not_their_result(here: Sweeps) -> None:
+    """Asked for more steps, no point has ended: neither numbers nor pictures of the fewer steps stay."""
+    few: dict[str, Any] = {"grid": {"method": ["p_gapo"], "preference": [[0.5, 0.5]]}}
+    points = ended_points(here, "longer", settings={"steps": UPDATES}, **few)
+    output = here.sweep("--collect", out="longer", settings={"steps": UPDATES}, **few)
+    assert "2 points: 2 finished" in output
+    results = json.loads((here.folder / "longer" / "results.json").read_text())
+    assert results["front"] is not None and all("heldout" in point for point in results["points"])
+    for point in points:  # as the longer run does that begins there
+        (point / "summary.json").rename(point / "summary.earlier-1.json")
+        about = json.loads((point / ".gapo-mega.json").read_text())
+        (point / ".gapo-mega.json").write_text(json.dumps({**about, "finished": None}))
+    output = here.sweep("--collect", out="longer", settings={"steps": 2 * UPDATES}, **few)
+    assert "compare is now compare.earlier-1: no point has ended" in " ".join(output.split())
+    assert not (here.folder / "longer" / "compare").exists()
+    assert any((here.folder / "longer" / "compare.earlier-1").iterdir())
+    results = json.loads((here.folder / "longer" / "results.json").read_text())
+    assert results["front"] is None and not any("heldout" in point for point in results["points"])

@@ -99,7 +99,7 @@ def test_unknown_key_is_reported_before_what_it_made_missing(file: Path) -> None
         ("objectives=[]", ["objectives: found [], accepted:", "at least 1 item"]),
         ("objectives.5.name=x", ["objectives.5: objectives has 2 items, accepted: an index from 0 to 1"]),
         ("objectives.first.name=x", ["objectives.first:", "accepted: an index from 0 to 1"]),
-        ("parallel.expert=2", ["parallel.expert: found 2, accepted: 1"]),
+        ("parallel.expert_tensor=2", ["parallel.expert_tensor: found 2 with parallel.expert 1, accepted:"]),
         (
             "critic.optimizer.name=sgd",
             ["in critic.optimizer: optimizer.distributed: found true with name sgd"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from gapo_mega.config import Config
 from gapo_mega.config.loading import parse
 from gapo_mega.config.lora import TARGET_MODULES
-from gapo_mega.config.supervised import SftConfig
+from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig, SupervisedConfig
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "o",
@@ -60,7 +59,16 @@ def test_what_does_not_fit_is_refused_in_one_line(lora: Any, sections: dict[str,
     assert "\n" not in str(caught.value)
 
 
-def test_supervised_runs_have_none(tmp_path: Path) -> None:
-    data = {"output_dir": "o", "model": {"path": "m", "lora": {}}, "data": {"source": "s"}}
-    with pytest.raises(ValueError, match=r"model\.lora"):
-        parse(data, [], SftConfig, "run.yaml")
+@pytest.mark.parametrize("kind", [SftConfig, RewardModelConfig, PairsConfig])
+def test_runs_without_rollouts_have_them_too(kind: type[SupervisedConfig]) -> None:
+    rows = {"source": "s"}
+    sections = {"objectives": [{"name": "a", "data": rows}]} if kind is PairsConfig else {"data": rows}
+
+    def with_rank(rank: int) -> SupervisedConfig:
+        model = {"path": "m", "lora": {"rank": rank}}
+        return parse({"output_dir": "o", "model": model, **sections}, [], kind, "run.yaml")
+
+    lora = with_rank(4).model.lora
+    assert lora is not None and lora.rank == 4
+    with pytest.raises(ValueError, match=r"model\.lora\.rank"):
+        with_rank(0)

@@ -57,6 +57,27 @@ def test_backwards_of_other_ways_to_measure(tmp_path: Path) -> None:
     assert backwards("critic", advantages={"name": "gae"}) == 2 * UPDATES
 
 
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        (["forward", "backward", "reduce"], 1),  # one pass
+        (["one_pass"], 1),  # in a pipeline
+        (["one_pass", "forward_backward/concise", "forward_backward/plain"], 1),  # tried first
+        (["forward", "backward/concise", "backward/plain"], 2),  # shared, as a model with experts does
+        (["forward_backward/concise", "forward_backward/plain"], 2),
+    ],
+)
+def test_backwards_are_those_that_ran(tmp_path: Path, phases: list[str], expected: int) -> None:
+    """A configuration does not say whether its model has experts, which take no one pass."""
+    assert write_run(tmp_path, "auto", 1, 0.0, phases).cost.backwards == expected * UPDATES
+
+
+def test_one_gradient_is_no_sign_of_other_passes(tmp_path: Path) -> None:
+    audited = {"gradients": {"audit_every": 5}}
+    run = write_run(tmp_path, "sum", 1, 0.0, ["forward", "backward", "backward/concise"], **GDPO, **audited)
+    assert run.cost.backwards == UPDATES
+
+
 def test_tests_are_scipys(tmp_path: Path) -> None:
     runs = three_seeds(tmp_path)
     test = next(t for t in compare(runs)["tests"] if t["objective"] == "concise")

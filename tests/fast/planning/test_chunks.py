@@ -96,3 +96,9 @@ def test_a_plan_tells_of_adapters() -> None:
     assert f", {count} parameters;" in told
     assert "no second copy" in told
     assert "adapters" not in "\n".join(RunPlan(whole, predict(whole)).lines())
+
+
+def test_packed_rows_may_be_all_response_but_a_token_each() -> None:
+    edge = (CHUNK + HIDDEN) * 65 // 64 + 1
+    assert logits_chunk(config(64, micro_batch_tokens=edge - 2), SHAPE) == 0
+    assert logits_chunk(config(64, micro_batch_tokens=edge + 64), SHAPE) == CHUNK

@@ -85,3 +85,17 @@ def test_critics_and_the_best_one_count() -> None:
     # A critic is the model without its output layer, and two heads with a bias: fp32 and two moments each.
     critic = COUNT - 256 * 48 + 2 * (48 + 1)
     assert beside.checkpoint == 12 * (COUNT + critic)
+
+
+def test_adapters_alone_have_optimizer_state() -> None:
+    """Of a checkpoint, beside the frozen weights: rank 3 on q (48 to 48) and down (96 to 48), twice."""
+    lora = {"rank": 3, "target_modules": ["q_proj", "down_proj"]}
+    settings: dict[str, Any] = {
+        "output_dir": "o",
+        "model": {"path": "m", "lora": lora},
+        "data": {"source": "s"},
+        "objectives": [{"name": "a"}],
+    }
+    plan = predict_training(resolved_run(Config.model_validate(settings), shape=shape_of(LLAMA)))
+    adapters = 2 * 3 * (48 + 48 + 96 + 48)
+    assert plan.checkpoint == 4 * COUNT + 12 * adapters

@@ -10,7 +10,9 @@ import pytest
 from gapo_mega.config import Config
 from gapo_mega.models import ModelShape
 from gapo_mega.models.shape import Experts
-from gapo_mega.planning.layout import data_parallel_size
+from gapo_mega.optional import Probe
+from gapo_mega.planning import layout
+from gapo_mega.planning.layout import check_model_split, data_parallel_size
 from tests.helpers.resolved import check
 
 SMOLLM2 = ModelShape(
@@ -124,7 +126,17 @@ TP4 = {"tensor": 4, "sequence_parallel": True}
 
 @pytest.mark.parametrize(
     "parallel",
-    [{}, {"pipeline": 2}, TP4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}],
+    [
+        {},
+        {"pipeline": 2},
+        TP4,
+        {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
+        {"tensor": 2, "sequence_parallel": True, "expert": 2},
+        {**TP4, "expert": 2, "expert_tensor": 1},
+        {"expert": 2},
+        {"pipeline": 2, "expert": 2},
+        {"expert": 2, "expert_tensor": 2},
+    ],
 )
 def test_layouts_of_experts(parallel: dict[str, Any]) -> None:
     check(config(parallel=parallel, micro_batch_size=1), WITH_EXPERTS, 4)
@@ -158,12 +170,42 @@ def test_experts_that_cannot_be_shared(parallel: dict[str, Any], shape: ModelSha
     assert "\n" not in str(caught.value)
 
 
+def test_a_split_of_every_expert_needs_expert_parallelism() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert_tensor: found 2 with parallel\.expert 1"):
+        config(parallel={**TP4, "expert_tensor": 2})
+
+
 @pytest.mark.parametrize(
-    "parallel", [{**TP4, "expert": 2}, {"expert": 2}, {**TP4, "expert": 4}, {**TP4, "expert_tensor": 2}]
+    ("parallel", "message"),
+    [
+        (
+            {"expert": 3},
+            "parallel.expert: found 3 with parallel.expert_tensor 1, together 3 ranks, on stages of 4",
+        ),
+        ({**TP4, "expert": 2}, "together 8 ranks, on stages of 4 (tensor 4 x data 1), accepted: 1"),
+        ({"pipeline": 2, "expert": 6}, "on stages of 2 (tensor 1 x data 2), accepted: 1, 2"),
+        ({"expert": 2, "expert_tensor": 3}, "accepted: 1, with an expert_tensor that divides 4"),
+    ],
 )
-def test_experts_are_shared_by_the_ranks_of_a_layer(parallel: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"parallel\.expert(_tensor)?: found \d"):
-        config(parallel=parallel)
+def test_a_stage_holds_its_experts_a_whole_number_of_times(parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(parallel=parallel, micro_batch_size=1), WITH_EXPERTS, 4)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "in_step"),
+    [
+        ({}, False),
+        (TP4, False),
+        ({**TP4, "expert": 4, "expert_tensor": 1}, False),
+        ({**TP4, "expert": 2, "expert_tensor": 1}, False),
+        ({"expert": 2}, True),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2}, True),
+    ],
+)
+def test_data_ranks_that_share_experts_go_in_step(parallel: dict[str, Any], in_step: bool) -> None:
+    assert config(parallel=parallel).parallel.in_step is in_step
 
 
 def test_sliding_window_bounds_the_length() -> None:
@@ -192,3 +234,101 @@ def test_only_estimators_that_compare_samples_can_leave_flat_prompts_out(name: s
         match=rf"advantages\.filter_flat: found true with advantages\.name {name}, accepted: false",
     ):
         check(config(advantages={"name": name, "filter_flat": True}), SMOLLM2, 1)
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss", "router_z_loss"])
+def test_losses_of_routers_need_routers_that_are_trained(name: str) -> None:
+    check(config(model={"path": "m", name: 0.01}), WITH_EXPERTS, 1)
+    with pytest.raises(
+        ValueError, match=f"^model.{name}: found 0.01 with a model without experts, accepted: 0$"
+    ):
+        check(config(model={"path": "m", name: 0.01}), SMOLLM2, 1)
+    adapted = config(model={"path": "m", name: 0.01, "lora": {"target_modules": ["q_proj"]}})
+    with pytest.raises(ValueError, match=f"^model.{name}: found 0.01 with model.lora, accepted: 0"):
+        check(adapted, WITH_EXPERTS, 1)
+
+
+def test_packed_sequences_are_not_for_experts_of_data_ranks_nor_losses_of_routers() -> None:
+    packed = {"micro_batch_tokens": 100_000, "micro_batch_size": 1}
+    check(config(**packed), WITH_EXPERTS, 2)
+    with pytest.raises(
+        ValueError, match=r"^micro_batch_tokens: found 100000 with experts that data ranks sh"
+    ):
+        check(config(**packed, parallel={"expert": 2}), WITH_EXPERTS, 2)
+    with pytest.raises(
+        ValueError, match=r"^micro_batch_tokens: found 100000 with model.router_z_loss, accep"
+    ):
+        check(config(**packed, model={"path": "m", "router_z_loss": 0.1}), WITH_EXPERTS, 1)
+
+
+def test_packed_sequences_divide_nothing() -> None:
+    """And an interleaved pipeline wants a sequence for every stage, whatever a row holds."""
+    rollout = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_new_tokens": 100}
+    sizes = {"rollout": rollout, "data": {"source": "s", "max_prompt_tokens": 100}}
+    packed = {"micro_batch_tokens": 100_000, **sizes}
+    check(config(**packed), SMOLLM2, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_size: found 4, accepted for minibatches of 6"):
+        check(config(**sizes), SMOLLM2, 1)
+    check(config(**packed, parallel={"pipeline": 6, "virtual_pipeline": 5}), SMOLLM2, 6)
+    with pytest.raises(ValueError, match=r"parallel.virtual_pipeline: found 3 with 6 microbatches"):
+        check(config(**packed, parallel={"pipeline": 10, "virtual_pipeline": 3}), SMOLLM2, 10)
+
+
+def test_experts_have_no_adapters() -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(model={"path": "m", "lora": {}}), WITH_EXPERTS, 1)
+    assert str(caught.value).startswith(
+        "model.lora.target_modules: found gate_proj, up_proj, down_proj with a model with experts, accepted: "
+        "q_proj, k_proj, v_proj, o_proj"
+    )
+    attention = {"path": "m", "lora": {"target_modules": ["q_proj", "o_proj"]}}
+    # Nothing of an expert is trained, and its tokens may come in a heap.
+    check(config(model=attention, gradients={"forward": "one_pass"}), WITH_EXPERTS, 1)
+
+
+def test_experts_are_shared_within_a_replica_or_by_whole_ones() -> None:
+    """Ranks 0 to 2 of six with tensor 2 would be one replica and half of the next."""
+    parallel = {"tensor": 2, "sequence_parallel": True, "expert": 3, "expert_tensor": 1}
+    with pytest.raises(
+        ValueError, match=r"^parallel\.expert: found 3 .* \(tensor 2 x data 3\), accepted: 1, 2, 6$"
+    ):
+        check_model_split(config(parallel=parallel).parallel, WITH_EXPERTS, 6)
+    check_model_split(config(parallel={**parallel, "expert": 6}).parallel, WITH_EXPERTS, 6)
+
+
+def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"distributed_optimizer_instances": 2}
+    monkeypatch.setattr(layout, "einops", lambda: Probe(True, "einops", ""))
+    check(config(parallel=two), SMOLLM2, 4)
+    check(config(parallel=two), WITH_EXPERTS, 4)
+    with pytest.raises(ValueError, match=r"instances: found 2 with experts that data ranks share .* 1$"):
+        check(config(parallel={"expert": 2, **two}), WITH_EXPERTS, 4)
+    with pytest.raises(ValueError, match=r"instances: found 2, accepted for 1 data-parallel ranks: 1$"):
+        check(config(parallel={"tensor": 3, **two}), SMOLLM2, 3)
+    monkeypatch.setattr(layout, "einops", lambda: Probe(False, "", "it"))
+    with pytest.raises(
+        ValueError, match=r"instances: found 2 without the package einops.*gapo-mega\[instances\]"
+    ):
+        check(config(parallel=two), SMOLLM2, 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"distributed": False}}, "with optimizer.distributed false, accepted: 1"),
+        ({"critic": {"optimizer": {"distributed": False}}}, "with critic.optimizer.distributed false"),
+        ({"optimizer": {"overlap_grad_reduce": True}}, "with optimizer.overlap_grad_reduce true"),
+    ],
+)
+def test_instances_of_what_is_none_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"parallel.distributed_optimizer_instances: found 2 {message}"):
+        config(parallel={"distributed_optimizer_instances": 2}, **sections)
+
+
+def test_transformer_engine_packs_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {"micro_batch_tokens": 100_000}
+    check(config(**packed), SMOLLM2, 1)
+    monkeypatch.setattr(layout, "transformer_engine_layers", lambda: True)
+    check(config(**packed, model={"path": "m", "dtype": "bf16"}), SMOLLM2, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_tokens: found 100000 with model.dtype fp32"):
+        check(config(**packed), SMOLLM2, 1)

@@ -15,8 +15,9 @@ from gapo_mega.config import Config, strategies
 from gapo_mega.config.loading import dump, load
 from gapo_mega.config.strategies import PassCount
 from gapo_mega.models import ModelShape
+from gapo_mega.planning.backwards import backwards_of_run
 from gapo_mega.planning.layout import check_gradients
-from gapo_mega.planning.strategy import forward_kind
+from gapo_mega.planning.strategy import forward_kind, microbatches
 from tests.helpers.resolved import resolved_run
 
 SHAPE = ModelShape("llama", 4, 8, 16, 2, 2, 4, 64, False, 1e4, 1e-5, False, 64)
@@ -189,3 +190,41 @@ def test_layer_ranges_from_a_file(tmp_path: Path) -> None:
     assert loaded.gradients.scope == load(tmp_path / "again.yaml").gradients.scope == [[0, 2], [3, 4]]
     with pytest.raises(ValueError, match=r"gradients\.scope"):
         load(tmp_path / "c.yaml", ["gradients.scope=[[0, 2, 3]]"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "forwards", "backwards"),
+    [({}, 3, 3), ({"router_z_loss": 0.1}, 4, 4), ({"router_aux_loss": 0.1, "router_z_loss": 0.1}, 5, 4)],
+)
+def test_losses_of_routers_have_passes_of_their_own(
+    losses: dict[str, float], forwards: int, backwards: int
+) -> None:
+    chosen = config({"forward": "separate"}, model={"path": "m", **losses})
+    resolved = resolved_run(chosen, shape=SHAPE)
+    assert resolved.passes == PassCount(forwards, backwards)
+    assert backwards_of_run(chosen, 5) == 5 * backwards
+
+
+def test_packed_microbatches_are_planned_for_the_longest_sequences() -> None:
+    """Of 16 sequences of at most 60 tokens: three in a row of 200, and all in one of 960."""
+    lengths = {"data": {"source": "s", "max_prompt_tokens": 40}}
+    rollout = {"prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 20}
+
+    def packed(tokens: int, **gradients: Any) -> Config:
+        return config(gradients, micro_batch_tokens=tokens, rollout=rollout, **lengths)
+
+    for tokens, count in ((60, 16), (119, 16), (120, 8), (200, 6), (959, 2), (960, 1)):
+        assert microbatches(packed(tokens), 1) == count
+    assert microbatches(packed(200), 2) == 3
+    stages = {"pipeline": 4, "virtual_pipeline": 2}
+    assert (
+        microbatches(config({}, micro_batch_tokens=960, rollout=rollout, parallel=stages, **lengths), 1) == 4
+    )
+    assert forward_kind(packed(200), 2) == "one_pass"
+    assert forward_kind(packed(960), 1, by_token=True) == "shared"
+    assert forward_kind(packed(959), 2, by_token=True) == "shared"
+    assert forward_kind(packed(200), 2, by_token=True) == "separate"
+    with pytest.raises(
+        ValidationError, match=r"micro_batch_tokens: found 59, accepted: null, or at least .*60"
+    ):
+        packed(59)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,17 @@ def test_all_prompts_in_order_on_every_rank(world: int, data: int) -> None:
     for replica in range(data):
         member = team.members[replica * (world // data)]
         assert member.prompts == [p.token_ids for p in PROMPTS[replica::data] for _ in range(2)]
+
+
+@pytest.mark.parametrize(("world", "data"), [(2, 2), (3, 3), (8, 8), (8, 4)])
+def test_ranks_that_share_experts_answer_equally_many(world: int, data: int) -> None:
+    """Every prompt once all the same, by the replica whose it is."""
+    expected = Team(world, data).run(answers)[0]
+    team = Team(world, data)
+    for member in team.members:
+        member.layout = replace(member.layout, in_step=True)
+    assert all(found == expected for found in team.run(answers))
+    assert {len(member.prompts) for member in team.members} == {-(-len(PROMPTS) // data) * 2}
 
 
 def test_the_same_again_with_the_same_policy_and_seed() -> None:

@@ -104,3 +104,18 @@ def test_ranks_share_a_batch_and_have_all_of_it() -> None:
     assert [(a.number, a.sample) for a in first[0] + first[1]] == [divmod(i, 2) for i in range(8)]
     assert first[2] == first[0][:2] and first[3] == first[0]
     assert [len(member.prompts) for member in team.members] == [4 + 2, 4 + 2, 2, 2]
+
+
+def test_ranks_that_share_experts_compute_equally_many() -> None:
+    """Prompts and scores, and each answer is given once."""
+
+    def work(engine: Member) -> tuple[list[Answer], list[Answer]]:
+        given = answerer(engine, Length("old")).answer(range(5))
+        return given, answerer(engine, Length("old"), Length("new")).score(given)
+
+    expected = Team(3, 3).run(work)[0]
+    team = Team(3, 3)
+    for member in team.members:
+        member.layout = replace(member.layout, in_step=True)
+    assert team.run(work) == [expected] * 3
+    assert {len(member.prompts) for member in team.members} == {2 * 2}

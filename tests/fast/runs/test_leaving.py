@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapo_mega.runs.leaving import Before, obstacle
+from gapo_mega.runs.leaving import Before, meet, obstacle, stand_together
 from gapo_mega.runs.processes import Alone
 from tests.helpers.held_runs import Threads, on_ranks
 
@@ -46,7 +46,8 @@ def test_ranks_that_stand_elsewhere_are_an_obstacle(told: list[tuple[int, bool]]
     """A rank that has done another step is ahead of the others: its state is that of another step."""
 
     def work(everyone: Threads, rank: int) -> object:
-        return obstacle(everyone, *told[rank])
+        step, untouched = told[rank]
+        return obstacle(meet(everyone, step, untouched), step)
 
     first, _, third = on_ranks(3, work)
     assert first == third == why
@@ -70,11 +71,19 @@ class Missing:
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    assert obstacle(Missing(2), 4, True) == "rank 2 did not answer within 30 s"
-    assert obstacle(Missing(1, 3), 4, True) == "ranks 1, 3 did not answer within 30 s"
-    assert obstacle(Missing(), 4, True) is None
+    assert obstacle(meet(Missing(2), 4, True), 4) == "rank 2 did not answer within 30 s"
+    assert obstacle(meet(Missing(1, 3), 4, True), 4) == "ranks 1, 3 did not answer within 30 s"
+    assert obstacle(meet(Missing(), 4, True), 4) is None
 
 
 @pytest.mark.parametrize("untouched", [True, False])
 def test_a_single_process_asks_nobody(untouched: bool) -> None:
-    assert (obstacle(Alone(), 1, untouched) is None) is untouched
+    assert (obstacle(meet(Alone(), 1, untouched), 1) is None) is untouched
+
+
+@pytest.mark.parametrize(
+    ("told", "together"),
+    [([[4, True], [4, False]], True), ([[4, True], [5, True]], False), ([[4, True], None], False)],
+)
+def test_only_ranks_after_the_same_step_can_do_anything_together(told: list[Any], together: bool) -> None:
+    assert stand_together(told) is together

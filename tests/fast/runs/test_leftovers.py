@@ -17,6 +17,11 @@ FILES = (
     ".config.partial.yaml",
     "..gapo-mega.partial.json",
     ".summary.partial.json",
+    # The whole files are not there, and perhaps never will be.
+    ".metrics.cut-3.partial.jsonl",
+    "responses/.step_00000009.partial.jsonl",
+    "report/.index.partial.html",
+    "report/.heldout.partial.png",
 )
 
 
@@ -26,11 +31,11 @@ def leave_leftovers(directory: Path) -> list[Path]:
         directory / ".hf.partial-abcdefgh",
         directory / "checkpoints" / ".incomplete-step_00000009",
     )
-    for path in (export, incomplete, directory / "report"):
+    for path in (export, incomplete, directory / "report", directory / "responses"):
         path.mkdir(parents=True)
     (export / MADE_BY).write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))
     (incomplete / "weights").write_bytes(bytes(3_000_000))
-    files = [*(directory / name for name in FILES), directory / "report" / ".index.partial.html"]
+    files = [directory / name for name in FILES]
     for file in files:
         file.write_text("half")
     return [export, incomplete, *files]

@@ -61,6 +61,9 @@ class Counting:
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}
 
+    def in_flight(self, step: int) -> dict[str, Any]:
+        return {}
+
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         self._event(f"load {checkpoint.name}")
         self.value = state["value"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,32 @@ def test_runs_that_answer_at_the_same_time(tmp_path: Path) -> None:
     assert SharedAnswers(str(folder), record(tmp_path), 1, Alone()).get(lambda: pytest.fail("asked")) == made
 
 
+def test_what_killed_processes_left_goes_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that has ended writes no more; of another host's nobody knows, but none takes an hour."""
+    ended = 9_999_999  # more than any system numbers
+    host, digits = socket.gethostname(), "0123456789abcdef" * 2
+    left, old = f".{host}.{ended}.{digits}.json", f".other.example.1.{digits}.json"
+    stays = [
+        f".{host}.{os.getpid()}.{digits}.json",  # being written
+        f".elsewhere.{ended}.{digits}.json",
+        ".notes.json",
+        f".{host}.{ended}.{digits}.txt",
+        "answers.json",
+    ]
+    for name in (left, old, *stays):
+        (tmp_path / name).write_text('{"prompts": [')
+    (tmp_path / f".{host}.{ended}.{digits[::-1]}.json").symlink_to("answers.json")
+    an_hour_ago = time.time() - 3700
+    for name in (old, ".notes.json", "answers.json"):
+        os.utime(tmp_path / name, (an_hour_ago, an_hour_ago))
+    SharedAnswers(str(tmp_path), record(tmp_path), 1, Alone())
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {*stays, f".{host}.{ended}.{digits[::-1]}.json"}
+    assert f"removed {tmp_path / left}" in caplog.text and f"removed {tmp_path / old}" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -65,6 +94,8 @@ def test_runs_that_answer_at_the_same_time(tmp_path: Path) -> None:
         {"loss": {"name": "grpo"}},
         {"logging": {"progress": True}},
         {"evaluation": {"shown": 3}},
+        {"parallel": {"timeout_minutes": 5, "silence_minutes": 1, "phase_minutes": None}},
+        {"checkpoint": {"asynchronous": True, "keep_gb": 3, "export_hf": True, "export_to": "s3://bucket/a"}},
         {"evaluation": {"every_steps": 2, "early_stopping_patience": 1}, "checkpoint": {"best": "long"}},
     ],
 )

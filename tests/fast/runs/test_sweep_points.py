@@ -166,3 +166,11 @@ def test_one_line_for_what_no_run_can_have(tmp_path: Path, keys: dict[str, Any],
     with pytest.raises(ValueError) as error:
         expand(tmp_path, **keys)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_point_puts_its_model_somewhere_of_its_own(tmp_path: Path) -> None:
+    settings = {"checkpoint": {"export_to": "s3://bucket/sweep/"}}
+    points, _ = expand(tmp_path, settings=settings, seeds=[1, 2], grid={"optimizer.lr": [1e-5]})
+    assert [point.config.checkpoint.export_to for point in points] == [
+        f"s3://bucket/sweep/{point.name}" for point in points
+    ]

@@ -94,6 +94,7 @@ def test_more_steps_than_a_run_has_made(tmp_path: Path) -> None:
     ("sections", "key"),
     [
         ({"seed": 9}, "seed"),
+        ({"rollout": {"vllm": {"arguments": ["--quantization=fp8"]}}}, "rollout.vllm.arguments"),
         ({"optimizer": {"lr": 1e-3}}, "optimizer.lr"),
         ({"aggregation": {"name": "p_gapo"}}, "aggregation.name"),
         ({"scalarization": {"name": "gdpo"}}, "scalarization.name"),
@@ -112,6 +113,16 @@ def test_settings_that_change_no_number_may_differ(tmp_path: Path) -> None:
     finish(tmp_path)
     other = {"logging": {"tensorboard": False}, "checkpoint": {"every_steps": 3}, "evaluation": {"shown": 1}}
     check_same(tmp_path, config_of(tmp_path / "elsewhere", **other))
+    waits = {"timeout_minutes": 5, "silence_minutes": 1, "phase_minutes": None}
+    servers = {
+        "url": ["http://a:1", "http://b:1"],
+        "weights_directory": "/shared",
+        "timeout": 60,
+        "patience": 5,
+    }
+    check_same(tmp_path, config_of(tmp_path, parallel=waits, rollout={"vllm": servers}))
+    own = {"python": "/vllm/python", "replicas": 2, "environment": {"A": "1"}, "start_timeout": 60}
+    check_same(tmp_path, config_of(tmp_path, rollout={"vllm": {**own, "piece_mib": 3}}))
 
 
 def test_one_that_stopped_early_has_ended(tmp_path: Path) -> None:

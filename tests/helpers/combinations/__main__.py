@@ -12,11 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gapo_mega.models import HFDirectory
-from gapo_mega.models.registry import shape_of
 from tests.helpers.combinations import reporting
 from tests.helpers.combinations.covering import covering_order
-from tests.helpers.combinations.reference import write_models
+from tests.helpers.combinations.reference import shapes_of, write_models
 from tests.helpers.combinations.running import Outcome, Sweep, read, write
 from tests.helpers.combinations.settings import AXES, LAYOUTS, Setting, combinations, parse_where
 
@@ -72,8 +70,7 @@ def _ranks(text: str) -> set[int]:
 
 def _order(arguments: argparse.Namespace, models: Path) -> list[Setting]:
     """The valid combinations asked for, in the order in which they run."""
-    shape = shape_of(HFDirectory(models / "tied-false").config)
-    found = combinations(shape, arguments.where)
+    found = combinations(shapes_of(models), arguments.where)
     print(f"{found.total:,} combinations, {len(found.valid):,} valid; refused:")
     print(reporting.refusals(found.refused))
     wanted = [setting for setting in found.valid if LAYOUTS[setting.layout].ranks in arguments.ranks]

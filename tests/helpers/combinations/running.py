@@ -142,7 +142,7 @@ class Sweep:
 
 def _arguments(setting: Setting) -> dict[str, Any]:
     layout = LAYOUTS[setting.layout]
-    return {"setting": setting.values, "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline}}
+    return {"setting": setting.values, "layout": layout.parallel}
 
 
 def _outcome(setting: Setting, line: dict[str, Any]) -> Outcome:

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
+from gapo_mega.engine.megatron.checkpoint.background import BackgroundSave, HeldFiles
 from gapo_mega.engine.megatron.model.build import build_chunks
 from gapo_mega.engine.megatron.model.forward import forward_backward
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable, make_trainable
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
-from gapo_mega.engine.megatron.runtime.groups import Groups
+from gapo_mega.engine.megatron.runtime.groups import Collective, Groups
+from gapo_mega.models.checkpoint_files import measured
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.types import TokenBatch
 from tests.helpers.logits import response_logprobs
@@ -241,7 +243,8 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     Layouts are [tensor, pipeline], or [tensor, pipeline, virtual_pipeline].
 
     Norms have an extra state either there (``stateful``) or in the other layouts. Other arguments:
-    directory, optimizer (a section), dtype, layers, tied, vocab.
+    directory, optimizer (a section), dtype, layers, tied, vocab, background (files are written after the
+    steps that follow).
     """
     directory = Path(args["directory"])
     in_groups = worlds.enter(*args["save"][:2], seed=1)
@@ -252,12 +255,15 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
     for _ in range(STEPS):
         original.random_step()
     extra = {"step": STEPS, "rank": in_groups.layout.data_rank}
-    checkpoint.save(directory, original.trainables, extra, in_groups)
+    held = HeldFiles(directory) if args.get("background") else None
+    checkpoint.save(directory, original.trainables, extra, in_groups, writer=held)
     dist.barrier()
     saved = original.fingerprint()
     for _ in range(STEPS):
         original.random_step()
     uninterrupted = original.tensors()
+    if held is not None:  # as late as a disk can be: the models have changed meanwhile
+        _write(directory, held, in_groups)
 
     resumed = Run(args, in_groups, 2, virtual)
     loaded_extra = checkpoint.load(directory, resumed.trainables, in_groups)
@@ -283,6 +289,14 @@ def run(args: dict[str, Any]) -> dict[str, Any]:
         found["losses"] = relative(found["losses"], reference["losses"])
         result["layouts"]["x".join(map(str, layout))] = found
     return result
+
+
+def _write(directory: Path, held: HeldFiles, in_groups: Groups) -> None:
+    background = BackgroundSave(directory, held, Collective(in_groups).everywhere)
+    assert background.wait(60)
+    for name, entry in background.finish().items():
+        assert measured(directory / name) == entry
+    dist.barrier()
 
 
 def _virtual(layout: Sequence[int]) -> int:

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.model.lora import adapted_layers
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.losses import Ppo
 from tests.helpers.combinations import comparison
 from tests.helpers.combinations.comparison import Observed
-from tests.helpers.combinations.reference import CLIP_EPSILON, Reference, reference_of, tensors_of
+from tests.helpers.combinations.reference import (
+    CLIP_EPSILON,
+    Reference,
+    directory_of,
+    reference_of,
+    tensors_of,
+)
 from tests.helpers.combinations.settings import LAYOUTS, ROWS, Setting, config_of
 from tests.helpers.ranks.check_engine import build_engine
 
@@ -26,8 +33,8 @@ loss = Ppo(clip_epsilon=CLIP_EPSILON)
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: setting, and models, the folder of ``write_models``; rank 0 gives the verdict."""
     setting, models = Setting(**arguments["setting"]), Path(arguments["models"])
-    reference = reference_of(models, setting.tied, setting.temperature, setting.sampling)
-    seen = observe(setting, models / f"tied-{setting.tied}", reference)
+    reference = reference_of(models, setting.model, setting.tied, setting.temperature, setting.sampling)
+    seen = observe(setting, directory_of(models, setting.model, setting.tied), reference)
     if seen is None:
         return {}
     return comparison.verdict(setting, comparison.errors(setting, seen, reference))
@@ -60,7 +67,10 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
         _copy_(engine, adam_state(engine, key))
     with tempfile.TemporaryDirectory(dir=folder) as own:
         directory = Path(own) / "exported"
-        engine.export_hf(directory)
+        if any(adapted_layers(engine.policy.modules)):
+            engine.export_adapter(directory)
+        else:
+            engine.export_hf(directory)
         found = tensors_of(directory) if dist.get_rank() == 0 else None
     _copy_(engine, kept)
     return found
@@ -70,12 +80,13 @@ def adam_state(engine: MegatronEngine, key: str) -> list[Tensor]:
     """A tensor of Adam's state for every parameter of this rank, put together over the data ranks."""
     parameters = engine.policy.parameters()
     whole = {parameter: torch.zeros(parameter.numel()) for parameter in parameters}
-    (inner,) = engine.policy.optimizer.chained_optimizers
-    for parameter, main, start, end in main_parameters(inner):
-        whole[parameter][start:end] = inner.optimizer.state[main][key].detach().flatten()
-    if inner.config.use_distributed_optimizer:
-        for value in whole.values():
-            dist.all_reduce(value, group=engine.groups.data)
+    for inner in engine.policy.optimizer.chained_optimizers:
+        for parameter, main, start, end in main_parameters(inner):
+            whole[parameter][start:end] = inner.optimizer.state[main][key].detach().flatten()
+    if engine.policy.chunks[0].ddp_config.use_distributed_optimizer:
+        for parameter, value in whole.items():
+            is_dense = getattr(parameter, "allreduce", True)
+            dist.all_reduce(value, group=engine.groups.data if is_dense else engine.groups.expert_data)
     return [whole[parameter].view(parameter.shape) for parameter in parameters]
 
 

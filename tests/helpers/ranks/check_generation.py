@@ -70,10 +70,12 @@ def training_logprobs(
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model (a folder), layout, batch_size, eos_ids, and runs, a list of sampling parameters.
 
-    ``megatron_layers``: pipeline stages that our decoder is not to know.
+    ``megatron_layers``: pipeline stages that our decoder is not to know. ``apart``: every data rank has
+    prompts and a seed of its own.
 
     Gives one entry per run: ``tokens``, ``mask``, ``logprobs`` and ``finished`` as nested lists,
-    ``same`` (all ranks of the world agree) and ``logprob_error`` against the training forward.
+    ``same`` (all ranks of the world, or of every replica, agree), ``logprob_error`` against the training
+    forward, the largest of all ranks, and ``everywhere``, the tokens of every data rank.
     """
     directory = Path(arguments["model"])
     layout = ParallelConfig.model_validate(arguments["layout"])
@@ -94,27 +96,34 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         eos_ids=arguments["eos_ids"],
         batch_size=arguments["batch_size"],
     )
+    prompts, seed = prompts_of(shape.vocab), 4
+    if arguments.get("apart"):
+        here, data = world.layout.data_rank, world.layout.data
+        prompts, seed = prompts[here::data][: len(prompts) // data], seed + here
     results: list[dict[str, Any]] = []
     for parameters in arguments["runs"]:
         sampling = SamplingParameters(**parameters)
-        generation = generator.generate(prompts_of(shape.vocab), sampling, seed=4)
+        generation = generator.generate(prompts, sampling, seed)
         assert all(chunk.training for chunk in chunks)
         expected_BT = training_logprobs(chunks, generation, Distribution.of(shape.vocab, sampling), world)
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, tensors_of(generation))
+        alike = dist.group.WORLD if not arguments.get("apart") else world.replica
+        everywhere: list[Any] = [None] * dist.get_world_size(alike)
+        dist.all_gather_object(everywhere, tensors_of(generation), group=alike)
         same = all(
             torch.equal(mine, theirs)
             for other in everywhere
             for mine, theirs in zip(tensors_of(generation), other, strict=True)
         )
+        error = float((generation.logprobs_BT - expected_BT).abs().max())
         results.append(
             {
                 "tokens": generation.tokens_BT.tolist(),
                 "mask": generation.response_mask_BT.tolist(),
                 "logprobs": generation.logprobs_BT.tolist(),
                 "finished": generation.finished_B.tolist(),
-                "same": same,
-                "logprob_error": float((generation.logprobs_BT - expected_BT).abs().max()),
+                "same": bool(world.sum_over_data(torch.tensor(float(same))) == world.layout.data),
+                "logprob_error": max(world.gather_over_data(error)),
+                "everywhere": world.gather_over_data(generation.tokens_BT.tolist()),
             }
         )
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Gradients of two objectives in one layout, tensor by tensor against transformers' autograd."""
+"""Gradients of two objectives in one layout, tensor by tensor against transformers' autograd in float64."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def _write_gradient(
 
 
 def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
+    # The default for experts has no float64.
+    model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").double().eval()
     model.get_input_embeddings().padding_idx = None  # transformers gives that row no gradient
     batch = global_batch(model.config.vocab_size)
     tokens_BT, mask_BT = batch.tokens_BT, batch.response_mask_BT
@@ -133,7 +134,7 @@ def _transformers_gradients(directory: Path) -> tuple[Tensor, dict[str, Tensor]]
         value = loss(logprobs_BT, batch, objective) / batch.response_mask_BT.sum()
         found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
         rows.append(dict(zip(parameters, found, strict=True)))
-    flat_MN = torch.stack([torch.cat([g.flatten() for g in row.values()]).double() for row in rows])
+    flat_MN = torch.stack([torch.cat([g.flatten() for g in row.values()]) for row in rows])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(sum(w * row[name] for w, row in zip(WEIGHTS, rows, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from gapo_mega.config import Config
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.rollout.ahead import Ahead, Steps
 from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
+from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.servers.lost import ServerLost
-from gapo_mega.types import Generation
+from gapo_mega.types import Generation, Prompt
+from tests.helpers.fake_engine import FakeTokenizer
 from tests.helpers.ranks import check_engine
 from tests.helpers.table_policy import TablePolicy
 from tests.helpers.vllm_protocol import TableServer
@@ -34,6 +38,7 @@ class TableOnRanks(TablePolicy):
         super().__init__()
         self._engine = engine
         self.layout = engine.layout
+        self.barrier = engine.barrier  # type: ignore[method-assign]
         self.broadcast_in_replica = engine.broadcast_in_replica  # type: ignore[method-assign]
         self.gather_over_data = engine.gather_over_data  # type: ignore[method-assign]
 
@@ -50,7 +55,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
     Gives ``different``, names of tensors that the stream changed or lacks; ``alone``, whether rank 0 was the
     only one to get any; and by ranks what a rollout gave (``tokens``), one in which the server was restarted
-    (``again``), and the errors of one that it refused and one without a server (``errors``).
+    (``again``), what rollouts ahead gave (``ahead``), and the errors of one that it refused and one without a
+    server (``errors``).
     """
     engine = check_engine.build_engine(check_engine.make_config(arguments["model"], arguments["layout"], {}))
     stream = {name: tensor.clone() for name, tensor in engine.named_weights()}
@@ -102,6 +108,7 @@ def _rollouts(engine: MegatronEngine) -> dict[str, Any]:
         server.fail = restart  # type: ignore[assignment]
     engine.barrier()
     again, streams, errors = rollout().tokens_BT.tolist(), policy.streams, []
+    ahead = _ahead(policy, backend, server)
     if server is not None:
         refused = 400, {"error": "too long"}
         server.fail = lambda path, content: refused if "generate" in path else None
@@ -115,4 +122,45 @@ def _rollouts(engine: MegatronEngine) -> dict[str, Any]:
         if server is not None:
             server.close()
         engine.barrier()
-    return {"tokens": tokens, "again": again, "streams": streams, "errors": errors}
+    return {"tokens": tokens, "again": again, "streams": streams, "ahead": ahead, "errors": errors}
+
+
+def _ahead(policy: TableOnRanks, backend: Vllm, server: TableServer | None) -> dict[str, Any]:
+    """Four steps drawn ahead, with an update after each; responses of the third are lost on the last replica.
+
+    Gives tokens, staleness and version by step, and which steps a checkpoint had after each.
+    """
+    layout, asked = policy.layout, len(server.asked) if server else 0
+    mine = [Prompt(0, "a", (3 + layout.data_rank, 5)), Prompt(1, "b", (4, 6 + layout.data_rank))]
+    collector = Collector(backend, FakeTokenizer(), SAMPLING)  # type: ignore[arg-type]
+    ahead = Ahead(policy, backend, collector, Steps(4, lambda _: mine, lambda step: step, 2), 1, _untimed)
+    found: dict[str, Any] = {"tokens": [], "staleness": [], "versions": [], "kept": []}
+    begun = policy.changes
+    for step in range(4):
+        if server is not None:
+            server.seconds_per_token = 0.01  # so that updates of weights have something to wait for
+            # Of the third step; the last replica's first prompt begins with another token than any other.
+            server.fail = lambda path, content, step=step: (  # type: ignore[misc]
+                (500, {"error": "lost"})
+                if step == 1 and "generate" in path and content["token_ids"] == [2 + layout.data, 5]
+                else None
+            )
+        policy.barrier()
+        sampled = ahead.take(step)
+        ahead.settle()
+        policy.barrier()
+        versions_B = sampled.rollout.versions_B
+        assert versions_B is not None
+        found["tokens"].append(sampled.rollout.tokens_BT.tolist())
+        found["staleness"].append(sampled.facts["rollout/staleness"])
+        found["versions"].append([version - begun for version in versions_B.tolist()])
+        policy.learn(step + 1)
+        found["kept"].append(list(ahead.state_dict(step + 1)["batches"]))
+    if server is not None:
+        found["asked"] = len(server.asked) - asked
+    return found
+
+
+@contextmanager
+def _untimed(name: str) -> Iterator[None]:
+    yield

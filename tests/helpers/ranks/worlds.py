@@ -9,13 +9,19 @@ _current: dict[tuple[int, ...], groups.Groups] = {}
 
 
 def enter(
-    tensor: int, pipeline: int, seed: int = 1, *, expert: int = 1, expert_tensor: int | None = None
+    tensor: int,
+    pipeline: int,
+    seed: int = 1,
+    *,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    instances: int = 1,
 ) -> groups.Groups:
     """The groups of a layout on this world, freshly seeded; those of another one are closed first."""
-    layout = (tensor, pipeline, expert, expert_tensor or tensor)
+    layout = (tensor, pipeline, expert, expert_tensor or tensor, instances)
     if layout not in _current:
         leave()
-        _current[layout] = groups.initialize(*layout)
+        _current[layout] = groups.initialize(*layout[:4], optimizer_instances=instances)
     groups.seed(seed)
     return _current[layout]
 
@@ -23,7 +29,14 @@ def enter(
 def enter_layout(parallel: ParallelConfig, seed: int = 1) -> groups.Groups:
     """``enter`` for a configuration."""
     expert, expert_tensor = parallel.expert, parallel.expert_tensor
-    return enter(parallel.tensor, parallel.pipeline, seed, expert=expert, expert_tensor=expert_tensor)
+    return enter(
+        parallel.tensor,
+        parallel.pipeline,
+        seed,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        instances=parallel.distributed_optimizer_instances,
+    )
 
 
 def leave() -> None:

@@ -44,13 +44,25 @@ CHANGES = [
         "microbatches": "several",
     },
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
+    {"model": "adapters", "layout": "DP2", "distributed": "true", "metric": "adam", "forward": "one_pass"},
+    {"model": "experts", "layout": "DP2xEP2", "distributed": "true", "metric": "adam", "recompute": "full"},
+    {
+        "model": "experts",
+        "layout": "TP2xEP2",
+        "sequence_parallel": "true",
+        "distributed": "true",
+        "overlap": "reduce_and_gather",
+        "forward": "shared",
+        "microbatches": "several",
+        "sampling": "edited",
+    },
 ]
 
 
 def sweep(folder: Path, settings: list[Setting]) -> dict[Setting, Outcome]:
     write_models(folder)
     outcomes: list[Outcome] = []
-    Sweep(folder, outcomes.append, seconds=120).run(settings, workers=1)
+    Sweep(folder, outcomes.append, seconds=300).run(settings, workers=1)
     return {outcome.setting: outcome for outcome in outcomes}
 
 

@@ -49,6 +49,18 @@ def test_a_restarted_server_is_met_by_all_ranks_together(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_rollouts_ahead_are_of_one_policy_on_all_ranks(results: dict[str, dict[str, Any]], name: str) -> None:
+    """Lost responses of one replica are left out of all ranks' checkpoint, and drawn anew on all."""
+    first, second = (rank["ahead"] for rank in results[name]["ranks"])
+    for rank in (first, second):
+        assert rank["staleness"] == [0, 1, 0, 1]
+        assert rank["versions"] == [[0] * 4, [0] * 4, [2] * 4, [2] * 4]
+        assert rank["kept"] == [["1"], [], ["3"], []]
+    assert (first["tokens"] == second["tokens"]) == (name != "DP2")
+    assert first["asked"] <= (2 if name == "DP2" else 1) * 4 * 5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_no_rank_waits_for_one_that_has_failed(results: dict[str, dict[str, Any]], name: str) -> None:
     for rank in results[name]["ranks"]:
         refused, gone = rank["errors"]

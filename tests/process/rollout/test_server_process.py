@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,12 @@ from tests.helpers.fake_runs import configuration
 from tests.helpers.table_policy import TablePolicy
 
 SERVER = """\
-import sys, threading
+import os, sys, threading
 from tests.helpers.vllm_protocol import TableServer
 if "--fail" in sys.argv:
     print("loading"); sys.exit("no such model")
+if "SEEN" in os.environ:
+    open(os.environ["SEEN"], "w").close()
 TableServer(int(sys.argv[sys.argv.index("--port") + 1]))
 threading.Event().wait()
 """
@@ -50,8 +53,14 @@ def python(tmp_path: Path) -> Path:
     return script
 
 
-def backend(python: Path, engine: TablePolicy, *arguments: str) -> Vllm:
-    vllm = {"python": str(python), "arguments": list(arguments), "patience": 0, "start_timeout": 120}
+def backend(python: Path, engine: TablePolicy, *arguments: str, **options: Any) -> Vllm:
+    vllm = {
+        "python": str(python),
+        "arguments": list(arguments),
+        "patience": 0,
+        "start_timeout": 120,
+        **options,
+    }
     config = configuration(python.parent / "run", rollout={"backend": "vllm", "vllm": vllm})
     Vllm.check(config)
     return Vllm(Policy(engine, python.parent, 0, (END,)), config)
@@ -66,8 +75,9 @@ def rollouts(python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
 
 
 def process_of(rollouts: Vllm) -> subprocess.Popen[bytes]:
-    assert rollouts._process is not None and rollouts._process._process is not None
-    return rollouts._process._process
+    (server,) = rollouts._processes
+    assert server._process is not None
+    return server._process
 
 
 def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: Vllm) -> None:
@@ -84,12 +94,30 @@ def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: 
         return rollouts.generate(PROMPTS, SAMPLING, 7)
 
     again = recovered(engine, rollouts.update_weights, killed_at_first)
-    assert calls == 2 and rollouts._process is not None and rollouts._process.starts == 2
+    assert calls == 2 and rollouts._processes[0].starts == 2
     assert torch.equal(undisturbed.tokens_BT, again.tokens_BT)
     np.testing.assert_array_equal(undisturbed.logprobs_BT.numpy(), again.logprobs_BT.numpy())
     last = process_of(rollouts)
     rollouts.close()
-    assert last.poll() is not None and not rollouts._process.log.exists()
+    assert last.poll() is not None and not rollouts._processes[0].log.exists()
+
+
+def test_replicas_have_the_same_weights_and_their_own_variables(python: Path) -> None:
+    (python.parent / "seen").mkdir()
+    engine = TablePolicy()
+    own = {"SEEN": [str(python.parent / "seen" / name) for name in ("first", "second")]}
+    built = backend(python, engine, replicas=2, environment=own)
+    try:
+        built.update_weights()
+        before = built.generate(PROMPTS, SAMPLING, 7)
+        os.kill(built._processes[1]._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        after = recovered(engine, built.update_weights, lambda: built.generate(PROMPTS, SAMPLING, 7))
+        assert torch.equal(before.tokens_BT, after.tokens_BT)
+        assert [process.starts for process in built._processes] == [1, 2]
+        assert len({process.url for process in built._processes}) == 2
+        assert sorted(path.name for path in (python.parent / "seen").iterdir()) == ["first", "second"]
+    finally:
+        built.close()
 
 
 def test_a_server_that_cannot_start_is_told_with_what_it_printed(python: Path) -> None:
@@ -97,6 +125,17 @@ def test_a_server_that_cannot_start_is_told_with_what_it_printed(python: Path) -
     with pytest.raises(ServerLost, match=r"ended with status 1: loading \| no such model \(.*vllm.log\)$"):
         failing.update_weights()
     failing.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [(0o644, "Permission denied"), (0o755, "No such file or directory")]
+)
+def test_a_python_that_is_no_program_is_one_line(tmp_path: Path, mode: int, reason: str) -> None:
+    (tmp_path / "python").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "python").chmod(mode)
+    message = rf"^rollout.vllm.python: found .*/python, which does not start \({reason}\), accepted: "
+    with pytest.raises(ValueError, match=message):
+        backend(tmp_path / "python", TablePolicy())
 
 
 PARENT = """\

@@ -114,9 +114,8 @@ def test_a_finished_run_needs_overwrite_and_the_users_files_stay(folder: Path) -
     (run / "notes.txt").write_text("mine")
 
     model = (run / "hf" / "model.safetensors").read_bytes()
-    for options in (("steps=5",), ("--nproc", 2)):
-        line = error_of(command("train", "--config", own, *options))
-        assert f"output_dir: found {run}, where a run has ended" in line and "--overwrite" in line
+    line = error_of(command("train", "--config", own, "steps=5"))
+    assert f"output_dir: found {run}, where a run has ended" in line and "--overwrite" in line
     assert (run / "hf" / "model.safetensors").read_bytes() == model and steps_of(run) == [1, 2]
 
     assert "every method" in output_of(command("audit", run))

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -139,25 +138,6 @@ def test_sigkill_and_resume_is_bit_for_bit(folder: Path, uninterrupted: Path) ->
         assert (folder / run / "hf" / "model.safetensors").exists()
     same = [(folder / run / "hf" / "model.safetensors").read_bytes() for run in ("killed", "straight")]
     assert same[0] == same[1]
-
-
-def test_sigkill_of_two_processes_and_resume_is_bit_for_bit(folder: Path) -> None:
-    """Data parallelism, the launcher and all its workers killed at once; a metric out of Adam's state."""
-    gradients = {"metric": "adam"}
-    finish(start(write_config(folder, "straight2", gradients=gradients), "--nproc", "2"))
-    config = write_config(folder, "killed2", gradients=gradients)
-    process = start(config, "--nproc", "2")
-    wait_for_step(process, folder / "killed2", 2)
-    launcher = psutil.Process(process.pid)
-    family = [launcher, *launcher.children(recursive=True)]
-    assert len(family) >= 3, "a launcher and two workers"
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=60)
-    process.communicate()
-    assert "resumed from" in finish(start(config, "--nproc", "2"))
-    assert metrics(folder / "killed2") == metrics(folder / "straight2")
-    assert all("actual_change/vowels" in record for record in metrics(folder / "killed2"))
 
 
 def test_sigterm_saves_and_resume_goes_on(folder: Path, uninterrupted: Path) -> None:

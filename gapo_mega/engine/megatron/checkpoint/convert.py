@@ -29,6 +29,7 @@ from gapo_mega.engine.megatron.checkpoint.dist_format import (
     trained_model_prefix,
     write,
 )
+from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words, first_cause
 from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
 from gapo_mega.engine.megatron.model.build import padded_vocabulary
 from gapo_mega.models import HFDirectory, adapters, shape_of, write_hf
@@ -324,10 +325,10 @@ def _shared(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
             raise outcome
         try:
             yield outcome
-        except CheckpointException as error:  # holds one cause per failed rank
-            rank, (cause, _) = next(iter(error.failures.items()))
+        except CheckpointException as error:
+            _, cause = first_cause(error)
             if isinstance(cause, ValueError):
                 raise cause from error
-            raise ValueError(f"{target} cannot be written (rank {rank}): {cause}") from error
+            raise ValueError(f"{target} cannot be written ({cause_in_words(error)})") from error
     if distributed:
         dist.barrier()  # after it the directory has its final name on all ranks

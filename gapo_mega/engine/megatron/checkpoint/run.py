@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
+from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.optimizer import Trainable
@@ -63,6 +64,7 @@ def save(
     score_head: dict[str, Any] | None = None,
     averages: Mapping[str, AveragedRows] = MappingProxyType({}),
     lora: Mapping[str, object] | None = None,
+    writer: FileSystemWriter | None = None,
 ) -> None:
     """Write models, optimizers, schedules, random-number states and ``extra``. Collective.
 
@@ -73,6 +75,7 @@ def save(
         score_head: fields of a score model's ``ScoreHead``, for a conversion.
         averages: running means of gradients, by the name of their trainable.
         lora: what ``models.adapters.settings_of`` says of the trained model's adapters; None: it has none.
+        writer: of the tensors' files; None: torch's own, which has written them when this returns.
 
     Raises ``OSError`` that names the directory if writing it fails.
     """
@@ -97,7 +100,7 @@ def save(
         about: dict[str, Any] = {"format": FORMAT, "layout": _sizes(layout), "models": models}
         about["score_head"] = score_head
         about["lora"] = None if lora is None else dict(lora)
-        dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave())
+        dist_checkpointing.save({"about": about, **state}, str(directory), _InProcessSave(writer))
 
 
 def load(
@@ -148,8 +151,9 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     Checkpoints of all releases of Megatron-core are alike: what is not sharded is in ``common.pt``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, writer: FileSystemWriter | None) -> None:
         super().__init__("torch_dist", 1)
+        self._writer = writer
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
         common = releases.take_common(sharded_state_dict)
@@ -158,7 +162,7 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         )
         write_files(
             mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=self._writer or FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         if common is not None and dist.get_rank() == 0:
@@ -260,8 +264,7 @@ def _errors(directory: Path, what: str, kind: type[Exception]) -> Iterator[None]
     """Raise failures of the disk and of the format as one short message of type ``kind``."""
     try:
         yield
-    except CheckpointException as error:  # holds one cause per failed rank
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise kind(f"checkpoint {directory} cannot be {what} (rank {rank}): {cause}") from error
+    except CheckpointException as error:
+        raise kind(f"checkpoint {directory} cannot be {what} ({cause_in_words(error)})") from error
     except (OSError, CheckpointingException) as error:
         raise kind(f"checkpoint {directory} cannot be {what}: {error}") from error

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import is_checkpoint, read_common, trained_model_prefix
+from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
 from gapo_mega.engine.megatron.model import lora
 from gapo_mega.engine.megatron.model.modules import ValueModel
 from gapo_mega.engine.megatron.runtime import releases
@@ -118,7 +119,10 @@ def _load_checkpoint(model: GPTModel, shape: ModelShape, directory: Path, with_h
     try:
         with releases.without_advice():
             loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (CheckpointingException, CheckpointException, OSError) as error:
+    except CheckpointException as error:
+        reason = cause_in_words(error)
+        raise ValueError(f"checkpoint {directory} cannot be loaded as this model ({reason})") from error
+    except (CheckpointingException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint {directory} cannot be loaded as this model: {reason}") from error
     for name in state:

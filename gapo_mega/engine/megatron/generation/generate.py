@@ -38,9 +38,11 @@ from gapo_mega.engine.megatron.generation.megatron_layers import (
     takes_padding,
 )
 from gapo_mega.engine.megatron.generation.results import Results
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation, TokenWatcher
+from gapo_mega.whereabouts import get_on
 
 logger = logging.getLogger(__name__)
 
@@ -149,19 +151,23 @@ class MegatronGenerator:
         """Sample responses for token-id prompts. Collective over the replica's ranks.
 
         (``seed``, i) is the key of row i's random numbers, so replicas must pass different seeds.
-        ``batch_size`` and the layout change results by rounding only.
+        ``batch_size`` and the layout change results by rounding only. Data ranks that share experts wait for
+        each other at every token; they pass the same ``sampling``.
 
         Raises:
             ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer than the
                 model's sliding window.
         """
         self._check(prompts, sampling)
-        count, steps = len(prompts), sampling.max_new_tokens
-        results = Results(count, sampling, self._pad_id, self._samples_here, watch)
-        uniform_BS = sampler.uniform_numbers(seed, count, steps)
+        steps = sampling.max_new_tokens
+        batches = list(self._batches(prompts))
+        taken = [*prompts, *(self._fill(batches, prompts) if self._groups.layout.in_step else [])]
+        results = Results(len(taken), sampling, self._pad_id, self._samples_here, watch)
+        results.finished_B[len(prompts) :] = True
+        uniform_BS = sampler.uniform_numbers(seed, len(taken), steps)
         with torch.no_grad(), self._prepared() as chunks:
-            for batch in self._batches(prompts):
-                lanes = self._lanes(prompts, batch, steps)
+            for batch in batches:
+                lanes = self._lanes(taken, batch, steps)
                 self._run(chunks, lanes, results, uniform_BS, sampling)
         return results.assemble(prompts, self._broadcast)
 
@@ -209,6 +215,20 @@ class MegatronGenerator:
             for start in range(0, len(family), self._batch_size):
                 yield family[start : start + self._batch_size]
 
+    def _fill(self, batches: list[list[int]], prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Requests behind ``prompts`` that give all data ranks as many batches and lanes. Nobody reads them.
+
+        Adds to ``batches``.
+        """
+        fillers: list[Sequence[int]] = []
+        batches += [[] for _ in range(experts.most_among_sharers(len(batches)) - len(batches))]
+        for batch in batches:
+            like = prompts[batch[0] if batch else 0]  # a batch may have to be of one length
+            while len(batch) < self._groups.layout.pipeline:
+                batch.append(len(prompts) + len(fillers))
+                fillers.append(like)
+        return fillers
+
     def _lanes(self, prompts: Sequence[Sequence[int]], batch: list[int], steps: int) -> list[_Lane]:
         parts = torch.tensor(batch).tensor_split(self._groups.layout.pipeline)
         return [
@@ -240,6 +260,7 @@ class MegatronGenerator:
     ) -> None:
         """Sample all lanes, in the same order on all ranks: communication matches by order."""
         for step in range(sampling.max_new_tokens + 1):
+            get_on()
             for number, chunk in enumerate(chunks):
                 for lane in lanes:
                     if number == 0 and step > 0 and not lane.done:
@@ -297,6 +318,8 @@ class MegatronGenerator:
         results.finished_B[rows_B] = torch.isin(tokens_B[running_B], self._eos_ids)
         lane.step += 1
         left_B = (~results.finished_B[lane.rows_B]).nonzero().squeeze(-1)
+        if self._groups.layout.in_step and experts.most_among_sharers(len(left_B)) and not len(left_B):
+            left_B = torch.zeros(1, dtype=torch.int64)  # a finished row goes on for the others' sake
         if len(left_B) <= (1 - _REPACK_FROM) * len(lane.rows_B):
             lane.keep(_closed_up(left_B))
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from gapo_mega.engine.megatron.generation.products import Gated, Product, gated, product, with_change
 from gapo_mega.engine.megatron.model.lora import adapted_of
 from gapo_mega.engine.megatron.model.modules import RMSNorm
+from gapo_mega.engine.megatron.model.packing import PackedAttention
 
 # Fields of Megatron's configuration that change what a model computes, with what the decoder computes. A
 # release that lacks one of them computes it so, too.
@@ -60,7 +61,7 @@ _MODULES: dict[str, tuple[type, ...]] = {
     "self_attention.linear_qkv": (ColumnParallelLinear,),
     "self_attention.q_layernorm": (RMSNorm, IdentityOp, type(None)),
     "self_attention.k_layernorm": (RMSNorm, IdentityOp, type(None)),
-    "self_attention.core_attention": (DotProductAttention,),
+    "self_attention.core_attention": (DotProductAttention, PackedAttention),
     "self_attention.linear_proj": (RowParallelLinear,),
     "pre_cross_attn_layernorm": (IdentityOp,),
     "cross_attention": (IdentityOp,),

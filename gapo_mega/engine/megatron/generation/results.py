@@ -47,32 +47,36 @@ class Results:
         if self._record is not None:
             assert kept_BV is not None
             self._record.add(rows_B, step, kept_BV)
-        if self._watch is not None:
+        if self._watch is not None and len(rows_B):
             self._watch(rows_B.tolist(), packet_2B[0].long().tolist())
 
     def assemble(self, prompts: Sequence[Sequence[int]], broadcast: Callable[[Tensor], object]) -> Generation:
-        """Prompts and responses in one tensor. ``broadcast`` sends from the rank that samples, in place."""
-        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        ends_B = prompt_lengths_B + self.lengths_B
+        """Prompts and responses of the first requests in one tensor; those behind them have no response.
+
+        ``broadcast`` sends from the rank that samples, in place.
+        """
+        prompt_lengths_B, lengths_B = torch.tensor([len(p) for p in prompts]), self.lengths_B[: len(prompts)]
+        ends_B = prompt_lengths_B + lengths_B
         shape = (len(prompts), int(ends_B.max()))
         tokens_BT = torch.full(shape, self._pad_id, dtype=torch.int64)
         logprobs_BT = torch.zeros(shape)
         for row, prompt in enumerate(prompts):
-            start, end, new = len(prompt), int(ends_B[row]), int(self.lengths_B[row])
+            start, end, new = len(prompt), int(ends_B[row]), int(lengths_B[row])
             tokens_BT[row, :start] = torch.tensor(list(prompt))
             tokens_BT[row, start:end] = self.tokens_BS[row, :new]
             logprobs_BT[row, start:end] = self.logprobs_BS[row, :new]
         column_T = torch.arange(shape[1])
         mask_BT = (column_T >= prompt_lengths_B[:, None]) & (column_T < ends_B[:, None])
-        kept = at_columns(self._kept(broadcast), self.lengths_B, mask_BT) if self._cuts else None
-        return Generation(tokens_BT, prompt_lengths_B, mask_BT, logprobs_BT, self.finished_B, kept)
+        kept = at_columns(self._kept(broadcast, len(prompts)), lengths_B, mask_BT) if self._cuts else None
+        finished_B = self.finished_B[: len(prompts)]
+        return Generation(tokens_BT, prompt_lengths_B, mask_BT, logprobs_BT, finished_B, kept)
 
-    def _kept(self, broadcast: Callable[[Tensor], object]) -> KeptTokens:
-        """The record, on every rank: counts by response token ``[B, S]``."""
+    def _kept(self, broadcast: Callable[[Tensor], object], requests: int) -> KeptTokens:
+        """The record of the first ``requests``, on every rank: counts by response token ``[B, S]``."""
         recorded = None if self._record is None else self._record.assemble(*self.tokens_BS.shape)
         counts_BS = torch.empty_like(self.tokens_BS) if recorded is None else recorded.counts_BT
         broadcast(counts_BS)
         size = int(counts_BS.sum())
         tokens_K = torch.empty(size, dtype=torch.int32) if recorded is None else recorded.tokens_K
         broadcast(tokens_K)
-        return KeptTokens(counts_BS, tokens_K)
+        return KeptTokens(counts_BS[:requests], tokens_K)

@@ -12,11 +12,13 @@ Of short sequences a tile is little work and much memory. There row k takes a pr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gapo_mega import ops
+from gapo_mega.engine.megatron.gradients.row_sequences import RowSequences
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
 # Elements of a tile of all sequences together: 8 MiB of float32 stay in a CPU's caches, and smaller products
@@ -32,11 +34,15 @@ _SHORT = {"cpu": 32, "cuda": 256}
 class Accumulator:
     """The rows of one update, and the coefficients of the pass that is being differentiated."""
 
-    def __init__(self, rows: WholeRows) -> None:
+    def __init__(self, rows: WholeRows, tensor: int = 1, tensor_rank: int = 0) -> None:
+        """``tensor``, ``tensor_rank``: tensor-parallel ranks, and which one this is."""
         self._rows = rows
+        self._tensor, self._tensor_rank = tensor, tensor_rank
         self._written: set[nn.Parameter] = set()
         self._only: int | None = None
         self._coefficients_MB = torch.empty(0)
+        self._sequences: dict[int, RowSequences] = {}  # by the number of rows; empty: no packed microbatch
+        self.output_rows: RowSequences | None = None  # None: as all others
         # Fresh memory for every tile would cost as much as half of the product: the system zeroes it.
         self._scratch: dict[torch.dtype, Tensor] = {}
 
@@ -49,20 +55,87 @@ class Accumulator:
         self._only = only
         self._coefficients_MB = coefficients_MB.float().to(device)
 
-    def linear(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor) -> None:
-        """Add the gradient of ``output = input @ weight.t()``."""
+    def take_positions(self, numbers_S: Tensor | None, device: torch.device) -> None:
+        """The sequence that each position is of, on the host; None: the microbatch is not packed."""
+        self._sequences = {}
+        if numbers_S is not None:
+            rows = [numbers_S]
+            # Under sequence parallelism, whose widths are multiples, modules see this rank's part.
+            if len(numbers_S) % self._tensor == 0:
+                rows.insert(0, numbers_S.chunk(self._tensor)[self._tensor_rank])
+            for numbers_R in rows:
+                self._sequences[len(numbers_R)] = RowSequences.of(numbers_R).to(device)
+
+    def take_output_rows(self, numbers_R: Tensor) -> None:
+        """As ``take_positions``, for the rows that the output layer's next forward gets."""
+        self.output_rows = RowSequences.of(numbers_R)
+
+    def linear(
+        self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor, rows: RowSequences | None = None
+    ) -> None:
+        """Add the gradient of ``output = input @ weight.t()``.
+
+        ``rows``: whose the S rows are, if they are packed and not all positions.
+        """
         beta = self._beta(weight)
+        rows = rows or self._sequences.get(len(input_SBI))
+        assert rows is not None or not self._sequences, input_SBI.shape
         if self._only is not None:
             self._add_alone(weight, _product(grad_SBO, input_SBI).view(-1), beta)
+        elif rows is not None:
+            self._packed_linear(weight, input_SBI, grad_SBO, beta, rows)
         elif is_short(input_SBI.shape[0], len(self._coefficients_MB), input_SBI.device.type):
             self.linear_by_row(weight, input_SBI, grad_SBO, beta)
         else:
             self.linear_by_tile(weight, input_SBI, grad_SBO, beta)
 
-    def linear_by_row(self, weight: nn.Parameter, input_SBI: Tensor, grad_SBO: Tensor, beta: float) -> None:
+    def _packed_linear(
+        self,
+        weight: nn.Parameter,
+        input_S1I: Tensor,
+        grad_S1O: Tensor,
+        beta: float,
+        rows: RowSequences,
+    ) -> None:
+        mean = len(input_S1I) // max(1, len(rows.runs or ()))
+        if rows.runs is None or is_short(mean, len(self._coefficients_MB), input_S1I.device.type):
+            self.linear_by_row(weight, input_S1I, grad_S1O, beta, rows)
+        else:
+            self.packed_by_tile(weight, input_S1I, grad_S1O, beta, rows)
+
+    def packed_by_tile(
+        self,
+        weight: nn.Parameter,
+        input_S1I: Tensor,
+        grad_S1O: Tensor,
+        beta: float,
+        rows: RowSequences,
+    ) -> None:
+        """``linear_by_tile`` for packed rows: a product for each sequence, of the rows that are its own."""
+        assert rows.runs is not None
+        input_SI, grad_SO = input_S1I.squeeze(1), grad_S1O.squeeze(1)
+        width, out = input_SI.shape[1], grad_SO.shape[1]
+        present = [number for number, _, _ in rows.runs]
+        step = max(_LEAST_WIDTH, _TILE[input_SI.device.type] // (len(present) * width))
+        for first in range(0, out, step):
+            end = min(out, first + step)
+            tile_BOI = self._tile((len(present), end - first, width), input_SI)
+            for tile_OI, (_, start, stop) in zip(tile_BOI, rows.runs, strict=True):
+                torch.mm(grad_SO[start:stop, first:end].t(), input_SI[start:stop], out=tile_OI)
+            self._add(weight, first * width, tile_BOI.view(len(present), -1), beta, present)
+
+    def linear_by_row(
+        self,
+        weight: nn.Parameter,
+        input_SBI: Tensor,
+        grad_SBO: Tensor,
+        beta: float,
+        rows: RowSequences | None = None,
+    ) -> None:
         """One product for each row, of gradients scaled by its coefficients."""
         for row, coefficient_B in zip(self._views(weight), self._coefficients_MB, strict=True):
-            scaled_SBO = (grad_SBO * coefficient_B[None, :, None]).to(grad_SBO.dtype)
+            factor = coefficient_B[None] if rows is None else coefficient_B[rows.numbers_R, None]
+            scaled_SBO = (grad_SBO * factor[:, :, None]).to(grad_SBO.dtype)
             gradient_N = _product(scaled_SBO, input_SBI).view(-1)
             row.copy_(gradient_N) if beta == 0.0 else row.add_(gradient_N)
 
@@ -81,6 +154,17 @@ class Accumulator:
             torch.bmm(grad_BSO.transpose(1, 2), input_BSI, out=tile_BOI)
             self._add(weight, start * width, tile_BOI.view(sequences, -1), beta)
 
+    def over_positions(
+        self, parameter: nn.Parameter, terms_SBN: Tensor, rows: RowSequences | None = None
+    ) -> None:
+        """Add a gradient that is a sum over positions; ``rows``: as for ``linear``."""
+        rows = rows or self._sequences.get(len(terms_SBN))
+        if rows is None:
+            self.per_sequence(parameter, terms_SBN.sum(dim=0))
+        else:
+            sequences = self._coefficients_MB.shape[1]
+            self.per_sequence(parameter, rows.sums(terms_SBN.squeeze(1), sequences))
+
     def per_sequence(self, parameter: nn.Parameter, gradient_BN: Tensor) -> None:
         """Add the gradient of each sequence of the microbatch."""
         beta = self._beta(parameter)
@@ -89,8 +173,12 @@ class Accumulator:
         else:
             self._add_alone(parameter, gradient_BN.float().sum(dim=0), beta)
 
-    def embedding(self, weight: nn.Parameter, ids_N: Tensor, sequence_N: Tensor, grad_ND: Tensor) -> None:
-        """Add the gradients ``grad_ND`` of the weight's rows ``ids_N``, for tokens of given sequences."""
+    def embedding(self, weight: nn.Parameter, ids_BS: Tensor, here_BS: Tensor, grad_BSD: Tensor) -> None:
+        """Add the gradients of the weight's rows ``ids_BS`` where ``here_BS``."""
+        ids_N, grad_ND = ids_BS[here_BS], grad_BSD[here_BS]
+        sequence_N, position_N = here_BS.nonzero(as_tuple=True)
+        if self._sequences:
+            sequence_N = self._sequences[here_BS.shape[1]].numbers_R[position_N]
         if self._beta(weight) == 0.0:
             for row in self._views(weight):
                 row.zero_()
@@ -127,11 +215,22 @@ class Accumulator:
         self._written.add(parameter)
         return 0.0 if first else 1.0
 
-    def _add(self, parameter: nn.Parameter, start: int, tile_BN: Tensor, beta: float) -> None:
+    def _add(
+        self,
+        parameter: nn.Parameter,
+        start: int,
+        tile_BN: Tensor,
+        beta: float,
+        present: Sequence[int] | None = None,
+    ) -> None:
+        """``present``: the sequences that the tile is of; None: all."""
+        coefficients_MB = self._coefficients_MB
+        if present is not None and len(present) < coefficients_MB.shape[1]:
+            coefficients_MB = coefficients_MB[:, present]
         end = start + tile_BN.shape[1]
         others_KN = self._rows.of(parameter)[:, start:end]
         own_N = parameter.main_grad.view(-1)[start:end]  # type: ignore[attr-defined]
-        ops.accumulate_([others_KN, own_N], self._coefficients_MB, tile_BN, overwrite=beta == 0.0)
+        ops.accumulate_([others_KN, own_N], coefficients_MB, tile_BN, overwrite=beta == 0.0)
 
     def _add_alone(self, parameter: nn.Parameter, gradient_N: Tensor, beta: float) -> None:
         """Add one objective's whole gradient to its row."""

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
+from gapo_mega.engine.megatron.gradients.row_sequences import RowSequences
 from gapo_mega.engine.megatron.model.lora import LowRank
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable
@@ -66,11 +67,13 @@ def listening(trainable: Trainable, accumulator: Accumulator) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
+        outputs = {chunk.output_layer for chunk in trainable.modules if chunk.post_process}
         for module in _trained_modules(trainable):
             if isinstance(module, LowRank):
                 stack.enter_context(_attribute(module, "product", _product(accumulator)))
             elif isinstance(module, _LINEAR):
-                stack.enter_context(_attribute(module, "_forward_impl", _linear(accumulator)))
+                linear = _linear(accumulator, is_output=module in outputs)
+                stack.enter_context(_attribute(module, "_forward_impl", linear))
             elif isinstance(module, RMSNorm):
                 stack.enter_context(_attribute(module, "scale", _norm(accumulator)))
             elif isinstance(module, VocabParallelEmbedding):
@@ -98,7 +101,9 @@ def _attribute(module: nn.Module, name: str, value: Callable[..., Tensor]) -> It
 
 
 # -- linear layers -----------------------------------------------------------------------------------
-def _linear(accumulator: Accumulator) -> Callable[..., Tensor]:
+def _linear(accumulator: Accumulator, is_output: bool) -> Callable[..., Tensor]:
+    """``is_output``: of an output layer, whose input has other rows than other modules'."""
+
     def forward(
         input: Tensor,
         weight: nn.Parameter,
@@ -117,6 +122,7 @@ def _linear(accumulator: Accumulator) -> Callable[..., Tensor]:
             allreduce_dgrad,
             tp_group if sequence_parallel else None,
             tp_group,
+            accumulator.output_rows if is_output else None,
         )
         return output
 
@@ -126,7 +132,7 @@ def _linear(accumulator: Accumulator) -> Callable[..., Tensor]:
 def _product(accumulator: Accumulator) -> Callable[[Tensor, nn.Parameter], Tensor]:
     def product(x_SBI: Tensor, weight: nn.Parameter) -> Tensor:
         output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x_SBI, weight, None, accumulator, False, None, None
+            x_SBI, weight, None, accumulator, False, None, None, None
         )
         return output
 
@@ -149,8 +155,10 @@ class _Linear(torch.autograd.Function):
         sum_over_ranks: bool,
         gathered_over: dist.ProcessGroup | None,
         group: dist.ProcessGroup | None,
+        rows: RowSequences | None,
     ) -> Tensor:
         ctx.save_for_backward(input_SBI)
+        ctx.rows = rows if rows is None else rows.to(input_SBI.device)
         ctx.weight, ctx.bias, ctx.accumulator = weight, bias, accumulator
         ctx.sum_over_ranks, ctx.gathered_over, ctx.group = sum_over_ranks, gathered_over, group
         whole_SBI = input_SBI if gathered_over is None else _gathered(input_SBI, gathered_over)
@@ -170,12 +178,12 @@ class _Linear(torch.autograd.Function):
             input_SBI = _gathered(input_SBI, ctx.gathered_over)
         elif ctx.sum_over_ranks:
             work = dist.all_reduce(grad_SBI, group=ctx.group, async_op=True)
-        ctx.accumulator.linear(ctx.weight, input_SBI, grad_SBO)
+        ctx.accumulator.linear(ctx.weight, input_SBI, grad_SBO, ctx.rows)
         if ctx.bias is not None:
-            ctx.accumulator.per_sequence(ctx.bias, grad_SBO.sum(dim=0))
+            ctx.accumulator.over_positions(ctx.bias, grad_SBO, ctx.rows)
         if work is not None:
             work.wait()
-        return result_SBI, None, None, None, None, None, None
+        return result_SBI, None, None, None, None, None, None, None
 
 
 def _gathered(part_SBX: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -206,8 +214,9 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (normed,), grad = ctx.saved_tensors, grads[0]
-        all_but_sequence = [axis for axis in range(grad.dim() - 1) if axis != 1]
-        ctx.accumulator.per_sequence(ctx.weight, (grad * normed).sum(dim=all_but_sequence))
+        terms = grad * normed
+        heads = list(range(2, terms.dim() - 1))
+        ctx.accumulator.over_positions(ctx.weight, terms.sum(dim=heads) if heads else terms)
         return grad * ctx.weight, None, None
 
 
@@ -226,8 +235,7 @@ def _embedding(accumulator: Accumulator) -> Callable[..., Tensor]:
                 grad = _gathered(grad, module.tp_group).transpose(0, 1)
             local_BS = ids_BS - module.vocab_start_index
             here_BS = (local_BS >= 0) & (local_BS < module.num_embeddings_per_partition)
-            sequence_N = here_BS.nonzero()[:, 0]
-            accumulator.embedding(module.weight, local_BS[here_BS], sequence_N, grad[here_BS])
+            accumulator.embedding(module.weight, local_BS, here_BS, grad)
 
         leaf.register_hook(add)  # type: ignore[no-untyped-call]
         return leaf

@@ -142,7 +142,7 @@ class Shards(GradientStrategy):
         if self.averages is None or not aggregated.ok() or not bool(gram.isfinite().all()):
             return None
         size = summands(aggregated.weights.cpu(), euclidean.cpu())
-        refused = why_unmeasured(size) if size else None
+        refused = self.unfit or (why_unmeasured(size) if size else None)
         if refused is None:
             self.averages.add(self._rows)
         return refused
@@ -173,20 +173,23 @@ class Shards(GradientStrategy):
         """``<parameters before - after, g_k>`` of every objective.
 
         The combination d has overwritten one row, which is ``g_last = (d - sum w_k g_k) / w_last``. Its
-        product is NaN if w_last is zero or clipping left nothing of d.
+        product is NaN if w_last is zero or clipping left nothing of d. The gradient of the routers' losses is
+        in the buffer, too.
         """
         if self._before is None:
             return None
         for view, values in self._parameters(self._before):
             view.sub_(values)
-        gram = self.gram(self.shard, [self._before, *self._rows])
-        products: list[float] = gram[0, 1:].tolist()
+        routers = [] if self.routers is None else [self.routers.row]
+        gram = self.gram(self.shard, [self._before, *self._rows, *routers])
+        products: list[float] = gram[0, 1 : self.objectives + 1].tolist()
+        others = float(gram[0, self.objectives + 1 :].sum())
         last = next(k for k, row in enumerate(self._rows) if row is self.shard.pieces)
         # Megatron clips in place or in a copy: the buffer's norm shows whether it holds the clipped gradient.
         square = self.gram(self.shard, [self.shard.pieces])
         scale = math.sqrt(float(square)) / norm if norm > 0 else 1.0
         weights = found.weights
-        others = sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
+        others += sum(float(weights[k]) * products[k] for k in range(self.objectives) if k != last)
         weight = float(weights[last])
         products[last] = (products[last] / scale - others) / weight if scale and weight else math.nan
         return products

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,10 @@ from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.shard import bytes_of
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
+from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.forward import forward_backward, run_policy, sequence_multiple
-from gapo_mega.engine.megatron.model.logprobs import Backwards
+from gapo_mega.engine.megatron.model.logprobs import Backwards, Wanted
+from gapo_mega.engine.megatron.model.packing import sequence_numbers
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.types import Experience
@@ -44,8 +47,9 @@ class OnePass(Shards):
         if reason is not None:
             raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, separate")
         super().__init__(setting, declared)
-        self._accumulator = Accumulator(self._whole)
-        self._pipelined = setting.groups.layout.pipeline > 1
+        layout = setting.groups.layout
+        self._accumulator = Accumulator(self._whole, layout.tensor, layout.tensor_rank)
+        self._pipelined = layout.pipeline > 1
         self._told = False
 
     def allocate(self, declared: KeptRows) -> list[list[Tensor]]:
@@ -92,7 +96,8 @@ class OnePass(Shards):
         """Add one microbatch's gradients to the rows. Returns its part of every loss."""
         model = self.trainable.model
         backwards = Backwards(last=False)
-        output, finish = run_policy(model, batch, sequence_multiple(model), task.wanted(backwards))
+        output, finish = run_policy(model, batch, sequence_multiple(model), self._wanted(task, backwards))
+        self._accumulator.take_positions(_numbers(batch), device())
         batch = batch.to(device())
         policy_BX = finish(output)
         del output, finish
@@ -107,13 +112,16 @@ class OnePass(Shards):
         clock.lap("backward")
         return losses_M
 
+    def _wanted(self, task: Task, backwards: Backwards) -> Wanted:
+        return replace(task.wanted(backwards), on_rows=self._accumulator.take_output_rows)
+
     def _agreed_rank(self, found: int) -> int:
-        """The number of passes; all tensor ranks take equally many."""
-        if self.groups.layout.tensor == 1:
-            return found
-        largest = torch.tensor(found)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
-        return int(largest)
+        """The number of passes; all tensor ranks take equally many, and data ranks that share experts."""
+        if self.groups.layout.tensor > 1:
+            largest = torch.tensor(found)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
+            found = int(largest)
+        return experts.most_among_sharers(found)
 
     # -- with a pipeline -----------------------------------------------------------------------------
     def _schedule(self, task: Task, clock: Clock) -> Tensor | None:
@@ -158,9 +166,13 @@ class OnePass(Shards):
             # Stages alternate microbatches: the coefficients change when a backward begins. The hook must not
             # hold the output, which would then outlive its backward.
             coefficients_MB, where = _advantages(batch), output.device
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda _: self._accumulator.take(coefficients_MB, where)
-            )
+            numbers_S = _numbers(batch)
+
+            def take(_: Tensor) -> None:
+                self._accumulator.take_positions(numbers_S, where)
+                self._accumulator.take(coefficients_MB, where)
+
+            output.register_hook(take)  # type: ignore[no-untyped-call]
 
         def loss(policy_BX: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
             bind(policy_BX, batch)  # the output layer's backward may come before that of its stage's output
@@ -178,7 +190,7 @@ class OnePass(Shards):
                 loss,
                 self.objectives + 1,
                 on_output=bind,
-                policy=task.wanted(Backwards(last=True)),
+                policy=self._wanted(task, Backwards(last=True)),
             )
         finally:
             config.finalize_model_grads_func = reduce
@@ -189,6 +201,11 @@ class OnePass(Shards):
         misses = torch.tensor(0 if fits else 1)
         dist.all_reduce(misses)
         return int(misses) == 0
+
+
+def _numbers(batch: Experience) -> Tensor | None:
+    """Whose the positions of a packed microbatch are."""
+    return None if batch.packed_width is None else sequence_numbers(batch)
 
 
 def _advantages(batch: Experience) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gapo_mega import ops
 from gapo_mega.engine.megatron.model.logprobs import before_response
+from gapo_mega.engine.megatron.model.packing import in_rows
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import TokenBatch
 
@@ -68,7 +69,7 @@ class OutputLayer:
         ``cotangent_of(k)`` [N, V]: gradient of objective k's loss with respect to the logits at the response
         positions. Takes one matrix product per objective, in the model's dtype as in Megatron's own backward.
         """
-        input_ND = self._input_at(batch.response_mask_BT)
+        input_ND = self._input_at(in_rows(batch).response_mask_BT)
         for objective, row in enumerate(self.rows):
             with torch.enable_grad():
                 cotangent_NV = cotangent_of(objective)

@@ -47,6 +47,7 @@ class Task:
     distribution: Distribution
     objectives: int
     padding: float = 1.0  # tokens in the microbatches over those of prompts and responses, over all ranks
+    tokens: float = 0.0  # of prompts and responses, over all data ranks
     backwards: Backwards = SEVERAL  # through the graph of a microbatch's losses
     meter: Meter | None = None
     entropy: Entropy = "none"

@@ -8,7 +8,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from gapo_mega.engine.megatron.gradients.shard import GradientShard, exchange
-from gapo_mega.engine.megatron.model.buffers import bucket_groups_of, data_group_of, numbered
+from gapo_mega.engine.megatron.model.buffers import (
+    bucket_groups_of,
+    data_group_of,
+    is_first_instance,
+    numbered,
+)
 from gapo_mega.engine.megatron.model.main_parameters import owned
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.model.reduction import is_summed_over_tensor_ranks
@@ -19,7 +24,8 @@ class RowBuffer:
 
     The objective whose gradient comes next has its sum in the buffer; the other sums lie in the rows. The
     reduction adds the buffers of all data ranks. So exactly one rank may hold the sum of earlier
-    microbatches, which is already reduced: its owner with the distributed optimizer, else data rank 0. Some
+    microbatches, which is already reduced: its owner with the distributed optimizer (of its first instance),
+    else data rank 0. Some
     norms' gradients are also summed over tensor ranks (those of queries and keys always, the others with
     sequence parallelism): tensor rank 0 alone holds these. Everywhere else the buffer starts at zero.
     """
@@ -71,7 +77,7 @@ class RowBuffer:
             first = data_group_of(kind).rank() == 0
             for bucket in buffer.buckets:
                 start, end = owned(model, kind, bucket.grad_data.numel())
-                if not distributed and not first:
+                if not (is_first_instance() if distributed else first):
                     start = end
                 bucket.grad_data[:start].zero_()
                 bucket.grad_data[end:].zero_()

@@ -25,9 +25,13 @@ from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.gradients.meter import Meter
 from gapo_mega.engine.megatron.gradients.metric import AdamMetric, Row, inner_products
 from gapo_mega.engine.megatron.gradients.passes import Only, Passes, Task, one_hot
+from gapo_mega.engine.megatron.gradients.router_gradient import RouterGradient
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
+from gapo_mega.engine.megatron.model import experts
+from gapo_mega.engine.megatron.model.buffers import optimizer_instances
 from gapo_mega.engine.megatron.model.forward import split
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
+from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -85,6 +89,8 @@ class Setting:
     entropy_beta: float = 0.0  # of the bonus in every objective's loss
     measures_entropy: bool = False
     chunk: int = 0  # positions whose logits are in memory at once; 0: all
+    routers: tuple[float, float] = (0.0, 0.0)  # factors of the auxiliary and the z loss of experts' routers
+    micro_batch_tokens: int | None = None  # of a packed row, in place of ``micro_batch``
 
     @property
     def entropy(self) -> Entropy:
@@ -128,6 +134,13 @@ class GradientStrategy(ABC):
         self._sums_over = [optimizer.get_grad_stats_parallel_group() for optimizer in optimizers]
         assert all(group is not None for group in self._sums_over)
         self._norm_checked = False
+        self.routers: RouterGradient | None = None
+        if any(setting.routers):
+            row = self.shard.zero_row(setting.objectives + 1)
+            self.routers = RouterGradient(
+                trainable, self.shard, row, setting.distribution, setting.chunk, setting.routers
+            )
+        self.unfit: str | None = None  # why there is no step, whatever the objectives' gradients are
 
     @abstractmethod
     def direction(self, task: Task, aggregator: Aggregator, clock: Clock) -> Direction:
@@ -146,9 +159,21 @@ class GradientStrategy(ABC):
         clock = Clock()
         method = ops.method_of(aggregator)
         task = self._task(minibatch, loss)
+        routers = self._measure_routers(task, clock)
         report = self._take(task, method, clock)
         policy = None if task.meter is None else task.meter.facts(self.groups)
-        return replace(report, padding=task.padding, policy=policy)
+        return replace(report, padding=task.padding, policy=policy, routers=routers)
+
+    def _measure_routers(self, task: Task, clock: Clock) -> dict[str, float]:
+        """Compute the gradient of the routers' losses. Returns what the log says of them."""
+        if self.routers is None:
+            return {}
+        self.routers.measure(task.microbatches, task.tokens)
+        square = float(self.gram(self.shard, [self.routers.row]))
+        self.unfit = None if math.isfinite(square) else "the gradient of the routers' losses is not finite"
+        clock.lap("routers")
+        aux, z = self.routers.values
+        return {"router_aux_loss": aux, "router_z_loss": z, "router_gradient_norm": math.sqrt(square)}
 
     def _take(self, task: Task, method: ops.AggregationMethod, clock: Clock) -> GradientReport:
         found = self.direction(task, method, clock)
@@ -163,9 +188,10 @@ class GradientStrategy(ABC):
         if found.status != ops.Status.OK:
             self.trainable.zero_grad()
             raise method.error(found.aggregated)
-        if found.refused is not None:
+        refused = found.refused or self.unfit
+        if refused is not None:
             self.trainable.zero_grad()
-            return self._skipped(losses, found, clock, nonfinite, found.refused)
+            return self._skipped(losses, found, clock, nonfinite, refused)
         measured = self.trainable.grad_norm()
         size = summands(found.weights, found.gram)
         if not math.isfinite(measured) or (measured == 0.0 and 0.0 < size < _LEAST_NORM):
@@ -177,6 +203,8 @@ class GradientStrategy(ABC):
         if not self._norm_checked:
             self._norm_checked = self._check_norm(found, measured)
             clock.lap("check")
+        if self.routers is not None:
+            self.routers.add()
         learning_rate = self.trainable.optimizer.param_groups[0]["lr"]
         norm = self.trainable.step()
         method.commit(found.aggregated)
@@ -231,15 +259,17 @@ class GradientStrategy(ABC):
         """The Gram matrix of ``rows`` of the shards of all ranks, bit for bit the same on every rank.
 
         Experts and all other parameters are summed over groups of their own, as in Megatron's norm. Without
-        the distributed optimizer every replica sums its own parts, perhaps in another order, so rank 0
-        broadcasts its sum: weights that differ in one bit would let replicas drift apart.
+        the distributed optimizer every replica sums its own parts, and so does every instance of it, perhaps
+        in another order, so rank 0 broadcasts its sum: weights that differ in one bit would let replicas
+        drift apart.
         """
         sums = [
             ops.sum_gram_(inner_products(shard, rows, metric, counted), group)
             for counted, group in zip(shard.counted, self._sums_over, strict=True)
         ]
         gram = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
-        return gram if self.trainable.chunks[0].ddp_config.use_distributed_optimizer else self.agreed(gram)
+        one_sum = self.trainable.chunks[0].ddp_config.use_distributed_optimizer and optimizer_instances() == 1
+        return gram if one_sum else self.agreed(gram)
 
     @staticmethod
     def agreed(tensor: Tensor) -> Tensor:
@@ -253,7 +283,8 @@ class GradientStrategy(ABC):
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         setting = self._setting
-        pieces = split(self.trainable.chunks, minibatch, setting.micro_batch)
+        pieces = self._pieces(minibatch)
+        experts.assert_in_step(len(pieces.parts))
         lengths_B = minibatch.response_mask_BT.sum(dim=1)
         responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
         counts = *responses, pieces.computed, int(minibatch.lengths_B.sum())
@@ -269,11 +300,27 @@ class GradientStrategy(ABC):
             setting.distribution,
             self.objectives,
             padding=computed / needed,
+            tokens=needed,
             meter=Meter(loss, self.objectives, len(pieces.parts), setting.entropy != "none"),
             entropy=setting.entropy,
             entropy_beta=setting.entropy_beta,
             chunk=setting.chunk,
         )
+
+    def _pieces(self, minibatch: Experience) -> Microbatches[Experience]:
+        """Equally many on all ranks, which may reduce gradients after each one."""
+        chunks, size, tokens = (
+            self.trainable.chunks,
+            self._setting.micro_batch,
+            self._setting.micro_batch_tokens,
+        )
+        pieces = split(chunks, minibatch, size, tokens=tokens)
+        if tokens is None:
+            return pieces
+        most = max(self.groups.gather_over_data(len(pieces.parts)))
+        if most == len(pieces.parts):
+            return pieces
+        return split(chunks, minibatch, size, tokens=tokens, least=most)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

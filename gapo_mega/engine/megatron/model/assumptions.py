@@ -29,7 +29,14 @@ from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.model import gathering
 from gapo_mega.engine.megatron.model.assumed import generation_finds_cache_and_switches, require, wrong
-from gapo_mega.engine.megatron.model.buffers import buffers_of, data_group_of, kinds_of, numbered
+from gapo_mega.engine.megatron.model.buffers import (
+    buffers_of,
+    data_group_of,
+    kinds_of,
+    numbered,
+    optimizer_instances,
+    shard_group_of,
+)
 from gapo_mega.engine.megatron.model.lora import LowRank
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters, owned_parts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueHead
@@ -143,7 +150,7 @@ def _buckets_are_reduced_over_the_data_ranks(
 ) -> None:
     for kind, buffers in enumerate(kinds_of(model)):
         groups = (model.bucket_groups, model.expert_parallel_bucket_groups)[kind]
-        _groups_are_reduced_over(data_group_of(kind), groups, buffers, model.ddp_config is config, config)
+        _groups_are_reduced_over(shard_group_of(kind), groups, buffers, model.ddp_config is config, config)
 
 
 def _groups_are_reduced_over(
@@ -203,7 +210,7 @@ def _one_optimizer_with_its_group(
         )
         found = _ranks(one.get_grad_stats_parallel_group())
         if chunks[0].ddp_config.use_distributed_optimizer:
-            expected = list(range(dist.get_world_size()))
+            expected = _ranks_of_own_instance()
         else:
             expected = _ranks(replica) or []
         require(
@@ -215,6 +222,18 @@ def _one_optimizer_with_its_group(
     require(len(rates) == 1, "all param_groups have one learning rate", sorted(rates))
     missing = [name for name in _STEPS if not callable(getattr(optimizer, name, None))]
     require(not missing, f"the optimizer has {', '.join(_STEPS)}", f"no {', '.join(missing)}")
+
+
+def _ranks_of_own_instance() -> list[int]:
+    """All model ranks of the data ranks that share one optimizer's state; tensor ranks are adjacent."""
+    tensor: int = parallel_state.get_tensor_model_parallel_world_size()
+    data: int = parallel_state.get_data_parallel_world_size()
+    size = data // optimizer_instances()
+
+    def instance(rank: int) -> int:
+        return rank // tensor % data // size
+
+    return [r for r in range(dist.get_world_size()) if instance(r) == instance(dist.get_rank())]
 
 
 # -- what the optimizer steps ------------------------------------------------------------------------

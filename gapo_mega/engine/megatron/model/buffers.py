@@ -43,3 +43,26 @@ def data_group_of(kind: int) -> dist.ProcessGroup:
         else parallel_state.get_expert_data_parallel_group()
     )
     return group
+
+
+def shard_group_of(kind: int) -> dist.ProcessGroup:
+    """The ranks of one instance of the distributed optimizer, which share the buffers of a kind.
+
+    With one instance they are ``data_group_of``.
+    """
+    group: dist.ProcessGroup = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
+        if kind == 0
+        else parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True)
+    )
+    return group
+
+
+def optimizer_instances() -> int:
+    """Instances of the distributed optimizer among which the data ranks are shared."""
+    return data_group_of(0).size() // shard_group_of(0).size()
+
+
+def is_first_instance() -> bool:
+    """Whether this rank is of the instance of data rank 0."""
+    return data_group_of(0).rank() < shard_group_of(0).size()

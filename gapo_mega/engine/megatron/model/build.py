@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueModel
+from gapo_mega.engine.megatron.model.packing import PackedAttention
 from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.engine.megatron.runtime.cpu import device
 from gapo_mega.models.shape import ModelShape
@@ -122,8 +123,9 @@ def layer_spec(
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
     if config.qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:
         experts.use_own_router(layer)

@@ -25,6 +25,16 @@ from gapo_mega.engine.megatron.model.response_positions import Rectangle, narrow
 from gapo_mega.types import TokenBatch
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of the output layer's input, and which outputs of them are wanted."""
+
+    hidden_rBD: Tensor  # of this tensor rank
+    numbers_r: Tensor | None  # over all tensor ranks, as ``Head.numbers_R``
+    places_n: Tensor  # in [r * B] of all tensor ranks
+    tokens_n: Tensor  # response tokens, by their number in the mask's order
+
+
 @dataclass
 class Head:
     """The output layer of one forward, which has not run yet.
@@ -32,11 +42,13 @@ class Head:
     Attributes:
         layer: of the last stage.
         rectangle: the positions that its inputs will have.
+        numbers_R: of a packed batch, as ``Wanted.on_rows`` gets them.
         weight: the embedding's, where the layer shares it.
     """
 
     layer: nn.Module
     rectangle: Rectangle
+    numbers_R: Tensor | None
     weight: Tensor | None = None
 
     def policy(self, hidden_BRD: Tensor, batch: TokenBatch, wanted: Wanted) -> Tensor:
@@ -59,25 +71,35 @@ class Head:
                 continue
             local_n = rank_N[tokens_n] * length + row_N[tokens_n] - start
             places_n = local_n * sequences + sequence_N[tokens_n]
-            part_rBD = hidden_RBD[start : start + length]
-            values.append(self._chunk(part_rBD, places_n, tokens_n, batch, wanted))
+            chunk = _Chunk(
+                hidden_RBD[start : start + length], self._numbers(ranks, start, length), places_n, tokens_n
+            )
+            values.append(self._chunk(chunk, batch, wanted))
             order.append(tokens_n)
         inverse_N = torch.cat(order).argsort()
         return policy_at_responses(torch.cat(values, dim=1)[:, inverse_N], batch, wanted.entropy)
 
-    def _chunk(
-        self, hidden_rBD: Tensor, places_n: Tensor, tokens_n: Tensor, batch: TokenBatch, wanted: Wanted
-    ) -> Tensor:
-        """Log-probabilities and entropies ``[2, n]`` of the response tokens with numbers ``tokens_n``."""
+    def _chunk(self, chunk: _Chunk, batch: TokenBatch, wanted: Wanted) -> Tensor:
+        """Log-probabilities and entropies ``[2, n]`` of the response tokens of a chunk."""
 
         def compute(hidden_rBD: Tensor) -> Tensor:
+            if wanted.on_rows is not None and chunk.numbers_r is not None:
+                wanted.on_rows(chunk.numbers_r)
             outputs_rBV, _ = self.layer(hidden_rBD, weight=self.weight)
-            return chosen_logprobs(picked(outputs_rBV, places_n), batch, wanted, tokens_n)
+            return chosen_logprobs(picked(outputs_rBV, chunk.places_n), batch, wanted, chunk.tokens_n)
 
         if not torch.is_grad_enabled():
-            return compute(hidden_rBD)
-        computed: Tensor = checkpoint(compute, hidden_rBD, use_reentrant=False, preserve_rng_state=False)
+            return compute(chunk.hidden_rBD)
+        computed: Tensor = checkpoint(
+            compute, chunk.hidden_rBD, use_reentrant=False, preserve_rng_state=False
+        )
         return computed
+
+    def _numbers(self, ranks: int, start: int, length: int) -> Tensor | None:
+        """Those of the rows from ``start`` on of every rank's part, as the output layer gathers them."""
+        if self.numbers_R is None:
+            return None
+        return self.numbers_R.view(ranks, -1)[:, start : start + length].flatten()
 
 
 def _ranks_along_sequence(layer: Any) -> int:
@@ -86,13 +108,13 @@ def _ranks_along_sequence(layer: Any) -> int:
 
 
 @contextmanager
-def left_out(model: nn.Module, rectangle: Rectangle) -> Iterator[Head]:
+def left_out(model: nn.Module, rectangle: Rectangle, numbers_R: Tensor | None = None) -> Iterator[Head]:
     """Within the block, a forward of a last stage returns its output layer's inputs ``[B, R, D]``.
 
-    With sequence parallelism these are this rank's part of R.
+    With sequence parallelism these are this rank's part of R. ``numbers_R``: as in ``Head``.
     """
     layer: Any = get_attr_wrapped_model(model, "output_layer")
-    head = Head(layer, rectangle)
+    head = Head(layer, rectangle, numbers_R)
 
     def forward(
         hidden_RBD: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None

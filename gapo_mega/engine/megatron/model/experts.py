@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -12,19 +15,61 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gapo_mega.engine.megatron.runtime.cpu import device
+
+
+class Watch(Protocol):
+    """What looks on while a router chooses. N tokens, of which some may be padding."""
+
+    def attach(self, layer: int, logits_NE: Tensor, real_N: Tensor) -> Tensor:
+        """The logits ``[N, E]`` that the router goes on with."""
+        ...
+
+    def chose(self, layer: int, map_NE: Tensor, real_N: Tensor) -> None:
+        """The experts that tokens go through, bool ``[N, E]``."""
+        ...
+
 
 class Router(TopKRouter):  # type: ignore[misc]
     """Megatron's router with a plain product, in the model's type, as transformers' routers compute it.
 
-    The product of megatron-core 0.16.1 needs Transformer Engine.
+    The product of megatron-core 0.16.1 needs Transformer Engine. ``watch``: looks on, in forwards that tell
+    which tokens are real.
     """
+
+    watch: Watch | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """``[S, B, D] -> [S, B, E]``"""
         return functional.linear(input, self.weight)
 
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``[S, B, E] -> [N, E], [N, E]``: probabilities and choices.
+
+        ``padding_mask``: true for real tokens.
+        """
+        if self.watch is None:
+            plain: tuple[Tensor, Tensor] = super().routing(logits, **others)
+            return plain
+        assert padding_mask is not None, "a watched router is told which tokens are real"
+        real_N = _own_part(padding_mask, len(logits)).reshape(-1)
+        attached_NE = self.watch.attach(self.layer_number, logits.flatten(0, 1), real_N)
+        probabilities_NE, map_NE = super().routing(attached_NE.view_as(logits), **others)
+        self.watch.chose(self.layer_number, map_NE, real_N)
+        return probabilities_NE, map_NE
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing: these routers have no bias. Megatron compiles this method, which takes seconds."""
+
+
+def _own_part(mask_SB: Tensor, columns: int) -> Tensor:
+    """This tensor rank's ``columns`` of a mask: Megatron splits it on the first stage only."""
+    if len(mask_SB) == columns:
+        return mask_SB
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return mask_SB[rank * columns : (rank + 1) * columns]
 
 
 class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
@@ -53,6 +98,33 @@ class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
         """``[most, D] -> [S, B, D]``"""
         restored: Tensor = super().combine_postprocess(hidden_states[: self._own])
         return restored
+
+
+def over_data_ranks() -> bool:
+    """Whether data ranks share experts, so that none can run a forward or backward without the others."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return bool(tensor % parallel_state.get_expert_tensor_and_model_parallel_world_size() != 0)
+
+
+def most_among_sharers(count: int) -> int:
+    """The largest ``count`` of the data ranks that share experts with this one. Collective over them."""
+    return _largest([count])[0] if over_data_ranks() else count
+
+
+def assert_in_step(passes: int) -> None:
+    """Data ranks that share experts run equally many ``passes``. Collective over them."""
+    if over_data_ranks():
+        most, least = _largest([passes, -passes])
+        assert most == -least, f"ranks that share experts run {-least} to {most} passes"
+
+
+def _largest(numbers: list[int]) -> list[int]:
+    found = torch.tensor(numbers, device=device())
+    dist.all_reduce(
+        found, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_tensor_and_model_parallel_group()
+    )
+    largest: list[int] = found.tolist()
+    return largest
 
 
 def use_own_router(layer: ModuleSpec) -> None:

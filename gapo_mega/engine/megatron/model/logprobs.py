@@ -12,7 +12,7 @@ response token. Like Megatron's it overwrites the logits: tensors of this size a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,13 +61,19 @@ SEVERAL = Backwards(last=False)  # whoever knows when the last one comes has an 
 class Wanted:
     """What a forward gives of the response tokens.
 
-    ``chunk``: positions whose logits are in memory at once, over all sequences of a microbatch; 0: all.
+    Attributes:
+        chunk: positions whose logits are in memory at once, over all sequences of a microbatch; 0: all.
+        on_rows: called, if the batch is packed, before the output layer runs, with int64 ``[R]`` on the host:
+            the number of the sequence that each row of its input is of, over all tensor ranks.
+        tells_routers: the routers of experts learn which tokens are no padding.
     """
 
     distribution: Distribution
     backwards: Backwards = SEVERAL
     entropy: Entropy = "none"
     chunk: int = 0
+    on_rows: Callable[[Tensor], None] | None = None
+    tells_routers: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor, nn
 
-from gapo_mega.engine.megatron.model.buffers import data_group_of, numbered
+from gapo_mega.engine.megatron.model.buffers import numbered, shard_group_of
 
 Span = tuple[int, int]
 
@@ -59,6 +59,6 @@ def owned(model: DistributedDataParallel, kind: int, numel: int) -> Span:
     """This rank's range of a bucket of ``numel`` elements, in a buffer of a kind (``kinds_of``)."""
     if not model.ddp_config.use_distributed_optimizer:
         return 0, numel
-    group = data_group_of(kind)
+    group = shard_group_of(kind)
     size = numel // group.size()
     return group.rank() * size, (group.rank() + 1) * size

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gapo_mega.config import OptimizerConfig
 from gapo_mega.engine.megatron.model import assumptions, gathering
-from gapo_mega.engine.megatron.model.buffers import buffers_of
+from gapo_mega.engine.megatron.model.buffers import buffers_of, optimizer_instances
 from gapo_mega.engine.megatron.model.reduction import reduce_gradients
 from gapo_mega.engine.megatron.runtime import releases
 from gapo_mega.models.casting import is_finite
@@ -127,6 +127,7 @@ def make_trainable(chunks: Sequence[GPTModel], optimizer: OptimizerConfig, total
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         overlap_param_gather=optimizer.overlap_param_gather,
         grad_reduce_in_fp32=True,
+        num_distributed_optimizer_instances=optimizer_instances(),
         check_for_nan_in_grad=False,  # the Gram matrix shows a NaN and which objective has it
     )
     config = chunks[0].config  # shared by all

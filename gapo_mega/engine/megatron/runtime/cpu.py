@@ -100,6 +100,8 @@ def _cpu_mode() -> Iterator[None]:
         patch.object(torch.cuda, "synchronize", lambda device=None: None),
         # Gradient reduction asks for it, and waits for it only where CUDA graphs were captured.
         patch.object(torch.cuda, "current_stream", torch.cpu.current_stream),
+        # Several instances of the distributed optimizer make one, for reductions that overlap.
+        patch.object(torch.cuda, "Stream", lambda device=None: torch.cpu.current_stream()),
         patch.object(buffers, "dist_reduce_scatter_func", collectives.reduce_scatter_tensor),
         patch.object(buffers, "dist_all_gather_func", collectives.all_gather_into_tensor),
         _megatron_rng_on_cpu(),

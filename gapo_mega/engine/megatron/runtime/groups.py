@@ -89,11 +89,13 @@ def initialize(
     expert: int = 1,
     expert_tensor: int | None = None,
     timeout: timedelta = TIMEOUT,
+    optimizer_instances: int = 1,
 ) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
     ``expert``: ranks that share a layer's experts; ``expert_tensor``: those that share every expert, ``None``
     being ``tensor``. ``timeout``: the longest wait for other ranks in a collective of any of their groups.
+    ``optimizer_instances``: of the distributed optimizer, among which the data ranks are shared.
     The launcher's variables say which rank of how many this is (``read_world``).
     Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
     ``tensor * pipeline`` does not divide the world size.
@@ -115,8 +117,10 @@ def initialize(
             pipeline_model_parallel_size=pipeline,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
+            num_distributed_optimizer_instances=optimizer_instances,
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
+    sharing = expert * (expert_tensor or tensor)
     layout = Layout(
         world=world,
         rank=dist.get_rank(),
@@ -126,19 +130,25 @@ def initialize(
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        in_step=tensor % sharing != 0,
     )
     return Groups(
         layout,
         data=_data_group(layout, timeout),
         replica=_replica_group(layout, timeout),
-        expert_data=_expert_data_group(layout, expert * (expert_tensor or tensor), timeout),
+        expert_data=_expert_data_group(layout, sharing, timeout),
     )
 
 
 def of_layout(parallel: ParallelConfig) -> Groups:
     """``initialize`` for a configuration."""
     return initialize(
-        parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor, parallel.timeout
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.expert,
+        parallel.expert_tensor,
+        parallel.timeout,
+        parallel.distributed_optimizer_instances,
     )
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import StackSummary
+from types import FrameType
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gapo_mega.engine.megatron.checkpoint import run as checkpoint
 from gapo_mega.engine.megatron.checkpoint.dist_format import DistReader
+from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
 from tests.helpers.ranks import check_checkpoint, worlds
 from tests.helpers.ranks.check_checkpoint import Run
 
@@ -104,6 +112,49 @@ def test_files_are_the_same_with_every_release(tmp_path: Path, world: None) -> N
     assert set(torch.load(tmp_path / "common.pt", weights_only=True)) == {"about"}
     objects = DistReader(tmp_path).objects
     assert {name for name in objects if "_extra_state" not in name} == {"rng/shard_0_1", "extra/shard_0_1"}
+
+
+def interrupt(thread: int, function: str) -> None:
+    """Ctrl-C as soon as the main thread is in ``function``, or in any case after a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        frame: FrameType | None = sys._current_frames()[thread]
+        while frame is not None and frame.f_code.co_name != function:
+            frame = frame.f_back
+        if frame is not None:
+            break
+        time.sleep(0.01)
+    signal.pthread_kill(thread, signal.SIGINT)
+
+
+def test_ctrl_c_while_saving_is_no_failure_of_the_disk(tmp_path: Path, world: None) -> None:
+    """Torch wraps it as it wraps errors; the command must end with its own exit code."""
+    alone = worlds.enter(1, 1)
+    run = Run({}, alone, seed=1)
+    os.mkfifo(tmp_path / "__0_0.distcp")  # nobody reads it: writing waits for ever
+    waiting = threading.Thread(target=interrupt, args=(threading.get_ident(), "write_data"))
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, run.trainables, {}, alone)
+    waiting.join()
+
+
+def test_a_failure_of_the_disk_names_the_rank(tmp_path: Path, world: None) -> None:
+    alone = worlds.enter(1, 1)
+    (tmp_path / "__0_0.distcp").mkdir()
+    with pytest.raises(OSError, match=r"^checkpoint .* cannot be written \(rank 0: .*Is a directory"):
+        checkpoint.save(tmp_path, Run({}, alone, seed=1).trainables, {}, alone)
+
+
+def test_what_ended_another_rank_is_named(world: None) -> None:
+    """Ctrl-C there, which has no words of its own, is a failure here."""
+    error = CheckpointException("write", {1: (KeyboardInterrupt(), StackSummary())})
+    assert cause_in_words(error) == "rank 1: KeyboardInterrupt"
+    error = CheckpointException("write", {1: (OSError("full"), StackSummary())})
+    assert cause_in_words(error) == "rank 1: full"
+    error = CheckpointException("write", dict.fromkeys([0, 1], (KeyboardInterrupt(), StackSummary())))
+    with pytest.raises(KeyboardInterrupt):
+        cause_in_words(error)
 
 
 def test_nothing_is_said_of_what_is_done_on_purpose(

@@ -22,7 +22,7 @@ from tests.helpers.peft_gradients import adapter_rows
 from tests.helpers.policy_gradients import RATE, SGD
 from tests.helpers.ranks import check_engine, worlds
 from tests.helpers.resolved import resolved_run
-from tests.helpers.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 ERROR = 1e-5  # fp32 through four layers against float64
 FAMILIES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3}
@@ -101,6 +101,27 @@ def test_rows_and_step_are_those_of_the_adapter(
     engine.export_adapter(tmp_path / "after")
     before_N = peft_models.flat_adapter(folder / "llama", folder / "llama-adapter")
     step_N = before_N - peft_models.flat_adapter(folder / "llama", tmp_path / "after")
+    assert relative_error(step_N, RATE * report.weights @ rows_MN) <= 10 * ERROR  # of a small difference
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("forward", ["one_pass", "separate"])
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_qwen3_moe])
+def test_adapters_of_attention_beside_frozen_experts(tmp_path: Path, make: Any, forward: str) -> None:
+    """One pass, too: no expert has a gradient."""
+    make(tmp_path / "model")
+    adapter = peft_models.random_adapter(tmp_path / "model", tmp_path / "model-adapter", ATTENTION)
+    engine = engine_with(
+        tmp_path, "model", lora={"target_modules": ATTENTION}, gradients={"forward": forward}
+    )
+    batch, report = update(engine)
+    _, rows_MN = adapter_rows(tmp_path / "model", adapter, batch)
+    assert relative_error(report.gram, rows_MN @ rows_MN.t()) <= ERROR
+    engine.export_adapter(tmp_path / "after")
+    before_N = peft_models.flat_adapter(tmp_path / "model", adapter)
+    step_N = before_N - peft_models.flat_adapter(tmp_path / "model", tmp_path / "after")
     assert relative_error(step_N, RATE * report.weights @ rows_MN) <= 10 * ERROR  # of a small difference
 
 

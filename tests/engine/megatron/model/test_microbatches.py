@@ -105,3 +105,37 @@ def test_the_engine_computes_no_column_behind_a_microbatchs_longest(
     expected_BT[:, 1:] = chosen_logprobs(logits_BTV, tokens_BT)
     # fp32 through four layers.
     torch.testing.assert_close(found_BT.double(), expected_BT * mask_BT, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_rows_hold_what_fits() -> None:
+    """By first fit of decreasing lengths 9 | 7, 2 | 5, 3, 1 | 5 in rows of 9."""
+    pieces = Microbatches.packed(batch_of(LENGTHS), 9)
+    rows = [part.tokens_BT[:, 0].tolist() for part in pieces.parts]
+    assert rows == [[2], [5, 1], [0, 6, 4], [3]]
+    assert [part.packed_width for part in pieces.parts] == [9, 9, 9, 5]
+    assert [part.tokens_BT.shape[1] for part in pieces.parts] == [9, 7, 5, 5]
+    assert pieces.computed == sum(LENGTHS)
+    batch = batch_of(LENGTHS)
+    found_BT = pieces.rejoin([part.tokens_BT * part.response_mask_BT for part in pieces.parts])
+    assert torch.equal(found_BT, batch.tokens_BT * batch.response_mask_BT)
+
+
+def test_packed_rows_are_as_many_and_as_wide_as_asked_for() -> None:
+    for least in range(1, len(LENGTHS) + 3):
+        pieces = Microbatches.packed(batch_of(LENGTHS), 100, least=least, multiple=4, one_width=True)
+        assert len(pieces.parts) == min(least, len(LENGTHS))
+        assert sorted(pieces.order_B.tolist()) == list(range(len(LENGTHS)))
+        (width,) = {part.packed_width for part in pieces.parts}
+        assert width == max(-(-int(part.lengths_B.sum()) // 4) * 4 for part in pieces.parts)
+    assert Microbatches.packed(batch_of([]), 9, least=3, one_width=True).parts == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_rows_are_no_more_than_the_plan_says(seed: int) -> None:
+    """Every row but the last holds as many sequences as it would of the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, WIDTH + 1, (40,), generator=generator).tolist()
+    for most in (WIDTH, 30, 55):
+        pieces = Microbatches.packed(batch_of(lengths), most)
+        assert all(part.packed_width is not None and part.packed_width <= most for part in pieces.parts)
+        assert len(pieces.parts) <= -(-len(lengths) // (most // max(lengths)))

@@ -37,6 +37,10 @@ def sweep(folder: Path, runs: dict[tuple[str, int], dict[str, float]]) -> Path:
         run.mkdir(parents=True)
         rows = [dict(zip(BEFORE, scores, strict=True)) for scores in zip(*BEFORE.values(), strict=True)]
         write(run / gains.ANSWERS, rows, gained)
+        audited = {"reward/rare": 0, "reward/dense": 1, "actual_change/sum": -1.0}
+        steps = [{**audited, "actual_change/rare": 1.0, "actual_change/dense": x} for x in (-1.0, 0.5, 0.0)]
+        log = [audited, *steps] if method != "sum" else [{"reward/rare": 0, "reward/dense": 1}]
+        (run / gains.METRICS).write_text("".join(json.dumps(line) + "\n" for line in log))
         facts = {"kl": 0.5, "response_length": 20.0, "state": "finished"}
         points.append({"name": name, "seed": seed, **facts})
     points.append({"name": "late-seed1", "seed": 1, "state": "waiting"})
@@ -58,8 +62,11 @@ def test_gains_are_in_units_of_the_spread(tmp_path: Path) -> None:
     assert head.startswith("| method | seeds | worst gain | mean gain | rare | dense | hurt |")
     worst = [0.25 / units["rare"], 4.0 / units["dense"]]
     error = np.std(worst, ddof=1) / np.sqrt(2)
-    assert first.startswith(f"| a: gdpo | 2 | {np.mean(worst):.2f} ±{error:.2f} |") and "| 0 of 4 |" in first
-    assert second.startswith("| b: sum | 1 | -0.29 |") and "| 1 of 2 |" in second
+    assert (
+        first.startswith(f"| a: gdpo | 2 | {np.mean(worst):.2f} ±{error:.2f} |")
+        and "| 0 of 4 | 0.33 ±0.00 |" in first
+    )
+    assert second.startswith("| b: sum | 1 | -0.29 |") and "| 1 of 2 |  |" in second
 
 
 def test_judges_have_a_table_of_their_own(tmp_path: Path) -> None:

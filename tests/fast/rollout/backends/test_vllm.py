@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gapo_mega.config import Config
 from gapo_mega.engine.base import SamplingParameters
-from gapo_mega.rollout.backends import Policy, RolloutBackend, backends, find
+from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.servers.lost import ServerLost
@@ -21,7 +21,7 @@ from gapo_mega.types import Generation
 from tests.helpers.fake_engine import END, FakeEngine
 from tests.helpers.fake_runs import configuration
 from tests.helpers.table_policy import VOCABULARY, TablePolicy
-from tests.helpers.vllm_protocol import TableServer, table_logprobs, table_server
+from tests.helpers.vllm_protocol import TableServer, cut, table_logprobs, table_server
 
 PROMPTS = [[3, 5], [4], [3, 5], [3, 5]]
 
@@ -71,6 +71,43 @@ def test_responses_are_the_policy_s_and_say_so(server: TableServer, tmp_path: Pa
             own = generation.tokens_BT[row][generation.response_mask_BT[row]].tolist()
             assert len(own) == 6 or own[-1] == END
             assert END not in own[:-1] and bool(generation.finished_B[row]) == (own[-1] == END)
+
+
+@pytest.mark.parametrize(("k", "p"), [(5, 1.0), (5, 0.7), (30, 0.5), (VOCABULARY, 0.9)])
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY])
+def test_tokens_that_top_k_and_top_p_leave_are_told(
+    server: TableServer, tmp_path: Path, k: int, p: float, vocabulary: int | None
+) -> None:
+    engine = TablePolicy()
+    engine.table[:, 7] = engine.table[:, 9]  # ties
+    rollouts = Vllm(Policy(engine, tmp_path, 0, (END,), vocabulary), settings(server.url, tmp_path))
+    rollouts.update_weights()
+    sampling = SamplingParameters(6, temperature=0.7, top_k=k, top_p=p, repetition_penalty=1.3)
+    generation = rollouts.generate(PROMPTS, sampling, seed=9)
+    assert generation.kept is not None
+    counts_BT = generation.kept.counts_BT
+    assert torch.equal(counts_BT > 0, generation.response_mask_BT)
+    parts = iter(generation.kept.tokens_K.split(counts_BT[generation.response_mask_BT].tolist()))
+    for row, mask_T in enumerate(generation.response_mask_BT):
+        tokens = generation.tokens_BT[row].tolist()
+        for t in mask_T.nonzero().flatten().tolist():
+            wanted = cut(table_logprobs(engine.table.double().numpy(), tokens[:t], 1.3, 0.7), k, p)
+            assert next(parts).tolist() == np.isfinite(wanted).nonzero()[0].tolist()
+            found = float(generation.logprobs_BT[row, t])
+            assert found == pytest.approx(wanted[tokens[t]], rel=1e-5, abs=1e-6)
+    assert rollouts.generate(PROMPTS, SamplingParameters(6), seed=9).kept is None
+
+
+def test_more_ties_than_an_answer_shows_are_asked_for(server: TableServer, tmp_path: Path) -> None:
+    engine = TablePolicy()
+    engine.table = torch.zeros(VOCABULARY, VOCABULARY)
+    engine.table[:, END] = -5.0
+    rollouts = Vllm(Policy(engine, tmp_path, 0, (END,), VOCABULARY), settings(server.url, tmp_path))
+    rollouts.update_weights()
+    generation = rollouts.generate([[4]], SamplingParameters(3, top_k=2), seed=9)
+    assert generation.kept is not None
+    assert generation.kept.counts_BT.tolist() == [[0, *[VOCABULARY - 1] * 3]]
+    assert [sampling["logprobs"] for _, _, sampling in server.asked] == [18, VOCABULARY]
 
 
 def test_greedy_is_the_likeliest_token_of_temperature_one(server: TableServer, tmp_path: Path) -> None:
@@ -192,6 +229,7 @@ def changed(choice: dict[str, Any], **parts: Any) -> tuple[int, Any]:
         ({"token_ids": None}, "without tokens"),
         ({"logprobs": {"content": [None]}}, "without log-probabilities"),
         ({"logprobs": {"content": [{"token_id": 7, "logprob": float("nan")}]}}, "without log-probabilities"),
+        ({"logprobs": {"content": [{"token_id": 7, "logprob": -9999.0}]}}, "without log-probabilities"),
         ({"weight_versions": 3}, "of the weights without a label"),
         ({"weight_versions": [{"version": "old"}]}, "of the weights old, accepted: "),
     ],
@@ -237,6 +275,22 @@ def test_an_update_that_fails_in_the_middle_is_an_error_and_the_stream_ends(
     assert tensors == ["norm", "table", "large", "last"]
 
 
+def test_weights_wait_for_responses_that_are_under_way(server: TableServer, tmp_path: Path) -> None:
+    engine = TablePolicy()
+    rollouts = backend(server, tmp_path, engine)
+    rollouts.update_weights()
+    sampling = SamplingParameters(8)
+    before = rollouts.generate(PROMPTS, sampling, 7)
+    server.seconds_per_token = 0.02
+    asked = rollouts.ask(PROMPTS, sampling, 7)
+    engine.learn(1)
+    rollouts.update_weights()  # an update drops what is under way
+    found = asked.result()
+    assert torch.equal(found.tokens_BT, before.tokens_BT) and asked.seconds > 0
+    assert found.versions_B is not None and found.versions_B.tolist() == [0] * 4
+    assert rollouts.generate(PROMPTS, sampling, 7).versions_B.tolist() == [1] * 4  # type: ignore[union-attr]
+
+
 def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path) -> None:
     engine = TablePolicy()
     with table_server() as second:
@@ -251,46 +305,17 @@ def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path
         assert server.calls.count("gapo_begin_update") == 1
 
 
-# -- what is refused before anything starts --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rollout", "message"),
-    [
-        ({}, "rollout.vllm: found neither of python and url"),
-        ({"vllm": {"python": "/bin/sh", "url": "http://localhost:1"}}, "rollout.vllm: found both of python"),
-        ({"vllm": {"python": "/no/python"}}, "rollout.vllm.python: file /no/python not found"),
-        ({"vllm": {"url": "http://other:1"}}, "rollout.vllm.weights_directory: found none with .*other:1"),
-        ({"vllm": {"url": "http://localhost:1"}, "top_k": 5}, "rollout.top_k: found 5 with .*accepted: 0"),
-        ({"vllm": {"url": "http://[::1]:1"}, "top_p": 0.9}, "rollout.top_p: found 0.9 with .*accepted: 1"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, rollout: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        find("vllm").check(configuration(tmp_path, rollout=rollout))
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://u:p@host:1", "http://host:1/?a=b", []])
-def test_an_address_that_is_none_is_refused(tmp_path: Path, url: Any) -> None:
-    with pytest.raises(ValueError, match="url"):
-        configuration(tmp_path, rollout={"vllm": {"url": url}})
-
-
-def test_a_server_of_one_machine_serves_no_job_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_with_several_servers_leaves_the_samples_of_a_prompt_to_one(
+    server: TableServer, tmp_path: Path
 ) -> None:
-    config = configuration(tmp_path, rollout={"vllm": {"python": "/bin/sh"}})
-    find("vllm").check(config)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    find("vllm").check(config)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
-        find("vllm").check(config)
-
-
-def test_every_back_end_of_the_folder_is_found_by_its_name() -> None:
-    assert backends().keys() == {"megatron", "vllm"}
-    assert all(issubclass(backend, RolloutBackend) for backend in backends().values())
-    with pytest.raises(ValueError, match=r"rollout.backend: found 'vlm' \(did you mean 'vllm'\?\), accepted"):
-        find("vlm")
+    engine = TablePolicy()
+    with table_server() as second:
+        both = Vllm(Policy(engine, tmp_path, 0, (END,)), settings([server.url, second.url], tmp_path))
+        both.update_weights()
+        prompts = [[3, 5], [3, 5], [4], [4], [6], [6]]
+        found = both.generate(prompts, SamplingParameters(6), seed=3)
+        assert sorted(prompt for _, prompt, _ in server.asked) == [(3, 5), (3, 5), (6,), (6,)]
+        assert [prompt for _, prompt, _ in second.asked] == [(4,), (4,)]
+    alone = backend(server, tmp_path, engine)
+    alone.update_weights()
+    assert torch.equal(found.tokens_BT, alone.generate(prompts, SamplingParameters(6), seed=3).tokens_BT)
