@@ -270,7 +270,11 @@ def test_a_checkpoint_that_cannot_be_written_hides_no_error(
 
 
 def test_sighup_is_as_sigterm(tmp_path: Path) -> None:
-    finished, _ = start(tmp_path, {"step 1": lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
+    try:
+        finished, _ = start(tmp_path, {"step 1": lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert not finished and checkpoints(tmp_path) == ["step_00000002"]
 
 
