@@ -7,7 +7,6 @@ Writes rewards/NAME.jsonl and judges/NAME.jsonl. Conversations that begin alike 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gapo_mega.data.json_rows import Row, json_rows
 
 HALVES = ("rewards", "judges")
 _FIRST_ANSWER = "\n\nAssistant:"
@@ -28,10 +29,11 @@ def half_of(transcript: str) -> str:
     return HALVES[hashlib.sha256(opening.encode()).digest()[0] % 2]
 
 
-def _lines(file: Path) -> Iterator[str]:
-    opening = gzip.open if file.suffix == ".gz" else open
-    with opening(file, "rt", encoding="utf-8") as lines:
-        yield from (line for line in lines if line.strip())
+def _rows(file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        yield from json_rows(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def divided(file: Path) -> dict[str, list[str]]:
@@ -41,14 +43,11 @@ def divided(file: Path) -> dict[str, list[str]]:
         ValueError: a line that is no JSON object with a text ``chosen``.
     """
     found: dict[str, list[str]] = {half: [] for half in HALVES}
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            chosen = json.loads(line)["chosen"]
-        except (ValueError, KeyError, TypeError):
-            chosen = None
+    for number, row in _rows(file):
+        chosen = row.get("chosen")
         if not isinstance(chosen, str):
             raise ValueError(f"{file}, line {number}: found no text 'chosen', accepted: pairs of HH-RLHF")
-        found[half_of(chosen)].append(line)
+        found[half_of(chosen)].append(json.dumps(row, ensure_ascii=False) + "\n")
     return found
 
 

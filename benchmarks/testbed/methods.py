@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from benchmarks.testbed.regimes import Regime
@@ -58,13 +58,11 @@ class Method:
 
     def described(self) -> str:
         """All that changes what it does, as text: fields that are not at their defaults."""
-        given = {one.name: (getattr(self, one.name), one) for one in fields(self)}
-        told = [
-            f"{name}={value!r}"
-            for name, (value, one) in given.items()
-            if name not in ("label", "depends") and (one.default is MISSING or value != one.default)
-        ]
-        return ", ".join(told)
+        return ", ".join(
+            f"{one.name}={getattr(self, one.name)!r}"
+            for one in fields(self)
+            if one.name not in ("label", "depends") and getattr(self, one.name) != one.default
+        )
 
     def options_in(self, regime: Regime, setting: Setting) -> dict[str, Any]:
         """All options, for the package's ``build``."""
