@@ -1,15 +1,5 @@
-"""No process group outlives the file that made it: files share a process, and meet in any order."""
+"""What all files of this folder share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from gapo_mega.engine.megatron.runtime import groups
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups_end_with_the_file() -> Iterator[None]:
-    yield
-    groups.shutdown()
+from tests.helpers.ranks.file_groups import groups_end_with_the_file as groups_end_with_the_file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from tests.helpers.tiny import tiny_llama
 RATE = 0.05
 ERROR = 1e-5  # fp32 through four layers against float64
 LORA = {"r": peft_models.RANK, "lora_alpha": peft_models.ALPHA, "target_modules": "all-linear"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,13 @@ def launch(ranks: int, jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def result(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What the job ``name`` found; fails with its error if it has one."""
+    assert "error" not in results[name], results[name]["error"]
+    found: dict[str, Any] = results[name]["result"]
+    return found
+
+
 @functools.cache
 def _server() -> ForkServerContext:
     """One for the whole test process."""

@@ -29,12 +29,6 @@ ROWS, PROMPT, NEW = 16, 8, 24
 SHARE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_world() -> Iterator[None]:
-    yield
-    worlds.leave()
-
-
 @contextmanager
 def routes(model: nn.Module) -> Iterator[list[list[Tensor]]]:
     """By layer the routing maps ``[S, B, E]`` of every forward within the block."""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.averages import assert_as_reference
 from tests.helpers.ranks import check_averages
-from tests.helpers.ranks.launch import launch
+from tests.helpers.ranks.launch import launch, result
 from tests.helpers.tiny import tiny_llama
 
 # By name: sections of the configuration. All with two data ranks; SGD has no distributed optimizer.
@@ -59,12 +59,6 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     for jobs in (saving, loading):
         outcomes = launch(2, [("check_averages", job) for job in jobs.values()], folder)
         found |= dict(zip(jobs, outcomes, strict=True))
-    return found
-
-
-def result(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    assert "error" not in results[name], results[name]["error"]
-    found: dict[str, Any] = results[name]["result"]
     return found
 
 

@@ -12,7 +12,7 @@ from tests.helpers.averages import assert_as_reference
 from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.ranks import check_averages
 from tests.helpers.ranks.check_engine import parameters
-from tests.helpers.ranks.launch import launch
+from tests.helpers.ranks.launch import launch, result
 from tests.helpers.tiny import tiny_llama, tiny_mixtral
 
 pytest.importorskip("einops")
@@ -77,12 +77,6 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for ranks, jobs in ((4, four), (1, one)):
         found |= dict(zip(jobs, launch(ranks, list(jobs.values()), folder), strict=True))
-    return found
-
-
-def result(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    assert "error" not in results[name], results[name]["error"]
-    found: dict[str, Any] = results[name]["result"]
     return found
 
 

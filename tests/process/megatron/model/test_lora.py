@@ -11,7 +11,8 @@ from gapo_mega.engine.megatron.checkpoint import convert
 from tests.helpers import peft_models
 from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.logits import relative_error
-from tests.helpers.ranks import check_engine, worlds
+from tests.helpers.ranks import check_engine
+from tests.helpers.ranks.file_groups import groups_end_with_the_file as groups_end_with_the_file
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import tiny_llama
 
@@ -60,7 +61,6 @@ def test_rows_steps_and_files_are_those_of_one_process(tmp_path: Path) -> None:
     results = launch(2, jobs, tmp_path)
     alone = {"layout": {}, "export": str(tmp_path / "single")}
     single = check_engine.run({**jobs[0][1], **alone, "save": str(tmp_path / "single-checkpoint")})
-    worlds.leave()
     for (name, (_, optimizer, _, _)), found in zip(CASES.items(), results, strict=True):
         assert "result" in found, found["error"]
         found = found["result"]
