@@ -2,7 +2,8 @@
 
     python -m benchmarks.testbed --out runs/benchmarks/testbed --seeds 12
 
-Finished cells are kept in --out and not computed again. Writes results.json, tables.md and trajectories.png.
+Finished cells are kept in --out and not computed again, nor are those of another run's results.json that
+--known names. Writes results.json, tables.md and trajectories.png.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def main(
     fronts: Annotated[bool, typer.Option(help="also the fronts over preferences")] = True,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     picture: Annotated[bool, typer.Option(help="also the picture of trajectories")] = True,
+    known: Annotated[
+        Path | None, typer.Option(help="results.json of another run: what it has counts as done")
+    ] = None,
 ) -> None:
     """Run, report, write."""
     import torch
@@ -61,6 +65,8 @@ def main(
         wanted = chosen("regime", regime, list(REGIMES)), chosen("method", method, list(METHODS))
         require_folder(out)
         store = Store(out / "cells", Plan(seeds, steps))
+        if known is not None:
+            typer.echo(f"{known}: {store.adopt(known)} results")
         for path in run.everything(store, out, *wanted, fronts=fronts, picture=picture, workers=workers):
             typer.echo(f"written: {path}")
     except ValueError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.testbed.cells import TUNING_SEEDS
 from benchmarks.testbed.methods import GDPO, METHODS, WEIGHTED_SUM
 from benchmarks.testbed.regimes import REGIMES
-from benchmarks.testbed.store import COMPUTE, FRONT, Store
+from benchmarks.testbed.store import COMPUTE, FRONT, LISTS, Store
 
 # A difference of so many standard errors is marked in the tables.
 _MARKED = 3.0
@@ -50,13 +50,11 @@ def collected(store: Store) -> Result:
         for kind, results in found.items():
             result = store.finished(regime, method, kind)
             if result is not None:
-                results.append({key: value for key, value in result.items() if key not in ("what", "tried")})
+                results.append({key: value for key, value in result.items() if key != "tried"})
     return {
         "plan": {**asdict(store.plan), "tuning_seeds": list(TUNING_SEEDS)},
         "regimes": {name: regime.label for name, regime in REGIMES.items()},
-        "cells": found[""],
-        "equal_compute": found[COMPUTE],
-        "fronts": found[FRONT],
+        **{LISTS[kind]: results for kind, results in found.items()},
     }
 
 
@@ -82,8 +80,7 @@ def write_tables(result: Result, path: Path) -> Path:
 def tables(result: Result) -> list[str]:
     """Every table, with its heading."""
     cells, compute, fronts = (
-        {(one["regime"], one["method"]): one for one in result[key]}
-        for key in ("cells", "equal_compute", "fronts")
+        {(one["regime"], one["method"]): one for one in result[key]} for key in LISTS.values()
     )
     possible = {one["regime"]: str(Estimate.of(one["possible"])) for one in result["cells"]}
 

@@ -16,6 +16,7 @@ from benchmarks.testbed.cells import Plan
 from benchmarks.testbed.methods import METHODS, Setting
 
 COMPUTE, FRONT = "compute", "front"  # kinds of results, which end a file's name, beside the cells
+LISTS = {"": "cells", COMPUTE: "equal_compute", FRONT: "fronts"}  # where results.json has each kind
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,25 @@ class Store:
         found = read(path_of(self.folder, regime, name, kind))
         wanted = self.plan.told(METHODS[name])
         return found if found is not None and wanted.items() <= found["what"].items() else None
+
+    def adopt(self, results: Path) -> int:
+        """Take what another folder's ``results.json`` holds and this one does not; how many that were.
+
+        Raises:
+            ValueError: something else lies there.
+        """
+        taken = 0
+        try:
+            lists = json.loads(results.read_text(encoding="utf-8"))
+            for kind, key in LISTS.items():
+                for one in lists[key]:
+                    path = path_of(self.folder, one["regime"], one["method"], kind)
+                    if one["what"] and not path.exists():
+                        write(path, one)
+                        taken += 1
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"known: found {results}, accepted: results.json of the test bed") from error
+        return taken
 
     def kept(self, path: Path, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result in a file, made and written unless one of the same ``what`` lies there."""

@@ -151,3 +151,25 @@ def test_the_command_writes_results_tables_and_a_picture(tmp_path):
     assert {cell["method"] for cell in result["cells"]} >= {"gdpo", "mgda"}
     assert {len(way) for way in result["trajectories"]["ways"].values()} == {2}  # the start and the end
     assert "GDPO" in (tmp_path / "tables.md").read_text("utf-8")
+
+
+def test_results_of_another_folder_count_as_done(tmp_path):
+    arguments = ["--seeds", "2", "--steps", "2", "--regime", "kinds2", "--method", "mgda", "--no-picture"]
+    assert CliRunner().invoke(app, ["--out", str(tmp_path / "one"), *arguments]).exit_code == 0
+    file = tmp_path / "one" / "results.json"
+    result = json.loads(file.read_text("utf-8"))
+    result["cells"][0]["worst"] = [7.0, 8.0]
+    file.write_text(json.dumps(result), encoding="utf-8")
+    known = ["--known", str(file)]
+    found = CliRunner().invoke(app, ["--out", str(tmp_path / "two"), *known, *arguments])
+    assert found.exit_code == 0 and f"{file}: 2 results" in found.output  # the cell, and at equal compute
+    assert json.loads((tmp_path / "two" / "results.json").read_text("utf-8")) == result
+    # Of another plan it is measured again.
+    other = [*arguments[:2], "--steps", "3", *arguments[4:]]
+    assert CliRunner().invoke(app, ["--out", str(tmp_path / "three"), *known, *other]).exit_code == 0
+    again = json.loads((tmp_path / "three" / "results.json").read_text("utf-8"))
+    assert [cell["steps"] for cell in again["cells"]] == [3]
+    file.write_text('{"cells": 3}', encoding="utf-8")
+    found = CliRunner().invoke(app, ["--out", str(tmp_path / "four"), *known, *arguments])
+    assert found.exit_code == 2
+    assert found.output.strip() == f"error: known: found {file}, accepted: results.json of the test bed"
