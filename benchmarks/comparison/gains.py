@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -62,9 +63,16 @@ def ended_runs(folders: Sequence[Path]) -> list[tuple[str, Mapping[str, Any], Pa
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
-    """The answers in a file of a run."""
+    """The lines of a file of a run, or of its packed copy in what ``keep`` has written."""
+    packed = packed_name(file)
+    data = gzip.decompress(packed.read_bytes()) if packed.is_file() else file.read_bytes()
     # Not splitlines: texts may hold other characters at which that would split.
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
+
+
+def packed_name(file: Path) -> Path:
+    """Where ``keep`` puts the lines of ``file``."""
+    return file.with_name(f"{file.name}.gz")
 
 
 def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
@@ -75,7 +83,9 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
     objective of one score.
     """
     ended = ended_runs(folders)
-    missing = [run for *_, run in ended if not (run / answers).is_file()]
+    missing = [
+        run for *_, run in ended if not (run / answers).is_file() and not packed_name(run / answers).is_file()
+    ]
     if missing:
         raise ValueError(f"{missing[0]}: found no {answers}, accepted: runs that have it")
     rows = [rows_of(run / answers) for *_, run in ended]

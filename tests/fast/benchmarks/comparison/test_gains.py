@@ -29,7 +29,7 @@ def write(file: Path, rows: list[dict[str, float]], gained: dict[str, float]) ->
 
 def sweep(folder: Path, runs: dict[tuple[str, int], dict[str, float]]) -> Path:
     """What a sweep leaves of runs with these gains."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     points = []
     for (method, seed), gained in runs.items():
         name = f"{method}-seed{seed}"
