@@ -23,7 +23,12 @@ class ParallelConfig(Section):
         description="parts of every stage's layers, which microbatches pass one after the other (interleaved "
         "schedule: less idling, more messages); needs pipeline > 1",
     )
-    context: int = Field(1, ge=1, description="context parallelism; only 1 is accepted")
+    context: int = Field(
+        1,
+        ge=1,
+        description="ranks that share every sequence: its positions are split over them, and so are the "
+        "activations; they hold the same weights",
+    )
     expert: int = Field(
         1,
         ge=1,
@@ -80,11 +85,8 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_untested(self) -> ParallelConfig:
-        if self.context != 1:
-            raise ValueError(
-                f"parallel.context: found {self.context}, accepted: 1 (the gradient inner products have "
-                "not been verified in other layouts)"
-            )
+        if self.context > 1:
+            self._refuse_beside_context()
         if self.expert == 1 and self.experts_split != self.tensor:
             raise ValueError(
                 f"parallel.expert_tensor: found {self.expert_tensor} with parallel.expert 1, accepted: null "
@@ -100,6 +102,15 @@ class ParallelConfig(Section):
                 "needs pipeline >= 2"
             )
         return self
+
+    def _refuse_beside_context(self) -> None:
+        others = {"expert": self.expert, "distributed_optimizer_instances": self.distributed_optimizer_instances}
+        for name, found in others.items():
+            if found > 1:
+                raise ValueError(
+                    f"parallel.context: found {self.context} with parallel.{name} {found}, accepted: 1 (the "
+                    "two have not been tried together)"
+                )
 
     @model_validator(mode="after")
     def _lets_ranks_wait(self) -> ParallelConfig:

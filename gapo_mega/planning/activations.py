@@ -137,11 +137,12 @@ def activation_peak(
 
 def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
     """Sizes for the configuration's longest sequences; ``chunk`` as for ``activation_peak``."""
-    tensor, split = config.parallel.tensor, config.parallel.sequence_parallel
+    tensor, split, ranks = config.parallel.tensor, config.parallel.sequence_parallel, config.parallel.context
     length = config.longest
-    length += -length % tensor if split else 0
-    rows, response = config.micro_batch_size, config.rollout.max_new_tokens
-    tokens, positions = rows * length, length
+    length += -length % (2 * ranks * tensor if ranks > 1 else tensor if split else 1)
+    own = length // ranks  # positions of a sequence on a rank
+    rows, response = config.micro_batch_size, min(config.rollout.max_new_tokens, own)
+    tokens, positions = rows * own, length
     outputs = rows * (response + (-response % tensor if split else 0))
     if config.micro_batch_tokens is not None:
         # One row, whose scores are those within its sequences: the most if all are of the longest.
@@ -159,11 +160,11 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         residual=tokens // (tensor if split else 1) * shape.hidden,
         hidden=tokens * shape.hidden,
         query=tokens * query,
-        key=tokens * key,
+        key=tokens * ranks * key,  # gathered; Transformer Engine's attention passes them round, and keeps less
         ffn=tokens * chosen * shape.ffn // tensor,
         routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,
-        mask=length * length,
+        mask=own * length,
         rotary=positions * shape.head_dim,
         behind=outputs * shape.hidden,
         logits=part * columns,

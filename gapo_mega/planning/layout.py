@@ -26,6 +26,11 @@ def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: i
     """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
     _check_model_split(parallel, shape)
     _check_experts(parallel, shape)
+    if parallel.context > 1 and shape.experts is not None:
+        raise ValueError(
+            f"parallel.context: found {parallel.context} with a model with experts, accepted: 1 (the two have "
+            "not been tried together)"
+        )
     data = data_parallel_size(parallel, world_size)
     _check_sharing(parallel, data)
     return data
@@ -33,14 +38,15 @@ def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: i
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Number of model replicas on ``world_size`` processes. Raises ``ValueError`` if it is not whole."""
-    tensor, pipeline = parallel.tensor, parallel.pipeline
-    if world_size % (tensor * pipeline):
+    model = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size % model:
+        context = f" x context {parallel.context}" if parallel.context > 1 else ""
         raise ValueError(
-            f"parallel: found tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} processes on a "
-            "world of "
+            f"parallel: found tensor {parallel.tensor}{context} x pipeline {parallel.pipeline} = {model} "
+            "processes on a world of "
             f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
         )
-    data, instances = world_size // (tensor * pipeline), parallel.distributed_optimizer_instances
+    data, instances = world_size // model, parallel.distributed_optimizer_instances
     if data % instances:
         raise ValueError(
             f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
@@ -189,6 +195,11 @@ def _check_batches(config: Config, data_parallel: int) -> None:
 
 def _check_packing(config: Config) -> None:
     tokens = config.micro_batch_tokens
+    if tokens is not None and config.parallel.context > 1:
+        raise ValueError(
+            f"micro_batch_tokens: found {tokens} with parallel.context {config.parallel.context}, accepted: "
+            "null (ranks share sequences of rows that hold one each)"
+        )
     if tokens is not None and config.model.dtype == "fp32" and transformer_engine_layers():
         raise ValueError(
             f"micro_batch_tokens: found {tokens} with model.dtype fp32 and Transformer Engine's layers, "

@@ -203,11 +203,17 @@ def _stepped(resolved: ResolvedRun, shape: ModelShape, count: int) -> int:
     """Of a stage's ``count`` trained parameters on a rank, those whose optimizer state it has."""
     parallel, data = resolved.config.parallel, resolved.data
     if not parallel.in_step:
-        return count // (data // parallel.distributed_optimizer_instances)
+        return count // _owners(resolved)
     # Fewer ranks hold the same experts than hold the same of all else.
     layers, copies = shape.num_layers // parallel.pipeline, parallel.tensor * data // parallel.sharing
     experts = _mlp_parameters(shape, parallel.sharing) * layers
     return (count - experts) // data + experts // copies
+
+
+def _owners(resolved: ResolvedRun) -> int:
+    """Ranks that have the optimizer's state of one part of the model together."""
+    parallel = resolved.config.parallel
+    return resolved.data * parallel.context // parallel.distributed_optimizer_instances
 
 
 def _embedding_parameters(shape: ModelShape, tensor: int) -> int:
@@ -234,8 +240,7 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
     whole = any(resolved.forward_of(rows) == "shared" for rows in measured)
     scope = config.gradients.scope
     chunk = 0 if whole or (scope != "full" and has_output_layer(scope)) else logits_chunk(config, shape)
-    owners = data // config.parallel.distributed_optimizer_instances  # ranks that have a state together
-    stepped = _stepped(resolved, shape, trained) if lora is None else trained // owners
+    stepped = _stepped(resolved, shape, trained) if lora is None else trained // _owners(resolved)
     shard = stepped if config.optimizer.distributed else trained
     sizes = rank_sizes(config.parallel, shape, shard, trained, stage, lora)
     offloaded = config.model.offload_reference

@@ -27,11 +27,12 @@ class RunPlan:
         virtual = parallel.virtual_pipeline
         interleaved = f" ({virtual} chunks a stage)" if virtual > 1 else ""
         experts = f", experts over {parallel.sharing} ranks" if parallel.expert > 1 else ""
+        context = f" x context {parallel.context}" if parallel.context > 1 else ""
         minibatch = sequences // data // algorithm.minibatches
         return [
             *(f"{parameter}: {card}" for parameter, card in self.resolved.cards.items()),
             f"layout: {self.resolved.world} processes = tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline}{interleaved} x data {data}{experts}",
+            f"{parallel.pipeline}{interleaved}{context} x data {data}{experts}",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {sequences} "
             f"sequences, {sequences // data} on a data-parallel rank",
             f"updates of a step: {algorithm.ppo_epochs} epochs x {algorithm.minibatches} minibatches of "
@@ -57,6 +58,7 @@ class RunPlan:
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
             "virtual_pipeline": parallel.virtual_pipeline,
+            "context": parallel.context,
             "data": self.resolved.data,
         }
         fits = None if device_gib is None else self.memory.peak <= device_gib * GIB

@@ -67,7 +67,7 @@ class ResponseScorer:
         facts: ResponseFacts | None,
     ) -> dict[str, list[float]]:
         """Scores by objective on every rank; the replica's first rank computes them."""
-        first = self._ranks.layout.tensor_rank == 0 and self._ranks.layout.pipeline_rank == 0
+        first = self._ranks.layout.is_first_of_replica
         outcome: dict[str, list[float]] | Exception = {}
         if first:
             try:

@@ -205,7 +205,7 @@ class Vllm(RolloutBackend):
     ) -> Requests | None:
         """Those of this rank; None where another one of the replica has them."""
         layout, policy = self.policy.engine.layout, self.policy
-        if not layout.tensor_rank == layout.pipeline_rank == 0:
+        if not layout.is_first_of_replica:
             return None
         questions = Questions(self._label, sampling, seed, policy.eos_ids, policy.vocabulary)
         servers = servers_of(prompts, self._servers, layout.data_rank, layout.data)

@@ -121,4 +121,4 @@ def _server() -> ForkServerContext:
 
 def _layout(arguments: dict[str, Any]) -> tuple[int, ...]:
     layout = arguments.get("layout", {})
-    return tuple(layout.get(name, 1) for name in ("tensor", "pipeline", "expert", "expert_tensor"))
+    return tuple(layout.get(name, 1) for name in ("tensor", "pipeline", "expert", "expert_tensor", "context"))

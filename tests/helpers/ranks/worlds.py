@@ -16,12 +16,13 @@ def enter(
     expert: int = 1,
     expert_tensor: int | None = None,
     instances: int = 1,
+    context: int = 1,
 ) -> groups.Groups:
     """The groups of a layout on this world, freshly seeded; those of another one are closed first."""
-    layout = (tensor, pipeline, expert, expert_tensor or tensor, instances)
+    layout = (tensor, pipeline, expert, expert_tensor or tensor, instances, context)
     if layout not in _current:
         leave()
-        _current[layout] = groups.initialize(*layout[:4], optimizer_instances=instances)
+        _current[layout] = groups.initialize(*layout[:4], optimizer_instances=instances, context=context)
     groups.seed(seed)
     return _current[layout]
 
@@ -36,6 +37,7 @@ def enter_layout(parallel: ParallelConfig, seed: int = 1) -> groups.Groups:
         expert=expert,
         expert_tensor=expert_tensor,
         instances=parallel.distributed_optimizer_instances,
+        context=parallel.context,
     )
 
 

@@ -228,11 +228,13 @@ def _check(directory: Path, about: dict[str, Any], expected: dict[str, dict[str,
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    return {"world": layout.world, "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    sizes = {"world": layout.world, "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    return sizes if layout.context == 1 else {**sizes, "context": layout.context}
 
 
 def _replica_rank(layout: Layout) -> int:
-    return layout.pipeline_rank * layout.tensor + layout.tensor_rank
+    stage = layout.pipeline_rank * layout.context + layout.context_rank
+    return stage * layout.tensor + layout.tensor_rank
 
 
 def _ranked(key: str, data: Any, index: int, count: int, replica: int = 0) -> ShardedObject:

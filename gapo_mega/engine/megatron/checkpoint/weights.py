@@ -290,7 +290,7 @@ def _sends(name: str) -> bool:
     """Whether this rank is the one of those with the same part of a parameter that sends it."""
     if is_expert(name):
         return bool(parallel_state.get_expert_data_parallel_rank() == 0)
-    return bool(parallel_state.get_data_parallel_rank() == 0)
+    return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
 
 
 def parcels(own: Mapping[str, Tensor], weights: Naming) -> list[Parcel]:

@@ -302,7 +302,7 @@ class MegatronGenerator:
         work: dist.Work | None = dist.broadcast(
             tensor,
             group=self._groups.replica,
-            group_src=(layout.pipeline - 1) * layout.tensor,
+            group_src=layout.last_stage,
             async_op=later,
         )
         return work

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gapo_mega.engine.megatron.generation.products import Gated, Product, gated, product, with_change
+from gapo_mega.engine.megatron.model.context import ContextAttention
 from gapo_mega.engine.megatron.model.lora import adapted_of
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.packing import PackedAttention
@@ -37,7 +38,6 @@ _COMPUTED: dict[str, Any] = {
     "apply_query_key_layer_scaling": False,
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
-    "context_parallel_size": 1,
     "experimental_attention_variant": None,
     "fp4": None,
     "fp8": None,
@@ -61,7 +61,7 @@ _MODULES: dict[str, tuple[type, ...]] = {
     "self_attention.linear_qkv": (ColumnParallelLinear,),
     "self_attention.q_layernorm": (RMSNorm, IdentityOp, type(None)),
     "self_attention.k_layernorm": (RMSNorm, IdentityOp, type(None)),
-    "self_attention.core_attention": (DotProductAttention, PackedAttention),
+    "self_attention.core_attention": (DotProductAttention, PackedAttention, ContextAttention),
     "self_attention.linear_proj": (RowParallelLinear,),
     "pre_cross_attn_layernorm": (IdentityOp,),
     "cross_attention": (IdentityOp,),

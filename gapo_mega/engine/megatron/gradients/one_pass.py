@@ -116,8 +116,8 @@ class OnePass(Shards):
         return replace(task.wanted(backwards), on_rows=self._accumulator.take_output_rows)
 
     def _agreed_rank(self, found: int) -> int:
-        """The number of passes; all tensor ranks take equally many, and data ranks that share experts."""
-        if self.groups.layout.tensor > 1:
+        """The number of passes; all ranks of a stage take equally many, and data ranks that share experts."""
+        if self.groups.layout.tensor * self.groups.layout.context > 1:
             largest = torch.tensor(found)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.replica)
             found = int(largest)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from gapo_mega import ops
+from gapo_mega.engine.megatron.model import context
 from gapo_mega.engine.megatron.model.logprobs import before_response
 from gapo_mega.engine.megatron.model.packing import in_rows
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -69,7 +70,7 @@ class OutputLayer:
         ``cotangent_of(k)`` [N, V]: gradient of objective k's loss with respect to the logits at the response
         positions. Takes one matrix product per objective, in the model's dtype as in Megatron's own backward.
         """
-        input_ND = self._input_at(in_rows(batch).response_mask_BT)
+        input_ND = self._input_at(context.own_mask(in_rows(batch).response_mask_BT))
         for objective, row in enumerate(self.rows):
             with torch.enable_grad():
                 cotangent_NV = cotangent_of(objective)
@@ -78,14 +79,16 @@ class OutputLayer:
     def gram(self) -> Tensor:
         """Gram matrix [M, M] float64 on the CPU, the same on every rank of a replica.
 
-        All-reduces the rows over the data ranks, then the local Gram matrices over the replica.
+        All-reduces the rows over the ranks with this part of the weights, then the local Gram matrices over
+        the replica, in which those of one context rank count.
         """
         local = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
         if self.rows:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             for row in self.rows:
                 dist.all_reduce(row, group=group)
-            local = ops.gramian([row.view(-1) for row in self.rows]).cpu()
+            if self._groups.layout.context_rank == 0:
+                local = ops.gramian([row.view(-1) for row in self.rows]).cpu()
         return ops.sum_gram_(local, self._groups.replica)
 
     def _weight(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from gapo_mega.config import ModelConfig, ParallelConfig
 from gapo_mega.engine.megatron.model import experts
+from gapo_mega.engine.megatron.model.context import ContextAttention
 from gapo_mega.engine.megatron.model.modules import RMSNorm, ValueModel
 from gapo_mega.engine.megatron.model.packing import PackedAttention
 from gapo_mega.engine.megatron.runtime import releases
@@ -68,6 +69,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
@@ -124,7 +126,7 @@ def layer_spec(
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = PackedAttention if config.context_parallel_size == 1 else ContextAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:

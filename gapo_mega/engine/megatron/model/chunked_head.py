@@ -20,6 +20,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gapo_mega.engine.megatron.model import context
 from gapo_mega.engine.megatron.model.logprobs import Wanted, chosen_logprobs, policy_at_responses
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, narrowed, picked
 from gapo_mega.types import TokenBatch
@@ -61,6 +62,7 @@ class Head:
         # A rank's part of the sequence begins at position rank * rows; a chunk has some rows of every part.
         position_N, sequence_N = places_N // sequences, places_N % sequences
         rank_N, row_N = position_N // rows, position_N % rows
+        own_N = context.own_tokens(batch)
         values, order = [], []
         for start in range(0, rows, step):
             length = min(step, rows - start)
@@ -71,13 +73,13 @@ class Head:
                 continue
             local_n = rank_N[tokens_n] * length + row_N[tokens_n] - start
             places_n = local_n * sequences + sequence_N[tokens_n]
-            chunk = _Chunk(
-                hidden_RBD[start : start + length], self._numbers(ranks, start, length), places_n, tokens_n
-            )
+            numbers_r = self._numbers(ranks, start, length)
+            of_all_n = tokens_n if own_N is None else own_N[tokens_n]
+            chunk = _Chunk(hidden_RBD[start : start + length], numbers_r, places_n, of_all_n)
             values.append(self._chunk(chunk, batch, wanted))
             order.append(tokens_n)
         inverse_N = torch.cat(order).argsort()
-        return policy_at_responses(torch.cat(values, dim=1)[:, inverse_N], batch, wanted.entropy)
+        return policy_at_responses(torch.cat(values, dim=1)[:, inverse_N], batch, wanted.entropy, own_N)
 
     def _chunk(self, chunk: _Chunk, batch: TokenBatch, wanted: Wanted) -> Tensor:
         """Log-probabilities and entropies ``[2, n]`` of the response tokens of a chunk."""

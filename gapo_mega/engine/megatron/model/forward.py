@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
-from gapo_mega.engine.megatron.model import experts
+from gapo_mega.engine.megatron.model import context, experts
 from gapo_mega.engine.megatron.model.chunked_head import left_out
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted, logprobs_of
 from gapo_mega.engine.megatron.model.microbatches import Microbatches
@@ -35,11 +35,16 @@ Chunks = Sequence[nn.Module]  # this rank's part of a model, in the order of ``b
 def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int, lengths_B: Tensor | None = None) -> Tensor:
     """The stage's output for right-padded tokens, which need no padding mask under causal attention.
 
-    Pads sequences to a multiple of ``multiple``, because sequence parallelism splits them. ``lengths_B``:
-    columns without padding, for the routers of experts; None: they are not told.
+    Pads sequences to a multiple of ``multiple``, because sequence parallelism splits them. With context
+    parallelism the output is that of this rank's positions. ``lengths_B``: columns without padding, for the
+    routers of experts; None: they are not told.
     """
     padded_BT = nn.functional.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
     positions_BT = torch.arange(padded_BT.shape[1], device=padded_BT.device).expand_as(padded_BT)
+    if context.size() > 1:
+        assert lengths_B is None, "context parallelism with experts is refused"
+        own_S = context.own_columns(padded_BT.shape[1]).to(padded_BT.device)
+        padded_BT, positions_BT = padded_BT[:, own_S], positions_BT[:, own_S]
     told = {} if lengths_B is None else {"padding_mask": positions_BT < lengths_B[:, None]}
     output: Tensor = model(input_ids=padded_BT, position_ids=positions_BT, attention_mask=None, **told)
     return output
@@ -57,7 +62,7 @@ def run_batch(model: nn.Module, batch: TokenBatch, multiple: int, tells_routers:
 def sequence_multiple(model: nn.Module) -> int:
     """The ``multiple`` that ``run_model`` needs for this model."""
     config = get_model_config(model)
-    return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+    return max(context.multiple(), int(config.tensor_model_parallel_size) if config.sequence_parallel else 1)
 
 
 def run_at_responses(
@@ -83,9 +88,11 @@ def run_at_responses(
 
 
 def _rectangle(batch: TokenBatch, multiple: int) -> Rectangle:
-    """Around the response tokens of the rows that a model gets."""
+    """Around the response tokens of the rows that a model gets, or of this rank's positions of them."""
     # Where the mask lies: on the host nobody waits for a device.
-    mask_BS = in_rows(batch).response_mask_BT
+    mask_BS = context.own_mask(in_rows(batch).response_mask_BT)
+    if context.size() > 1:
+        return Rectangle.around(mask_BS, mask_BS.shape[1] - 1, multiple // (2 * context.size()))
     columns = mask_BS.shape[1]
     return Rectangle.around(mask_BS, columns + (-columns % multiple), multiple)
 
@@ -190,6 +197,8 @@ def _schedule(
             return output, lambda out, **_: on_last_stage(finish(out), there)
         if batch.packed_width is not None:
             return output, lambda out, **_: on_last_stage(unpacked(out, there), there)
+        if get_attr_wrapped_model(stage, "post_process"):
+            output = context.of_all_positions(output)
         # Cuts off the padding of sequence parallelism; only the last stage's output is [B, T, ...].
         return output, lambda out, **_: on_last_stage(out[:, : there.tokens_BT.shape[1]], there)
 

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.engine.megatron.model import context
 from gapo_mega.types import KeptTokens, TokenBatch
 
 
@@ -199,8 +200,8 @@ def logprobs_of(
 
     Args:
         logits_NV: this tensor rank's columns at the positions that predict response tokens, in the order of
-            the mask, as ``before_response`` selects them. Overwritten if float32, after which a view no
-            longer tells its place in the graph.
+            the mask, as ``before_response`` selects them; with context parallelism, at those of this rank.
+            Overwritten if float32, after which a view no longer tells its place in the graph.
         batch: column 0 of the mask must be False.
         distribution: what the tokens were drawn from.
         backwards: whether the next backward is the last.
@@ -210,7 +211,9 @@ def logprobs_of(
     the log-probabilities, so that whoever takes gradients of losses takes them as more of the same.
     """
     wanted = Wanted(distribution, backwards, entropy)
-    return policy_at_responses(chosen_logprobs(logits_NV, batch, wanted), batch, entropy)
+    tokens_n = context.own_tokens(batch)
+    values_2n = chosen_logprobs(logits_NV, batch, wanted, tokens_n)
+    return policy_at_responses(values_2n, batch, entropy, tokens_n)
 
 
 def chosen_logprobs(
@@ -237,9 +240,16 @@ def chosen_logprobs(
     return torch.stack(found)
 
 
-def policy_at_responses(values_2N: Tensor, batch: TokenBatch, entropy: Entropy) -> Tensor:
-    """``[B, T]``, or ``[B, 2 T]`` with entropies, from the numbers of all response tokens; 0 elsewhere."""
+def policy_at_responses(
+    values_2N: Tensor, batch: TokenBatch, entropy: Entropy, tokens_n: Tensor | None = None
+) -> Tensor:
+    """``[B, T]``, or ``[B, 2 T]`` with entropies, from the numbers of all response tokens; 0 elsewhere.
+
+    ``tokens_n``: the response tokens that ``values_2N`` are of, where ranks share sequences; None: all.
+    """
     mask_BT = batch.response_mask_BT
+    if tokens_n is not None:
+        values_2N = context.of_all_tokens(values_2N, tokens_n, int(mask_BT.sum()))
     zeros_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=values_2N.device)
     logprobs_BT = zeros_BT.masked_scatter(mask_BT, values_2N[0])
     if entropy == "none":

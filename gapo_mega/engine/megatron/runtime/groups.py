@@ -24,7 +24,7 @@ class Groups:
     """The layout and its gloo groups for CPU tensors and objects."""
 
     layout: Layout
-    data: dist.ProcessGroup  # same tensor and pipeline rank
+    data: dist.ProcessGroup  # same tensor, context and pipeline rank
     replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
     expert_data: dist.ProcessGroup  # the ranks with the same part of the same experts
 
@@ -49,8 +49,8 @@ class Groups:
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """Broadcast the last stage's CPU tensor (same shape and dtype everywhere) to a new tensor."""
         result = tensor.clone()
-        source = (self.layout.pipeline - 1) * self.layout.tensor
-        dist.broadcast(result, src=dist.get_global_rank(self.replica, source), group=self.replica)
+        source = dist.get_global_rank(self.replica, self.layout.last_stage)
+        dist.broadcast(result, src=source, group=self.replica)
         return result
 
 
@@ -90,15 +90,17 @@ def initialize(
     expert_tensor: int | None = None,
     timeout: timedelta = TIMEOUT,
     optimizer_instances: int = 1,
+    context: int = 1,
 ) -> Groups:
     """Initialize torch.distributed, unless it is, and Megatron's parallel state.
 
     ``expert``: ranks that share a layer's experts; ``expert_tensor``: those that share every expert, ``None``
     being ``tensor``. ``timeout``: the longest wait for other ranks in a collective of any of their groups.
-    ``optimizer_instances``: of the distributed optimizer, among which the data ranks are shared.
+    ``optimizer_instances``: of the distributed optimizer, among which the data ranks are shared. ``context``:
+    ranks that share every sequence.
     The launcher's variables say which rank of how many this is (``read_world``).
     Raises ``ValueError`` for variables that do not fit together or do not fit this machine, and if
-    ``tensor * pipeline`` does not divide the world size.
+    ``tensor * context * pipeline`` does not divide the world size.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -106,15 +108,17 @@ def initialize(
     if not dist.is_initialized():
         start_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout)
     world = dist.get_world_size()
-    if world % (tensor * pipeline):
+    model = tensor * context * pipeline
+    if world % model:
         raise ValueError(
-            f"parallel: found tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} ranks, "
+            f"parallel: found tensor {tensor} x context {context} x pipeline {pipeline} = {model} ranks, "
             f"which does not divide the world size {world}"
         )
     with megatron_device():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
             num_distributed_optimizer_instances=optimizer_instances,
@@ -126,11 +130,13 @@ def initialize(
         rank=dist.get_rank(),
         tensor=tensor,
         pipeline=pipeline,
-        data=world // (tensor * pipeline),
+        data=world // model,
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         in_step=tensor % sharing != 0,
+        context=context,
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
     return Groups(
         layout,
@@ -149,6 +155,7 @@ def of_layout(parallel: ParallelConfig) -> Groups:
         parallel.expert_tensor,
         parallel.timeout,
         parallel.distributed_optimizer_instances,
+        parallel.context,
     )
 
 
@@ -182,11 +189,13 @@ def _own_device(local_rank: int, devices: int) -> int:
     return local_rank
 
 
-def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
-    """(pipeline, data, tensor) rank of a global rank in Megatron's order: tensor ranks are adjacent."""
+def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int, int]:
+    """(pipeline, data, context, tensor) rank of a global rank in Megatron's order: tensor ranks are adjacent."""
+    of_data = layout.tensor * layout.context
     return (
-        rank // (layout.tensor * layout.data),
-        rank // layout.tensor % layout.data,
+        rank // (of_data * layout.data),
+        rank // of_data % layout.data,
+        rank // layout.tensor % layout.context,
         rank % layout.tensor,
     )
 
@@ -209,11 +218,12 @@ def _split_world(
 
 
 def _data_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
-    assert _coordinates(layout, layout.rank) == (layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
+    own = (layout.pipeline_rank, layout.data_rank, layout.context_rank, layout.tensor_rank)
+    assert _coordinates(layout, layout.rank) == own
 
     def place_of(rank: int) -> tuple[int, ...]:
-        pipeline, _, tensor = _coordinates(layout, rank)
-        return pipeline, tensor
+        pipeline, _, context, tensor = _coordinates(layout, rank)
+        return pipeline, context, tensor
 
     return _split_world(layout, place_of, timeout)
 
@@ -224,5 +234,5 @@ def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
 
 def _expert_data_group(layout: Layout, sharing: int, timeout: timedelta) -> dist.ProcessGroup:
     """``sharing``: neighbouring ranks of a stage that together hold its experts once."""
-    stage = layout.tensor * layout.data
+    stage = layout.tensor * layout.context * layout.data
     return _split_world(layout, lambda rank: (rank // stage, rank % stage % sharing), timeout)
