@@ -104,7 +104,10 @@ class ParallelConfig(Section):
         return self
 
     def _refuse_beside_context(self) -> None:
-        others = {"expert": self.expert, "distributed_optimizer_instances": self.distributed_optimizer_instances}
+        others = {
+            "expert": self.expert,
+            "distributed_optimizer_instances": self.distributed_optimizer_instances,
+        }
         for name, found in others.items():
             if found > 1:
                 raise ValueError(

@@ -160,7 +160,8 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         residual=tokens // (tensor if split else 1) * shape.hidden,
         hidden=tokens * shape.hidden,
         query=tokens * query,
-        key=tokens * ranks * key,  # gathered; Transformer Engine's attention passes them round, and keeps less
+        # Gathered from all context ranks; Transformer Engine's attention passes them round, and keeps less.
+        key=tokens * ranks * key,
         ffn=tokens * chosen * shape.ffn // tensor,
         routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,

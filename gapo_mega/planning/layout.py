@@ -28,8 +28,8 @@ def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: i
     _check_experts(parallel, shape)
     if parallel.context > 1 and shape.experts is not None:
         raise ValueError(
-            f"parallel.context: found {parallel.context} with a model with experts, accepted: 1 (the two have "
-            "not been tried together)"
+            f"parallel.context: found {parallel.context} with a model with experts, accepted: 1 (the two "
+            "have not been tried together)"
         )
     data = data_parallel_size(parallel, world_size)
     _check_sharing(parallel, data)

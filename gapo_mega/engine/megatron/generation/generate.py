@@ -122,6 +122,7 @@ class MegatronGenerator:
         self._batch_size = batch_size
         self._samples_here = bool(self._chunks[-1].post_process) and groups.layout.tensor_rank == 0
         self._gather = gather
+        self._shares = False  # whether ranks that share sequences share out the prompts
         self._obstacles = [layers.obstacle(chunk) for chunk in self._chunks]
         self._may_pad = all(
             obstacle is None or takes_padding(chunk)
@@ -152,7 +153,8 @@ class MegatronGenerator:
 
         (``seed``, i) is the key of row i's random numbers, so replicas must pass different seeds.
         ``batch_size`` and the layout change results by rounding only. Data ranks that share experts wait for
-        each other at every token; they pass the same ``sampling``.
+        each other at every token; they pass the same ``sampling``. Ranks that share sequences answer every
+        so-many-th prompt each; with top-k or top-p all of them answer all prompts.
 
         Raises:
             ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer than the
@@ -160,6 +162,7 @@ class MegatronGenerator:
         """
         self._check(prompts, sampling)
         steps = sampling.max_new_tokens
+        self._shares = self._groups.layout.context > 1 and not sampling.cuts
         batches = list(self._batches(prompts))
         taken = [*prompts, *(self._fill(batches, prompts) if self._groups.layout.in_step else [])]
         results = Results(len(taken), sampling, self._pad_id, self._samples_here, watch)
@@ -169,6 +172,8 @@ class MegatronGenerator:
             for batch in batches:
                 lanes = self._lanes(taken, batch, steps)
                 self._run(chunks, lanes, results, uniform_BS, sampling)
+        if self._shares:
+            results.exchange(self._groups.context)
         return results.assemble(prompts, self._broadcast)
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters) -> None:
@@ -205,8 +210,11 @@ class MegatronGenerator:
 
     # -- batches -----------------------------------------------------------------------------------
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Batches of at most ``batch_size`` requests, sorted so that equal prompts are neighbours."""
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+        """Batches of at most ``batch_size`` requests of this rank, equal prompts beside each other."""
+        numbers = range(len(prompts))
+        if self._shares:
+            numbers = numbers[self._groups.layout.context_rank :: self._groups.layout.context] or range(1)
+        order = sorted(numbers, key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         if self._may_pad:
             families = [order]
         else:
@@ -280,7 +288,7 @@ class MegatronGenerator:
         # float64 holds token ids and float32 exactly, so one message is enough.
         lane.packet_2B = torch.stack((choice.tokens_B.double(), choice.logprobs_B.double())).cpu()
         lane.kept_BV = choice.kept_BV
-        if self._groups.replica.size() > 1:
+        if self._listeners.size() > 1:
             lane.publishing = self._broadcast(lane.packet_2B, later=True)
 
     def _receive_packet(self, lane: _Lane) -> Tensor:
@@ -297,15 +305,17 @@ class MegatronGenerator:
         return lane.packet_2B
 
     def _broadcast(self, tensor: Tensor, later: bool = False) -> dist.Work | None:
-        """From the rank that samples to its replica; ``later`` returns at once, with what to wait for."""
+        """From the rank that samples to all with its rows; ``later`` returns at once, with what to wait for."""
         layout = self._groups.layout
+        source = (layout.pipeline - 1) * layout.tensor if self._shares else layout.last_stage
         work: dist.Work | None = dist.broadcast(
-            tensor,
-            group=self._groups.replica,
-            group_src=layout.last_stage,
-            async_op=later,
+            tensor, group=self._listeners, group_src=source, async_op=later
         )
         return work
+
+    @property
+    def _listeners(self) -> dist.ProcessGroup:
+        return self._groups.copy if self._shares else self._groups.replica
 
     def _accept(self, lane: _Lane, packet_2B: Tensor, results: Results) -> None:
         """Store one sampled token per row, and repack the lane if enough rows have finished."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega.engine.base import SamplingParameters
@@ -49,6 +50,27 @@ class Results:
             self._record.add(rows_B, step, kept_BV)
         if self._watch is not None and len(rows_B):
             self._watch(rows_B.tolist(), packet_2B[0].long().tolist())
+
+    def exchange(self, group: dist.ProcessGroup) -> None:
+        """Take every so-many-th row of each rank of ``group`` that has generated it, on all of them."""
+        own_BX = torch.cat(
+            (
+                self.tokens_BS.double(),
+                self.logprobs_BS.double(),
+                self.lengths_B[:, None].double(),
+                self.finished_B[:, None].double(),
+            ),
+            dim=1,
+        )
+        parts = [torch.empty_like(own_BX) for _ in range(group.size())]
+        dist.all_gather(parts, own_BX, group=group)
+        for rank, part_BX in enumerate(parts):
+            own_BX[rank :: group.size()] = part_BX[rank :: group.size()]
+        steps = self.tokens_BS.shape[1]
+        self.tokens_BS.copy_(own_BX[:, :steps])
+        self.logprobs_BS.copy_(own_BX[:, steps : 2 * steps])
+        self.lengths_B.copy_(own_BX[:, -2])
+        self.finished_B.copy_(own_BX[:, -1])
 
     def assemble(self, prompts: Sequence[Sequence[int]], broadcast: Callable[[Tensor], object]) -> Generation:
         """Prompts and responses of the first requests in one tensor; those behind them have no response.

@@ -79,9 +79,7 @@ def own_mask(mask_BT: Tensor) -> Tensor:
     """
     if size() == 1:
         return mask_BT
-    predicts_BW = nn.functional.pad(mask_BT[:, 1:], (0, padded_width(mask_BT.shape[1]) - mask_BT.shape[1] + 1))
-    own_S = own_columns(predicts_BW.shape[1]).to(mask_BT.device)
-    return nn.functional.pad(predicts_BW.index_select(1, own_S), (1, 0))
+    return nn.functional.pad(_of_next_tokens(mask_BT), (1, 0))
 
 
 def own_tokens(batch: TokenBatch) -> Tensor | None:
@@ -93,10 +91,15 @@ def own_tokens(batch: TokenBatch) -> Tensor | None:
         return None
     mask_BT = batch.response_mask_BT
     number_BT = mask_BT.flatten().cumsum(dim=0).view(mask_BT.shape) - 1
-    width = padded_width(mask_BT.shape[1])
-    number_BW = nn.functional.pad(number_BT[:, 1:], (0, width - mask_BT.shape[1] + 1))
-    own_S = own_columns(width).to(mask_BT.device)
-    return number_BW.index_select(1, own_S)[own_mask(mask_BT)[:, 1:]]
+    return _of_next_tokens(number_BT)[_of_next_tokens(mask_BT)]
+
+
+def _of_next_tokens(values_BT: Tensor) -> Tensor:
+    """``[B, S]``: what the token after each of this rank's positions has; 0 behind the last token."""
+    columns = values_BT.shape[1]
+    width = padded_width(columns)
+    next_BW = nn.functional.pad(values_BT[:, 1:], (0, width - columns + 1))
+    return next_BW.index_select(1, own_columns(width).to(values_BT.device))
 
 
 def of_all_tokens(values_Xn: Tensor, tokens_n: Tensor, count: int) -> Tensor:
@@ -158,7 +161,9 @@ class ContextAttention(DotProductAttention):  # type: ignore[misc]
     ) -> Tensor:
         """``[S, B, H, D]`` as the base's, S positions of this rank."""
         assert attention_mask is None, "padding stands behind every sequence"
-        key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=group()) for x in (key, value))
+        key, value = (
+            gather_from_sequence_parallel_region(part.contiguous(), group=group()) for part in (key, value)
+        )
         hidden_SW = _hidden(len(key), self._window).to(query.device)
         found: Tensor = super().forward(
             query, key, value, hidden_SW, attn_mask_type, attention_bias, packed_seq_params

@@ -25,7 +25,9 @@ class Groups:
 
     layout: Layout
     data: dist.ProcessGroup  # same tensor, context and pipeline rank
-    replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model
+    replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model, for each sequence
+    copy: dist.ProcessGroup  # of a replica, the ranks with the same positions: one copy of the model
+    context: dist.ProcessGroup  # same data, tensor and pipeline rank: they share every sequence
     expert_data: dist.ProcessGroup  # the ranks with the same part of the same experts
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
@@ -138,10 +140,13 @@ def initialize(
         context=context,
         context_rank=parallel_state.get_context_parallel_rank(),
     )
+    replica = _replica_group(layout, timeout)
     return Groups(
         layout,
         data=_data_group(layout, timeout),
-        replica=_replica_group(layout, timeout),
+        replica=replica,
+        copy=replica if context == 1 else _copy_group(layout, timeout),
+        context=_context_group(layout, timeout),
         expert_data=_expert_data_group(layout, sharing, timeout),
     )
 
@@ -190,7 +195,7 @@ def _own_device(local_rank: int, devices: int) -> int:
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int, int]:
-    """(pipeline, data, context, tensor) rank of a global rank in Megatron's order: tensor ranks are adjacent."""
+    """(pipeline, data, context, tensor) rank of a global rank; Megatron's order: tensor ranks are adjacent."""
     of_data = layout.tensor * layout.context
     return (
         rank // (of_data * layout.data),
@@ -230,6 +235,18 @@ def _data_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
 
 def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
     return _split_world(layout, lambda rank: (_coordinates(layout, rank)[1],), timeout)
+
+
+def _copy_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
+    return _split_world(layout, lambda rank: _coordinates(layout, rank)[1:3], timeout)
+
+
+def _context_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
+    def place_of(rank: int) -> tuple[int, ...]:
+        pipeline, data, _, tensor = _coordinates(layout, rank)
+        return pipeline, data, tensor
+
+    return _split_world(layout, place_of, timeout)
 
 
 def _expert_data_group(layout: Layout, sharing: int, timeout: timedelta) -> dist.ProcessGroup:

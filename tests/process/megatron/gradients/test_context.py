@@ -1,4 +1,4 @@
-"""Context parallelism against a single process: gradients of every strategy, critics, answers, checkpoints."""
+"""Context parallelism against a single process: gradients, critics, answers, checkpoints."""
 
 from __future__ import annotations
 
@@ -61,16 +61,19 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
     def add(ranks: int, name: str, model: str, layout: dict[str, Any], sections: dict[str, Any]) -> None:
         sections = dict(sections)
-        jobs[ranks][name] = "check_engine", {
-            "model": str(folder / model),
-            "layout": layout,
-            "optimizer": sections.pop("optimizer", ADAM),
-            "sections": sections,
-            "clip_epsilon": 100.0,
-            "steps": STEPS,
-            "prompts": PROMPTS,
-            "export": str(folder / name),
-        }
+        jobs[ranks][name] = (
+            "check_engine",
+            {
+                "model": str(folder / model),
+                "layout": layout,
+                "optimizer": sections.pop("optimizer", ADAM),
+                "sections": sections,
+                "clip_epsilon": 100.0,
+                "steps": STEPS,
+                "prompts": PROMPTS,
+                "export": str(folder / name),
+            },
+        )
 
     for name, (ranks, model, layout, gradients, sections) in CASES.items():
         context = 4 if name == "CP4" else 2
