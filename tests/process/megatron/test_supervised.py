@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2-sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "PP2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }

@@ -49,7 +49,7 @@ class OptimizerState:
         groups: Groups,
         averages: AveragedRows | None = None,
     ) -> None:
-        """``parameters``: the model's, in an order that all data ranks share.
+        """``parameters``: the model's, in an order that all ranks with them share.
 
         ``averages``: running means of the model's gradients, which lie as the optimizer's own tensors do.
         """
@@ -93,15 +93,15 @@ class OptimizerState:
 
     # -- tensors -------------------------------------------------------------------------------
     def to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Sharded tensors shaped like the parameters on data rank 0, nothing on the other data ranks.
+        """Sharded tensors shaped like the parameters on the first rank that holds them, nothing on others.
 
-        ``model_state``: the model's sharded state dict. Collective over the data ranks, which send their
-        pieces to data rank 0 one tensor at a time.
+        ``model_state``: the model's sharded state dict. Collective over those ranks, which send their pieces
+        to the first one tensor at a time.
         """
         sharded = _by_parameter(model_state)
         own_ranges = {i: (self._pieces[p].start, self._pieces[p].end) for i, p in self._numbered()}
         held = {
-            group: _gathered(own_ranges, group) for group in (self._groups.data, self._groups.expert_data)
+            group: _gathered(own_ranges, group) for group in (self._groups.holders, self._groups.expert_data)
         }
         result: dict[str, Any] = {}
         for index, parameter in enumerate(self._parameters):
@@ -171,7 +171,7 @@ class OptimizerState:
 
     def _data_group(self, parameter: nn.Parameter) -> dist.ProcessGroup:
         """The ranks that have the same parameter, and of its state a piece each."""
-        return self._groups.data if getattr(parameter, "allreduce", True) else self._groups.expert_data
+        return self._groups.holders if getattr(parameter, "allreduce", True) else self._groups.expert_data
 
     def _collect(
         self,

@@ -305,7 +305,7 @@ class MegatronGenerator:
         return lane.packet_2B
 
     def _broadcast(self, tensor: Tensor, later: bool = False) -> dist.Work | None:
-        """From the rank that samples to all with its rows; ``later`` returns at once, with what to wait for."""
+        """From the rank that samples to all with its rows; ``later`` returns what to wait for, at once."""
         layout = self._groups.layout
         source = (layout.pipeline - 1) * layout.tensor if self._shares else layout.last_stage
         work: dist.Work | None = dist.broadcast(

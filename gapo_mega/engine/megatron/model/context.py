@@ -133,7 +133,8 @@ def of_all_positions(output_BSX: Tensor) -> Tensor:
         output_BSX.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=group()
     )
     order_W = gathered_columns(len(found_WBX)).argsort().to(found_WBX.device)
-    return found_WBX.index_select(0, order_W).transpose(0, 1)
+    output_BWX: Tensor = found_WBX.index_select(0, order_W).transpose(0, 1)
+    return output_BWX
 
 
 # -- attention -------------------------------------------------------------------------------------------

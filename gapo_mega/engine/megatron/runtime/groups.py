@@ -25,6 +25,7 @@ class Groups:
 
     layout: Layout
     data: dist.ProcessGroup  # same tensor, context and pipeline rank
+    holders: dist.ProcessGroup  # same tensor and pipeline rank: they hold the same part of the model
     replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model, for each sequence
     copy: dist.ProcessGroup  # of a replica, the ranks with the same positions: one copy of the model
     context: dist.ProcessGroup  # same data, tensor and pipeline rank: they share every sequence
@@ -140,10 +141,11 @@ def initialize(
         context=context,
         context_rank=parallel_state.get_context_parallel_rank(),
     )
-    replica = _replica_group(layout, timeout)
+    replica, data = _replica_group(layout, timeout), _data_group(layout, timeout)
     return Groups(
         layout,
-        data=_data_group(layout, timeout),
+        data=data,
+        holders=data if context == 1 else _holders_group(layout, timeout),
         replica=replica,
         copy=replica if context == 1 else _copy_group(layout, timeout),
         context=_context_group(layout, timeout),
@@ -195,7 +197,7 @@ def _own_device(local_rank: int, devices: int) -> int:
 
 
 def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int, int]:
-    """(pipeline, data, context, tensor) rank of a global rank; Megatron's order: tensor ranks are adjacent."""
+    """(pipeline, data, context, tensor) rank of a global rank in Megatron's order, tensor ranks adjacent."""
     of_data = layout.tensor * layout.context
     return (
         rank // (of_data * layout.data),
@@ -235,6 +237,14 @@ def _data_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
 
 def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
     return _split_world(layout, lambda rank: (_coordinates(layout, rank)[1],), timeout)
+
+
+def _holders_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
+    def place_of(rank: int) -> tuple[int, ...]:
+        pipeline, _, _, tensor = _coordinates(layout, rank)
+        return pipeline, tensor
+
+    return _split_world(layout, place_of, timeout)
 
 
 def _copy_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:

@@ -114,10 +114,9 @@ def test_as_in_one_process(results: dict[str, dict[str, Any]], folder: Path, nam
 
 def test_a_critic_as_in_one_process(results: dict[str, dict[str, Any]]) -> None:
     found, expected = result(results, "critic"), result(results, "critic of one")
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
-    torch.testing.assert_close(
-        torch.tensor(found["values"]), torch.tensor(expected["values"]), rtol=1e-3, atol=1e-3
-    )
+    for key in ("losses", "values"):
+        mine, single = torch.tensor(found[key]), torch.tensor(expected[key])
+        torch.testing.assert_close(mine, single, rtol=1e-3, atol=1e-3 * float(single.abs().max()))
 
 
 def test_running_means_against_float64(results: dict[str, dict[str, Any]], folder: Path) -> None:
