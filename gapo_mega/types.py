@@ -276,3 +276,34 @@ class BackgroundSave(Protocol):
         Raises ``OSError`` on every rank where one has not written its files.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every parallel axis, and this process's rank along it."""
+
+    world: int
+    rank: int
+    tensor: int
+    pipeline: int
+    data: int
+    data_rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    in_step: bool = False  # data ranks share experts: they make the same calls, with equally many rows
+    context: int = 1  # ranks that share every sequence
+    context_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this is the first of the ranks that hold one copy of the model."""
+        return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> int:
+        """The first rank of the last stage, among the ranks that hold one copy of the model."""
+        return (self.pipeline - 1) * self.context * self.tensor

@@ -65,6 +65,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: 
     data_parallel = check_model_split(config.parallel, shape, world_size)
     _check_batches(config, data_parallel)
     _check_packing(config)
+    _check_context(config)
     packed = config.micro_batch_tokens is not None  # then there are as many as are wanted
     count = (minibatch_sequences if packed else microbatches)(config, data_parallel)
     check_interleaving(config.parallel, shape, count)
@@ -190,6 +191,16 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
             "sequences on "
             f"a data-parallel rank: {_listed(_divisors(minibatch))}"
+        )
+
+
+def _check_context(config: Config) -> None:
+    backend = config.rollout.backend
+    if config.parallel.context > 1 and backend == "megatron" and transformer_engine_layers():
+        raise ValueError(
+            f"rollout.backend: found megatron with parallel.context {config.parallel.context} and "
+            "Transformer Engine's layers, which see a part of every sequence; accepted: vllm, or "
+            "parallel.context 1"
         )
 
 

@@ -334,7 +334,7 @@ def test_plan_tells_whether_the_fullest_rank_fits() -> None:
     assert found["fits"] is False and run.as_dict(None)["fits"] is None
     assert found["peak"] == 3 * GIB and found["stages"][1]["resident"] == 2 * GIB
     assert (
-        found["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 1}
+        found["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
         and found["world"] == 1
     )
 
