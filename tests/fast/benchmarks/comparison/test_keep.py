@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks.comparison import gains
 from benchmarks.comparison.keep import app
-from tests.fast.benchmarks.comparison.test_gains import sweep
+from tests.helpers.sweep_files import sweep
 
 
 def test_tables_are_made_of_what_was_kept(tmp_path: Path) -> None:
