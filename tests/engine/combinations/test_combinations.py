@@ -55,20 +55,22 @@ class TestSettings:
             ]
         )
         found = combinations(shapes, where)
-        assert found.total == 14 * 3 * 2**4 * 3 * 5 * 2 == len(found.valid) + sum(found.refused.values())
-        # By what can be combined (docs/gradients.md), for each of 5 kinds of reduction (parameters
-        # are gathered late only where the optimizer is distributed and gradients are reduced early): without
-        # a pipeline (4 layouts), with one (3), which has no shared forward, and with an interleaved one (3),
-        # which needs several microbatches.
-        separate_full = 2 * (2 * 2 + 2)  # one or several microbatches x (rows x metric, none x metric)
-        separate_part = 2 * (1 + 1 + 2 * 2)  # last layer, last block, two ranges of layers in either metric
-        shared_one = 2 * 2 + 2 + (1 + 1 + 2 * 2)
-        shared_several = 2  # fp32 rows of the whole gradient
-        one_pass = 2 * 2  # fp32 rows of the whole gradient in either metric
-        with_pipeline = separate_full + separate_part + one_pass
-        without = with_pipeline + shared_one + shared_several
-        interleaved = with_pipeline // 2
-        assert len(found.valid) == 5 * (4 * without + 3 * with_pipeline + 3 * interleaved)
+        assert found.total == 19 * 3 * 3 * 2**3 * 3 * 5 * 2 == len(found.valid) + sum(found.refused.values())
+        # By what can be combined (docs/gradients.md), for one kind of microbatches.
+        separate_full = 2 * 2 + 2  # rows x metric, none x metric
+        separate_part = 1 + 1 + 2 * 2  # last layer, last block, two ranges of layers in either metric
+        one_pass = 2  # fp32 rows of the whole gradient in either metric
+        piped = separate_full + separate_part + one_pass
+        one = piped + 2 * 2 + 2 + (1 + 1 + 2 * 2)  # and a shared forward
+        several = piped + 2  # which then has fp32 rows of the whole gradient alone
+        # Without a pipeline (4 layouts), with context ranks (2), which pack nothing, with a pipeline (3),
+        # which has no shared forward, and with an interleaved one (3 and 1), which needs several
+        # microbatches; for each of 5 kinds of reduction: parameters are gathered late only where the
+        # optimizer is distributed and gradients are reduced early.
+        kinds = 4 * (one + 2 * several) + 2 * (one + several) + 3 * 3 * piped + 3 * 2 * piped + piped
+        # Instances take one kind. Two sequences of a rank are one microbatch, however they are taken.
+        instances = (one + 2 * several) + 3 * one
+        assert len(found.valid) == 5 * kinds + instances
         assert any("a pipeline keeps no graph" in message for message in found.refused)
 
     def test_where(self) -> None:
@@ -211,8 +213,8 @@ class TestResults:
 
     def test_batches_keep_the_order_and_have_one_number_of_ranks(self) -> None:
         settings = [Setting(**{**PLAIN, "layout": layout}) for layout in AXES["layout"]] * 3
-        batches = running.batches(settings, size=14)
-        assert [len(batch) for batch in batches] == [1, 6, 7] * 3
+        batches = running.batches(settings, size=len(AXES["layout"]))
+        assert [len(batch) for batch in batches] == [1, 8, 10] * 3
         assert [setting.layout for batch in batches[:3] for setting in batch] == list(AXES["layout"])
 
     def test_table_and_command(self) -> None:

@@ -30,6 +30,7 @@ from tests.helpers.resolved import check
 OBJECTIVES = 2
 ROWS = 8  # sequences of a step over all data ranks
 SEVERAL = 2  # sequences of a microbatch where there are several
+PACKED = 48  # tokens of a row where sequences, of up to 21, are packed
 
 # Adam divides by sqrt(v) + eps: near the size of the gradients' elements, it stays a smooth function of them.
 BETA1, BETA2, EPS = 0.9, 0.9, 1e-4
@@ -44,7 +45,7 @@ class Layout(NamedTuple):
     """Ranks, how many of them tensor and pipeline parallelism take, and the chunks of a pipeline stage.
 
     ``expert``: so many neighbouring ranks of a stage share whole experts; 1: every tensor rank has its part
-    of all.
+    of all. ``context``: ranks that share every sequence. ``instances``: of the distributed optimizer.
     """
 
     ranks: int
@@ -52,16 +53,19 @@ class Layout(NamedTuple):
     pipeline: int
     virtual: int = 1
     expert: int = 1
+    context: int = 1
+    instances: int = 1
 
     @property
     def data(self) -> int:
         """Model replicas."""
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.ranks // (self.tensor * self.pipeline * self.context)
 
     @property
     def parallel(self) -> dict[str, int]:
         """As in the section ``parallel``."""
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "virtual_pipeline": self.virtual}
+        sizes |= {"context": self.context, "distributed_optimizer_instances": self.instances}
         return sizes | ({"expert": self.expert, "expert_tensor": 1} if self.expert > 1 else {})
 
 
@@ -73,6 +77,8 @@ LAYOUTS = {
     "PP2-interleaved": Layout(2, 1, 2, 2),
     "TP2xEP2": Layout(2, 2, 1, expert=2),
     "DP2xEP2": Layout(2, 1, 1, expert=2),  # over the data ranks
+    "CP2": Layout(2, 1, 1, context=2),
+    "DP2-instances": Layout(2, 1, 1, instances=2),
     "TP2xPP2": Layout(4, 2, 2),
     "TP2xDP2": Layout(4, 2, 1),
     "PP2xDP2": Layout(4, 1, 2),
@@ -80,6 +86,9 @@ LAYOUTS = {
     "PP2xDP2-interleaved": Layout(4, 1, 2, 2),
     "TP2xDP2xEP4": Layout(4, 2, 1, expert=4),
     "PP2xDP2xEP2": Layout(4, 1, 2, expert=2),
+    "TP2xCP2": Layout(4, 2, 1, context=2),
+    "PP2xCP2-interleaved": Layout(4, 1, 2, 2, context=2),
+    "DP4-instances": Layout(4, 1, 1, instances=2),
 }
 # Layers 1 and 2 lie on both sides of a pipeline's cut; 0 and 2 have layers out of scope between and behind.
 SCOPES: dict[str, str | list[list[int]]] = {
@@ -127,7 +136,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "overlap": ("none", "reduce", "reduce_and_gather"),  # of communication with passes
     "recompute": ("none", "selective", "full"),
     "tied": ON_OFF,
-    "microbatches": ("one", "several"),
+    "microbatches": ("one", "several", "packed"),
     "dtype": ("fp32", "bf16"),
     "store": tuple(stores()),
     "store_dtype": ("fp32", "bf16"),
@@ -232,6 +241,7 @@ def config_of(setting: Setting, model: str) -> Config:
         output_dir="unused",
         steps=4,
         micro_batch_size=rows if setting.microbatches == "one" else SEVERAL,
+        micro_batch_tokens=PACKED if setting.microbatches == "packed" else None,
         model=_model(model, setting.dtype, setting.recompute, setting.model == "adapters"),
         parallel=_parallel(setting.layout, setting.sequence_parallel),
         data=DataConfig(source="unused", max_prompt_tokens=8),

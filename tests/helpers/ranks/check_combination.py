@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.engine import MegatronEngine
+from gapo_mega.engine.megatron.model.buffers import optimizer_instances
 from gapo_mega.engine.megatron.model.lora import adapted_layers
 from gapo_mega.engine.megatron.model.main_parameters import main_parameters
 from gapo_mega.losses import Ppo
@@ -77,7 +78,7 @@ def exported(engine: MegatronEngine, key: str | None, folder: Path) -> dict[str,
 
 
 def adam_state(engine: MegatronEngine, key: str) -> list[Tensor]:
-    """A tensor of Adam's state for every parameter of this rank, put together over the data ranks."""
+    """A tensor of Adam's state for every parameter of this rank, put together over those that hold it."""
     parameters = engine.policy.parameters()
     whole = {parameter: torch.zeros(parameter.numel()) for parameter in parameters}
     for inner in engine.policy.optimizer.chained_optimizers:
@@ -86,7 +87,8 @@ def adam_state(engine: MegatronEngine, key: str) -> list[Tensor]:
     if engine.policy.chunks[0].ddp_config.use_distributed_optimizer:
         for parameter, value in whole.items():
             is_dense = getattr(parameter, "allreduce", True)
-            dist.all_reduce(value, group=engine.groups.data if is_dense else engine.groups.expert_data)
+            dist.all_reduce(value, group=engine.groups.holders if is_dense else engine.groups.expert_data)
+            value /= optimizer_instances()  # each of which has all of it
     return [whole[parameter].view(parameter.shape) for parameter in parameters]
 
 
