@@ -300,10 +300,10 @@ class Layout:
 
     @property
     def is_first_of_replica(self) -> bool:
-        """Whether this is the first of the ranks that hold one copy of the model."""
+        """Whether this is the first of the ranks that have the same sequences."""
         return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
 
     @property
-    def last_stage(self) -> int:
-        """The first rank of the last stage, among the ranks that hold one copy of the model."""
+    def first_of_last_stage(self) -> int:
+        """The number of the last stage's first rank among the ranks that have the same sequences."""
         return (self.pipeline - 1) * self.context * self.tensor

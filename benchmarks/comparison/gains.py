@@ -64,10 +64,14 @@ def ended_runs(folders: Sequence[Path]) -> list[tuple[str, Mapping[str, Any], Pa
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     """The lines of a file of a run, or of its packed copy in what ``keep`` has written."""
-    packed = packed_name(file)
-    data = gzip.decompress(packed.read_bytes()) if packed.is_file() else file.read_bytes()
+    data = file.read_bytes() if file.is_file() else gzip.decompress(packed_name(file).read_bytes())
     # Not splitlines: texts may hold other characters at which that would split.
     return [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file of a run is there, packed or not."""
+    return file.is_file() or packed_name(file).is_file()
 
 
 def packed_name(file: Path) -> Path:
@@ -83,9 +87,7 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
     objective of one score.
     """
     ended = ended_runs(folders)
-    missing = [
-        run for *_, run in ended if not (run / answers).is_file() and not packed_name(run / answers).is_file()
-    ]
+    missing = [run for *_, run in ended if not is_there(run / answers)]
     if missing:
         raise ValueError(f"{missing[0]}: found no {answers}, accepted: runs that have it")
     rows = [rows_of(run / answers) for *_, run in ended]

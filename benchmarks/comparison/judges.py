@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.comparison.gains import ANSWERS, JUDGED, ended_runs, rows_of
+from benchmarks.comparison.gains import ANSWERS, JUDGED, ended_runs, is_there, rows_of
 
 if TYPE_CHECKING:
     from gapo_mega.objectives import Objective
@@ -79,7 +79,7 @@ def main(
         ]
         judges = objectives.build_all(kinds)
         runs = [run for _, _, run in ended_runs(sweeps)]
-        for run in tqdm([run for run in runs if not (run / JUDGED).exists()], desc="runs"):
+        for run in tqdm([run for run in runs if not is_there(run / JUDGED)], desc="runs"):
             lines = judged(rows_of(run / ANSWERS), heldout_prompts(run), judges)
             write_text(run / JUDGED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.comparison.gains import ANSWERS, JUDGED, METRICS, RESULTS, ended_runs, packed_name
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import replacing, write_text
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -26,18 +26,23 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def keep(sweep: Path, out: Path) -> list[str]:
     """The names of the points of ``sweep`` that ``out / sweep.name`` holds after this.
 
-    Raises ``ValueError`` as ``ended_runs``.
+    Raises ``ValueError`` as ``ended_runs``, and for a point without answers.
     """
-    target = out / sweep.name
+    target = out / sweep.resolve().name
     points: dict[str, Any] = {}
     if (target / RESULTS).is_file():
         points = {str(point["name"]): point for _, point, _ in ended_runs([target])}
     for _, point, run in ended_runs([sweep]):
         name = str(point["name"])
         points[name] = point
+        if not (run / ANSWERS).is_file():
+            raise ValueError(f"{run}: found no {ANSWERS}, accepted: runs that have it")
         for file in (ANSWERS, JUDGED, METRICS):
+            packed = packed_name(target / "points" / name / file)
             if (run / file).is_file():
-                _pack(run / file, packed_name(target / "points" / name / file))
+                _pack(run / file, packed)
+            else:
+                packed.unlink(missing_ok=True)  # of a point that has ended before
     ordered = [points[name] for name in sorted(points)]
     write_text(target / RESULTS, json.dumps({"points": ordered}, indent=1) + "\n")
     return sorted(points)
@@ -45,7 +50,8 @@ def keep(sweep: Path, out: Path) -> list[str]:
 
 def _pack(source: Path, packed: Path) -> None:
     packed.parent.mkdir(parents=True, exist_ok=True)
-    packed.write_bytes(gzip.compress(source.read_bytes(), mtime=0))  # no date: equal lines, equal file
+    with replacing(packed) as partial:
+        partial.write_bytes(gzip.compress(source.read_bytes(), mtime=0))  # no date: equal lines, equal file
 
 
 @app.command(help=__doc__)
@@ -55,7 +61,7 @@ def main(
 ) -> None:
     try:
         for sweep in sweeps:
-            typer.echo(f"{out / sweep.name}: {len(keep(sweep, out))} points")
+            typer.echo(f"{out / sweep.resolve().name}: {len(keep(sweep, out))} points")
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -55,11 +55,13 @@ class Store:
             for kind, key in LISTS.items():
                 for one in lists[key]:
                     path = path_of(self.folder, one["regime"], one["method"], kind)
-                    if one["what"] and not path.exists():
+                    here = read(path)
+                    if here is None or here["what"] != one["what"]:
                         write(path, one)
                         taken += 1
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"known: found {results}, accepted: results.json of the test bed") from error
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            accepted = "results.json of the test bed, with the plan of every result (what)"
+            raise ValueError(f"known: found {results}, accepted: {accepted}") from error
         return taken
 
     def kept(self, path: Path, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -72,11 +72,12 @@ def _dry_run(kind: type[DataRun[AnyConfig, Any]], config: AnyConfig, processes: 
         return
     data = preview_supervised(config, lambda: tokenizer)
     parallel, ranks = config.parallel, data_parallel_size(config.parallel, processes)
+    context = f" x context {parallel.context}" if parallel.context > 1 else ""
     sets = f" of each of {config.data_sets} objectives" if config.data_sets > 1 else ""
     print(to_yaml(config))
     for line in (
-        f"layout: {processes} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
-        f"{ranks}",
+        f"layout: {processes} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline}{context} x "
+        f"data {ranks}",
         f"step: {config.batch_size} rows{sets}, {config.batch_size // ranks} on a data-parallel rank, in "
         f"microbatches of {config.micro_batch_size}",
         *data,

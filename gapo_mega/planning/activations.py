@@ -70,6 +70,7 @@ class Sizes:
     hidden: int  # [T, B, d]
     query: int  # [T, B, h c / t]
     key: int  # [T, B, k c / t]
+    repeated: int  # keys of all ranks' positions, for every head [T, B, h c / t]; 0: as they are
     ffn: int  # [T, B, f / t], for every expert that a token goes through
     routed: int  # tokens in the order of their experts, if there are any
     scores: int  # [B, h / t, T, T]
@@ -160,8 +161,9 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         residual=tokens // (tensor if split else 1) * shape.hidden,
         hidden=tokens * shape.hidden,
         query=tokens * query,
-        # Gathered from all context ranks; Transformer Engine's attention passes them round, and keeps less.
-        key=tokens * ranks * key,
+        key=tokens * key,
+        # Transformer Engine's attention passes other ranks' keys round, and keeps less.
+        repeated=tokens * ranks * query if ranks > 1 or shape.heads != shape.kv_groups else 0,
         ffn=tokens * chosen * shape.ffn // tensor,
         routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
         scores=tokens * length * shape.heads // tensor,
@@ -281,7 +283,7 @@ def _norm(z: Sizes, beside: int) -> list[Block]:
 def _before(z: Sizes, selective: bool) -> list[Block]:
     """Norm, projection and rotation of queries and keys."""
     e, stream = z.item, z.item * z.residual
-    keys = z.key if selective or not z.grouped else 0  # else repeated before they are kept
+    keys = z.key if selective or not z.repeated else 0  # else repeated before they are kept
     rotated = e * (z.query + keys + 4 * z.rotary)
     kept = e * z.mixed if selective else 0  # the values are a view of it
     return [
@@ -317,11 +319,11 @@ def _core(z: Sizes, selective: bool) -> list[Block]:
     """Scores, softmax, weighted sum of the values; ``selective``: recomputed by themselves."""
     e, s = z.item, z.scores
     query, beside = e * z.query, e * (z.residual + z.query)
-    repeated = query if z.grouped else 0
+    repeated = e * z.repeated
     # Variables of the forward keep the projection alive; without groups the values are a view of it.
     already = _projection_for_norms(z, selective)
     frame = 0 if selective else e * (z.mixed + (z.query + z.key if z.grouped else 0)) - already
-    values = repeated if z.grouped or selective else e * z.mixed - already
+    values = repeated if z.repeated or selective else e * z.mixed - already
     blocks = [
         Block(repeated, frame + 2 * repeated, beside + 3 * query + e * s),  # keys; products
         # In fp32 the mask is written into a view, whose backward makes four copies.

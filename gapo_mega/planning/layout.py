@@ -22,15 +22,15 @@ from gapo_mega.planning.strategy import (
 )
 
 
-def check_model_split(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> int:
-    """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit."""
+def check_model_split(parallel: ParallelConfig, shape: ModelShape, dtype: str, world_size: int) -> int:
+    """Number of replicas of a model of ``shape``; a one-line ``ValueError`` where the layout does not fit.
+
+    ``dtype``: fp32 or bf16, in which the model computes.
+    """
     _check_model_split(parallel, shape)
     _check_experts(parallel, shape)
-    if parallel.context > 1 and shape.experts is not None:
-        raise ValueError(
-            f"parallel.context: found {parallel.context} with a model with experts, accepted: 1 (the two "
-            "have not been tried together)"
-        )
+    if parallel.context > 1:
+        _check_context_of_model(parallel.context, shape, dtype)
     data = data_parallel_size(parallel, world_size)
     _check_sharing(parallel, data)
     return data
@@ -62,7 +62,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:
     """Raise a one-line ``ValueError`` for the first thing that does not fit."""
-    data_parallel = check_model_split(config.parallel, shape, world_size)
+    data_parallel = check_model_split(config.parallel, shape, config.model.dtype, world_size)
     _check_batches(config, data_parallel)
     _check_packing(config)
     _check_context(config)
@@ -192,6 +192,19 @@ def _check_batches(config: Config, data_parallel: int) -> None:
             "sequences on "
             f"a data-parallel rank: {_listed(_divisors(minibatch))}"
         )
+
+
+def _check_context_of_model(context: int, shape: ModelShape, dtype: str) -> None:
+    found = f"parallel.context: found {context} with"
+    if shape.experts is not None:
+        raise ValueError(f"{found} a model with experts, accepted: 1 (the two have not been tried together)")
+    if not transformer_engine_layers():
+        return
+    layers = "Transformer Engine's layers, whose attention passes keys round a ring"
+    if dtype == "fp32":
+        raise ValueError(f"{found} dtype fp32 and {layers} in no such type, accepted: 1, or dtype bf16")
+    if shape.sliding_window is not None:
+        raise ValueError(f"{found} a sliding window and {layers} without one, accepted: 1")
 
 
 def _check_context(config: Config) -> None:

@@ -26,6 +26,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.activations import FP32, VOCABULARY_DIVISOR, activation_peak
 from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.planning.strategy import sequences_answered
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -298,7 +299,7 @@ def _optimizer_bytes(config: Config, optimizer: OptimizerConfig, count: int) -> 
 
 
 def _kv_cache(config: Config, shape: ModelShape, data: int) -> int:
-    sequences = min(config.rollout.batch_size, config.sequences(data))
+    sequences = min(config.rollout.batch_size, sequences_answered(config, data))
     layers = shape.num_layers // config.parallel.pipeline
     width = shape.kv_groups // config.parallel.tensor * shape.head_dim
     return 2 * layers * sequences * config.longest * width * _item_size(config)

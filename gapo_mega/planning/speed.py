@@ -19,6 +19,7 @@ from gapo_mega.planning import devices
 from gapo_mega.planning.devices import Device
 from gapo_mega.planning.flops import StepFlops, TransformerShape, step_flops
 from gapo_mega.planning.resolved import ResolvedRun
+from gapo_mega.planning.strategy import sequences_answered
 
 UTILISATION = 0.4  # of the peak, in passes over whole sequences
 _BANDWIDTH = 0.7  # of the memory's bandwidth, in steps of generation
@@ -130,7 +131,7 @@ def ceiling(
 def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths) -> float:
     """Of one data-parallel rank, whose pipeline stages take turns at every token."""
     config, shape = resolved.config, resolved.shape
-    own = math.ceil(config.sequences() / resolved.data)
+    own = sequences_answered(config, resolved.data)
     together = min(own, config.rollout.batch_size)
     size = _BYTES[config.model.dtype]
     layers = TransformerShape.of(shape, shape.vocab)

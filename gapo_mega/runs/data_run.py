@@ -90,7 +90,7 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
         )
     check_adapters(config.model.lora, shape)
     check_adapter(config.model.lora, shape)
-    data_ranks = check_model_split(config.parallel, shape, world_size)
+    data_ranks = check_model_split(config.parallel, shape, config.model.dtype, world_size)
     check_batches(config, data_ranks)
     microbatches = config.data_sets * config.batch_size // data_ranks // config.micro_batch_size
     check_interleaving(config.parallel, shape, microbatches)

@@ -100,8 +100,8 @@ class Evaluation:
 
         ``everyone``, ``world``: the processes of the evaluation and their number; None: those of this job.
         """
-        # Frozen models are one chunk a stage, and have no optimizer.
-        alone = {"virtual_pipeline": 1, "distributed_optimizer_instances": 1}
+        # Frozen models are one chunk a stage, have no optimizer, and hold one layer's activations at a time.
+        alone = {"virtual_pipeline": 1, "distributed_optimizer_instances": 1, "context": 1}
         parallel = config.parallel.model_copy(update=alone)
         self.config = config.model_copy(update={"parallel": parallel})
         self.request = request

@@ -75,7 +75,8 @@ def engine_config(config: PairsConfig, steps: int) -> Config:
 def resolve(config: PairsConfig, shape: ModelShape, processes: int, steps: int = 1) -> ResolvedRun:
     """The run on ``processes`` processes. Raises ``ValueError`` for the first thing that does not fit."""
     words = engine_config(config, steps)
-    check_gradients(words, shape, check_model_split(words.parallel, shape, processes))
+    data_ranks = check_model_split(words.parallel, shape, words.model.dtype, processes)
+    check_gradients(words, shape, data_ranks)
     return ResolvedRun(
         config=words,
         world=processes,

@@ -32,7 +32,7 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.registry import shape_of
 from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
-from gapo_mega.objectives.base import Objective
+from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import check_layout, check_lengths, check_model_split
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
@@ -97,7 +97,7 @@ def check_answering(config: Config, path: str, parameter: str, world_size: int) 
     """
     shape = check_language_model(path, parameter)
     with _errors_of(parameter):
-        check_model_split(config.parallel, shape, world_size)
+        check_model_split(config.parallel, shape, config.model.dtype, world_size)
         check_lengths(config, shape)
     return shape
 
@@ -286,7 +286,7 @@ def _score_models(
     return [
         ScoreModelSource(
             objective.wanted_model,
-            _score_shape(models, config, objective.name, objective.wanted_model.path, world_size),
+            _score_shape(models, config, objective.name, objective.wanted_model, world_size),
         )
         for objective in built
         if objective.wanted_model is not None
@@ -294,11 +294,12 @@ def _score_models(
 
 
 def _score_shape(
-    models: _Configurations, config: Config, objective: str, path: str, world_size: int
+    models: _Configurations, config: Config, objective: str, request: ScoreModelRequest, world_size: int
 ) -> ModelShape:
+    path = request.path
     with _errors_of(f"objective {objective!r}: its score model {path}"):
         shape = shape_of(models.read(path, f"objective {objective!r}: options: model"))
-        check_model_split(config.parallel, shape, world_size)
+        check_model_split(config.parallel, shape, request.dtype or config.model.dtype, world_size)
         directory = _check_weights(path)
         if directory is not None and score_head_of(directory.config, directory.names) is None:
             raise ValueError("found a language model, accepted: a model with one score a text")

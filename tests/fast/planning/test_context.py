@@ -39,7 +39,7 @@ def test_ranks_that_share_sequences_have_a_part_of_activations_and_optimizer() -
     whole, half = sizes_of(one, SHAPE), sizes_of(two, SHAPE)
     for name in ("residual", "query", "ffn", "scores", "mask"):
         assert 2 * getattr(half, name) == getattr(whole, name), name
-    assert half.key == whole.key  # gathered
+    assert half.repeated == whole.repeated > 0  # gathered
     (alone,) = predict(resolved_run(one, shape=SHAPE)).stages
     (shared,) = predict(resolved_run(two, world=2, shape=SHAPE)).stages
     assert 2 * shared.optimizer == alone.optimizer > 0
@@ -49,11 +49,11 @@ def test_ranks_that_share_sequences_have_a_part_of_activations_and_optimizer() -
 
 def test_ranks_that_share_sequences_make_replicas_fewer() -> None:
     parallel = config(parallel={"context": 2, "tensor": 3}).parallel
-    assert check_model_split(parallel, SHAPE, 12) == 2
+    assert check_model_split(parallel, SHAPE, "bf16", 12) == 2
     with pytest.raises(
         ValueError, match=r"^parallel: found tensor 3 x context 2 x pipeline 1 = 6 processes on"
     ):
-        check_model_split(parallel, SHAPE, 9)
+        check_model_split(parallel, SHAPE, "bf16", 9)
 
 
 def test_what_context_parallelism_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +73,12 @@ def test_what_context_parallelism_does_not_take(monkeypatch: pytest.MonkeyPatch)
         ):
             config(parallel={"context": 2, name: 2})
     monkeypatch.setattr(layout, "transformer_engine_layers", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"^parallel.context: found 2 with dtype fp32 and Transformer Engine"
+    ):
+        check(config(**two, model={"path": "m", "dtype": "fp32"}), SHAPE, 2)
+    with pytest.raises(ValueError, match=r"^parallel.context: found 2 with a sliding window and Transformer"):
+        check(config(**two), replace(SHAPE, sliding_window=4096), 2)
     check(config(**two, rollout={"max_new_tokens": 28, "backend": "vllm"}), SHAPE, 2)
     with pytest.raises(
         ValueError, match=r"^rollout.backend: found megatron with parallel.context 2 and Trans"

@@ -292,8 +292,8 @@ def test_experts_are_shared_within_a_replica_or_by_whole_ones() -> None:
     with pytest.raises(
         ValueError, match=r"^parallel\.expert: found 3 .* \(tensor 2 x data 3\), accepted: 1, 2, 6$"
     ):
-        check_model_split(config(parallel=parallel).parallel, WITH_EXPERTS, 6)
-    check_model_split(config(parallel={**parallel, "expert": 6}).parallel, WITH_EXPERTS, 6)
+        check_model_split(config(parallel=parallel).parallel, WITH_EXPERTS, "fp32", 6)
+    check_model_split(config(parallel={**parallel, "expert": 6}).parallel, WITH_EXPERTS, "fp32", 6)
 
 
 def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

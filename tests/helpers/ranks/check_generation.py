@@ -16,13 +16,12 @@ from gapo_mega.engine.megatron.checkpoint import weights
 from gapo_mega.engine.megatron.generation.generate import MegatronGenerator
 from gapo_mega.engine.megatron.model import build
 from gapo_mega.engine.megatron.model.forward import forward_only
-from gapo_mega.engine.megatron.model.logprobs import Distribution
+from gapo_mega.engine.megatron.model.logprobs import Distribution, Wanted
 from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.models import HFDirectory, shape_of
 from gapo_mega.types import Generation, TokenBatch
 from tests.helpers.generating import make_unknown
-from tests.helpers.logits import response_logprobs
 from tests.helpers.ranks import worlds
 
 LENGTHS = (6, 1, 11, 4, 6, 9, 2)
@@ -57,13 +56,12 @@ def training_logprobs(
 ) -> Any:
     """What the training forward says of the sampled tokens: [B, T] on every rank."""
 
-    def output_of(logits_BTV: torch.Tensor, part: TokenBatch) -> torch.Tensor:
-        logits_BTV = logits_BTV[:, : part.tokens_BT.shape[1]]  # sequence parallelism pads
-        return response_logprobs(logits_BTV, part, distribution).cpu()
+    def output_of(policy_BT: torch.Tensor, part: TokenBatch) -> torch.Tensor:
+        return policy_BT.cpu()
 
     batch = TokenBatch(generation.tokens_BT, generation.response_mask_BT, kept=generation.kept)
     with megatron_device():
-        parts = forward_only(chunks, [batch], output_of)
+        parts = forward_only(chunks, [batch], output_of, policy=Wanted(distribution))
     return world.from_last_stage(parts[0] if parts else torch.zeros(generation.tokens_BT.shape))
 
 

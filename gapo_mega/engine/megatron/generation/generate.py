@@ -37,7 +37,7 @@ from gapo_mega.engine.megatron.generation.megatron_layers import (
     inference_state,
     takes_padding,
 )
-from gapo_mega.engine.megatron.generation.results import Results
+from gapo_mega.engine.megatron.generation.results import Results, block_of
 from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -120,7 +120,8 @@ class MegatronGenerator:
         self._pad_id = pad_id
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
         self._batch_size = batch_size
-        self._samples_here = bool(self._chunks[-1].post_process) and groups.layout.tensor_rank == 0
+        self._draws = bool(self._chunks[-1].post_process) and groups.layout.tensor_rank == 0
+        self._samples_here = self._draws
         self._gather = gather
         self._shares = False  # whether ranks that share sequences share out the prompts
         self._obstacles = [layers.obstacle(chunk) for chunk in self._chunks]
@@ -133,7 +134,7 @@ class MegatronGenerator:
     def _tell_obstacles(self) -> None:
         layout = self._groups.layout
         for obstacle in sorted({obstacle for obstacle in self._obstacles if obstacle is not None}):
-            if layout.tensor_rank == layout.data_rank == 0:
+            if layout.tensor_rank == layout.data_rank == layout.context_rank == 0:
                 logger.warning(
                     "generation runs Megatron's layers, which takes longer than our decoder: it lacks %s",
                     obstacle,
@@ -153,8 +154,8 @@ class MegatronGenerator:
 
         (``seed``, i) is the key of row i's random numbers, so replicas must pass different seeds.
         ``batch_size`` and the layout change results by rounding only. Data ranks that share experts wait for
-        each other at every token; they pass the same ``sampling``. Ranks that share sequences answer every
-        so-many-th prompt each; with top-k or top-p all of them answer all prompts.
+        each other at every token; they pass the same ``sampling``. Ranks that share sequences answer some
+        prompts each, and ``watch`` hears of these; with top-k or top-p all of them answer all prompts.
 
         Raises:
             ValueError: no prompt, an empty prompt, a parameter out of range, or sequences longer than the
@@ -162,7 +163,9 @@ class MegatronGenerator:
         """
         self._check(prompts, sampling)
         steps = sampling.max_new_tokens
-        self._shares = self._groups.layout.context > 1 and not sampling.cuts
+        layout = self._groups.layout
+        self._shares = layout.context > 1 and not sampling.cuts
+        self._samples_here = self._draws and (self._shares or layout.context_rank == 0)
         batches = list(self._batches(prompts))
         taken = [*prompts, *(self._fill(batches, prompts) if self._groups.layout.in_step else [])]
         results = Results(len(taken), sampling, self._pad_id, self._samples_here, watch)
@@ -202,6 +205,7 @@ class MegatronGenerator:
         if not any(self._obstacles):
             yield [Decoder(model) for model in self._chunks]
             return
+        assert self._groups.layout.context == 1, "Megatron's layers see this rank's positions alone"
         with inference_state(self._chunks):
             yield [
                 Decoder(model) if obstacle is None else MegatronLayers(model)
@@ -213,7 +217,8 @@ class MegatronGenerator:
         """Batches of at most ``batch_size`` requests of this rank, equal prompts beside each other."""
         numbers = range(len(prompts))
         if self._shares:
-            numbers = numbers[self._groups.layout.context_rank :: self._groups.layout.context] or range(1)
+            rank, ranks = self._groups.layout.context_rank, self._groups.layout.context
+            numbers = block_of(len(prompts), rank, ranks) or range(1)
         order = sorted(numbers, key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         if self._may_pad:
             families = [order]
@@ -307,7 +312,7 @@ class MegatronGenerator:
     def _broadcast(self, tensor: Tensor, later: bool = False) -> dist.Work | None:
         """From the rank that samples to all with its rows; ``later`` returns what to wait for, at once."""
         layout = self._groups.layout
-        source = (layout.pipeline - 1) * layout.tensor if self._shares else layout.last_stage
+        source = (layout.pipeline - 1) * layout.tensor if self._shares else layout.first_of_last_stage
         work: dist.Work | None = dist.broadcast(
             tensor, group=self._listeners, group_src=source, async_op=later
         )

@@ -13,6 +13,11 @@ from gapo_mega.engine.megatron.generation.kept import KeptRecord, at_columns
 from gapo_mega.types import Generation, KeptTokens, TokenWatcher
 
 
+def block_of(count: int, rank: int, ranks: int) -> range:
+    """The requests of ``count`` that one of ``ranks`` answers; neighbours often have one prompt."""
+    return range(rank * count // ranks, (rank + 1) * count // ranks)
+
+
 class Results:
     """The responses that all lanes write; one right-padded row per request. The same on every rank.
 
@@ -52,7 +57,7 @@ class Results:
             self._watch(rows_B.tolist(), packet_2B[0].long().tolist())
 
     def exchange(self, group: dist.ProcessGroup) -> None:
-        """Take every so-many-th row of each rank of ``group`` that has generated it, on all of them."""
+        """Give all ranks of ``group`` the rows that each has generated, its ``block_of`` them."""
         own_BX = torch.cat(
             (
                 self.tokens_BS.double(),
@@ -65,7 +70,8 @@ class Results:
         parts = [torch.empty_like(own_BX) for _ in range(group.size())]
         dist.all_gather(parts, own_BX, group=group)
         for rank, part_BX in enumerate(parts):
-            own_BX[rank :: group.size()] = part_BX[rank :: group.size()]
+            rows = block_of(len(own_BX), rank, group.size())
+            own_BX[rows.start : rows.stop] = part_BX[rows.start : rows.stop]
         steps = self.tokens_BS.shape[1]
         self.tokens_BS.copy_(own_BX[:, :steps])
         self.logprobs_BS.copy_(own_BX[:, steps : 2 * steps])

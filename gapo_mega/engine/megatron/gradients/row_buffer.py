@@ -25,7 +25,7 @@ class RowBuffer:
     The objective whose gradient comes next has its sum in the buffer; the other sums lie in the rows. The
     reduction adds the buffers of all data ranks. So exactly one rank may hold the sum of earlier
     microbatches, which is already reduced: its owner with the distributed optimizer (of its first instance),
-    else data rank 0. Some
+    else the first of the ranks that hold this part of the model. Some
     norms' gradients are also summed over tensor ranks (those of queries and keys always, the others with
     sequence parallelism): tensor rank 0 alone holds these. Everywhere else the buffer starts at zero.
     """

@@ -49,7 +49,7 @@ def build(resolved: ResolvedRun, trainable: Trainable, groups: Groups, rows: int
     expected = declared.row_bytes(setting.objectives, sizes) + average_bytes(resolved, sizes)
     found = strategy.row_bytes
     as_declared = (
-        found == expected if declared.rows_are_even or groups.layout.data == 1 else found <= expected
+        found == expected if declared.rows_are_even or groups.holders.size() == 1 else found <= expected
     )
     assert as_declared, f"{declared.name} declares {expected} bytes of rows and has {found}"
     return strategy

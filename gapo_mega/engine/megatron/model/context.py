@@ -14,6 +14,7 @@ its own exchange over the same split.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -54,20 +55,20 @@ def padded_width(columns: int) -> int:
     return columns + -columns % multiple()
 
 
-def columns_of(rank: int, width: int) -> Tensor:
-    """int64 ``[S]``: the positions of a sequence of ``width`` that a rank of the group has, ascending."""
-    pieces = torch.arange(width).view(2 * size(), -1)
-    return torch.cat((pieces[rank], pieces[2 * size() - 1 - rank]))
+def columns_of(rank: int, ranks: int, width: int) -> Tensor:
+    """int64 ``[S]``: the positions of a sequence of ``width`` that one of ``ranks`` has, ascending."""
+    pieces = torch.arange(width).view(2 * ranks, -1)
+    return torch.cat((pieces[rank], pieces[2 * ranks - 1 - rank]))
 
 
 def own_columns(width: int) -> Tensor:
     """Those of this rank."""
-    return columns_of(parallel_state.get_context_parallel_rank(), width)
+    return columns_of(parallel_state.get_context_parallel_rank(), size(), width)
 
 
-def gathered_columns(width: int) -> Tensor:
-    """int64 ``[width]``: the positions in the order in which a gathering over the group brings them."""
-    return torch.cat([columns_of(rank, width) for rank in range(size())])
+def gathered_columns(ranks: int, width: int) -> Tensor:
+    """int64 ``[width]``: the positions in the order in which a gathering over ``ranks`` brings them."""
+    return torch.cat([columns_of(rank, ranks, width) for rank in range(ranks)])
 
 
 # -- what is predicted here ----------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def of_all_positions(output_BSX: Tensor) -> Tensor:
     found_WBX = gather_from_sequence_parallel_region(
         output_BSX.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=group()
     )
-    order_W = gathered_columns(len(found_WBX)).argsort().to(found_WBX.device)
+    order_W = gathered_columns(size(), len(found_WBX)).argsort().to(found_WBX.device)
     output_BWX: Tensor = found_WBX.index_select(0, order_W).transpose(0, 1)
     return output_BWX
 
@@ -165,16 +166,21 @@ class ContextAttention(DotProductAttention):  # type: ignore[misc]
         key, value = (
             gather_from_sequence_parallel_region(part.contiguous(), group=group()) for part in (key, value)
         )
-        hidden_SW = _hidden(len(key), self._window).to(query.device)
+        rank: int = parallel_state.get_context_parallel_rank()
+        hidden_SW = _hidden(len(key), self._window, rank, size(), query.device)
         found: Tensor = super().forward(
             query, key, value, hidden_SW, attn_mask_type, attention_bias, packed_seq_params
         )
         return found
 
 
-def _hidden(width: int, window: tuple[int, int] | None) -> Tensor:
-    """bool ``[1, 1, S, W]``: which gathered keys a query of this rank does not see."""
-    query_S1, key_W = own_columns(width)[:, None], gathered_columns(width)
+@functools.lru_cache(maxsize=4)  # of the microbatches under way; all layers have the same
+def _hidden(
+    width: int, window: tuple[int, int] | None, rank: int, ranks: int, device: torch.device
+) -> Tensor:
+    """bool ``[1, 1, S, W]``: which gathered keys a query of a rank does not see."""
+    query_S1 = columns_of(rank, ranks, width).to(device)[:, None]
+    key_W = gathered_columns(ranks, width).to(device)
     hidden_SW = key_W > query_S1
     if window is not None:
         hidden_SW |= key_W < query_S1 - window[0]

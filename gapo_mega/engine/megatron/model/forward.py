@@ -142,11 +142,11 @@ def split(
     """
     config = get_model_config(chunks[0])
     interleaved = config.virtual_pipeline_model_parallel_size is not None
+    multiple = sequence_multiple(chunks[0])
     if tokens is None:
-        return Microbatches.of(batch, size, together=together, one_width=interleaved)
+        return Microbatches.of(batch, size, together=together, one_width=interleaved, multiple=multiple)
     assert together == 1, together
     least = max(least, config.pipeline_model_parallel_size) if interleaved else least
-    multiple = sequence_multiple(chunks[0])
     return Microbatches.packed(batch, tokens, least=least, multiple=multiple, one_width=interleaved)
 
 

@@ -19,16 +19,18 @@ class Microbatches(Generic[AnyBatch]):
     parts: list[AnyBatch]
     order_B: Tensor  # int64: the batch's rows as they follow each other in the parts
     columns: int  # of the batch
+    multiple: int = 1  # that a model pads unpacked rows to
 
     @classmethod
     def of(
-        cls, batch: AnyBatch, size: int, *, together: int = 1, one_width: bool = False
+        cls, batch: AnyBatch, size: int, *, together: int = 1, one_width: bool = False, multiple: int = 1
     ) -> Microbatches[AnyBatch]:
         """Pieces of ``size`` rows, the last one perhaps of fewer. The same on all ranks that hold ``batch``.
 
         Args:
             together: so many consecutive rows stay together, in their order; divides ``size``.
             one_width: all pieces are as wide as the longest row, instead of each by itself.
+            multiple: that a model pads them to, which ``computed`` counts.
         """
         assert size % together == 0, (size, together)
         lengths_B = batch.lengths_B
@@ -40,7 +42,7 @@ class Microbatches(Generic[AnyBatch]):
         parts = [
             batch.select(rows).cut(widest if one_width else int(lengths_B[rows].max())) for rows in pieces
         ]
-        return cls(parts, order_B, batch.tokens_BT.shape[1])
+        return cls(parts, order_B, batch.tokens_BT.shape[1], multiple)
 
     @classmethod
     def packed(
@@ -74,10 +76,12 @@ class Microbatches(Generic[AnyBatch]):
 
     @property
     def computed(self) -> int:
-        """Tokens that go through the model, but for the padding of sequence parallelism in unpacked rows."""
-        return sum(
-            part.tokens_BT.numel() if part.packed_width is None else part.packed_width for part in self.parts
-        )
+        """Tokens that go through the model."""
+        return sum(map(self._computed_of, self.parts))
+
+    def _computed_of(self, part: AnyBatch) -> int:
+        rows, columns = part.tokens_BT.shape
+        return part.packed_width or rows * (columns + -columns % self.multiple)
 
     def rejoin(self, found: Sequence[Tensor], dim: int = 0) -> Tensor:
         """One tensor for the batch from one ``[..., b, ..., t]`` for each part; 0 where a part was cut off.

@@ -26,8 +26,8 @@ class Groups:
     layout: Layout
     data: dist.ProcessGroup  # same tensor, context and pipeline rank
     holders: dist.ProcessGroup  # same tensor and pipeline rank: they hold the same part of the model
-    replica: dist.ProcessGroup  # same data rank: the ranks that hold one copy of the model, for each sequence
-    copy: dist.ProcessGroup  # of a replica, the ranks with the same positions: one copy of the model
+    replica: dist.ProcessGroup  # same data rank: the ranks that have the same sequences
+    copy: dist.ProcessGroup  # and the same positions of them: the ranks that hold one copy of the model
     context: dist.ProcessGroup  # same data, tensor and pipeline rank: they share every sequence
     expert_data: dist.ProcessGroup  # the ranks with the same part of the same experts
 
@@ -52,7 +52,7 @@ class Groups:
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """Broadcast the last stage's CPU tensor (same shape and dtype everywhere) to a new tensor."""
         result = tensor.clone()
-        source = dist.get_global_rank(self.replica, self.layout.last_stage)
+        source = dist.get_global_rank(self.replica, self.layout.first_of_last_stage)
         dist.broadcast(result, src=source, group=self.replica)
         return result
 
@@ -115,7 +115,7 @@ def initialize(
     if world % model:
         raise ValueError(
             f"parallel: found tensor {tensor} x context {context} x pipeline {pipeline} = {model} ranks, "
-            f"which does not divide the world size {world}"
+            f"accepted: a product that divides the world size {world}"
         )
     with megatron_device():
         parallel_state.initialize_model_parallel(

@@ -34,6 +34,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], int]] = {
         {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True},
         5,
     ),
+    "CP2": ("tied", 2, {"context": 2}, 4),
+    "PP2xCP2-one-row-at-once": ("tied", 4, {"pipeline": 2, "context": 2}, 1),
     "PP4": ("tied", 4, {"pipeline": 4}, 7),
     "TP2xPP2-megatron-layers": ("tied", 4, {"tensor": 2, "pipeline": 2}, 5),
     "PP2-interleaved-megatron-layers": ("tied", 2, {"pipeline": 2, "virtual_pipeline": 2}, 4),

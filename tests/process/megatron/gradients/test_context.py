@@ -24,6 +24,8 @@ CASES: dict[str, Case] = {
     "one pass": (2, "llama", {}, ONE_PASS, {}),
     "turns": (2, "llama", {}, TURNS, {"micro_batch_size": 8}),
     "last layer": (2, "llama", {}, {**SEPARATE, "scope": "last_layer"}, {}),
+    "last block": (2, "llama", {}, {**SEPARATE, "scope": "last_block"}, {}),
+    "a layer": (2, "llama", {}, {**SEPARATE, "scope": [[1, 2]]}, {}),
     "recomputed": (2, "llama", {}, ONE_PASS, {"model": {"recompute": "full"}}),
     "in chunks": (2, "llama", {}, ONE_PASS, {"model": {"logits_chunk": 6}}),
     "whole buckets": (2, "llama", {}, SEPARATE, {"optimizer": {**ADAM, "distributed": False}}),
