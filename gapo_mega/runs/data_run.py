@@ -29,7 +29,7 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.disk import adapter_parameters, predict_disk
-from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split
+from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split, check_packages
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
@@ -91,6 +91,7 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
     check_adapters(config.model.lora, shape)
     check_adapter(config.model.lora, shape)
     data_ranks = check_model_split(config.parallel, shape, world_size)
+    check_packages(config.parallel)
     check_batches(config, data_ranks)
     microbatches = config.data_sets * config.batch_size // data_ranks // config.micro_batch_size
     check_interleaving(config.parallel, shape, microbatches)
