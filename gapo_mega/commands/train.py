@@ -69,9 +69,10 @@ def _dry_run(config: Config, world_size: int) -> None:
     """Print the resolved configuration as YAML, with layout, memory and data as comments below it."""
     from gapo_mega.commands.plan import make_plan
     from gapo_mega.config.loading import to_yaml
-    from gapo_mega.runs.preflight import preview
+    from gapo_mega.runs.preflight import check_here, preview
 
     run = make_plan(config, world_size)
+    check_here(config)
     if not is_main_rank():
         return
     data = preview(config, shapes_only=True)

@@ -55,14 +55,26 @@ class LoraConfig(Section):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
+def check_adapter_export(lora: LoraConfig | None, export_adapter: bool, keep_layers: int | None) -> None:
+    """Refuse, in one line, an adapter to export that there is not, or that is of no model to be found."""
+    if not export_adapter:
+        return
+    if lora is None:
+        raise ValueError(
+            "checkpoint.export_adapter: found true without model.lora, accepted: false (there is no adapter "
+            "to export)"
+        )
+    if keep_layers is not None:
+        raise ValueError(
+            f"checkpoint.export_adapter: found true with model.keep_layers {keep_layers}, accepted: false "
+            "(PEFT would load the adapter on all layers of model.path)"
+        )
+
+
 def check_lora(lora: LoraConfig | None, offload_reference: bool, scope: object, export_adapter: bool) -> None:
     """Refuse, in one line, what does not go with adapters, or what goes with them alone."""
+    check_adapter_export(lora, export_adapter, None)
     if lora is None:
-        if export_adapter:
-            raise ValueError(
-                "checkpoint.export_adapter: found true without model.lora, accepted: false (there is no "
-                "adapter to export)"
-            )
         return
     if offload_reference:
         raise ValueError(

@@ -51,6 +51,9 @@ class CheckpointConfig(Section):
     resume: bool = Field(True, description="continue from the newest complete checkpoint of output_dir")
     save_final: bool = Field(False, description="also keep a resumable checkpoint of the last step")
     export_hf: bool = Field(True, description="write the trained policy as a Hugging Face directory")
+    export_adapter: bool = Field(
+        False, description="also write the trained adapter in PEFT's format, to adapter/; needs model.lora"
+    )
     export_to: RemotePath | None = Field(
         None,
         description="where that directory is put at the end, too: PROTOCOL://PLACE for fsspec (s3, gs, abfs, "
@@ -69,9 +72,6 @@ class CheckpointConfig(Section):
 class TrainCheckpointConfig(CheckpointConfig):
     """Resumable state in Megatron's torch_dist format, and which policy counts as the run's result."""
 
-    export_adapter: bool = Field(
-        False, description="also write the trained adapter in PEFT's format, to adapter/; needs model.lora"
-    )
     best: str | None = Field(
         None,
         description="also keep the checkpoint of the best evaluation, and end with it: hf/, held-out numbers "

@@ -24,7 +24,7 @@ from gapo_mega.config import (
 )
 from gapo_mega.config.checks import check_instances
 from gapo_mega.config.fields import MOST_ROWS, Name
-from gapo_mega.config.lora import LoraConfig
+from gapo_mega.config.lora import LoraConfig, check_adapter_export
 
 
 class SupervisedData(Section):
@@ -183,6 +183,11 @@ class SupervisedConfig(Section):
     def _instances_are_of_distributed_optimizers(self) -> SupervisedConfig:
         instances = self.parallel.distributed_optimizer_instances
         check_instances(instances, {"optimizer": self.optimizer})
+        return self
+
+    @model_validator(mode="after")
+    def _exports_an_adapter_that_there_is(self) -> SupervisedConfig:
+        check_adapter_export(self.model.lora, self.checkpoint.export_adapter, self.model.keep_layers)
         return self
 
     @property

@@ -166,6 +166,10 @@ class RunEngine(Ranks, Protocol):
         """Write the trained model as a Hugging Face directory that transformers loads."""
         ...
 
+    def export_adapter(self, directory: Path) -> None:
+        """Write the trained model's adapters in PEFT's format. Replaces ``directory`` if it exists."""
+        ...
+
     def gather_parameters(self) -> None:
         """Bring all ranks' parameters up to date. Collective.
 
@@ -229,10 +233,6 @@ class Engine(RunEngine, Answering, Protocol):
 
         ``audit``: of its ``audited_rows`` instead. The minibatch has advantages for each of the rows.
         """
-        ...
-
-    def export_adapter(self, directory: Path) -> None:
-        """Write the policy's adapters in PEFT's format. Replaces ``directory`` if it exists."""
         ...
 
     def update_critic(self, minibatch: Experience, loss: ValueLoss) -> list[float]:

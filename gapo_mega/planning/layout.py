@@ -52,12 +52,17 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
             f"ranks: {_listed(_divisors(data))}"
         )
+    return data
+
+
+def check_packages(parallel: ParallelConfig) -> None:
+    """Raise ``ValueError`` for a layout that needs a package that is not here. Planning needs none."""
+    instances = parallel.distributed_optimizer_instances
     if instances > 1 and not einops().usable:
         raise ValueError(
             f"parallel.distributed_optimizer_instances: found {instances} without the package einops, by "
             "which Megatron arranges their ranks; accepted: 1, or pip install 'gapo-mega[instances]'"
         )
-    return data
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int, estimator: AdvantageEstimator) -> None:

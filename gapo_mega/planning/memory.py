@@ -9,12 +9,13 @@ training pass holds.
 Not counted: a GPU's context, in which the driver keeps the stacks of our kernels (docs/gpu.md), what its
 allocator keeps in reserve, buffers of the communication library (gloo copies the gradient buffer where the
 distributed optimizer's reduction overlaps the backward), temporaries of the optimizer's step, and what scopes
-last_layer and last_block need to form the output layer's rows.
+last_layer and last_block need to form the output layer's rows. Beside a rank's peak, not in it: the copy in
+host memory of a checkpoint that is written in the background.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gapo_mega.config import Config, OptimizerConfig, ParallelConfig
@@ -48,6 +49,7 @@ class StagePlan:
     visiting: int  # the largest model that is on the device only while it is used
     kv_cache: int
     activations: int
+    held_checkpoint: int = 0  # in host memory, while a checkpoint is written in the background
 
     @property
     def resident(self) -> int:
@@ -104,6 +106,8 @@ class MemoryPlan:
             "activations (training)": [s.activations for s in self.stages],
             "peak": [s.peak for s in self.stages],
         }
+        if any(s.held_checkpoint for s in self.stages):
+            kinds["checkpoint (host memory)"] = [s.held_checkpoint for s in self.stages]
         unit, size = self.unit
         lines = [f"{f'{unit} per rank':<26}" + "".join(f"{f'stage {s.stage}':>12}" for s in self.stages)]
         lines += [f"{kind:<26}" + "".join(f"{n / size:>12.2f}" for n in row) for kind, row in kinds.items()]
@@ -144,12 +148,12 @@ def rank_sizes(
     )
 
 
-def average_bytes(resolved: ResolvedRun, sizes: RankSizes) -> int:
-    """Bytes of the gradients' running means on a rank (``aggregation.average``)."""
+def average_bytes(resolved: ResolvedRun, sizes: RankSizes, dtype: str | None = None) -> int:
+    """Bytes of the gradients' running means on a rank (``aggregation.average``); ``dtype``: None: theirs."""
     config = resolved.config
     if not config.aggregation.average:
         return 0
-    return resolved.strategy.average_bytes(len(config.rows), sizes, config.aggregation.average_dtype)
+    return resolved.strategy.average_bytes(len(config.rows), sizes, dtype or config.aggregation.average_dtype)
 
 
 def stage_parameters(
@@ -270,21 +274,62 @@ def _stage(resolved: ResolvedRun, stage: int) -> StagePlan:
         visiting=max(visitors, default=0),
         kv_cache=_kv_cache(config, shape, data),
         activations=activation_peak(config, shape, stage, resolved.microbatches, kept, chunk),
+        held_checkpoint=_held_checkpoint(resolved, stage, count, replace(sizes, shard=trained)),
     )
+
+
+def _held_checkpoint(resolved: ResolvedRun, stage: int, count: int, whole: RankSizes) -> int:
+    """What a save in the background copies: parameters, and the state of all of them in fp32.
+
+    On the first data rank, which writes for all; the others write nothing. ``count``: parameters of the rank;
+    ``whole``: its sizes, with all of its gradient as the shard.
+    """
+    config, shape = resolved.config, resolved.shape
+    if not config.checkpoint.asynchronous:
+        return 0
+    trained = whole.shard
+    if shape.tied and 0 < stage == config.parallel.pipeline - 1:
+        copied = _embedding_parameters(shape, config.parallel.tensor)  # the first stage writes it
+        count, trained = count - copied, trained - (0 if config.model.lora else copied)
+    means = average_bytes(resolved, replace(whole, shard=trained), "fp32")
+    state = _optimizer_bytes(config, config.optimizer, trained)
+    return count * _item_size(config) + state + means + _held_critics(resolved, stage)
+
+
+def _held_critics(resolved: ResolvedRun, stage: int) -> int:
+    if resolved.critic is None:
+        return 0
+    config = resolved.config
+    count = _critic_parameters(resolved, stage)
+    state = _optimizer_bytes(config, config.critic.optimizer, count)
+    return resolved.value_models * (count * _item_size(config) + state)
 
 
 def _critic(resolved: ResolvedRun, stage: int) -> int:
     """Parameters, gradients and optimizer state of all value models; they train in turn with the policy."""
     if resolved.critic is None:
         return 0
-    config, shape = resolved.config, resolved.critic.shape
-    parallel = config.parallel
-    count = critic_parameters(
-        shape, parallel.tensor, parallel.pipeline, stage, resolved.value_heads, parallel.sharing
+    config = resolved.config
+    count = _critic_parameters(resolved, stage)
+    stepped = (
+        _stepped(resolved, resolved.critic.shape, count) if config.critic.optimizer.distributed else count
     )
-    stepped = _stepped(resolved, shape, count) if config.critic.optimizer.distributed else count
     state = _optimizer_bytes(config, config.critic.optimizer, stepped)
     return resolved.value_models * (count * (_item_size(config) + FP32) + state)
+
+
+def _critic_parameters(resolved: ResolvedRun, stage: int) -> int:
+    """Of one value model, on a rank."""
+    assert resolved.critic is not None
+    parallel = resolved.config.parallel
+    return critic_parameters(
+        resolved.critic.shape,
+        parallel.tensor,
+        parallel.pipeline,
+        stage,
+        resolved.value_heads,
+        parallel.sharing,
+    )
 
 
 def _item_size(config: Config) -> int:

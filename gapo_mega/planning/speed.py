@@ -2,7 +2,9 @@
 
 Every pass over whole sequences takes ``FLOPs / (devices x peak x utilisation)``, a pipeline's bubble added.
 Every sampled token takes what is the longer of its FLOPs and the bytes that it reads (this rank's weights,
-and the keys and values of all sequences that are sampled together) over the memory's bandwidth. Left out:
+and the keys and values of all sequences that are sampled together) over the memory's bandwidth. With
+``rollout.ahead`` rollout and the rest of a step take place at the same time, on as many devices each: servers
+that shared those of the training would take its time. Left out:
 communication, launches of kernels, the wait for the longest response, rewards, the optimizer, and the export
 of weights. A real step takes longer, by a factor that only a measurement tells.
 """
@@ -23,6 +25,7 @@ from gapo_mega.planning.strategy import sequences_answered
 
 UTILISATION = 0.4  # of the peak, in passes over whole sequences
 _BANDWIDTH = 0.7  # of the memory's bandwidth, in steps of generation
+_ROLLOUT = "rollout"  # the phase
 _BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -43,17 +46,25 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step by phase, and what follows."""
+    """Seconds of a step by phase, and what follows.
+
+    Attributes:
+        devices: of the training, and of the servers where those are beside it.
+        beside: whether the responses of a step are drawn while an earlier one trains.
+    """
 
     device: str
     devices: int
+    beside: bool
     lengths: Lengths
     sequences: int  # of a step
     phases: dict[str, float]
 
     @property
     def seconds(self) -> float:
-        return sum(self.phases.values())
+        training = sum(seconds for phase, seconds in self.phases.items() if phase != _ROLLOUT)
+        rollout = self.phases[_ROLLOUT]
+        return max(rollout, training) if self.beside else rollout + training
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -64,9 +75,11 @@ class Speed:
     def line(self) -> str:
         """In words."""
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
+        shared = " (half of them for the servers)" if self.beside else ""
+        parts += "; the rollout beside the others" if self.beside else ""
         return (
             f"at most {self.tokens_per_second_per_device:.0f} tokens/s/GPU on {self.devices} x {self.device}"
-            f", with {self.lengths.prompt} tokens a prompt and {self.lengths.response} a response: "
+            f"{shared}, with {self.lengths.prompt} tokens a prompt and {self.lengths.response} a response: "
             f"{self.seconds:.1f} s a step ({parts})"
         )
 
@@ -75,6 +88,8 @@ class Speed:
         return {
             "ceiling": {
                 "device": self.device,
+                "devices": self.devices,
+                "rollout_beside": self.beside,
                 "prompt_tokens": self.lengths.prompt,
                 "response_tokens": self.lengths.response,
                 "tokens_per_second_per_device": self.tokens_per_second_per_device,
@@ -123,9 +138,11 @@ def ceiling(
         "update": flops.update + flops.recompute,
         "critic": flops.critic,
     }
-    phases = {"rollout": _generation_seconds(resolved, device, lengths)}
+    phases = {_ROLLOUT: _generation_seconds(resolved, device, lengths)}
     phases |= {phase: count * bubble / rate for phase, count in passes.items() if count}
-    return Speed(name, resolved.world, lengths, config.sequences(), phases)
+    beside = config.rollout.ahead > 0
+    count = resolved.world * (2 if beside else 1)
+    return Speed(name, count, beside, lengths, config.sequences(), phases)
 
 
 def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,8 +14,9 @@ from gapo_mega.planning.shares import share
 from gapo_mega.rollout.collect import Collector
 from gapo_mega.rollout.random_streams import undisturbed
 from gapo_mega.rollout.recovery import recovered
+from gapo_mega.rollout.response_scores import agreed
 from gapo_mega.rollout.score import Scorer
-from gapo_mega.types import Prompt
+from gapo_mega.types import Prompt, Rollout
 
 _SEED_OFFSET = 77_003  # away from the seeds of training rollouts
 
@@ -64,7 +66,11 @@ class HeldOut:
 
     def _answer(self) -> Answers:
         self._engine.gather_parameters()  # this rank may have no prompt, and so no forward pass
-        part = recovered(self._engine, self._collector.update_weights, self._part)
+        layout = self._engine.layout
+        numbers, own = share(range(len(self._prompts)), layout.data_rank, layout.data, layout.in_step)
+        rollout = recovered(self._engine, self._collector.update_weights, lambda: self._collected(numbers))
+        # Apart from the collecting: no rank goes on to a score model while another has lost its server.
+        part = agreed(self._engine, lambda: self._scored(numbers, own, rollout))
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.
         parts = self._engine.gather_over_data(part)
         everything = sorted(chain.from_iterable(parts), key=lambda answer: answer[0])
@@ -73,16 +79,20 @@ class HeldOut:
         _, prompts, responses, scores = zip(*everything, strict=True)
         return Answers(list(prompts), list(responses), torch.tensor(scores, dtype=torch.float64).T.tolist())
 
-    def _part(self) -> list[tuple[int, str, str, list[float]]]:
-        """Number and text of the prompt, response and scores of this data rank's share."""
-        layout = self._engine.layout
-        everyone = range(len(self._prompts))
-        numbers, own = share(everyone, layout.data_rank, layout.data, layout.in_step)
+    def _collected(self, numbers: Sequence[int]) -> Rollout | None:
+        """Responses to the prompts ``numbers``; None where there are none of them."""
         if not numbers:
+            return None
+        layout, prompts = self._engine.layout, [self._prompts[i] for i in numbers]
+        seed = self._seed * layout.data + layout.data_rank
+        return self._collector.collect(prompts, self.samples, seed)
+
+    def _scored(
+        self, numbers: Sequence[int], own: int, rollout: Rollout | None
+    ) -> list[tuple[int, str, str, list[float]]]:
+        """Number and text of the prompt, response and scores of the first ``own`` prompts."""
+        if rollout is None:
             return []
-        rollout = self._collector.collect(
-            [self._prompts[i] for i in numbers], self.samples, self._seed * layout.data + layout.data_rank
-        )
         scores_BM = self._scorer.scores(rollout.prompts, rollout.responses, rollout.facts).T.tolist()
         rows = [i for i in numbers for _ in range(self.samples)]
         texts = [prompt.text for prompt in rollout.prompts]

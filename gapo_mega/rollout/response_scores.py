@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gapo_mega.engine.base import Ranks
-from gapo_mega.objectives.base import Objective
+from gapo_mega.engine.base import Answering, Ranks
+from gapo_mega.objectives.base import Objective, ObjectiveError, TokenScorer
 from gapo_mega.option_checks import shown
 from gapo_mega.types import Prompt, ResponseFacts
 from gapo_mega.user_code import reason_of
@@ -35,6 +36,37 @@ def _checked(name: str, scores: Sequence[float], prompts: Sequence[Prompt]) -> l
     return [float(score) for score in scores]
 
 
+class _Told(ObjectiveError):
+    """``error`` of some data rank, which all of them have heard of. Kinds of objectives let it pass."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def attach_score_models(engine: Answering, objectives: Sequence[Objective]) -> None:
+    """Give every objective the score model that it asks for. Collective."""
+    for objective in objectives:
+        if objective.wanted_model is not None:
+            scorer = engine.score_model(objective.wanted_model)
+            objective.attach(_together(engine, scorer) if engine.layout.in_step else scorer)
+
+
+def _together(ranks: Ranks, scorer: TokenScorer) -> TokenScorer:
+    """``scorer``, for data ranks that share its experts: where one of them has failed, none goes in.
+
+    The one that has failed is in ``agreed`` by then, and tells them.
+    """
+
+    def score(tokens: Sequence[Sequence[int]]) -> list[float]:
+        first = _first_failure(ranks, None)
+        if first is not None:
+            raise _Told(first)
+        return scorer(tokens)
+
+    return score
+
+
 class ResponseScorer:
     """Asks every objective."""
 
@@ -49,8 +81,15 @@ class ResponseScorer:
 
         ``facts``: without them, an objective that asks for token counts or ``finished`` refuses to score.
         Raises ``ValueError``, on every rank of the replica, unless every objective gives one number per
-        response that is finite in float32.
+        response that is finite in float32. Data ranks that share experts make this call together, and where
+        one of them fails, all raise.
         """
+        work = partial(self._scores, prompts, responses, facts)
+        return agreed(self._ranks, work) if self._ranks.layout.in_step else work()
+
+    def _scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None
+    ) -> Tensor:
         local = [objective for objective in self._objectives if objective.wanted_model is None]
         by_name = self._on_first_rank(local, prompts, responses, facts)
         for objective in self._objectives:
@@ -94,13 +133,20 @@ def agreed(ranks: Ranks, work: Callable[[], Result]) -> Result:
     own: Exception | None = None
     try:
         result = work()
+    except _Told as error:  # they wait nowhere
+        raise error.error from None
     except Exception as error:
         own = error
-    everyone = ranks.gather_over_data(None if own is None else sendable(own))
-    first = next((error for error in everyone if error is not None), None)
+    first = _first_failure(ranks, own)
     if first is None:
         return result
     raise first if own is None else own
+
+
+def _first_failure(ranks: Ranks, own: Exception | None) -> Exception | None:
+    """The first error of a data-parallel rank; ``own``: this one's. Collective over them."""
+    everyone = ranks.gather_over_data(None if own is None else sendable(own))
+    return next((error for error in everyone if error is not None), None)
 
 
 def sendable(error: Exception) -> Exception:

@@ -21,7 +21,7 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
-from gapo_mega.rollout.response_scores import ResponseScorer
+from gapo_mega.rollout.response_scores import ResponseScorer, attach_score_models
 from gapo_mega.runs.evaluated_models import NamedModel
 from gapo_mega.runs.preflight import check_language_model, check_score_models
 from gapo_mega.types import Message, Prompt, ResponseFacts, well_formed
@@ -112,9 +112,7 @@ class Chat:
         speakers = [_speaker(named, manner) for named in models]
         self._engine = build_answering_engine(speakers[0].setup(manner))
         engines = [self._engine, *(self._engine.beside(each.setup(manner)) for each in speakers[1:])]
-        for objective in built:
-            if objective.wanted_model is not None:
-                objective.attach(self._engine.score_model(objective.wanted_model))
+        attach_score_models(self._engine, built)
         self._names = [objective.name for objective in built]
         self._scorer = ResponseScorer(self._engine, built)
         self._talkers = [

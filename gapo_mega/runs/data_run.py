@@ -29,11 +29,11 @@ from gapo_mega.models.huggingface.tokenizer import read_tokenizer
 from gapo_mega.models.score_head import require_language_model
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.disk import adapter_parameters, predict_disk
-from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split
+from gapo_mega.planning.layout import check_adapters, check_interleaving, check_model_split, check_packages
 from gapo_mega.planning.memory import critic_parameters, stage_parameters
 from gapo_mega.planning.shares import share
 from gapo_mega.runs import fingerprints
-from gapo_mega.runs.directory import EXPORT_FOLDER, Wanted
+from gapo_mega.runs.directory import ADAPTER_FOLDER, EXPORT_FOLDER, Wanted
 from gapo_mega.runs.earlier_ends import set_aside_others
 from gapo_mega.runs.identity import Identity, settings_of
 from gapo_mega.runs.log import RunLog, check_logging
@@ -91,6 +91,7 @@ def check(config: SupervisedConfig, world_size: int) -> Start:
     check_adapters(config.model.lora, shape)
     check_adapter(config.model.lora, shape)
     data_ranks = check_model_split(config.parallel, shape, config.model.dtype, world_size)
+    check_packages(config.parallel)
     check_batches(config, data_ranks)
     microbatches = config.data_sets * config.batch_size // data_ranks // config.micro_batch_size
     check_interleaving(config.parallel, shape, microbatches)
@@ -131,7 +132,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     @classmethod
     def wanted(cls, config: SupervisedConfig) -> Wanted:
         """What the run does in its output directory."""
-        return Wanted(cls.command, config.checkpoint, config.logging, report=False)
+        adapter = config.checkpoint.export_adapter
+        return Wanted(cls.command, config.checkpoint, config.logging, report=False, adapter=adapter)
 
     def _prepare(self) -> None:
         config = self.config
@@ -206,11 +208,15 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
         self.measured = self.evaluate()
+        settings = self.config.checkpoint
         if self.engine.layout.is_main:
-            written = [SUMMARY_FILE, *([EXPORT_FOLDER] if self.config.checkpoint.export_hf else [])]
+            models = {EXPORT_FOLDER: settings.export_hf, ADAPTER_FOLDER: settings.export_adapter}
+            written = [SUMMARY_FILE, *(name for name, wanted in models.items() if wanted)]
             set_aside_others(self.directory, self.loop.step, written)
-        if self.config.checkpoint.export_hf:
+        if settings.export_hf:
             self.engine.export_hf(self.directory / EXPORT_FOLDER)
+        if settings.export_adapter:
+            self.engine.export_adapter(self.directory / ADAPTER_FOLDER)
         if self.engine.layout.is_main:
             summary: dict[str, Any] = {
                 "steps": self.loop.step,

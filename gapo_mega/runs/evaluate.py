@@ -29,7 +29,7 @@ from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
 from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.setups import AnsweringSetup, LocalModel
 from gapo_mega.rollout.collect import Collector
-from gapo_mega.rollout.response_scores import ResponseScorer
+from gapo_mega.rollout.response_scores import ResponseScorer, attach_score_models
 from gapo_mega.runs import fingerprints
 from gapo_mega.runs.answer_store import AnswerStore, Belonging
 from gapo_mega.runs.answering import BatchAnswerer, Divergence, Manner, batches
@@ -314,9 +314,7 @@ class Evaluation:
             self._engine.take(setup)
             return self._engine
         self._engine = build_answering_engine(setup)
-        for objective in self._objectives:
-            if objective.wanted_model is not None:
-                objective.attach(self._engine.score_model(objective.wanted_model))
+        attach_score_models(self._engine, self._objectives)
         return self._engine
 
     # -- the results ---------------------------------------------------------------------------------

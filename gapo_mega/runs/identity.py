@@ -213,9 +213,10 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "resume": FREE,
         "save_final": FREE,
         "export_hf": FREE,
+        "export_adapter": FREE,
         "export_to": FREE,
     },
-    TrainCheckpointConfig: {"export_adapter": FREE, "best": FREE},
+    TrainCheckpointConfig: {"best": FREE},
     EvaluationConfig: {
         "samples_per_prompt": FIXED,
         "every_steps": FREE,

@@ -109,9 +109,12 @@ def progress_text(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     return " | ".join(parts)
 
 
-def check_logging(config: LoggingConfig) -> None:
-    """Refuse, before any work, loggers that do not exist or lack their package. Raises ``ValueError``."""
-    chosen(config)
+def check_logging(config: LoggingConfig, packages: bool = True) -> None:
+    """Refuse, before any work, loggers that do not exist or lack their package. Raises ``ValueError``.
+
+    ``packages``: whether those have to be here.
+    """
+    chosen(config, packages)
 
 
 class RunLog:

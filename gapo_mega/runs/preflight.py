@@ -33,7 +33,7 @@ from gapo_mega.models.registry import shape_of
 from gapo_mega.models.score_head import require_language_model, score_head_of
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
-from gapo_mega.planning.layout import check_layout, check_lengths, check_model_split
+from gapo_mega.planning.layout import check_layout, check_lengths, check_model_split, check_packages
 from gapo_mega.planning.methods import check_kind
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 from gapo_mega.rollout import backends
@@ -50,7 +50,8 @@ _FREE_IN_A_CRITIC = ("family", "tied", "max_positions", "sliding_window")
 def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> ResolvedRun:
     """The run that ``config`` describes on ``world_size`` processes. Reads no weights and no data.
 
-    ``shapes_only``: for a plan, in which a packaged card may stand for a model that is not on this machine.
+    ``shapes_only``: for a plan, in which a packaged card may stand for a model that is not on this machine,
+    and which needs nothing that only the run will need (``check_here``).
     Raises ``ValueError`` for the first thing that does not fit together.
     """
     models = _Configurations(shapes_only)
@@ -58,12 +59,13 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     estimator = advantages.build(config.advantages.name, **config.advantages.options)
     check_layout(config, shape, world_size, estimator)
     check_estimator(config, estimator)
-    check_logging(config.logging)
+    check_logging(config.logging, packages=not shapes_only)
     backends.check(config)
     check_kind("aggregation", config.aggregation.name)
     if config.scalarization is not None:
         check_kind("scalarization", config.scalarization.name)
     if not shapes_only:
+        check_here(config)
         check_adapter(config.model.lora, shape)
     aggregator, loss = build_aggregator(config), _loss(config)
     built = objectives.build_all(config.objectives, outlines=shapes_only)
@@ -82,6 +84,13 @@ def resolve(config: Config, world_size: int, *, shapes_only: bool = False) -> Re
     )
 
 
+def check_here(config: Config) -> None:
+    """Raise ``ValueError`` for packages and programs that the run needs and that this machine has not."""
+    check_packages(config.parallel)
+    check_logging(config.logging)
+    backends.check_here(config)
+
+
 def check_adapter(lora: LoraConfig | None, shape: ModelShape) -> None:
     """Raise ``ValueError`` where the adapter to start from is none, or another than the settings say."""
     if lora is not None and lora.path is not None:
@@ -98,6 +107,7 @@ def check_answering(config: Config, path: str, parameter: str, world_size: int) 
     shape = check_language_model(path, parameter)
     with _errors_of(parameter):
         check_model_split(config.parallel, shape, config.model.dtype, world_size)
+        check_packages(config.parallel)
         check_lengths(config, shape)
     return shape
 

@@ -37,12 +37,12 @@ class Chosen:
         return getattr(type(self.logger), "name", type(self.logger).__name__)
 
 
-def chosen(config: LoggingConfig) -> list[Chosen]:
+def chosen(config: LoggingConfig, packages: bool = True) -> list[Chosen]:
     """Every logger that the configuration asks for, none of them started.
 
     ``logging.tensorboard`` and ``logging.wandb`` are short for entries without options; an entry of that name
     takes their place. Raises ``ValueError`` for names and options that do not exist, and for missing
-    packages.
+    packages, where ``packages`` have to be here.
     """
     listed = [entry.name for entry in config.loggers]
     short: list[tuple[str, bool, dict[str, Any]]] = [
@@ -57,7 +57,7 @@ def chosen(config: LoggingConfig) -> list[Chosen]:
     for index, entry in enumerate(config.loggers):
         one = build(f"{_SECTION}.{index}", entry.name, entry.options)
         found.append(Chosen(_SECTION, entry.name, "leave it out", one))
-    for each in found:
+    for each in found if packages else []:
         _check_package(each)
     return found
 

@@ -23,6 +23,7 @@ from gapo_mega.runs.checkpoints import (
     check_updates,
     checkpoint_path,
     complete_steps,
+    is_due,
     marker_of,
     set_aside,
 )
@@ -283,7 +284,10 @@ class Session:
         agree(self.everyone, check)
 
     def check_export(self) -> None:
-        """Refuse a place for the exported model that cannot be written to. Raises ``ValueError``."""
+        """Refuse a place for the exported model that cannot be written to. Raises ``ValueError``.
+
+        Says so where a run that is killed at the end would leave nothing to try again from.
+        """
         url = self.config.checkpoint.export_to
         if url is None:
             return
@@ -291,6 +295,12 @@ class Session:
         known = [self._resumed_run, *([] if manifest is None else [manifest.run, *manifest.replaced])]
         self.export = export = Export(url, [run for run in known if run is not None])
         agree(self.everyone, lambda: export.check(self.directory) if self.everyone.is_main else None)
+        if self.everyone.is_main and not is_due(self.config.checkpoint, 0, last=True):
+            logger.warning(
+                "checkpoint.export_to: found with checkpoint.every_steps 0 and save_final false: where this "
+                "run is killed while its model is put there, hf/ is whole, but no command tries again; "
+                "checkpoint.save_final=true keeps a checkpoint for that"
+            )
 
     # -- what it writes ------------------------------------------------------------------------------
     def begin(self) -> None:

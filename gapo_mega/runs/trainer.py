@@ -31,6 +31,7 @@ from gapo_mega.rollout.experience import ExperienceMaker
 from gapo_mega.rollout.facts import BatchFacts
 from gapo_mega.rollout.heldout import Answers, HeldOut
 from gapo_mega.rollout.kl import KlCoefficient
+from gapo_mega.rollout.response_scores import attach_score_models
 from gapo_mega.rollout.scalarized import Scalarized, Weighing
 from gapo_mega.rollout.score import Scorer
 from gapo_mega.runs.evaluations import Evaluations
@@ -120,9 +121,7 @@ class Trainer:
 
     def _build_rollout(self, tokenizer: PreTrainedTokenizerBase, heldout_prompts: Sequence[Prompt]) -> None:
         config, rollout, engine = self.config, self.config.rollout, self.engine
-        for objective in self.resolved.objectives:
-            if objective.wanted_model is not None:
-                objective.attach(engine.score_model(objective.wanted_model))
+        attach_score_models(engine, self.resolved.objectives)
         collector = Collector(self._backend or engine.generator, tokenizer, SamplingParameters.of(rollout))
         samples_policy = self._backend is None or (self._backend.samples_policy and not rollout.ahead)
         self._ahead = self._drawn_ahead(collector)

@@ -171,6 +171,15 @@ class SupervisedModel(groups.Collective, ABC):
         if self.layout.is_main:
             write_template(directory, self._setup.chat_template)
 
+    def export_adapter(self, directory: Path) -> None:
+        """Of a score model with its head, which is trained beside the adapters."""
+        settings, base = self._setup.lora, self._setup.model.path
+        assert settings is not None, "the configuration refuses it without adapters"
+        with megatron_device():
+            self._trainable.gather_parameters()
+            chunks, head = self._trainable.modules, self._head_out()
+            adapter.export(chunks, self._setup.shape, settings, base, directory, head)
+
     # -- what subclasses define --------------------------------------------------------------------
     @abstractmethod
     def _value_heads(self) -> int | None:

@@ -145,14 +145,17 @@ def _check_settings(directory: Path, found: Mapping[str, Any], lora: LoraConfig)
         )
 
 
-def write_adapter(directory: Path, lora: LoraConfig, base: str, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    directory: Path, lora: LoraConfig, base: str, tensors: Mapping[str, Tensor], head: str | None = None
+) -> None:
     """Write an adapter that PEFT loads on the model ``base``; replace one that is there.
 
+    ``head``: the module of a classifier's head, whose weight is among the tensors; None: a language model.
     Raises ``ValueError`` where it cannot be written.
     """
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": lora.rank,
@@ -162,7 +165,7 @@ def write_adapter(directory: Path, lora: LoraConfig, base: str, tensors: Mapping
         "target_modules": list(lora.targets),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": None if head is None else [head],
     }
     with complete_or_absent(directory, overwrite=True) as partial:
         save_file(

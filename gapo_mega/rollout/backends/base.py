@@ -76,6 +76,11 @@ class RolloutBackend(ABC):
         """Raise ``ValueError`` for settings that it cannot work with, before a model is built."""
         return None
 
+    @classmethod
+    def check_here(cls, config: Config) -> None:
+        """Raise ``ValueError`` for what it needs and this machine has not. No plan asks."""
+        return None
+
     @abstractmethod
     def update_weights(self) -> None:
         """Have the next responses be those of the policy as it is now.

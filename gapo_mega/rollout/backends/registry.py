@@ -40,3 +40,8 @@ def check(config: Config) -> None:
             f"rollout.ahead: found {rollout.ahead} with rollout.backend {rollout.backend}, accepted: 0 (it "
             f"answers in the processes that train; {', '.join(others)} has its own)"
         )
+
+
+def check_here(config: Config) -> None:
+    """Raise ``ValueError`` for what the configuration's back end needs and this machine has not."""
+    find(config.rollout.backend).check_here(config)

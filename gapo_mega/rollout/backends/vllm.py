@@ -90,8 +90,12 @@ class Vllm(RolloutBackend):
                     f"rollout.vllm.weights_directory: found none with rollout.vllm.url {url}, accepted: a "
                     "directory that the server reads under the same path"
                 )
-        if rollout.vllm.python is not None:
-            _check_python(rollout.vllm.python)
+
+    @classmethod
+    def check_here(cls, config: Config) -> None:
+        python = config.rollout.vllm.python
+        if python is not None:
+            _check_python(python)
 
     # -- weights -----------------------------------------------------------------------------------
     def update_weights(self) -> None:

@@ -146,6 +146,26 @@ def test_adapters_are_pefts(folder: Path, tmp_path: Path, kind: str) -> None:
     assert torch.equal(resumed.measure(batch), measured_B)
 
 
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_peft_reads_the_exported_adapter_as_the_exported_model(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """On the model that training began with; a score model's head comes with the adapter."""
+    engine, batch = engine_of(folder, kind, adapted=True), batch_of(kind)
+    engine.update(batch)
+    engine.export_hf(tmp_path / "hf")
+    engine.export_adapter(tmp_path / "adapter")
+    auto = AutoModelForCausalLM if kind == "chats" else AutoModelForSequenceClassification
+    model = PeftModel.from_pretrained(auto.from_pretrained(folder / kind), tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == str(folder / kind)
+    merged, found = model.merge_and_unload().state_dict(), HFDirectory(tmp_path / "hf")
+    start = HFDirectory(folder / kind)
+    for name in found.names:
+        assert relative_error(found.read(name).double(), merged[name].double()) <= 1e-6, name
+    changed = "score.weight" if kind == "pairs" else "model.layers.0.self_attn.q_proj.weight"
+    assert relative_error(found.read(changed), start.read(changed)) > 100 * ERROR
+
+
 def test_chunks_of_logits_change_nothing(folder: Path) -> None:
     batch = batch_of("chats")
     updates: list[list[SupervisedUpdate]] = []

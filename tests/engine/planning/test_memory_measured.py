@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from gapo_mega import aggregation
 from gapo_mega.config import Config
+from gapo_mega.engine.megatron.checkpoint.background import HeldFiles
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.model.build import VOCABULARY_DIVISOR as ENGINE_DIVISOR
 from gapo_mega.engine.megatron.runtime.cpu import device
@@ -218,6 +219,7 @@ def test_a_step_takes_what_was_predicted(
     sections = {
         "micro_batch_size": 2,
         "data": {"source": "unused", "max_prompt_tokens": 48},
+        "checkpoint": {"every_steps": 1, "asynchronous": True},
         **sections,
         "rollout": {
             "prompts_per_step": 2,
@@ -237,6 +239,9 @@ def test_a_step_takes_what_was_predicted(
         batch = longest_batch(config, shape.vocab)
         with measure_allocations(device()) as found:
             engine.update_policy(batch, check_engine.loss, aggregation.build("gapo", p=1))
+        with measure_allocations("cpu") as save:
+            held = HeldFiles(tmp_path / "checkpoint")
+            engine.save(tmp_path / "checkpoint", {}, held)
         model, reference = engine.policy.model, engine.reference
         assert_near(
             {
@@ -246,6 +251,7 @@ def test_a_step_takes_what_was_predicted(
                 "objective_rows": engine.gradients.row_bytes,
                 "reference": 0 if reference is None else tensor_bytes(reference.model.parameters()),
                 "activations": found.peak_bytes,
+                "held_checkpoint": save.net_bytes,
             },
             plan,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -259,7 +260,8 @@ def test_what_does_not_fit_is_refused_before_a_model_is_built(
 def test_adapters_are_trained_and_merged(folder: Path) -> None:
     """Their layers change by a matrix of their rank, and nothing else does."""
     model = {"lora": {"rank": 2, "target_modules": ["v_proj"]}, "logits_chunk": 7}
-    train(settings(folder, "adapters", model=model, optimizer={"lr": 1e-2}))
+    checkpoint = {"export_adapter": True}
+    train(settings(folder, "adapters", model=model, optimizer={"lr": 1e-2}, checkpoint=checkpoint))
     before = load_file(folder / "model" / "model.safetensors")
     after = load_file(folder / "adapters" / "hf" / "model.safetensors")
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
@@ -268,3 +270,6 @@ def test_adapters_are_trained_and_merged(folder: Path) -> None:
         # Rounding to fp32 adds singular values of 1e-7 of the weights'.
         change = (after[name] - before[name]).double()
         assert int((torch.linalg.svdvals(change) > 1e-5).sum()) == 2
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    merged = PeftModel.from_pretrained(base, folder / "adapters" / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in after.items())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -116,7 +117,7 @@ def test_fine_tuning_of_adapters_changes_their_layers_alone(folder: Path) -> Non
     lora = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
     options: dict[str, Any] = {
         "model": {"lora": lora, "logits_chunk": 5},
-        "checkpoint": {"every_steps": 3},
+        "checkpoint": {"every_steps": 3, "export_adapter": True},
         "optimizer": {"lr": 2e-2, "schedule": "constant", "warmup_fraction": 0.0},
     }
     for steps in (3, 6):
@@ -136,6 +137,11 @@ def test_fine_tuning_of_adapters_changes_their_layers_alone(folder: Path) -> Non
             assert int((torch.linalg.svdvals(change) > 1e-5).sum()) == 2, name
         else:
             assert not change.any(), name
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    merged = PeftModel.from_pretrained(base, folder / "adapters" / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in after.items())
+    # The run that went on has set the first one's aside.
+    assert (folder / "adapters" / "adapter.earlier-1" / "adapter_config.json").is_file()
 
 
 def test_the_runs_own_template_goes_with_the_model(folder: Path) -> None:

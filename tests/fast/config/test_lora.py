@@ -68,6 +68,15 @@ def test_runs_without_rollouts_have_them_too(kind: type[SupervisedConfig]) -> No
         model = {"path": "m", "lora": {"rank": rank}}
         return parse({"output_dir": "o", "model": model, **sections}, [], kind, "run.yaml")
 
+    def exporting(**model: Any) -> SupervisedConfig:
+        found = {"output_dir": "o", "model": {"path": "m", **model}, "checkpoint": {"export_adapter": True}}
+        return parse({**found, **sections}, [], kind, "run.yaml")
+
+    assert exporting(lora={}).checkpoint.export_adapter
+    with pytest.raises(ValueError, match=r"checkpoint\.export_adapter: found true without model\.lora"):
+        exporting()
+    with pytest.raises(ValueError, match=r"found true with model.keep_layers 1|keep_layers: found 1"):
+        exporting(lora={}, keep_layers=1)
     lora = with_rank(4).model.lora
     assert lora is not None and lora.rank == 4
     with pytest.raises(ValueError, match=r"model\.lora\.rank"):

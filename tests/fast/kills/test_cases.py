@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.helpers.kills.cases import LAYOUTS, SIGNALS, TARGETS, Case, draw
-from tests.helpers.kills.phases import BY_NAME, FIRST
+from tests.helpers.kills.phases import BY_NAME, first
 
 ALL = tuple(LAYOUTS)
 
@@ -18,8 +18,20 @@ def test_a_seed_gives_the_same_cases() -> None:
 
 
 def test_every_signal_meets_every_phase_early() -> None:
-    firsts = [case.kills[0] for case in cases(len(FIRST) * len(SIGNALS))]
-    assert {(kill.phase, kill.signal) for kill in firsts} == {(p, s) for p in FIRST for s in SIGNALS}
+    phases = first(background=True)
+    firsts = [case.kills[0] for case in cases(len(phases) * len(SIGNALS))]
+    assert {(kill.phase, kill.signal) for kill in firsts} == {(p, s) for p in phases for s in SIGNALS}
+
+
+def test_phases_of_background_writing_are_of_runs_that_do_it() -> None:
+    drawn = {"background write": set(), "background index": set()}
+    for case in cases(400):
+        for kill in case.kills:
+            if kill.phase in drawn:
+                drawn[kill.phase].add(case.layout)
+    assert set(map(frozenset, drawn.values())) == {frozenset({"alone-background", "2-background"})}
+    others = cases(400, layouts=("alone", "2"))
+    assert not {kill.phase for case in others for kill in case.kills} & drawn.keys()
 
 
 def test_everything_else_is_met_in_time() -> None:

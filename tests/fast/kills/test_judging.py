@@ -85,6 +85,19 @@ def test_nothing_is_wrong(killed: Path, reference: Path) -> None:
     assert judged(killed, reference, replace(STOPPED, code=1), layout="2") == []
 
 
+def test_a_step_more_is_done_while_a_checkpoint_is_written(killed: Path, reference: Path) -> None:
+    """But none beyond that one: the next checkpoint waits for it."""
+    shutil.rmtree(killed / "checkpoints" / "step_00000002")
+    (killed / "metrics.jsonl").write_text((reference / "metrics.jsonl").read_text())
+    ended = replace(STOPPED, code=1)
+    (fault,) = judged(killed, reference, ended, "2")
+    assert fault == "3 steps are in the log, the newest checkpoint is that of 1"
+    assert judged(killed, reference, ended, "2-background") == []
+    shutil.rmtree(killed / "checkpoints" / "step_00000001")
+    (fault,) = judged(killed, reference, ended, "2-background")
+    assert fault == "3 steps are in the log, the newest checkpoint is that of 0"
+
+
 def half_export(run: Path) -> None:
     (run / "hf").mkdir()
     (run / "hf" / "model.safetensors").write_bytes(bytes(range(100)))

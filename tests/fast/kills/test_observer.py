@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,22 @@ def test_a_timed_phase_is_milliseconds(tmp_path: Path) -> None:
     observer.tell()
     counts = json.loads((tmp_path / COUNTS).read_text())
     assert list(counts) == ["outer"] and counts["outer"][0] >= 0
+
+
+def test_a_threaded_phase_is_one_of_other_threads(tmp_path: Path) -> None:
+    """And the main thread's phases are its own, whatever others call."""
+    observer = Observer({"places": PLACES, "folder": str(tmp_path), "threaded": ["inner"]})
+    observer.start()
+    try:
+        inner()
+        other = threading.Thread(target=outer, args=(2,))
+        other.start()
+        other.join()
+        outer(0)
+    finally:
+        threading.setprofile(None)
+        sys.setprofile(None)
+    assert observer.counts == {"inner": [4, 4], "outer": [4]}
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,6 @@ def test_experts_are_shared_within_a_replica_or_by_whole_ones() -> None:
 
 def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     two = {"distributed_optimizer_instances": 2}
-    monkeypatch.setattr(layout, "einops", lambda: Probe(True, "einops", ""))
     check(config(parallel=two), SMOLLM2, 4)
     check(config(parallel=two), WITH_EXPERTS, 4)
     with pytest.raises(ValueError, match=r"instances: found 2 with experts that data ranks share .* 1$"):
@@ -306,10 +305,13 @@ def test_instances_share_the_data_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"instances: found 2, accepted for 1 data-parallel ranks: 1$"):
         check(config(parallel={"tensor": 3, **two}), SMOLLM2, 3)
     monkeypatch.setattr(layout, "einops", lambda: Probe(False, "", "it"))
+    check(config(parallel=two), SMOLLM2, 4)  # a plan needs no package
     with pytest.raises(
         ValueError, match=r"instances: found 2 without the package einops.*gapo-mega\[instances\]"
     ):
-        check(config(parallel=two), SMOLLM2, 4)
+        layout.check_packages(config(parallel=two).parallel)
+    monkeypatch.setattr(layout, "einops", lambda: Probe(True, "einops", ""))
+    layout.check_packages(config(parallel=two).parallel)
 
 
 @pytest.mark.parametrize(

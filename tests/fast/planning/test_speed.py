@@ -99,3 +99,22 @@ def test_what_makes_a_step_longer() -> None:
     short = speed.ceiling(run(), "H100", 160, 450)
     # Half the tokens with a shorter context each.
     assert short.phases["rollout"] < base.phases["rollout"] / 2 and short.lengths == speed.Lengths(160, 450)
+
+
+@pytest.mark.parametrize("together", [256, 64])
+def test_ahead_takes_the_longer_of_rollout_and_training(together: int) -> None:
+    """On twice as many devices: the servers' are their own."""
+    rollout = run().config.rollout.model_dump() | {"backend": "vllm", "batch_size": together}
+    in_turn = speed.ceiling(run(rollout=rollout), "H100")
+    ahead = speed.ceiling(run(rollout=rollout | {"ahead": 1}), "H100")
+    assert ahead.phases == in_turn.phases
+    drawn = ahead.phases["rollout"]
+    trained = ahead.phases["log-probabilities"] + ahead.phases["update"]
+    assert (drawn > trained) == (together == 64)
+    assert (in_turn.seconds, ahead.seconds) == pytest.approx((drawn + trained, max(drawn, trained)))
+    assert (in_turn.devices, ahead.devices) == (16, 32)
+    expected = 2048 * 1060 / 32 / max(drawn, trained)
+    assert ahead.tokens_per_second_per_device == pytest.approx(expected)
+    assert "on 32 x H100 (half of them for the servers)" in ahead.line()
+    assert f"{max(drawn, trained):.1f} s a step" in ahead.line()
+    assert ahead.as_dict()["ceiling"]["seconds_per_step"] == ahead.seconds

@@ -114,6 +114,38 @@ def test_a_failure_at_the_end_keeps_everything_else(
     assert store.cat_file(f"{ROOT}/config.json") in model.values()
 
 
+@pytest.mark.parametrize(
+    "kept", [{"save_final": True}, {"save_final": False, "every_steps": 1}, {"save_final": False}]
+)
+def test_a_run_that_is_killed_while_it_puts_its_model_there(
+    tmp_path: Path,
+    store: MemoryFileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kept: dict[str, Any],
+) -> None:
+    """The same command goes on from its last checkpoint; a run that keeps none says so at the start."""
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt  # as a second Ctrl-C: nothing is tidied up
+
+    warning = "checkpoint.export_to: found with checkpoint.every_steps 0 and save_final false"
+    keeps = any(kept.values())
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("gapo_mega.runs.finish.put_from_main", killed)
+        run(tmp_path / "a", **kept)
+    assert (warning in caplog.text) != keeps
+    whole = snapshot(tmp_path / "a" / "hf")
+    assert whole and not store.find("/bucket")
+    if keeps:
+        assert run(tmp_path / "a", **kept)
+        assert json.loads(store.cat_file(f"{ROOT}/{UPLOADED}"))["step"] == 2
+    else:
+        with pytest.raises(ValueError, match=r"where a run has ended \(summary.json, without a checkpoint\)"):
+            run(tmp_path / "a", **kept)
+        assert snapshot(tmp_path / "a" / "hf") == whole
+
+
 @pytest.mark.parametrize("save_final", [False, True])
 def test_a_failure_after_the_end_took_the_best_policy_is_told_as_it_is(
     tmp_path: Path,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from tests.helpers.kills.phases import BY_NAME, FIRST
+from tests.helpers.kills.phases import BY_NAME, first
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 TARGETS = ("rank", "ranks", "launcher", "all")  # one of them, all of them, who started them, everybody
@@ -17,11 +17,15 @@ STARTS = ("forked", "command")
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes of a run; ``nproc`` 0: one process that nobody has started."""
+    """Processes of a run; ``nproc`` 0: one process that nobody has started.
+
+    ``background``: checkpoints are written while it trains (``checkpoint.asynchronous``).
+    """
 
     name: str
     nproc: int
     weight: int  # how often it is drawn
+    background: bool = False
 
     @property
     def ranks(self) -> int:
@@ -30,7 +34,14 @@ class Layout:
 
 LAYOUTS = {
     layout.name: layout
-    for layout in (Layout("alone", 0, 3), Layout("1", 1, 2), Layout("2", 2, 3), Layout("4", 4, 2))
+    for layout in (
+        Layout("alone", 0, 3),
+        Layout("1", 1, 2),
+        Layout("2", 2, 3),
+        Layout("4", 4, 2),
+        Layout("alone-background", 0, 1, background=True),
+        Layout("2-background", 2, 2, background=True),
+    )
 }
 # Of each number of ranks: data ranks, and data ranks of two tensor ranks.
 PARALLEL: dict[str, dict[str, Any]] = {"4": {"tensor": 2}}
@@ -80,15 +91,17 @@ def draw(seed: int, number: int, layouts: tuple[str, ...], start: str, again: fl
 
     ``again``: share of the runs that are disturbed once more.
     """
-    pairs = list(product(FIRST, SIGNALS))
+    pairs = list(product(first(any(LAYOUTS[name].background for name in layouts)), SIGNALS))
     block, place = divmod(number, len(pairs))
     random.Random(f"order {seed} {block}").shuffle(pairs)
     rng = random.Random(f"case {seed} {number}")
-    (name,) = rng.choices(layouts, [LAYOUTS[layout].weight for layout in layouts])
+    phase, sent = pairs[place]
+    having = [name for name in layouts if phase in first(LAYOUTS[name].background)]
+    (name,) = rng.choices(having, [LAYOUTS[layout].weight for layout in having])
     layout = LAYOUTS[name]
-    kills = [_kill(rng, layout, *pairs[place])]
+    kills = [_kill(rng, layout, phase, sent)]
     if rng.random() < again:
-        phase = "resume" if rng.random() < 0.3 else rng.choice(FIRST)
+        phase = "resume" if rng.random() < 0.3 else rng.choice(first(layout.background))
         kills.append(_kill(rng, layout, phase, rng.choice(SIGNALS)))
     return Case(number, name, start, tuple(kills))
 

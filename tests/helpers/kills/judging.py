@@ -52,7 +52,9 @@ def after_kill(case: Case, kill: Kill, attempt: Attempt, run: Path, reference: P
             yield f"stopped after step {said}, and the newest checkpoint is that of {standing.checkpoint}"
     if attempt.code == 0 and not standing.finished:
         yield "exit code 0, and the run is not at its end"
-    if standing.lines > standing.checkpoint + 1:
+    # In the background, step n + 1 trains while the checkpoint of step n is being written.
+    without = 2 if LAYOUTS[case.layout].background else 1
+    if standing.lines > standing.checkpoint + without:
         yield f"{standing.lines} steps are in the log, the newest checkpoint is that of {standing.checkpoint}"
     yield from _damaged(run)
     yield from _halves(run, reference)

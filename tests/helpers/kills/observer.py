@@ -1,10 +1,11 @@
-"""Inside a run: tells its phases by the functions that its main thread is in, and stops it at a chosen place.
+"""Inside a run: tells its phases by the functions that its threads are in, and stops it at a chosen place.
 
 It sees what a profiler sees (``sys.setprofile``), so that the package needs to know nothing of it. A place is
 the n-th event, such as a call or a return, in a phase: the same on a busy machine as on a quiet one. There
 the process writes where it is and sends itself SIGSTOP; what happens then is up to whoever waits for it.
 Of a timed phase, a place is so many milliseconds of the processor after its beginning, and nothing is
-observed after it.
+observed after it. A threaded phase is one of another thread than the main one, whose place is then left to
+the system.
 
 Imports nothing but the standard library: it is loaded at the start of every process.
 """
@@ -31,6 +32,13 @@ def ranks_file(rank: int) -> str:
     return f"rank-{rank}.pid"
 
 
+class _Stack(threading.local):
+    """Of every thread: phases that have begun, with the frames they began in."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[FrameType, str]] = []
+
+
 class Observer:
     """Counts the events of every phase, and stops at one of them.
 
@@ -41,13 +49,17 @@ class Observer:
         self._places: dict[str, dict[str, str]] = plan["places"]
         self._stop: dict[str, Any] | None = plan.get("stop")
         self._folder: str = plan["folder"]
-        self._stack: list[tuple[FrameType, str]] = []  # phases that have begun, with the frames they began in
+        self._own = _Stack()
+        self._main = threading.get_ident()
         self._timed: list[str] = plan.get("timed", [])
+        self._threaded: list[str] = plan.get("threaded", [])
         self._began: tuple[str, float] | None = None  # the timed phase
         self.counts: dict[str, list[int]] = {}  # events, by phase and occurrence
 
     def start(self) -> None:
-        """Observe this thread from now on."""
+        """Observe this thread from now on; where there are threaded phases, also those that begin later."""
+        if self._threaded:
+            threading.setprofile(self._profile)
         sys.setprofile(self._profile)
 
     def _profile(self, frame: FrameType, event: str, argument: object) -> None:
@@ -55,13 +67,16 @@ class Observer:
             files = self._places.get(frame.f_code.co_name)
             if files is not None:
                 self._enter(frame, files)
-        if self._stack:
+        if self._own.phases:
             self._count(frame, event, argument)
 
     def _enter(self, frame: FrameType, files: dict[str, str]) -> None:
         phase = next((files[end] for end in files if frame.f_code.co_filename.endswith(end)), None)
-        if phase is not None and not (self._stack and self._stack[-1][1] == phase):
-            self._stack.append((frame, phase))
+        stack = self._own.phases
+        if phase is None or (phase in self._threaded) == (threading.get_ident() == self._main):
+            return
+        if not (stack and stack[-1][1] == phase):
+            stack.append((frame, phase))
             self.counts.setdefault(phase, []).append(0)
             if phase in self._timed:
                 self._time(phase)
@@ -69,7 +84,7 @@ class Observer:
     def _time(self, phase: str) -> None:
         """From here on the clock tells, not a profiler, which would make it several times as long."""
         sys.setprofile(None)
-        self._stack.clear()
+        self._own.phases.clear()
         self._began = (phase, begun := time.process_time())
         stop, main = self._stop, threading.get_ident()
         if stop is not None and stop["phase"] == phase:
@@ -91,7 +106,7 @@ class Observer:
         _write(os.path.join(self._folder, COUNTS), json.dumps(self.counts))
 
     def _count(self, frame: FrameType, event: str, argument: object) -> None:
-        entered, phase = self._stack[-1]
+        entered, phase = self._own.phases[-1]
         counts = self.counts[phase]
         ends = event == "return" and frame is entered
         stop = self._stop
@@ -101,7 +116,7 @@ class Observer:
             self._halt(frame, event, argument, phase)
         counts[-1] += 1
         if ends:
-            self._stack.pop()
+            self._own.phases.pop()
 
     def _halt(self, frame: FrameType, event: str, argument: object, phase: str) -> None:
         sys.setprofile(None)

@@ -11,12 +11,16 @@ class Phase:
     """``module:function`` is where it begins; it ends when that function returns.
 
     ``main_only``: only rank 0 comes there. ``timed``: so long that its places are milliseconds, not events.
+    ``background``: only of runs that write checkpoints while they train. ``threaded``: in a thread of
+    its own.
     """
 
     name: str
     entries: tuple[str, ...]
     main_only: bool = False
     timed: bool = False
+    background: bool = False
+    threaded: bool = False
 
 
 _ENGINE = "gapo_mega.engine.megatron"
@@ -39,6 +43,14 @@ PHASES = (
         ),
         main_only=True,
     ),
+    # Files of a checkpoint while training goes on, and their index, which all ranks make of them.
+    Phase(
+        "background write",
+        (f"{_ENGINE}.checkpoint.background:BackgroundSave._write",),
+        background=True,
+        threaded=True,
+    ),
+    Phase("background index", (f"{_ENGINE}.checkpoint.background:BackgroundSave.finish",), background=True),
     Phase("log write", ("gapo_mega.runs.log:RunLog.write",), main_only=True),
     Phase("export", (f"{_ENGINE}.engine:MegatronEngine.export_hf",)),
     Phase("report", ("gapo_mega.evaluation.report:write_report",), main_only=True, timed=True),
@@ -54,9 +66,18 @@ PHASES = (
     ),
 )
 BY_NAME = {phase.name: phase for phase in PHASES}
-# Those of an undisturbed run; a run that goes on has the last one, too.
-FIRST = tuple(phase.name for phase in PHASES[:-1])
 TIMED = [phase.name for phase in PHASES if phase.timed]
+THREADED = [phase.name for phase in PHASES if phase.threaded]
+
+
+def of_runs(background: bool) -> tuple[Phase, ...]:
+    """Those of a run; ``background``: one that writes checkpoints while it trains."""
+    return tuple(phase for phase in PHASES if background or not phase.background)
+
+
+def first(background: bool) -> tuple[str, ...]:
+    """Those of an undisturbed run; a run that goes on has the last one, too."""
+    return tuple(phase.name for phase in of_runs(background)[:-1])
 
 
 def places() -> dict[str, dict[str, str]]:

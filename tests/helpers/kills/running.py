@@ -20,7 +20,7 @@ from tests.helpers.environment import ROOT, SETTINGS
 from tests.helpers.kills import forking
 from tests.helpers.kills.cases import LAYOUTS, Kill
 from tests.helpers.kills.observer import COUNTS, HIT, VARIABLE, ranks_file
-from tests.helpers.kills.phases import TIMED, places
+from tests.helpers.kills.phases import THREADED, TIMED, places
 
 ENDS_WITHIN = 400.0  # seconds: torchrun waits 240 for its processes, and may be slow
 CONFIG = "config.yaml"
@@ -102,6 +102,7 @@ class Run:
         if counts is None:
             return plan
         plan |= {"observed": 0, "places": places(), "timed": TIMED}
+        plan["threaded"] = THREADED if self._layout.background else []  # else no other thread is slowed down
         if kill is not None:
             plan |= {"observed": kill.observed, "stop": self._stop(kill, counts)}
         return plan

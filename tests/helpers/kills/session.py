@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tests.helpers.kills import forking
 from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
-from tests.helpers.kills.phases import PHASES
+from tests.helpers.kills.phases import of_runs
 from tests.helpers.kills.running import CONFIG, Attempt, Run
 from tests.helpers.rank_runs import settings
 
@@ -119,7 +119,8 @@ class Session:
         done, counts = run.observe()
         if done.code != 0:
             raise RuntimeError(f"the undisturbed run {layout} ended with {done.code}:\n{done.log[-4000:]}")
-        missing = [phase.name for phase in PHASES if phase.name not in counts]
+        phases = of_runs(LAYOUTS[layout].background)
+        missing = [phase.name for phase in phases if phase.name not in counts]
         if missing:  # and so would never be hit
             raise RuntimeError(f"no function of phases.py was called in {layout} for {', '.join(missing)}")
         self._counts(layout).write_text(json.dumps(counts))
@@ -135,6 +136,7 @@ class Session:
             parallel=parallel,
             data={"heldout_prompts": 2},
             logging={"responses": 1},
+            checkpoint={"asynchronous": LAYOUTS[layout].background},
         )
         found["output_dir"] = "run"
         (folder / CONFIG).write_text(yaml.safe_dump(found))

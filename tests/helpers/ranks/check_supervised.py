@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
+from gapo_mega.config.lora import LoraConfig
 from gapo_mega.data.encoding import chat_batch, pair_batch
 from gapo_mega.engine.base import SupervisedSetup
 from gapo_mega.engine.megatron.checkpoint.weights import head_if_any
@@ -61,7 +62,10 @@ def batch_of(kind: str, step: int, data_rank: int, data: int) -> TokenBatch:
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments``: kind (score, pairs, chats), model, layout, and export for the trained ones."""
+    """``arguments``: kind (score, pairs, chats), model, layout, and export for the trained ones.
+
+    ``lora``: settings of adapters, which are exported, too.
+    """
     layout = ParallelConfig.model_validate(arguments["layout"])
     world = worlds.enter_layout(layout)
     model = Path(arguments["model"])
@@ -87,6 +91,7 @@ def _train(arguments: dict[str, Any], layout: ParallelConfig, world: Groups, mod
         micro_batch=4 if kind == "pairs" else 2,
         seed=1,
         config=classifier if kind == "pairs" else {},
+        lora=LoraConfig.model_validate(arguments["lora"]) if "lora" in arguments else None,
     )
     engine: SupervisedModel
     if kind == "pairs":
@@ -100,6 +105,8 @@ def _train(arguments: dict[str, Any], layout: ParallelConfig, world: Groups, mod
     measured: Tensor = engine.measure(batch_of(kind, 99, 0, 1))
     export = Path(arguments["export"])
     engine.export_hf(export)
+    if setup.lora is not None:
+        engine.export_adapter(export.with_name(export.name + "-adapter"))
     engine.save(export.with_name(export.name + "-checkpoint"), {})
     dist.barrier()
     return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
@@ -189,3 +190,28 @@ def test_a_training_checkpoint_becomes_the_exported_model(folder: Path, results:
         assert exported.keys() == converted.keys()
         assert all(torch.equal(converted[name], value) for name, value in exported.items())
         assert (tmp_path / case / "config.json").read_text() == (folder / case / "config.json").read_text()
+
+
+def test_an_adapter_with_its_head_scores_as_what_was_trained(folder: Path, tmp_path: Path) -> None:
+    """PEFT's on the language model, from ranks that split layers and tensors: 2 hold the head, 2 do not."""
+    target_modules = ["q_proj", "o_proj", "down_proj"]
+    arguments = {
+        "kind": "pairs",
+        "model": str(folder / "language"),
+        "layout": LAYOUTS["TP2xPP2"][1],
+        "export": str(tmp_path / "hf"),
+        "lora": {"rank": 2, "target_modules": target_modules},
+    }
+    (outcome,) = launch(4, [("check_supervised", arguments)], tmp_path)
+    assert "error" not in outcome, outcome["error"]
+    base = AutoModelForSequenceClassification.from_pretrained(
+        folder / "language", num_labels=1, pad_token_id=PAD
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "hf-adapter").eval()
+    rows = [row for pair in pairs(99) for row in pair]
+    with torch.no_grad():
+        scores = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+    assert float(scores.std()) > 0
+    assert_close(outcome["result"]["measured"], scores, FORWARD)
+    names = load_file(tmp_path / "hf-adapter" / "adapter_model.safetensors")
+    assert len(names) == 4 * len(target_modules) * 2 + 1  # A and B in four layers, and the head

@@ -17,7 +17,6 @@ from tests.helpers.fake_runs import configuration
     [
         ({}, "rollout.vllm: found neither of python and url"),
         ({"vllm": {"python": "/bin/sh", "url": "http://localhost:1"}}, "rollout.vllm: found both of python"),
-        ({"vllm": {"python": "/no/python"}}, "rollout.vllm.python: file /no/python not found"),
         ({"vllm": {"url": "http://other:1"}}, "rollout.vllm.weights_directory: found none with .*other:1"),
         (
             {"vllm": {"url": "http://[::1]:1"}, "top_p": 0.9},
@@ -36,17 +35,24 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path, url: Any) -> None:
         configuration(tmp_path, rollout={"vllm": {"url": url}})
 
 
+def test_its_python_has_to_be_where_the_run_is(tmp_path: Path) -> None:
+    config = configuration(tmp_path, rollout={"vllm": {"python": "/no/python"}})
+    find("vllm").check(config)
+    with pytest.raises(ValueError, match=r"^rollout.vllm.python: file /no/python not found"):
+        find("vllm").check_here(config)
+
+
 def test_a_server_of_one_machine_serves_no_job_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configuration(tmp_path, rollout={"vllm": {"python": "/bin/sh"}})
-    find("vllm").check(config)
+    find("vllm").check_here(config)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    find("vllm").check(config)
+    find("vllm").check_here(config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="in a job of 4 processes, 2 of them on this machine; accepted"):
-        find("vllm").check(config)
+        find("vllm").check_here(config)
 
 
 def test_a_class_of_one_s_own_has_what_it_says(tmp_path: Path) -> None:
