@@ -43,7 +43,8 @@ class Sharers:
         rows, sequences = own_MB.shape
         most = experts.most_among_sharers(sequences)
         padded_MB = nn.functional.pad(own_MB, (0, most - sequences)).contiguous()
-        all_GMB = padded_MB.new_empty(group.size(), rows, most)
-        dist.all_gather_into_tensor(all_GMB, padded_MB, group=group)
-        by_rank_RMB = all_GMB[:: group.size() // self._count]  # one tensor rank of each replica
+        gathered = padded_MB.new_empty(group.size() * rows, most)
+        dist.all_gather_into_tensor(gathered, padded_MB, group=group)
+        # One tensor rank of each replica: they have the same.
+        by_rank_RMB = gathered.view(-1, rows, most)[:: group.size() // self._count]
         return by_rank_RMB.permute(1, 2, 0).reshape(rows, most * self._count)
