@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from gapo_mega.engine.base import PolicyLossSum
+from gapo_mega.engine.megatron.gradients import accumulator
 from gapo_mega.engine.megatron.gradients.one_pass import OnePass
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
@@ -20,10 +22,11 @@ LOSSES: dict[str, PolicyLossSum] = {"unclipped": unclipped, "clipped": clipped, 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model, layout, sections and losses (names of ``LOSSES``).
 
-    Gives by loss ``errors``, of every row over all ranks and relative to its norm, and ``phases``.
+    Gives by loss ``errors``, of every row over all ranks and relative to its norm, and ``phases``. Weight
+    gradients come from tiles, which sequences as short as these would not.
     """
-    sgd = {"name": "sgd", "distributed": arguments.get("distributed", False)}
-    sections = {**arguments.get("sections", {}), "gradients": {"forward": "one_pass"}}
+    sgd = {"name": "sgd", "distributed": False}
+    sections = {**arguments["sections"], "gradients": {"forward": "one_pass"}}
     engine = check_engine.build_engine(
         check_engine.make_config(arguments["model"], arguments["layout"], sgd, **sections)
     )
@@ -33,7 +36,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name in arguments["losses"]:
         task, clock = strategy._task(batch, LOSSES[name]), Clock()
-        with megatron_device():
+        with megatron_device(), mock.patch.object(accumulator, "_SHORT", {"cpu": 0}):
             alone = rows_one_by_one(engine, task)
             together, _ = rows_together(strategy, task, clock)
         squares = torch.stack([(together - alone).square().sum(dim=1), alone.square().sum(dim=1)])

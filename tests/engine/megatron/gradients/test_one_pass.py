@@ -31,12 +31,14 @@ from tests.helpers.tiny import tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3,
 OBJECTIVES, VOCABULARY = check_engine.OBJECTIVES, 200
 # fp32 sums in another order, on matrices of some tens of rows: 1e-7 a term. Relative to a row's norm.
 ROW_ERROR, GRAM_ERROR = 1e-5, 2e-6
-MODELS: dict[str, Callable[[Path], object]] = {
+DENSE: dict[str, Callable[[Path], object]] = {
     "llama": tiny_llama,
     "tied": lambda directory: tiny_llama(directory, tied=True),
     "qwen2": tiny_qwen2,  # biases
     "qwen3": tiny_qwen3,  # norms of queries and keys
 }
+WITH_EXPERTS: dict[str, Callable[[Path], object]] = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe}
+MODELS = DENSE | WITH_EXPERTS
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -76,6 +78,17 @@ LOSSES: dict[str, tuple[PolicyLossSum, int]] = {
     "by_token": (by_token, OBJECTIVES),
     "of_one_sequence": (of_one_sequence, 1),
 }
+PASSES = [(WHOLE, "none"), (PARTS, "none"), (WHOLE, "selective"), (PARTS, "full")]
+CASES = [(model, loss, *passes) for passes in PASSES for loss in LOSSES for model in DENSE]
+# What experts add is the same for every loss: each with some passes.
+CASES += [
+    ("mixtral", "unclipped", WHOLE, "none"),
+    ("mixtral", "clipped", PARTS, "full"),
+    ("mixtral", "of_one_sequence", PARTS, "none"),
+    ("qwen3_moe", "corrected", PARTS, "none"),
+    ("qwen3_moe", "with_penalty", WHOLE, "none"),
+    ("qwen3_moe", "by_token", WHOLE, "selective"),
+]
 
 
 def task_of(engine: MegatronEngine, loss: PolicyLossSum, micro_batch: int) -> Task:
@@ -84,10 +97,7 @@ def task_of(engine: MegatronEngine, loss: PolicyLossSum, micro_batch: int) -> Ta
     return Task(batch.split(micro_batch), loss, tokens, Distribution(VOCABULARY), OBJECTIVES)
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "recompute"), [(WHOLE, "none"), (PARTS, "none"), (WHOLE, "selective"), (PARTS, "full")]
-)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("model", "name", "micro_batch", "recompute"), CASES, indirect=["model"])
 def test_rows(
     model: Path, name: str, micro_batch: int, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +173,9 @@ def test_the_model_is_as_before(model: Path) -> None:
                 engine.gradients.measure(task, Clock())  # type: ignore[attr-defined]
             assert not any("_forward_impl" in vars(module) for module in gpt.modules())
             assert not any("scale" in vars(norm) for norm in gpt.modules() if isinstance(norm, RMSNorm))
-            assert not any("product" in vars(router) for router in gpt.modules() if isinstance(router, Router))
+            assert not any(
+                "product" in vars(router) for router in gpt.modules() if isinstance(router, Router)
+            )
             layers = [layer for layer in gpt.modules() if isinstance(layer, MoELayer)]
             assert all(layer.token_dispatcher.watch is None for layer in layers)
             assert all(parameter.requires_grad for parameter in engine.policy.parameters())
