@@ -72,18 +72,8 @@ def listening(trainable: Trainable, accumulator: Accumulator) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
-        modules = _trained_modules(trainable)
-        rows_of: dict[nn.Module, _Rows] = {
-            chunk.output_layer: lambda: accumulator.output_rows
-            for chunk in trainable.modules
-            if chunk.post_process
-        }
-        for layer in modules:
-            if isinstance(layer, MoELayer):
-                watch = ExpertRows(accumulator)
-                stack.enter_context(_attribute(layer.token_dispatcher, "watch", watch))
-                rows_of |= _rows_of_experts(layer, watch)
-        for module in modules:
+        rows_of = stack.enter_context(_rows_of_modules(trainable, accumulator))
+        for module in _trained_modules(trainable):
             if isinstance(module, (LowRank, Router)):
                 stack.enter_context(_attribute(module, "product", _product(accumulator)))
             elif isinstance(module, _LINEAR):
@@ -110,13 +100,19 @@ def trains_experts(trainable: Trainable) -> bool:
     return any(isinstance(module, MoELayer) for module in _trained_modules(trainable))
 
 
-def _rows_of_experts(layer: MoELayer, watch: ExpertRows) -> dict[nn.Module, _Rows]:
-    """By module of an expert."""
-    return {
-        module: partial(watch.of, number)
-        for number, expert in enumerate(layer.experts.local_experts)
-        for module in expert.modules()
-    }
+@contextmanager
+def _rows_of_modules(trainable: Trainable, accumulator: Accumulator) -> Iterator[dict[nn.Module, _Rows]]:
+    """Of modules that get other rows than all positions; within the block dispatchers tell what these are."""
+    chunks = [chunk for chunk in trainable.modules if chunk.post_process]
+    rows: dict[nn.Module, _Rows] = {chunk.output_layer: lambda: accumulator.output_rows for chunk in chunks}
+    with ExitStack() as stack:
+        for layer in _trained_modules(trainable):
+            if isinstance(layer, MoELayer):
+                watch = ExpertRows(accumulator)
+                stack.enter_context(_attribute(layer.token_dispatcher, "watch", watch))
+                for number, expert in enumerate(layer.experts.local_experts):
+                    rows |= dict.fromkeys(expert.modules(), partial(watch.of, number))
+        yield rows
 
 
 def _all_positions() -> None:
