@@ -18,7 +18,6 @@ from gapo_mega.planning.strategy import (
     minibatch_sequences,
     refusal_of_one_pass,
     refusal_of_shared,
-    trains_experts,
 )
 
 
@@ -247,7 +246,7 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
     if config.gradients.forward == "shared" and reason is not None:
         raise ValueError(f"gradients.forward: found shared with {reason}, accepted: auto, separate")
-    reason = refusal_of_one_pass(with_experts=trains_experts(config, shape))
+    reason = refusal_of_one_pass()
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
 

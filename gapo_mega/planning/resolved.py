@@ -19,7 +19,7 @@ from gapo_mega.models.huggingface import location
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.objectives.base import Objective, ScoreModelRequest
 from gapo_mega.planning.layout import data_parallel_size
-from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches, router_passes, trains_experts
+from gapo_mega.planning.strategy import ForwardKind, forward_kind, microbatches, router_passes
 from gapo_mega.scalarization.base import Scalarizer
 
 
@@ -106,8 +106,7 @@ class ResolvedRun:
     def forward_of(self, rows: int) -> ForwardKind:
         """The kind of passes of an update that measures ``rows`` gradients."""
         by_token = self.critic is not None or self.estimator.by_token
-        with_experts = trains_experts(self.config, self.shape)
-        return forward_kind(self.config, self.data, by_token=by_token, rows=rows, with_experts=with_experts)
+        return forward_kind(self.config, self.data, by_token=by_token, rows=rows)
 
     @property
     def shared(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Literal
 
 from gapo_mega.config import Config, strategies
 from gapo_mega.config.strategies import PassCount
-from gapo_mega.models.shape import ModelShape
 from gapo_mega.optional import transformer_engine_layers
 
 
@@ -44,24 +43,20 @@ ForwardKind = Literal["one_pass", "shared", "separate"]
 
 
 def forward_kind(
-    config: Config,
-    data_parallel: int,
-    by_token: bool = False,
-    rows: int | None = None,
-    with_experts: bool = False,
+    config: Config, data_parallel: int, by_token: bool = False, rows: int | None = None
 ) -> ForwardKind:
     """The kind of passes of updates that measure ``rows`` gradients; None: those of the run.
 
     One pass serves all objectives whose advantages are numbers of sequences; ``by_token``: they differ within
     a response, as those of GAE do. Shared passes save m - 1 of m forwards. They reduce every objective's
     gradient once per microbatch instead of once per minibatch, which may cost more than it saves: in that
-    case ``auto`` takes separate passes. ``with_experts``: some are trained.
+    case ``auto`` takes separate passes.
     """
     asked = config.gradients.forward
     if asked != "auto":
         return asked
     rows = len(config.rows) if rows is None else rows
-    if rows > 1 and not by_token and not with_experts and _one_pass_is_sure(config):
+    if rows > 1 and not by_token and _one_pass_is_sure(config):
         return "one_pass"
     count = microbatches(config, data_parallel)
     possible = config.parallel.pipeline == 1 and refusal_of_shared(config, count, rows) is None
@@ -74,18 +69,13 @@ def _one_pass_is_sure(config: Config) -> bool:
     With a pipeline only the last stage sees, after the fact, whether one direction was enough. It is in the
     first update on a rollout, where no ratio is clipped, unless a loss has a KL term.
     """
-    if refusal_of_one_pass(with_experts=False) or not strategies.chosen(config.gradients).has_one_pass_form:
+    if refusal_of_one_pass() or not strategies.chosen(config.gradients).has_one_pass_form:
         return False
     algorithm = config.algorithm
     if config.parallel.pipeline == 1:
         return True
     one_direction = algorithm.kl == "reward" and algorithm.entropy_beta == 0
     return algorithm.ppo_epochs * algorithm.minibatches == 1 and one_direction
-
-
-def trains_experts(config: Config, shape: ModelShape) -> bool:
-    """Whether experts have gradients; beside adapters they are frozen."""
-    return shape.experts is not None and config.model.lora is None
 
 
 def router_passes(config: Config) -> PassCount:
@@ -95,10 +85,8 @@ def router_passes(config: Config) -> PassCount:
     return PassCount(2 if config.model.router_aux_loss > 0 else 1, 1)
 
 
-def refusal_of_one_pass(with_experts: bool) -> str | None:
+def refusal_of_one_pass() -> str | None:
     """Why a model's layers here cannot hand over the gradients of sequences; None if they can."""
-    if with_experts:
-        return "trained experts (each gets the tokens of all sequences in one heap)"
     if transformer_engine_layers():
         return "Transformer Engine's layers (they add up the gradients of sequences themselves)"
     return None

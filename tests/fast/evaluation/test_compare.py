@@ -63,12 +63,12 @@ def test_backwards_of_other_ways_to_measure(tmp_path: Path) -> None:
         (["forward", "backward", "reduce"], 1),  # one pass
         (["one_pass"], 1),  # in a pipeline
         (["one_pass", "forward_backward/concise", "forward_backward/plain"], 1),  # tried first
-        (["forward", "backward/concise", "backward/plain"], 2),  # shared, as a model with experts does
+        (["forward", "backward/concise", "backward/plain"], 2),  # shared
         (["forward_backward/concise", "forward_backward/plain"], 2),
     ],
 )
 def test_backwards_are_those_that_ran(tmp_path: Path, phases: list[str], expected: int) -> None:
-    """A configuration does not say whether its model has experts, which take no one pass."""
+    """A configuration does not say whether its layers were Transformer Engine's, which take no one pass."""
     assert write_run(tmp_path, "auto", 1, 0.0, phases).cost.backwards == expected * UPDATES
 
 

@@ -28,6 +28,7 @@ _NAMES = (
     "layouts",
     "memory",
     "methods",
+    "one_pass",
     "policy",
     "rollouts",
     "supervised",

@@ -45,7 +45,14 @@ CHANGES = [
     },
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
     {"model": "adapters", "layout": "DP2", "distributed": "true", "metric": "adam", "forward": "one_pass"},
-    {"model": "experts", "layout": "DP2xEP2", "distributed": "true", "metric": "adam", "recompute": "full"},
+    {
+        "model": "experts",
+        "layout": "DP2xEP2",
+        "distributed": "true",
+        "metric": "adam",
+        "recompute": "full",
+        "forward": "one_pass",
+    },
     {
         "model": "experts",
         "layout": "TP2xEP2",

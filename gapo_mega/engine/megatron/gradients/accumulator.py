@@ -12,13 +12,13 @@ Of short sequences a tile is little work and much memory. There row k takes a pr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gapo_mega import ops
 from gapo_mega.engine.megatron.gradients.row_sequences import RowSequences
+from gapo_mega.engine.megatron.gradients.sharers import Sharers
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 
 # Elements of a tile of all sequences together: 8 MiB of float32 stay in a CPU's caches, and smaller products
@@ -34,13 +34,20 @@ _SHORT = {"cpu": 32, "cuda": 256}
 class Accumulator:
     """The rows of one update, and the coefficients of the pass that is being differentiated."""
 
-    def __init__(self, rows: WholeRows, tensor: int = 1, tensor_rank: int = 0) -> None:
-        """``tensor``, ``tensor_rank``: tensor-parallel ranks, and which one this is."""
+    def __init__(
+        self, rows: WholeRows, tensor: int = 1, tensor_rank: int = 0, sharers: Sharers | None = None
+    ) -> None:
+        """``tensor``, ``tensor_rank``: tensor-parallel ranks, and which one this is.
+
+        ``sharers``: of trained experts; None: this rank alone.
+        """
         self._rows = rows
         self._tensor, self._tensor_rank = tensor, tensor_rank
+        self._sharers = sharers or Sharers()
         self._written: set[nn.Parameter] = set()
         self._only: int | None = None
         self._coefficients_MB = torch.empty(0)
+        self._of_sharers_MB = torch.empty(0)
         self._sequences: dict[int, RowSequences] = {}  # by the number of rows; empty: no packed microbatch
         self.output_rows: RowSequences | None = None  # None: as all others
         # Fresh memory for every tile would cost as much as half of the product: the system zeroes it.
@@ -51,9 +58,13 @@ class Accumulator:
         self._written.clear()
 
     def take(self, coefficients_MB: Tensor, device: torch.device, only: int | None = None) -> None:
-        """The coefficients that hold for what is added from now on; ``only``: as in ``Factor``."""
+        """The coefficients that hold for what is added from now on; ``only``: as in ``Factor``.
+
+        Collective over the data ranks that share trained experts.
+        """
         self._only = only
         self._coefficients_MB = coefficients_MB.float().to(device)
+        self._of_sharers_MB = self._sharers.coefficients(self._coefficients_MB)
 
     def take_positions(self, numbers_S: Tensor | None, device: torch.device) -> None:
         """The sequence that each position is of, on the host; None: the microbatch is not packed."""
@@ -66,6 +77,15 @@ class Accumulator:
             for numbers_R in rows:
                 self._sequences[len(numbers_R)] = RowSequences.of(numbers_R).to(device)
 
+    def numbers(self, rows_SBX: Tensor) -> Tensor:
+        """int64 ``[S B]``: of which sequence each row is, among those of all sharers."""
+        columns, sequences = rows_SBX.shape[:2]
+        if self._sequences:
+            own_N = self._sequences[columns].numbers_R
+        else:
+            own_N = torch.arange(sequences, device=rows_SBX.device).repeat(columns)
+        return self._sharers.number(own_N)
+
     def take_output_rows(self, numbers_R: Tensor) -> None:
         """As ``take_positions``, for the rows that the output layer's next forward gets."""
         self.output_rows = RowSequences.of(numbers_R)
@@ -75,8 +95,10 @@ class Accumulator:
     ) -> None:
         """Add the gradient of ``output = input @ weight.t()``.
 
-        ``rows``: whose the S rows are, if they are packed and not all positions.
+        ``rows``: whose the S rows are, if they are packed and not all positions. There may be none.
         """
+        if len(input_SBI) == 0:
+            return
         beta = self._beta(weight)
         rows = rows or self._sequences.get(len(input_SBI))
         assert rows is not None or not self._sequences, input_SBI.shape
@@ -113,16 +135,17 @@ class Accumulator:
     ) -> None:
         """``linear_by_tile`` for packed rows: a product for each sequence, of the rows that are its own."""
         assert rows.runs is not None
-        input_SI, grad_SO = input_S1I.squeeze(1), grad_S1O.squeeze(1)
+        input_SI, grad_SO = rows.in_runs(input_S1I.squeeze(1)), rows.in_runs(grad_S1O.squeeze(1))
         width, out = input_SI.shape[1], grad_SO.shape[1]
         present = [number for number, _, _ in rows.runs]
+        coefficients_MB = self._coefficients_of(rows)[:, present]
         step = max(_LEAST_WIDTH, _TILE[input_SI.device.type] // (len(present) * width))
         for first in range(0, out, step):
             end = min(out, first + step)
             tile_BOI = self._tile((len(present), end - first, width), input_SI)
             for tile_OI, (_, start, stop) in zip(tile_BOI, rows.runs, strict=True):
                 torch.mm(grad_SO[start:stop, first:end].t(), input_SI[start:stop], out=tile_OI)
-            self._add(weight, first * width, tile_BOI.view(len(present), -1), beta, present)
+            self._add(weight, first * width, tile_BOI.view(len(present), -1), beta, coefficients_MB)
 
     def linear_by_row(
         self,
@@ -133,7 +156,8 @@ class Accumulator:
         rows: RowSequences | None = None,
     ) -> None:
         """One product for each row, of gradients scaled by its coefficients."""
-        for row, coefficient_B in zip(self._views(weight), self._coefficients_MB, strict=True):
+        coefficients_MB = self._coefficients_of(rows)
+        for row, coefficient_B in zip(self._views(weight), coefficients_MB, strict=True):
             factor = coefficient_B[None] if rows is None else coefficient_B[rows.numbers_R, None]
             scaled_SBO = (grad_SBO * factor[:, :, None]).to(grad_SBO.dtype)
             gradient_N = _product(scaled_SBO, input_SBI).view(-1)
@@ -152,7 +176,7 @@ class Accumulator:
                 grad_BSO = grad_BSO.contiguous()  # products of other types would copy it element by element
             tile_BOI = self._tile((sequences, end - start, width), input_SBI)
             torch.bmm(grad_BSO.transpose(1, 2), input_BSI, out=tile_BOI)
-            self._add(weight, start * width, tile_BOI.view(sequences, -1), beta)
+            self._add(weight, start * width, tile_BOI.view(sequences, -1), beta, self._coefficients_MB)
 
     def over_positions(
         self, parameter: nn.Parameter, terms_SBN: Tensor, rows: RowSequences | None = None
@@ -169,7 +193,7 @@ class Accumulator:
         """Add the gradient of each sequence of the microbatch."""
         beta = self._beta(parameter)
         if self._only is None:
-            self._add(parameter, 0, gradient_BN.contiguous(), beta)
+            self._add(parameter, 0, gradient_BN.contiguous(), beta, self._coefficients_MB)
         else:
             self._add_alone(parameter, gradient_BN.float().sum(dim=0), beta)
 
@@ -215,18 +239,14 @@ class Accumulator:
         self._written.add(parameter)
         return 0.0 if first else 1.0
 
+    def _coefficients_of(self, rows: RowSequences | None) -> Tensor:
+        """Of the sequences that the numbers of ``rows`` count."""
+        return self._of_sharers_MB if rows is not None and rows.of_sharers else self._coefficients_MB
+
     def _add(
-        self,
-        parameter: nn.Parameter,
-        start: int,
-        tile_BN: Tensor,
-        beta: float,
-        present: Sequence[int] | None = None,
+        self, parameter: nn.Parameter, start: int, tile_BN: Tensor, beta: float, coefficients_MB: Tensor
     ) -> None:
-        """``present``: the sequences that the tile is of; None: all."""
-        coefficients_MB = self._coefficients_MB
-        if present is not None and len(present) < coefficients_MB.shape[1]:
-            coefficients_MB = coefficients_MB[:, present]
+        """``coefficients_MB``: of the B sequences that the tile is of."""
         end = start + tile_BN.shape[1]
         others_KN = self._rows.of(parameter)[:, start:end]
         own_N = parameter.main_grad.view(-1)[start:end]  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,20 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
+from gapo_mega.engine.megatron.gradients.expert_rows import ExpertRows
 from gapo_mega.engine.megatron.gradients.row_sequences import RowSequences
+from gapo_mega.engine.megatron.model.experts import Router
 from gapo_mega.engine.megatron.model.lora import LowRank
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.models import adapters
 
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
+_Rows = Callable[[], RowSequences | None]  # those of the module's next forward, as for ``Accumulator.linear``
 
 
 def refusal(chunks: Sequence[GPTModel]) -> str | None:
@@ -49,7 +54,7 @@ def refusal(chunks: Sequence[GPTModel]) -> str | None:
 
 
 def _parameters_taken(module: nn.Module) -> Iterator[nn.Parameter]:
-    names = ["weight"] if isinstance(module, (*_LINEAR, VocabParallelEmbedding, RMSNorm)) else []
+    names = ["weight"] if isinstance(module, (*_LINEAR, VocabParallelEmbedding, RMSNorm, Router)) else []
     if isinstance(module, LowRank):
         names += [adapters.A, adapters.B]
     if isinstance(module, ColumnParallelLinear) and not module.skip_bias_add:
@@ -67,12 +72,12 @@ def listening(trainable: Trainable, accumulator: Accumulator) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
-        outputs = {chunk.output_layer for chunk in trainable.modules if chunk.post_process}
+        rows_of = stack.enter_context(_rows_of_modules(trainable, accumulator))
         for module in _trained_modules(trainable):
-            if isinstance(module, LowRank):
+            if isinstance(module, (LowRank, Router)):
                 stack.enter_context(_attribute(module, "product", _product(accumulator)))
             elif isinstance(module, _LINEAR):
-                linear = _linear(accumulator, is_output=module in outputs)
+                linear = _linear(accumulator, rows_of.get(module, _all_positions))
                 stack.enter_context(_attribute(module, "_forward_impl", linear))
             elif isinstance(module, RMSNorm):
                 stack.enter_context(_attribute(module, "scale", _norm(accumulator)))
@@ -90,19 +95,43 @@ def _trained_modules(trainable: Trainable) -> list[nn.Module]:
     return [module for module in modules if isinstance(module, LowRank)] or modules
 
 
+def trains_experts(trainable: Trainable) -> bool:
+    """Whether weights of experts hand over gradients, which have rows of all ranks that share them."""
+    return any(isinstance(module, MoELayer) for module in _trained_modules(trainable))
+
+
 @contextmanager
-def _attribute(module: nn.Module, name: str, value: Callable[..., Tensor]) -> Iterator[None]:
+def _rows_of_modules(trainable: Trainable, accumulator: Accumulator) -> Iterator[dict[nn.Module, _Rows]]:
+    """Of modules that get other rows than all positions; within the block dispatchers tell what these are."""
+    chunks = [chunk for chunk in trainable.modules if chunk.post_process]
+    rows: dict[nn.Module, _Rows] = {chunk.output_layer: lambda: accumulator.output_rows for chunk in chunks}
+    with ExitStack() as stack:
+        for layer in _trained_modules(trainable):
+            if isinstance(layer, MoELayer):
+                watch = ExpertRows(accumulator)
+                stack.enter_context(_attribute(layer.token_dispatcher, "watch", watch))
+                for number, expert in enumerate(layer.experts.local_experts):
+                    rows |= dict.fromkeys(expert.modules(), partial(watch.of, number))
+        yield rows
+
+
+def _all_positions() -> None:
+    """The rows of a module that gets every position of the microbatch."""
+
+
+@contextmanager
+def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
     """An attribute of the instance that stands before its class's."""
-    setattr(module, name, value)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        delattr(module, name)
+        delattr(owner, name)
 
 
 # -- linear layers -----------------------------------------------------------------------------------
-def _linear(accumulator: Accumulator, is_output: bool) -> Callable[..., Tensor]:
-    """``is_output``: of an output layer, whose input has other rows than other modules'."""
+def _linear(accumulator: Accumulator, rows: _Rows) -> Callable[..., Tensor]:
+    """Of a module with these rows. An expert's input is ``[R, I]``, that of all others ``[S, B, I]``."""
 
     def forward(
         input: Tensor,
@@ -114,17 +143,18 @@ def _linear(accumulator: Accumulator, is_output: bool) -> Callable[..., Tensor]:
         tp_group: dist.ProcessGroup | None,
         **_: Any,
     ) -> Tensor:
+        of_expert = input.dim() == 2
         output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            input,
+            input.unsqueeze(1) if of_expert else input,
             weight,
             bias,
             accumulator,
             allreduce_dgrad,
             tp_group if sequence_parallel else None,
             tp_group,
-            accumulator.output_rows if is_output else None,
+            rows(),
         )
-        return output
+        return output.squeeze(1) if of_expert else output
 
     return forward
 

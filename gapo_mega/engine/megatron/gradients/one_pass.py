@@ -24,6 +24,7 @@ from gapo_mega.engine.megatron.gradients.accumulator import Accumulator
 from gapo_mega.engine.megatron.gradients.kept_rows import Shards
 from gapo_mega.engine.megatron.gradients.passes import Task
 from gapo_mega.engine.megatron.gradients.shard import bytes_of
+from gapo_mega.engine.megatron.gradients.sharers import Sharers
 from gapo_mega.engine.megatron.gradients.update import Setting
 from gapo_mega.engine.megatron.gradients.whole_rows import WholeRows
 from gapo_mega.engine.megatron.model import experts
@@ -32,7 +33,7 @@ from gapo_mega.engine.megatron.model.logprobs import Backwards, Wanted
 from gapo_mega.engine.megatron.model.packing import sequence_numbers
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import device
-from gapo_mega.types import Experience
+from gapo_mega.types import Experience, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class OnePass(Shards):
             raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, separate")
         super().__init__(setting, declared)
         layout = setting.groups.layout
-        self._accumulator = Accumulator(self._whole, layout.tensor, layout.tensor_rank)
+        trains_experts = capture.trains_experts(setting.trainable)
+        sharers = Sharers.over_data_ranks(layout.tensor) if trains_experts else Sharers()
+        self._accumulator = Accumulator(self._whole, layout.tensor, layout.tensor_rank, sharers)
         self._pipelined = layout.pipeline > 1
         self._told = False
 
@@ -97,7 +100,6 @@ class OnePass(Shards):
         model = self.trainable.model
         backwards = Backwards(last=False)
         output, finish = run_policy(model, batch, sequence_multiple(model), self._wanted(task, backwards))
-        self._accumulator.take_positions(_numbers(batch), device())
         batch = batch.to(device())
         policy_BX = finish(output)
         del output, finish
@@ -113,7 +115,12 @@ class OnePass(Shards):
         return losses_M
 
     def _wanted(self, task: Task, backwards: Backwards) -> Wanted:
-        return replace(task.wanted(backwards), on_rows=self._accumulator.take_output_rows)
+        wanted = task.wanted(backwards)
+        return replace(wanted, on_batch=self._begin, on_rows=self._accumulator.take_output_rows)
+
+    def _begin(self, batch: TokenBatch) -> None:
+        """Experts ask in the forward whose their rows are, all other modules in the backward."""
+        self._accumulator.take_positions(_numbers(batch), device())
 
     def _agreed_rank(self, found: int) -> int:
         """The number of passes; all ranks of a stage take equally many, and data ranks that share experts."""
@@ -203,7 +210,7 @@ class OnePass(Shards):
         return int(misses) == 0
 
 
-def _numbers(batch: Experience) -> Tensor | None:
+def _numbers(batch: TokenBatch) -> Tensor | None:
     """Whose the positions of a packed microbatch are."""
     return None if batch.packed_width is None else sequence_numbers(batch)
 

@@ -1,4 +1,4 @@
-"""Which sequence every row of a packed tensor is of, as the products of weight gradients need it."""
+"""Which sequence every row of a tensor is of, as the products of weight gradients need it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ class RowSequences:
     Attributes:
         numbers_R: int64.
         runs: (number, first row, end) of every sequence that has rows; None if one's rows are not together.
+        order_R: rows that the runs are of, in their order; None: the rows as they lie.
+        of_sharers: the numbers count the sequences of all data ranks that share experts (``Sharers``).
     """
 
     numbers_R: Tensor
     runs: tuple[tuple[int, int, int], ...] | None
+    order_R: Tensor | None = None
+    of_sharers: bool = False
 
     @classmethod
     def of(cls, numbers_R: Tensor) -> RowSequences:
@@ -32,7 +36,12 @@ class RowSequences:
 
     def to(self, device: torch.device) -> RowSequences:
         """The same with its tensor on ``device``."""
-        return replace(self, numbers_R=self.numbers_R.to(device))
+        order_R = None if self.order_R is None else self.order_R.to(device)
+        return replace(self, numbers_R=self.numbers_R.to(device), order_R=order_R)
+
+    def in_runs(self, rows_RX: Tensor) -> Tensor:
+        """The rows in the order of ``runs``."""
+        return rows_RX if self.order_R is None else rows_RX.index_select(0, self.order_R)
 
     def sums(self, terms_RN: Tensor, count: int) -> Tensor:
         """``[count, N]`` float32: the sum of every sequence's rows."""

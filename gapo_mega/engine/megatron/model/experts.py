@@ -30,6 +30,21 @@ class Watch(Protocol):
         ...
 
 
+class RowWatch(Protocol):
+    """What looks on while rows go to the ranks of their experts, in forwards that have a graph."""
+
+    def numbers(self, hidden_SBD: Tensor) -> Tensor:
+        """int64 ``[N]``: a number for every row of this rank, N = S B."""
+        ...
+
+    def dispatched(self, numbers_N: Tensor, map_NE: Tensor) -> None:
+        """Of the rows of all ranks: their numbers, and which of this rank's E experts they go through.
+
+        An expert gets its rows in this order. Called before experts run.
+        """
+        ...
+
+
 class Router(TopKRouter):  # type: ignore[misc]
     """Megatron's router with a plain product, in the model's type, as transformers' routers compute it.
 
@@ -41,7 +56,11 @@ class Router(TopKRouter):  # type: ignore[misc]
 
     def gating(self, input: Tensor) -> Tensor:
         """``[S, B, D] -> [S, B, E]``"""
-        return functional.linear(input, self.weight)
+        return self.product(input, self.weight)
+
+    def product(self, input: Tensor, weight: nn.Parameter) -> Tensor:
+        """``input W^T``; what takes its gradient from autograd replaces this method of an instance."""
+        return functional.linear(input, weight)
 
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None, **others: Any
@@ -79,12 +98,18 @@ class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
     sequences. Megatron's dispatcher gathers equal numbers: the ranks with fewer add rows that no expert gets.
     """
 
+    watch: RowWatch | None = None
+
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``[S, B, D], [N, E], [N, E] -> [most, D], [most, E]``, with N = S B."""
         hidden_ND, probs_NE = super().dispatch_preprocess(hidden_states, routing_map, probs)
         self._own = len(hidden_ND)
+        self._numbers_N: Tensor | None = None
+        # The first forward of a recomputed layer has no graph.
+        if self.watch is not None and torch.is_grad_enabled():
+            self._numbers_N = self.watch.numbers(hidden_states)
         self.routing_map: Tensor
         if self.ep_size == 1:
             return hidden_ND, probs_NE
@@ -92,7 +117,21 @@ class Dispatcher(MoEAllGatherTokenDispatcher):  # type: ignore[misc]
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
         missing = (0, 0, 0, int(most) - self._own)
         self.routing_map = functional.pad(self.routing_map, missing)
+        if self._numbers_N is not None:
+            self._numbers_N = functional.pad(self._numbers_N, missing[2:])
         return functional.pad(hidden_ND, missing), functional.pad(probs_NE, missing)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, D], [N, E] -> [R N, D], [R N, E]``, of R ranks."""
+        dispatched: tuple[Tensor, Tensor] = super().token_dispatch(hidden_states, probs)
+        if self.watch is not None and self._numbers_N is not None:
+            numbers_N, ranks = self._numbers_N, self.tp_ep_group.size()
+            if ranks > 1:
+                numbers_N = numbers_N.new_empty(ranks * len(numbers_N))
+                dist.all_gather_into_tensor(numbers_N, self._numbers_N, group=self.tp_ep_group)
+            first = self.local_expert_indices[0]
+            self.watch.dispatched(numbers_N, self.routing_map[:, first : first + self.num_local_experts])
+        return dispatched
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """``[most, D] -> [S, B, D]``"""

@@ -110,6 +110,8 @@ def run_policy(
 
     The output of a last stage is for that alone: hidden states where logits come in chunks.
     """
+    if wanted.on_batch is not None:
+        wanted.on_batch(batch)
     there = batch.to(device())
     if not wanted.chunk or not get_attr_wrapped_model(model, "post_process"):
         output = run_at_responses(model, batch, multiple, wanted.on_rows, tells_routers=wanted.tells_routers)

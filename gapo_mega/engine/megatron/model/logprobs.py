@@ -64,6 +64,7 @@ class Wanted:
 
     Attributes:
         chunk: positions whose logits are in memory at once, over all sequences of a microbatch; 0: all.
+        on_batch: called with the batch, as it lies, before its forward.
         on_rows: called, if the batch is packed, before the output layer runs, with int64 ``[R]`` on the host:
             the number of the sequence that each row of its input is of, over all tensor ranks.
         tells_routers: the routers of experts learn which tokens are no padding.
@@ -73,6 +74,7 @@ class Wanted:
     backwards: Backwards = SEVERAL
     entropy: Entropy = "none"
     chunk: int = 0
+    on_batch: Callable[[TokenBatch], None] | None = None
     on_rows: Callable[[Tensor], None] | None = None
     tells_routers: bool = False
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gapo_mega.engine.megatron.gradients.accumulator import Accumulator, is_short
+from gapo_mega.engine.megatron.gradients.expert_rows import by_expert
 from gapo_mega.engine.megatron.gradients.row_sequences import RowSequences
+from gapo_mega.engine.megatron.gradients.sharers import Sharers
 
 SEQUENCES, WIDTH, OUT = 5, 12, 40
 
@@ -96,6 +98,39 @@ def test_packed_rows_are_the_sum_over_sequences(
         )
     found = torch.cat([memory.memory, weight.main_grad.view(1, -1)]).view(rows, OUT, inputs)  # type: ignore[attr-defined]
     assert (found - expected).norm() <= error * expected.norm()
+
+
+@pytest.mark.parametrize("form", ["linear", "linear_by_row", "packed_by_tile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_experts_are_the_sum_over_the_sequences_of_all_sharers(form: str, dtype: torch.dtype) -> None:
+    """Seven rows of two ranks' sequences, each through some of three experts, and none through the last."""
+    generator = torch.Generator().manual_seed(6)
+    second, first = Sharers(2, 1), Sharers(2, 0)
+    numbers_N = torch.cat([second.number(torch.arange(3)), first.number(torch.arange(4) // 2)])
+    assert numbers_N.tolist() == [1, 3, 5, 0, 0, 2, 2]
+    map_NE = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]) > 0
+    coefficients_MB = torch.randn(2, 6, generator=generator)
+    for expert, rows in enumerate(by_expert(numbers_N, map_NE)):
+        weight = nn.Parameter(torch.empty(OUT, WIDTH), requires_grad=False)
+        weight.main_grad = torch.full((OUT, WIDTH), torch.nan)  # type: ignore[attr-defined]
+        memory = Rows(weight, 1)
+        accumulator = Accumulator(memory)  # type: ignore[arg-type]
+        accumulator._of_sharers_MB = coefficients_MB
+        count = int(map_NE[:, expert].sum())
+        input_R1I = torch.randn(count, 1, WIDTH, generator=generator).to(dtype)
+        grad_R1O = torch.randn(count, 1, OUT, generator=generator).to(dtype)
+        if form == "linear" or count == 0:
+            accumulator.linear(weight, input_R1I, grad_R1O, rows)
+        else:
+            getattr(accumulator, form)(weight, input_R1I, grad_R1O, accumulator._beta(weight), rows)
+        accumulator.finish()
+        coefficients_MR = coefficients_MB.double()[:, numbers_N[map_NE[:, expert]]]
+        expected = torch.einsum(
+            "mr,ro,ri->moi", coefficients_MR, grad_R1O[:, 0].double(), input_R1I[:, 0].double()
+        )
+        found = torch.cat([memory.memory, weight.main_grad.view(1, -1)]).view(2, OUT, WIDTH)  # type: ignore[attr-defined]
+        error = 1e-6 if dtype == torch.float32 else 2e-2
+        assert (found - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("count", [1, 5, 6])

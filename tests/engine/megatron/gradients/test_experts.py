@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from gapo_mega import aggregation
-from gapo_mega.models import HFDirectory, shape_of
-from tests.helpers import resolved
+from gapo_mega.engine.megatron.gradients.one_pass import OnePass
 from tests.helpers.combinations.comparison import gram_error
 from tests.helpers.policy_gradients import PARTS, RATE, SGD, WHOLE, Reference, engine_of, flat
 from tests.helpers.ranks import check_engine
@@ -19,6 +18,7 @@ from tests.helpers.tiny import tiny_mixtral, tiny_qwen3_moe
 
 # As for models without experts: fp32 against float64, and cosines of `single` from a difference near 2.
 CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("one pass", {"forward": "one_pass"}, PARTS),
     ("separate", {"forward": "separate"}, PARTS),
     ("shared", {"forward": "shared"}, WHOLE),
     ("in turns", {"forward": "shared"}, PARTS),
@@ -117,12 +117,6 @@ def test_the_change_of_a_step_with_losses_of_routers(model: Path, tmp_path: Path
     assert float(((found - rows @ moved).abs() / (rows.norm(dim=1) * moved.norm())).max()) <= 1e-3
 
 
-def test_auto_takes_the_next_best_and_one_pass_is_refused(model: Path) -> None:
-    """One pass sums a layer's gradients by sequence, and an expert's tokens are of all sequences."""
+def test_auto_takes_one_pass(model: Path) -> None:
     with engine_of(model, {"forward": "auto"}, WHOLE, SGD) as engine:
-        batch = check_engine.local_part(check_engine.global_batch(200), engine)
-        assert "forward" in engine.update_policy(batch, check_engine.loss, aggregation.build("gapo")).seconds
-    config = check_engine.make_config(str(model), {}, SGD, gradients={"forward": "one_pass"})
-    shape = shape_of(HFDirectory(model).config)
-    with pytest.raises(ValueError, match=r"^gradients\.forward: found one_pass with trained experts"):
-        resolved.check(config, shape, 1)
+        assert isinstance(engine.gradients, OnePass)

@@ -8,33 +8,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from gapo_mega.engine.base import PolicyLossSum
 from gapo_mega.engine.megatron.engine import MegatronEngine
 from gapo_mega.engine.megatron.gradients import accumulator, capture
 from gapo_mega.engine.megatron.gradients.one_pass import OnePass
-from gapo_mega.engine.megatron.gradients.passes import SeparatePasses, Task, one_hot
+from gapo_mega.engine.megatron.gradients.passes import Task
+from gapo_mega.engine.megatron.model.experts import Router
 from gapo_mega.engine.megatron.model.logprobs import Distribution
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
-from gapo_mega.losses import Ppo
 from gapo_mega.types import Experience
 from tests.helpers.combinations.comparison import gram_error
+from tests.helpers.one_pass import by_token, clipped, rows_one_by_one, rows_together, unclipped
 from tests.helpers.policy_gradients import PARTS, SGD, WHOLE, engine_of
 from tests.helpers.ranks import check_engine
-from tests.helpers.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
+from tests.helpers.tiny import tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 OBJECTIVES, VOCABULARY = check_engine.OBJECTIVES, 200
 # fp32 sums in another order, on matrices of some tens of rows: 1e-7 a term. Relative to a row's norm.
 ROW_ERROR, GRAM_ERROR = 1e-5, 2e-6
-MODELS: dict[str, Callable[[Path], object]] = {
+DENSE: dict[str, Callable[[Path], object]] = {
     "llama": tiny_llama,
     "tied": lambda directory: tiny_llama(directory, tied=True),
     "qwen2": tiny_qwen2,  # biases
     "qwen3": tiny_qwen3,  # norms of queries and keys
 }
+WITH_EXPERTS: dict[str, Callable[[Path], object]] = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe}
+MODELS = DENSE | WITH_EXPERTS
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -44,24 +48,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
-def unclipped(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    return Ppo(clip_epsilon=100.0)(logprobs_BT, batch, objective)
-
-
-def clipped(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    return Ppo(clip_epsilon=0.02)(logprobs_BT, batch, objective)
-
-
 def with_penalty(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
     """A KL term in every objective's loss."""
     drift_BT = (logprobs_BT - batch.old_logprobs_BT) * batch.response_mask_BT
     return unclipped(logprobs_BT, batch, objective) + 0.1 * drift_BT.square().sum()
-
-
-def by_token(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
-    """Advantages that differ within a response."""
-    weights_BT = torch.cos(torch.arange(logprobs_BT.shape[1]) * (objective + 1.0))
-    return (weights_BT * logprobs_BT * batch.response_mask_BT).sum()
 
 
 def corrected(logprobs_BT: Tensor, batch: Experience, objective: int) -> Tensor:
@@ -82,12 +72,23 @@ def of_one_sequence(logprobs_BT: Tensor, batch: Experience, objective: int) -> T
 # Backward passes for every microbatch.
 LOSSES: dict[str, tuple[PolicyLossSum, int]] = {
     "unclipped": (unclipped, 1),
-    "clipped": (clipped, 2),  # what is clipped depends on the sign of the advantage
+    "clipped": (clipped, 2),
     "with_penalty": (with_penalty, 2),
     "corrected": (corrected, 1),
     "by_token": (by_token, OBJECTIVES),
     "of_one_sequence": (of_one_sequence, 1),
 }
+PASSES = [(WHOLE, "none"), (PARTS, "none"), (WHOLE, "selective"), (PARTS, "full")]
+CASES = [(model, loss, *passes) for passes in PASSES for loss in LOSSES for model in DENSE]
+# What experts add is the same for every loss: each with some passes.
+CASES += [
+    ("mixtral", "unclipped", WHOLE, "none"),
+    ("mixtral", "clipped", PARTS, "full"),
+    ("mixtral", "of_one_sequence", PARTS, "none"),
+    ("qwen3_moe", "corrected", PARTS, "none"),
+    ("qwen3_moe", "with_penalty", WHOLE, "none"),
+    ("qwen3_moe", "by_token", WHOLE, "selective"),
+]
 
 
 def task_of(engine: MegatronEngine, loss: PolicyLossSum, micro_batch: int) -> Task:
@@ -96,19 +97,7 @@ def task_of(engine: MegatronEngine, loss: PolicyLossSum, micro_batch: int) -> Ta
     return Task(batch.split(micro_batch), loss, tokens, Distribution(VOCABULARY), OBJECTIVES)
 
 
-def rows_one_by_one(engine: MegatronEngine, task: Task) -> Tensor:
-    passes = SeparatePasses(engine.policy, task)
-    rows = []
-    for index in range(OBJECTIVES):
-        passes.gradient(one_hot(index, OBJECTIVES))
-        rows.append(torch.cat(engine.gradients.shard.pieces).clone())
-    return torch.stack(rows).double()
-
-
-@pytest.mark.parametrize(
-    ("micro_batch", "recompute"), [(WHOLE, "none"), (PARTS, "none"), (WHOLE, "selective"), (PARTS, "full")]
-)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("model", "name", "micro_batch", "recompute"), CASES, indirect=["model"])
 def test_rows(
     model: Path, name: str, micro_batch: int, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,8 +120,8 @@ def test_rows(
             measured = []
             for short in (0, 1 << 20):  # tiles, then products for every row, which find what tiles left there
                 monkeypatch.setattr(accumulator, "_SHORT", {"cpu": short})
-                losses = strategy.measure(task, Clock())
-                measured.append(torch.stack([torch.cat(row) for row in strategy._rows]).double())
+                rows, losses = rows_together(strategy, task, Clock())
+                measured.append(rows)
             found = [
                 task.loss(logprobs_BT, part, k)
                 for part, logprobs_BT in logprobs(engine, task)
@@ -164,8 +153,7 @@ def test_one_objective_alone_is_not_finite(model: Path) -> None:
         assert isinstance(strategy, OnePass)
         with megatron_device():
             alone = rows_one_by_one(engine, task_of(engine, unclipped, PARTS))
-            strategy.measure(task_of(engine, broken, PARTS), Clock())
-            together = torch.stack([torch.cat(row) for row in strategy._rows]).double()
+            together, _ = rows_together(strategy, task_of(engine, broken, PARTS), Clock())
     for index in (0, 2):
         assert float((together[index] - alone[index]).norm()) <= ROW_ERROR * float(alone[index].norm())
     assert bool(together[1].isnan().any())
@@ -185,6 +173,11 @@ def test_the_model_is_as_before(model: Path) -> None:
                 engine.gradients.measure(task, Clock())  # type: ignore[attr-defined]
             assert not any("_forward_impl" in vars(module) for module in gpt.modules())
             assert not any("scale" in vars(norm) for norm in gpt.modules() if isinstance(norm, RMSNorm))
+            assert not any(
+                "product" in vars(router) for router in gpt.modules() if isinstance(router, Router)
+            )
+            layers = [layer for layer in gpt.modules() if isinstance(layer, MoELayer)]
+            assert all(layer.token_dispatcher.watch is None for layer in layers)
             assert all(parameter.requires_grad for parameter in engine.policy.parameters())
             assert not any(module._forward_hooks for module in gpt.modules())
             # An ordinary backward fills Megatron's own buffer.

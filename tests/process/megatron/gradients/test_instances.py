@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "DP4 last block": ("llama", {}, {**SEPARATE, "scope": "last_block"}, {}),
     "TP2xDP2": ("llama", SEQUENCE, ONE_PASS, {}),
     "PP2xDP2": ("llama", {"pipeline": 2}, SEPARATE, {}),
-    "TP2xEP2xDP2": ("mixtral", {**SEQUENCE, "expert": 2, "expert_tensor": 1}, SEPARATE, {}),
+    "TP2xEP2xDP2": ("mixtral", {**SEQUENCE, "expert": 2, "expert_tensor": 1}, ONE_PASS, {}),
 }
 AVERAGED = {"optimizer": {"lr": 1e-3}, "sections": {"gradients": SEPARATE}}
 STEPS = 2
