@@ -23,6 +23,7 @@ class Point:
 
     Attributes:
         gains: by objective, held-out mean after training less before; in units of the scores' spread before.
+        errors: by objective, the gain's standard error over the held-out prompts, in the same units.
         hurt_steps: share of the steps looked at under which an objective fell to first order, by the
             change that the optimizer made; None: none was looked at.
     """
@@ -30,6 +31,7 @@ class Point:
     group: str
     seed: int
     gains: Mapping[str, float]
+    errors: Mapping[str, float]
     kl: float
     length: float
     hurt_steps: float | None = None
@@ -105,7 +107,8 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
         Point(
             group,
             int(point["seed"]),
-            {name: _gain(own, name) / unit for name, unit in spread.items()},
+            {name: _gain(own, name)[0] / unit for name, unit in spread.items()},
+            {name: _gain(own, name)[1] / unit for name, unit in spread.items()},
             float(point["kl"]),
             float(point["response_length"]),
             _hurt_steps(rows_of(run / METRICS)),
@@ -114,8 +117,14 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
     ]
 
 
-def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return statistics.fmean(row["after"]["scores"][name] - row["before"]["scores"][name] for row in rows)
+def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """The mean over prompts, and its standard error: answers to one prompt are alike."""
+    by_prompt: dict[str, list[float]] = {}
+    for row in rows:
+        gain = row["after"]["scores"][name] - row["before"]["scores"][name]
+        by_prompt.setdefault(row["prompt"], []).append(gain)
+    means = [statistics.fmean(found) for found in by_prompt.values()]
+    return statistics.fmean(means), error_of(means)
 
 
 def _hurt_steps(lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -146,7 +155,10 @@ def error_of(values: Sequence[float]) -> float:
 
 
 def table(points: Sequence[Point]) -> str:
-    """Markdown, a line a method, the best worst gain first: means over seeds, ± their standard error."""
+    """Markdown, a line a method, the best worst gain first: means over seeds, ± their standard error.
+
+    The line below the table says how well one run's gains are known.
+    """
     names = list(points[0].gains)
     heads = ["method", "seeds", "worst gain", "mean gain", *names, "hurt", "hurt steps", "KL", "tokens"]
     lines = [heads, ["---"] * len(heads)]
@@ -165,7 +177,9 @@ def table(points: Sequence[Point]) -> str:
                 f"{statistics.fmean(point.length for point in found):.1f}",
             ]
         )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    known = ", ".join(f"{name} {statistics.fmean(p.errors[name] for p in points):.2f}" for name in names)
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{rows}\nStandard error of one run's gain over its held-out prompts, mean of all runs: {known}.\n"
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ def write_answers(file: Path, rows: list[dict[str, float]], gained: dict[str, fl
             "before": {"response": "a\u2028b", "scores": row},
             "after": {"response": "r", "scores": after},
         }
-        lines.append(json.dumps({"prompt": "p", **parts}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"prompt": f"p{index // 2}", **parts}, ensure_ascii=False) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
 
 

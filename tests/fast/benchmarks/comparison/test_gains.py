@@ -21,7 +21,12 @@ def test_gains_are_in_units_of_the_spread(tmp_path: Path) -> None:
     assert points[0].gains == pytest.approx({"rare": 0.25 / units["rare"], "dense": 5.0 / units["dense"]})
     assert points[2].worst == pytest.approx(-0.125 / units["rare"])
     assert points[1].mean == pytest.approx((0.5 / units["rare"] + 4.0 / units["dense"]) / 2)
-    head, _, first, second = gains.table(points).splitlines()
+    # Four rows gain 1/2 to 3/2 of the mean by thirds; two of a prompt have 2/3 and 4/3 on average.
+    assert points[0].errors["dense"] == pytest.approx(5.0 / units["dense"] / 3)
+    head, _, first, second, _, known = gains.table(points).splitlines()
+    assert known.startswith(
+        "Standard error of one run's gain over its held-out prompts, mean of all runs: rare "
+    )
     assert head.startswith("| method | seeds | worst gain | mean gain | rare | dense | hurt |")
     worst = [0.25 / units["rare"], 4.0 / units["dense"]]
     error = np.std(worst, ddof=1) / np.sqrt(2)
