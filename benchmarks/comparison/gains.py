@@ -57,11 +57,17 @@ def ended_runs(folders: Sequence[Path]) -> list[tuple[str, Mapping[str, Any], Pa
             raise ValueError(f"{folder}: found no {RESULTS}, accepted: output directories of gapo-mega sweep")
         for point in json.loads(file.read_text(encoding="utf-8"))["points"]:
             if point["state"] == "finished":
-                group = f"{folder.name}: {str(point['name']).rsplit('-seed', 1)[0]}"
-                ended.append((group, point, folder / "points" / str(point["name"])))
+                ended.append((_group(folder.name, point), point, folder / "points" / str(point["name"])))
     if not ended:
         raise ValueError(f"{', '.join(map(str, folders))}: found no point that has ended")
     return ended
+
+
+def _group(sweep: str, point: Mapping[str, Any]) -> str:
+    """What the points of a method have in common, as a table shows it."""
+    preference = "" if point["preference"] is None else f" {point['preference']}"
+    settings = "".join(f", {name.split('.')[-1]} {value}" for name, value in point["settings"].items())
+    return f"{sweep}: {point['method']}{preference}{settings}"
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

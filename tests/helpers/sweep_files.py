@@ -39,7 +39,8 @@ def sweep(folder: Path, runs: dict[tuple[str, int], dict[str, float]]) -> Path:
         log = [audited, *steps] if method != "sum" else [{"reward/rare": 0, "reward/dense": 1}]
         (run / gains.METRICS).write_text("".join(json.dumps(line) + "\n" for line in log))
         facts = {"kl": 0.5, "response_length": 20.0, "state": "finished"}
-        points.append({"name": name, "seed": seed, **facts})
+        told = {"method": method, "preference": None, "settings": {}}
+        points.append({"name": name, "seed": seed, **told, **facts})
     points.append({"name": "late-seed1", "seed": 1, "state": "waiting"})
     (folder / "results.json").write_text(json.dumps({"points": points}))
     return folder
