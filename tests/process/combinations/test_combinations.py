@@ -44,6 +44,8 @@ CHANGES = [
         "microbatches": "several",
     },
     {"layout": "DP2", "distributed": "true", "store_dtype": "bf16", "dtype": "bf16", "metric": "adam"},
+    {"layout": "DP2", "distributed": "true", "microbatches": "packed", "forward": "one_pass"},
+    {"layout": "CP2", "distributed": "true", "scope": "layers_0,2", "metric": "adam", "sampling": "edited"},
     {"model": "adapters", "layout": "DP2", "distributed": "true", "metric": "adam", "forward": "one_pass"},
     {
         "model": "experts",

@@ -1,0 +1,31 @@
+"""What the page says of the comparison stands in the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comparison import gains
+from tests.helpers.environment import ROOT
+
+KEPT = ROOT / "benchmarks" / "results" / "comparison"
+
+
+def suites() -> dict[str, list[Path]]:
+    """Sweeps of one base, by its name."""
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(KEPT.iterdir()):
+        if folder.is_dir():
+            found.setdefault(folder.name.partition("-")[0], []).append(folder)
+    return found
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_the_page_shows_the_table_of_the_committed_results(suite: str) -> None:
+    table = gains.table(gains.read(suites()[suite]))
+    file = KEPT / f"{suite}.md"
+    assert file.read_text(encoding="utf-8") == table, f"python -m benchmarks.comparison writes {file.name}"
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    missing = [line for line in table.splitlines() if line and line not in page]
+    assert missing == []
