@@ -34,7 +34,7 @@ def draw(points: Sequence[Point], path: Path) -> Path:
             statistics.fmean(worst), row, xerr=error_of(worst), fmt="|", color=_INK, markersize=14,
             elinewidth=2, label=label, zorder=3,
         )  # fmt: skip
-    axes.set_yticks(range(len(groups)), [group.partition(": ")[2] for group, _ in groups], color=_INK)
+    axes.set_yticks(range(len(groups)), [_label(group) for group, _ in groups], color=_INK)
     axes.set_xlabel("gain, in spreads of the scores before training", color=_MUTED)
     axes.grid(axis="x", color=_FAINT)
     axes.set_axisbelow(True)
@@ -44,3 +44,10 @@ def draw(points: Sequence[Point], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def _label(group: str) -> str:
+    """The method, and the sweep's own part of its name: ``kinds-averaged: gapo`` is gapo (averaged)."""
+    sweep, _, method = group.partition(": ")
+    kind = sweep.partition("-")[2]
+    return f"{method} ({kind})" if kind else method
