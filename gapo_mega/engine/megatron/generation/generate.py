@@ -15,7 +15,6 @@ Who computes a chunk of the model is ``chunk.Chunk``: our decoder, or Megatron's
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +42,6 @@ from gapo_mega.engine.megatron.runtime.cpu import device, megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.types import Generation, TokenWatcher
 from gapo_mega.whereabouts import get_on
-
-logger = logging.getLogger(__name__)
 
 # Repack a lane once this share of its rows has finished. A row that leaves costs a copy of one row's cache,
 # about as much as it saves in the next step; but oneDNN makes new kernels for every new number of rows.
@@ -129,16 +126,9 @@ class MegatronGenerator:
             obstacle is None or takes_padding(chunk)
             for chunk, obstacle in zip(self._chunks, self._obstacles, strict=True)
         )
-        self._tell_obstacles()
-
-    def _tell_obstacles(self) -> None:
-        layout = self._groups.layout
-        for obstacle in sorted({obstacle for obstacle in self._obstacles if obstacle is not None}):
-            if layout.tensor_rank == layout.data_rank == layout.context_rank == 0:
-                logger.warning(
-                    "generation runs Megatron's layers, which takes longer than our decoder: it lacks %s",
-                    obstacle,
-                )
+        layout = groups.layout
+        if layout.tensor_rank == layout.data_rank == layout.context_rank == 0:
+            layers.tell(self._obstacles)
 
     def update_weights(self) -> None:
         """Does nothing: the generator shares the training model's weights."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from gapo_mega.engine.megatron.model.context import ContextAttention
 from gapo_mega.engine.megatron.model.lora import adapted_of
 from gapo_mega.engine.megatron.model.modules import RMSNorm
 from gapo_mega.engine.megatron.model.packing import PackedAttention
+
+logger = logging.getLogger(__name__)
 
 # Fields of Megatron's configuration that change what a model computes, with what the decoder computes. A
 # release that lacks one of them computes it so, too.
@@ -75,6 +78,14 @@ _MODULES: dict[str, tuple[type, ...]] = {
 def obstacle(model: GPTModel) -> str | None:
     """What of a chunk the decoder does not compute, in a few words; ``None``: it computes the whole chunk."""
     return next(_obstacles(model), None)
+
+
+def tell(obstacles: Iterable[str | None]) -> None:
+    """Log what keeps a run's chunks from the decoder, each once."""
+    for obstacle in sorted({obstacle for obstacle in obstacles if obstacle is not None}):
+        logger.warning(
+            "generation runs Megatron's layers, which takes longer than our decoder: it lacks %s", obstacle
+        )
 
 
 def _obstacles(model: GPTModel) -> Iterator[str]:
