@@ -21,6 +21,7 @@ include_patterns = [
     "SECURITY.md",
     "docs/**.md",
     "docker/*.md",
+    "benchmarks/results/2026-11-29-*.md",  # tables that pages name
 ]
 exclude_patterns = [".*", "build", "models", "runs", "**/__pycache__", "**/*.egg-info"]
 
@@ -97,8 +98,10 @@ docs/gradients
 docs/kernels
 docs/peers
 docs/testbed
+benchmarks/results/2026-11-29-testbed-cpu
 docs/comparison
 docs/throughput
+benchmarks/results/2026-11-29-survive-cpu
 docs/choosing
 docs/architecture
 docs/adr/README

@@ -73,8 +73,13 @@ def write_results(result: Result, path: Path) -> Path:
 def write_tables(result: Result, path: Path) -> Path:
     """As Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(tables(result)) + "\n", encoding="utf-8")
+    path.write_text(document(result), encoding="utf-8")
     return path
+
+
+def document(result: Result) -> str:
+    """Every table below one heading."""
+    return "\n\n".join(["# All tables of the exact test bed", *tables(result)]) + "\n"
 
 
 def tables(result: Result) -> list[str]:
