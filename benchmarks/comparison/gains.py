@@ -109,17 +109,18 @@ def read(folders: Sequence[Path], answers: str = ANSWERS) -> list[Point]:
     constant = [name for name in names if spread[name] == 0]
     if constant:
         raise ValueError(f"objective {constant[0]!r}: found one score everywhere before training: no unit")
+    measured = [{name: _gain(own, name) for name in names} for own in rows]
     return [
         Point(
             group,
             int(point["seed"]),
-            {name: _gain(own, name)[0] / unit for name, unit in spread.items()},
-            {name: _gain(own, name)[1] / unit for name, unit in spread.items()},
+            {name: gain / spread[name] for name, (gain, _) in found.items()},
+            {name: error / spread[name] for name, (_, error) in found.items()},
             float(point["kl"]),
             float(point["response_length"]),
             _hurt_steps(rows_of(run / METRICS)),
         )
-        for (group, point, run), own in zip(ended, rows, strict=True)
+        for (group, point, run), found in zip(ended, measured, strict=True)
     ]
 
 

@@ -43,9 +43,10 @@ def keep(sweep: Path, out: Path) -> list[str]:
                 _pack(run / file, packed)
             else:
                 packed.unlink(missing_ok=True)  # of a point that has ended before
-    ordered = [points[name] for name in sorted(points)]
-    write_text(target / RESULTS, json.dumps({"points": ordered}, indent=1) + "\n")
-    return sorted(points)
+    names = sorted(points)
+    kept = {"points": [points[name] for name in names]}
+    write_text(target / RESULTS, json.dumps(kept, indent=1) + "\n")
+    return names
 
 
 def _pack(source: Path, packed: Path) -> None:

@@ -181,12 +181,17 @@ def test_a_signal_saves_the_step_although_an_older_checkpoint_fails(
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def forty_seconds_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a disk that takes so long."""
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(saves.time, "monotonic", lambda: float(next(clock)))
+
+
 def test_a_signal_gives_an_older_checkpoint_up_that_does_not_come(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock stands for a disk that takes 40 s a look, and goes again after ten minutes."""
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(saves.time, "monotonic", lambda: float(next(clock)))
+    forty_seconds_a_look(monkeypatch)
     engine = slow(1000, update_policy=(3, terminate))
 
     def late() -> None:
@@ -246,8 +251,7 @@ def test_a_way_out_waits_so_long_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock stands for a disk that takes 40 s a look."""
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(saves.time, "monotonic", lambda: float(next(clock)))
+    forty_seconds_a_look(monkeypatch)
     engine = slow(1000, update_policy=(2, fail))
     with pytest.raises(KeyError, match="a reward"):
         start(tmp_path / "run", engine, checkpoint=ASYNCHRONOUS)
