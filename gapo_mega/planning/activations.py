@@ -55,6 +55,7 @@ from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.blocks import Block, Counter
 from gapo_mega.planning.chunks import most_response_tokens
 from gapo_mega.planning.schedule import schedule
+from gapo_mega.planning.strategy import cuts
 
 VOCABULARY_DIVISOR = 128  # the engine pads the vocabulary to this times the tensor-parallel size
 FP32 = 4
@@ -178,7 +179,7 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         gate_weight=2 * shape.ffn // config.parallel.experts_split * trained,
         output_weight=columns * trained,
         grouped=shape.heads != shape.kv_groups,
-        cut=config.rollout.top_k > 0 or config.rollout.top_p < 1,
+        cut=cuts(config),
         penalized=_penalized(config) // tensor,
         split=split,
         qk_norm=shape.qk_norm,

@@ -17,13 +17,17 @@ def minibatch_sequences(config: Config, data_parallel: int) -> int:
     return config.sequences(data_parallel) // config.algorithm.minibatches
 
 
+def cuts(config: Config) -> bool:
+    """Whether responses are drawn from the tokens that top-k or top-p keeps."""
+    return config.rollout.top_k > 0 or config.rollout.top_p < 1
+
+
 def sequences_answered(config: Config, data: int) -> int:
     """The most sequences of a step that a rank answers: ranks that share sequences share out the prompts.
 
     With top-k or top-p each of them answers all.
     """
-    cuts = config.rollout.top_k > 0 or config.rollout.top_p < 1
-    return -(-config.sequences(data) // (1 if cuts else config.parallel.context))
+    return -(-config.sequences(data) // (1 if cuts(config) else config.parallel.context))
 
 
 def microbatches(config: Config, data_parallel: int) -> int:
