@@ -66,6 +66,10 @@ def tolerances(setting: Setting) -> dict[str, float]:
         result |= dict.fromkeys(("gram 2", "loss 2"), 2 * size)
         # Errors of random sign, which inner products average out, are seen whole in the vector itself.
         result |= dict.fromkeys(("direction 1", "second moment 1"), 2 * size)
+    if setting.dtype == "bf16" and setting.model == "adapters":
+        # So few elements average out less: PEFT in bf16 is off by 0.017 at temperature 1 and by 0.031 at 0.7
+        # with edited logits, three to eight times what transformers is with the dense model.
+        result["gram 1"] = 2 * size
     # A difference of fp32 parameters, each known to 2^-24 of itself and changed by 5e-5.
     result["change 1"] = max(size, 1e-3)
     return result
