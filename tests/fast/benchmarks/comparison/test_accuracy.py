@@ -1,0 +1,41 @@
+"""A reward model's share of right preferences, ties and all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from benchmarks.comparison.accuracy import app, preferred, row
+from gapo_mega import objectives
+from gapo_mega.config import ObjectiveConfig
+from gapo_mega.data.pairs import Pair
+from tests.helpers.hf_directories import classifier
+from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer
+
+PROMPT = ({"role": "user", "content": "Why?"},)
+PAIRS = [Pair(PROMPT, "a", "bb"), Pair(PROMPT, "aaa", "b"), Pair(PROMPT, "a", "b"), Pair(PROMPT, "", "b")]
+
+
+def test_a_pair_counts_by_its_scores() -> None:
+    judge = objectives.build(ObjectiveConfig(name="short", function="tests.helpers.rewards:short"))
+    right = preferred(judge, PAIRS)
+    assert right == [1, 0, 0.5, 1]
+    cells = row("short", right, PAIRS).split(" | ")
+    assert cells[1:] == ["4", "0.625", f"{math.sqrt(0.625 * 0.375 / 4):.3f}", "0.250 |\n"]
+
+
+def test_the_command_reads_a_model_and_pairs(tmp_path: Path) -> None:
+    byte_tokenizer(classifier(tmp_path / "model"), CHAT_TEMPLATE)
+    begin = "\n\nHuman: Why?\n\nAssistant: "
+    rows = [{"chosen": f"{begin}yes {i}", "rejected": f"{begin}no {i}"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    out = tmp_path / "table.md"
+    given = [f"kind={tmp_path / 'model'}={tmp_path / 'pairs.jsonl'}", "--max-tokens", "64", "--out", str(out)]
+    found = CliRunner().invoke(app, given)
+    assert found.exit_code == 0, found.output
+    assert out.read_text().splitlines()[2].startswith("| kind | 3 | ")
+    refused = CliRunner().invoke(app, ["kind=model", "--out", str(out)])
+    assert refused.exit_code == 1 and "found 'kind=model'" in refused.output
