@@ -15,6 +15,7 @@ LOWEST_RATE, HIGHEST_RATE = 0.00125, 0.32
 # Methods that normalise scores have no common unit for scores and KL, so theirs is tuned, too.
 KL_FACTORS = (0.35, 0.7, 1.0, 1.4, 2.0, 2.8)
 AVERAGE = 0.9
+ANSWERS = 256  # before training, of which a run with as many held-out prompts knows its start
 WEIGHTED_SUM, GDPO = "weighted_sum", "gdpo"  # what all others are compared with
 
 Kind = Literal["aggregation", "scalarization"]
@@ -36,9 +37,10 @@ class Method:
 
     ``average``: of ``aggregation.average``. ``apart``: ``algorithm.kl: apart``. ``normalized``: advantages by
     the estimator ``grpo``, in place of ``rloo``. ``start_known``: the progress begins with the true mean and
-    spread of the scores in place of the first batch's. ``depends``: options that follow from the regime, such
-    as the scores' sizes. ``preferred``: the option with a number per objective, for fronts over preferences.
-    ``metric``: of ``gradients.metric``. ``prompts``: contexts of a step.
+    spread of the scores in place of the first batch's, ``start_answers``: with those of so many answers
+    before training, as in a run that holds out prompts. ``depends``: options that follow from the regime,
+    such as the scores' sizes. ``preferred``: the option with a number per objective, for fronts over
+    preferences. ``metric``: of ``gradients.metric``. ``prompts``: contexts of a step.
     """
 
     label: str
@@ -49,6 +51,7 @@ class Method:
     apart: bool = False
     normalized: bool = False
     start_known: bool = False
+    start_answers: int = 0
     tuned: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     kl_factors: Sequence[float] = (1.0,)
     depends: Callable[[Regime], Options] | None = None
@@ -117,11 +120,13 @@ def _aggregations() -> dict[str, Method]:
         "gapo_many": replace(gapo, label="GAPO, 32 contexts a step", prompts=32),
         "gapo_adaptive_averaged": _averaged(adaptive),
         "gapo_adaptive_averaged_known": _start_known(_averaged(adaptive)),
+        "gapo_adaptive_averaged_told": _start_told(_averaged(adaptive)),
         "p_gapo": p_gapo,
         "p_gapo_safe_averaged": _averaged(replace(p_gapo, label="P-GAPO, safe", options={"safe": True})),
         "tchebycheff_safe": tchebycheff,
         "tchebycheff_safe_averaged": _averaged(tchebycheff),
         "tchebycheff_safe_averaged_known": _start_known(_averaged(tchebycheff)),
+        "tchebycheff_safe_averaged_told": _start_told(_averaged(tchebycheff)),
         "gdpo_safe_averaged": _averaged(
             replace(
                 weighted,
@@ -156,6 +161,10 @@ def _start_known(method: Method) -> Method:
     return replace(method, label=f"{method.label}, start known", start_known=True)
 
 
+def _start_told(method: Method) -> Method:
+    return replace(method, label=f"{method.label}, start from {ANSWERS} answers", start_answers=ANSWERS)
+
+
 def _scalarizations() -> dict[str, Method]:
     def method(label: str, name: str, **rest: Any) -> Method:
         return Method(label, "scalarization", name, **rest)
@@ -176,6 +185,7 @@ def _scalarizations() -> dict[str, Method]:
         "safe_rlhf": method("Safe RLHF", "safe_rlhf", tuned={"lambda_lr": (0.1, 1.0)}),
         "tchebycheff": tchebycheff,
         "tchebycheff_known": _start_known(tchebycheff),
+        "tchebycheff_told": _start_told(tchebycheff),
     }
 
 
@@ -199,4 +209,7 @@ CORE = (
     "p_gapo",
     "p_gapo_safe_averaged",
     "safe_rlhf",
+    "gapo_adaptive_averaged_told",
+    "tchebycheff_told",
+    "tchebycheff_safe_averaged_told",
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.testbed.methods import Method
 from benchmarks.testbed.problem import Array
+from benchmarks.testbed.start import Start
 from gapo_mega import advantages, aggregation, ops, scalarization
 from gapo_mega.advantages.group import group_deviations
 from gapo_mega.aggregation.apart import Apart
@@ -52,13 +53,13 @@ class Signal:
         options: Sequence[dict[str, Any]],
         beta_N: Array,
         scales_M: Array,
-        spreads_M: Array,
+        starts: Sequence[Start] | None,
         dimensions: int,
     ) -> None:
         """Build the method of every policy.
 
         ``options``: of every policy's method. ``beta_N``: what it takes for the weight of the KL.
-        ``spreads_M``: of the observed scores under pi_0, for those that may know them.
+        ``starts``: what every policy's method is told of the scores before training, if it is.
         """
         self._method, self._beta_N, self._scales_M = method, beta_N, scales_M
         self._estimator = advantages.build("grpo" if method.normalized else "rloo")
@@ -66,7 +67,7 @@ class Signal:
         self._scalarizers: list[scalarization.Scalarizer] = []
         self._aggregators: list[aggregation.Aggregator] = []
         self._weighing: list[ops.AggregationMethod] = []
-        for beta, chosen in zip(beta_N.tolist(), options, strict=True):
+        for policy, (beta, chosen) in enumerate(zip(beta_N.tolist(), options, strict=True)):
             remembers: scalarization.Scalarizer | aggregation.Aggregator
             if method.of_gradients:
                 remembers = aggregator = aggregation.build(method.name, **chosen)
@@ -76,10 +77,8 @@ class Signal:
                 remembers = scalarizer = scalarization.build(method.name, **chosen)
                 scalarizer.prepare([f"objective{i}" for i in range(len(scales_M))])
                 self._scalarizers.append(scalarizer)
-            if method.start_known:
-                zeros = [0.0] * len(scales_M)
-                start = {"baseline": zeros, "unit": spreads_M.tolist(), "value": zeros}
-                remembers.load_state_dict({"progress": start})
+            if starts is not None:
+                remembers.load_state_dict({"progress": dict(starts[policy])})
         rows = (len(scales_M) + method.apart) if method.average else 0
         self._means = torch.zeros(len(beta_N), rows, dimensions)
 

@@ -12,6 +12,7 @@ from benchmarks.testbed.front import Front
 from benchmarks.testbed.methods import Method, Setting
 from benchmarks.testbed.problem import BETA, CONTEXTS, RESPONSES, Array, Problem, objective_gradients
 from benchmarks.testbed.signal import Batch, Signal
+from benchmarks.testbed.start import starts
 
 STEPS = 200
 SAMPLES = 8
@@ -132,8 +133,9 @@ def train(
     options = [method.options_in(problem.regime, setting) for setting in settings]
     kl_N = np.tile([BETA * setting.kl for setting in settings], instances)
     rates_N1 = np.tile([setting.rate for setting in settings], instances)[:, None]
-    spreads_M = problem.scales_M * np.sqrt(1 + problem.regime.noises**2)
-    signal = Signal(method, options * instances, kl_N, problem.scales_M, spreads_M, problem.dimensions)
+    told = starts(problem, method, seed)
+    begins = None if told is None else [one for one in told for _ in settings]
+    signal = Signal(method, options * instances, kl_N, problem.scales_M, begins, problem.dimensions)
     sampler = Sampler(problem, count, seed, method.prompts)
     adam = Adam((instances * count, problem.dimensions))
     theta_ND = np.zeros((instances * count, problem.dimensions))
