@@ -115,6 +115,7 @@ def tables(result: Result) -> list[str]:
         ("What tuning chose: learning rate, factor of the KL, options", cells, _chosen, None),
     ]
     found = [(one[0], _table(result["regimes"], *one[1:])) for one in made]
+    found.insert(0, ("Share of the possible worst gain, equal steps, best mean first", _shares(result)))
     return [f"## {title}\n\n{table}" for title, table in found if table]
 
 
@@ -134,6 +135,34 @@ def _table(
     if possible is not None:
         lines.append(["possible", *(possible[name] for name in columns)])
     lines += [[METHODS[row].label, *(shown.get((name, row), "") for name in columns)] for row in rows]
+    return _markdown(lines)
+
+
+def _shares(result: Result) -> str:
+    """A row for every method with all regimes: the mean over them of its worst gain over the possible one.
+
+    The errors of the regimes are taken as independent, that of the possible gain is left out.
+    """
+    shares: dict[str, list[tuple[float, float, str]]] = {}
+    for cell in result["cells"]:
+        possible, worst = Estimate.of(cell["possible"]).mean, Estimate.of(cell["worst"])
+        found = worst.mean / possible, worst.error / possible, result["regimes"][cell["regime"]]
+        shares.setdefault(cell["method"], []).append(found)
+    whole = {name: found for name, found in shares.items() if len(found) == len(result["regimes"])}
+    if not whole:
+        return ""
+    lines = [["", "mean over regimes", "smallest", "regime of the smallest"], ["---"] * 4]
+    for name, found in sorted(whole.items(), key=lambda item: -sum(one[0] for one in item[1])):
+        mean = Estimate(
+            float(np.mean([one[0] for one in found])),
+            float(np.sqrt(np.sum([one[1] ** 2 for one in found])) / len(found)),
+        )
+        share, error, regime = min(found)
+        lines.append([METHODS[name].label, str(mean), str(Estimate(share, error)), regime])
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

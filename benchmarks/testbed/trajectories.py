@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ SHOWN = {
     "gapo": ("#CC79A7", "D"),
     "gdpo": ("#E69F00", "^"),
     "gapo_adaptive_averaged": ("#0072B2", "o"),
-    "tchebycheff_safe_averaged": ("#009E73", "*"),
+    "tchebycheff_safe_averaged_told": ("#009E73", "*"),
 }
 _INK, _MUTED, _FAINT = "#1f2933", "#64707d", "#e4e8ec"
 
@@ -61,7 +62,8 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     _limit(axes, [*ways.values(), np.array([found["best"], [0.0, 0.0]])])
     _ground(axes, np.array(found["front"]), np.array(found["best"]))
     for name, (colour, mark) in SHOWN.items():
-        _way(axes, ways[name], METHODS[name].label, colour, mark)
+        label = textwrap.fill(METHODS[name].label, 24)  # the panel has what the legend leaves
+        _way(axes, ways[name], label, colour, mark)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -98,6 +98,30 @@ def test_tables_show_means_errors_and_paired_differences(tmp_path):
     assert report.tables(written) == report.tables(result)
 
 
+def test_shares_of_the_possible_are_of_methods_with_all_regimes():
+    regimes = {"a": "first", "b": "second"}
+    cells = [
+        {"regime": regime, "method": method, "possible": [0.4, 0.6], "worst": worst}
+        for method, regime, worst in (
+            ("gdpo", "a", [0.1, 0.3]),  # .4 ±.2
+            ("gdpo", "b", [-0.1, -0.1]),  # -.2
+            ("gapo", "a", [0.2, 0.2]),  # .4
+            ("gapo", "b", [0.1, 0.1]),  # .2
+            ("mgda", "a", [0.5, 0.5]),  # not in the other regime
+        )
+    ]
+    result = {"regimes": regimes, "cells": cells, "equal_compute": [], "fronts": []}
+    numbers = {"mean": [0.0, 0.0], "distance": [0.0, 0.0], "hurt": [0.0, 0.0], "hurt_any": [0.0, 0.0]}
+    tuned = {"rate": 0.02, "kl": 1.0, "options": {}}
+    for cell in cells:
+        cell |= {"kl": [0.0, 0.0], "tuned": tuned} | numbers
+    rows = report.tables(result)[0].splitlines()[4:]
+    assert rows == [
+        "| GAPO, p = 1 | .300 ±.000 | .200 ±.000 | second |",
+        "| GDPO | .100 ±.100 | -.200 ±.000 | second |",
+    ]
+
+
 def test_numbers_are_short_and_keep_their_sign():
     assert [str(report.Estimate(x, 0.0)) for x in (-0.0004, -0.014, 1.2, -1.5)] == [
         ".000 ±.000",
