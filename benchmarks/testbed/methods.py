@@ -15,7 +15,7 @@ LOWEST_RATE, HIGHEST_RATE = 0.00125, 0.32
 # Methods that normalise scores have no common unit for scores and KL, so theirs is tuned, too.
 KL_FACTORS = (0.35, 0.7, 1.0, 1.4, 2.0, 2.8)
 AVERAGE = 0.9
-ANSWERS = 256  # before training, of which a run with as many held-out prompts knows its start
+ANSWERS = 256  # before training, of which a run with as many held-out answers knows its start
 WEIGHTED_SUM, GDPO = "weighted_sum", "gdpo"  # what all others are compared with
 
 Kind = Literal["aggregation", "scalarization"]
