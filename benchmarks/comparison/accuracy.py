@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gapo_mega.objectives import Objective
 
 COLUMNS = ("reward model", "pairs", "accuracy", "standard error", "the longer one is preferred")
-CHUNK = 128  # pairs between two moves of the progress bar
+CHUNK = 20  # pairs between two moves of the progress bar
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -46,6 +46,7 @@ def row(name: str, right: Sequence[float], pairs: Sequence[Pair]) -> str:
 def main(
     models: Annotated[list[str], typer.Argument(metavar="NAME=MODEL=PAIRS...", help="what to measure")],
     max_tokens: Annotated[int, typer.Option(min=1, help="longer conversations lose their beginning")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first pairs of each file")] = None,
     out: Annotated[Path, typer.Option(help="file of the table")] = Path("runs/comparison/tables/rewards.md"),
 ) -> None:
     from tqdm import tqdm
@@ -64,8 +65,9 @@ def main(
             if not (name and model and file):
                 raise ValueError(f"NAME=MODEL=PAIRS: found {item!r}, accepted: a name, a model and a file")
             options = {"model": model, "max_tokens": max_tokens}
-            judge = objectives.build(ObjectiveConfig(name=name, kind="hf_classifier", options=options))
+            judge = objectives.build(ObjectiveConfig(name="model", kind="hf_classifier", options=options))
             pairs, _ = load_pairs(PreferenceData(source=file, format="hh", heldout_fraction=0), seed=0)
+            pairs = pairs[:limit]
             starts = tqdm(range(0, len(pairs), CHUNK), desc=name)
             right = [value for start in starts for value in preferred(judge, pairs[start : start + CHUNK])]
             text += row(name, right, pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,17 @@ def suites() -> dict[str, list[Path]]:
     return found
 
 
-@pytest.mark.parametrize("suite", suites())
-def test_the_page_shows_the_table_of_the_committed_results(suite: str) -> None:
-    table = gains.table(gains.read(suites()[suite]))
-    file = KEPT / f"{suite}.md"
+def tables() -> Iterator[tuple[str, str]]:
+    """Name of the committed file and what it must hold, of every suite, and of its judges if it has some."""
+    for suite, folders in suites().items():
+        yield f"{suite}.md", gains.table(gains.read(folders))
+        if any(gains.is_there(run / gains.JUDGED) for _, _, run in gains.ended_runs(folders)):
+            yield f"{suite}-judged.md", gains.table(gains.read(folders, gains.JUDGED))
+
+
+@pytest.mark.parametrize(("name", "table"), tables())
+def test_the_page_shows_the_table_of_the_committed_results(name: str, table: str) -> None:
+    file = KEPT / name
     assert file.read_text(encoding="utf-8") == table, f"python -m benchmarks.comparison writes {file.name}"
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     missing = [line for line in table.splitlines() if line and line not in page]

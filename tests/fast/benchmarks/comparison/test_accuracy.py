@@ -33,9 +33,17 @@ def test_the_command_reads_a_model_and_pairs(tmp_path: Path) -> None:
     rows = [{"chosen": f"{begin}yes {i}", "rejected": f"{begin}no {i}"} for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     out = tmp_path / "table.md"
-    given = [f"kind={tmp_path / 'model'}={tmp_path / 'pairs.jsonl'}", "--max-tokens", "64", "--out", str(out)]
+    given = [
+        f"kind={tmp_path / 'model'}={tmp_path / 'pairs.jsonl'}",
+        "--max-tokens",
+        "64",
+        "--limit",
+        "2",
+        "--out",
+        str(out),
+    ]
     found = CliRunner().invoke(app, given)
     assert found.exit_code == 0, found.output
-    assert out.read_text().splitlines()[2].startswith("| kind | 3 | ")
+    assert out.read_text().splitlines()[2].startswith("| kind | 2 | ")
     refused = CliRunner().invoke(app, ["kind=model", "--out", str(out)])
     assert refused.exit_code == 1 and "found 'kind=model'" in refused.output
