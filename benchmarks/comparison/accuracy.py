@@ -7,12 +7,13 @@ Each argument: a name for the table, a classifier with one label, a file of HH-R
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from benchmarks.comparison.judges import classifier
 
 if TYPE_CHECKING:
     from gapo_mega.data.pairs import Pair
@@ -24,22 +25,25 @@ CHUNK = 20  # pairs between two moves of the progress bar
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def preferred(judge: Objective, pairs: Sequence[Pair]) -> list[float]:
-    """1 where ``judge`` prefers what was chosen, .5 where it knows no difference, else 0."""
+def scored(judge: Objective, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    """What ``judge`` gives to what was chosen and to what was rejected."""
     from gapo_mega.types import Prompt
 
     prompts = [Prompt(0, str(pair.prompt[-1]["content"]), messages=pair.prompt) for pair in pairs]
     chosen = judge.score(prompts, [pair.chosen for pair in pairs])
     rejected = judge.score(prompts, [pair.rejected for pair in pairs])
-    return [((a > b) - (a < b) + 1) / 2 for a, b in zip(chosen, rejected, strict=True)]
+    return list(zip(chosen, rejected, strict=True))
 
 
-def row(name: str, right: Sequence[float], pairs: Sequence[Pair]) -> str:
-    """A line of the table, binomial standard error."""
-    share = sum(right) / len(right)
-    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
-    error = math.sqrt(share * (1 - share) / len(right))
-    return f"| {name} | {len(right)} | {share:.3f} | {error:.3f} | {longer:.3f} |\n"
+def row(name: str, scores: Sequence[tuple[float, float]], pairs: Sequence[Pair]) -> str:
+    """A line of the table."""
+    from gapo_mega.evaluation.measures import of_pairs
+
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    found = of_pairs(scores, lengths)
+    share, error = found["accuracy"], found.get("standard_error", 0.0)
+    longer = sum(chosen > rejected for chosen, rejected in lengths) / len(pairs)
+    return f"| {name} | {len(pairs)} | {share:.3f} | {error:.3f} | {longer:.3f} |\n"
 
 
 @app.command(help=__doc__)
@@ -52,7 +56,6 @@ def main(
     from tqdm import tqdm
 
     from gapo_mega import objectives
-    from gapo_mega.config import ObjectiveConfig
     from gapo_mega.config.supervised import PreferenceData
     from gapo_mega.data.pairs import load_pairs
     from gapo_mega.evaluation.files import write_text
@@ -64,13 +67,12 @@ def main(
             model, _, file = rest.partition("=")
             if not (name and model and file):
                 raise ValueError(f"NAME=MODEL=PAIRS: found {item!r}, accepted: a name, a model and a file")
-            options = {"model": model, "max_tokens": max_tokens}
-            judge = objectives.build(ObjectiveConfig(name="model", kind="hf_classifier", options=options))
+            judge = objectives.build(classifier("model", model, max_tokens))
             pairs, _ = load_pairs(PreferenceData(source=file, format="hh", heldout_fraction=0), seed=0)
             pairs = pairs[:limit]
             starts = tqdm(range(0, len(pairs), CHUNK), desc=name)
-            right = [value for start in starts for value in preferred(judge, pairs[start : start + CHUNK])]
-            text += row(name, right, pairs)
+            scores = [both for start in starts for both in scored(judge, pairs[start : start + CHUNK])]
+            text += row(name, scores, pairs)
         write_text(out, text)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None

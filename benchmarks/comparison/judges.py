@@ -17,6 +17,7 @@ import typer
 from benchmarks.comparison.gains import ANSWERS, JUDGED, ended_runs, is_there, rows_of
 
 if TYPE_CHECKING:
+    from gapo_mega.config import ObjectiveConfig
     from gapo_mega.objectives import Objective
     from gapo_mega.types import Prompt
 
@@ -57,6 +58,14 @@ def judged(
     return found
 
 
+def classifier(name: str, model: str, max_tokens: int) -> ObjectiveConfig:
+    """The objective that is a reward model on disk."""
+    from gapo_mega.config import ObjectiveConfig
+
+    options = {"model": model, "max_tokens": max_tokens}
+    return ObjectiveConfig(name=name, kind="hf_classifier", options=options)
+
+
 @app.command(help=__doc__)
 def main(
     sweeps: Annotated[list[Path], typer.Argument(help="output directories of gapo-mega sweep")],
@@ -66,18 +75,11 @@ def main(
     from tqdm import tqdm
 
     from gapo_mega import objectives
-    from gapo_mega.config import ObjectiveConfig
     from gapo_mega.evaluation.files import write_text
 
     try:
         pairs = [text.partition("=")[::2] for text in judge]
-        kinds = [
-            ObjectiveConfig(
-                name=name, kind="hf_classifier", options={"model": model, "max_tokens": max_tokens}
-            )
-            for name, model in pairs
-        ]
-        judges = objectives.build_all(kinds)
+        judges = objectives.build_all([classifier(name, model, max_tokens) for name, model in pairs])
         runs = [run for _, _, run in ended_runs(sweeps)]
         for run in tqdm([run for run in runs if not is_there(run / JUDGED)], desc="runs"):
             lines = judged(rows_of(run / ANSWERS), heldout_prompts(run), judges)

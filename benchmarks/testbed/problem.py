@@ -12,6 +12,7 @@ beats the best theta. Arrays have the suffixes S (instances), C (policies of an 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,15 @@ def objective_gradients(gradients: Array, beta: float = BETA) -> Array:
     """Gradients of the J_i [..., M, D] from those of ``Problem.gradients`` [..., M + 1, D]."""
     found: Array = gradients[..., :-1, :] - beta * gradients[..., -1:, :]
     return found
+
+
+def drawn(cumulative_NBY: Array, drawn_NBG: Array) -> Any:
+    """The responses at which cumulative probabilities pass the drawn numbers [N, B, G]."""
+    count, prompts, responses = cumulative_NBY.shape
+    offset = np.arange(count * prompts).reshape(count, prompts, 1)
+    wanted = (drawn_NBG * (1 - 1e-9) + offset).ravel()
+    places = np.searchsorted((cumulative_NBY + offset).ravel(), wanted).reshape(drawn_NBG.shape)
+    return np.clip(places - offset * responses, 0, responses - 1)
 
 
 def normalized(logits: NDArray[np.floating]) -> Array:

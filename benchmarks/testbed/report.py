@@ -114,8 +114,10 @@ def tables(result: Result) -> list[str]:
         (f"{worst} beyond GDPO's, same seeds", cells, against(GDPO), None),
         ("What tuning chose: learning rate, factor of the KL, options", cells, _chosen, None),
     ]
-    found = [(one[0], _table(result["regimes"], *one[1:])) for one in made]
-    found.insert(0, ("Share of the possible worst gain, equal steps, best mean first", _shares(result)))
+    found = [
+        ("Share of the possible worst gain, equal steps, best mean first", _shares(result)),
+        *((one[0], _table(result["regimes"], *one[1:])) for one in made),
+    ]
     return [f"## {title}\n\n{table}" for title, table in found if table]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from benchmarks.testbed.methods import Method
-from benchmarks.testbed.problem import CONTEXTS, Array, Problem
+from benchmarks.testbed.problem import CONTEXTS, Array, Problem, drawn
 
 # Of an instance: the state of `gapo_mega.progress.Progress` before the first step.
 Start = Mapping[str, list[float]]
@@ -29,8 +29,7 @@ def answers_before(problem: Problem, answers: int, seed: int) -> Array:
     random = np.random.default_rng(5_000 + seed)
     contexts = np.arange(answers) % CONTEXTS
     mass = np.cumsum(np.exp(problem.log_start_SXY.astype(np.float64)), -1)[:, contexts]
-    drawn = random.random((problem.count, answers, 1)) * mass[..., -1:]
-    chosen = (mass <= drawn).sum(-1)
+    chosen = drawn(mass / mass[..., -1:], random.random((problem.count, answers, 1)))[..., 0]
     instance = np.arange(problem.count)[:, None]
     rewards = problem.rewards_SXYM[instance, contexts[None], chosen].astype(np.float64)
     noise = problem.regime.noises * random.standard_normal(rewards.shape)

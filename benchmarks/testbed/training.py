@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from benchmarks.testbed.front import Front
 from benchmarks.testbed.methods import Method, Setting
-from benchmarks.testbed.problem import BETA, CONTEXTS, RESPONSES, Array, Problem, objective_gradients
+from benchmarks.testbed.problem import BETA, CONTEXTS, RESPONSES, Array, Problem, drawn, objective_gradients
 from benchmarks.testbed.signal import Batch, Signal
 from benchmarks.testbed.start import starts
 
@@ -81,8 +80,8 @@ class Sampler:
         raised = np.exp(logits - logits.max(-1, keepdims=True))
         mass = np.cumsum(raised, -1, dtype=np.float64)
         total = mass[..., -1:]
-        drawn = np.repeat(random.random((instances, prompts, SAMPLES)), settings, 0)
-        chosen = _inverse((mass / total).reshape(count, prompts, RESPONSES), drawn)
+        numbers = np.repeat(random.random((instances, prompts, SAMPLES)), settings, 0)
+        chosen = drawn((mass / total).reshape(count, prompts, RESPONSES), numbers)
         noise = np.repeat(
             random.standard_normal((instances, prompts, SAMPLES, problem.regime.count)), settings, 0
         )
@@ -102,15 +101,6 @@ class Sampler:
             slopes.reshape(count, samples, -1),
             SAMPLES,
         )
-
-
-def _inverse(cumulative_NBY: Array, drawn_NBG: Array) -> Any:
-    """The responses at which cumulative probabilities pass the drawn numbers [N, B, G]."""
-    count, prompts, responses = cumulative_NBY.shape
-    offset = np.arange(count * prompts).reshape(count, prompts, 1)
-    wanted = (drawn_NBG * (1 - 1e-9) + offset).ravel()
-    places = np.searchsorted((cumulative_NBY + offset).ravel(), wanted).reshape(drawn_NBG.shape)
-    return np.clip(places - offset * responses, 0, responses - 1)
 
 
 def train(

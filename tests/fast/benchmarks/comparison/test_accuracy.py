@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from benchmarks.comparison.accuracy import app, preferred, row
+from benchmarks.comparison.accuracy import app, row, scored
 from gapo_mega import objectives
 from gapo_mega.config import ObjectiveConfig
 from gapo_mega.data.pairs import Pair
@@ -21,9 +21,9 @@ PAIRS = [Pair(PROMPT, "a", "bb"), Pair(PROMPT, "aaa", "b"), Pair(PROMPT, "a", "b
 
 def test_a_pair_counts_by_its_scores() -> None:
     judge = objectives.build(ObjectiveConfig(name="short", function="tests.helpers.rewards:short"))
-    right = preferred(judge, PAIRS)
-    assert right == [1, 0, 0.5, 1]
-    cells = row("short", right, PAIRS).split(" | ")
+    scores = scored(judge, PAIRS)
+    assert [(a > b) + (a == b) / 2 for a, b in scores] == [1, 0, 0.5, 1]
+    cells = row("short", scores, PAIRS).split(" | ")
     assert cells[1:] == ["4", "0.625", f"{math.sqrt(0.625 * 0.375 / 4):.3f}", "0.250 |\n"]
 
 
