@@ -178,6 +178,7 @@ class SupervisedConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: DataEvaluationConfig = DataEvaluationConfig()
+    gradients: SkipConfig | GradientConfig = SkipConfig()  # each kind of run has one of them
 
     @model_validator(mode="after")
     def _instances_are_of_distributed_optimizers(self) -> SupervisedConfig:

@@ -146,6 +146,14 @@ class RunEngine(Ranks, Protocol):
         """Grows before anything changes that ``save`` writes: an optimizer step, a ``load``."""
         ...
 
+    def random_states(self) -> dict[str, Any]:
+        """The states of all random-number generators of this process, as ``save`` writes them."""
+        ...
+
+    def restore_random_states(self, states: dict[str, Any]) -> None:
+        """Set them back."""
+        ...
+
     def is_finite(self) -> bool:
         """Whether every trained parameter of every rank is finite. Collective; the same on every rank."""
         ...

@@ -42,6 +42,7 @@ from gapo_mega.runs.preflight import check_adapter
 from gapo_mega.runs.processes import world_size
 from gapo_mega.runs.resume import CONFIGURATION, HELDOUT_ROWS, POLICY, TEMPLATE, TRAINING_ROWS
 from gapo_mega.runs.session import Session
+from gapo_mega.runs.skips import Skips
 from gapo_mega.runs.uploading import put_from_main
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
 
     def _prepare(self) -> None:
         config = self.config
+        self.skips = Skips(self.names, config.gradients.max_nonfinite_steps)
         self.session.check_settings(Identity(self.command, settings_of(config)))
         self.start = self.check(config, world_size())
         counts = self._load(self.start.tokenizer)
@@ -205,6 +207,10 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
     def begin(self) -> None:
         """Do nothing: ``evaluation.every_steps`` and the end of the run measure the held-out data."""
 
+    def end_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Measure the held-out data if it is time to, and log the step."""
+        self.log.write(done, {**metrics, **self._heldout_due(done)})
+
     def finish(self) -> None:
         """Measure the held-out data, export the model, and write the summary."""
         self.measured = self.evaluate()
@@ -232,8 +238,12 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
             put_from_main(self.session.export, self.directory / EXPORT_FOLDER, self.loop.step, self.engine)
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that give a step its items: those of a resumed run must be the same."""
-        return {"items": self._counts(), "batch_size": self.config.batch_size}
+        """Updates skipped in a row, and what gives a step its items: the same in a run that is resumed."""
+        return {
+            "items": self._counts(),
+            "batch_size": self.config.batch_size,
+            "skipped_in_a_row": self.skips.in_a_row,
+        }
 
     def in_flight(self, step: int) -> dict[str, Any]:
         """Nothing: a step begins with its items."""
@@ -253,6 +263,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
                     f"{name}: {checkpoint} was written with {state[key]}, found {mine[key]}; accepted: the "
                     "configuration of the run that is resumed, or another output_dir"
                 )
+        self.skips.in_a_row = int(state.get("skipped_in_a_row", 0))  # checkpoints before 0.1 have none
 
     # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod
@@ -268,8 +279,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         """Build the engine with the model."""
 
     @abstractmethod
-    def train_step(self, step: int) -> None:
-        """One optimizer step on the items of ``step``."""
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on the items of ``step``; its metrics, by ``_unless_too_many``."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -280,6 +291,13 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         """The chat template that goes with the model, which expects it from now on; None: its own."""
         template = self.config.model.chat_template
         return None if template is None else template_text(self.start.tokenizer, template, TEMPLATE_PARAMETER)
+
+    def _unless_too_many(self, done: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of step ``done``. Logs them and raises where too many updates in a row were skipped."""
+        if self.skips.too_many:
+            self.log.write(done, metrics)
+        self.skips.check()
+        return metrics
 
     def _heldout_due(self, done: int) -> dict[str, float]:
         """What the held-out data give after ``done`` steps, by the log's names, if it is time to look."""

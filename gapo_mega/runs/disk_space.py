@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from gapo_mega.models.scratch import size_of
 from gapo_mega.planning.disk import DiskPlan
 
+logger = logging.getLogger(__name__)
+
 
 def check_plan(directory: Path, plan: DiskPlan, there: int) -> None:
     """Raise ``ValueError`` where the disk of ``directory`` lacks room for ``plan``.
 
+    Warns where there is no room beside it for the checkpoint that a signal or a failure would leave.
     ``there``: bytes of it that earlier processes of the run have written.
     """
     free = free_bytes(directory)
     if plan.needed <= free + there:
+        left = free + there - plan.needed
+        if not plan.at_once and left < plan.checkpoint:
+            logger.warning(
+                "%s has %s free: a run that is stopped or fails could leave no checkpoint, which needs %s",
+                directory,
+                shown(left),
+                shown(plan.checkpoint),
+            )
         return
     parts = []
     if plan.at_once:

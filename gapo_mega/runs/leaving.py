@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pickle
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
+from gapo_mega.engine.base import RunEngine
 from gapo_mega.planning.world import ranks_in_words
 from gapo_mega.runs.processes import Peers
 
@@ -24,25 +21,21 @@ class Before:
     Attributes:
         changes: of the engine.
         pickled: the work's state; a copy, for the step that follows changes it.
+        random: states of the engine's random-number generators.
     """
 
     changes: int
     pickled: bytes
-    python: Any
-    numpy: Any
-    torch: torch.Tensor
+    random: dict[str, Any]
 
     @classmethod
-    def of(cls, changes: int, state: Mapping[str, Any]) -> Before:
+    def of(cls, engine: RunEngine, state: Mapping[str, Any]) -> Before:
         """That of now."""
-        pickled = pickle.dumps(dict(state))
-        return cls(changes, pickled, random.getstate(), np.random.get_state(), torch.get_rng_state())
+        return cls(engine.changes, pickle.dumps(dict(state)), engine.random_states())
 
-    def restore(self) -> dict[str, Any]:
+    def restore(self, engine: RunEngine) -> dict[str, Any]:
         """Set the random numbers back, and return the work's state."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+        engine.restore_random_states(self.random)
         state: dict[str, Any] = pickle.loads(self.pickled)
         return state
 

@@ -43,6 +43,8 @@ from gapo_mega.whereabouts import enter, within
 
 logger = logging.getLogger(__name__)
 
+UNENDED = "metrics of a step that was not evaluated"  # in a checkpoint; see ``Work.end_step``
+
 
 class Work(Protocol):
     """What a run does. Every rank has one; all call the same methods in the same order."""
@@ -61,8 +63,19 @@ class Work(Protocol):
         """Called once, after a checkpoint was loaded and before the first step of this process."""
         ...
 
-    def train_step(self, step: int) -> None:
-        """Do step ``step``, which counts from 0 over the whole run, and log its updates."""
+    def train_step(self, step: int) -> dict[str, float]:
+        """Do step ``step``, which counts from 0 over the whole run, and log its updates but the last.
+
+        Returns the metrics of that one, for ``end_step``.
+        """
+        ...
+
+    def end_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Evaluate after ``done`` steps if it is time to, and log the last update with what that gives.
+
+        Models, optimizers and ``state_dict`` stay as they were until it returns: where it fails, the step can
+        still be saved, and the resumed run ends it.
+        """
         ...
 
     def finish(self) -> None:
@@ -129,7 +142,8 @@ class RunLoop:
         )
         self._saves = Saves(self._checkpoints, engine, settings.asynchronous)
         self._selection = selection or Selection(None, None)
-        self._before: Before | None = None  # of the step under way
+        self._before: Before | None = None  # of the step under way, or of its end
+        self._unended: dict[str, float] | None = None  # metrics of the step that is done, until logged
         self.step = 0  # steps done
 
     def run(self) -> bool:
@@ -144,16 +158,17 @@ class RunLoop:
             agree(self._everyone, self._set_ends_aside)
         enter("before training")
         self._work.begin()
-        updates = self.step * self._work.updates_per_step
+        logged = self.step * self._work.updates_per_step - (self._unended is not None)
         if self._engine.layout.is_main:
-            keep_cut_lines(self._directory, updates)
-        self._log.truncate_after(updates)
+            keep_cut_lines(self._directory, logged)
+        self._log.truncate_after(logged)
         with self._log, StopOnSignal() as stop, asked_by(lambda: stop.requested and self._is_untouched()):
             try:
                 with naming_the_lost(self._everyone):
                     return self._to_the_end(stop)
             except StoppedWaiting:
-                logger.warning("stopped by a signal while waiting in step %d", self.step + 1)
+                under_way = self.step + (self._unended is None)
+                logger.warning("stopped by a signal while waiting in step %d", under_way)
                 self._leave()
                 return False
             except SystemExit as error:  # of somebody's code: the run is not done
@@ -166,12 +181,14 @@ class RunLoop:
                 raise
 
     def _to_the_end(self, stop: StopOnSignal) -> bool:
+        if self._unended is not None:  # the run that is resumed was cut short there
+            self._end_step()
         while not self._is_over():
-            self._before = Before.of(self._engine.changes, self._work.state_dict())
+            self._before = self._now()
             enter("training", self.step + 1)
-            self._work.train_step(self.step)
-            self._before = None
+            self._unended = self._work.train_step(self.step)
             self.step += 1
+            self._end_step()
             over = self._is_over()
             if any_replica(self._engine, stop.requested) and not over:
                 self._stop()
@@ -185,12 +202,22 @@ class RunLoop:
         if self._selection.stops:
             logger.warning("stopped early after step %d: %s", self.step, self._selection.reason())
         self._check_finite()
-        self._before = Before.of(self._engine.changes, self._work.state_dict())
+        self._before = self._now()
         with within("end of the run"):
             self._work.finish()
         self._before = None
         self._log.conclude()
         return True
+
+    def _end_step(self) -> None:
+        """Let the step that is done be evaluated and logged."""
+        assert self._unended is not None
+        self._before = self._now()
+        self._work.end_step(self.step, self._unended)
+        self._before = self._unended = None
+
+    def _now(self) -> Before:
+        return Before.of(self._engine, self._work.state_dict())
 
     def _stop(self) -> None:
         """Save the step that is done, as a signal asks; an older checkpoint that fails is told, no more."""
@@ -222,11 +249,11 @@ class RunLoop:
                 end()
         except OSError:
             if older < self.step:
-                self._before = Before.of(self._engine.changes, self._work.state_dict())
+                self._before = self._now()
             raise
 
     def _is_untouched(self) -> bool:
-        """Whether models and optimizers still are as after step ``self.step``, in the middle of the next."""
+        """Whether models and optimizers still are as after step ``self.step``, at its end or in the next."""
         return self._before is not None and self._engine.changes == self._before.changes
 
     def _leave(self) -> None:
@@ -251,7 +278,7 @@ class RunLoop:
                 saved = step in self._checkpoints.steps()
                 why = None if over and saved else obstacle(told, step, over)
                 if why is None and not saved:
-                    self._save(self._before.restore())
+                    self._save(self._before.restore(self._engine))
                     self._settle(TO_LEAVE)
         except Exception as error:  # beside the one that ends the run, which is the one to be seen
             why = f"the checkpoint of step {step} could not be written: {error}"
@@ -320,6 +347,8 @@ class RunLoop:
         self._check_finite()
         extra = {"step": self.step, **(self._work.state_dict() if state is None else state)}
         extra |= self._work.in_flight(self.step)
+        if self._unended is not None:
+            extra[UNENDED] = self._unended
         about: dict[str, Any] = {UPDATES: self.step * self._work.updates_per_step}
         if self._record is not None:
             about[RECORD] = self._record
@@ -341,6 +370,7 @@ class RunLoop:
         extra = self._engine.load(latest)
         self._work.load_state_dict(extra, latest)
         self.step = int(extra["step"])
+        self._unended = extra.get(UNENDED)
         if not self._selection.kept <= set(self._checkpoints.steps()):
             self._selection.lose(f"{self.best_checkpoint()} is not there")
         logger.info("resumed from %s: %d of %d steps done", latest, self.step, self._work.total_steps)

@@ -31,7 +31,6 @@ from gapo_mega.runs.pair_steps import Measured, Pairs, WeightedLogprobs, experie
 from gapo_mega.runs.phases import Phases
 from gapo_mega.runs.preflight import build_aggregator
 from gapo_mega.runs.processes import world_size
-from gapo_mega.runs.skips import Skips
 from gapo_mega.types import Experience
 
 logger = logging.getLogger(__name__)
@@ -129,12 +128,11 @@ class PairsRun(DataRun[PairsConfig, Engine]):
         resolved = resolve(config, start.shape, world_size(), self.total_steps)
         self.aggregator, self.loss = resolved.aggregator, resolved.loss
         self.phases = Phases()
-        self.skips = Skips(self.names, config.gradients.max_nonfinite_steps)
         pad = start.pad_id  # nothing is generated
         return build_engine(resolved, pad_id=pad, eos_ids=[pad], chat_template=self._template())
 
     # -- a step --------------------------------------------------------------------------------------
-    def train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step on ``batch_size`` pairs of every objective."""
         self.phases.restart()
         chosen = [
@@ -147,8 +145,9 @@ class PairsRun(DataRun[PairsConfig, Engine]):
         report = self._update(experience)
         report = dataclasses.replace(report, losses=facts.pop("loss"))
         done = step + 1
-        self._record(done, report, facts, pairs)
+        metrics = self._metrics(report, facts, pairs)
         self.skips.take(report, done)
+        return self._unless_too_many(done, metrics)
 
     def _measure(self, pairs: Pairs) -> tuple[Measured, Experience]:
         with self.phases("reference"):
@@ -174,9 +173,9 @@ class PairsRun(DataRun[PairsConfig, Engine]):
                 f"stopped: the gradient of {at_fault} is zero and aggregation.options.zero_gradient is 'stop'"
             ) from error
 
-    def _record(
-        self, done: int, report: GradientReport, facts: Mapping[str, Sequence[float]], pairs: Pairs
-    ) -> None:
+    def _metrics(
+        self, report: GradientReport, facts: Mapping[str, Sequence[float]], pairs: Pairs
+    ) -> dict[str, float]:
         tokens = float(self.engine.sum_over_data(pairs.batch.lengths_B.sum().double()))
         seconds = self.phases.total()
         extra = {
@@ -184,7 +183,7 @@ class PairsRun(DataRun[PairsConfig, Engine]):
             for key, values in facts.items()
             for name, value in zip(self.names, values, strict=True)
         }
-        metrics = step_metrics(
+        return step_metrics(
             report,
             self.names,
             tokens_per_second=tokens / seconds,
@@ -192,7 +191,6 @@ class PairsRun(DataRun[PairsConfig, Engine]):
             seconds={**self.phases.seconds, "step": seconds},
             extra=extra,
         )
-        self.log.write(done, metrics | self._heldout_due(done))
 
     # -- held-out data -------------------------------------------------------------------------------
     def evaluate(self) -> dict[str, float]:
@@ -224,14 +222,9 @@ class PairsRun(DataRun[PairsConfig, Engine]):
     # -- what a checkpoint holds -----------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Also the memory of the aggregator."""
-        return {
-            **super().state_dict(),
-            "aggregator": self.aggregator.state_dict(),
-            "skipped_in_a_row": self.skips.in_a_row,
-        }
+        return {**super().state_dict(), "aggregator": self.aggregator.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Inverse of ``state_dict``. Raises ``ValueError`` for other data or another aggregator."""
         super().load_state_dict(state, checkpoint)
         self.aggregator.load_state_dict(state["aggregator"])
-        self.skips.in_a_row = int(state["skipped_in_a_row"])

@@ -17,10 +17,16 @@ class Skips:
         """``limit``: ``gradients.max_nonfinite_steps``."""
         self._names = list(names)
         self._limit = limit
+        self._last = ""  # why the last one was
         self.in_a_row = 0
 
+    @property
+    def too_many(self) -> bool:
+        """Whether ``check`` raises."""
+        return self.in_a_row >= self._limit
+
     def take(self, report: GradientReport, update: int, rows: Sequence[str] | None = None) -> None:
-        """Take note of update ``update``. Raises ``RuntimeError`` at the limit.
+        """Take note of update ``update``.
 
         ``rows``: names of the update's gradients, if they are not the objectives' alone.
         """
@@ -36,7 +42,7 @@ class Skips:
         self.count(report.skipped, update, reason, last)
 
     def count(self, skipped: bool, update: int, reason: str, last: str) -> None:
-        """Take note of whether update ``update`` was skipped. Raises ``RuntimeError`` at the limit.
+        """Take note of whether update ``update`` was skipped.
 
         ``reason``: why it was, if it was; ``last``: the same, of an update that is over.
         """
@@ -44,8 +50,12 @@ class Skips:
             self.in_a_row = 0
             return
         self.in_a_row += 1
+        self._last = last
         logger.warning("update %d skipped: %s", update, reason)
-        if self.in_a_row >= self._limit:
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` at the limit."""
+        if self.too_many:
             raise RuntimeError(
-                f"stopped: {last} in {self._limit} updates in a row (gradients.max_nonfinite_steps)"
+                f"stopped: {self._last} in {self._limit} updates in a row (gradients.max_nonfinite_steps)"
             )

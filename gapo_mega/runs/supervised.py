@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -26,7 +25,6 @@ from gapo_mega.engine.base import (
 from gapo_mega.evaluation import measures
 from gapo_mega.planning.chunks import chunk_of
 from gapo_mega.runs.data_run import DataRun
-from gapo_mega.runs.skips import Skips
 from gapo_mega.types import TokenBatch
 
 OneLossConfig = TypeVar("OneLossConfig", bound=RewardModelConfig | SftConfig)
@@ -35,16 +33,12 @@ OneLossConfig = TypeVar("OneLossConfig", bound=RewardModelConfig | SftConfig)
 class SupervisedRun(DataRun[OneLossConfig, SupervisedEngine]):
     """A run with one loss, whose engine takes the step."""
 
-    def _prepare(self) -> None:
-        self.skips = Skips([], self.config.gradients.max_nonfinite_steps)
-        super()._prepare()
-
     @property
     def order(self) -> Order:
         """Of the one data set."""
         return self.orders[0]
 
-    def train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step on the items of ``step``."""
         started = time.perf_counter()
         batch = self._batch(self.order.items(step))
@@ -61,18 +55,8 @@ class SupervisedRun(DataRun[OneLossConfig, SupervisedEngine]):
             "tokens_per_second": tokens / seconds,
             "time/step": seconds,
         }
-        self.log.write(done, metrics | self._heldout_due(done))
         self.skips.count(update.skipped, done, "the gradient is not finite", "the gradient was not finite")
-
-    # -- what a checkpoint holds -----------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        """Also the updates that were skipped in a row."""
-        return {**super().state_dict(), "skipped_in_a_row": self.skips.in_a_row}
-
-    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Inverse of ``state_dict``. Raises ``ValueError`` for other data."""
-        super().load_state_dict(state, checkpoint)
-        self.skips.in_a_row = int(state.get("skipped_in_a_row", 0))  # checkpoints before 0.1 have none
+        return self._unless_too_many(done, metrics)
 
     # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod

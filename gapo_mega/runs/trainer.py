@@ -218,8 +218,8 @@ class Trainer:
             if self.scalarizer is not None:
                 self.scalarizer.begin(*start)
 
-    def train_step(self, step: int) -> None:
-        """Roll out, score, estimate advantages, update once per minibatch, and evaluate if it is time to."""
+    def train_step(self, step: int) -> dict[str, float]:
+        """Roll out, score, estimate advantages, and update once per minibatch."""
         self.phases.restart()
         algorithm = self.config.algorithm
         seed = self._seed(step)
@@ -230,7 +230,7 @@ class Trainer:
         self.aggregator.observe(*torch.tensor([facts.rewards, facts.spreads], dtype=torch.float64))
         order = torch.Generator().manual_seed(generator_seed(seed))
         update, last = step * self.updates_per_step, done * self.updates_per_step
-        evaluates = self.evaluations.is_due(done)
+        metrics: dict[str, float] = {}
         for _ in range(algorithm.ppo_epochs):
             for minibatch in experience.minibatches(algorithm.minibatches, order):
                 update += 1
@@ -239,11 +239,27 @@ class Trainer:
                 with within("update"):
                     report = self._update_policy(minibatch, audit)
                 rows = None if self.config.one_signal is None else self._rows(audit)
-                evaluated = done if evaluates and update == last else None
-                self._record(update, report, facts, critic_losses, rows, evaluated)
+                metrics = self._metrics(report, facts, critic_losses, rows)
                 self.skips.take(report, update, rows)
+                if update < last or self.skips.too_many:
+                    self.log.write(update, metrics)
+                self.skips.check()
                 self.phases.restart()
         self.kl.observe(facts.kl * facts.extra["response_length"], self.config.sequences())
+        return metrics
+
+    def end_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Answer the held-out prompts if it is time to, log the last update, and write the report."""
+        evaluates = self.evaluations.is_due(done)
+        found = dict(metrics)
+        if evaluates:
+            self.phases.restart()
+            with self.phases("evaluation"):
+                if self._ahead is not None:
+                    self._ahead.settle()
+                found |= self.evaluations.measure(done)
+            found["time/evaluation"] = self.phases.seconds["evaluation"]
+        self.log.write(done * self.updates_per_step, found)
         if evaluates and self._with_report:
             self.evaluations.report(done)
 
@@ -340,24 +356,17 @@ class Trainer:
         with self.phases("critic"):
             return self.engine.update_critic(minibatch, self._value_loss)
 
-    def _record(
+    def _metrics(
         self,
-        update: int,
         report: GradientReport,
         facts: BatchFacts,
         critic_losses: Sequence[float],
         rows: Sequence[str] | None,
-        evaluated: int | None,
-    ) -> None:
-        """Log an update; ``evaluated``: steps done, where they are evaluated with the last update's line."""
+    ) -> dict[str, float]:
+        """What the log says of an update."""
         seconds = self.phases.total()
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
-        if evaluated is not None:
-            with self.phases("evaluation"):
-                if self._ahead is not None:
-                    self._ahead.settle()
-                extra |= self.evaluations.measure(evaluated)
-        metrics = step_metrics(
+        return step_metrics(
             report,
             self.rows if rows is None else self.names,
             rows=rows,
@@ -369,7 +378,6 @@ class Trainer:
             seconds={**self.phases.seconds, "step": seconds},
             extra=extra | ({"kl_beta": self.kl.value} if self.kl.adapts else {}),
         )
-        self.log.write(update, metrics)
 
     def _elapsed(self) -> float:
         """Seconds of the whole run, those before it was resumed included."""

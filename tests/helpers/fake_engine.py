@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,6 +183,14 @@ class FakeEngine:
     def save_in_background(self, directory: Path, extra: dict[str, Any]) -> BackgroundSave:
         self._called("save_in_background")
         return Writing(self, directory, json.dumps({"policy": self.policy, "extra": extra}))
+
+    def random_states(self) -> dict[str, Any]:
+        return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+
+    def restore_random_states(self, states: dict[str, Any]) -> None:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
 
     def load(self, directory: Path) -> dict[str, Any]:
         self._called("load")

@@ -165,8 +165,6 @@ class MegatronEngine(groups.Collective):
         if audit:
             assert self.audited is not None, "gradients.audit_every asks for it"
             strategy = self.audited
-        if strategy.averages is not None:
-            self._other_changes += 1
         with megatron_device():
             return strategy.step(minibatch, loss, aggregator)
 
@@ -181,6 +179,7 @@ class MegatronEngine(groups.Collective):
         return device()
 
     def take_strategy(self, resolved: ResolvedRun) -> int:
+        self._other_changes += self._averaged
         del self.gradients  # frees the old rows before the new ones are allocated
         with megatron_device():
             self.gradients = self._strategy(resolved, resolved.config.rows)
@@ -212,8 +211,14 @@ class MegatronEngine(groups.Collective):
         return {} if self.gradients.averages is None else {"policy": self.gradients.averages}
 
     @property
+    def _averaged(self) -> int:
+        """Updates that running means have taken, or begun to take."""
+        return sum(averages.begun for averages in self._averages().values())
+
+    @property
     def changes(self) -> int:
-        return self._other_changes + sum(trainable.begun for trainable in self._trainables().values())
+        steps = sum(trainable.begun for trainable in self._trainables().values())
+        return self._other_changes + steps + self._averaged
 
     def is_finite(self) -> bool:
         self.gather_parameters()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gapo_mega.config import Config
 from gapo_mega.config.loading import parse
 from gapo_mega.engine.base import checkpoint_converter
+from gapo_mega.engine.megatron.runtime import groups
 from gapo_mega.runs.start import train
 from tests.helpers.metrics_log import CLOCKED, VARYING, metrics
 from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
@@ -43,6 +44,18 @@ def stopping(prompts: list[str], responses: list[str], *, flag: str) -> list[flo
         if left == 0:
             path.unlink()
             os.kill(os.getpid(), signal.SIGTERM)
+    return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
+
+
+def failing(prompts: list[str], responses: list[str], *, flag: str) -> list[float]:
+    """Raises in the held-out evaluation that the file counts down to."""
+    path = Path(flag)
+    if "minus" in prompts[0] and path.exists():
+        left = int(path.read_text()) - 1
+        path.write_text(str(left))
+        if left == 0:
+            path.unlink()
+            raise OSError("a disk of its own is full")
     return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
 '''
 
@@ -108,6 +121,28 @@ def test_evaluated_stopped_in_an_evaluation_and_resumed(folder: Path) -> None:
     found = [json.loads((path / "summary.json").read_text()) for path in (whole, stopped)]
     assert {**found[0], "seconds": 0} == {**found[1], "seconds": 0}
     weights = [(path / "hf" / "model.safetensors").read_bytes() for path in (whole, stopped)]
+    assert weights[0] == weights[1]
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_no_step(folder: Path) -> None:
+    """Also with running means of gradients; the run that goes on evaluates first."""
+    flag = folder / "failing"
+    sections: dict[str, Any] = {
+        "evaluation": {"every_steps": 1, "shown": 1},
+        "aggregation": {"average": 0.9},
+    }
+    options = {"flag": str(flag)}
+    whole = run(folder, "unfailing", "failing", options, **sections)
+    flag.write_text("3")  # before training, after step 1, after step 2
+    with pytest.raises(ValueError, match=r"own.*a disk of its own is full"):
+        run(folder, "failed", "failing", options, **sections)
+    groups.shutdown()  # which the end of the process does otherwise
+    failed = folder / "failed"
+    assert [path.name for path in (failed / "checkpoints").iterdir()] == ["step_00000002"]
+    assert [line["step"] for line in metrics(failed)] == [1]
+    run(folder, "failed", "failing", options, **sections)
+    assert metrics(failed) == metrics(whole)
+    weights = [(path / "hf" / "model.safetensors").read_bytes() for path in (whole, failed)]
     assert weights[0] == weights[1]
 
 

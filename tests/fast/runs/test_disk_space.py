@@ -33,13 +33,17 @@ def test_one_line_names_both_numbers_and_the_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
-def test_what_earlier_processes_wrote_counts(tmp_path: Path) -> None:
+def test_what_earlier_processes_wrote_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     free = shutil.disk_usage(tmp_path).free
     plan = DiskPlan(free // 2, 3, 0)
     with pytest.raises(ValueError, match="3 checkpoints of"):
         check_plan(tmp_path, plan, 0)
     check_plan(tmp_path, plan, free)
     check_plan(tmp_path, DiskPlan(EXABYTE, 0, 0), 0)  # nothing is written
+    assert "could leave no checkpoint, which needs 1000000000.00 GB" in caplog.text
+    caplog.clear()
+    check_plan(tmp_path, DiskPlan(1, 0, 0), 0)
+    assert not caplog.text
 
 
 def test_every_rank_refuses_and_nothing_is_left(tmp_path: Path) -> None:

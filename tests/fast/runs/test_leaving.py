@@ -11,6 +11,7 @@ import torch
 
 from gapo_mega.runs.leaving import Before, meet, obstacle, stand_together
 from gapo_mega.runs.processes import Alone
+from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.held_runs import Threads, on_ranks
 
 
@@ -20,18 +21,20 @@ def draws() -> tuple[float, float, float]:
 
 def test_random_numbers_and_state_come_back() -> None:
     state: dict[str, Any] = {"mean": torch.tensor([1.0, 2.0]), "seen": [1]}
-    before = Before.of(7, state)
+    engine = FakeEngine()
+    engine.changes = 7
+    before = Before.of(engine, state)
     expected = draws()
     state["mean"] += 1  # what a step does
     state["seen"].append(2)
     state["new"] = True
-    restored = before.restore()
+    restored = before.restore(engine)
     assert before.changes == 7
     assert restored.keys() == {"mean", "seen"} and restored["seen"] == [1]
     torch.testing.assert_close(restored["mean"], torch.tensor([1.0, 2.0]), rtol=0, atol=0)
     assert draws() == expected
     restored["seen"].append(3)
-    assert before.restore()["seen"] == [1]  # a copy each time
+    assert before.restore(engine)["seen"] == [1]  # a copy each time
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ STEPS = 5
 
 
 class Counting:
-    """Logs a line an update and remembers what was asked of it."""
+    """Logs a line an update and remembers what was asked of it. An evaluation is the value once more."""
 
     updates_per_step = 2
 
@@ -47,13 +47,19 @@ class Counting:
     def begin(self) -> None:
         self._event("begin")
 
-    def train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> dict[str, float]:
         self._during.get(f"before {step}", lambda: None)()
         self._engine.changes += 1
-        for update in (2 * step + 1, 2 * step + 2):
-            self.value = 3 * self.value + update
-            self._log.write(update, {"value": float(self.value)})
+        self.value = 3 * self.value + 2 * step + 1
+        self._log.write(2 * step + 1, {"value": float(self.value)})
+        self.value = 3 * self.value + 2 * step + 2
         self._event(f"step {step}")
+        return {"value": float(self.value)}
+
+    def end_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        self._during.get(f"end {done}", lambda: None)()
+        self._log.write(2 * done, {**metrics, "evaluated": float(self.value)})
+        self._during.get(f"report {done}", lambda: None)()
 
     def finish(self) -> None:
         self._event("finish")
@@ -177,7 +183,9 @@ def test_a_failing_step_leaves_the_last_checkpoint(tmp_path: Path, whole: list[d
 
     with pytest.raises(RuntimeError, match="out of order"):
         start(tmp_path, {"step 3": fail}, every_steps=3)
-    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
+    assert [line["step"] for line in lines(tmp_path)] == list(
+        range(1, 8)
+    )  # the last update's comes at the end
     finished, work = start(tmp_path, every_steps=3)
     assert finished and work.events[:3] == ["load step_00000003", "begin", "step 3"]
     assert lines(tmp_path) == whole
@@ -236,6 +244,33 @@ def test_nothing_is_saved_before_the_first_step_or_in_the_middle_of_updates(
     assert checkpoints(tmp_path) == []
     assert "step 3 was cut short after its updates had begun" in caplog.text
     assert "there is no complete checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("done", [1, 3, STEPS])
+@pytest.mark.parametrize("place", ["end", "report"])
+def test_what_fails_after_the_updates_of_a_step_leaves_that_step(
+    tmp_path: Path, whole: list[dict[str, Any]], place: str, done: int
+) -> None:
+    """A reward that fails in an evaluation, a full disk at the log: the run that goes on ends the step."""
+    with pytest.raises(ZeroDivisionError):
+        start(tmp_path, {f"{place} {done}": lambda: 1 / 0})
+    assert checkpoints(tmp_path) == [f"step_{done:08d}"]
+    with pytest.raises(ZeroDivisionError):  # nothing is mended yet
+        start(tmp_path, {f"{place} {done}": lambda: 1 / 0})
+    finished, work = start(tmp_path)
+    rest = [f"step {later}" for later in range(done, STEPS)]
+    assert finished and work.events == [f"load step_{done:08d}", "begin", *rest, "finish"]
+    assert lines(tmp_path) == whole
+
+
+def test_a_signal_ends_the_wait_of_an_evaluation(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+    def never_answered() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(60)
+
+    finished, _ = start(tmp_path, {"end 2": never_answered})
+    assert not finished and checkpoints(tmp_path) == ["step_00000002"]
+    assert start(tmp_path)[0] and lines(tmp_path) == whole
 
 
 def test_sys_exit_is_no_end(tmp_path: Path) -> None:

@@ -15,14 +15,12 @@ Loading unpickles: load only checkpoints that you trust.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -37,7 +35,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
@@ -49,7 +46,7 @@ from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.optimizer import Trainable
-from gapo_mega.engine.megatron.runtime import releases
+from gapo_mega.engine.megatron.runtime import random_states, releases
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.megatron.runtime.groups import Groups
 
@@ -84,7 +81,7 @@ def save(
         if layout.is_main:
             directory.mkdir(parents=True, exist_ok=True)
         models: dict[str, dict[str, Any]] = {}
-        state: dict[str, Any] = {"rng": _ranked("rng", _rng_states(), layout.rank, layout.world)}
+        state: dict[str, Any] = {"rng": _ranked("rng", random_states.current(), layout.rank, layout.world)}
         state["extra"] = _ranked("extra", extra, layout.data_rank, layout.data, replica=_replica_rank(layout))
         for name, trainable in trainables.items():
             trainable.gather_parameters()
@@ -134,7 +131,7 @@ def load(
     for name, trainable in trainables.items():
         _restore(trainable, optimizers[name], loaded[name], about["models"][name])
     if same_layout:
-        _set_rng_states(loaded["rng"])
+        random_states.restore(loaded["rng"])
     elif layout.is_main:
         _log.warning(
             "checkpoint %s was saved in another layout (%s, now %s): everything is restored but the "
@@ -240,25 +237,6 @@ def _replica_rank(layout: Layout) -> int:
 def _ranked(key: str, data: Any, index: int, count: int, replica: int = 0) -> ShardedObject:
     """Entry ``index`` of ``count`` as a sharded object; only its replica 0 is written."""
     return ShardedObject(key, data, (count,), (index,), replica_id=replica)
-
-
-def _rng_states() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _set_rng_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class AveragedRows:
     Attributes:
         rows: ``M_k``, one for each objective, shaped like the shard.
         updates: t.
+        begun: calls of ``add`` in this process, the one under way included.
     """
 
     def __init__(self, shard: GradientShard, count: int, beta: float, dtype: torch.dtype) -> None:
@@ -32,6 +33,7 @@ class AveragedRows:
         self._beta = beta
         self.rows = [shard.zero_row(count + 1 + index, dtype) for index in range(count)]
         self.updates = 0
+        self.begun = 0
 
     def grams(self, products: Tensor) -> tuple[Tensor, Tensor]:
         """The Gram matrices of the gradients g, and of the means as they will be with g, [M, M] each.
@@ -43,6 +45,7 @@ class AveragedRows:
 
     def add(self, gradients: Sequence[Sequence[Tensor]]) -> None:
         """Add the gradients of an update to the means."""
+        self.begun += 1
         for mean, gradient in zip(self.rows, gradients, strict=True):
             ops.combine_(mean, [mean, gradient], [self._beta, 1 - self._beta])
         self.updates += 1

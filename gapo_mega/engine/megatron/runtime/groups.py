@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gapo_mega.config import ParallelConfig
 from gapo_mega.engine.base import Layout, generator_seed
+from gapo_mega.engine.megatron.runtime import random_states
 from gapo_mega.engine.megatron.runtime.cpu import megatron_device
 from gapo_mega.engine.process_group import TIMEOUT, start_process_group
 from gapo_mega.planning.world import read_world
@@ -81,6 +82,12 @@ class Collective:
         found = torch.tensor(int(holds))
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
         return bool(found)
+
+    def random_states(self) -> dict[str, Any]:
+        return random_states.current()
+
+    def restore_random_states(self, states: dict[str, Any]) -> None:
+        random_states.restore(states)
 
     def close(self) -> None:
         shutdown()
