@@ -6,8 +6,8 @@ Everything is a CPU tensor; token ids are int64. Shapes: P pairs, C chats, T tok
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence, Sized
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from gapo_mega.data.chat_template import ChatTemplate, template_text
 from gapo_mega.data.chats import Chat
 from gapo_mega.data.pairs import Lengths, Pair
+from gapo_mega.data.sequences import Sequences, kind_of, sequences_of
+from gapo_mega.data.token_cache import TokenCache, digest_of, digest_of_piece
 from gapo_mega.types import Message, TokenBatch
 
 if TYPE_CHECKING:
@@ -27,40 +29,46 @@ logger = logging.getLogger(__name__)
 PairIds = tuple[Tensor, Tensor]  # chosen and rejected conversation, each int64 [T]
 ChatIds = tuple[Tensor, Tensor]  # int64 [T], and bool [T]: tokens that are learned
 AnswerIds = tuple[ChatIds, ChatIds]  # chosen and rejected conversation, with the tokens of the answer
-Item = TypeVar("Item")
 Spans = list[tuple[int, int]]  # [start, end) in characters
 TEMPLATE_PARAMETER = "model.chat_template"
-_AT_ONCE = 1000  # texts given to the tokenizer together: its Python integers take 36 bytes a token
+_AT_ONCE = 1000  # pairs whose responses are counted together
+_PAIRS, _ANSWERS, _CHATS = kind_of("pairs"), kind_of("answers"), kind_of("chats")
 
 
 def encode_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, max_tokens: int
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    max_tokens: int,
+    cache: TokenCache | None = None,
 ) -> tuple[list[PairIds], list[Pair]]:
     """Both conversations of every pair that is short enough, and these pairs, in the order of ``pairs``.
 
     The chat template writes the special tokens, so the tokenizer adds none. A pair with a conversation of
-    more than ``max_tokens`` tokens is left out, and counted in the log.
+    more than ``max_tokens`` tokens is left out, and counted in the log. ``cache``: where many pairs are
+    looked up, and shared out over ranks, which call together; None: nothing is kept.
 
     Raises ``ValueError`` if none is left, and if the template refuses a conversation.
     """
     render = _Renderer(tokenizer, chat_template)
-    encoded: list[PairIds] = []
-    kept: list[Pair] = []
-    for some in _pieces(pairs):
-        texts = [render(pair.answered(text)) for pair in some for text in (pair.chosen, pair.rejected)]
+
+    def encode(some: Sequence[Pair]) -> Sequences:
+        texts = _both_answered(render, some)
         ids = [torch.tensor(found, dtype=torch.int64) for found in _tokenized(tokenizer, texts)["input_ids"]]
-        for pair, both in zip(some, zip(ids[::2], ids[1::2], strict=True), strict=True):
-            if _longest(both) <= max_tokens:
-                encoded.append(both)
-                kept.append(pair)
-    _count_left_out("pairs", len(encoded), len(pairs), max_tokens)
-    return encoded, kept
+        kept = [i for i in range(len(some)) if _longest(ids[2 * i : 2 * i + 2]) <= max_tokens]
+        return Sequences(kept, [ids[row] for i in kept for row in (2 * i, 2 * i + 1)])
+
+    digest = digest_of(tokenizer, render.text, {"max_tokens": max_tokens})
+    found = sequences_of(_PAIRS, pairs, encode, cache, _key_of_pairs(digest))
+    _count_left_out("pairs", len(found.index), len(pairs), max_tokens)
+    return list(zip(found.ids[::2], found.ids[1::2], strict=True)), [pairs[i] for i in found.index]
 
 
 def response_lengths(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Lengths]:
     """Tokens of the chosen and of the rejected response of every pair, without prompt and template."""
     lengths: list[Lengths] = []
-    for some in _pieces(pairs):
+    for start in range(0, len(pairs), _AT_ONCE):
+        some = pairs[start : start + _AT_ONCE]
         texts = [text for pair in some for text in (pair.chosen, pair.rejected)]
         counts = [len(ids) for ids in _tokenized(tokenizer, texts)["input_ids"]]
         lengths += zip(counts[::2], counts[1::2], strict=True)
@@ -72,6 +80,7 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
     max_tokens: int,
+    cache: TokenCache | None = None,
     *,
     assistant_only: bool = True,
 ) -> list[ChatIds]:
@@ -80,7 +89,8 @@ def encode_chats(
     The mask is true on what the assistant produces: every token with a character of one of its messages, up
     to and with the special token that ends the turn (white space that the template writes after it is not
     produced). Without ``assistant_only`` it is true on every token but the first, which nothing predicts.
-    Chats of more than ``max_tokens`` tokens are left out, and counted in the log.
+    Chats of more than ``max_tokens`` tokens are left out, and counted in the log. ``cache`` as in
+    ``encode_pairs``.
 
     Raises ``ValueError`` if none is left, if the template refuses a chat or changes what is already said as
     a chat goes on, and for a tokenizer without character offsets.
@@ -92,10 +102,11 @@ def encode_chats(
         )
     render = _Renderer(tokenizer, chat_template)
     special = _special_ids(tokenizer)
-    encoded: list[ChatIds] = []
-    for some in _pieces(chats):
+
+    def encode(some: Sequence[Chat]) -> Sequences:
         texts = [render(chat.messages) for chat in some]
         tokens = _tokenized(tokenizer, texts, offsets=assistant_only)
+        index, encoded = [], []
         for row, (chat, text) in enumerate(zip(some, texts, strict=True)):
             ids: list[int] = tokens["input_ids"][row]
             if len(ids) > max_tokens:
@@ -104,15 +115,23 @@ def encode_chats(
             if assistant_only:
                 spans = _assistant_spans(render, chat.messages, text)
                 mask = _produced(ids, tokens["offset_mapping"][row], spans, text, special)
-            learned_T = torch.tensor(mask, dtype=torch.bool)
-            learned_T[:1] = False
-            encoded.append((torch.tensor(ids, dtype=torch.int64), learned_T))
-    _count_left_out("chats", len(encoded), len(chats), max_tokens)
-    return encoded
+            index.append(row)
+            encoded.append(_learned(ids, mask))
+        return Sequences(index, [ids_T for ids_T, _ in encoded], [mask_T for _, mask_T in encoded])
+
+    digest = digest_of(tokenizer, render.text, {"max_tokens": max_tokens, "assistant_only": assistant_only})
+    key = None if digest is None else lambda some: digest_of_piece(digest, (chat.messages for chat in some))
+    found = sequences_of(_CHATS, chats, encode, cache, key)
+    _count_left_out("chats", len(found.index), len(chats), max_tokens)
+    return list(zip(found.ids, found.masks, strict=True))
 
 
 def encode_answers(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, max_tokens: int
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    max_tokens: int,
+    cache: TokenCache | None = None,
 ) -> tuple[list[AnswerIds], list[Pair]]:
     """``encode_pairs`` with a mask of the answer's tokens, the special token that ends it included.
 
@@ -126,24 +145,29 @@ def encode_answers(
         )
     render = _Renderer(tokenizer, chat_template)
     special = _special_ids(tokenizer)
-    encoded: list[AnswerIds] = []
-    kept: list[Pair] = []
-    for some in _pieces(pairs):
-        texts = [render(pair.answered(text)) for pair in some for text in (pair.chosen, pair.rejected)]
+
+    def encode(some: Sequence[Pair]) -> Sequences:
+        texts = _both_answered(render, some)
         tokens = _tokenized(tokenizer, texts, offsets=True)
+        index: list[int] = []
+        encoded: list[ChatIds] = []
         for number, pair in enumerate(some):
             asked = render(pair.prompt, asked=True)
             rows = (2 * number, 2 * number + 1)
-            if max(len(tokens["input_ids"][row]) for row in rows) > max_tokens:
+            if _longest([tokens["input_ids"][row] for row in rows]) > max_tokens:
                 continue
-            chosen, rejected = (
+            index.append(number)
+            encoded += (
                 _answer(tokens["input_ids"][row], tokens["offset_mapping"][row], asked, texts[row], special)
                 for row in rows
             )
-            encoded.append((chosen, rejected))
-            kept.append(pair)
-    _count_left_out("pairs", len(encoded), len(pairs), max_tokens)
-    return encoded, kept
+        return Sequences(index, [ids_T for ids_T, _ in encoded], [mask_T for _, mask_T in encoded])
+
+    digest = digest_of(tokenizer, render.text, {"max_tokens": max_tokens})
+    found = sequences_of(_ANSWERS, pairs, encode, cache, _key_of_pairs(digest))
+    _count_left_out("pairs", len(found.index), len(pairs), max_tokens)
+    answers = list(zip(found.ids, found.masks, strict=True))
+    return list(zip(answers[::2], answers[1::2], strict=True)), [pairs[i] for i in found.index]
 
 
 def _answer(ids: list[int], offsets: Spans, asked: str, text: str, special: frozenset[int]) -> ChatIds:
@@ -153,7 +177,11 @@ def _answer(ids: list[int], offsets: Spans, asked: str, text: str, special: froz
             "tokens cannot be told apart; accepted: a template that writes the question alike with and "
             "without its answer"
         )
-    mask_T = torch.tensor(_produced(ids, offsets, [(len(asked), len(text))], text, special), dtype=torch.bool)
+    return _learned(ids, _produced(ids, offsets, [(len(asked), len(text))], text, special))
+
+
+def _learned(ids: list[int], mask: list[bool]) -> ChatIds:
+    mask_T = torch.tensor(mask, dtype=torch.bool)
     mask_T[:1] = False  # nothing predicts the first token
     return torch.tensor(ids, dtype=torch.int64), mask_T
 
@@ -189,7 +217,8 @@ class _Renderer:
     """Renders conversations; where the template refuses one, ``model.chat_template`` is at fault."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        self._template = ChatTemplate(tokenizer, template_text(tokenizer, chat_template, TEMPLATE_PARAMETER))
+        self.text = template_text(tokenizer, chat_template, TEMPLATE_PARAMETER)
+        self._template = ChatTemplate(tokenizer, self.text)
 
     def __call__(self, messages: Sequence[Message], *, asked: bool = False) -> str:
         try:
@@ -248,17 +277,26 @@ def _tokenized(
     return tokens
 
 
-def _pieces(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    return (items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE))
+def _both_answered(render: _Renderer, pairs: Sequence[Pair]) -> list[str]:
+    return [render(pair.answered(text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 
-def _longest(both: PairIds) -> int:
+def _key_of_pairs(digest: str | None) -> Callable[[Sequence[Pair]], str] | None:
+    """Of what is tokenised: the margins are not."""
+    if digest is None:
+        return None
+    return lambda some: digest_of_piece(digest, ((pair.prompt, pair.chosen, pair.rejected) for pair in some))
+
+
+def _longest(both: Sequence[Sized]) -> int:
     return max(len(ids) for ids in both)
 
 
 def _count_left_out(what: str, kept: int, total: int, max_tokens: int) -> None:
+    if not total:
+        return
     logger.info("%d of %d %s, left out %d longer than %d tokens", kept, total, what, total - kept, max_tokens)
-    if total and not kept:
+    if not kept:
         raise ValueError(
             f"model.max_tokens: found {max_tokens}, which is less than each of the {total} {what} has; "
             "accepted: more"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 from gapo_mega.config import DataConfig
 from gapo_mega.data.chat_template import ChatTemplate
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Lossy, Malformed, asked, check_roles, conversation, of_user, turns_fault
-from gapo_mega.data.prompt_cache import PIECE, Encoded, PromptCache, digest_of, digest_of_piece
 from gapo_mega.data.tables import Source, Table, check_column, tell_unread
+from gapo_mega.data.token_cache import PIECE, Arrays, Kind, TokenCache, digest_of, digest_of_piece
 from gapo_mega.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -26,6 +27,50 @@ logger = logging.getLogger(__name__)
 
 _TOO_LONG, _EMPTY, _TURNS = "too long", "empty", "turns out of order"
 _ANSWERS, _OWN_SYSTEM = "answers", "own system"
+# What the tokens of a prompt follow from, beside the tokenizer and the row.
+_SETTINGS = ("prompt_column", "system_prompt", "chat_template", "max_prompt_tokens")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts of consecutive rows, whose ``index`` counts from the first of these, and what was counted."""
+
+    prompts: Sequence[Prompt] = ()
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def after(self, rows: int) -> Iterator[Prompt]:
+        """The prompts, numbered after so many other rows."""
+        return (replace(prompt, index=prompt.index + rows) for prompt in self.prompts)
+
+    def packed(self) -> tuple[dict[str, Any], Arrays]:
+        """As a cache keeps them."""
+        about: dict[str, Any] = {
+            "counts": self.counts,
+            "texts": [prompt.text for prompt in self.prompts],
+            "messages": [[dict(message) for message in prompt.messages] for prompt in self.prompts],
+        }
+        ids = [token for prompt in self.prompts for token in prompt.token_ids]
+        arrays: Arrays = {
+            "ids": np.array(ids, dtype=np.int32),
+            "ends": np.cumsum([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64),
+            "index": np.array([prompt.index for prompt in self.prompts], dtype=np.int32),
+        }
+        return about, arrays
+
+    @classmethod
+    def unpacked(cls, about: Mapping[str, Any], arrays: Arrays) -> Encoded:
+        """Inverse of ``packed``. Raises ``ValueError`` for parts that do not fit together."""
+        ids, ends, index = (arrays[part].tolist() for part in ("ids", "ends", "index"))
+        prompts, start = [], 0
+        for place, text, messages, end in zip(index, about["texts"], about["messages"], ends, strict=True):
+            prompts.append(Prompt(place, text, tuple(ids[start:end]), tuple(messages)))
+            start = end
+        if start != len(ids):
+            raise ValueError("lacks prompts")
+        return cls(prompts, Counter(about["counts"]))
+
+
+_KIND = Kind("prompts", Encoded.packed, Encoded.unpacked)
 
 
 class PromptEncoder:
@@ -39,7 +84,7 @@ class PromptEncoder:
         data: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
         columns: Mapping[str, str] | None = None,
-        cache: PromptCache | None = None,
+        cache: TokenCache | None = None,
     ) -> None:
         """``columns``: others that prompts keep, and what errors call the setting that names each.
 
@@ -61,7 +106,9 @@ class PromptEncoder:
         self._columns = columns or {}
         self._counts: Counter[str] = Counter()  # of the last table
         self._cache = cache
-        self._digest = None if cache is None else digest_of(data, tokenizer)
+        template = tokenizer.get_chat_template() if data.chat_template else None
+        settings = {name: getattr(data, name) for name in _SETTINGS}
+        self._digest = None if cache is None else digest_of(tokenizer, template, settings)
 
     def all_of(self, table: Table) -> list[Prompt]:
         """The usable prompts of ``table``, in its order; the others are counted in the log.
@@ -116,7 +163,11 @@ class PromptEncoder:
             return digest_of_piece(digest, [row.get(column) for _, row in piece])
 
         yield from self._cache.encoded(
-            rows, len(table), lambda piece: self._encode(table, piece), None if digest is None else key
+            _KIND,
+            rows,
+            len(table),
+            lambda piece: self._encode(table, piece),
+            None if digest is None else key,
         )
 
     def _with_columns(self, prompts: Sequence[Prompt], table: Table) -> list[Prompt]:

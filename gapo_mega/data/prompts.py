@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from gapo_mega.config import DataConfig
 from gapo_mega.data.conversations import heldout_source, training_source
 from gapo_mega.data.order import Order
-from gapo_mega.data.prompt_cache import PromptCache
 from gapo_mega.data.prompt_encoding import PromptEncoder
 from gapo_mega.data.tables import PACKAGE_PREFIX, SPLIT_COLUMN, Source, read_rows
+from gapo_mega.data.token_cache import TokenCache
 from gapo_mega.types import Prompt
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     columns: Mapping[str, str] | None = None,
-    cache: PromptCache | None = None,
+    cache: TokenCache | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and at most ``data.heldout_prompts`` held-out ones, in an order fixed by ``seed``.
 

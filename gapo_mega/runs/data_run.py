@@ -17,6 +17,7 @@ from gapo_mega.config.supervised import RewardModelConfig, SupervisedConfig, che
 from gapo_mega.data.chat_template import template_text
 from gapo_mega.data.encoding import TEMPLATE_PARAMETER
 from gapo_mega.data.order import Order
+from gapo_mega.data.token_cache import TokenCache
 from gapo_mega.engine.base import RunEngine
 from gapo_mega.evaluation import measures
 from gapo_mega.evaluation.files import write_text
@@ -141,7 +142,7 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
         self.skips = Skips(self.names, config.gradients.max_nonfinite_steps)
         self.session.check_settings(Identity(self.command, settings_of(config)))
         self.start = self.check(config, world_size())
-        counts = self._load(self.start.tokenizer)
+        counts = self._load(self.start.tokenizer, self.session.token_cache(config.logging.progress))
         # Refuses more items a step than there are, before the engine knows this process's place.
         orders = [Order(count, config.batch_size, 0, 1, config.seed) for count in counts]
         total = max(order.steps_per_epoch for order in orders) * config.epochs
@@ -267,8 +268,8 @@ class DataRun(ABC, Generic[AnyConfig, AnyEngine]):
 
     # -- what kinds differ in ------------------------------------------------------------------------
     @abstractmethod
-    def _load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-        """Read and encode the data; return the number of training items of every data set."""
+    def _load(self, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Sequence[int]:
+        """Read and encode the data; return the number of training items of every data set. Collective."""
 
     @abstractmethod
     def _rows(self) -> tuple[Iterable[object], Iterable[object]]:

@@ -20,7 +20,8 @@ from gapo_mega.config.results import TrainCheckpointConfig
 from gapo_mega.config.sections import PolicyConfig, TrainLoggingConfig
 from gapo_mega.config.supervised import PairsConfig
 from gapo_mega.data.encoding import AnswerIds, encode_answers
-from gapo_mega.data.pairs import Pair, load_objectives
+from gapo_mega.data.pairs import Pair, errors_of, load_objectives
+from gapo_mega.data.token_cache import TokenCache
 from gapo_mega.engine.base import Engine, GradientReport, build_engine
 from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning.layout import check_gradients, check_model_split
@@ -104,16 +105,18 @@ class PairsRun(DataRun[PairsConfig, Engine]):
     def names(self) -> list[str]:
         return [objective.name for objective in self.config.objectives]
 
-    def _load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-        train, heldout = load_objectives(self.config.objectives, self.config.seed)
-        self._train = [self._encoded(pairs, tokenizer) for pairs in train]
-        self._heldout = [self._encoded(pairs, tokenizer) if pairs else [] for pairs in heldout]
-        return [len(pairs) for pairs in self._train]
-
-    def _encoded(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    def _load(self, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Sequence[int]:
         model = self.config.model
-        encoded, kept = encode_answers(pairs, tokenizer, model.chat_template, model.max_tokens)
-        return [(both, pair.margin) for both, pair in zip(encoded, kept, strict=True)]
+
+        def encoded(sets: Sequence[list[Pair]]) -> Iterator[Encoded]:
+            for index, pairs in enumerate(sets):
+                with errors_of(index):
+                    found = encode_answers(pairs, tokenizer, model.chat_template, model.max_tokens, cache)
+                yield [(both, pair.margin) for both, pair in zip(*found, strict=True)]
+
+        train, heldout = load_objectives(self.config.objectives, self.config.seed)
+        self._train, self._heldout = list(encoded(train)), list(encoded(heldout))
+        return [len(pairs) for pairs in self._train]
 
     def _rows(self) -> tuple[Iterable[object], Iterable[object]]:
         def of(sets: Sequence[Encoded]) -> Iterator[object]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from gapo_mega.config import Config, Section
 from gapo_mega.config.supervised import SupervisedConfig
+from gapo_mega.data.token_cache import TokenCache, cache_directory
 from gapo_mega.planning.disk import DiskPlan
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
@@ -184,6 +185,13 @@ class Session:
                 f"output_dir: rank 0 writes to {where}, which another rank does not see at {self.directory}; "
                 "accepted: a directory that all nodes share, by the same path or an absolute one"
             )
+
+    # -- what it reads -------------------------------------------------------------------------------
+    def token_cache(self, progress: bool) -> TokenCache:
+        """Where the ranks look up and share out tokenised rows; ``progress``: the main one shows a bar."""
+        ranks = self.everyone
+        shown = progress and ranks.is_main
+        return TokenCache(cache_directory(), ranks.rank, ranks.size, ranks.gather, progress=shown)
 
     # -- what it goes on from ------------------------------------------------------------------------
     def check_settings(self, identity: Identity) -> None:

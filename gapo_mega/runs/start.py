@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from gapo_mega.config import Config
 from gapo_mega.data.order import PROMPTS, Order
-from gapo_mega.data.prompt_cache import PromptCache, cache_directory
 from gapo_mega.data.prompts import load_prompts
 from gapo_mega.engine.base import build_engine
 from gapo_mega.files import local
@@ -92,15 +91,8 @@ def run_training(resolved: ResolvedRun, with_report: bool = True, overwrite: boo
         companions = location.companions_of(resolved.policy.directory())
         tokenizer = read_tokenizer(companions)
         check_tokens(companions, tokenizer, resolved.shape.vocab)
-        cache = PromptCache(
-            cache_directory(),
-            session.everyone.rank,
-            session.everyone.size,
-            session.everyone.gather,
-            progress=config.logging.progress and session.everyone.is_main,
-        )
         train_prompts, heldout_prompts = load_prompts(
-            config.data, tokenizer, config.seed, config.columns, cache
+            config.data, tokenizer, config.seed, config.columns, session.token_cache(config.logging.progress)
         )
         check_heldout(config, len(heldout_prompts))
         for objective in resolved.objectives:

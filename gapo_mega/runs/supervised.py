@@ -15,6 +15,7 @@ from gapo_mega.data import encoding as batches
 from gapo_mega.data.chats import load_chats
 from gapo_mega.data.order import Order
 from gapo_mega.data.pairs import load_pairs
+from gapo_mega.data.token_cache import TokenCache
 from gapo_mega.engine.base import (
     SupervisedEngine,
     SupervisedSetup,
@@ -97,7 +98,7 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
 
     command = "gapo-mega train-reward"
 
-    def _load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    def _load(self, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Sequence[int]:
         model, source = self.config.model, self.start.source
         self._head = head = read_score_head(source)
         if head is not None and (head.bias is not None or head.normalize is not None or head.is_cost):
@@ -105,15 +106,11 @@ class RewardRun(SupervisedRun[RewardModelConfig]):
                 f"model.path: {source} is a score model with a bias, a normaliser or a sign, "
                 "which training would not keep; accepted: a language model, or a transformers classifier"
             )
-        train, heldout = load_pairs(self.config.data, self.config.seed)
-        self._train, _ = batches.encode_pairs(train, tokenizer, model.chat_template, model.max_tokens)
-        self._heldout: list[batches.PairIds] = []
-        self._lengths: list[tuple[int, int]] = []
-        if heldout:
-            self._heldout, kept = batches.encode_pairs(
-                heldout, tokenizer, model.chat_template, model.max_tokens
-            )
-            self._lengths = batches.response_lengths(kept, tokenizer)
+        (self._train, _), (self._heldout, kept) = (
+            batches.encode_pairs(pairs, tokenizer, model.chat_template, model.max_tokens, cache)
+            for pairs in load_pairs(self.config.data, self.config.seed)
+        )
+        self._lengths = batches.response_lengths(kept, tokenizer)
         return [len(self._train)]
 
     def _rows(self) -> tuple[Iterable[object], Iterable[object]]:
@@ -159,22 +156,19 @@ class SftRun(SupervisedRun[SftConfig]):
 
     command = "gapo-mega sft"
 
-    def _load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    def _load(self, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Sequence[int]:
         model = self.config.model
-        train, heldout = load_chats(self.config.data, self.config.seed)
-        encoded = [
+        self._train, self._heldout = (
             batches.encode_chats(
                 chats,
                 tokenizer,
                 model.chat_template,
                 model.max_tokens,
+                cache,
                 assistant_only=self.config.assistant_only,
             )
-            if chats
-            else []
-            for chats in (train, heldout)
-        ]
-        self._train, self._heldout = encoded
+            for chats in load_chats(self.config.data, self.config.seed)
+        )
         return [len(self._train)]
 
     def _rows(self) -> tuple[Iterable[object], Iterable[object]]:

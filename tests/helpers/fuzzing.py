@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 LONGEST_LINE = 2000  # characters of an error
+# Of this process's processors, whatever else they do; a refusal takes milliseconds, and one that goes through
+# more than there is never ends.
+LONGEST_REFUSAL = 5.0
 
 
 def examples(count: int) -> settings:
@@ -26,11 +30,17 @@ def examples(count: int) -> settings:
 
 
 def one_line(call: Callable[[], Any]) -> Any:
-    """What ``call`` gives; None where it refuses in one line. Anything else that it raises is a failure."""
+    """What ``call`` gives; None where it refuses in one line. Anything else that it raises is a failure.
+
+    So is a refusal after more than ``LONGEST_REFUSAL`` seconds of the process.
+    """
+    begun = time.process_time()
     try:
         return call()
     except ValueError as error:
+        taken = time.process_time() - begun
         text = str(error)
+        assert taken < LONGEST_REFUSAL, f"{taken:.1f} s: {text[:LONGEST_LINE]}"
         assert text and len(text.splitlines()) == 1 and len(text) < LONGEST_LINE, text[:LONGEST_LINE]
         assert type(error) is not UnicodeEncodeError, text
         return None

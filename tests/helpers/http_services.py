@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,10 @@ class Service:
 
 
 @contextlib.contextmanager
-def services() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], Service]]:
-    """Starts services in threads, and stops them at the end."""
+def services(
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], Service]]:
+    """Starts services in threads, and stops them at the end; ``tls``: by https, with its certificate."""
     servers = []
 
     def start(answer: Callable[[int, dict[str, Any]], Answer]) -> Service:
@@ -55,7 +58,8 @@ def services() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], S
                     state.times.append(time.monotonic())
                 status, body, headers = state.answer(number, content)
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                length = {} if "Transfer-Encoding" in headers else {"Content-Length": str(len(body))}
+                for name, value in (length | headers).items():
                     self.send_header(name, value)
                 with contextlib.suppress(ConnectionError):  # a client that has given up
                     self.end_headers()
@@ -67,10 +71,13 @@ def services() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], S
                 """Quiet."""
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            # The handshake in the connection's own thread: one that fails is no end of the server.
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         servers.append((server, thread))
-        state.url = f"http://127.0.0.1:{server.server_address[1]}/score"
+        state.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}/score"
         return state
 
     try:
@@ -80,6 +87,12 @@ def services() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Answer]], S
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+def in_chunks(body: bytes, size: int = 7) -> bytes:
+    """``body`` as ``Transfer-Encoding: chunked`` has it."""
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
 
 
 def right(content: dict[str, Any]) -> Answer:

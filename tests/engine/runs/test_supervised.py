@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,32 @@ def settings(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         "logging": {"progress": False, "tensorboard": False},
         **changes,
     }
+
+
+@pytest.mark.parametrize("kind", [RewardRun, SftRun])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    folder: Path, tmp_path: Path, kind: Any, value: float
+) -> None:
+    """One number of the last parameter, in the middle of the run: no gradient of it is finite either."""
+    config = {RewardRun: RewardModelConfig, SftRun: SftConfig}[kind]
+    changes = {"gradients": {"max_nonfinite_steps": 100}, "checkpoint": {"every_steps": 2}}
+
+    class Damaged(kind):  # type: ignore[misc]
+        def train_step(self, step: int) -> None:
+            super().train_step(step)
+            if step == 2:
+                with torch.no_grad():
+                    list(self.engine._trainable.parameters())[-1].view(-1)[0] = value
+
+    run = Damaged(config.model_validate(settings(folder, "", **changes) | {"output_dir": str(tmp_path)}))
+    try:
+        with pytest.raises(ValueError, match=r"^stopped: weights are not finite after step 4, neither saved"):
+            run.run()
+    finally:
+        run.engine.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not (tmp_path / "hf").exists()
 
 
 def reward_run(folder: Path, name: str, **changes: Any) -> dict[str, float]:

@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 
 from gapo_mega.commands.plan import make_plan
 from gapo_mega.config import Config, Section
+from gapo_mega.config.judges import JudgesConfig
 from gapo_mega.config.loading import load, parse, to_yaml
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
+from gapo_mega.data.preview import preview_supervised
+from gapo_mega.objectives.pairwise import PairwiseJudge, PairwiseOptions
 from gapo_mega.planning import methods
+from gapo_mega.runs.identity import settings_of
+from gapo_mega.runs.pairs import PairsRun
+from gapo_mega.runs.supervised import RewardRun, SftRun
 from tests.helpers.fuzzing import TEXTS, VALUES, examples, one_line
+from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
 BASE: dict[str, Any] = {
     "output_dir": "o",
@@ -25,24 +32,28 @@ BASE: dict[str, Any] = {
     "data": {"source": "package:prompts"},
     "objectives": [
         {"name": "a", "function": "gapo_mega.demo.rewards:concise"},
-        {"name": "b", "kind": "http"},
+        {"name": "b", "kind": "http", "options": {"url": "http://127.0.0.1:1"}},
     ],
 }
+JUDGE: dict[str, Any] = {"url": "http://127.0.0.1:1", "model": "m", "rubrics": {"a": "is kind"}}
+RUNS: dict[type[Section], Any] = {SftConfig: SftRun, RewardModelConfig: RewardRun, PairsConfig: PairsRun}
 
 
-def places() -> list[tuple[str | int, ...]]:
-    """Every field of a training's configuration, and some that do not exist."""
-    found: list[tuple[str | int, ...]] = [
-        ("objectives", 0),
-        ("objectives", 1, "options", "url"),
-        ("x",),
-        ("method",),
-    ]
-    for name, field in Config.model_fields.items():
+def fields_of(config: type[Section]) -> list[tuple[str | int, ...]]:
+    """Every field of a configuration and of its sections, and some that do not exist."""
+    found: list[tuple[str | int, ...]] = [("x",)]
+    for name, field in config.model_fields.items():
         found.append((name,))
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             found += [(name, key) for key in [*kind.model_fields, "x"]]
+    return found
+
+
+def places() -> list[tuple[str | int, ...]]:
+    """Those of a training."""
+    found = fields_of(Config)
+    found += [("objectives", 0), ("objectives", 1, "options", "url"), ("method",)]
     for key in BASE["objectives"][1]:
         found.append(("objectives", 1, key))
     found += [
@@ -53,12 +64,66 @@ def places() -> list[tuple[str | int, ...]]:
     return found
 
 
+def supervised_places(config: type[Section]) -> list[tuple[str | int, ...]]:
+    """Those of a run without rollouts."""
+    found = fields_of(config)
+    found += [("model", "lora", key) for key in ("rank", "alpha", "path", "target_modules")]
+    if config is PairsConfig:
+        found += [("objectives", 1), ("aggregation", "options", "scale")]
+        found += [("objectives", 1, key) for key in ("name", "weight", "data")]
+        found += [("objectives", 1, "data", key) for key in ("source", "format", "margins", "chosen_column")]
+    return found
+
+
+def changes_at(places: list[tuple[str | int, ...]]) -> st.SearchStrategy[list[Any]]:
+    return st.lists(st.tuples(st.sampled_from(places), VALUES), min_size=1, max_size=4)
+
+
 PLACES = places()
-CHANGES = st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=4)
+CHANGES = changes_at(PLACES)
+SUPERVISED_CHANGES = st.one_of(
+    *(st.tuples(st.just(kind), changes_at(supervised_places(kind))) for kind in RUNS)
+)
 
 
-def changed(changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
-    data: Any = copy.deepcopy(BASE)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and rows of pairs."""
+    found = tmp_path_factory.mktemp("inputs")
+    tiny_llama(found / "model", vocab=300, max_position_embeddings=400)
+    byte_tokenizer(found / "model")
+    question = "\n\nHuman: May I?\n\nAssistant:"
+    row = {"chosen": f"{question} yes", "rejected": f"{question} no"}
+    (found / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> dict[str, Any]:
+    """A training that fits; what its plan imports is no time of a later refusal."""
+    found = BASE | {"model": {"path": str(folder / "model")}}
+    make_plan(parse(copy.deepcopy(found), [], Config, "here"), 1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def supervised(folder: Path) -> dict[type[Section], dict[str, Any]]:
+    """Configurations of runs without rollouts that fit."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = {"path": str(folder / "model"), "max_tokens": 100, "chat_template": template}
+    data = {"source": str(folder / "rows.jsonl")}
+    common = {"output_dir": "o", "model": model, "logging": {"tensorboard": False}}
+    found: dict[type[Section], dict[str, Any]] = {kind: common | {"data": data} for kind in RUNS}
+    found[PairsConfig] = common | {"objectives": [{"name": name, "data": dict(data)} for name in "ab"]}
+    for kind, settings in found.items():
+        config = parse(copy.deepcopy(settings), [], kind, "here")
+        tokenizer = RUNS[kind].check(config, 1).tokenizer
+        assert preview_supervised(config, lambda: tokenizer)  # noqa: B023
+    return found
+
+
+def changed(base: dict[str, Any], changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
+    data: Any = copy.deepcopy(base)
     for place, value in changes:
         node = data
         for key in place[:-1]:
@@ -76,9 +141,9 @@ def changed(changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
 @examples(60)
 @given(changes=CHANGES)
 def test_a_training_is_read_or_refused_and_planned_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[Any]
+    tmp_path_factory: pytest.TempPathFactory, base: dict[str, Any], changes: list[Any]
 ) -> None:
-    config = one_line(lambda: parse(changed(changes), [], Config, "here"))
+    config = one_line(lambda: parse(changed(base, changes), [], Config, "here"))
     if config is None:
         return
     written = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
@@ -91,6 +156,39 @@ def test_a_training_is_read_or_refused_and_planned_or_refused(
 
 
 @examples(60)
+@given(kind_and_changes=SUPERVISED_CHANGES)
+def test_a_run_without_rollouts_is_read_or_refused_and_checked_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    supervised: dict[type[Section], dict[str, Any]],
+    kind_and_changes: tuple[type[Section], list[Any]],
+) -> None:
+    """Up to what is checked before all data are read and the model is built."""
+    kind, changes = kind_and_changes
+    config = one_line(lambda: parse(changed(supervised[kind], changes), [], kind, "here"))
+    if config is None:
+        return
+    written = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    written.write_text(to_yaml(config), encoding="utf-8")
+    assert load(written, kind=kind) == config
+    json.dumps(settings_of(config))
+    start = one_line(lambda: RUNS[kind].check(config, 1))
+    if start is not None:
+        one_line(lambda: preview_supervised(config, lambda: start.tokenizer))
+
+
+@examples(60)
+@given(changes=changes_at([*fields_of(PairwiseOptions), ("rubrics", "a"), ("rubrics", "")]))
+def test_a_judge_is_read_or_refused_and_made_or_refused(changes: list[Any]) -> None:
+    options = one_line(lambda: parse(changed(JUDGE, changes), [], PairwiseOptions, "here"))
+    if options is None:
+        return
+    judge = one_line(lambda: PairwiseJudge(options, "--judge here"))
+    if judge is not None:
+        for rubric in options.rubrics:
+            json.dumps(judge.request(rubric, [{"role": "user", "content": "w1"}], "a", "b"))
+
+
+@examples(60)
 @given(
     data=st.one_of(VALUES, st.dictionaries(TEXTS, VALUES, max_size=5)),
     kind=st.sampled_from(
@@ -99,6 +197,8 @@ def test_a_training_is_read_or_refused_and_planned_or_refused(
             SftConfig,
             RewardModelConfig,
             PairsConfig,
+            JudgesConfig,
+            PairwiseOptions,
         ]
     ),
 )

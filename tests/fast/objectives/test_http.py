@@ -19,7 +19,16 @@ from gapo_mega.objectives.hf_classifier import HfClassifierOptions
 from gapo_mega.objectives.http import HttpOptions
 from gapo_mega.objectives.options import read_options
 from gapo_mega.types import Prompt
-from tests.helpers.http_services import EXPECTED, PROMPTS, RESPONSES, Answer, objective, right, services
+from tests.helpers.http_services import (
+    EXPECTED,
+    PROMPTS,
+    RESPONSES,
+    Answer,
+    in_chunks,
+    objective,
+    right,
+    services,
+)
 
 
 @pytest.fixture
@@ -69,6 +78,18 @@ def test_nothing_is_sent_when_built_and_as_many_at_once_as_allowed(service: Any)
     assert state.requests == []
     assert scored.score(PROMPTS[:30], RESPONSES[:30]) == EXPECTED[:30]
     assert sorted(len(request["samples"]) for request in state.requests) == [5] * 6
+
+
+def test_an_answer_in_chunks_is_read_whole_or_asked_for_again(service: Any) -> None:
+    """Without a length only the last chunk, which is empty, says where it ends."""
+
+    def answer(number: int, content: dict[str, Any]) -> Answer:
+        body = in_chunks(right(content)[1])
+        return 200, body if number else body[:-5], {"Transfer-Encoding": "chunked"}
+
+    state = service(answer)
+    assert objective(state.url, retries=1).score(PROMPTS[:20], RESPONSES[:20]) == EXPECTED[:20]
+    assert len(state.requests) == 2
 
 
 @pytest.mark.parametrize("status", [503, 500, 429])

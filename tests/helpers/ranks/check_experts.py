@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments``: model, folder, layout, load (layouts).
 
-    Two steps of Adam with the distributed optimizer in ``layout``, a checkpoint, and a third step; then
-    the third step from the checkpoint in every layout of ``load``. Gives by layout ``loaded`` (names of
-    parameters that differ behind the loading) and ``third``, the third step's Gram matrix; of ``layout``
-    itself ``grams`` of all steps and ``norms``, Megatron's of each step beside the Gram matrix's.
+    Two steps of Adam with the distributed optimizer in ``layout``, a checkpoint, and two further steps; then
+    these two from the checkpoint in every layout of ``load``. Gives by layout ``loaded`` (names of
+    parameters that differ behind the loading) and ``grams``, the two steps' Gram matrices: the third follows
+    from the weights alone, the fourth from the optimizer's state, too. Of ``layout`` itself it gives
+    ``grams`` of all steps, ``norms``, Megatron's of each step beside the Gram matrix's, and ``finite``,
+    whether the weights are, before and after the last rank got one that is not.
     """
     folder = Path(arguments["folder"])
     aggregator = aggregation.build("gapo", p=1, scale="mean_norm")
@@ -35,8 +38,14 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     reports = [step(engine) for _ in range(2)]
     engine.save(folder / "checkpoint", {"step": 2})
     engine.export_hf(folder / "saved")
-    reports.append(step(engine))
+    reports += [step(engine) for _ in range(2)]
+    finite = [engine.is_finite()]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        with torch.no_grad():
+            next(iter(engine.policy.parameters())).view(-1)[-1] = math.nan
+    finite.append(engine.is_finite())
     found: dict[str, Any] = {
+        "finite": finite,
         "norms": [[r.gradient_norm, float((r.weights @ r.gram @ r.weights).sqrt())] for r in reports],
         "grams": [r.gram.tolist() for r in reports],
         "layouts": {},
@@ -50,6 +59,6 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         assert saved.keys() == loaded.keys() and extra == {"step": 2}
         found["layouts"][name] = {
             "loaded": [key for key, value in saved.items() if not torch.equal(value, loaded[key])],
-            "third": step(other).gram.tolist(),
+            "grams": [step(other).gram.tolist() for _ in range(2)],
         }
     return found

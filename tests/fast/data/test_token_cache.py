@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gapo_mega.config import DataConfig
-from gapo_mega.data import prompt_cache, prompt_encoding
-from gapo_mega.data.prompt_cache import PromptCache, cache_directory
+from gapo_mega.data import prompt_encoding, token_cache
 from gapo_mega.data.prompts import load_prompts
+from gapo_mega.data.token_cache import TokenCache, cache_directory
 from gapo_mega.types import Prompt
 from tests.helpers.held_runs import Threads, on_ranks
 
@@ -38,7 +38,7 @@ def tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (prompt_cache, prompt_encoding):
+    for module in (token_cache, prompt_encoding):
         monkeypatch.setattr(module, "PIECE", 10)
 
 
@@ -61,7 +61,7 @@ def source(directory: Path, found: list[dict[str, Any]] | None = None) -> str:
 
 
 def load(
-    directory: Path, cache: PromptCache | None, template: str = TEMPLATE, **changes: Any
+    directory: Path, cache: TokenCache | None, template: str = TEMPLATE, **changes: Any
 ) -> tuple[list[Prompt], list[Prompt]]:
     settings: dict[str, Any] = {"source": str(directory / "rows.jsonl"), "max_prompt_tokens": 20}
     data = DataConfig.model_validate(settings | {"heldout_prompts": 4, "system_prompt": "be"} | changes)
@@ -78,7 +78,7 @@ def test_prompts_and_counts_are_those_without_a_cache(
     caplog.set_level(logging.INFO, "gapo_mega")
     source(tmp_path)
     said = []
-    for cache in (None, PromptCache(tmp_path), PromptCache(tmp_path)):
+    for cache in (None, TokenCache(tmp_path), TokenCache(tmp_path)):
         caplog.clear()
         found = load(tmp_path, cache)
         said.append((found, caplog.messages))
@@ -91,10 +91,10 @@ def test_prompts_and_counts_are_those_without_a_cache(
 
 def test_what_is_there_is_not_tokenised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source(tmp_path)
-    first = load(tmp_path, PromptCache(tmp_path))
+    first = load(tmp_path, TokenCache(tmp_path))
     times = [path.stat().st_mtime_ns for path in files(tmp_path)]
     monkeypatch.setattr(prompt_encoding.ChatTemplate, "render", lambda *_, **__: pytest.fail("rendered"))
-    assert load(tmp_path, PromptCache(tmp_path)) == first
+    assert load(tmp_path, TokenCache(tmp_path)) == first
     assert [path.stat().st_mtime_ns for path in files(tmp_path)] == times
 
 
@@ -109,18 +109,18 @@ def test_what_is_there_is_not_tokenised_again(tmp_path: Path, monkeypatch: pytes
 )
 def test_other_settings_are_other_files(tmp_path: Path, changes: dict[str, Any], new: int) -> None:
     source(tmp_path)
-    load(tmp_path, PromptCache(tmp_path))
-    assert load(tmp_path, PromptCache(tmp_path), **changes) == load(tmp_path, None, **changes)
+    load(tmp_path, TokenCache(tmp_path))
+    assert load(tmp_path, TokenCache(tmp_path), **changes) == load(tmp_path, None, **changes)
     assert len(files(tmp_path)) == 5 + new
 
 
 def test_one_letter_makes_one_piece_again(tmp_path: Path) -> None:
     source(tmp_path)
-    load(tmp_path, PromptCache(tmp_path))
+    load(tmp_path, TokenCache(tmp_path))
     found = rows()
     found[15]["prompt"] = "w16 w2"
     source(tmp_path, found)
-    assert load(tmp_path, PromptCache(tmp_path)) == load(tmp_path, None)
+    assert load(tmp_path, TokenCache(tmp_path)) == load(tmp_path, None)
     assert len(files(tmp_path)) == 6
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_made_again_with_one_line(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source(tmp_path)
-    expected = load(tmp_path, PromptCache(tmp_path))
+    expected = load(tmp_path, TokenCache(tmp_path))
     first, second, *_ = files(tmp_path)
     if damage == "zeros":
         zeros(first)
@@ -148,12 +148,12 @@ def test_a_damaged_file_is_made_again_with_one_line(
         first.mkdir()
     else:
         first.write_text("" if damage == "empty" else "x" * 300)
-    assert load(tmp_path, PromptCache(tmp_path)) == expected
+    assert load(tmp_path, TokenCache(tmp_path)) == expected
     said = [line for line in caplog.messages if str(first) in line or "not kept" in line]
     assert len(said) == 1 and "\n" not in said[0]
     if damage != "directory":
         caplog.clear()
-        assert load(tmp_path, PromptCache(tmp_path)) == expected and "is damaged" not in caplog.text
+        assert load(tmp_path, TokenCache(tmp_path)) == expected and "is damaged" not in caplog.text
 
 
 def test_without_a_place_to_write_it_only_takes_its_time(
@@ -161,7 +161,7 @@ def test_without_a_place_to_write_it_only_takes_its_time(
 ) -> None:
     source(tmp_path)
     (tmp_path / "prompts").write_text("a file")
-    assert load(tmp_path, PromptCache(tmp_path)) == load(tmp_path, None)
+    assert load(tmp_path, TokenCache(tmp_path)) == load(tmp_path, None)
     assert caplog.text.count("tokenised prompts are not kept in") == 1
 
 
@@ -170,18 +170,18 @@ def test_ranks_share_the_work_and_all_have_all(tmp_path: Path) -> None:
     expected = load(tmp_path, None)
 
     def work(everyone: Threads, rank: int) -> object:
-        return load(tmp_path, PromptCache(tmp_path, rank, 3, everyone.gather))
+        return load(tmp_path, TokenCache(tmp_path, rank, 3, everyone.gather))
 
     assert on_ranks(3, work) == [expected] * 3
     assert len(files(tmp_path)) == 5
-    assert load(tmp_path, PromptCache(tmp_path)) == expected  # in another number of ranks, too
+    assert load(tmp_path, TokenCache(tmp_path)) == expected  # in another number of ranks, too
 
 
 def test_ranks_with_caches_of_their_own_come_to_the_same(tmp_path: Path) -> None:
     source(tmp_path)
 
     def work(everyone: Threads, rank: int) -> object:
-        return load(tmp_path, PromptCache(tmp_path / str(rank), rank, 2, everyone.gather))
+        return load(tmp_path, TokenCache(tmp_path / str(rank), rank, 2, everyone.gather))
 
     assert on_ranks(2, work) == [load(tmp_path, None)] * 2
 
@@ -194,7 +194,7 @@ def test_the_first_row_that_is_refused_is_named_on_every_rank(tmp_path: Path, ba
     source(tmp_path, found)
 
     def work(everyone: Threads, rank: int) -> object:
-        return load(tmp_path, PromptCache(tmp_path, rank, 3, everyone.gather))
+        return load(tmp_path, TokenCache(tmp_path, rank, 3, everyone.gather))
 
     with pytest.raises(ValueError) as caught:
         load(tmp_path, None)
@@ -209,7 +209,7 @@ def test_ranks_that_read_other_numbers_of_rows(tmp_path: Path) -> None:
         source(tmp_path / str(rank), rows()[:count])
 
     def work(everyone: Threads, rank: int) -> object:
-        return load(tmp_path / str(rank), PromptCache(tmp_path, rank, 2, everyone.gather))
+        return load(tmp_path / str(rank), TokenCache(tmp_path, rank, 2, everyone.gather))
 
     line = (
         "data.source: ranks read different numbers of rows (46, 10); accepted: files that are the same on all"
@@ -225,13 +225,13 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
         path.write_text("x")
         os.utime(path, (time.time() - 100_000,) * 2)
     os.utime(new)
-    load(tmp_path, PromptCache(tmp_path))
+    load(tmp_path, TokenCache(tmp_path))
     assert not old.exists() and new.exists() and mine.exists()
 
 
 def test_small_tables_are_not_worth_a_file(tmp_path: Path) -> None:
     source(tmp_path, rows()[:10])
-    load(tmp_path, PromptCache(tmp_path))
+    load(tmp_path, TokenCache(tmp_path))
     assert not (tmp_path / "prompts").exists()
 
 
