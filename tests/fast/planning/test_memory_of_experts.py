@@ -71,3 +71,21 @@ def test_whole_experts_on_the_ranks_of_a_layer_have_more_owners() -> None:
 def test_losses_of_routers_take_a_row() -> None:
     plain, more = of_experts({}, 2), of_experts({}, 2, router_z_loss=0.001)
     assert more.objective_rows - plain.objective_rows == 4 * (plain.policy_parameters // 2)
+
+
+def test_ranks_that_share_experts_hold_each_others_tokens() -> None:
+    """Of MLPs so narrow, and of so many ranks, that these tokens are what the last layer needs most of."""
+    narrow = MixtralConfig(**(SIZES | {"intermediate_size": 4}), num_local_experts=16)
+
+    def activations(expert: int) -> int:
+        data, rollout = (
+            {"source": "s", "max_prompt_tokens": 15},
+            {"max_new_tokens": 1, "prompts_per_step": 64},
+        )
+        run = config(parallel={"expert": expert}, data=data, rollout=rollout, micro_batch_size=32)
+        (stage,) = predict(resolved_run(run, 16, shape=shape_of(narrow))).stages
+        return stage.activations
+
+    # In Megatron's buffer, and once more where the last layer's backward begins.
+    assert activations(16) - activations(8) == 2 * 4 * 8 * (32 * 16 * 48)
+    assert activations(8) > activations(1)
