@@ -89,6 +89,6 @@ def check_instances(instances: int, optimizers: Mapping[str, OptimizerConfig]) -
             )
         if optimizer.overlap_grad_reduce:
             raise ValueError(
-                f"{name} {section}.overlap_grad_reduce true, accepted: 1 (reductions over two groups have "
-                "not been run overlapped)"
+                f"{name} {section}.overlap_grad_reduce true, accepted: 1 (Megatron overlaps reductions over "
+                "two groups on a CUDA stream of their own, which has not been run)"
             )

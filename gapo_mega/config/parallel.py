@@ -139,3 +139,7 @@ class ParallelConfig(Section):
     def in_step(self) -> bool:
         """Whether data ranks share experts: they exchange tokens in every forward and backward."""
         return self.tensor % self.sharing != 0
+
+    def of_dense(self) -> ParallelConfig:
+        """The layout of a model without experts on the same ranks."""
+        return self.model_copy(update={"expert": 1, "expert_tensor": None})

@@ -20,7 +20,8 @@ bytes of the compute type (2 for bf16, 4 for fp32):
 
 With experts, f is the width of all k that a token goes through, and e B T (k d + f) / t is added for tokens
 in the order of their experts and the weighted products: an estimate, not yet measured, of tokens that are
-spread evenly over ranks.
+spread evenly over ranks. Where R ranks share experts, the tokens of all R are e R B T d (/ t with sequence
+parallelism): in Megatron's buffer, and once more while expert outputs or gradients go back to their order.
 
 Full recomputation keeps e B T d a layer. A pipeline stage holds several microbatches at once, as
 ``schedule.py`` says, with the tensors that it received and sent. On the last stage the loss takes, with V
@@ -37,7 +38,7 @@ norm, 4 e B T f / t in the MLP, e N V / t behind the logits, the gradient of one
 fp32). The peak may be at the end of the forward (much vocabulary), in the last layer's backward or, with
 recomputation, in any layer's; with one graph for all objectives it is wherever an operation needs most,
 because nothing is freed on the way, while the softmax and the logits' gradient, (4 + e) N V / t, stay.
-Megatron also keeps a buffer of e B T^2 h / t for the products of queries and keys.
+Megatron also keeps a buffer of e B T^2 h / t for the products of queries and keys, or for gathered tokens.
 
 Measured on the CPU (docs/memory.md), the prediction was within 1 % at 40 to 450 MiB, and within 5 % of
 random models of 1 to 50 MB, in fp32 and bf16, all recomputation modes, tensor, sequence and pipeline
@@ -74,6 +75,7 @@ class Sizes:
     repeated: int  # keys of all ranks' positions, for every head [T, B, h c / t]; 0: as they are
     ffn: int  # [T, B, f / t], for every expert that a token goes through
     routed: int  # tokens in the order of their experts, if there are any
+    dispatched: int  # tokens of all ranks that share experts, if several do
     scores: int  # [B, h / t, T, T]
     mask: int  # [T, T], one byte each
     rotary: int  # [T, c]
@@ -129,7 +131,8 @@ def activation_peak(
         for number in range(virtual)
     ]
     counter = Counter()
-    counter.hold(sizes.item * max(sizes.scores, sizes.gathered))  # Megatron's buffer, allocated once
+    # Megatron's buffer, allocated once.
+    counter.hold(sizes.item * max(sizes.scores, sizes.gathered, sizes.dispatched))
     if (stage > 0 or virtual > 1) and microbatches > 1:  # received for and sent after the microbatch before
         counter.hold(2 * sizes.item * sizes.residual)
     for forward, number in schedule(pipeline, virtual, stage, microbatches):
@@ -157,9 +160,10 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
     trained = shape.hidden if config.model.lora is None else 0
     part = min(chunk // rows * rows or rows, outputs) if chunk else outputs
     chosen = 1 if shape.experts is None else shape.experts.chosen
+    residual, sharing = tokens // (tensor if split else 1) * shape.hidden, config.parallel.sharing
     return Sizes(
         item=2 if config.model.dtype == "bf16" else FP32,
-        residual=tokens // (tensor if split else 1) * shape.hidden,
+        residual=residual,
         hidden=tokens * shape.hidden,
         query=tokens * query,
         key=tokens * key,
@@ -167,6 +171,7 @@ def sizes_of(config: Config, shape: ModelShape, chunk: int = 0) -> Sizes:
         repeated=tokens * ranks * query if ranks > 1 or shape.heads != shape.kv_groups else 0,
         ffn=tokens * chosen * shape.ffn // tensor,
         routed=tokens * chosen // tensor * shape.hidden if shape.experts is not None else 0,
+        dispatched=residual * sharing if shape.experts is not None and sharing > 1 else 0,
         scores=tokens * length * shape.heads // tensor,
         mask=own * length,
         rotary=positions * shape.head_dim,
@@ -340,14 +345,16 @@ def _core(z: Sizes, selective: bool) -> list[Block]:
 def _after(z: Sizes) -> list[Block]:
     """Output projection, norm, MLP."""
     e, stream = z.item, z.item * z.residual
+    others = e * z.dispatched  # before tokens are in order, and after: of all ranks
     return [
         *_linear(z, z.query, z.gathered, z.query, z.projection_weight, stream),
         *_norm(z, stream),
-        *([Block(e * (z.routed + z.ffn), e * z.routed, stream)] if z.routed else []),
+        *([Block(e * (z.routed + z.ffn), e * z.routed, stream + others)] if z.routed else []),
         *_linear(z, z.residual, 2 * z.ffn, z.hidden, z.gate_weight, stream),
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 4 * e * z.ffn),  # gate and up
         Block(2 * e * z.ffn, 2 * e * z.ffn, stream + 3 * e * z.ffn),  # silu, up + 0
         *_linear(z, z.ffn, z.gathered, z.ffn, z.gate_weight // 2, stream),
+        *([Block(0, others, stream + others)] if z.dispatched else []),
     ]
 
 

@@ -151,6 +151,7 @@ def step_flops(
     *,
     ppo_epochs: int = 1,
     recompute: Recompute = "none",
+    chunked: bool = False,
     critic: TransformerShape | None = None,
 ) -> StepFlops:
     """Operations of one rollout step and its updates.
@@ -158,7 +159,8 @@ def step_flops(
     ``lengths`` holds (prompt tokens, response tokens) of every sequence of the step over all ranks. The
     policy runs ``passes`` an epoch, as its gradient strategy needs; old and reference log-probabilities
     take one forward each. A critic takes one forward for the values, and one forward and backward an epoch.
-    Recomputation repeats the layers' forward (full) or their attention (selective) once per policy backward.
+    Recomputation repeats the layers' forward (full) or their attention (selective) once per policy backward;
+    so is the output layer where logits come in chunks (``chunked``).
     """
     assert passes.forwards >= 1 and passes.backwards >= 1 and ppo_epochs >= 1, (passes, ppo_epochs)
     pairs = list(lengths)
@@ -168,6 +170,8 @@ def step_flops(
     attention = sum(attention_flops(shape, total) for total in totals)
     output_layer = 2 * sum(totals) * shape.hidden * shape.outputs
     repeated = {"none": 0, "selective": attention, "full": forward - output_layer}[recompute]
+    if chunked:
+        repeated += output_layer
     critic_forward = sum(forward_flops(critic, total) for total in totals) if critic else 0
     return StepFlops(
         rollout=sum(generation_flops(shape, prompt, response) for prompt, response in pairs),

@@ -92,7 +92,7 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
     if instances > 1 and parallel.in_step:
         raise ValueError(
             f"parallel.distributed_optimizer_instances: found {instances} with experts that data ranks share "
-            f"(parallel.expert {expert}), accepted: 1"
+            f"(parallel.expert {expert}), accepted: 1 (the two have not been run together)"
         )
     if count % expert:
         raise ValueError(
@@ -239,8 +239,6 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     """Raise a one-line ``ValueError`` for settings of ``gradients`` that the model or the batch rules out."""
     check_adapters(config.model.lora, shape)
     _check_routers(config, shape)
-    if config.micro_batch_tokens is not None:
-        _check_packed_experts(config)
     strategies.chosen(config.gradients).check_model(shape.num_layers)
     rows = max(len(config.rows), len(config.audited_rows))
     reason = refusal_of_shared(config, microbatches(config, data_parallel), rows)
@@ -249,21 +247,6 @@ def check_gradients(config: Config, shape: ModelShape, data_parallel: int) -> No
     reason = refusal_of_one_pass()
     if config.gradients.forward == "one_pass" and reason is not None:
         raise ValueError(f"gradients.forward: found one_pass with {reason}, accepted: auto, shared, separate")
-
-
-def _check_packed_experts(config: Config) -> None:
-    """Data ranks that exchange tokens run in step, and rows of theirs may be of another number."""
-    found = f"micro_batch_tokens: found {config.micro_batch_tokens}"
-    if config.parallel.tensor % config.parallel.sharing:
-        raise ValueError(
-            f"{found} with experts that data ranks share (parallel.expert {config.parallel.expert}), "
-            "accepted: null"
-        )
-    for name in ("router_aux_loss", "router_z_loss"):
-        if getattr(config.model, name) > 0:
-            raise ValueError(
-                f"{found} with model.{name}, accepted: null (routers are not told of packed rows)"
-            )
 
 
 def _check_routers(config: Config, shape: ModelShape) -> None:

@@ -206,13 +206,12 @@ def _mlp_parameters(shape: ModelShape, sharing: int) -> int:
 
 def _stepped(resolved: ResolvedRun, shape: ModelShape, count: int) -> int:
     """Of a stage's ``count`` trained parameters on a rank, those whose optimizer state it has."""
-    parallel, data = resolved.config.parallel, resolved.data
-    if not parallel.in_step:
-        return count // _owners(resolved)
-    # Fewer ranks hold the same experts than hold the same of all else.
-    layers, copies = shape.num_layers // parallel.pipeline, parallel.tensor * data // parallel.sharing
-    experts = _mlp_parameters(shape, parallel.sharing) * layers
-    return (count - experts) // data + experts // copies
+    parallel, owners = resolved.config.parallel, _owners(resolved)
+    if shape.experts is None:
+        return count // owners
+    # Experts that ranks share are held by another number of ranks than all else.
+    experts = _mlp_parameters(shape, parallel.sharing) * (shape.num_layers // parallel.pipeline)
+    return (count - experts) // owners + experts // (parallel.tensor * owners // parallel.sharing)
 
 
 def _owners(resolved: ResolvedRun) -> int:

@@ -2,7 +2,8 @@
 
 Every pass over whole sequences takes ``FLOPs / (devices x peak x utilisation)``, a pipeline's bubble added.
 Every sampled token takes what is the longer of its FLOPs and the bytes that it reads (this rank's weights,
-and the keys and values of all sequences that are sampled together) over the memory's bandwidth. With
+those of experts that any of the tokens goes through, and the keys and values of all sequences that are
+sampled together) over the memory's bandwidth. With
 ``rollout.ahead`` rollout and the rest of a step take place at the same time, on as many devices each: servers
 that shared those of the training would take its time. Left out:
 communication, launches of kernels, the wait for the longest response, rewards, the optimizer, and the export
@@ -16,8 +17,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gapo_mega.config import ParallelConfig
 from gapo_mega.models.adapters import layer_parameters
+from gapo_mega.models.shape import ModelShape
 from gapo_mega.planning import devices
+from gapo_mega.planning.chunks import logits_chunk
 from gapo_mega.planning.devices import Device
 from gapo_mega.planning.flops import StepFlops, TransformerShape, step_flops
 from gapo_mega.planning.resolved import ResolvedRun
@@ -111,6 +115,7 @@ def flops_of(resolved: ResolvedRun, lengths: Lengths) -> StepFlops:
         resolved.passes,
         ppo_epochs=config.algorithm.ppo_epochs,
         recompute=config.model.recompute,
+        chunked=not resolved.shared and logits_chunk(config, shape) > 0,  # a shared graph keeps all logits
         critic=TransformerShape.of(shape, resolved.value_heads) if resolved.critic is not None else None,
     )
     count = dataclasses.replace(count, critic=count.critic * resolved.value_models)
@@ -152,7 +157,7 @@ def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths)
     together = min(own, config.rollout.batch_size)
     size = _BYTES[config.model.dtype]
     layers = TransformerShape.of(shape, shape.vocab)
-    weights = layers.matmul_parameters * size / config.parallel.tensor
+    weights = weights_read(shape, config.parallel, together) * size
     cached_token = 2 * shape.num_layers * shape.kv_groups * shape.head_dim * size / config.parallel.tensor
     # The mean context of a response's tokens: all that is read is linear in it.
     context = lengths.prompt + lengths.response / 2
@@ -163,3 +168,20 @@ def _generation_seconds(resolved: ResolvedRun, device: Device, lengths: Lengths)
     prompts = together * 2 * lengths.prompt * shape.num_layers * layers.layer_matmul_parameters
     prefill = prompts / config.parallel.tensor / (device.peak_flops * UTILISATION)
     return math.ceil(own / together) * (prefill + lengths.response * token)
+
+
+def weights_read(shape: ModelShape, parallel: ParallelConfig, together: int) -> float:
+    """Parameters that a rank reads for one token of each of ``together`` sequences.
+
+    Of experts those that some token goes through: where each of n tokens chooses k of E, evenly and
+    independently, these are ``E (1 - (1 - k / E)^n)`` of a layer on average.
+    """
+    layers = TransformerShape.of(shape, shape.vocab)
+    mlp = 3 * shape.hidden * shape.ffn
+    others = layers.matmul_parameters - shape.num_layers * layers.mlps * mlp
+    touched = 1.0
+    if shape.experts is not None:
+        tokens = together * parallel.sharing / parallel.tensor  # of all ranks that share these experts
+        missed = (1 - shape.experts.chosen / shape.experts.count) ** tokens
+        touched = shape.experts.count * (1 - missed)
+    return others / parallel.tensor + shape.num_layers * touched * mlp / parallel.sharing

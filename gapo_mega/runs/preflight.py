@@ -309,7 +309,9 @@ def _score_shape(
     path = request.path
     with _errors_of(f"objective {objective!r}: its score model {path}"):
         shape = shape_of(models.read(path, f"objective {objective!r}: options: model"))
-        check_model_split(config.parallel, shape, request.dtype or config.model.dtype, world_size)
+        # A reward model without experts may score for a policy that has them.
+        parallel = config.parallel if shape.experts is not None else config.parallel.of_dense()
+        check_model_split(parallel, shape, request.dtype or config.model.dtype, world_size)
         directory = _check_weights(path)
         if directory is not None and score_head_of(directory.config, directory.names) is None:
             raise ValueError("found a language model, accepted: a model with one score a text")

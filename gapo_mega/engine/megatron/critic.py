@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from gapo_mega.engine.base import ValueLoss
-from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split
-from gapo_mega.engine.megatron.model.microbatches import Microbatches
+from gapo_mega.engine.megatron.model.forward import forward_backward, forward_only, split, split_evenly
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.groups import Groups
-from gapo_mega.types import AnyBatch, Experience, TokenBatch
+from gapo_mega.types import Experience, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +51,12 @@ class Critics:
         """
         outputs: list[Tensor] = []
         for trainable in self.models:
-            pieces = self._split(trainable, batch)
+            pieces = split(trainable.chunks, batch, self._micro_batch, tokens=self._micro_batch_tokens)
             parts = forward_only(trainable.chunks, pieces.parts, lambda out, _: _before_token(out).cpu())
             shape = (self._heads, *batch.tokens_BT.shape)
             local = pieces.rejoin(parts, dim=1) if parts else torch.zeros(shape)
             outputs.append(self._groups.from_last_stage(local.float()))
         return torch.cat(outputs)
-
-    def _split(self, trainable: Trainable, batch: AnyBatch) -> Microbatches[AnyBatch]:
-        return split(trainable.chunks, batch, self._micro_batch, tokens=self._micro_batch_tokens)
 
     @staticmethod
     def _step(trainable: Trainable) -> None:
@@ -85,7 +81,8 @@ class Critics:
                 return mean, mean
 
             trainable.zero_grad()
-            microbatches = self._split(trainable, minibatch).parts
+            size, row = self._micro_batch, self._micro_batch_tokens
+            microbatches = split_evenly(self._groups, trainable.chunks, minibatch, size, row).parts
             part = forward_backward(trainable.chunks, microbatches, mean_loss)
             self._step(trainable)
             losses.append(float(self._groups.sum_over_data(self._groups.from_last_stage(part))))

@@ -107,6 +107,15 @@ def test_a_step_is_made_of_its_passes() -> None:
     full = throughput.step_flops(SHAPE, lengths, PassCount(3, 3), ppo_epochs=2, recompute="full")
     assert full.model == plain.model
     assert full.recompute == 6 * (forward - 2 * 20 * SHAPE.hidden * SHAPE.outputs)
+    # A chunk's logits are computed again in every backward.
+    kinds: list[throughput.Recompute] = ["none", "full"]
+    for recompute in kinds:
+        whole, chunks = (
+            throughput.step_flops(SHAPE, lengths, PassCount(1, 3), recompute=recompute, chunked=chunked)
+            for chunked in (False, True)
+        )
+        assert chunks.model == whole.model
+        assert chunks.recompute - whole.recompute == 3 * 2 * 20 * SHAPE.hidden * SHAPE.outputs
     critic = TransformerShape(2, 48, 80, 6, 2, 8, 3)
     with_critic = throughput.step_flops(SHAPE, lengths, PassCount(1, 3), critic=critic)
     assert with_critic.update == 7 * forward

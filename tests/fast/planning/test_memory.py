@@ -10,8 +10,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedConfig,
 )
 
@@ -337,33 +335,6 @@ def test_plan_tells_whether_the_fullest_rank_fits() -> None:
         found["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
         and found["world"] == 1
     )
-
-
-MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-EXPERTS = 6 * 4 * 3 * 48 * 96  # parameters of all experts
-
-
-def of_experts(parallel: dict[str, Any], world: int, **model: Any) -> StagePlan:
-    run = config(parallel=parallel, model={"path": "m", "dtype": "fp32", **model}, micro_batch_size=1)
-    (stage,) = predict(resolved_run(run, world, shape=shape_of(MIXTRAL))).stages
-    return stage
-
-
-def test_data_ranks_that_share_experts_hold_a_part_of_them() -> None:
-    expected = sum(p.numel() for p in MixtralForCausalLM(MIXTRAL).parameters())
-    alone, shared = of_experts({}, 4), of_experts({"expert": 2}, 4)
-    assert (alone.policy_parameters, shared.policy_parameters) == (expected, expected - EXPERTS // 2)
-    # Two ranks have the same half of the experts, four have the same of all else; Adam has two moments.
-    assert alone.optimizer == 2 * 4 * (expected // 4)
-    assert shared.optimizer == pytest.approx(2 * 4 * ((expected - EXPERTS) / 4 + EXPERTS / 2 / 2), abs=16)
-    assert shared.optimizer == pytest.approx(alone.optimizer, abs=16)
-    # With as many ranks to a set of experts as there are, nobody else has theirs.
-    assert of_experts({"expert": 4}, 4).policy_parameters == expected - 3 * EXPERTS // 4
-
-
-def test_losses_of_routers_take_a_row() -> None:
-    plain, more = of_experts({}, 2), of_experts({}, 2, router_z_loss=0.001)
-    assert more.objective_rows - plain.objective_rows == 4 * (plain.policy_parameters // 2)
 
 
 def test_packed_rows_are_planned_for_their_tokens() -> None:

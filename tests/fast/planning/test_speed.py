@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, MixtralConfig
 
-from gapo_mega.config import Config
+from gapo_mega.config import Config, ParallelConfig
 from gapo_mega.models import shape_of
 from gapo_mega.planning import devices, speed
 from gapo_mega.planning.resolved import ResolvedRun
@@ -95,10 +96,43 @@ def test_what_makes_a_step_longer() -> None:
     assert in_turns.phases["rollout"] > 2 * base.phases["rollout"]  # weights are read four times
     whole = speed.ceiling(run(model={"path": "m", "dtype": "bf16", "recompute": "full"}), "H100")
     assert 1.2 < whole.phases["update"] / base.phases["update"] < 4 / 3  # the output layer is not repeated
+    # But it is where logits come in chunks: of the three products of a pass, one more.
+    chunks = speed.ceiling(run(model={"path": "m", "dtype": "bf16", "logits_chunk": 1024}), "H100")
+    pairs = 4 * 32 * 4096 * 1061 / 2
+    share = 2 * 4096 * 128256 / (2 * WEIGHTS + pairs)
+    assert chunks.phases["update"] / base.phases["update"] == pytest.approx(1 + share / 3, rel=1e-9)
     assert speed.ceiling(run(), "H200").phases["rollout"] < base.phases["rollout"]
     short = speed.ceiling(run(), "H100", 160, 450)
     # Half the tokens with a shorter context each.
     assert short.phases["rollout"] < base.phases["rollout"] / 2 and short.lengths == speed.Lengths(160, 450)
+
+
+def test_a_token_reads_the_experts_that_any_sequence_chooses() -> None:
+    """Against the mean over draws of k of E experts by each of n tokens."""
+    shape = shape_of(MixtralConfig(num_local_experts=16, num_experts_per_tok=2))
+    mlp, layers = 3 * 4096 * 14336, 32
+    others = layers * (4096 * (4096 + 1024 + 1024 + 4096) + 16 * 4096) + 4096 * shape.vocab
+    generator = torch.Generator().manual_seed(0)
+
+    def touched(tokens: int) -> float:
+        choices = torch.rand(2000, tokens, 16, generator=generator).argsort(dim=-1)[..., :2].flatten(1)
+        return sum(len(set(draw)) for draw in choices.tolist()) / 2000
+
+    for parallel, together, tokens in [
+        ({}, 1, 1),
+        ({}, 8, 8),
+        ({"tensor": 2, "sequence_parallel": True}, 8, 8),
+        ({"expert": 4}, 2, 8),  # tokens of four data ranks
+        ({"tensor": 4, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}, 16, 8),
+    ]:
+        layout = ParallelConfig.model_validate(parallel)
+        read = speed.weights_read(shape, layout, together) - others / layout.tensor
+        # 2000 draws, whose numbers differ by 1.2: the mean is good to 0.03 of some 10.
+        assert read / (layers * mlp) * layout.sharing == pytest.approx(touched(tokens), rel=0.01)
+    # One token alone reads what is active, and a large batch reads everything.
+    dense, whole = ParallelConfig(), layers * 16 * mlp + others
+    assert speed.weights_read(shape, dense, 1) == pytest.approx(others + layers * 2 * mlp, rel=1e-12)
+    assert speed.weights_read(shape, dense, 256) == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.parametrize("together", [256, 64])

@@ -11,7 +11,9 @@ import pytest
 from gapo_mega.config import Config, DataConfig
 from gapo_mega.runs.preflight import preview, resolve
 from gapo_mega.scalarization.safe import SafeWeights
-from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_llama, tiny_mistral
+from tests.helpers.tiny import byte_tokenizer, safe_rlhf_model, tiny_llama, tiny_mistral, tiny_mixtral
+
+SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "words", vocab=300)
     tiny_llama(folder / "short", max_position_embeddings=16)
     tiny_mistral(folder / "small")
+    tiny_mixtral(folder / "experts")
     tiny_llama(folder / "weightless")
     (folder / "weightless" / "model.safetensors").unlink()
     (folder / "other").mkdir()
@@ -70,6 +73,20 @@ def test_score_models_come_with_their_shapes(models: Path) -> None:
     cost["options"] |= {"chat_template": "{{ messages[-1].content }}"}
     (found,) = resolve(configuration(models, objectives=[cost]), 1).score_models
     assert found.request.path == str(models / "cost") and found.shape.vocab == 101
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {**SEQUENCE, "expert": 2, "expert_tensor": 1}])
+def test_a_score_model_without_experts_beside_a_policy_that_has_them(
+    models: Path, parallel: dict[str, Any]
+) -> None:
+    options = {"model": str(models / "cost"), "chat_template": "{{ messages[-1].content }}"}
+    objectives = [{"name": "cost", "kind": "megatron_score", "options": options}]
+    policy = {"path": str(models / "experts")}
+    resolved = resolve(configuration(models, model=policy, objectives=objectives, parallel=parallel), 2)
+    assert resolved.shape.experts is not None and resolved.score_models[0].shape.experts is None
+    # A policy that shares experts has some.
+    with pytest.raises(ValueError, match=r"^parallel\.expert: found 2, accepted for a model without experts"):
+        resolve(configuration(models, parallel=parallel), 2)
 
 
 def test_a_policy_without_a_row_for_every_token(models: Path) -> None:

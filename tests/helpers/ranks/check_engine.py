@@ -96,7 +96,8 @@ def local_part(batch: Experience, engine: MegatronEngine) -> Experience:
 
 def run_critic(arguments: dict[str, Any]) -> dict[str, Any]:
     """Critic updates in one layout: the losses, and what the values come to."""
-    config = make_config(arguments["model"], arguments["layout"], {}, critic=arguments["critic"])
+    sections = {**arguments.get("sections", {}), "critic": arguments["critic"]}
+    config = make_config(arguments["model"], arguments["layout"], {}, **sections)
     engine = build_engine(config, with_critic=True)
     batch = local_part(global_batch(200), engine)
     losses = [engine.update_critic(batch, value_loss) for _ in range(4)]

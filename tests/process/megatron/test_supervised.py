@@ -26,6 +26,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2": (2, {"context": 2}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "PP2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    # Beside a policy whose experts these ranks share; the models here have none.
+    "DP2xEP2": (2, {"expert": 2}),
+    "TP2xEP2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}),
 }
 # Both sides sum in different orders: some 1e-6 of the greatest score or loss in fp32. Adam's division by a
 # small second moment makes more of it in three steps.
@@ -58,6 +61,7 @@ def results(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
             )
             for model in models
             if layout in ("one", "TP2xPP2") or model not in ("reward", "classifier")
+            if kind == "score" or "expert" not in LAYOUTS[layout][1]
         ]
         jobs = [
             (

@@ -29,9 +29,8 @@ from gapo_mega.engine.megatron.gradients.router_gradient import RouterGradient
 from gapo_mega.engine.megatron.gradients.shard import GradientShard
 from gapo_mega.engine.megatron.model import experts
 from gapo_mega.engine.megatron.model.buffers import optimizer_instances
-from gapo_mega.engine.megatron.model.forward import split
+from gapo_mega.engine.megatron.model.forward import split_evenly
 from gapo_mega.engine.megatron.model.logprobs import Distribution, Entropy
-from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.optimizer import Trainable
 from gapo_mega.engine.megatron.runtime.clock import Clock
 from gapo_mega.engine.megatron.runtime.groups import Groups
@@ -283,7 +282,8 @@ class GradientStrategy(ABC):
 
     def _task(self, minibatch: Experience, loss: PolicyLossSum) -> Task:
         setting = self._setting
-        pieces = self._pieces(minibatch)
+        chunks, size, row = self.trainable.chunks, setting.micro_batch, setting.micro_batch_tokens
+        pieces = split_evenly(self.groups, chunks, minibatch, size, row)
         experts.assert_in_step(len(pieces.parts))
         lengths_B = minibatch.response_mask_BT.sum(dim=1)
         responses = int(lengths_B.sum()), int((lengths_B > 0).sum())
@@ -306,21 +306,6 @@ class GradientStrategy(ABC):
             entropy_beta=setting.entropy_beta,
             chunk=setting.chunk,
         )
-
-    def _pieces(self, minibatch: Experience) -> Microbatches[Experience]:
-        """Equally many on all ranks, which may reduce gradients after each one."""
-        chunks, size, tokens = (
-            self.trainable.chunks,
-            self._setting.micro_batch,
-            self._setting.micro_batch_tokens,
-        )
-        pieces = split(chunks, minibatch, size, tokens=tokens)
-        if tokens is None:
-            return pieces
-        most = max(self.groups.gather_over_data(len(pieces.parts)))
-        if most == len(pieces.parts):
-            return pieces
-        return split(chunks, minibatch, size, tokens=tokens, least=most)
 
     def predicted_norm(self, found: Direction) -> tuple[float, float]:
         """Norm of the combined gradient by our own inner products, and the size of its summands."""

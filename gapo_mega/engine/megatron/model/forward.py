@@ -17,6 +17,7 @@ from gapo_mega.engine.megatron.model.microbatches import Microbatches
 from gapo_mega.engine.megatron.model.packing import in_rows, run_packed, sequence_numbers, unpacked
 from gapo_mega.engine.megatron.model.response_positions import Rectangle, output_only_at
 from gapo_mega.engine.megatron.runtime.cpu import device
+from gapo_mega.engine.megatron.runtime.groups import Groups
 from gapo_mega.planning.schedule import microbatch_group
 from gapo_mega.types import AnyBatch, TokenBatch
 from gapo_mega.whereabouts import get_on
@@ -53,8 +54,7 @@ def run_model(model: nn.Module, tokens_BT: Tensor, multiple: int, lengths_B: Ten
 def run_batch(model: nn.Module, batch: TokenBatch, multiple: int, tells_routers: bool = False) -> Tensor:
     """The stage's output for a batch, which may lie on the host; ``[1, S, X]`` if it is packed."""
     if batch.packed_width is not None:
-        assert not tells_routers, "losses of routers with packed rows are refused"
-        return run_packed(model, batch, device())
+        return run_packed(model, batch, device(), tells_routers)
     lengths_B = batch.lengths_B.to(device()) if tells_routers else None
     return run_model(model, batch.tokens_BT.to(device()), multiple, lengths_B)
 
@@ -150,6 +150,22 @@ def split(
     assert together == 1, together
     least = max(least, config.pipeline_model_parallel_size) if interleaved else least
     return Microbatches.packed(batch, tokens, least=least, multiple=multiple, one_width=interleaved)
+
+
+def split_evenly(
+    groups: Groups, chunks: Chunks, batch: AnyBatch, size: int, tokens: int | None
+) -> Microbatches[AnyBatch]:
+    """``split`` into equally many pieces on all data ranks, which have equally many rows. Collective.
+
+    They may reduce gradients after each one, or share experts.
+    """
+    pieces = split(chunks, batch, size, tokens=tokens)
+    if tokens is None:
+        return pieces
+    most = max(groups.gather_over_data(len(pieces.parts)))
+    if most == len(pieces.parts):
+        return pieces
+    return split(chunks, batch, size, tokens=tokens, least=most)
 
 
 def _shape(batch: TokenBatch) -> tuple[int, int]:

@@ -56,9 +56,18 @@ def in_rows(batch: TokenBatch) -> TokenBatch:
     return TokenBatch(nn.functional.pad(tokens_S, padding)[None], nn.functional.pad(mask_S, padding)[None])
 
 
-def run_packed(model: nn.Module, batch: TokenBatch, device: torch.device) -> Tensor:
-    """The stage's output ``[1, S, X]`` for a packed batch, which may lie on the host."""
+def run_packed(
+    model: nn.Module, batch: TokenBatch, device: torch.device, tells_routers: bool = False
+) -> Tensor:
+    """The stage's output ``[1, S, X]`` for a packed batch, which may lie on the host.
+
+    ``tells_routers``: the routers of experts learn which tokens are no padding.
+    """
     tokens_1S = in_rows(batch).tokens_BT
+    told = {}
+    if tells_routers:
+        own = int(batch.lengths_B.sum())
+        told["padding_mask"] = torch.arange(tokens_1S.shape[1], device=device)[None] < own
     lengths = sequence_lengths(batch)
     positions_1S = torch.cat([torch.arange(length) for length in lengths])[None]
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(dim=0, dtype=torch.int32).to(device)
@@ -74,6 +83,7 @@ def run_packed(model: nn.Module, batch: TokenBatch, device: torch.device) -> Ten
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
+        **told,
     )
     return output
 

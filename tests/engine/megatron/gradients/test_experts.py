@@ -102,6 +102,20 @@ def test_recomputed_layers_add_the_losses_of_routers_once(model: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+def test_packed_rows_have_the_losses_of_routers(model: Path) -> None:
+    """Of the same tokens, whatever their rows are."""
+    data = {"source": "unused", "max_prompt_tokens": 7}
+    rollout = {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": check_engine.COLUMNS - 7}
+    batch, norms = None, []
+    for tokens in (None, 50):
+        sections = {"model": FACTORS, "micro_batch_tokens": tokens, "data": data, "rollout": rollout}
+        with engine_of(model, {"forward": "separate"}, PARTS, SGD, **sections) as engine:
+            batch = batch or check_engine.local_part(check_engine.global_batch(200), engine)
+            report = engine.update_policy(batch, check_engine.loss, aggregation.build("gapo"))
+            norms.append([*report.routers.values(), report.gradient_norm])
+    assert norms[1] == pytest.approx(norms[0], rel=2e-5)  # fp32 sums in another order; see TOLERANCE
+
+
 def test_the_change_of_a_step_with_losses_of_routers(model: Path, tmp_path: Path) -> None:
     """The gradient that the combination overwrote is found again behind what routers added."""
     gradients = {"forward": "separate", "actual_change": True}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gapo_mega import aggregation
 from gapo_mega.engine.megatron.model import logprobs
@@ -108,10 +109,10 @@ def test_rows_without_a_response_token_do_not_matter(model: Path, forward: str) 
     assert report.losses == [0.0] * 3 and float(report.gram.abs().max()) == 0.0
 
 
-def test_memory_falls_by_the_logits(tmp_path: Path) -> None:
-    """Bytes that torch allocates in an update whose logits are larger than all else."""
+def test_memory_falls_by_the_logits_and_operations_rise_by_one_product(tmp_path: Path) -> None:
+    """Bytes that torch allocates in an update whose logits are larger than all else; and its products."""
     tiny_llama(tmp_path / "model", vocab=20_000, hidden_size=16, num_hidden_layers=2)
-    padded, rows, peaks = 20_096, 256, {}
+    padded, rows, peaks, flops = 20_096, 256, {}, {}
     for chunk in (0, 32):
         config = check_engine.make_config(
             str(tmp_path / "model"),
@@ -143,6 +144,11 @@ def test_memory_falls_by_the_logits(tmp_path: Path) -> None:
         with measure_allocations("cpu") as found:
             engine.update_policy(batch, check_engine.loss, aggregator)
         peaks[chunk] = found.peak_bytes
+        with FlopCounterMode(display=False) as counter:
+            engine.update_policy(batch, check_engine.loss, aggregator)
+        flops[chunk] = counter.get_total_flops()
     # All rows of logits and of their gradient but a chunk's; a second gradient of the layer.
     expected = 2 * (rows - 32) * padded * 4 - padded * 16 * 4
     assert peaks[0] - peaks[32] == pytest.approx(expected, rel=0.1), peaks
+    # What planning.flops counts as ``chunked``: the logits of a chunk once more in each of three backwards.
+    assert flops[32] - flops[0] == 3 * 2 * rows * 16 * padded

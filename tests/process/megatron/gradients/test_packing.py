@@ -39,6 +39,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dict
     "DP2 one pass overlap": ("llama", {}, OVERLAP, ONE_PASS, {}),
     "DP2 tight": ("llama", {}, ADAM, SEPARATE, {"micro_batch_tokens": COLUMNS}),
     "TP2xEP2": ("mixtral", {**SEQUENCE, "expert": 2, "expert_tensor": 1}, SGD, SEPARATE, {}),
+    # The ranks exchange tokens in every layer, and one has fewer rows than the other.
+    "DP2xEP2": ("mixtral", {"expert": 2}, SGD, SEPARATE, {}),
+    "DP2xEP2 one pass": ("mixtral", {"expert": 2}, SGD, ONE_PASS, {}),
 }
 STEPS = 2
 
