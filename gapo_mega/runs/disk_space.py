@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gapo_mega.models.scratch import size_of
 from gapo_mega.planning.disk import DiskPlan
+from gapo_mega.scratch import size_of
 
 
 def check_plan(directory: Path, plan: DiskPlan, there: int) -> None:
