@@ -22,9 +22,9 @@ from gapo_mega.config import ModelConfig, OptimizerConfig, ParallelConfig
 from gapo_mega.engine.base import SupervisedEngine, SupervisedSetup, build_chat_engine
 from gapo_mega.models import shape_of
 from gapo_mega.models.huggingface.config import read_config
-from gapo_mega.models.scratch import size_of
 from gapo_mega.runs.checkpoints import CheckpointFolder
 from gapo_mega.runs.saves import Saves
+from gapo_mega.scratch import size_of
 from gapo_mega.types import TokenBatch
 
 

@@ -28,6 +28,7 @@ from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
 from gapo_mega.rollout.servers.lost import SERVER_LOST, ServerLost
+from gapo_mega.runs.exits import noted
 from gapo_mega.whereabouts import PEERS_LOST, LostPeersError
 
 USER_ERROR = 2  # exit code, as for a wrong command line
@@ -63,6 +64,11 @@ app.add_typer(benchmark.app, name="benchmark")
 
 def main() -> None:
     """Entry point of the command and of ``python -m gapo_mega.cli``."""
+    with noted():
+        _main()
+
+
+def _main() -> None:
     try:
         app()
     except (ValueError, LostPeersError, ServerLost) as error:

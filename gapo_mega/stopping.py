@@ -11,22 +11,30 @@ from contextlib import contextmanager
 
 from gapo_mega.whereabouts import get_on
 
-_BETWEEN_LOOKS = 0.2  # seconds
+BETWEEN_LOOKS = 0.2  # seconds
 _asked: list[Callable[[], bool]] = []  # the innermost run's is the last
 
 
 class StoppedWaiting(Exception):
     """A wait was given up, because the run was asked to stop."""
 
+    def __init__(self) -> None:
+        super().__init__("asked to stop while waiting")
+
 
 @contextmanager
-def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
-    """Within: waits end as soon as ``asked`` is true. It is called on any thread."""
-    _asked.append(asked)
+def asked_by(asks: Callable[[], bool]) -> Iterator[None]:
+    """Within: waits end as soon as ``asks`` is true. It is called on any thread."""
+    _asked.append(asks)
     try:
         yield
     finally:
         _asked.pop()
+
+
+def asked() -> bool:
+    """Whether the run is asked to stop. May be called on any thread."""
+    return any(asks() for asks in _asked[-1:])
 
 
 def wait(seconds: float) -> None:
@@ -34,9 +42,9 @@ def wait(seconds: float) -> None:
     end = time.monotonic() + seconds
     while True:
         get_on()
-        if _asked and _asked[-1]():
-            raise StoppedWaiting("asked to stop while waiting")
+        if asked():
+            raise StoppedWaiting
         left = end - time.monotonic()
         if left <= 0:
             return
-        time.sleep(min(left, _BETWEEN_LOOKS))
+        time.sleep(min(left, BETWEEN_LOOKS))

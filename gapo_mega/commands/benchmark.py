@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,14 +104,16 @@ def _time_steps(settings: Config, steps: int, out: Path) -> None:
     from gapo_mega.runs.preflight import resolve
     from gapo_mega.runs.processes import is_main_rank, peers
     from gapo_mega.runs.start import run_training
+    from gapo_mega.scratch import remove_left, scratch
 
     everyone = peers()
     with ExitStack() as stack:
         own = None
         if is_main_rank():  # all ranks of a run share its directory
             out.parent.mkdir(parents=True, exist_ok=True)
-            made = tempfile.TemporaryDirectory(prefix=".throughput-", dir=out.parent.absolute())
-            own = stack.enter_context(made)
+            parent = out.parent.absolute()
+            remove_left(parent, ".throughput-")
+            own = str(stack.enter_context(scratch(parent, ".throughput-"))[0] / "run")
         short = benchmark_config(settings, steps, Path(everyone.gather(own)[0]))
         resolved = resolve(short, world_size())
         run_training(resolved, with_report=False)

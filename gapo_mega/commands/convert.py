@@ -134,7 +134,7 @@ class Conversion:
         from gapo_mega.engine.base import checkpoint_converter, start_process_group
         from gapo_mega.models.gguf.importing import import_gguf
         from gapo_mega.models.huggingface.location import resolve
-        from gapo_mega.models.scratch import remove_left, scratch
+        from gapo_mega.scratch import remove_left, scratch
 
         kind = self._source_kind()
         target = self._target_kind(kind)

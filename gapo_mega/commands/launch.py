@@ -29,7 +29,7 @@ def refuse_under_torchrun(processes: int) -> None:
 def start(processes: int, arguments: Sequence[str]) -> NoReturn:
     """Become a torchrun of ``processes`` local workers that run ``gapo-mega`` with ``arguments``.
 
-    Torchrun replaces this process, so that signals and the exit code are torchrun's own.
+    Torchrun replaces this process, so that signals are torchrun's own; it ends as its workers have ended.
     All of them listen on this machine's loopback alone, at free ports.
     """
     assert processes >= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-LARGEST_BODY = 16 << 20  # bytes of a request; as Python objects it may take twenty times as much
+LARGEST_BODY = 16 << 20  # bytes of a request; as Python objects it may take forty times as much
 MOST_CONNECTIONS = 256
 HEADERS_WITHIN = 20.0  # seconds until a connection has sent what comes before a body
 BODY_WITHIN = 60.0  # seconds until a body is there

@@ -98,15 +98,15 @@ def _write(models: list[str], weights: list[float], out: Path, dtype: str | None
     from gapo_mega.engine.base import checkpoint_converter
     from gapo_mega.models.huggingface.location import is_megatron_checkpoint, resolve
     from gapo_mega.models.huggingface.soup import write_soup
-    from gapo_mega.models.scratch import remove_left, scratch
+    from gapo_mega.scratch import remove_left, scratch
 
     found = [resolve(model, "--model") for model in models]
     prefix = f".{out.name}.models-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_left(out.parent, prefix)
     except OSError as error:
         raise ValueError(f"--out: {out} cannot be written: {error}") from error
+    remove_left(out.parent, prefix)
     with scratch(out.parent, prefix) as (folder, _):
         sources = []
         for number, path in enumerate(found):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gapo_mega.files import local
+from gapo_mega.scratch import TEMPORARY, scratch
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +69,19 @@ def read_named(
         return _loaded(wanted, _Place(wanted.name, wanted.subset, None), limit)
     if _is_saved(directory):
         return _saved(wanted, directory, limit)
-    scratch = Path(tempfile.mkdtemp(prefix="gapo-mega-data-"))
-    rows: Sequence[dict[str, Any]] = []
-    try:
-        place, subset = _plain(directory, scratch / "data", wanted.subset)
-        columns, rows = _loaded(wanted, _Place(place, subset, str(scratch / "cache")), limit)
-    finally:
-        if isinstance(rows, list):
-            shutil.rmtree(scratch)
-        else:  # rows are read from there as long as somebody has them
-            weakref.finalize(rows, shutil.rmtree, scratch, ignore_errors=True)
+    with ExitStack() as stack:
+        kept = scratch(Path(tempfile.gettempdir()), f"{TEMPORARY}data-", lasting=True)
+        folder, _ = stack.enter_context(kept)
+        place, subset = _plain(directory, folder / "data", wanted.subset)
+        columns, rows = _loaded(wanted, _Place(place, subset, str(folder / "cache")), limit)
+        if not isinstance(rows, list):  # rows are read from there as long as somebody has them
+            weakref.finalize(rows, _remove, stack.pop_all())
     return columns, rows
+
+
+def _remove(kept: ExitStack) -> None:
+    with suppress(OSError):
+        kept.close()
 
 
 def _is_saved(directory: Path) -> bool:

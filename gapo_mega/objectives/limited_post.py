@@ -7,17 +7,20 @@ environment counts here: no ``~/.netrc``, no proxy, no certificates but those th
 from __future__ import annotations
 
 import socket
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Lock, Timer
+from threading import Event, Lock, Thread
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import HTTPError
+
+from gapo_mega import stopping
 
 _PIECE = 1 << 16  # bytes read at once
 
@@ -59,7 +62,8 @@ class NotTaken(Exception):
 def limited_post(url: str, content: Any, headers: Mapping[str, str], limits: Limits, route: Route) -> Answer:
     """Post ``content`` as JSON; no redirects are followed.
 
-    Raises ``NotWhole``, ``NotTaken``, or ``requests.RequestException`` where no answer begins.
+    Raises ``NotWhole``, ``NotTaken``, ``StoppedWaiting`` where the run is asked to stop meanwhile, or
+    ``requests.RequestException`` where no answer begins.
     """
     with requests.Session() as session, _Deadline(limits.seconds).passing() as deadline:
         session.trust_env = False
@@ -136,44 +140,53 @@ def _unpacker() -> Any:
 
 
 class _Deadline:
-    """After some seconds, cuts the connections that it watches: whoever reads them sees their end."""
+    """After some seconds, or once the run is asked to stop, cuts the connections that it watches.
+
+    Whoever reads them sees their end.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._passed = False
+        self._reason: Exception | None = None  # for which it has cut them
+        self._ended = Event()
         self._watched: list[socket.socket] = []
         self._lock = Lock()
 
     def watch(self, connection: socket.socket) -> None:
         with self._lock:
             self._watched.append(connection)
-            passed = self._passed
-        if passed:
-            self._cut()
+            reason = self._reason
+        if reason is not None:
+            self._cut(reason)
 
     @contextmanager
     def passing(self) -> Iterator[_Deadline]:
-        """In the block time passes. Errors after the deadline become ``NotWhole``."""
-        timer = Timer(self._seconds, self._cut)
-        timer.daemon = True
-        timer.start()
+        """In the block time passes. Errors after the cut become ``NotWhole`` or ``StoppedWaiting``."""
+        Thread(target=self._pass, name="deadline", daemon=True).start()
         try:
             yield self
         except (NotWhole, requests.RequestException) as error:
-            if not self._passed:
+            if self._reason is None:
                 raise
-            raise self._late() from error
+            raise self._reason from error
         finally:
-            timer.cancel()
-        if self._passed:  # a cut header or body may look like a whole one
-            raise self._late()
+            self._ended.set()
+        if self._reason is not None:  # a cut header or body may look like a whole one
+            raise self._reason
 
-    def _late(self) -> NotWhole:
-        return NotWhole(f"no whole answer within {self._seconds:g} s")
+    def _pass(self) -> None:
+        end = time.monotonic() + self._seconds
+        while not self._ended.wait(max(0.0, min(end - time.monotonic(), stopping.BETWEEN_LOOKS))):
+            if stopping.asked():
+                self._cut(stopping.StoppedWaiting())
+                return
+            if time.monotonic() >= end:
+                self._cut(NotWhole(f"no whole answer within {self._seconds:g} s"))
+                return
 
-    def _cut(self) -> None:
+    def _cut(self, reason: Exception) -> None:
         with self._lock:
-            self._passed = True
+            self._reason = reason
             for connection in self._watched:
                 with suppress(OSError):  # it has ended by itself
                     connection.shutdown(socket.SHUT_RDWR)

@@ -28,11 +28,11 @@ from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
 from gapo_mega.evaluation.files import flush, write_text
 from gapo_mega.models.checkpoint_files import FILES, MARKER, Listing
-from gapo_mega.models.scratch import size_of
 from gapo_mega.runs.checksums import checksums
 from gapo_mega.runs.disk_space import check_checkpoint
 from gapo_mega.runs.keeping import Keep
 from gapo_mega.runs.processes import Alone, Peers, agree
+from gapo_mega.scratch import size_of
 
 logger = logging.getLogger(__name__)
 

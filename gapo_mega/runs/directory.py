@@ -22,7 +22,6 @@ from gapo_mega.evaluation.heldout_answers import HELDOUT_FILE
 from gapo_mega.evaluation.report import REPORT_FOLDER
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.evaluation.summary import SUMMARY_FILE
-from gapo_mega.models.scratch import MADE_BY
 from gapo_mega.runs.checkpoints import (
     CHECKPOINTS_FOLDER,
     complete_steps,
@@ -34,6 +33,7 @@ from gapo_mega.runs.checkpoints import (
 from gapo_mega.runs.cut_lines import CUT_LINES, check_lines
 from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.recorded_config import check_config_files, remove_config
+from gapo_mega.scratch import MADE_BY
 
 logger = logging.getLogger(__name__)
 

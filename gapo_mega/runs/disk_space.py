@@ -6,8 +6,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from gapo_mega.models.scratch import size_of
 from gapo_mega.planning.disk import DiskPlan
+from gapo_mega.scratch import size_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from gapo_mega.evaluation.files import CONFIG_FILE, RESOLVED_CONFIG_FILE, partial_of
 from gapo_mega.evaluation.report import REPORT_FOLDER, REPORT_PAGE
 from gapo_mega.models.huggingface.writing import finish_interrupted
-from gapo_mega.models.scratch import size_of, tell_removed
+from gapo_mega.rollout.servers.weight_files import default_folder
 from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, incomplete_parts, remove_checkpoint
 from gapo_mega.runs.cut_lines import CUT_LINES
 from gapo_mega.runs.directory import (
@@ -19,6 +20,7 @@ from gapo_mega.runs.directory import (
     RUN_FILES,
 )
 from gapo_mega.runs.lock import OWNER_FILE
+from gapo_mega.scratch import TEMPORARY, remove_left, size_of, tell_removed
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -35,6 +37,12 @@ def remove_leftovers(directory: Path) -> None:
         size = size_of(path)
         path.unlink()
         tell_removed(path, size)
+
+
+def remove_temporary() -> None:
+    """Remove what killed processes of this user left among this machine's temporary files, and log each."""
+    for folder in {tempfile.gettempdir(), default_folder() or tempfile.gettempdir()}:
+        remove_left(Path(folder), TEMPORARY)
 
 
 def _partial_files(directory: Path) -> Iterator[Path]:

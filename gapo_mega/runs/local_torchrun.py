@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +24,9 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
+
+from gapo_mega.runs import exits
+from gapo_mega.scratch import TEMPORARY, scratch
 
 BACKEND = "loopback"
 _HOST = "127.0.0.1"
@@ -78,7 +83,9 @@ def _handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def main() -> None:
-    """Run torchrun with the arguments of this process, on one node."""
+    """Run torchrun with the arguments of this process, on one node, and end as its workers have ended."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     if sys.platform == "linux":
@@ -87,7 +94,17 @@ def main() -> None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register(BACKEND, _handler)
     meeting = ["--nnodes", "1", "--rdzv-backend", BACKEND, "--rdzv-endpoint", _HOST, "--local-addr", _HOST]
-    torchrun([*meeting, *sys.argv[1:]])
+    with scratch(Path(tempfile.gettempdir()), f"{TEMPORARY}exits-", lasting=True) as (folder, _):
+        os.environ[exits.FOLDER] = str(folder)
+        try:
+            torchrun([*meeting, *sys.argv[1:]])
+            return
+        except ChildFailedError as error:
+            print(error, file=sys.stderr)
+            codes = [failure.exitcode for failure in error.failures.values()]
+        except SignalException:
+            codes = exits.left_in(folder)
+    sys.exit(exits.status_of(codes))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ def is_main_rank() -> bool:
     return read_world().rank == 0
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first of its job on this machine. Raises ``ValueError`` likewise."""
+    return read_world().local_rank == 0
+
+
 class Peers(Protocol):
     """All processes of the job, before they have process groups. Every rank makes the same calls."""
 

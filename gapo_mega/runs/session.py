@@ -31,9 +31,9 @@ from gapo_mega.runs.checkpoints import (
 from gapo_mega.runs.directory import Wanted, begin, check_directory, end, read_manifest
 from gapo_mega.runs.disk_space import bytes_below, check_plan
 from gapo_mega.runs.identity import TOTAL_UPDATES, Identity, rules_of
-from gapo_mega.runs.leftovers import remove_leftovers
+from gapo_mega.runs.leftovers import remove_leftovers, remove_temporary
 from gapo_mega.runs.lock import DirectoryLock, check_free, disk_errors, token_in
-from gapo_mega.runs.processes import Peers, agree, has_begun, note_begun, peers, watched
+from gapo_mega.runs.processes import Peers, agree, has_begun, is_first_here, note_begun, peers, watched
 from gapo_mega.runs.recorded_config import record_config
 from gapo_mega.runs.resume import (
     Comparison,
@@ -329,6 +329,8 @@ class Session:
                 self._run_id = begin(self.directory, self._wanted, self._overwrite, known_by)
                 record_config(self.config, self.directory)
 
+        if is_first_here():
+            remove_temporary()
         agree(self.everyone, write)
         self._run_id = self.everyone.gather(self._run_id)[0]
         if self.export is not None:

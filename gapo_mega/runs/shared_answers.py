@@ -23,11 +23,11 @@ from typing import Any
 from gapo_mega.config.results import EVERY_STEPS, WITHOUT_EFFECT
 from gapo_mega.evaluation.files import flush
 from gapo_mega.files import local
-from gapo_mega.models.scratch import tell_removed
 from gapo_mega.rollout.heldout import Answers
 from gapo_mega.runs.identity import TOTAL_UPDATES
 from gapo_mega.runs.lock import disk_errors
 from gapo_mega.runs.processes import Peers, agree
+from gapo_mega.scratch import tell_removed
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from tenacity import (
 )
 
 from gapo_mega.config.fields import protocol_of
-from gapo_mega.models.scratch import MADE_BY, size_of
 from gapo_mega.option_checks import without_password
+from gapo_mega.scratch import MADE_BY, size_of
 from gapo_mega.whereabouts import get_on
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from gapo_mega.models.gguf.config import (
 from gapo_mega.models.gguf.file import GGUFFile, shortened
 from gapo_mega.models.gguf.tokenizer import save_tokenizer
 from gapo_mega.models.huggingface.writing import refuse_inside, write_hf
+from gapo_mega.scratch import TEMPORARY, scratch
 
 
 def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -49,7 +50,8 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
         parameters = ARCHITECTURES[architecture(file)][1](config).named_parameters()
     promised = {name: parameter.to(torch.float32) for name, parameter in parameters}
     plan = _plan(file, config, promised)
-    with tempfile.TemporaryDirectory() as companions:
+    with scratch(Path(tempfile.gettempdir()), f"{TEMPORARY}gguf-") as (folder, _):
+        companions = folder / "companions"
         config.save_pretrained(companions)
         generation_config(file, config).save_pretrained(companions)
         save_tokenizer(file, config, companions)

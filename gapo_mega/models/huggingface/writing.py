@@ -16,7 +16,7 @@ from torch import Tensor
 from gapo_mega.models.casting import dtype_name
 from gapo_mega.models.huggingface.directory import INDEX, SINGLE, companions_in
 from gapo_mega.models.huggingface.safetensors_stream import num_bytes, write_safetensors
-from gapo_mega.models.scratch import MADE_BY, Maker, facts_of, left, scratch, size_of, tell_removed
+from gapo_mega.scratch import MADE_BY, Maker, facts_of, left, scratch, size_of, tell_removed
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def complete_or_absent(target: Path, overwrite: bool, needed_bytes: int = 0) -> 
         )
     try:
         with scratch(target.parent, f".{target.name}.partial-") as (partial, maker):
+            partial.chmod(0o755)  # what it becomes is not private
             yield partial
             _put_in_place(partial, target, maker)
     except OSError as error:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from gapo_mega.rollout import in_vllm
 from gapo_mega.rollout.servers.lost import ServerLost
+from gapo_mega.scratch import TEMPORARY, scratch
 
 _HERE = Path(in_vllm.__path__[0])
 _END_WITHIN = 20.0  # seconds between SIGTERM and SIGKILL
+_LOG_STAYS = 7 * 86400.0  # seconds, of a server that has ended by itself
 _LAST = 3  # lines of the log that an error shows
 _given: set[int] = set()  # ports
 
@@ -57,7 +58,10 @@ class ServerProcess:
         self.port = _free_port()
         self.starts = 0
         self.answered = False
-        self._folder = Path(tempfile.mkdtemp(prefix="gapo-mega-vllm-"))
+        self._kept = ExitStack()
+        self._folder, self._maker = self._kept.enter_context(
+            scratch(Path(tempfile.gettempdir()), f"{TEMPORARY}vllm-", lasting=True)
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -111,11 +115,13 @@ class ServerProcess:
             )
 
     def close(self) -> None:
-        """End it, and remove its log, unless it had ended by itself: that error names the log."""
+        """End it, and remove its log; where it had ended by itself, that error names the log, which stays."""
         failed = self._process is not None and self._process.poll() is not None
         self._end()
-        if not failed:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            if failed:
+                self._maker.keep(_LOG_STAYS)
+            self._kept.close()
 
     def kill(self) -> None:
         """End it at once."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from gapo_mega.models.huggingface.safetensors_stream import num_bytes, write_safetensors
+from gapo_mega.scratch import TEMPORARY, remove_left, scratch
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = f"{TEMPORARY}weights-"
 
 
 def default_folder() -> str | None:
@@ -48,10 +50,12 @@ def hand_over(
 @contextmanager
 def _place(folder: str | None, most: int) -> Iterator[Path]:
     """A new directory for the files, gone afterwards."""
-    with _writing(Path(folder or tempfile.gettempdir()), most):
-        place = tempfile.TemporaryDirectory(prefix="gapo-mega-weights-", dir=folder)
-    with place as name:
-        yield Path(name)
+    parent = Path(folder or tempfile.gettempdir())
+    with ExitStack() as stack:
+        with _writing(parent, most):
+            remove_left(parent, _PREFIX)
+            place, _ = stack.enter_context(scratch(parent, _PREFIX))
+        yield place
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gapo_mega.objectives.json_service import LARGEST_ANSWER
+from gapo_mega.stopping import StoppedWaiting, asked_by
 from tests.helpers.http_services import EXPECTED, PROMPTS, RESPONSES, Answer, objective, right, services
 
 
@@ -139,6 +140,20 @@ def test_the_time_of_an_attempt_is_limited_whatever_trickles_in(first: bytes) ->
     late = r"after 2 attempts.*, no whole answer within 1\.5 s; accepted"
     with trickling(first) as url, pytest.raises(ValueError, match=late):
         score(url, timeout=60.0, total_timeout=1.5, retries=1)
+
+
+@pytest.mark.parametrize("first", [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b""])
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_what_trickles_in(first: bytes) -> None:
+    """Without looking, this would come to the end of the attempt, which is then tried again."""
+    looks: list[str] = []
+
+    def asked() -> bool:
+        looks.append(threading.current_thread().name)
+        return len(looks) > 2  # while the first attempt is under way
+
+    with trickling(first) as url, asked_by(asked), pytest.raises(StoppedWaiting):
+        score(url, timeout=60.0, total_timeout=20.0, retries=0)
+    assert {*looks} == {"deadline"}
 
 
 def test_a_service_that_is_down_is_waited_for_and_the_log_says_how_long(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gapo_mega.models.scratch import MADE_BY
+from gapo_mega.scratch import MADE_BY
 from tests.helpers.fake_engine import FakeEngine, terminate
 from tests.helpers.held_runs import snapshot, start, stopped
 
@@ -48,7 +48,7 @@ def test_the_next_run_removes_them_and_says_so(tmp_path: Path, caplog: pytest.Lo
     mine.write_text("mine")
     assert start(tmp_path)[0]
     assert not any(path.exists() for path in found) and mine.read_text() == "mine"
-    said = [line for line in caplog.messages if line.startswith("removed ")]
+    said = [line for line in caplog.messages if line.startswith(f"removed {tmp_path}")]
     assert len(said) == len(found) and all("which a killed process had not finished" in line for line in said)
     assert f"removed {found[1]} (3.0 MB)" in caplog.text
 

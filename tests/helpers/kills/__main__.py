@@ -16,8 +16,15 @@ from tests.helpers.kills.session import RESULTS, Session, read
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 1 where something was lost or does not end as it should."""
-    arguments = _arguments(words)
+    """Run the command; its exit status: 1 where something was lost or ends as it should not, 2 if refused."""
+    try:
+        return _main(_arguments(words))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: argparse.Namespace) -> int:
     if arguments.table is not None:
         found = [case for path in arguments.found for case in read(path)]
         table.write(arguments.table, found)

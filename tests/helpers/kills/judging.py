@@ -89,8 +89,11 @@ def _codes(case: Case, kill: Kill, attempt: Attempt, standing: Standing) -> set[
     if kill.signal == "SIGKILL" and hit_itself:
         return {-9}
     if LAYOUTS[case.layout].nproc:
-        # Torchrun's own: 1 also where it is itself told to end while its processes come to their end.
-        return {1} if kill.signal == "SIGKILL" or not standing.finished else {0, 1}
+        # 1 where its processes have ended in different ways, or by signals alone.
+        accepted = {0, 1, PEERS_LOST} if standing.finished else {1, PEERS_LOST}
+        if kill.signal == "SIGKILL":
+            return accepted
+        return accepted | ({STOPPED, SECOND_CTRL_C} if kill.signal == "SIGINT" else {STOPPED})
     if standing.finished:
         return {0}  # nothing was left to stop
     if attempt.hit is not None and attempt.hit["place"] in _BEFORE_STEPS:

@@ -19,6 +19,7 @@ from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
 from tests.helpers.kills.phases import of_runs
 from tests.helpers.kills.running import CONFIG, Attempt, Run
+from tests.helpers.kills.state import of_cases, of_code
 from tests.helpers.rank_runs import settings
 
 RESULTS = "kills.jsonl"
@@ -39,13 +40,20 @@ class Session:
     ) -> None:
         """``start``: how commands start, one of ``STARTS``, or "both": every tenth case as a command.
 
-        ``again``: as ``draw`` takes it.
+        ``again``: as ``draw`` takes it. Raises ``ValueError`` where ``folder`` has cases of other code.
         """
         self._folder = folder
         self._seed, self._layouts, self._start, self._again = seed, layouts, start, again
         self._workers = workers
         self._results = folder / RESULTS
         self.found: list[dict[str, Any]] = read(self._results)
+        self._state = of_code()
+        states = of_cases(self.found)
+        if states not in ([], [self._state]):
+            raise ValueError(
+                f"--out: found {self._results}, with cases of the code {', '.join(states)}, accepted: of "
+                f"{self._state}, which this is, or none"
+            )
 
     def run(self, kills: int) -> None:
         """Run cases until so many kills are known. Raises ``RuntimeError`` where undisturbed runs fail."""
@@ -170,6 +178,7 @@ class Session:
             faults += at_end(last, before, run.directory, reference)
             resumed = last.code == 0
         about = {
+            "state": self._state,
             "seed": self._seed,
             "case": case.number,
             "layout": case.layout,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.kills.phases import PHASES
+from tests.helpers.kills.state import of_cases
 
 Found = dict[str, Any]
 
@@ -35,6 +36,7 @@ def text(found: Sequence[Found]) -> str:
         f"{len(kills)} kills in {len(found)} runs; resumed after {resumed}, equal in the end after {equal}.",
         f"Seeds: {', '.join(str(seed) for seed in sorted({case['seed'] for case in found}))}. "
         f"Started as commands: {commands} runs, the others as forks.",
+        f"State of the code: {', '.join(of_cases(found))}.",
         "",
         "Each cell: kills / resumed / equal to the undisturbed run.",
         "",
@@ -50,7 +52,10 @@ def text(found: Sequence[Found]) -> str:
 
 
 def write(path: Path, found: Sequence[Found]) -> None:
-    """``PATH.md`` and ``PATH.json``."""
+    """``PATH.md`` and ``PATH.json``. Raises ``ValueError`` for cases of different code."""
+    states = of_cases(found)
+    if len(states) > 1:
+        raise ValueError(f"--table: found cases of the code {', '.join(states)}, accepted: of one state")
     path.with_suffix(".md").write_text("# Random kills\n\n" + text(found), encoding="utf-8")
     lines = ",\n".join(map(json.dumps, found))  # one a case
     path.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,66 @@ def test_the_first_sigterm_ends_it_also_while_a_reward_hangs(tmp_path: Path) -> 
         assert found["status"] == "busy"
         process.terminate()
         assert process.wait(timeout=60) == -signal.SIGTERM  # ten seconds are for what is under way
+
+
+HELD = """
+import time
+from pathlib import Path
+
+def held(prompts, responses):
+    while not (Path(__file__).parent / "go").exists():
+        time.sleep(0.05)
+    return [0.0] * len(responses)
+"""
+BODIES = 16
+MIB = 1 << 20
+
+
+def large(last: str) -> bytes:
+    """A megabyte that is forty as Python objects; right where ``last`` is the response."""
+    turn = b'{"role":"","content":""},'
+    end = f'{{"role":"assistant","content":"{last}"}}]}}]}}'
+    return b'{"samples":[{"prompt":"","response":"a","messages":[' + turn * (MIB // len(turn)) + end.encode()
+
+
+def peak(process: subprocess.Popen[str]) -> int:
+    """Bytes that it has had in memory at most."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_bodies_that_wait_are_not_read_as_json(tmp_path: Path) -> None:
+    (tmp_path / "holding.py").write_text(HELD)
+    command = [sys.executable, "-m", "gapo_mega.cli", "serve-reward", "--port", "0"]
+    with (
+        subprocess.Popen(
+            [*command, "--function", f"{tmp_path}/holding.py:held"], stdout=subprocess.PIPE, text=True
+        ) as process,
+        ThreadPoolExecutor(BODIES) as clients,
+    ):
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            health = url.replace("/score", "/health")
+            assert requests.get(health, timeout=60).json()["status"] == "ok"
+            before = peak(process)
+            bodies = [large("ab"[number % 2]) for number in range(BODIES)]
+            asked = [
+                clients.submit(
+                    requests.post, url, data=body, headers={"Content-Type": "application/json"}, timeout=600
+                )
+                for body in bodies
+            ]
+            done = 0
+            while requests.get(health, timeout=60).json().get("waiting", 0) + done < BODIES - 1:
+                time.sleep(0.1)
+                done = sum(one.done() for one in asked)
+            (tmp_path / "go").touch()
+            codes = sorted(one.result().status_code for one in asked)
+            more = peak(process) - before
+        finally:
+            process.kill()
+    assert codes == [200] * (BODIES // 2) + [422] * (BODIES // 2)
+    # All of them, once more while they are joined, and forty times one; all as objects would be 640 MiB.
+    assert more < (2 * BODIES + 2 * 40) * MIB

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.environment import ROOT, environment
 from tests.helpers.kills.session import RESULTS, read
+from tests.helpers.kills.state import of_cases, of_code
 from tests.helpers.kills.table import kills_of
 
 # Ten kills of this seed are five runs, each disturbed twice: three of one process and two of two ranks. They
@@ -32,6 +33,7 @@ def kill(folder: Path, *words: str) -> list[tuple[dict[str, Any], dict[str, Any]
         timeout=1200,  # under load; ten times what it takes on an idle machine
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert of_cases(read(folder / RESULTS)) == [of_code()]
     kills = kills_of(read(folder / RESULTS))
     assert all(case["resumed"] and case["equal"] and not case["faults"] for _, case in kills)
     return kills

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gapo_mega.models.huggingface.writing import complete_or_absent, finish_interrupted
-from gapo_mega.models.scratch import MADE_BY, left, remove_left, scratch
+from gapo_mega.scratch import MADE_BY, TEMPORARY, _boot, left, remove_left, scratch
 
 
 def killed(path: Path, size: int = 2_000_000, **facts: Any) -> Path:
@@ -88,6 +88,52 @@ def test_another_hosts_counts_as_left_after_an_hour_without_a_change(tmp_path: P
         os.utime(file, (long_ago, long_ago))
     finish_interrupted(tmp_path / "hf")
     assert not path.exists()
+
+
+def test_what_lasts_on_another_machine_stays_however_quiet(tmp_path: Path) -> None:
+    """Nobody can tell from here that its process has ended; a container of this machine has its boot."""
+    killed(tmp_path / "gapo-mega-data-a", host="elsewhere", boot="another", lasting=True)
+    killed(tmp_path / "gapo-mega-data-b", host="container", boot=_boot(), lasting=True)
+    killed(tmp_path / "gapo-mega-data-c", host="elsewhere", boot="another")
+    long_ago = time.time() - 7200
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    remove_left(tmp_path, TEMPORARY)
+    stays = {"gapo-mega-data-a"} if _boot() else {"gapo-mega-data-a", "gapo-mega-data-b"}
+    assert {path.name for path in tmp_path.iterdir()} == stays
+
+
+def test_another_users_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = killed(tmp_path / "gapo-mega-data-a")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    remove_left(tmp_path, TEMPORARY)
+    assert path.is_dir()
+    monkeypatch.undo()
+    remove_left(tmp_path, TEMPORARY)
+    assert not path.exists()
+
+
+def test_what_is_kept_outlives_its_block_for_so_long(tmp_path: Path) -> None:
+    for seconds in (-1.0, 1000.0):
+        with scratch(tmp_path, f"gapo-mega-vllm{seconds:+.0f}") as (path, maker):
+            (path / "vllm.log").write_text("why")
+            maker.keep(seconds)
+    remove_left(tmp_path, TEMPORARY)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert (path / "vllm.log").read_text() == "why"
+
+
+def test_what_cannot_be_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = killed(tmp_path / "gapo-mega-data-a")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    remove_left(tmp_path, TEMPORARY)
+    assert f"what killed processes left in {tmp_path} is still there: [Errno 13]" in caplog.text
+    assert (path / MADE_BY).is_file()  # so that a later run knows it
 
 
 def test_killed_between_the_two_renames_brings_the_old_one_back(
