@@ -12,12 +12,21 @@ from typing import Any
 import requests
 
 from gapo_mega import stopping
-from gapo_mega.objectives.limited_post import Answer, Limits, NotTaken, NotWhole, Route, limited_post
+from gapo_mega.objectives.limited_request import (
+    Answer,
+    Limits,
+    NotTaken,
+    NotWhole,
+    Route,
+    limited_get,
+    limited_post,
+)
 from gapo_mega.rollout.servers.lost import ServerLost
 
 _LARGEST_ANSWER = 64 << 20  # bytes: log-probabilities of some 600,000 tokens
 _BETWEEN_LOOKS = 1.0  # seconds
 _SHORT = 10.0  # seconds that a question may take which needs no model
+_LARGEST_SHORT = 1 << 20  # bytes of its answer
 _EXCERPT = 300  # characters of an answer that an error shows
 
 
@@ -63,7 +72,7 @@ class VllmServer:
     # -- weights -----------------------------------------------------------------------------------
     def version(self) -> str:
         """The label of the weights, as ``finish`` gave it last."""
-        answer = self._again(lambda: self._get("/weight_info"))
+        answer = self._again(lambda: self._decoded("/weight_info", self._get("/weight_info")))
         if not isinstance(answer, dict) or "weight_version" not in answer:
             raise self._odd("/weight_info", answer, "an object with weight_version")
         return str(answer["weight_version"])
@@ -89,8 +98,8 @@ class VllmServer:
     # -- whether it is there -----------------------------------------------------------------------
     def is_up(self) -> bool:
         """Whether it says that it is healthy. Never raises."""
-        with suppress(requests.RequestException):
-            return self._session_get("/health").status_code == 200
+        with suppress(ServerLost):
+            return self._get("/health").status == 200
         return False
 
     def wait_until_up(self, check: Callable[[], None], seconds: float) -> None:
@@ -122,23 +131,19 @@ class VllmServer:
 
     def _post(self, path: str, content: Any) -> Any:
         limits = Limits(self._patience.answer, self._patience.answer, _LARGEST_ANSWER)
+        return self._decoded(
+            path, self._answered(path, lambda url: limited_post(url, content, {}, limits, Route()))
+        )
+
+    def _get(self, path: str) -> Answer:
+        limits = Limits(_SHORT, _SHORT, _LARGEST_SHORT)
+        return self._answered(path, lambda url: limited_get(url, limits))
+
+    def _answered(self, path: str, ask: Callable[[str], Answer]) -> Answer:
         try:
-            answer = limited_post(self.url + path, content, {}, limits, Route())
+            return ask(self.url + path)
         except (NotWhole, NotTaken, requests.RequestException) as error:
             raise ServerLost(f"{self.url}{path}: found no answer: {_line(str(error))}") from error
-        return self._decoded(path, answer)
-
-    def _get(self, path: str) -> Any:
-        try:
-            found = self._session_get(path)
-        except requests.RequestException as error:
-            raise ServerLost(f"{self.url}{path}: found no answer: {_line(str(error))}") from error
-        return self._decoded(path, Answer(found.status_code, found.headers, found.content))
-
-    def _session_get(self, path: str) -> requests.Response:
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy of the environment
-            return session.get(self.url + path, timeout=_SHORT, allow_redirects=False)
 
     def _decoded(self, path: str, answer: Answer) -> Any:
         text = _line(answer.body.decode("utf-8", errors="replace"))
