@@ -352,6 +352,7 @@ class Trainer:
         """Log an update; ``evaluated``: steps done, where they are evaluated with the last update's line."""
         seconds = self.phases.total()
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
+        extra |= {} if self._backend is None else self._backend.figures()
         if evaluated is not None:
             with self.phases("evaluation"):
                 if self._ahead is not None:

@@ -32,5 +32,5 @@ def built(
 
 def lines(directory: Path) -> list[dict[str, Any]]:
     """What the log has of every step, but for the times."""
-    clocked = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights")
+    clocked = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights", "weights/seconds")
     return [{k: v for k, v in line.items() if k not in clocked} for line in metrics(directory)]

@@ -52,7 +52,6 @@ def test_one_byte_after_another_is_no_answer(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(client, "_SHORT", 0.5)
     with answering(drip) as url:
         server = VllmServer(url, Patience(20, 0, 20))
-        assert not server.is_up()
         with pytest.raises(ServerLost, match=rf"^{url}/weight_info: found no answer: no whole answer within"):
             server.version()
 
@@ -60,6 +59,5 @@ def test_one_byte_after_another_is_no_answer(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_answer_is_not_unpacked_beyond_the_limit() -> None:
     with answering(bomb) as url:
         server = VllmServer(url, Patience(20, 0, 20))
-        assert not server.is_up()
         with pytest.raises(ServerLost, match="status 200 with more than 1048576 bytes"):
             server.version()
