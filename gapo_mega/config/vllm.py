@@ -47,17 +47,24 @@ class VllmConfig(Section):
         "servers of the same machine",
     )
     piece_mib: int = Field(256, ge=1, le=65_536, description="MiB of weights in a piece")
+    sleep: bool = Field(
+        False,
+        description="servers free the memory of weights and cache after every rollout, for a training on the "
+        "same GPUs, and get the weights anew before the next; not with rollout.ahead",
+    )
     timeout: float = Field(
-        1200.0, gt=0, le=1500, description="longest time of one request in seconds, such as a whole response"
+        1200.0,
+        gt=0,
+        description="longest time of one request in seconds, such as a whole response; as the next two, at "
+        "most five sixths of parallel.timeout_minutes",
     )
     patience: float = Field(
         60.0,
         ge=0,
-        le=1500,
         description="for how many seconds a server may be away before its rollout is repeated",
     )
     start_timeout: float = Field(
-        600.0, gt=0, le=1500, description="for how many seconds a server that starts is waited for"
+        600.0, gt=0, description="for how many seconds a server that starts is waited for"
     )
 
     @model_validator(mode="after")

@@ -111,6 +111,10 @@ class Generator(Protocol):
         """Take over the policy's current parameters. In-process back ends share them and do nothing."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is asked before the next ``update_weights``: let go of memory. May do nothing."""
+        ...
+
 
 class Ranks(Protocol):
     """Collectives over small CPU tensors and Python objects."""

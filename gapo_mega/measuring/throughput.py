@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gapo_mega.planning import devices
 from gapo_mega.planning.flops import mfu
 from gapo_mega.planning.resolved import ResolvedRun
 from gapo_mega.planning.speed import Lengths, flops_of
+from gapo_mega.rollout.backends import find
 
 WARM_UP_STEPS = 1  # first calls allocate, compile and open connections
 FORMULA = (
@@ -30,6 +32,10 @@ FORMULA = (
     "the gradient strategy (a backward counts twice), causal attention counted, the output layer at every "
     "token though prompts do without it (an upper bound), recomputation not (HFU counts the policy's); see "
     "gapo_mega/planning/flops.py"
+)
+BESIDE = (
+    "devices are those of the training: the servers that draw responses have others, so the FLOPs of "
+    "rollouts are left out, and tokens/s/device would be less if the servers' devices counted"
 )
 
 
@@ -59,8 +65,7 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
     lines = (Path(config.output_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     per_step = resolved.updates_per_step
     records = [json.loads(line) for line in lines][WARM_UP_STEPS * per_step :]
-    steps = [_sum_times(records[i : i + per_step]) for i in range(0, len(records), per_step)]
-    phases = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in steps[0]}
+    phases, weights = (_medians(records, per_step, prefix) for prefix in ("time/", "weights/"))
     seconds = phases.pop("step")
     tokens = [r["response_length"] + r["prompt_length"] for r in records]
     sequences = config.sequences()
@@ -68,6 +73,9 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
     prompt = round(statistics.mean(r["prompt_length"] for r in records))
     response = max(1, round(statistics.mean(r["response_length"] for r in records)))
     flops = flops_of(resolved, Lengths(prompt, response))
+    beside = find(config.rollout.backend).answers_beside and not config.rollout.vllm.sleep
+    if beside:
+        flops = replace(flops, rollout=0)
     peak, peak_source = _peak(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32)
     return {
         "config": config.model_dump(mode="json", exclude={"output_dir"}),
@@ -80,13 +88,14 @@ def measure(resolved: ResolvedRun) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_per_device": tokens_per_second / world,
         "phases_seconds": phases,
+        **{f"weights_{key}_per_step": value for key, value in weights.items()},
         "model_flops_per_step": flops.model,
         "hardware_flops_per_step": flops.hardware,
         "peak_flops_per_device": peak,
         "peak_source": peak_source,
         "mfu": mfu(flops.model, seconds, world, peak),
         "hfu": mfu(flops.hardware, seconds, world, peak),
-        "formula": FORMULA,
+        "formula": f"{FORMULA}; {BESIDE}" if beside else FORMULA,
         "peak_memory_bytes": max(r["memory/peak_bytes"] for r in records),
     }
 
@@ -110,15 +119,24 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         f"(peak {result['peak_flops_per_device']:.3g} FLOP/s per device: {result['peak_source']})",
         soft_wrap=True,
     )
+    if "weights_bytes_per_step" in result:
+        size, seconds = result["weights_bytes_per_step"], result["weights_seconds_per_step"]
+        console.print(f"weights to servers, a step: {size / 1e6:.1f} MB in {seconds:.3f} s", soft_wrap=True)
     console.print(result["formula"], style="dim", soft_wrap=True)
 
 
-def _sum_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _medians(records: Sequence[Mapping[str, Any]], per_step: int, prefix: str) -> dict[str, float]:
+    """Medians over steps of what their updates have in sum, of names with ``prefix``, by their rest."""
+    steps = [_sums(records[i : i + per_step], prefix) for i in range(0, len(records), per_step)]
+    return {key: statistics.median(step.get(key, 0.0) for step in steps) for key in steps[0]}
+
+
+def _sums(records: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
     total: dict[str, float] = {}
     for record in records:
         for key, value in record.items():
-            if key.startswith("time/"):
-                total[key.removeprefix("time/")] = total.get(key.removeprefix("time/"), 0.0) + value
+            if key.startswith(prefix):
+                total[key.removeprefix(prefix)] = total.get(key.removeprefix(prefix), 0.0) + value
     return total
 
 

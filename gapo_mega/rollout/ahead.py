@@ -21,6 +21,7 @@ from gapo_mega.rollout.backends import Asked, RolloutBackend
 from gapo_mega.rollout.collect import Collector, own_seed
 from gapo_mega.rollout.recovery import recovered
 from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.rounds import gathered, wait_for_all
 from gapo_mega.rollout.saved import from_lists, to_lists
 from gapo_mega.rollout.score import Timer
 from gapo_mega.types import Generation, Prompt, Rollout
@@ -135,11 +136,12 @@ class Ahead:
         return Sampled(rollout, greedy, facts)
 
     def settle(self) -> None:
-        """Wait until nothing is under way, so that weights may be sent. Raises nothing of what went wrong."""
+        """Wait until nothing is under way, so that weights may be sent. Raises nothing of what went wrong.
+
+        Collective.
+        """
         started = time.perf_counter()
-        for batch in self._batches.values():
-            for one in batch.asked:
-                one.wait()
+        self._wait(lambda end: all(batch.wait(end) for batch in self._batches.values()), "an evaluation")
         self._waited += time.perf_counter() - started
 
     def drop(self) -> None:
@@ -191,7 +193,7 @@ class Ahead:
                 batch.results()
             except Exception as error:
                 own = error
-            told = self._engine.gather_over_data(None if own is None else sendable(own))
+            told = gathered(self._engine, None if own is None else sendable(own))
             first = next((error for error in told if error is not None), None)
         if first is None:
             return batch.found
@@ -206,10 +208,21 @@ class Ahead:
         if not batch.wait(time.monotonic() + _SILENT) and self._engine.layout.is_main:
             told = "" if limit == inf else f", until {limit:.0f} s after they were asked for"
             logger.warning("a checkpoint waits for the responses of step %d, drawn ahead%s", step + 1, told)
-        own = self._engine.broadcast_in_replica(batch.wait(batch.begun + limit))
+        last = batch.begun + limit
+        self._wait(lambda end: batch.wait(min(end, last)) or time.monotonic() >= last, "a checkpoint")
+        own = self._engine.broadcast_in_replica(batch.wait(0.0))
         if all(self._engine.gather_over_data(own)):
             return None
         return TimeoutError(f"not within {limit:.0f} s")
+
+    def _wait(self, come: Callable[[float], bool], whose: str) -> None:
+        """Until ``come`` by some time of ``time.monotonic`` on all ranks."""
+        wait_for_all(
+            self._engine,
+            lambda seconds: come(time.monotonic() + seconds),
+            lambda: f"{whose} waits for responses that rank {self._engine.layout.rank} has asked for",
+            self._backend.config.parallel.timeout,
+        )
 
     def _tell(self, message: str, *arguments: object) -> None:
         if self._engine.layout.is_main:

@@ -31,6 +31,10 @@ class Source(Protocol):
         """Take over the policy's parameters."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is asked before the next ``update_weights``."""
+        ...
+
 
 class Collector:
     """Samples responses of the current policy for this data-parallel rank's prompts."""
@@ -45,6 +49,10 @@ class Collector:
     def update_weights(self) -> None:
         """Have the generator take over the policy's parameters. Collective over all ranks."""
         self._generator.update_weights()
+
+    def rest(self) -> None:
+        """Nothing is collected before the next ``update_weights``. Collective over all ranks."""
+        self._generator.rest()
 
     def collect(self, prompts: list[Prompt], samples: int, seed: int, greedy: bool = False) -> Rollout:
         """``samples`` responses per prompt; the samples of a prompt are adjacent rows.

@@ -81,12 +81,15 @@ class ExperienceMaker:
         drawn ahead; None: it is drawn now.
         """
         rollout = self._rollout(prompts, seed) if sampled is None else sampled.rollout
+        if not self._estimator.needs_greedy:
+            self._collector.rest()
         experience = self._scorer.score(rollout)
         if watch is not None:
             watch(rollout, experience)
         if self._estimator.needs_greedy:
             greedy = self._greedy(prompts, seed) if sampled is None else sampled.greedy
             assert greedy is not None
+            self._collector.rest()
             experience = self._with_greedy_scores(experience, greedy)
         experience, told = self._estimate(without_flat(experience) if self._filtered else experience)
         self._tell_infinite(experience)

@@ -69,6 +69,7 @@ class HeldOut:
         layout = self._engine.layout
         numbers, own = share(range(len(self._prompts)), layout.data_rank, layout.data, layout.in_step)
         rollout = recovered(self._engine, self._collector.update_weights, lambda: self._collected(numbers))
+        self._collector.rest()
         # Apart from the collecting: no rank goes on to a score model while another has lost its server.
         part = agreed(self._engine, lambda: self._scored(numbers, own, rollout))
         # A stable sort: the samples of a prompt stay in order, whatever rank drew them.

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from gapo_mega.engine.base import Ranks
 from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.rounds import gathered
 from gapo_mega.rollout.servers.lost import ServerLost
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def recovered(ranks: Ranks, update_weights: Callable[[], None], work: Callable[[
 
     Where it loses a server on some data-parallel ranks, all of them have the weights taken over anew, which
     starts the server again, and repeat the whole work, three times in all. Where it fails otherwise, all
-    raise: their own error, or else the first of the others.
+    raise: their own error, or else the first of the others. Replicas wait for the slowest, however long.
     """
     for attempt in count(1):
         own: Exception | None = None
@@ -30,7 +31,7 @@ def recovered(ranks: Ranks, update_weights: Callable[[], None], work: Callable[[
             result = work()
         except Exception as error:
             own = error
-        told = ranks.gather_over_data(None if own is None else sendable(own))
+        told = gathered(ranks, None if own is None else sendable(own))
         failures = [error for error in told if error is not None]
         if not failures:
             return result

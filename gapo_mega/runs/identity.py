@@ -143,6 +143,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "environment": FREE,
         "weights_directory": FREE,
         "piece_mib": FREE,
+        "sleep": FREE,
         "timeout": FREE,
         "patience": FREE,
         "start_timeout": FREE,

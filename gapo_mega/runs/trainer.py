@@ -366,6 +366,7 @@ class Trainer:
         """What the log says of an update."""
         seconds = self.phases.total()
         extra = facts.extra | {f"critic_loss/{i}": loss for i, loss in enumerate(critic_losses)}
+        extra |= {} if self._backend is None else self._backend.figures()
         return step_metrics(
             report,
             self.rows if rows is None else self.names,

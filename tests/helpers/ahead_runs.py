@@ -8,7 +8,7 @@ from typing import Any
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.runs.trainer import Trainer
 from tests.helpers.fake_runs import Words, trainer
-from tests.helpers.metrics_log import metrics
+from tests.helpers.metrics_log import VARYING, metrics
 from tests.helpers.table_policy import TablePolicy
 
 STEPS = 5
@@ -31,6 +31,6 @@ def built(
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    """What the log has of every step, but for the times."""
-    clocked = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights")
-    return [{k: v for k, v in line.items() if k not in clocked} for line in metrics(directory)]
+    """What the log has of every step, but for the times, and for weights, which evaluations are sent, too."""
+    clocked = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights", "weights/")
+    return metrics(directory, (*VARYING, *clocked))

@@ -92,6 +92,9 @@ class FakeEngine:
     def update_weights(self) -> None:
         self._called("update_weights")
 
+    def rest(self) -> None:
+        pass
+
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
     ) -> Generation:

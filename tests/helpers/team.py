@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 class Group:
     """Some ranks of a team, which tell one another a value each."""
 
-    def __init__(self, ranks: list[int]) -> None:
+    def __init__(self, ranks: list[int], seconds: float = 20) -> None:
         self._ranks = ranks
         self.size = len(ranks)
-        self._barrier = threading.Barrier(len(ranks), timeout=20)
+        self._barrier = threading.Barrier(len(ranks), timeout=seconds)
         self._values: dict[int, Any] = {}
 
     def gather(self, rank: int, value: Any) -> list[Any]:
@@ -59,14 +59,18 @@ class Member(FakeEngine):
 
 
 class Team:
-    """A world of fake ranks: ``data`` replicas of ``world / data`` tensor ranks."""
+    """A world of fake ranks: ``data`` replicas of ``world / data`` tensor ranks.
 
-    def __init__(self, world: int, data: int) -> None:
+    ``seconds``: longest wait for one another.
+    """
+
+    def __init__(self, world: int, data: int, seconds: float = 20) -> None:
         tensor = world // data
+        data_groups = [range(first, world, tensor) for first in range(tensor)]
+        replicas = [range(first, first + tensor) for first in range(0, world, tensor)]
         groups = {
-            "data": [Group(list(range(first, world, tensor))) for first in range(tensor)],
-            "replica": [Group(list(range(first, first + tensor))) for first in range(0, world, tensor)],
-            "world": [Group(list(range(world)))],
+            name: [Group(list(ranks), seconds) for ranks in parts]
+            for name, parts in {"data": data_groups, "replica": replicas, "world": [range(world)]}.items()
         }
         self.members = [Member(rank, world, data, groups) for rank in range(world)]
 

@@ -1,7 +1,8 @@
 """A small server that speaks what we use of vLLM's HTTP API (0.32), over a real socket.
 
 Its model is a table: the tensor ``table`` [V, V] has the logits of the token after each token. It holds
-clients to the order of an update: paused, begun, taken, loaded, cache reset, labelled, ready again.
+clients to the order of an update: paused, begun, taken, loaded, cache reset, labelled, ready again. Asleep it
+answers nothing: weights come after they are awake, and its cache wakes after them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class TableServer:
         seconds_per_token: that a response takes.
         table: its weights, float64.
         label: of the weights.
+        asleep: what of its memory is freed: ``weights``, ``kv_cache``.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -43,6 +45,7 @@ class TableServer:
         self.seconds_per_token = 0.0
         self.table = np.zeros((2, 2))
         self.label = "default"
+        self.asleep: set[str] = set()
         self._state = "ready"
         self._loading: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -94,8 +97,8 @@ class TableServer:
             with self._lock:
                 self.generated += 1
                 self.asked.append((self.label, tuple(content["token_ids"]), content["sampling_params"]))
-            if self._state != "ready":
-                return 500, {"error": f"asked while {self._state}"}
+            if self._state != "ready" or self.asleep:
+                return 500, {"error": f"asked while {self._state}, asleep: {sorted(self.asleep)}"}
             return 200, {"choices": [self._choice(content["token_ids"], content["sampling_params"])]}
         with self._lock:
             self.calls.append(path if path != "/collective_rpc" else content["method"])
@@ -108,7 +111,15 @@ class TableServer:
             return 200, {"weight_version": self.label}
         if path == "/collective_rpc":
             return self._worker(content["method"], content["args"])
+        if path == "/sleep?level=2":
+            self.asleep, self.table = {"weights", "kv_cache"}, np.full_like(self.table, np.nan)
+            return 200, None
+        if path in ("/wake_up?tags=weights", "/wake_up?tags=kv_cache"):
+            self.asleep.discard(path.split("=")[1])
+            return 200, None
         if path == "/reset_prefix_cache":
+            if self.asleep:
+                return 500, {"error": f"asleep: {sorted(self.asleep)}"}
             return self._go({"loaded": ["reset"]}, "reset", {"success": True})
         if path == "/update_weight_version":
             self.label = content["new_version"]
@@ -124,6 +135,8 @@ class TableServer:
         """A method of the worker extension, which returns the number of tensors that it took."""
         done = {"results": [None]}
         if method == "gapo_begin_update":
+            if "weights" in self.asleep:
+                return 500, {"error": "begun while its weights are asleep"}
             self._loading = {}
             return self._go({"paused": ["begun"]}, "begun", done)
         if method == "gapo_take_weights":

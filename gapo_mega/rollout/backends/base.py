@@ -57,7 +57,8 @@ class RolloutBackend(ABC):
     """Samples the responses of a training: one object a rank.
 
     All methods are collective over the ranks of the world, but ``generate``, which is over those of a
-    replica. What a back end waits for it waits for a bounded time, and asks ``gapo_mega.stopping`` meanwhile.
+    replica and called within ``recovered`` alone, so that replicas may take unlike times. What a back end
+    waits for it waits for a bounded time, and asks ``gapo_mega.stopping`` meanwhile.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,17 @@ class RolloutBackend(ABC):
         replica passes another ``seed``. Raises ``rollout.servers.lost.ServerLost`` where the same rollout
         may succeed after another ``update_weights``: the caller does both.
         """
+
+    def rest(self) -> None:
+        """Let go of memory that others may use: nothing is asked before the next ``update_weights``."""
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """What the log has of the weights that were sent since the last call; the same on every rank.
+
+        ``weights/seconds`` and ``weights/bytes`` of all updates in sum; nothing where none are sent ever.
+        """
+        return {}
 
     def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> Asked:
         """As ``generate``, without waiting: the responses are drawn while this rank does other work.

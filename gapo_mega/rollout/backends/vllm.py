@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
-from urllib3.util import parse_url
 
 from gapo_mega.config import Config, VllmConfig
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.files import local
 from gapo_mega.rollout.backends.base import Policy, RolloutBackend
 from gapo_mega.rollout.response_scores import sendable
+from gapo_mega.rollout.rounds import wait_for_all
 from gapo_mega.rollout.servers.agreement import from_one
+from gapo_mega.rollout.servers.asked import AskedResponses
+from gapo_mega.rollout.servers.checks import check_python, check_settings
 from gapo_mega.rollout.servers.client import Patience, VllmServer
+from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.process import ServerProcess
 from gapo_mega.rollout.servers.questions import Questions
 from gapo_mega.rollout.servers.requests import Requests
-from gapo_mega.rollout.servers.responses import Response, assemble
+from gapo_mega.rollout.servers.responses import Response
 from gapo_mega.rollout.servers.shares import servers_of
 from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
-from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Generation
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _ATTEMPTS = 2  # of an update of the weights; a server of ours is started again in between
-_HERE = ("127.0.0.1", "localhost", "[::1]")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -59,7 +59,11 @@ class Vllm(RolloutBackend):
         self._run = uuid.uuid4().hex[:12]
         self._taken = -1  # the engine's ``changes`` that the servers have
         self._label = ""
-        self._asked: list[_Asked] = []  # what has no result yet
+        self._asleep = False
+        self._sent = {"weights/seconds": 0.0, "weights/bytes": 0.0}  # since the last line of the log
+        self._asked: list[AskedResponses] = []  # what has no result yet
+        self._failed: set[str] = set()  # servers that have lost a question, as this replica knows
+        self._losses = 0  # how often servers were started again for that, as all ranks know
         if options.python is not None and policy.engine.layout.is_main:
             python, arguments = _absolute(options.python), self._arguments(options)
             self._processes = [
@@ -71,31 +75,13 @@ class Vllm(RolloutBackend):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        rollout = config.rollout
-        if (rollout.vllm.python is None) == (not rollout.vllm.urls):
-            found = "neither" if rollout.vllm.python is None else "both"
-            raise ValueError(
-                f"rollout.vllm: found {found} of python and url with rollout.backend vllm, accepted: one of "
-                "them (the Python of an environment with vLLM, or where servers answer)"
-            )
-        if rollout.top_p != 1.0 and not rollout.top_k:
-            raise ValueError(
-                f"rollout.top_p: found {rollout.top_p} with rollout.backend vllm and no rollout.top_k, "
-                "accepted: 1, or a top_k beside it (the trainer must know which tokens were left to draw "
-                "from, and an answer names few)"
-            )
-        for url in rollout.vllm.urls:
-            if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
-                raise ValueError(
-                    f"rollout.vllm.weights_directory: found none with rollout.vllm.url {url}, accepted: a "
-                    "directory that the server reads under the same path"
-                )
+        check_settings(config)
 
     @classmethod
     def check_here(cls, config: Config) -> None:
         python = config.rollout.vllm.python
         if python is not None:
-            _check_python(python)
+            check_python(python)
 
     # -- weights -----------------------------------------------------------------------------------
     def update_weights(self) -> None:
@@ -104,36 +90,101 @@ class Vllm(RolloutBackend):
         version = engine.changes
         if not self._servers:
             urls, self._run = self._from_main(lambda: (self._urls(), self._run))
-            self._servers = [VllmServer(url, self._patience) for url in urls]
+            self._servers = [VllmServer(url, self._patience, sleeps=self._options.sleep) for url in urls]
         label = f"{self._run}-{version}"
+        self._end_failed()
         for attempt in range(1, _ATTEMPTS + 1):
-            stale = self._from_main(lambda: self._stale(label))
-            if not stale:
+            failure = self._update(label)
+            if failure is None:
                 break
-            self._settle()
-            failure = self._send(stale, label)
-            if failure is not None and (attempt == _ATTEMPTS or self._options.python is None):
+            if attempt == _ATTEMPTS or self._options.python is None:
                 raise failure
-        self._taken, self._label = version, label
+        self._taken, self._label, self._asleep = version, label, False
+
+    def rest(self) -> None:
+        """With ``vllm.sleep`` the servers free their memory. Raises ``ServerLost`` as ``update_weights``."""
+        if self._options.sleep and not self._asleep:
+            self._asleep = True
+            self._from_main(self._sleep)
+
+    def _sleep(self) -> None:
+        end = self._end()
+        for i, server in enumerate(self._servers):
+            try:
+                server.sleep(end)
+            except ServerLost as error:
+                if not self._processes:
+                    raise
+                logger.warning("%s; it is ended", error)  # which frees its memory, too
+                self._processes[i].kill()
+
+    def figures(self) -> dict[str, float]:
+        found, self._sent = self._sent, dict.fromkeys(self._sent, 0.0)
+        return found
+
+    def _end_failed(self) -> None:
+        """End those of the run's own servers that have lost a question: they may live, and hang."""
+        if self._options.python is None:
+            return
+        engine = self.policy.engine
+        failed = set().union(*engine.gather_over_data(engine.broadcast_in_replica(self._failed)))
+        self._failed = set()
+        self._losses += bool(failed)
+        for process in self._processes:
+            if process.url in failed and process.is_alive():
+                logger.warning("%s: found that it lost a question and still runs; it is ended", process.url)
+                process.kill()
+
+    def _update(self, label: str) -> Exception | None:
+        """Have all servers answer with the policy's weights. What kept one from it, on all ranks."""
+        try:
+            stale = self._from_main(lambda: self._stale(label))
+        except ServerLost as error:
+            if not self._label:  # it was never there, and will not be next time
+                raise
+            return error
+        if not stale:
+            return None
+        self._settle()
+        return self._send(stale, label)
 
     def _settle(self) -> None:
         """Wait until no rank has a request under way: an update drops those, or mixes their weights."""
-        for asked in self._asked:
-            asked.wait()
-        self.policy.engine.barrier()
+        wait_for_all(self.policy.engine, self._wait, self._what_is_open, self.config.parallel.timeout)
+
+    def _wait(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        return all(asked.wait(max(0.0, end - time.monotonic())) for asked in self._asked)
+
+    def _what_is_open(self) -> str:
+        return f"the next weights wait: {'; '.join(asked.what_is_open() for asked in self._asked)}"
 
     def _urls(self) -> list[str]:
         return [process.url for process in self._processes] or self._options.urls
 
     def _stale(self, label: str) -> list[int]:
-        """Numbers of the servers that have other weights, once all of them answer."""
+        """Numbers of the servers that have other weights, or none, once all of them answer."""
         for process in self._processes:
             process.start()
-        for server in self._servers:
-            server.wait_until_up(self._check_processes, self._patience.start)
-        for process in self._processes:
-            process.answered = True
-        return [i for i, server in enumerate(self._servers) if server.version() != label]
+        begun = time.monotonic()
+        versions = [self._version(i, begun) for i in range(len(self._servers))]
+        return [i for i, version in enumerate(versions) if self._asleep or version != label]
+
+    def _version(self, i: int, begun: float) -> str:
+        """That of server ``i``, waited for since ``begun``. One of the run's own that has none is ended."""
+        server, own = self._servers[i], self._processes[i] if self._processes else None
+        starts = own is None or not own.answered
+        seconds = self._patience.start if starts else self._patience.absence
+        try:
+            version = server.wait_until_up(self._check_processes, seconds, begun)
+        except ServerLost as error:
+            if own is not None and own.is_alive():
+                logger.warning("%s; it is ended", error)
+                own.kill()
+            raise
+        if own is not None:
+            own.answered = True
+        return version
 
     def _check_processes(self) -> None:
         for process in self._processes:
@@ -145,17 +196,16 @@ class Vllm(RolloutBackend):
         if not self.policy.engine.layout.is_main:
             for _ in tensors:
                 raise AssertionError("only rank 0 receives tensors")
-            return self._told(None)
+            return self._told(None, 0.0, 0)
         failure: Exception | None = None
-        begun = time.perf_counter()
+        begun, size = time.perf_counter(), 0
         try:
             size = self._stream([self._servers[i] for i in stale], tensors, label)
-            logger.debug("weights: %d bytes in %.2f s", size, time.perf_counter() - begun)
         except Exception as error:
             failure = error
             for i in stale if self._processes else []:
                 self._processes[i].kill()  # its weights are in pieces
-        return self._told(failure)
+        return self._told(failure, time.perf_counter() - begun, size * len(stale))
 
     def _stream(
         self, servers: Sequence[VllmServer], tensors: Iterator[tuple[str, Tensor]], label: str
@@ -165,19 +215,25 @@ class Vllm(RolloutBackend):
 
         def take(path: str) -> None:
             nonlocal begun
+            end = self._end()
             if not begun:
                 for server in servers:
-                    server.begin()
+                    server.begin(end)
                 begun = True
             for server in servers:
-                server.take(path)
+                server.take(path, end)
 
         given = self._options.weights_directory
         folder = default_folder() if given is None else _absolute(given)
         size = hand_over(tensors, self._options.piece_mib << 20, folder, take)
+        end = self._end()
         for server in servers:
-            server.finish(label)
+            server.finish(label, end)
         return size
+
+    def _end(self) -> float:
+        """By when all servers must have done what they are asked next: other ranks wait meanwhile."""
+        return time.monotonic() + self._patience.answer
 
     # -- answering ---------------------------------------------------------------------------------
     def generate(
@@ -186,15 +242,21 @@ class Vllm(RolloutBackend):
         """Raises ``ServerLost``, or what went wrong otherwise, on all ranks of the replica alike."""
         return self.ask(prompts, sampling, seed).result()
 
-    def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int) -> _Asked:
-        asked = _Asked(self, prompts, self._requests(prompts, sampling, seed), self._taken)
+    def ask(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParameters, seed: int
+    ) -> AskedResponses:
+        requests = self._requests(prompts, sampling, seed)
+        ended = partial(self._ended, self._losses)
+        asked = AskedResponses(self.policy, self.config, prompts, requests, self._taken, ended)
         self._asked.append(asked)
         return asked
 
-    def forget(self, asked: _Asked) -> None:
-        """Whose requests are at their end, or are not waited for."""
+    def _ended(self, losses: int, asked: AskedResponses) -> None:
+        """``losses``: how many there were when it was asked; what was lost before the last is settled."""
         if asked in self._asked:
             self._asked.remove(asked)
+        if asked.failed is not None and losses == self._losses:
+            self._failed.add(asked.failed)
 
     def close(self) -> None:
         for server in self._servers:
@@ -217,7 +279,7 @@ class Vllm(RolloutBackend):
         def ask(row: int) -> Response:
             return questions.ask(servers[row], prompts[row], row)
 
-        return Requests(ask, len(prompts), self.config.rollout.batch_size)
+        return Requests(ask, [server.url for server in servers], self.config.rollout.batch_size)
 
     def _arguments(self, options: VllmConfig) -> list[str]:
         config = self.config
@@ -235,6 +297,7 @@ class Vllm(RolloutBackend):
             *(part for pair in given.items() for part in pair),
             "--skip-tokenizer-init",
             "--enable-scale-out",  # token ids in, token ids out
+            *(["--enable-sleep-mode"] if options.sleep else []),
             *options.arguments,
         ]
 
@@ -243,10 +306,13 @@ class Vllm(RolloutBackend):
         """What ``make`` gives rank 0, on every rank; its error is raised on all of them."""
         return from_one(self.policy.engine.layout.is_main, make, self._share)
 
-    def _told(self, failure: Exception | None) -> Exception | None:
-        found = self._share(None if failure is None else sendable(failure))
-        assert found is None or isinstance(found, Exception)
-        return found
+    def _told(self, failure: Exception | None, seconds: float, size: int) -> Exception | None:
+        """What kept rank 0 from sending weights; how long that took and how much it was goes to the log."""
+        own = (None if failure is None else sendable(failure), seconds, size)
+        found: tuple[Exception | None, float, int] = self._share(own)
+        self._sent["weights/seconds"] += found[1]
+        self._sent["weights/bytes"] += found[2]
+        return found[0]
 
     def _share(self, value: Any) -> Any:
         """Rank 0's value on every rank. Collective over the world."""
@@ -254,63 +320,6 @@ class Vllm(RolloutBackend):
         return engine.gather_over_data(engine.broadcast_in_replica(value))[0]
 
 
-class _Asked:
-    """Responses of one replica, which its first rank asks for."""
-
-    def __init__(
-        self, backend: Vllm, prompts: Sequence[Sequence[int]], requests: Requests | None, version: int
-    ) -> None:
-        """``requests``: of the replica's first rank. ``version``: of the weights that draw."""
-        self._backend = backend
-        self._prompts = prompts
-        self._requests = requests
-        self._version = version
-        self.seconds = 0.0
-
-    def wait(self, seconds: float | None = None) -> bool:
-        return self._requests is None or self._requests.wait(seconds)
-
-    def result(self) -> Generation:
-        share = self._backend.policy.engine.broadcast_in_replica
-        try:
-            generation, self.seconds = from_one(self._requests is not None, self._generation, share)
-        except StoppedWaiting:  # the requests go on
-            raise
-        except Exception:
-            self._backend.forget(self)
-            raise
-        self._backend.forget(self)
-        return generation
-
-    def abandon(self) -> None:
-        self._backend.forget(self)
-        if self._requests is not None:
-            self._requests.abandon()
-
-    def _generation(self) -> tuple[Generation, float]:
-        assert self._requests is not None
-        policy = self._backend.policy
-        responses = self._requests.responses()
-        versions_B = torch.full((len(self._prompts),), self._version)
-        generation = assemble(self._prompts, responses, policy.pad_id, policy.eos_ids, versions_B)
-        return generation, self._requests.seconds
-
-
 def _absolute(path: str | Path) -> str:
     """As the server finds it, which works elsewhere. A link stays: an environment's Python is one."""
     return str(local(path).absolute())
-
-
-def _check_python(python: str) -> None:
-    if not local(python).is_file():
-        raise ValueError(
-            f"rollout.vllm.python: file {python} not found, accepted: the Python of an environment with vLLM "
-            "(docs/rollouts.md)"
-        )
-    everywhere = os.environ.get("WORLD_SIZE")
-    here = os.environ.get("LOCAL_WORLD_SIZE", everywhere)
-    if here != everywhere:
-        raise ValueError(
-            f"rollout.vllm.python: found {python} in a job of {everywhere} processes, {here} of them on this "
-            "machine; accepted: rollout.vllm.url (a server that the run starts answers on its machine alone)"
-        )

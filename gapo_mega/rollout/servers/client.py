@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import requests
 
 from gapo_mega import stopping
-from gapo_mega.objectives.limited_post import Answer, Limits, NotTaken, NotWhole, Route, limited_post
+from gapo_mega.objectives.limited_request import (
+    Answer,
+    Limits,
+    NotTaken,
+    NotWhole,
+    Route,
+    limited_get,
+    limited_post,
+)
 from gapo_mega.rollout.servers.lost import ServerLost
+
+logger = logging.getLogger(__name__)
 
 _LARGEST_ANSWER = 64 << 20  # bytes: log-probabilities of some 600,000 tokens
 _BETWEEN_LOOKS = 1.0  # seconds
 _SHORT = 10.0  # seconds that a question may take which needs no model
+_LARGEST_SHORT = 1 << 20  # bytes of its answer
+_SILENT, _BETWEEN_LINES = 30.0, 60.0  # seconds of a wait before the log says so, and says so again
 _EXCERPT = 300  # characters of an answer that an error shows
 
 
@@ -37,9 +50,11 @@ class VllmServer:
     and ``ValueError`` where the server refuses the question.
     """
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, patience: Patience, *, sleeps: bool = False) -> None:
+        """``sleeps``: whether it may be asleep before an update."""
         self.url = url.rstrip("/")
         self._patience = patience
+        self._sleeps = sleeps
         self._given_up = False
 
     def give_up(self) -> None:
@@ -63,82 +78,109 @@ class VllmServer:
     # -- weights -----------------------------------------------------------------------------------
     def version(self) -> str:
         """The label of the weights, as ``finish`` gave it last."""
-        answer = self._again(lambda: self._get("/weight_info"))
+        answer = self._decoded("/weight_info", self._get("/weight_info"))
         if not isinstance(answer, dict) or "weight_version" not in answer:
             raise self._odd("/weight_info", answer, "an object with weight_version")
         return str(answer["weight_version"])
 
-    def begin(self) -> None:
-        """Drop whatever is being answered, and prepare for new weights."""
-        self._post("/pause?mode=abort", {})
-        self._rpc("gapo_begin_update")
+    def begin(self, end: float) -> None:
+        """Drop whatever is being answered, and prepare for new weights. ``end``: of ``time.monotonic``."""
+        if self._sleeps:  # one that is awake says so in its log, and that is all
+            self._post("/wake_up?tags=weights", {}, end)
+        self._post("/pause?mode=abort", {}, end)
+        self._rpc("gapo_begin_update", end)
 
-    def take(self, path: str) -> None:
+    def take(self, path: str, end: float) -> None:
         """Load the tensors of a safetensors file that the server can read."""
-        self._rpc("gapo_take_weights", path)
+        self._rpc("gapo_take_weights", end, path)
 
-    def finish(self, version: str) -> None:
+    def finish(self, version: str, end: float) -> None:
         """Answer with the new weights from now on, and with nothing that was cached of the old ones."""
-        self._rpc("gapo_finish_update")
-        answer = self._post("/reset_prefix_cache", {})
+        self._rpc("gapo_finish_update", end)
+        if self._sleeps:
+            self._post("/wake_up?tags=kv_cache", {}, end)
+        answer = self._post("/reset_prefix_cache", {}, end)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise self._odd("/reset_prefix_cache", answer, '{"success": true}')
-        self._post("/update_weight_version", {"new_version": version})
-        self._post("/resume", {})
+        self._post("/update_weight_version", {"new_version": version}, end)
+        self._post("/resume", {}, end)
+
+    def sleep(self, end: float) -> None:
+        """Free the memory of weights and cache, which are gone then; the next ``begin`` wakes it."""
+        self._post("/sleep?level=2", {}, end)
 
     # -- whether it is there -----------------------------------------------------------------------
-    def is_up(self) -> bool:
-        """Whether it says that it is healthy. Never raises."""
-        with suppress(requests.RequestException):
-            return self._session_get("/health").status_code == 200
-        return False
+    def wait_until_up(self, check: Callable[[], None], seconds: float, begun: float | None = None) -> str:
+        """Wait until it is healthy, and say which weights it has, as ``version``.
 
-    def wait_until_up(self, check: Callable[[], None], seconds: float) -> None:
-        """Wait until it is healthy; ``check`` raises where there is nothing to wait for.
-
-        Raises ``ServerLost`` after ``seconds``, and ``StoppedWaiting`` where the run is asked to stop.
+        ``check`` raises where there is nothing to wait for. Raises ``ServerLost`` ``seconds`` after ``begun``
+        of ``time.monotonic``, which is now by default, and ``StoppedWaiting`` where the run is asked to stop.
+        Says in the log that it waits.
         """
-        end = time.monotonic() + seconds
-        while not self.is_up():
+        begun = time.monotonic() if begun is None else begun
+        line = begun + _SILENT
+        while True:
+            try:
+                self._check_health()
+                return self.version()
+            except ServerLost as error:
+                why = error
             check()
-            if time.monotonic() > end:
-                raise ServerLost(f"{self.url}: found no healthy vLLM server within {seconds:g} s")
+            now = time.monotonic()
+            if now > begun + seconds:
+                raise ServerLost(f"{self.url}: found no healthy vLLM server within {seconds:g} s") from why
+            if now > line:
+                logger.info(
+                    "rank 0 waits for a healthy server: %s (%.0f s of %g s)", why, now - begun, seconds
+                )
+                line = now + _BETWEEN_LINES
             stopping.wait(_BETWEEN_LOOKS)
 
+    def _check_health(self) -> None:
+        answer = self._get("/health")
+        if answer.status != 200:
+            raise ServerLost(f"{self.url}/health: found status {answer.status}")
+
     # -- HTTP --------------------------------------------------------------------------------------
-    def _rpc(self, method: str, *arguments: str) -> None:
-        self._post("/collective_rpc", {"method": method, "args": list(arguments)})
+    def _rpc(self, method: str, end: float, *arguments: str) -> None:
+        self._post("/collective_rpc", {"method": method, "args": list(arguments)}, end)
 
     def _again(self, ask: Callable[[], Any]) -> Any:
-        """``ask``, repeated for as long as the server's absence is borne."""
-        end = time.monotonic() + self._patience.absence
+        """``ask``, repeated for as long as the server's absence is borne, which begins with the first loss.
+
+        A server that lets a whole answer's time pass is not absent: it hangs.
+        """
+        end = inf
         while True:
+            begun = time.monotonic()
             try:
                 return ask()
             except ServerLost:
-                if self._given_up or time.monotonic() > end:
+                now = time.monotonic()
+                end = min(end, now + self._patience.absence)
+                if self._given_up or now >= end or now - begun >= self._patience.answer:
                     raise
             stopping.wait(_BETWEEN_LOOKS)
 
-    def _post(self, path: str, content: Any) -> Any:
-        limits = Limits(self._patience.answer, self._patience.answer, _LARGEST_ANSWER)
+    def _post(self, path: str, content: Any, end: float = inf) -> Any:
+        """``end``: of ``time.monotonic``, where that comes before the limit of an answer."""
+        seconds = min(self._patience.answer, end - time.monotonic())
+        if seconds <= 0:
+            raise ServerLost(f"{self.url}{path}: found no time left for it within rollout.vllm.timeout")
+        limits = Limits(seconds, seconds, _LARGEST_ANSWER)
+        return self._decoded(
+            path, self._answered(path, lambda url: limited_post(url, content, {}, limits, Route()))
+        )
+
+    def _get(self, path: str) -> Answer:
+        limits = Limits(_SHORT, _SHORT, _LARGEST_SHORT)
+        return self._answered(path, lambda url: limited_get(url, limits))
+
+    def _answered(self, path: str, ask: Callable[[str], Answer]) -> Answer:
         try:
-            answer = limited_post(self.url + path, content, {}, limits, Route())
+            return ask(self.url + path)
         except (NotWhole, NotTaken, requests.RequestException) as error:
             raise ServerLost(f"{self.url}{path}: found no answer: {_line(str(error))}") from error
-        return self._decoded(path, answer)
-
-    def _get(self, path: str) -> Any:
-        try:
-            found = self._session_get(path)
-        except requests.RequestException as error:
-            raise ServerLost(f"{self.url}{path}: found no answer: {_line(str(error))}") from error
-        return self._decoded(path, Answer(found.status_code, found.headers, found.content))
-
-    def _session_get(self, path: str) -> requests.Response:
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy of the environment
-            return session.get(self.url + path, timeout=_SHORT, allow_redirects=False)
 
     def _decoded(self, path: str, answer: Answer) -> Any:
         text = _line(answer.body.decode("utf-8", errors="replace"))

@@ -76,7 +76,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start it unless it runs; does not wait until it answers. ``ValueError`` if it is no program."""
-        if self._process is not None and self._process.poll() is None:
+        if self.is_alive():
             return
         self._end()  # what a killed server has left
         self.starts += 1
@@ -100,15 +100,13 @@ class ServerProcess:
                     "accepted: the Python of an environment with vLLM"
                 ) from error
 
-    def check(self) -> None:
-        """Start it again if it has ended after an answer. Raise ``ServerLost`` if it has ended before any.
+    def is_alive(self) -> bool:
+        """Whether its process runs, which says nothing of its answers."""
+        return self._process is not None and self._process.poll() is None
 
-        A killed process still runs for a moment, in which ``start`` has nothing to do.
-        """
+    def check(self) -> None:
+        """Raise ``ServerLost`` if it has ended."""
         if self._process is not None and (status := self._process.poll()) is not None:
-            if self.answered:
-                self.start()
-                return
             raise ServerLost(
                 f"rollout.vllm.python: found that the server of {self._python} ended with status {status}: "
                 f"{self._last_lines()} ({self.log})"
@@ -124,7 +122,7 @@ class ServerProcess:
             self._kept.close()
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, whatever it does."""
         self._signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()

@@ -17,7 +17,8 @@ from tests.helpers.llama_server import LlamaServer
 from tests.helpers.metrics_log import VARYING, metrics
 from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
-CLOCKED = (*VARYING, "rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights")
+TIMES = ("rollout/seconds", "rollout/waited", "rollout/overlap", "rollout/weights", "weights/")
+CLOCKED = (*VARYING, *TIMES)
 
 REWARDS = """
 import os, signal

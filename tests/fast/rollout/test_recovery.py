@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gapo_mega.rollout.recovery import recovered
+from gapo_mega.rollout.rounds import Said
 from gapo_mega.rollout.servers.lost import ServerLost
 from tests.helpers.fake_engine import FakeEngine
 
@@ -19,7 +20,7 @@ class Beside(FakeEngine):
         self._other = other
 
     def gather_over_data(self, value: Any) -> list[Any]:
-        return [value, self._other.pop(0)]
+        return [value, Said(found=self._other.pop(0))]
 
 
 def outcome(own: list[Exception | None], other: list[Exception | None]) -> tuple[object, int, int]:

@@ -28,12 +28,23 @@ from tests.helpers.table_policy import TablePolicy
 
 SERVER = """\
 import os, sys, threading
+from pathlib import Path
 from tests.helpers.vllm_protocol import TableServer
 if "--fail" in sys.argv:
     print("loading"); sys.exit("no such model")
 if "SEEN" in os.environ:
     open(os.environ["SEEN"], "w").close()
-TableServer(int(sys.argv[sys.argv.index("--port") + 1]))
+server = TableServer(int(sys.argv[sys.argv.index("--port") + 1]))
+def hang(path, content):
+    if "generate" in path:
+        threading.Event().wait()
+def fall_ill(path, content):
+    if path == "/health" and server.label != "default":
+        return 503, None
+first = "FIRST" in os.environ and not Path(os.environ["FIRST"]).exists()
+if first:
+    Path(os.environ["FIRST"]).write_text("")
+    server.fail = {"hang": hang, "fall_ill": fall_ill}[os.environ["DOES"]]
 threading.Event().wait()
 """
 PROMPTS = [[3, 5], [4], [3, 5]]
@@ -100,6 +111,34 @@ def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: 
     last = process_of(rollouts)
     rollouts.close()
     assert last.poll() is not None and not rollouts._processes[0].log.exists()
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("hang", "{url}: found that it lost a question and still runs; it is ended"),
+        ("fall_ill", "{url}: found no healthy vLLM server within 0 s; it is ended"),
+    ],
+)
+def test_a_living_server_that_does_not_answer_is_ended_and_started_again(
+    python: Path, caplog: pytest.LogCaptureFixture, does: str, told: str
+) -> None:
+    engine = TablePolicy()
+    own = {"FIRST": str(python.parent / "first"), "DOES": does}
+    built = backend(python, engine, environment=own, timeout=2)
+    try:
+        built.update_weights()
+        (process,) = built._processes
+        if does == "fall_ill":
+            engine.learn(1)
+            built.update_weights()
+        found = recovered(engine, built.update_weights, lambda: built.generate(PROMPTS, SAMPLING, 7))
+        assert process.starts == 2
+        assert found.versions_B is not None and found.versions_B.tolist() == [engine.changes] * 3
+        lines = [record.getMessage() for record in caplog.records if "ended" in record.getMessage()]
+        assert lines == [told.format(url=process.url)]
+    finally:
+        built.close()
 
 
 def test_replicas_have_the_same_weights_and_their_own_variables(python: Path) -> None:

@@ -133,6 +133,9 @@ class MegatronGenerator:
     def update_weights(self) -> None:
         """Does nothing: the generator shares the training model's weights."""
 
+    def rest(self) -> None:
+        """Does nothing: memory beside the weights is let go of after every call."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

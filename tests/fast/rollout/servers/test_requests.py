@@ -35,14 +35,14 @@ def test_answers_come_in_the_order_of_the_questions_and_some_at_once() -> None:
         time.sleep(0.002 * (9 - number))
         return answer(number)
 
-    requests = Requests(ask, 9, 3)
+    requests = Requests(ask, ["http://s"] * 9, 3)
     assert [response.tokens for response in requests.responses()] == [[i] for i in range(9)]
     assert requests.seconds > 0
     assert [response.tokens for response in requests.responses()] == [[i] for i in range(9)]
 
 
 def test_no_question_is_no_wait() -> None:
-    assert Requests(answer, 0, 4).responses() == []
+    assert Requests(answer, ["http://s"] * 0, 4).responses() == []
 
 
 def test_the_first_error_ends_the_others_and_is_raised(gate: threading.Event) -> None:
@@ -55,7 +55,7 @@ def test_the_first_error_ends_the_others_and_is_raised(gate: threading.Event) ->
         gate.wait(20)
         return answer(number)
 
-    requests = Requests(ask, 100, 2)
+    requests = Requests(ask, ["http://s"] * 100, 2)
     with pytest.raises(ServerLost, match=r"^http://s: found no answer$"):
         requests.responses()  # does not wait for the other one
     requests.wait()
@@ -68,7 +68,7 @@ def test_a_run_that_is_asked_to_stop_waits_no_longer_and_may_come_back(gate: thr
         gate.wait(20)
         return answer(number)
 
-    requests = Requests(ask, 2, 2)
+    requests = Requests(ask, ["http://s"] * 2, 2)
     with asked_by(lambda: True), pytest.raises(StoppedWaiting):
         requests.responses()
     gate.set()
@@ -82,7 +82,7 @@ def test_nobody_waits_for_what_is_abandoned(gate: threading.Event) -> None:
         gate.wait(20)
         return answer(number)
 
-    requests = Requests(ask, 2, 2)
+    requests = Requests(ask, ["http://s"] * 2, 2)
     requests.abandon()
     requests.wait()
     with pytest.raises(ServerLost, match="nobody waits"):
@@ -92,7 +92,7 @@ def test_nobody_waits_for_what_is_abandoned(gate: threading.Event) -> None:
 @pytest.mark.parametrize("seconds", [None, 20.0])
 def test_who_waits_gets_on(gate: threading.Event, seconds: float | None) -> None:
     """Each question has a limit of its own: the rank's own watch has nothing to end."""
-    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), 1, 1)
+    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), ["http://s"] * 1, 1)
     before = moves()
     timer = threading.Timer(1.0, gate.set)
     timer.start()
@@ -102,6 +102,6 @@ def test_who_waits_gets_on(gate: threading.Event, seconds: float | None) -> None
 
 
 def test_a_wait_ends_in_time(gate: threading.Event) -> None:
-    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), 1, 1)
+    requests = Requests(lambda number: answer(number) if gate.wait(20) else answer(0), ["http://s"] * 1, 1)
     assert not requests.wait(0.3)
     assert not requests.wait(0.0)

@@ -1,4 +1,4 @@
-"""One POST with limits: seconds from the request to the last byte, and bytes of the answer once decompressed.
+"""One request with limits: seconds to the last byte, and bytes of the answer once decompressed.
 
 The libraries limit the silence between two bytes only, and decompress whatever comes. Nothing of the
 environment counts here: no ``~/.netrc``, no proxy, no certificates but those that are asked for.
@@ -65,12 +65,24 @@ def limited_post(url: str, content: Any, headers: Mapping[str, str], limits: Lim
     Raises ``NotWhole``, ``NotTaken``, ``StoppedWaiting`` where the run is asked to stop meanwhile, or
     ``requests.RequestException`` where no answer begins.
     """
+    return _limited("POST", url, content, headers, limits, route)
+
+
+def limited_get(url: str, limits: Limits) -> Answer:
+    """As ``limited_post``, without anything to send, and straight."""
+    return _limited("GET", url, None, {}, limits, Route())
+
+
+def _limited(
+    method: str, url: str, content: Any, headers: Mapping[str, str], limits: Limits, route: Route
+) -> Answer:
     with requests.Session() as session, _Deadline(limits.seconds).passing() as deadline:
         session.trust_env = False
         session.mount("http://", _Watched(deadline))
         session.mount("https://", _Watched(deadline))
         session.headers["Accept-Encoding"] = "identity"
-        with session.post(
+        with session.request(
+            method,
             url,
             json=content,
             headers=dict(headers),
