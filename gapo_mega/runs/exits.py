@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FOLDER = "GAPO_MEGA_EXITS"  # a launcher's directory, with a file for each worker
@@ -32,7 +32,8 @@ def noted() -> Iterator[None]:
         raise
     finally:
         if folder is not None:
-            (Path(folder) / os.environ["RANK"]).write_text(str(code), encoding="ascii")
+            with suppress(OSError):  # the launcher was killed, and its directory is gone
+                (Path(folder) / os.environ["RANK"]).write_text(str(code), encoding="ascii")
 
 
 def left_in(folder: Path) -> list[int]:
