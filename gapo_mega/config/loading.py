@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
-from gapo_mega.files import local, read_text
+from gapo_mega.files import local, read_text, write_private
 from gapo_mega.option_checks import shown, without_password
 from gapo_mega.user_code import is_subclass
 
@@ -154,7 +154,7 @@ def _take_method(
 def dump(config: Section, path: str | Path) -> None:
     """Write every field of ``config``, defaults included, as YAML that :func:`load` reads back."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    write_private(Path(path), to_yaml(config))
 
 
 def to_yaml(config: Section) -> str:

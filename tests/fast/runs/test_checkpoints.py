@@ -40,6 +40,7 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in saved.directory.iterdir()) == ["step_00000012", "step_00000100"]
     assert saved.latest() == saved.directory / "step_00000100"
     about = json.loads((saved.path(100) / MARKER).read_text())
+    assert (saved.path(100) / MARKER).stat().st_mode & 0o777 == 0o600  # it has the run's settings
     assert about["step"] == 100
     assert about["layout"] == {"world": 1, "tensor": 1, "pipeline": 1, "data": 1}
     assert about["versions"]["torch"].startswith(torch.__version__.split("+")[0])
