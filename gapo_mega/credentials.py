@@ -63,7 +63,6 @@ _OF_A_VOCABULARY = re.compile(
 _IN_BRACKETS = re.compile(r"[<\[{(|].*[>\]})|]", re.DOTALL)
 # ://user:password@; after the colon of http://host:80/a@b stands a port.
 _PASSWORD = re.compile(r"(?<=[\w+.-])://[^/?#@\s:\[\]\"'<>{},]{0,512}:(?!\d+[/?#])([^@\s\"'<>{}]{0,512})@")
-_PARAMETER = re.compile(r"://[^\s?]*\?(\S*)")
 # Where mappings have whatever keys their reader takes.
 _FREE = frozenset({"options", "environment", "headers"})
 _VARIABLE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -168,8 +167,9 @@ def names_a_secret(name: str) -> bool:
 
 def credential_in_query(url: str) -> str | None:
     """The first parameter of an address in ``url`` that is named like a credential."""
-    for query in _PARAMETER.findall(url):
-        names = (part.partition("=")[0] for part in re.split("[?&;]", query.partition("#")[0]))
+    for word in url.split():
+        query = word.partition("://")[2].partition("?")[2]
+        names = (part.partition("=")[0] for part in re.split("[?&;#]", query))
         found = next((name for name in map(unquote, names) if NAMES_A_CREDENTIAL.search(name)), None)
         if found is not None:
             return found
