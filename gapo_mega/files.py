@@ -21,6 +21,12 @@ def local(path: str | Path) -> Path:
     return Path(expanded(str(path)))
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write UTF-8 to ``path``. A file that is new can be read by its owner alone, from its first moment."""
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(text)
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; a byte order mark at its beginning is no part of it.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
+from gapo_mega.credentials import hidden, revealed
 from gapo_mega.user_code import CLASS_FORMS, is_reference, is_subclass, load_class
 
 T = TypeVar("T")
@@ -48,9 +49,11 @@ def construct(
 
     ``section`` is the part of the configuration that the names come from. Raises ``ValueError`` for an
     unknown name or option, naming the nearest one, for an option that is missing, and for a wrong value.
+    Options may name what they hold by ``env:NAME``, and secret ones by ``file:PATH``.
     """
     implementation = find(f"{section}.name", known, base, name)
     signature = inspect.signature(implementation)
+    options = revealed(f"{section}.options", options)
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -62,7 +65,7 @@ def construct(
     try:
         return implementation(**options)
     except ValueError as error:
-        raise ValueError(f"{section}.options ({name}): {error}") from error
+        raise ValueError(hidden(f"{section}.options ({name}): {error}")) from error
 
 
 def unknown(where: str, found: str, accepted: Sequence[str], forms: Sequence[str] = ()) -> str:

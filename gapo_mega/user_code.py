@@ -23,6 +23,7 @@ from pathlib import Path
 from types import GenericAlias, ModuleType
 from typing import TypeGuard, TypeVar
 
+from gapo_mega.credentials import hidden
 from gapo_mega.files import local
 from gapo_mega.option_checks import shown
 
@@ -248,6 +249,7 @@ def reason_of(error: BaseException) -> str:
         said = " ".join(str(error).split())
     except Exception as further:
         said = f"its text cannot be made ({type(further).__name__})"
+    said = hidden(said)  # first: a cut in the middle of a secret would leave half of it
     said = said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."
     kind = type(error).__qualname__
     return said if said and type(error) is ValueError else f"{kind}: {said}" if said else kind

@@ -20,8 +20,9 @@ from pydantic_core import ErrorDetails
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
-from gapo_mega.files import local, read_text
-from gapo_mega.option_checks import shown, without_password
+from gapo_mega.credentials import first_written_out, names_a_secret
+from gapo_mega.files import local, read_text, write_private
+from gapo_mega.option_checks import HIDDEN, shown, without_password
 from gapo_mega.user_code import is_subclass
 
 Location = tuple[int | str, ...]
@@ -98,6 +99,7 @@ def parse(
     for old, new in told.items():
         logger.warning("%s is now %s", old, new)
     _refuse_unusable(data, applied, source)
+    _refuse_written_out(data, applied, source)
     try:
         # Strict: "true" is no integer and "3" no number; YAML already knows the difference.
         return kind.model_validate(data, strict=True, context={"folders": folders})
@@ -154,7 +156,7 @@ def _take_method(
 def dump(config: Section, path: str | Path) -> None:
     """Write every field of ``config``, defaults included, as YAML that :func:`load` reads back."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    write_private(Path(path), to_yaml(config))
 
 
 def to_yaml(config: Section) -> str:
@@ -277,6 +279,16 @@ def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source:
             raise ValueError(f"{where}: found {found}, accepted: {accepted} ({origin})")
 
 
+def _refuse_written_out(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
+    """``ValueError`` for the first credential of ``data``, which says neither it nor its override."""
+    found = first_written_out(data)
+    if found is not None:
+        location, what, accepted = found
+        keys = [(place, f"{override.partition('=')[0]}={HIDDEN}") for place, override in applied]
+        origin = _origin(location, keys, source)
+        raise ValueError(f"{_dotted(location)}: found {what}, accepted: {accepted} ({origin})")
+
+
 def _leaves(data: Any, location: Location) -> Iterator[tuple[Location, Any]]:
     if isinstance(data, dict | list):
         for key, value in data.items() if isinstance(data, dict) else enumerate(data):
@@ -309,7 +321,9 @@ def _place(detail: ErrorDetails) -> Location:
 
 def _said(override: str) -> str:
     """An override as an error repeats it."""
-    return shown(without_password(override), _LONGEST_PATH)
+    key, equals, _ = override.partition("=")
+    secret = equals and names_a_secret(key.strip())
+    return shown(f"{key}={HIDDEN}" if secret else without_password(override), _LONGEST_PATH)
 
 
 def _dotted(location: Sequence[object]) -> str:

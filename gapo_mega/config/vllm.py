@@ -8,11 +8,14 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from gapo_mega.config.fields import LocalPath, Section
+from gapo_mega.option_checks import without_password
 
 
 def _address(url: str) -> str:
     if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url) is None:
-        raise ValueError(f"found {url!r}, accepted: http://HOST:PORT, without user, query and fragment")
+        raise ValueError(
+            f"found {without_password(url)!r}, accepted: http://HOST:PORT, without user, query and fragment"
+        )
     return url.rstrip("/")
 
 
@@ -39,7 +42,8 @@ class VllmConfig(Section):
     environment: dict[str, str | list[str]] = Field(
         {},
         description="variables of servers that the run starts, such as CUDA_VISIBLE_DEVICES; a list has a "
-        "value for each of the replicas",
+        "value for each of the replicas; secrets are given as 'env:NAME', a variable of the run, or "
+        "'file:PATH', the text of a file",
     )
     weights_directory: LocalPath | None = Field(
         None,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gapo_mega.files import write_private
+
 POINTS_FOLDER = "points"  # of a sweep's directory, with a run's directory for every point
 CONFIG_FILE = "config.yaml"
 RESOLVED_CONFIG_FILE = "config.resolved.yaml"  # the run's, where ``config.yaml`` is the user's own
@@ -19,7 +21,17 @@ def config_file(run_dir: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8; readers see the old file or the new one, and never a part."""
+    """Write ``text`` as UTF-8; readers see the old file or the new one, and never a part.
+
+    Its owner alone may read it: what a run writes may repeat its configuration.
+    """
+    with replacing(path) as partial:
+        partial.unlink(missing_ok=True)  # a killed process's may be open to others
+        write_private(partial, text)
+
+
+def write_data(path: Path, text: str) -> None:
+    """As :func:`write_text`, for numbers and texts of the run, which others may read as the umask has it."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import write_data
 from gapo_mega.evaluation.summary import SUMMARY_FILE
 
 HELDOUT_FILE = "heldout_answers.jsonl"
@@ -38,7 +38,7 @@ def write_heldout(
             own = {name: float(numbers[m][index]) for m, name in enumerate(names)}
             row[when] = {"response": texts[index], "scores": own}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    write_data(path, "".join(lines))
 
 
 def scores_by_prompt(run_dir: Path, names: Sequence[str]) -> Mapping[str, tuple[float, ...]] | None:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from gapo_mega.config import ObjectiveConfig
+from gapo_mega.credentials import revealed
 from gapo_mega.option_checks import shown
 from gapo_mega.stopping import StoppedWaiting
 from gapo_mega.types import Prompt, ResponseFacts, lone_surrogate
@@ -158,6 +159,10 @@ class ObjectiveKind(ABC):
     def outline(cls, config: ObjectiveConfig) -> Objective:
         """What a plan needs: the objective, or for a model that is not here, and has a card, an outline."""
         return cls(config)
+
+    def revealed_options(self) -> dict[str, Any]:
+        """``config.options`` with the values that ``env:NAME`` and, for secrets, ``file:PATH`` stand for."""
+        return revealed(f"objective {self.name!r}: options", self.config.options)
 
     def share(self, calls: SharedCall) -> None:
         """Evaluate together with the other objectives that read parts of the same result."""

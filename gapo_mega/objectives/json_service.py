@@ -20,8 +20,9 @@ from urllib3.util import parse_url
 
 from gapo_mega import stopping
 from gapo_mega.config import LocalPath, Section
+from gapo_mega.credentials import credential_in_query
 from gapo_mega.files import local
-from gapo_mega.objectives.credentials import Credentials, credential_in_query
+from gapo_mega.objectives.credentials import Credentials
 from gapo_mega.objectives.limited_request import Answer, Limits, NotTaken, NotWhole, Route, limited_post
 from gapo_mega.option_checks import without_password
 

@@ -28,9 +28,10 @@ class PythonFunction(ObjectiveKind):
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
         self._function = load_function(f"objective {self.name!r}: function", config.function)
+        self._options = self.revealed_options()
         try:
             self._arguments = Arguments.of(
-                self._function, config.options, per_sample=config.per_sample, columns=config.columns
+                self._function, self._options, per_sample=config.per_sample, columns=config.columns
             )
         except ValueError as error:
             raise self._error(str(error)) from None
@@ -53,7 +54,7 @@ class PythonFunction(ObjectiveKind):
 
     def _call(self, values: dict[str, Any]) -> object:
         positional, named = self._arguments.split(values)
-        return self._function(*positional, **named, **self.config.options)
+        return self._function(*positional, **named, **self._options)
 
     def _given(
         self, prompts: Sequence[Prompt], responses: Sequence[str], facts: ResponseFacts | None

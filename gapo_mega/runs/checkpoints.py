@@ -26,7 +26,7 @@ import torch
 
 from gapo_mega.config import CheckpointConfig
 from gapo_mega.engine.base import Layout, Ranks
-from gapo_mega.evaluation.files import flush, write_text
+from gapo_mega.evaluation.files import flush, write_data
 from gapo_mega.models.checkpoint_files import FILES, MARKER, Listing
 from gapo_mega.runs.checksums import checksums
 from gapo_mega.runs.disk_space import check_checkpoint
@@ -165,7 +165,7 @@ class CheckpointFolder:
             flush(path)
         sizes = {name: getattr(self._layout, name) for name in ("world", "tensor", "pipeline", "data")}
         about = {"step": step, "layout": sizes, "versions": {name: version(name) for name in _DISTRIBUTIONS}}
-        write_text(temporary / MARKER, json.dumps({**about, **more}, indent=1) + "\n")
+        write_data(temporary / MARKER, json.dumps({**about, **more}, indent=1) + "\n")
         flush(temporary)
         if final.exists():
             replaced = self.directory / f"{_TEMPORARY}replaced"

@@ -8,7 +8,7 @@ import shlex
 from itertools import count
 from pathlib import Path
 
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import write_data
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.option_checks import shown
 
@@ -39,7 +39,7 @@ def keep_cut_lines(directory: Path, updates: int) -> Path | None:
         return None
     names = (directory / CUT_LINES.replace("*", str(number)) for number in count(1))
     path = next(path for path in names if not path.exists())
-    write_text(path, "".join(cut))
+    write_data(path, "".join(cut))
     logger.warning(
         "%s: %d lines of steps after %d, which no checkpoint contains, are now in %s",
         directory / METRICS_FILE, len(cut), updates, path.name,

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import write_data
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class DirectoryLock:
                     "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                     "token": self.token,
                 }
-                write_text(self.directory / OWNER_FILE, json.dumps(about) + "\n")
+                write_data(self.directory / OWNER_FILE, json.dumps(about) + "\n")
             except BaseException:
                 self._leave(and_lock_file=bool(self._made))  # another host's stays
                 raise

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 from tqdm import tqdm
 
 from gapo_mega.config import LoggingConfig
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import write_data
 from gapo_mega.evaluation.series import METRICS_FILE
 from gapo_mega.runs.services import Service, chosen, services
 
@@ -50,7 +50,7 @@ class JsonLines:
         # A process killed while writing leaves a last line without its newline.
         complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in complete if json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(kept))
+        write_data(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from gapo_mega.engine.base import Ranks
-from gapo_mega.evaluation.files import write_text
+from gapo_mega.evaluation.files import write_data
 from gapo_mega.runs.directory import RESPONSES_FOLDER
 from gapo_mega.types import Experience, Rollout
 
@@ -53,7 +53,7 @@ class ResponseFiles:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = chain.from_iterable(parts)
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-            write_text(self._folder / f"step_{step:08d}.jsonl", "".join(lines))
+            write_data(self._folder / f"step_{step:08d}.jsonl", "".join(lines))
 
     def _rows(self, step: int, rollout: Rollout, experience: Experience) -> list[dict[str, Any]]:
         """Of this data rank's responses."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from gapo_mega.config import LoggingConfig
 from gapo_mega.config.core_schema import parse_document
+from gapo_mega.credentials import hidden
 from gapo_mega.evaluation.files import config_file, write_text
 from gapo_mega.runs.directory import LOGGERS_FILE
 from gapo_mega.runs.loggers import Logger, build
@@ -164,4 +165,4 @@ def _memory(directory: Path) -> dict[str, str]:
 
 
 def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {hidden(' '.join(str(error).split()))[:300]}"

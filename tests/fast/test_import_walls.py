@@ -38,6 +38,7 @@ LAYERS: list[set[str]] = [
     {
         "types",
         "config",
+        "credentials",
         "registry",
         "optional",
         "option_checks",
@@ -56,6 +57,7 @@ BOTTOM = len(LAYERS) - 1
 ROOT_FILES = {
     "__init__.py",
     "cli.py",
+    "credentials.py",
     "types.py",
     "registry.py",
     "optional.py",

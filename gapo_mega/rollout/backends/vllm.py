@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from gapo_mega.config import Config, VllmConfig
+from gapo_mega.credentials import revealed
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.files import local
 from gapo_mega.rollout.backends.base import Policy, RolloutBackend
@@ -67,7 +68,7 @@ class Vllm(RolloutBackend):
         if options.python is not None and policy.engine.layout.is_main:
             python, arguments = _absolute(options.python), self._arguments(options)
             self._processes = [
-                ServerProcess(python, arguments, options.environment_of(replica))
+                ServerProcess(python, arguments, _environment(options, replica))
                 for replica in range(options.replicas)
             ]
             for process in self._processes:
@@ -82,6 +83,8 @@ class Vllm(RolloutBackend):
         python = config.rollout.vllm.python
         if python is not None:
             check_python(python)
+        for replica in range(config.rollout.vllm.replicas):
+            _environment(config.rollout.vllm, replica)
 
     # -- weights -----------------------------------------------------------------------------------
     def update_weights(self) -> None:
@@ -323,3 +326,8 @@ class Vllm(RolloutBackend):
 def _absolute(path: str | Path) -> str:
     """As the server finds it, which works elsewhere. A link stays: an environment's Python is one."""
     return str(local(path).absolute())
+
+
+def _environment(options: VllmConfig, replica: int) -> dict[str, str]:
+    """Variables of a server. Raises ``ValueError`` for ``env:NAME`` and ``file:PATH`` that are not there."""
+    return revealed("rollout.vllm.environment", options.environment_of(replica))

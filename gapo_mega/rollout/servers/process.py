@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from gapo_mega.credentials import hidden
 from gapo_mega.rollout import in_vllm
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.scratch import TEMPORARY, scratch
@@ -157,7 +158,7 @@ class ServerProcess:
         with suppress(OSError):
             lines = self.log.read_text(errors="replace").splitlines()
             told = [line.strip() for line in lines if line.strip()]
-            return " | ".join(line[-200:] for line in told[-_LAST:]) or "it printed nothing"
+            return " | ".join(hidden(line)[-200:] for line in told[-_LAST:]) or "it printed nothing"
         return "it left no log"
 
 

@@ -68,6 +68,7 @@ def test_report_is_complete(tmp_path: Path, names: list[str], steps: int) -> Non
     page = write_report(run, [sample(names)])
     assert dict(matplotlib.rcParams) == settings
     assert page == run / "report" / "index.html"
+    assert {path.stat().st_mode & 0o777 for path in (page, run / "summary.json")} == {0o600}
     expected = {"overview", "rewards", "gradient_norms", "progress", "weights", "kl", "before_after"}
     expected |= {"cosines"} if len(names) > 1 else set()
     assert {path.stem for path in page.parent.glob("*.png")} == expected

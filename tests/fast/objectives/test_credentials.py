@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.objectives import credentials
+from gapo_mega.credentials import credential_in_query
 from tests.helpers.http_services import EXPECTED, PROMPTS, RESPONSES, objective, right, services
 
 TOKEN = "Bearer configured-8f3a"
@@ -303,4 +303,4 @@ def test_other_parameters_of_an_address_are_allowed(service: Any) -> None:
     state = service(lambda number, content: right(content))
     assert score(f"{state.url}?model=small") == EXPECTED[:2]
     assert state.paths == ["/score?model=small"]
-    assert credentials.credential_in_query("http://h/x?monkey=1&author=2&max_tokens=3&design=4") is None
+    assert credential_in_query("http://h/x?monkey=1&author=2&max_tokens=3&design=4") is None

@@ -20,6 +20,7 @@ def test_a_run_writes_its_configuration_and_writes_it_again(tmp_path: Path) -> N
         path = record_config(config, tmp_path)
         assert path == tmp_path / "config.yaml" == config_file(tmp_path) and is_ours(path)
         assert path.read_text().startswith("# Written by gapo-mega")
+        assert path.stat().st_mode & 0o777 == 0o600
         assert Config.model_validate(yaml.safe_load(path.read_text())) == config == load(path)
     assert [found.name for found in tmp_path.iterdir()] == ["config.yaml"]
 

@@ -30,8 +30,11 @@ from gapo_mega.runs.loggers import Logger
 class Diary(Logger):
     file: str
     fails: str = ""
+    token: str = ""
 
     def _write(self, call, *about):
+        if call == self.fails and self.token:
+            raise ConnectionError(f"{'.' * 260} refused {self.token}")
         if call == self.fails:
             raise ConnectionError("the service\\nhas gone")
         with Path(self.file).open("a") as file:
@@ -180,3 +183,23 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
         "begins after step 2, seed 1",
         *("step 3: KL nan", "step 4: KL 1", "tables heldout, answers; pictures kl, rewards", "ended"),
     ]
+
+
+def test_a_secret_of_the_environment_reaches_the_logger_alone(
+    diary: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DIARY_TOKEN", "visible-19ab")
+    for fails in ("start", "log"):
+        diary["options"] |= {"fails": fails, "token": "env:DIARY_TOKEN"}
+        told = caplog.text
+        try:
+            log_all(finished(tmp_path, fails), diary)
+        except ValueError as error:
+            told = str(error)
+        told += caplog.text
+        assert "refused ***" in told and "visible" not in told
+    monkeypatch.delenv("DIARY_TOKEN")
+    with pytest.raises(
+        ValueError, match=r"^logging\.loggers\.0\.options\.token: found 'env:DIARY_TOKEN', but"
+    ):
+        check_logging(LoggingConfig.model_validate({"loggers": [diary]}))

@@ -181,19 +181,19 @@ def test_no_message_repeats_a_password(tmp_path: Path) -> None:
     for url, said in {
         "s3://key:hunter2@bucket/a": "found a password in it, accepted: none",
         "sftp://me:hunter2@host/a": "found a password in it",
-        "https://host/a?sig=hunter2": "found what is no such address",
+        "https://host/a?sig=hunter2": "found the parameter 'sig', accepted: none",
         "simplecache::s3://hunter2/a": "found what is no such address",
         "/mnt/hunter2": "found what is no such address",
         "s3://": "found what is no such address",
     }.items():
         file.write_text(json.dumps({**config, "checkpoint": {"export_to": url}}))
-        with pytest.raises(ValueError, match=r"^in checkpoint\.export_to: ") as caught:
+        with pytest.raises(ValueError, match=r"^(in )?checkpoint\.export_to: ") as caught:
             load(file)
         assert said in str(caught.value) and "hunter2" not in str(caught.value)
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError) as caught:
         load(file, ["checkpoint.export_to=s3://key:hunter2@bucket/a", "checkpoint.export_hf=true"])
-    assert "hunter2" not in str(caught.value) and "s3://***@bucket/a" in str(caught.value)
+    assert "hunter2" not in str(caught.value) and "override 'checkpoint.export_to=***'" in str(caught.value)
     with pytest.raises(ValueError, match=r"^checkpoint\.export_to: found with checkpoint\.export_hf"):
         load(file, ["checkpoint.export_to=s3://bucket/a"])
     for url in ("abfs://container@account.dfs.core.windows.net/a", "sftp://me@host/a", "s3://bucket/a/"):

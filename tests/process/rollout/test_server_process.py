@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from gapo_mega.config.loading import to_yaml
 from gapo_mega.engine.base import SamplingParameters
 from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
@@ -31,7 +32,7 @@ import os, sys, threading
 from pathlib import Path
 from tests.helpers.vllm_protocol import TableServer
 if "--fail" in sys.argv:
-    print("loading"); sys.exit("no such model")
+    print("loading"); sys.exit("no such model" + os.environ.get("HF_TOKEN", ""))
 if "SEEN" in os.environ:
     open(os.environ["SEEN"], "w").close()
 server = TableServer(int(sys.argv[sys.argv.index("--port") + 1]))
@@ -164,6 +165,17 @@ def test_a_server_that_cannot_start_is_told_with_what_it_printed(python: Path) -
     with pytest.raises(ServerLost, match=r"ended with status 1: loading \| no such model \(.*vllm.log\)$"):
         failing.update_weights()
     failing.close()
+
+
+def test_a_secret_of_the_run_reaches_the_server_and_no_error(
+    python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "/visible-77e0")
+    failing = backend(python, TablePolicy(), "--fail", environment={"HF_TOKEN": "env:MY_TOKEN"})
+    with pytest.raises(ServerLost, match=r"loading \| no such model\*\*\* \(.*vllm.log\)$"):
+        failing.update_weights()
+    failing.close()
+    assert "visible" not in to_yaml(failing.config)
 
 
 @pytest.mark.parametrize(

@@ -319,3 +319,15 @@ def test_a_rank_with_several_servers_leaves_the_samples_of_a_prompt_to_one(
     alone = backend(server, tmp_path, engine)
     alone.update_weights()
     assert torch.equal(found.tokens_BT, alone.generate(prompts, SamplingParameters(6), seed=3).tokens_BT)
+
+
+def test_a_variable_that_is_not_there_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python").touch()
+    vllm = {"python": str(tmp_path / "python"), "environment": {"HF_TOKEN": "env:MY_TOKEN"}}
+    config = configuration(tmp_path, rollout={"backend": "vllm", "vllm": vllm})
+    with pytest.raises(ValueError, match=r"^rollout\.vllm\.environment\.HF_TOKEN: found 'env:MY_TOKEN', but"):
+        Vllm.check_here(config)
+    monkeypatch.setenv("MY_TOKEN", "visible-77e0")
+    Vllm.check_here(config)
