@@ -54,7 +54,7 @@ def import_gguf(path: str | Path, directory: str | Path, *, overwrite: bool = Fa
         companions = folder / "companions"
         config.save_pretrained(companions)
         generation_config(file, config).save_pretrained(companions)
-        save_tokenizer(file, config, companions)
+        save_tokenizer(file, config, str(companions))
         write_hf(directory, companions, promised, _tensors(plan), overwrite=overwrite)
 
 
