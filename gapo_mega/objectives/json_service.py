@@ -34,6 +34,7 @@ _PASSING_ERRORS = (requests.ConnectionError, requests.Timeout)
 LARGEST_ANSWER = 8 << 20  # bytes, once decompressed: some 400,000 scores
 _LONGEST_WAIT = 120.0  # seconds before a retry, also where the service asks for more
 _SHORTEST_WAIT = 0.01  # without a backoff, a service that is down would be asked without a pause
+TO_END = 10.0  # seconds that a request under way has once the run is asked to stop
 _EXCERPT = 200  # characters of an answer that an error shows
 
 
@@ -115,7 +116,7 @@ class JsonService:
         self._url = options.url.rstrip("/") + path if path else options.url
         self._error = error
         self._credentials = Credentials(options.headers, error)
-        self._limits = Limits(options.timeout, options.total_timeout, LARGEST_ANSWER)
+        self._limits = Limits(options.timeout, options.total_timeout, LARGEST_ANSWER, TO_END)
         self._route = Route(self._credentials.proxy(options.proxy), self._certificates())
 
     def post(self, content: Any, accepted: str) -> Reply:

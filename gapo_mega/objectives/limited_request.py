@@ -6,6 +6,7 @@ environment counts here: no ``~/.netrc``, no proxy, no certificates but those th
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import zlib
@@ -27,11 +28,12 @@ _PIECE = 1 << 16  # bytes read at once
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: seconds of silence, seconds and bytes in all."""
+    """Of one request: seconds of silence, seconds and bytes in all, seconds once the run is asked to stop."""
 
     silence: float
     seconds: float
     bytes: int
+    stopping: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class NotTaken(Exception):
 def limited_post(url: str, content: Any, headers: Mapping[str, str], limits: Limits, route: Route) -> Answer:
     """Post ``content`` as JSON; no redirects are followed.
 
-    Raises ``NotWhole``, ``NotTaken``, ``StoppedWaiting`` where the run is asked to stop meanwhile, or
+    Raises ``NotWhole``, ``NotTaken``, ``StoppedWaiting`` where ``limits.stopping`` ends it, or
     ``requests.RequestException`` where no answer begins.
     """
     return _limited("POST", url, content, headers, limits, route)
@@ -76,7 +78,7 @@ def limited_get(url: str, limits: Limits) -> Answer:
 def _limited(
     method: str, url: str, content: Any, headers: Mapping[str, str], limits: Limits, route: Route
 ) -> Answer:
-    with requests.Session() as session, _Deadline(limits.seconds).passing() as deadline:
+    with requests.Session() as session, _Deadline(limits).passing() as deadline:
         session.trust_env = False
         session.mount("http://", _Watched(deadline))
         session.mount("https://", _Watched(deadline))
@@ -152,13 +154,13 @@ def _unpacker() -> Any:
 
 
 class _Deadline:
-    """After some seconds, or once the run is asked to stop, cuts the connections that it watches.
+    """After some seconds, and fewer if the run is asked to stop, cuts the connections that it watches.
 
     Whoever reads them sees their end.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._reason: Exception | None = None  # for which it has cut them
         self._ended = Event()
         self._watched: list[socket.socket] = []
@@ -187,13 +189,19 @@ class _Deadline:
             raise self._reason
 
     def _pass(self) -> None:
-        end = time.monotonic() + self._seconds
+        seconds = self._limits.seconds
+        end, leave = time.monotonic() + seconds, math.inf
         while not self._ended.wait(max(0.0, min(end - time.monotonic(), stopping.BETWEEN_LOOKS))):
-            if stopping.asked():
-                self._cut(stopping.StoppedWaiting())
-                return
-            if time.monotonic() >= end:
-                self._cut(NotWhole(f"no whole answer within {self._seconds:g} s"))
+            now = time.monotonic()
+            if leave == math.inf and stopping.asked():
+                leave = now + self._limits.stopping
+            if now >= min(end, leave):
+                stopped = leave < end
+                self._cut(
+                    stopping.StoppedWaiting()
+                    if stopped
+                    else NotWhole(f"no whole answer within {seconds:g} s")
+                )
                 return
 
     def _cut(self, reason: Exception) -> None:

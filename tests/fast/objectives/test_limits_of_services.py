@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 import threading
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from gapo_mega.objectives.json_service import LARGEST_ANSWER
+from gapo_mega.objectives.json_service import LARGEST_ANSWER, TO_END
+from gapo_mega.objectives.limited_request import Limits, NotWhole, Route, limited_post
 from gapo_mega.stopping import StoppedWaiting, asked_by
 from tests.helpers.http_services import EXPECTED, PROMPTS, RESPONSES, Answer, objective, right, services
 
@@ -144,16 +146,25 @@ def test_the_time_of_an_attempt_is_limited_whatever_trickles_in(first: bytes) ->
 
 @pytest.mark.parametrize("first", [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b""])
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_what_trickles_in(first: bytes) -> None:
-    """Without looking, this would come to the end of the attempt, which is then tried again."""
-    looks: list[str] = []
+    """But for the seconds that its requests have then; where there is no such limit, it waits."""
+    with trickling(first) as url, asked_by(lambda: True):
+        with pytest.raises(StoppedWaiting):
+            limited_post(url, {}, {}, Limits(60.0, 60.0, 10**6, stopping=0.3), Route())
+        with pytest.raises(NotWhole, match=r"within 1\.5 s"):
+            limited_post(url, {}, {}, Limits(60.0, 1.5, 10**6), Route())
 
-    def asked() -> bool:
-        looks.append(threading.current_thread().name)
-        return len(looks) > 2  # while the first attempt is under way
 
-    with trickling(first) as url, asked_by(asked), pytest.raises(StoppedWaiting):
-        score(url, timeout=60.0, total_timeout=20.0, retries=0)
-    assert {*looks} == {"deadline"}
+def test_what_comes_soon_enough_counts_although_the_run_is_asked_to_stop(service: Any) -> None:
+    """A service's requests have ``TO_END``; nothing is asked a second time."""
+    assert TO_END >= 5
+
+    def slow(number: int, content: dict[str, Any]) -> Answer:
+        time.sleep(1.0)
+        return right(content)
+
+    state = service(slow)
+    with asked_by(lambda: True):
+        assert score(state.url) == EXPECTED[:2]
 
 
 def test_a_service_that_is_down_is_waited_for_and_the_log_says_how_long(
