@@ -61,11 +61,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
     changes = {"gradients": {"max_nonfinite_steps": 100}, "checkpoint": {"every_steps": 2}}
 
     class Damaged(kind):  # type: ignore[misc]
-        def train_step(self, step: int) -> None:
-            super().train_step(step)
+        def train_step(self, step: int) -> dict[str, float]:
+            metrics: dict[str, float] = super().train_step(step)
             if step == 2:
                 with torch.no_grad():
                     list(self.engine._trainable.parameters())[-1].view(-1)[0] = value
+            return metrics
 
     run = Damaged(config.model_validate(settings(folder, "", **changes) | {"output_dir": str(tmp_path)}))
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comparison import gains
+from benchmarks.comparison import accuracy, gains
 from tests.helpers.environment import ROOT
 
 KEPT = ROOT / "benchmarks" / "results" / "comparison"
@@ -37,3 +37,9 @@ def test_the_page_shows_the_table_of_the_committed_results(suite: str, name: str
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     missing = [line for line in table.splitlines() if line and line not in page]
     assert missing == []
+
+
+def test_the_reward_models_accuracy_is_that_of_the_committed_scores() -> None:
+    table = accuracy.table(accuracy.read(KEPT / "hh-rewards.json"))
+    assert (KEPT / "hh-rewards.md").read_text(encoding="utf-8") == table
+    assert table in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")

@@ -22,9 +22,8 @@ PAIRS = [Pair(PROMPT, "a", "bb"), Pair(PROMPT, "aaa", "b"), Pair(PROMPT, "a", "b
 def test_a_pair_counts_by_its_scores() -> None:
     judge = objectives.build(ObjectiveConfig(name="short", function="tests.helpers.rewards:short"))
     scores = scored(judge, PAIRS)
-    assert [(a > b) + (a == b) / 2 for a, b in scores] == [1, 0, 0.5, 1]
-    cells = row("short", scores, PAIRS).split(" | ")
-    assert cells[1:] == ["4", "0.625", f"{math.sqrt(0.625 * 0.375 / 4):.3f}", "0.250 |\n"]
+    assert [(a > b) + (a == b) / 2 for a, b, _, _ in scores] == [1, 0, 0.5, 1]
+    assert row("short", scores) == ("short", "4", "0.625", f"{math.sqrt(0.625 * 0.375 / 4):.3f}", "0.250")
 
 
 def test_the_command_reads_a_model_and_pairs(tmp_path: Path) -> None:
@@ -45,5 +44,10 @@ def test_the_command_reads_a_model_and_pairs(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, given)
     assert found.exit_code == 0, found.output
     assert out.read_text().splitlines()[2].startswith("| kind | 2 | ")
+    again = tmp_path / "again.md"
+    found = CliRunner().invoke(app, ["--known", str(out.with_suffix(".json")), "--out", str(again)])
+    assert found.exit_code == 0 and again.read_text() == out.read_text()
     refused = CliRunner().invoke(app, ["kind=model", "--out", str(out)])
     assert refused.exit_code == 1 and "found 'kind=model'" in refused.output
+    refused = CliRunner().invoke(app, ["--out", str(out)])
+    assert refused.exit_code == 1 and "found none, accepted: some, or --known" in refused.output
