@@ -2,8 +2,8 @@
 
     python -m benchmarks.comparison.accuracy helpful=MODEL=PAIRS... --out runs/tables/rewards.md
 
-Each argument: a name for the table, a classifier with one label, a file of HH-RLHF's pairs. Writes a table, and
-beside it a JSON file of all scores, of which ``--known`` makes the table again without models.
+Each argument: a name for the table, a classifier with one label, a file of HH-RLHF's pairs. Writes a table,
+and beside it a JSON file of all scores, of which ``--known`` makes the table again without models.
 """
 
 from __future__ import annotations
