@@ -12,6 +12,17 @@ from gapo_mega.objectives.base import ScoreModelRequest
 from gapo_mega.planning.layout import check_layout
 from gapo_mega.planning.resolved import ModelSource, ResolvedRun, ScoreModelSource
 
+# Of a small model, as transformers names them; its plans are compared with arithmetic.
+SIZES = {
+    "num_hidden_layers": 6,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+}
+
 
 def resolved_run(
     config: Config,

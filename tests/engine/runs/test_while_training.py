@@ -35,28 +35,34 @@ def falling(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(response) / 1000 - CALLS for response in responses]
 
 
-def stopping(prompts: list[str], responses: list[str], *, flag: str) -> list[float]:
-    """Stops the run in the held-out evaluation that the file counts down to."""
+def due(prompts: list[str], flag: str) -> bool:
+    """Whether this is the held-out evaluation that the file counts down to; the file goes then."""
     path = Path(flag)
-    if "minus" in prompts[0] and path.exists():
-        left = int(path.read_text()) - 1
-        path.write_text(str(left))
-        if left == 0:
-            path.unlink()
-            os.kill(os.getpid(), signal.SIGTERM)
+    if "minus" not in prompts[0] or not path.exists():
+        return False
+    left = int(path.read_text()) - 1
+    path.write_text(str(left))
+    if left == 0:
+        path.unlink()
+    return left == 0
+
+
+def vowels(responses: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
+
+
+def stopping(prompts: list[str], responses: list[str], *, flag: str) -> list[float]:
+    """Stops the run in the evaluation that is due."""
+    if due(prompts, flag):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return vowels(responses)
 
 
 def failing(prompts: list[str], responses: list[str], *, flag: str) -> list[float]:
-    """Raises in the held-out evaluation that the file counts down to."""
-    path = Path(flag)
-    if "minus" in prompts[0] and path.exists():
-        left = int(path.read_text()) - 1
-        path.write_text(str(left))
-        if left == 0:
-            path.unlink()
-            raise OSError("a disk of its own is full")
-    return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
+    """Raises in the evaluation that is due."""
+    if due(prompts, flag):
+        raise OSError("a disk of its own is full")
+    return vowels(responses)
 '''
 
 

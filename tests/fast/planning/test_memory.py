@@ -20,17 +20,8 @@ from gapo_mega.planning.activations import sizes_of
 from gapo_mega.planning.blocks import Block, Counter
 from gapo_mega.planning.memory import GIB, MemoryPlan, StagePlan, critic_parameters, predict, stage_parameters
 from gapo_mega.planning.run import RunPlan
-from tests.helpers.resolved import resolved_run
+from tests.helpers.resolved import SIZES, resolved_run
 
-SIZES = {
-    "num_hidden_layers": 6,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 256,
-}
 MISTRAL_7B = MistralConfig(vocab_size=32000)  # transformers' defaults are Mistral 7B
 
 

@@ -10,17 +10,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from gapo_mega.config import Config
 from gapo_mega.models import shape_of
 from gapo_mega.planning.memory import StagePlan, predict
-from tests.helpers.resolved import resolved_run
+from tests.helpers.resolved import SIZES, resolved_run
 
-SIZES = {
-    "num_hidden_layers": 6,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 256,
-}
 MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
 EXPERTS = 6 * 4 * 3 * 48 * 96  # parameters of all experts
 
