@@ -53,11 +53,24 @@ _SETUP = [
 ]
 
 
+def _slowed(host: str) -> str:
+    """The command that slows what a host sends."""
+    link = HOSTS[host][0]
+    return f"ip netns exec {host} tc qdisc add dev {link} root tbf rate {SLOW} burst 64kb latency 100ms"
+
+
+def _environment() -> dict[str, str]:
+    """With the folders of ip and tc, which a user's PATH need not have."""
+    return environment() | {"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+
+
 def missing() -> str | None:
     """Why this machine cannot have two hosts; None where it can."""
-    probe = " && ".join([*_SETUP, "ip netns exec left unshare --uts hostname left-host"])
+    probe = " && ".join([*_SETUP, "ip netns exec left unshare --uts hostname left-host", _slowed("left")])
     try:
-        done = subprocess.run([*APART, "sh", "-ec", probe], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*APART, "sh", "-ec", probe], env=_environment(), capture_output=True, text=True, timeout=60
+        )
     except OSError as error:
         return f"unshare: {error}"
     return None if done.returncode == 0 else f"network namespaces: {' '.join(done.stderr.split())[:200]}"
@@ -67,7 +80,7 @@ def run(config: Path) -> list[dict[str, Any]]:
     """What came of the runs of ``main``: exit codes and output of both ranks, left first."""
     done = subprocess.run(
         [*APART, sys.executable, "-m", "tests.helpers.two_hosts", str(config)],
-        env=environment(),
+        env=_environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -117,8 +130,8 @@ def main(config: Path) -> list[dict[str, Any]]:
     found = [_ended(ranks)]
 
     _shell("ip -n left link set to-right up")
-    for host, (link, _) in HOSTS.items():
-        _shell(f"ip netns exec {host} tc qdisc add dev {link} root tbf rate {SLOW} burst 64kb latency 100ms")
+    for host in HOSTS:
+        _shell(_slowed(host))
     disturb(folder, rank=1, step=2, what="SIGKILL")
     found.append(_ended(_start(config, 29501)))
     found.append(_ended(_start(config, 29502)))
