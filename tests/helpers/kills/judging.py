@@ -21,6 +21,7 @@ from tests.helpers.metrics_log import VARYING, metrics
 STEPS = 3
 STOPPED, SECOND_CTRL_C, PEERS_LOST = 75, 130, 76  # of docs/operations.md
 _BEFORE_STEPS = ("start", "resuming", "before training")  # of whereabouts
+_STOPPED_AFTER = re.compile(r"stopped by a signal after step (\d+)")
 _WHOLE = ("hf", "heldout_answers.jsonl")  # the same bytes in every run, once they are there
 
 
@@ -47,7 +48,7 @@ def after_kill(case: Case, kill: Kill, attempt: Attempt, run: Path, reference: P
     if attempt.code not in accepted:
         yield f"exit code {attempt.code}, accepted: {sorted(accepted)}"
     if attempt.code == STOPPED:
-        said = re.findall(r"stopped by a signal after step (\d+)", attempt.log)
+        said = _STOPPED_AFTER.findall(attempt.log)
         if said != [str(standing.checkpoint)]:
             yield f"stopped after step {said}, and the newest checkpoint is that of {standing.checkpoint}"
     if attempt.code == 0 and not standing.finished:
@@ -84,7 +85,16 @@ def at_end(attempt: Attempt, before: Standing, run: Path, reference: Path) -> It
 
 
 def _codes(case: Case, kill: Kill, attempt: Attempt, standing: Standing) -> set[int]:
-    """What the command may end with."""
+    """What the command may end with, by the first signal, or by the second."""
+    accepted = _codes_by_first(case, kill, attempt, standing)
+    over = standing.finished or _STOPPED_AFTER.search(attempt.log)
+    if over and kill.again is not None and not LAYOUTS[case.layout].nproc:
+        # Python's last act is to restore what signals do by default. For Ctrl-C, shells say 130.
+        accepted.add(-int(kill.number))
+    return accepted
+
+
+def _codes_by_first(case: Case, kill: Kill, attempt: Attempt, standing: Standing) -> set[int]:
     hit_itself = kill.target in ("launcher", "all") or not LAYOUTS[case.layout].nproc
     if kill.signal == "SIGKILL" and hit_itself:
         return {-9}
