@@ -50,7 +50,7 @@ class Setup:
     rollouts: Vllm
     prompts: list[list[int]]
     directory: Path
-    loaded: Generation  # by the server's own weights, before it got ours
+    loaded: list[Generation]  # by the server's own weights, before it got ours
 
 
 def set_up(directory: Path, vocabulary: int, eos: int, dtype: str = "fp32", lr: float = 1.0) -> Setup:
@@ -82,12 +82,23 @@ def set_up(directory: Path, vocabulary: int, eos: int, dtype: str = "fp32", lr: 
     return Setup(engine, rollouts, prompts, directory, before_any_update(rollouts, prompts))
 
 
-def before_any_update(rollouts: Vllm, prompts: list[list[int]]) -> Generation:
+def before_any_update(rollouts: Vllm, prompts: list[list[int]]) -> list[Generation]:
     """Greedy responses of the weights that the server has read."""
     rollouts._servers = [VllmServer(url, rollouts._patience) for url in rollouts._urls()]
     rollouts._stale("")  # waits until it is there
     rollouts._label = rollouts._servers[0].version()
-    return rollouts.generate(prompts, GREEDY, 1)
+    return one_by_one(rollouts, prompts)
+
+
+def one_by_one(rollouts: Vllm, prompts: list[list[int]]) -> list[Generation]:
+    """Greedy responses. What shares a batch would change the order of sums, and so the last bits."""
+    return [rollouts.generate([prompt], GREEDY, 1) for prompt in prompts]
+
+
+def assert_same_bits(mine: list[Generation], other: list[Generation]) -> None:
+    for one, two in zip(mine, other, strict=True):
+        assert torch.equal(one.tokens_BT, two.tokens_BT)
+        assert torch.equal(one.logprobs_BT, two.logprobs_BT)
 
 
 @pytest.fixture(scope="module")
@@ -171,21 +182,19 @@ def test_weights_after_updates_are_bit_by_bit_those_that_vllm_loads_itself(tiny:
         weights.load(chunk, engine.shape, tiny.directory)
     engine._other_changes += 1
     tiny.rollouts.update_weights()
-    sent = tiny.rollouts.generate(tiny.prompts, GREEDY, 1)
-    assert torch.equal(sent.tokens_BT, tiny.loaded.tokens_BT)
-    assert torch.equal(sent.logprobs_BT, tiny.loaded.logprobs_BT)
+    assert_same_bits(one_by_one(tiny.rollouts, tiny.prompts), tiny.loaded)
 
 
 def assert_trained_values_are_sent(setup: Setup, vocabulary: int, folder: Path) -> None:
     """After an update, a server that reads the export answers bit by bit as the one that was sent weights."""
     engine, rollouts = setup.engine, setup.rollouts
     rollouts.update_weights()
-    before = rollouts.generate(setup.prompts, GREEDY, 1)
+    before = one_by_one(rollouts, setup.prompts)
     batch = check_engine.local_part(check_engine.global_batch(vocabulary), engine)
     assert not engine.update_policy(batch, check_engine.loss, aggregation.build("gapo")).skipped
     rollouts.update_weights()
-    sent = rollouts.generate(setup.prompts, GREEDY, 1)
-    assert not torch.equal(before.logprobs_BT, sent.logprobs_BT)
+    sent = one_by_one(rollouts, setup.prompts)
+    assert not torch.equal(before[0].logprobs_BT, sent[0].logprobs_BT)
     engine.export_hf(folder / "hf")
     policy = replace(rollouts.policy, companions=folder / "hf")
     fresh = Vllm(policy, rollouts.config)
@@ -193,8 +202,7 @@ def assert_trained_values_are_sent(setup: Setup, vocabulary: int, folder: Path) 
         loaded = before_any_update(fresh, setup.prompts)
     finally:
         fresh.close()
-    assert torch.equal(sent.tokens_BT, loaded.tokens_BT)
-    assert torch.equal(sent.logprobs_BT, loaded.logprobs_BT)
+    assert_same_bits(sent, loaded)
 
 
 def test_trained_weights_are_bit_by_bit_those_of_their_export(tiny: Setup, tmp_path: Path) -> None:
@@ -239,7 +247,7 @@ def test_log_probabilities_in_bf16_are_the_trainer_s_up_to_rounding(tmp_path: Pa
     built = set_up(tmp_path, 200, 2, dtype="bf16")
     try:
         built.rollouts.update_weights()
-        sampling = SamplingParameters(24, temperature=0.7)
+        sampling = SamplingParameters(24, temperature=0.7, repetition_penalty=1.2)
         sampled = built.rollouts.generate(built.prompts, sampling, 5)
         mask_BT = sampled.response_mask_BT
         difference_N = (sampled.logprobs_BT - trained(built.engine, sampled))[mask_BT].abs()

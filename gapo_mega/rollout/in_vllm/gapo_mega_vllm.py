@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -38,5 +39,18 @@ class TakesWeights:
 
     def gapo_finish_update(self) -> None:
         """Process what layers were not complete, and end the session."""
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
+            finalize_layerwise_reload(model, self.model_config)
+            _repack_heads(model)
+
+
+def _repack_heads(model: Any) -> None:
+    """On CPUs an output layer multiplies by a packed copy of its weight.
+
+    Where that weight is the embedding's, no tensor of an update names the output layer, and vLLM leaves it
+    with the copy of the old weight.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+            layer.quant_method.process_weights_after_loading(layer)
