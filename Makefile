@@ -51,7 +51,7 @@ help:
 	@echo "make test          install with test extras, run the whole test suite"
 	@echo "make test-fast     the tests that need no processes, no compiler and no engine: a minute"
 	@echo "make test-vllm     the tests with a real vLLM: an environment of several GB in build/vllm, minutes"
-	@echo "make survive       ranks and links that are lost: ten minutes; then KILLS (200) random kills: an hour"
+	@echo "make survive       ranks and links that are lost: ten minutes; then KILLS (200) random kills: twenty minutes"
 	@echo "make fuzz          configurations and data files of all kinds, FUZZ (10000) of each, random"
 	@echo "make combinations  every combination of gradient settings against float64, for MINUTES (10)"
 	@echo "make matrix        the engine's tests with Python 3.10, 3.12 and 3.13, and the Megatron-core of each"

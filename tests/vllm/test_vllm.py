@@ -59,7 +59,7 @@ def set_up(directory: Path, vocabulary: int, eos: int, dtype: str = "fp32", lr: 
         "data": {"source": "unused", "max_prompt_tokens": 28},
         "rollout": {
             **{"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 90},
-            **{"temperature": 0.7, "repetition_penalty": 1.2, "backend": "vllm"},
+            **{"temperature": 0.7, "repetition_penalty": 1.2, "backend": "vllm", "batch_size": 128},
             # The last of an argument counts: this server has right weights before it gets ours.
             "vllm": {
                 "python": PYTHON,
@@ -207,6 +207,16 @@ def assert_trained_values_are_sent(setup: Setup, vocabulary: int, folder: Path) 
 
 def test_trained_weights_are_bit_by_bit_those_of_their_export(tiny: Setup, tmp_path: Path) -> None:
     assert_trained_values_are_sent(tiny, 200, tmp_path)
+
+
+def test_more_prompts_at_once_than_a_batch_of_vllm_holds(tiny: Setup) -> None:
+    """2,048 tokens: the others wait, whole."""
+    tiny.rollouts.update_weights()
+    prompts = [tiny.prompts[3]] * 128
+    sampling = SamplingParameters(4, temperature=0.7, repetition_penalty=1.2)
+    sampled = tiny.rollouts.generate(prompts, sampling, 5)
+    torch.testing.assert_close(sampled.logprobs_BT, trained(tiny.engine, sampled), atol=CLOSE, rtol=0)
+    assert len(set(map(tuple, responses(sampled)))) > 64, "samples of one prompt differ"
 
 
 def test_a_killed_server_costs_a_repetition_and_nothing_else(tiny: Setup) -> None:

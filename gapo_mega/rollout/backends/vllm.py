@@ -134,7 +134,9 @@ class Vllm(RolloutBackend):
         self._failed = set()
         self._losses += bool(failed)
         for process in self._processes:
-            if process.url in failed and process.is_alive():
+            if process.url in failed and (told := process.how_it_ended()) is not None:
+                logger.warning("%s", told)
+            elif process.url in failed and process.is_alive():
                 logger.warning("%s: found that it lost a question and still runs; it is ended", process.url)
                 process.kill()
 

@@ -107,11 +107,17 @@ class ServerProcess:
 
     def check(self) -> None:
         """Raise ``ServerLost`` if it has ended."""
-        if self._process is not None and (status := self._process.poll()) is not None:
-            raise ServerLost(
-                f"rollout.vllm.python: found that the server of {self._python} ended with status {status}: "
-                f"{self._last_lines()} ({self.log})"
-            )
+        if (told := self.how_it_ended()) is not None:
+            raise ServerLost(told)
+
+    def how_it_ended(self) -> str | None:
+        """With which status and last words, and where its log is; None if it has not."""
+        if self._process is None or (status := self._process.poll()) is None:
+            return None
+        return (
+            f"rollout.vllm.python: found that the server of {self._python} ended with status {status}: "
+            f"{self._last_lines()} ({self.log})"
+        )
 
     def close(self) -> None:
         """End it, and remove its log; where it had ended by itself, that error names the log, which stays."""
