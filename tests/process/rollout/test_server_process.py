@@ -31,6 +31,7 @@ SERVER = """\
 import os, sys, threading
 from pathlib import Path
 from tests.helpers.vllm_protocol import TableServer
+assert sys.argv[1] == "--no-enable-chunked-prefill"  # before what a user may say of that
 if "--fail" in sys.argv:
     print("loading"); sys.exit("no such model" + os.environ.get("HF_TOKEN", ""))
 if "SEEN" in os.environ:
@@ -48,16 +49,21 @@ if first:
     server.fail = {"hang": hang, "fall_ill": fall_ill}[os.environ["DOES"]]
 threading.Event().wait()
 """
+PLATFORMS = """\
+class current_platform:
+    is_cpu = staticmethod(lambda: True)
+"""
 PROMPTS = [[3, 5], [4], [3, 5]]
 SAMPLING = SamplingParameters(8)
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The "Python of an environment with vLLM": this one, with a module in the place of vLLM's server."""
+    """The "Python of an environment with vLLM": this one, with modules in the place of vLLM's."""
     module = tmp_path / "site" / "vllm" / "entrypoints" / "openai" / "api_server.py"
     module.parent.mkdir(parents=True)
     module.write_text(SERVER)
+    (tmp_path / "site" / "vllm" / "platforms.py").write_text(PLATFORMS)
     script = tmp_path / "python"
     paths = f"{tmp_path / 'site'}:{ROOT}:$PYTHONPATH"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{paths}" exec {sys.executable} "$@"\n')
@@ -92,7 +98,9 @@ def process_of(rollouts: Vllm) -> subprocess.Popen[bytes]:
     return server._process
 
 
-def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: Vllm) -> None:
+def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(
+    rollouts: Vllm, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = rollouts.policy.engine
     rollouts.update_weights()
     undisturbed = rollouts.generate(PROMPTS, SAMPLING, 7)
@@ -107,6 +115,8 @@ def test_a_killed_server_is_started_again_and_the_rollout_is_the_same(rollouts: 
 
     again = recovered(engine, rollouts.update_weights, killed_at_first)
     assert calls == 2 and rollouts._processes[0].starts == 2
+    (told,) = (record.getMessage() for record in caplog.records if "ended" in record.getMessage())
+    assert "ended with status -9" in told and str(rollouts._processes[0].log) in told
     assert torch.equal(undisturbed.tokens_BT, again.tokens_BT)
     np.testing.assert_array_equal(undisturbed.logprobs_BT.numpy(), again.logprobs_BT.numpy())
     last = process_of(rollouts)
