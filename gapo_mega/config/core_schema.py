@@ -85,6 +85,14 @@ def _parsed(text: str, loader: type[_Loader]) -> Any:
         raise ValueError("found lists or mappings too deep within each other") from None
 
 
+def check_size(data: Any, source: object) -> None:
+    """Raises ``ValueError`` where ``parse_document`` would refuse ``data`` once it is written."""
+    try:
+        _unshared(data)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def _unshared(data: Any) -> Any:
     """A copy in which no list or mapping occurs twice: to change one would change the other.
 

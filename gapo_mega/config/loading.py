@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gapo_mega.config import Config, Section
-from gapo_mega.config.core_schema import parse_document, parse_value, written
+from gapo_mega.config.core_schema import check_size, parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.credentials import first_written_out, names_a_secret
 from gapo_mega.files import local, read_text, write_private
@@ -96,6 +96,7 @@ def parse(
         told |= _move(data, moved)
         applied.append((location, override))
     _refuse_both(overrides, told)
+    check_size(data, source)
     for old, new in told.items():
         logger.warning("%s is now %s", old, new)
     _refuse_unusable(data, applied, source)

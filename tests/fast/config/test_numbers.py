@@ -10,7 +10,7 @@ import torch
 
 from gapo_mega.config import Config, ObjectiveConfig
 from gapo_mega.config.fields import LARGEST_INTEGER, LARGEST_NUMBER
-from gapo_mega.config.loading import load
+from gapo_mega.config.loading import load, parse
 from gapo_mega.config.optimizer import SMALLEST_NORMAL
 from gapo_mega.config.supervised import SftConfig
 
@@ -114,3 +114,11 @@ def test_deep_and_strange_yaml_is_one_line(tmp_path: Path, text: str, message: s
     with pytest.raises(ValueError, match=message) as raised:
         load(path)
     assert "\n" not in str(raised.value)
+
+
+def test_an_override_below_others_is_no_deeper_than_a_file() -> None:
+    """Each is within the limit; together they would make a config.yaml that cannot be read again."""
+    data = {"objectives": [{"name": "a", "options": {"x": 1}}]}
+    value = "[" * 38 + "]" * 38
+    with pytest.raises(ValueError, match=r"^test: found lists or mappings more than 40 deep"):
+        parse(data, [f"objectives.0.options.x={value}"], Config, "test")
