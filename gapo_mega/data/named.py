@@ -20,6 +20,7 @@ from gapo_mega.scratch import TEMPORARY, scratch
 logger = logging.getLogger(__name__)
 
 _ENDINGS = ".jsonl, .json, .parquet, .jsonl.gz, .json.gz"
+_LONGEST = 193  # characters: the hub allows 96 for the owner and for the name
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ODD = re.compile(r"[^\w./ -]")  # what datasets, or fsspec below it, may read as more than a name
 _VARIABLE = re.compile(r"[$~%]")  # in a file's name, the part of this that matters
@@ -48,7 +49,8 @@ class _Place:
 
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only be a data set of the hub: of that form, and nothing local is called so."""
-    return _HUB_NAME.fullmatch(name) is not None and not local(name).exists()
+    # os.path: to pathlib, a name that no file system takes is no answer but an OSError.
+    return len(name) <= _LONGEST and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(local(name))
 
 
 def read_named(
@@ -62,9 +64,9 @@ def read_named(
     Raises ``ValueError`` in one line if there is no such data set, subset or split.
     """
     directory = local(wanted.name)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         if not is_hub_name(wanted.name):
-            found = "no such directory" if not directory.is_file() else "a file with another ending"
+            found = "no such directory" if not os.path.isfile(directory) else "a file with another ending"
             raise ValueError(f"{wanted.parameter}: found {wanted.name!r}, accepted: {_accepted()} ({found})")
         return _loaded(wanted, _Place(wanted.name, wanted.subset, None), limit)
     if _is_saved(directory):
