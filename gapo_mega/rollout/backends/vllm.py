@@ -134,9 +134,11 @@ class Vllm(RolloutBackend):
         self._failed = set()
         self._losses += bool(failed)
         for process in self._processes:
-            if process.url in failed and (told := process.how_it_ended()) is not None:
+            if process.url not in failed:
+                continue
+            if (told := process.how_it_ended()) is not None:
                 logger.warning("%s", told)
-            elif process.url in failed and process.is_alive():
+            else:
                 logger.warning("%s: found that it lost a question and still runs; it is ended", process.url)
                 process.kill()
 

@@ -230,3 +230,9 @@ def test_a_data_set_without_splits_that_save_to_disk_wrote_is_one(tmp_path: Path
     Dataset.from_dict({"prompt": ["a"]}).save_to_disk(str(tmp_path / "one"))
     for split in ("train", "test"):
         assert texts(read_rows(source(tmp_path / "one", split))) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a/" + "b" * 5000])
+def test_a_name_that_no_file_system_takes_is_one_line(name: str) -> None:
+    assert not source(name).is_on_the_hub
+    assert failure(source(name)).endswith("(no such directory)")
