@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def template_text(tokenizer: PreTrainedTokenizerBase, given: str | None, paramet
                 f"{parameter}: not given, and the tokenizer of {name!r} has none; {accepted}"
             ) from None
     path = local(given)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that no file system takes, too
         raise ValueError(f"{parameter}: file {path} not found; {accepted}")
     try:
         return read_text(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,9 +135,10 @@ def tell_unread(table: Table, read: Sequence[str]) -> None:
 def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
     """Rows of a file of ``FILE_TYPES``; ``ValueError`` if it is missing, empty or broken."""
     named = f"{source.parameter}: file {str(path)!r}"
-    if path.is_dir():
+    # os.path: to pathlib, a name that no file system takes is no answer but an OSError.
+    if os.path.isdir(path):
         raise ValueError(f"{named} is a directory, accepted: a file of that name")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{named} not found")
     if path.stat().st_size == 0:
         raise ValueError(f"{named} is empty")

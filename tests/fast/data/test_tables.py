@@ -236,3 +236,4 @@ def test_a_data_set_without_splits_that_save_to_disk_wrote_is_one(tmp_path: Path
 def test_a_name_that_no_file_system_takes_is_one_line(name: str) -> None:
     assert not source(name).is_on_the_hub
     assert failure(source(name)).endswith("(no such directory)")
+    assert failure(source(f"{name}.jsonl")).endswith("not found")
