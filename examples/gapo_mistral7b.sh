@@ -64,7 +64,8 @@ elif [ -n "${SLURM_STEP_NUM_NODES:-}" ]; then
   fi
   rank="${rank:-${SLURM_NODEID:-}}"
   if [ -z "$address" ]; then
-    address="$(scontrol show hostnames "${SLURM_STEP_NODELIST:-}" | head -n 1)"
+    hosts="$(scontrol show hostnames "${SLURM_STEP_NODELIST:-}")"
+    read -r address <<<"$hosts" # the first; "| head" would end scontrol, and with it this script, by SIGPIPE
   fi
   port="${MASTER_PORT:-$((20000 + 10#${SLURM_JOB_ID:-0} % 20000))}"
 fi
