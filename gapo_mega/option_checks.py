@@ -10,6 +10,7 @@ from typing import Any
 # People type preferences, and write 1/3 as 0.3333.
 _SUM_TOLERANCE = 1e-3
 HIDDEN = "***"
+_LEFT_OUT = " [...] "
 _USER_AND_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 
 
@@ -23,6 +24,12 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def not_too_long(text: str, most: int = 2000) -> str:
+    """``text`` of at most ``most`` characters: an error's beginning and end say what is wrong."""
+    half = (most - len(_LEFT_OUT)) // 2
+    return text if len(text) <= most else f"{text[:half]}{_LEFT_OUT}{text[-half:]}"
+
+
 def without_password(text: str) -> str:
     """``text`` with user and password of every address in it hidden."""
     return _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text)
@@ -31,13 +38,13 @@ def without_password(text: str) -> str:
 def require_choice(option: str, value: object, accepted: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
     if value not in accepted:
-        raise ValueError(f"{option}: found {value!r}, accepted: {', '.join(accepted)}")
+        raise ValueError(f"{option}: found {shown(value)}, accepted: {', '.join(accepted)}")
 
 
 def require_bool(option: str, value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is a bool."""
     if not isinstance(value, bool):
-        raise ValueError(f"{option}: found {value!r}, accepted: true, false")
+        raise ValueError(f"{option}: found {shown(value)}, accepted: true, false")
 
 
 def require_number(
@@ -49,7 +56,8 @@ def require_number(
         return
     limits = [] if least is None else [f"{'>' if above else '>='} {least:g}"]
     limits += [] if most is None else [f"<= {most:g}"]
-    raise ValueError(f"{option}: found {value!r}, accepted: a finite number {' and '.join(limits)}".rstrip())
+    accepted = f"a finite number {' and '.join(limits)}".rstrip()
+    raise ValueError(f"{option}: found {shown(value)}, accepted: {accepted}")
 
 
 def require_preference(option: str, value: object, *, zeros: bool) -> None:
@@ -61,15 +69,16 @@ def require_preference(option: str, value: object, *, zeros: bool) -> None:
         return
     numbers = numbers_in(value, zeros=zeros)
     if not numbers or abs(sum(numbers) - 1.0) > _SUM_TOLERANCE:
-        raise ValueError(
-            f"{option}: found {value!r}, accepted: a list of numbers {'>=' if zeros else '>'} 0 with sum 1"
-        )
+        accepted = f"a list of numbers {'>=' if zeros else '>'} 0 with sum 1"
+        raise ValueError(f"{option}: found {shown(value)}, accepted: {accepted}")
 
 
 def require_weights(option: str, value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is None or one number >= 0 per objective, not all 0."""
     if value is not None and not any(numbers_in(value, zeros=True)):
-        raise ValueError(f"{option}: found {value!r}, accepted: a list of finite numbers >= 0, not all 0")
+        raise ValueError(
+            f"{option}: found {shown(value)}, accepted: a list of finite numbers >= 0, not all 0"
+        )
 
 
 def numbers_in(value: object, *, zeros: bool) -> list[float]:

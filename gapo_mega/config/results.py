@@ -10,8 +10,8 @@ from gapo_mega.config.fields import LocalPath, Positive, RemotePath, Section
 
 # Of rollout.vllm: where servers are and how long they are waited for. Its arguments change what they answer.
 _OF_SERVERS = (
-    *("python", "url", "replicas", "environment", "weights_directory", "piece_mib", "sleep"),
-    *("timeout", "patience", "start_timeout"),
+    *("python", "url", "replicas", "environment", "transfer", "weights_directory", "piece_mib"),
+    *("sleep", "timeout", "patience", "start_timeout"),
 )
 # Prefixes of settings that change no number: where and what a run writes, where it asks, how long it waits.
 WITHOUT_EFFECT = (

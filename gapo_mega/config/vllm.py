@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -45,9 +45,14 @@ class VllmConfig(Section):
         "value for each of the replicas; secrets are given as 'env:NAME', a variable of the run, or "
         "'file:PATH', the text of a file",
     )
+    transfer: Literal["files", "nccl", "ipc"] = Field(
+        "files",
+        description="how weights get to the servers: as files in shared memory or weights_directory, by "
+        "NCCL to other GPUs, or by CUDA IPC to servers on rank 0's own GPU",
+    )
     weights_directory: LocalPath | None = Field(
         None,
-        description="where weights are put for the servers, a piece at a time; none: shared memory, for "
+        description="where weights are put with transfer files, a piece at a time; none: shared memory, for "
         "servers of the same machine",
     )
     piece_mib: int = Field(256, ge=1, le=65_536, description="MiB of weights in a piece")

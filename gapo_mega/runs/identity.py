@@ -141,6 +141,7 @@ RULES: dict[type[Section], dict[str, Rule]] = {
         "arguments": FREE,
         "replicas": FREE,
         "environment": FREE,
+        "transfer": FREE,
         "weights_directory": FREE,
         "piece_mib": FREE,
         "sleep": FREE,

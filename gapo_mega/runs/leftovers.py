@@ -9,7 +9,7 @@ from pathlib import Path
 from gapo_mega.evaluation.files import CONFIG_FILE, RESOLVED_CONFIG_FILE, partial_of
 from gapo_mega.evaluation.report import REPORT_FOLDER, REPORT_PAGE
 from gapo_mega.models.huggingface.writing import finish_interrupted
-from gapo_mega.rollout.servers.weight_files import default_folder
+from gapo_mega.rollout.servers.transfers.files import default_folder
 from gapo_mega.runs.checkpoints import CHECKPOINTS_FOLDER, incomplete_parts, remove_checkpoint
 from gapo_mega.runs.cut_lines import CUT_LINES
 from gapo_mega.runs.directory import (

@@ -101,7 +101,7 @@ class TableServer:
                 return 500, {"error": f"asked while {self._state}, asleep: {sorted(self.asleep)}"}
             return 200, {"choices": [self._choice(content["token_ids"], content["sampling_params"])]}
         with self._lock:
-            self.calls.append(path if path != "/collective_rpc" else content["method"])
+            self.calls.append(path)
             return self._update(path, content)
 
     def _update(self, path: str, content: Any) -> tuple[int, Any]:
@@ -109,8 +109,12 @@ class TableServer:
             return 200, None
         if path == "/weight_info":
             return 200, {"weight_version": self.label}
-        if path == "/collective_rpc":
-            return self._worker(content["method"], content["args"])
+        if path == "/start_weight_update":
+            return self._started()
+        if path == "/update_weights":
+            return self._take(content["update_info"])
+        if path == "/finish_weight_update":
+            return self._finished()
         if path == "/sleep?level=2":
             self.asleep, self.table = {"weights", "kv_cache"}, np.full_like(self.table, np.nan)
             return 200, None
@@ -131,22 +135,25 @@ class TableServer:
             return 200, {"status": "paused"}
         return 404, {"error": f"no {path}"}
 
-    def _worker(self, method: str, arguments: list[str]) -> tuple[int, Any]:
-        """A method of the worker extension, which returns the number of tensors that it took."""
-        done = {"results": [None]}
-        if method == "gapo_begin_update":
-            if "weights" in self.asleep:
-                return 500, {"error": "begun while its weights are asleep"}
-            self._loading = {}
-            return self._go({"paused": ["begun"]}, "begun", done)
-        if method == "gapo_take_weights":
-            piece = load_file(*arguments)
-            self.pieces.append(list(piece))
-            self._loading |= piece
-            return self._go({"begun": ["taken"], "taken": ["taken"]}, "taken", {"results": [str(len(piece))]})
-        assert (method, arguments) == ("gapo_finish_update", [])
+    def _started(self) -> tuple[int, Any]:
+        if "weights" in self.asleep:
+            return 500, {"error": "begun while its weights are asleep"}
+        self._loading = {}
+        return self._go({"paused": ["begun"]}, "begun", {"message": "started"})
+
+    def _take(self, update: dict[str, Any]) -> tuple[int, Any]:
+        piece = self.receive(update)
+        self.pieces.append(list(piece))
+        self._loading |= piece
+        return self._go({"begun": ["taken"], "taken": ["taken"]}, "taken", {"message": "updated"})
+
+    def _finished(self) -> tuple[int, Any]:
         self.loaded(self._loading)
-        return self._go({"taken": ["loaded"]}, "loaded", done)
+        return self._go({"taken": ["loaded"]}, "loaded", {"message": "finished"})
+
+    def receive(self, update: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Tensors of a piece, as the engine of transfer ``files`` gets them."""
+        return load_file(update["path"])
 
     def loaded(self, tensors: dict[str, np.ndarray]) -> None:
         """Answer with these weights from now on."""

@@ -22,17 +22,22 @@ from pathlib import Path
 import torch
 from gapo_mega.data.named import NamedSplit, read_named
 from gapo_mega.rollout.servers.process import ServerProcess
-from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.config import VllmConfig
+from gapo_mega.rollout.servers.transfers.files import Files
 from gapo_mega.scratch import scratch
 
-def take(path):
-    print(Path(path).parent, *Path(tempfile.gettempdir()).iterdir(), flush=True)
-    threading.Event().wait()
+class Server:
+    def begin(self, end):
+        pass
+
+    def take(self, update, end):
+        print(Path(update["path"]).parent, *Path(tempfile.gettempdir()).iterdir(), flush=True)
+        threading.Event().wait()
 
 rows = read_named(NamedSplit("data.source", sys.argv[1], "data.split", "train"))
 server = ServerProcess(sys.executable, [])
 with scratch(Path(tempfile.gettempdir()), ".throughput-"):
-    hand_over([("weight", torch.zeros(1 << 18))], 8 << 20, default_folder(), take)
+    Files(VllmConfig()).send([Server()], [("weight", torch.zeros(1 << 18))], "label", lambda: 0.0)
 """
 
 

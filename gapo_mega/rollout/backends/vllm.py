@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-
-from torch import Tensor
 
 from gapo_mega.config import Config, VllmConfig
 from gapo_mega.credentials import revealed
@@ -29,7 +27,7 @@ from gapo_mega.rollout.servers.questions import Questions
 from gapo_mega.rollout.servers.requests import Requests
 from gapo_mega.rollout.servers.responses import Response
 from gapo_mega.rollout.servers.shares import servers_of
-from gapo_mega.rollout.servers.weight_files import default_folder, hand_over
+from gapo_mega.rollout.servers.transfers.registry import TRANSFERS
 from gapo_mega.types import Generation
 
 logger = logging.getLogger(__name__)
@@ -54,6 +52,7 @@ class Vllm(RolloutBackend):
         """Starts the servers that are the run's own, and does not wait for them."""
         super().__init__(policy, config)
         self._options = options = config.rollout.vllm
+        self._transfer = TRANSFERS[options.transfer](options)
         self._patience = Patience(options.timeout, options.patience, options.start_timeout)
         self._servers: list[VllmServer] = []  # known to all ranks after the first update
         self._processes: list[ServerProcess] = []  # those of the servers, on rank 0 of a run that starts them
@@ -68,7 +67,7 @@ class Vllm(RolloutBackend):
         if options.python is not None and policy.engine.layout.is_main:
             python, arguments = _absolute(options.python), self._arguments(options)
             self._processes = [
-                ServerProcess(python, arguments, _environment(options, replica))
+                ServerProcess(python, arguments, self._environment(replica))
                 for replica in range(options.replicas)
             ]
             for process in self._processes:
@@ -80,6 +79,7 @@ class Vllm(RolloutBackend):
 
     @classmethod
     def check_here(cls, config: Config) -> None:
+        TRANSFERS[config.rollout.vllm.transfer].check_here()
         python = config.rollout.vllm.python
         if python is not None:
             check_python(python)
@@ -207,36 +207,12 @@ class Vllm(RolloutBackend):
         failure: Exception | None = None
         begun, size = time.perf_counter(), 0
         try:
-            size = self._stream([self._servers[i] for i in stale], tensors, label)
+            size = self._transfer.send([self._servers[i] for i in stale], tensors, label, self._end)
         except Exception as error:
             failure = error
             for i in stale if self._processes else []:
                 self._processes[i].kill()  # its weights are in pieces
         return self._told(failure, time.perf_counter() - begun, size * len(stale))
-
-    def _stream(
-        self, servers: Sequence[VllmServer], tensors: Iterator[tuple[str, Tensor]], label: str
-    ) -> int:
-        """The bytes that were sent. ``tensors`` come to their end, whatever a server does."""
-        begun = False
-
-        def take(path: str) -> None:
-            nonlocal begun
-            end = self._end()
-            if not begun:
-                for server in servers:
-                    server.begin(end)
-                begun = True
-            for server in servers:
-                server.take(path, end)
-
-        given = self._options.weights_directory
-        folder = default_folder() if given is None else _absolute(given)
-        size = hand_over(tensors, self._options.piece_mib << 20, folder, take)
-        end = self._end()
-        for server in servers:
-            server.finish(label, end)
-        return size
 
     def _end(self) -> float:
         """By when all servers must have done what they are asked next: other ranks wait meanwhile."""
@@ -298,15 +274,18 @@ class Vllm(RolloutBackend):
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
             "--max-logprobs": "-1",  # of as many tokens as top-k leaves
             "--generation-config": "vllm",  # none of the model's own sampling settings
-            "--worker-extension-cls": "gapo_mega_vllm.TakesWeights",
         }
         return [
             *(part for pair in given.items() for part in pair),
             "--skip-tokenizer-init",
             "--enable-scale-out",  # token ids in, token ids out
+            *self._transfer.arguments(),
             *(["--enable-sleep-mode"] if options.sleep else []),
             *options.arguments,
         ]
+
+    def _environment(self, replica: int) -> dict[str, str]:
+        return {**self._transfer.environment(), **_environment(self._options, replica)}
 
     # -- agreement of ranks ------------------------------------------------------------------------
     def _from_main(self, make: Callable[[], Value]) -> Value:

@@ -1,16 +1,19 @@
-"""What runs inside vLLM: methods of its workers that take new weights from files.
+"""What runs inside vLLM: a weight transfer engine of its kind that takes new weights from files.
 
 vLLM alone imports this file, in an environment of its own (``--worker-extension-cls`` with this folder on
-PYTHONPATH), so it imports nothing of gapo_mega. Written against vLLM 0.32: a session is that of vLLM's own
-transfer engines (``vllm/distributed/weight_transfer``), of which none is for CPUs.
+PYTHONPATH), so it imports nothing of gapo_mega. Written against vLLM 0.32, whose own engines
+(``vllm/distributed/weight_transfer``) want GPUs on both sides.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -18,31 +21,48 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 
-class TakesWeights:
-    """Added to vLLM's worker class; ``/collective_rpc`` calls these on every worker."""
+@dataclass
+class FilesInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing: there is nobody to meet."""
 
-    vllm_config: Any
-    model_config: Any
-    model_runner: Any
 
-    def gapo_begin_update(self) -> None:
-        """Prepare the model for new weights; layer by layer they replace the old ones in place."""
-        with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.get_model())
+@dataclass
+class FilesUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """A piece of the weights: a safetensors file of whole tensors, by Hugging Face names."""
 
-    def gapo_take_weights(self, path: str) -> int:
-        """Load the tensors of a safetensors file, whole and by Hugging Face names; their number."""
-        with set_current_vllm_config(self.vllm_config), safe_open(path, "pt") as file:
+    path: str
+
+
+class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):  # type: ignore[misc]
+    """Layer by layer, new weights replace the old ones in place."""
+
+    init_info_cls = FilesInitInfo
+    update_info_cls = FilesUpdateInfo
+
+    def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
+        """Nothing is needed before the first file."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if torch.accelerator.is_available():  # else there is none to wait for, which the inherited one does
+            super().update_weights(update_info)
+        else:
+            self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: FilesUpdateInfo) -> None:
+        with safe_open(update_info.path, "pt") as file:
             names = list(file.keys())
-            self.model_runner.get_model().load_weights((name, file.get_tensor(name)) for name in names)
-        return len(names)
+            self.model.load_weights((name, file.get_tensor(name)) for name in names)
 
-    def gapo_finish_update(self) -> None:
-        """Process what layers were not complete, and end the session."""
-        model = self.model_runner.get_model()
-        with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(model, self.model_config)
-            _repack_heads(model)
+    def finish_weight_update(self) -> None:
+        """Process what layers were not complete."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
 
 
 def _repack_heads(model: Any) -> None:
@@ -54,3 +74,10 @@ def _repack_heads(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
             layer.quant_method.process_weights_after_loading(layer)
+
+
+class Imported:
+    """What ``--worker-extension-cls`` names, so that workers import this file before they load a model."""
+
+
+WeightTransferEngineFactory.register_engine("gapo_files", FilesEngine)

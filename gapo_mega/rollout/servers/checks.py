@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 
-from urllib3.util import parse_url
-
 from gapo_mega.config import Config
 from gapo_mega.files import local
+from gapo_mega.rollout.servers.transfers.registry import TRANSFERS
 
-_HERE = ("127.0.0.1", "localhost", "[::1]")
 # Of parallel.timeout_minutes: what is left is for what stands before and after a wait.
 _SHARE = 5 / 6
 
@@ -34,12 +32,13 @@ def check_settings(config: Config) -> None:
             f"rollout.vllm.sleep: found true with rollout.ahead {rollout.ahead}, accepted: false, or ahead 0 "
             "(servers that answer beside the training never sleep)"
         )
-    for url in rollout.vllm.urls:
-        if rollout.vllm.weights_directory is None and parse_url(url).host not in _HERE:
-            raise ValueError(
-                f"rollout.vllm.weights_directory: found none with rollout.vllm.url {url}, accepted: a "
-                "directory that the server reads under the same path"
-            )
+    transfer, directory = rollout.vllm.transfer, rollout.vllm.weights_directory
+    if transfer != "files" and directory is not None:
+        raise ValueError(
+            f"rollout.vllm.weights_directory: found {directory} with rollout.vllm.transfer {transfer}, "
+            "accepted: none (no file is written)"
+        )
+    TRANSFERS[transfer].check(config)
     _check_waits(config)
 
 

@@ -88,15 +88,15 @@ class VllmServer:
         if self._sleeps:  # one that is awake says so in its log, and that is all
             self._post("/wake_up?tags=weights", {}, end)
         self._post("/pause?mode=abort", {}, end)
-        self._rpc("gapo_begin_update", end)
+        self._post("/start_weight_update", {}, end)
 
-    def take(self, path: str, end: float) -> None:
-        """Load the tensors of a safetensors file that the server can read."""
-        self._rpc("gapo_take_weights", end, path)
+    def take(self, update: Mapping[str, Any], end: float) -> None:
+        """Load tensors, of which its transfer engine is told where they are and what."""
+        self._post("/update_weights", {"update_info": update}, end)
 
     def finish(self, version: str, end: float) -> None:
         """Answer with the new weights from now on, and with nothing that was cached of the old ones."""
-        self._rpc("gapo_finish_update", end)
+        self._post("/finish_weight_update", {}, end)
         if self._sleeps:
             self._post("/wake_up?tags=kv_cache", {}, end)
         answer = self._post("/reset_prefix_cache", {}, end)
@@ -104,6 +104,21 @@ class VllmServer:
             raise self._odd("/reset_prefix_cache", answer, '{"success": true}')
         self._post("/update_weight_version", {"new_version": version}, end)
         self._post("/resume", {}, end)
+
+    def world_size(self, end: float) -> int:
+        """How many workers it has, each with a device of its own."""
+        answer = self._decoded("/get_world_size", self._get("/get_world_size", end))
+        if not isinstance(answer, dict) or type(answer.get("world_size")) is not int:
+            raise self._odd("/get_world_size", answer, "an object with world_size")
+        return int(answer["world_size"])
+
+    def join(self, information: Mapping[str, Any], end: float) -> None:
+        """Have its transfer engine meet the run's."""
+        self._post("/init_weight_transfer_engine", {"init_info": information}, end)
+
+    def leave(self, end: float) -> None:
+        """Have its transfer engine let go of the run's."""
+        self._post("/shutdown_weight_transfer_engine", {}, end)
 
     def sleep(self, end: float) -> None:
         """Free the memory of weights and cache, which are gone then; the next ``begin`` wakes it."""
@@ -142,9 +157,6 @@ class VllmServer:
             raise ServerLost(f"{self.url}/health: found status {answer.status}")
 
     # -- HTTP --------------------------------------------------------------------------------------
-    def _rpc(self, method: str, end: float, *arguments: str) -> None:
-        self._post("/collective_rpc", {"method": method, "args": list(arguments)}, end)
-
     def _again(self, ask: Callable[[], Any]) -> Any:
         """``ask``, repeated for as long as the server's absence is borne, which begins with the first loss.
 
@@ -164,17 +176,20 @@ class VllmServer:
 
     def _post(self, path: str, content: Any, end: float = inf) -> Any:
         """``end``: of ``time.monotonic``, where that comes before the limit of an answer."""
-        seconds = min(self._patience.answer, end - time.monotonic())
-        if seconds <= 0:
-            raise ServerLost(f"{self.url}{path}: found no time left for it within rollout.vllm.timeout")
-        limits = Limits(seconds, seconds, _LARGEST_ANSWER)
+        limits = self._limits(path, self._patience.answer, _LARGEST_ANSWER, end)
         return self._decoded(
             path, self._answered(path, lambda url: limited_post(url, content, {}, limits, Route()))
         )
 
-    def _get(self, path: str) -> Answer:
-        limits = Limits(_SHORT, _SHORT, _LARGEST_SHORT)
+    def _get(self, path: str, end: float = inf) -> Answer:
+        limits = self._limits(path, _SHORT, _LARGEST_SHORT, end)
         return self._answered(path, lambda url: limited_get(url, limits))
+
+    def _limits(self, path: str, most: float, size: int, end: float) -> Limits:
+        seconds = min(most, end - time.monotonic())
+        if seconds <= 0:
+            raise ServerLost(f"{self.url}{path}: found no time left for it within rollout.vllm.timeout")
+        return Limits(seconds, seconds, size)
 
     def _answered(self, path: str, ask: Callable[[str], Answer]) -> Answer:
         try:

@@ -287,7 +287,7 @@ def test_a_run_on_servers_sends_weights_before_it_answers_and_after_every_step(t
         )
         assert run.run()
         # Before the held-out answers, and with what each step but the last one changed.
-        assert server.calls.count("gapo_begin_update") == engine.streams == 3
+        assert server.calls.count("/start_weight_update") == engine.streams == 3
     assert "generate" not in engine.calls
     for line in metrics(tmp_path):
         assert 0 < line["correction/weight"] <= 2 and line["logprob_difference/p999"] > 0

@@ -139,8 +139,8 @@ def test_weights_travel_in_pieces_once_a_change(server: TableServer, tmp_path: P
     assert engine.streams == 1
     # 1.6 MB do not fit into a piece of 1 MiB, and go alone.
     assert server.pieces == [["norm", "table"], ["large"], ["last"]]
-    taking = ["gapo_take_weights"] * 3
-    update = ["/pause?mode=abort", "gapo_begin_update", *taking, "gapo_finish_update"]
+    taking = ["/update_weights"] * 3
+    update = ["/pause?mode=abort", "/start_weight_update", *taking, "/finish_weight_update"]
     assert [call for call in server.calls if call not in ("/health", "/weight_info")] == [
         *update,
         *("/reset_prefix_cache", "/update_weight_version", "/resume"),
@@ -154,8 +154,8 @@ def test_weights_of_the_given_directory_are_gone_afterwards(server: TableServer,
     seen: list[bool] = []
 
     def look(path: str, content: Any) -> None:
-        if path == "/collective_rpc" and content["args"]:
-            seen.append(Path(content["args"][0]).is_relative_to(tmp_path))
+        if path == "/update_weights":
+            seen.append(Path(content["update_info"]["path"]).is_relative_to(tmp_path))
 
     server.fail = look  # type: ignore[assignment]
     rollouts.update_weights()
@@ -266,11 +266,9 @@ def test_an_update_that_fails_in_the_middle_is_an_error_and_the_stream_ends(
 
     engine.named_weights = counted  # type: ignore[method-assign]
     server.fail = lambda path, content: (
-        (500, {"error": "no such tensor"})
-        if path == "/collective_rpc" and content["method"] == "gapo_take_weights"
-        else None
+        (500, {"error": "no such tensor"}) if path == "/update_weights" else None
     )
-    with pytest.raises(ServerLost, match=r"collective_rpc: found status 500 and .*no such tensor"):
+    with pytest.raises(ServerLost, match=r"update_weights: found status 500 and .*no such tensor"):
         rollouts.update_weights()
     assert tensors == ["norm", "table", "large", "last"]
 
@@ -302,7 +300,7 @@ def test_several_servers_all_get_the_weights(server: TableServer, tmp_path: Path
         second.label = "default"  # restarted
         rollouts.update_weights()
         assert engine.streams == 2 and server.label == second.label
-        assert server.calls.count("gapo_begin_update") == 1
+        assert server.calls.count("/start_weight_update") == 1
 
 
 def test_a_rank_with_several_servers_leaves_the_samples_of_a_prompt_to_one(

@@ -72,8 +72,8 @@ def test_weights_come_after_their_memory_and_before_the_cache_s(server: TableSer
     server.calls.clear()
     rollouts.update_weights()  # of the same policy
     assert [call for call in server.calls if call not in ("/health", "/weight_info")] == [
-        *("/wake_up?tags=weights", "/pause?mode=abort", "gapo_begin_update", "gapo_take_weights"),
-        *("gapo_finish_update", "/wake_up?tags=kv_cache"),
+        *("/wake_up?tags=weights", "/pause?mode=abort", "/start_weight_update", "/update_weights"),
+        *("/finish_weight_update", "/wake_up?tags=kv_cache"),
         *("/reset_prefix_cache", "/update_weight_version", "/resume"),
     ]
     after = rollouts.generate([[4]], SamplingParameters(4), seed=1)
