@@ -28,7 +28,7 @@ from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
 from gapo_mega.credentials import hidden
-from gapo_mega.option_checks import not_too_long
+from gapo_mega.option_checks import as_one_line
 from gapo_mega.rollout.servers.lost import SERVER_LOST, ServerLost
 from gapo_mega.runs.exits import noted
 from gapo_mega.whereabouts import PEERS_LOST, LostPeersError
@@ -76,7 +76,7 @@ def _main() -> None:
     except (ValueError, LostPeersError, ServerLost) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
-        print(f"error: {not_too_long(hidden(str(error)))}", file=sys.stderr)
+        print(f"error: {as_one_line(hidden(str(error)))}", file=sys.stderr)
         sys.exit(_exit_code(error))
 
 

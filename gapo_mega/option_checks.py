@@ -24,9 +24,14 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def not_too_long(text: str, most: int = 2000) -> str:
-    """``text`` of at most ``most`` characters: an error's beginning and end say what is wrong."""
+def as_one_line(text: str, most: int = 2000) -> str:
+    """``text`` as a terminal may show it, whatever names and paths are in it.
+
+    What is no character to print, such as a line break or half of a surrogate pair, is written out. Of more
+    than ``most`` characters the middle is left out: an error's beginning and end say what is wrong.
+    """
     half = (most - len(_LEFT_OUT)) // 2
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= most else f"{text[:half]}{_LEFT_OUT}{text[-half:]}"
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-LONGEST_LINE = 2000  # characters of an error that a failed test shows
+from gapo_mega.option_checks import as_one_line
+
+LONGEST_LINE = 2000  # characters of an error
 # Of this process's processors, whatever else they do; a refusal takes milliseconds, and one that goes through
 # more than there is never ends.
 LONGEST_REFUSAL = 5.0
@@ -39,9 +41,9 @@ def one_line(call: Callable[[], Any]) -> Any:
         return call()
     except ValueError as error:
         taken = time.process_time() - begun
-        text = str(error)
-        assert taken < LONGEST_REFUSAL, f"{taken:.1f} s: {text[:LONGEST_LINE]}"
-        assert text and len(text.splitlines()) == 1, text[:LONGEST_LINE]
+        text = as_one_line(str(error))  # as the command shows it
+        assert taken < LONGEST_REFUSAL, f"{taken:.1f} s: {text}"
+        assert text and len(text.splitlines()) == 1 and len(text) <= LONGEST_LINE, text
         assert type(error) is not UnicodeEncodeError, text
         return None
 

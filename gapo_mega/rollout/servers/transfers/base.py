@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from urllib3.util import parse_url
 
 from gapo_mega.config import Config, VllmConfig
 from gapo_mega.models.huggingface.safetensors_stream import num_bytes
 from gapo_mega.rollout.servers.client import VllmServer
 
+_HERE = ("127.0.0.1", "localhost", "[::1]")
 By = Callable[[], float]  # of ``time.monotonic``: when servers must have done what they are asked now
 
 
@@ -24,6 +26,11 @@ class Piece:
     """Consecutive tensors of a stream, by Hugging Face names."""
 
     tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Piece:
+        """Wide elements first: so each begins at a multiple of its size, without which torch reads none."""
+        return cls(dict(sorted(tensors.items(), key=lambda item: -item[1].element_size())))
 
     @property
     def sizes(self) -> list[int]:
@@ -49,6 +56,11 @@ def check_gpu(engine: str) -> None:
         raise ValueError(
             f"rollout.vllm.transfer: found {engine} without a CUDA device on this machine, accepted: files"
         )
+
+
+def is_here(url: str) -> bool:
+    """Whether it says this machine."""
+    return parse_url(url).host in _HERE
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -94,7 +106,7 @@ class Transfer(ABC):
         Iterates ``tensors`` to the end, whatever fails: the stream is a collective of many ranks. The error
         comes afterwards: ``ServerLost``, or ``ValueError`` for what this machine or a server refuses.
         """
-        pieces = _pieces(tensors, self.options.piece_mib << 20)
+        pieces = in_pieces(tensors, self.options.piece_mib << 20)
         total = 0
         try:
             with self._session(servers, by):
@@ -122,15 +134,15 @@ class Transfer(ABC):
         """Have all servers load a piece; they are done with its memory at the return."""
 
 
-def _pieces(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[Piece]:
+def in_pieces(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[Piece]:
     """Consecutive tensors of up to ``most`` bytes, or one tensor each."""
     piece: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
         if piece and size + num_bytes(tensor) > most:
-            yield Piece(piece)
+            yield Piece.of(piece)
             piece, size = {}, 0
         piece[name] = tensor.detach()
         size += num_bytes(tensor)
     if piece:
-        yield Piece(piece)
+        yield Piece.of(piece)

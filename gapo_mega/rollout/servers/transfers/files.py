@@ -8,18 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from urllib3.util import parse_url
-
 from gapo_mega.config import Config, VllmConfig
 from gapo_mega.files import local
 from gapo_mega.models.huggingface.safetensors_stream import write_safetensors
 from gapo_mega.rollout.servers.client import VllmServer
-from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer
+from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer, is_here
 from gapo_mega.scratch import TEMPORARY, remove_left, scratch
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = f"{TEMPORARY}weights-"
-_HERE = ("127.0.0.1", "localhost", "[::1]")
 
 
 def default_folder() -> str | None:
@@ -48,7 +45,7 @@ class Files(Transfer):
     def check(cls, config: Config) -> None:
         vllm = config.rollout.vllm
         for url in vllm.urls:
-            if vllm.weights_directory is None and parse_url(url).host not in _HERE:
+            if vllm.weights_directory is None and not is_here(url):
                 raise ValueError(
                     f"rollout.vllm.weights_directory: found none with rollout.vllm.url {url}, accepted: a "
                     "directory that the server reads under the same path, or rollout.vllm.transfer nccl"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from gapo_mega.config import Config
 from gapo_mega.rollout.servers.client import VllmServer
-from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer, check_gpu
+from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer, check_gpu, is_here
 
 
 class Ipc(Transfer):
@@ -23,6 +24,15 @@ class Ipc(Transfer):
     """
 
     engine: ClassVar[str] = "ipc"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        for url in config.rollout.vllm.urls:
+            if not is_here(url):
+                raise ValueError(
+                    f"rollout.vllm.transfer: found ipc with rollout.vllm.url {url}, accepted: nccl or files "
+                    "(no memory is shared with another machine)"
+                )
 
     @classmethod
     def check_here(cls) -> None:

@@ -111,7 +111,7 @@ def _joined(server: VllmServer, end: float) -> Communicator:
 def _together(works: Sequence[_Work], end: float, what: str) -> None:
     """Do all at once. Raises the first error, or ``ServerLost`` where some are under way at the end."""
     futures = {_started(work.do): work.server.url for work in works}
-    wait(futures, max(0.0, end - time.monotonic()), FIRST_EXCEPTION)
+    wait(futures, min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX), FIRST_EXCEPTION)
     for future, url in futures.items():
         if future.done() and (error := future.exception()) is not None:
             if isinstance(error, NcclError):
