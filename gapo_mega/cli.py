@@ -6,6 +6,7 @@ inside their functions, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -73,7 +74,9 @@ def main() -> None:
 def _main() -> None:
     try:
         app()
-    except (ValueError, LostPeersError, ServerLost) as error:
+    except (ValueError, LostPeersError, ServerLost, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # a name that a user has given
+            raise
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         print(f"error: {as_one_line(hidden(str(error)))}", file=sys.stderr)

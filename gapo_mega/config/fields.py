@@ -18,6 +18,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 Positive = Annotated[float, Field(gt=0)]
 
+_LONGEST_PATH, _LONGEST_PART = 4095, 255  # bytes, of Linux
+
 LARGEST_INTEGER = 2**31 - 1  # what every later use of a count or seed can hold
 LARGEST_NUMBER = 3.4028234663852886e38  # of float32
 
@@ -58,7 +60,15 @@ def _named(path: str, info: ValidationInfo) -> str:
     # The empty name would be the working directory. In a section built in Python it may say "none".
     if info.context and (not path.strip() or "\0" in path):
         raise PydanticCustomError("path", "a name")
+    if info.context and not _has_room(path):
+        raise PydanticCustomError("path", "a name that file systems take, of 255 bytes between slashes")
     return expanded(path)
+
+
+def _has_room(path: str) -> bool:
+    """Whether a file system could have it: Python's own questions for others raise ``OSError``."""
+    raw = path.encode("utf-8", "surrogatepass")
+    return len(raw) <= _LONGEST_PATH and all(len(part) <= _LONGEST_PART for part in raw.split(b"/"))
 
 
 # A file or directory; for models and data it may also be a hub name, which never begins with ~.

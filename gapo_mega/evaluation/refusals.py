@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def phrases(name: str) -> tuple[str, ...]:
     if name in LISTS:
         return LISTS[name]
     path = local(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"--refusals: found {name!r}, accepted: {', '.join(LISTS)}, or a text file")
     found = tuple(line.strip() for line in _text(path).splitlines() if line.strip())
     if not found:

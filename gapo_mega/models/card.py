@@ -7,6 +7,7 @@ from a card: a run reads the model itself.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -61,6 +62,10 @@ def cards() -> dict[str, Card]:
 def card_of(name: str) -> Card | None:
     """The card of a hub name; None where there is none, or where the model itself can be read here."""
     card = cards().get(name)
-    if card is None or local(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if (
+        card is None
+        or os.path.exists(local(name))
+        or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    ):
         return None
     return card

@@ -7,6 +7,7 @@ reused, not even where both models are of the same family.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,7 +149,7 @@ class ConversationTokenizer:
 def location(model: str | Path) -> str:
     """The name to give transformers: a directory with ``~`` replaced, or the hub name as it is."""
     directory = local(model)
-    return str(directory) if directory.is_dir() else str(model)
+    return str(directory) if os.path.isdir(directory) else str(model)
 
 
 def _one_line(error: Exception) -> str:

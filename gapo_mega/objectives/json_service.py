@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -155,7 +156,7 @@ class JsonService:
         if self._options.certificates is None:
             return None
         path = local(self._options.certificates)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise self._error(f"options: certificates: file {path} not found, accepted: a PEM file")
         return str(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def find_reference(given: str, models: Sequence[NamedModel]) -> NamedModel:
 def find_model(text: str, parameter: str = _MODEL) -> NamedModel:
     """One model; errors as ``find_models``."""
     name, equals, path = text.partition("=")
-    if not equals or local(text).exists():  # "=" may be a character of a path
+    if not equals or os.path.exists(local(text)):  # "=" may be a character of a path
         name, path = "", text
     elif not _NAME.fullmatch(name) or name in _RESERVED:
         raise ValueError(
@@ -64,7 +65,7 @@ def find_model(text: str, parameter: str = _MODEL) -> NamedModel:
         )
     directory = local(path)
     called = name or _called(directory)
-    if not (directory / MANIFEST_FILE).is_file():
+    if not os.path.isfile(directory / MANIFEST_FILE):
         return NamedModel(called, text, location.resolve(path, parameter), parameter)
     return NamedModel(called, text, location.resolve(_of_run(directory, parameter), parameter), parameter)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, get_args
@@ -369,5 +370,5 @@ def _code(reference: str) -> str | dict[str, str]:
     if not (is_reference(reference) and place.endswith(".py")):
         return reference
     path = local(place)
-    text = path.read_bytes() if path.is_file() else b""
+    text = path.read_bytes() if os.path.isfile(path) else b""
     return {"file": str(path), "name": name, "sha256": hashlib.sha256(text).hexdigest()[:16]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -324,7 +325,7 @@ def _check_weights(path: str) -> HFDirectory | None:
     A checkpoint says what it lacks when it is loaded, and a hub repository when it is downloaded.
     """
     directory = local(path)
-    return HFDirectory(directory) if (directory / "config.json").is_file() else None
+    return HFDirectory(directory) if os.path.isfile(directory / "config.json") else None
 
 
 @contextmanager

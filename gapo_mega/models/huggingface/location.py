@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gapo_mega.files import local
@@ -32,7 +33,7 @@ def resolve(name_or_path: str | Path, parameter: str = "model.path") -> Path:
             a file or the end of one; ``parameter`` named it.
     """
     path = local(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib raises for names that no file system has
         check_sizes(path, parameter)
         return path
     # Imported here: only models named by repository need the network client.

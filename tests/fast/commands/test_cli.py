@@ -70,9 +70,16 @@ def test_an_error_shows_no_control_characters_of_a_path(file: Path, here: Here, 
 
 
 def test_an_error_of_a_long_value_keeps_its_beginning_and_its_end(file: Path, here: Here) -> None:
-    found = here.refused("train", "-c", str(file), "--dry-run", f"data.source={'x' * 5000}")
-    assert found.startswith("data.source: found 'xxx") and len(found) <= 2000
-    assert "xxx [...] " in found and "accepted: " in found
+    found = here.refused("train", "-c", str(file), "--dry-run", f"data.split={'x' * 5000}")
+    assert found.startswith("data.split: found 'xxx") and len(found) <= 2000
+    assert "xxx [...] xxx" in found and ", accepted for " in found
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train", "-c"), ("sft", "-c"), ("compare",), ("convert", "--to", "out", "--from")]
+)
+def test_a_name_that_no_file_system_has_is_one_line(here: Here, arguments: tuple[str, ...]) -> None:
+    assert "name too long: 'xxx" in here.refused(*arguments, "x" * 5000)
 
 
 @pytest.mark.parametrize("command", ["sft", "train-reward"])
