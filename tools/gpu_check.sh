@@ -93,6 +93,7 @@ step benchmark 240 "module device" "$python" benchmarks/kernels.py --device cuda
   --rounds 5 --out "$out"
 step memcheck 180 "module device" bash tools/gpu_memcheck.sh "${pytest[@]}" tests/gpu/test_every_kernel.py
 step frozen 60 "module device" "${pytest[@]}" tests/gpu/test_frozen.py
+step weights 120 "module device" "${pytest[@]}" tests/gpu/test_weight_transfer.py
 step layers 90 "module device" "${pytest[@]}" tests/gpu/test_transformer_engine.py
 step engine 240 "module device" "$python" -m pytest -q -p no:cacheprovider \
   tests/engine/megatron/gradients/test_reference.py tests/engine/megatron/gradients/test_metric.py

@@ -134,7 +134,7 @@ def test_the_whole_check_ends_at_the_missing_device(tmp_path: Path) -> None:
     assert verdicts.pop("collect") == "-"
     assert verdicts.pop("device") == "FAILED"
     assert "no CUDA device" in next(line for line in table if line.startswith("device"))
-    steps = {"stack", "kernels", "capture", "benchmark", "memcheck", "frozen", "layers", "engine"}
+    steps = {"stack", "kernels", "capture", "benchmark", "memcheck", "frozen", "weights", "layers", "engine"}
     assert verdicts == dict.fromkeys(steps, "skipped")
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "verdicts.tsv"]
     assert {path for path in TOOLS.parent.glob("*")} == before

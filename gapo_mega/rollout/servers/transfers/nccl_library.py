@@ -57,7 +57,7 @@ class NcclLibrary:
         status = getattr(self._library, name)(*arguments)
         if status != 0:
             told = self._library.ncclGetErrorString(status).decode(errors="replace")
-            raise NcclError(f"{name}: {told} (NCCL_DEBUG=INFO says more)")
+            raise NcclError(f"{name}: {told}")
 
     def unique_id(self) -> bytes:
         """128 bytes by which ranks of a new communicator find one another."""
