@@ -37,7 +37,7 @@ class Server:
 rows = read_named(NamedSplit("data.source", sys.argv[1], "data.split", "train"))
 server = ServerProcess(sys.executable, [])
 with scratch(Path(tempfile.gettempdir()), ".throughput-"):
-    Files(VllmConfig()).send([Server()], [("weight", torch.zeros(1 << 18))], "label", lambda: 0.0)
+    Files(VllmConfig()).send([Server()], [("weight", torch.zeros(1 << 18))], "label", 0.0)
 """
 
 

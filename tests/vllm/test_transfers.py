@@ -7,7 +7,7 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Noting(VllmServer):
         self.init = information
         if "nccl_unique_id_b64" in information:
             group = GROUPS[base64.b64decode(information["nccl_unique_id_b64"])]
-            group.sizes[1] = 3
+            group.enter(1, 3)
             group.join(2, 3)
 
     def take(self, update: Mapping[str, Any], end: float) -> None:
@@ -88,8 +88,8 @@ class Noting(VllmServer):
 
 
 class Sending(EmulatedCommunicator):
-    def broadcast(self, packed: Any) -> Any:
-        return lambda: None
+    def sending(self, packed: Any) -> Iterator[None]:
+        return iter(())
 
 
 def test_vllm_reads_what_its_servers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_vllm_reads_what_its_servers_are_told(tmp_path: Path, monkeypatch: pytes
         server = Noting()
         server.workers = workers
         transfer = TRANSFERS[name](VllmConfig(url=server.url))
-        with transfer._session([server], lambda: math.inf):
+        with transfer._session([server], math.inf):
             transfer._give([server], PIECE, math.inf)
         told[name] = {"init": server.init, "update": server.update}
     (tmp_path / "told.json").write_text(json.dumps(told))

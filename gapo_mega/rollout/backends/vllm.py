@@ -100,7 +100,8 @@ class Vllm(RolloutBackend):
             failure = self._update(label)
             if failure is None:
                 break
-            if attempt == _ATTEMPTS or self._options.python is None:
+            again = isinstance(failure, ServerLost) and self._options.python is not None
+            if attempt == _ATTEMPTS or not again:
                 raise failure
         self._taken, self._label, self._asleep = version, label, False
 
@@ -207,7 +208,7 @@ class Vllm(RolloutBackend):
         failure: Exception | None = None
         begun, size = time.perf_counter(), 0
         try:
-            size = self._transfer.send([self._servers[i] for i in stale], tensors, label, self._end)
+            size = self._transfer.send([self._servers[i] for i in stale], tensors, label, self._end())
         except Exception as error:
             failure = error
             for i in stale if self._processes else []:

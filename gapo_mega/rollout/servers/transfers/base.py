@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +18,6 @@ from gapo_mega.models.huggingface.safetensors_stream import num_bytes
 from gapo_mega.rollout.servers.client import VllmServer
 
 _HERE = ("127.0.0.1", "localhost", "[::1]")
-By = Callable[[], float]  # of ``time.monotonic``: when servers must have done what they are asked now
 
 
 @dataclass(frozen=True)
@@ -99,24 +98,24 @@ class Transfer(ABC):
         return {}
 
     def send(
-        self, servers: Sequence[VllmServer], tensors: Iterable[tuple[str, Tensor]], label: str, by: By
+        self, servers: Sequence[VllmServer], tensors: Iterable[tuple[str, Tensor]], label: str, end: float
     ) -> int:
         """Have servers answer with these weights, under that label. Returns the bytes that each was sent.
 
-        Iterates ``tensors`` to the end, whatever fails: the stream is a collective of many ranks. The error
+        ``end``, of ``time.monotonic``: when all of it must be done, for other ranks wait meanwhile. Iterates
+        ``tensors`` to the end, whatever fails: the stream is a collective of many ranks. The error
         comes afterwards: ``ServerLost``, or ``ValueError`` for what this machine or a server refuses.
         """
         pieces = in_pieces(tensors, self.options.piece_mib << 20)
         total = 0
         try:
-            with self._session(servers, by):
-                for number, piece in enumerate(pieces):
-                    end = by()
-                    for server in servers if number == 0 else ():
-                        server.begin(end)
+            with self._session(servers, end):
+                for server in servers:
+                    server.begin(end)
+                for piece in pieces:
                     self._give(servers, piece, end)
                     total += sum(piece.sizes)
-                end = by()
+                    del piece  # its memory is free before the next one is gathered
                 for server in servers:
                     server.finish(label, end)
         except Exception:
@@ -126,7 +125,7 @@ class Transfer(ABC):
         return total
 
     @abstractmethod
-    def _session(self, servers: Sequence[VllmServer], by: By) -> AbstractContextManager[None]:
+    def _session(self, servers: Sequence[VllmServer], end: float) -> AbstractContextManager[None]:
         """Around one update: what it needs beside the servers' API."""
 
     @abstractmethod

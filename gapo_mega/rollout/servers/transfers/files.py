@@ -12,7 +12,7 @@ from gapo_mega.config import Config, VllmConfig
 from gapo_mega.files import local
 from gapo_mega.models.huggingface.safetensors_stream import write_safetensors
 from gapo_mega.rollout.servers.client import VllmServer
-from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer, is_here
+from gapo_mega.rollout.servers.transfers.base import Piece, Transfer, is_here
 from gapo_mega.scratch import TEMPORARY, remove_left, scratch
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -56,7 +56,7 @@ class Files(Transfer):
         return [*super().arguments(), "--worker-extension-cls", "gapo_mega_vllm.Imported"]
 
     @contextmanager
-    def _session(self, servers: Sequence[VllmServer], by: By) -> Iterator[None]:
+    def _session(self, servers: Sequence[VllmServer], end: float) -> Iterator[None]:
         """With a new directory for the files, gone afterwards."""
         with ExitStack() as stack:
             with self._writing():

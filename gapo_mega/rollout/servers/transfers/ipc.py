@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from gapo_mega.config import Config
 from gapo_mega.rollout.servers.client import VllmServer
-from gapo_mega.rollout.servers.transfers.base import By, Piece, Transfer, check_gpu, is_here
+from gapo_mega.rollout.servers.transfers.base import Piece, Transfer, check_gpu, is_here
+
+_OF_THE_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Ipc(Transfer):
@@ -37,14 +40,19 @@ class Ipc(Transfer):
     @classmethod
     def check_here(cls) -> None:
         check_gpu(cls.engine)
+        for name in _OF_THE_ALLOCATOR:
+            if "expandable_segments:true" in os.environ.get(name, "").lower():
+                raise ValueError(
+                    f"rollout.vllm.transfer: found ipc with expandable_segments in {name}, accepted: without "
+                    "(such memory is shared with a server where the system lets it read this process alone)"
+                )
 
     def environment(self) -> dict[str, str]:
         # A handle travels as pickled arguments of torch's, which vLLM unpacks with this alone.
         return {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
     @contextmanager
-    def _session(self, servers: Sequence[VllmServer], by: By) -> Iterator[None]:
-        end = by()
+    def _session(self, servers: Sequence[VllmServer], end: float) -> Iterator[None]:
         for server in servers:
             if (workers := server.world_size(end)) != 1:
                 raise ValueError(

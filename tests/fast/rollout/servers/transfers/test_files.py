@@ -52,7 +52,7 @@ def files(place: Path, mib: int) -> Files:
 
 def test_pieces_hold_what_fits_and_are_gone_afterwards(tmp_path: Path) -> None:
     server = Taking()
-    sent = files(tmp_path, 2).send([server], stream([]), "third", lambda: math.inf)
+    sent = files(tmp_path, 2).send([server], stream([]), "third", math.inf)
     assert [list(piece) for piece in server.pieces] == [["a", "b"], ["c", "d"]]
     assert sent == 4 * 800_000 and server.labels == ["third"]
     found = server.pieces[0] | server.pieces[1]
@@ -63,7 +63,7 @@ def test_pieces_hold_what_fits_and_are_gone_afterwards(tmp_path: Path) -> None:
 def test_the_stream_comes_to_its_end_where_nobody_takes_it(tmp_path: Path) -> None:
     seen: list[str] = []
     with pytest.raises(KeyError, match="safetensors"):
-        files(tmp_path, 1).send([Refusing()], stream(seen), "third", lambda: math.inf)
+        files(tmp_path, 1).send([Refusing()], stream(seen), "third", math.inf)
     assert seen == list("abcd") and list(tmp_path.iterdir()) == []
 
 
@@ -76,6 +76,6 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, kind: st
         place = Path("/dev/full/..") / "full"  # a device: no directory, and never room
     seen: list[str] = []
     with pytest.raises(ValueError, match=r"^rollout.vllm.weights_directory: weights cannot be .* \(") as told:
-        files(place, 1).send([Taking()], stream(seen), "third", lambda: math.inf)
+        files(place, 1).send([Taking()], stream(seen), "third", math.inf)
     assert seen == list("abcd"), "other ranks wait for one that leaves the stream"
     assert str(place) in str(told.value) and "\n" not in str(told.value)

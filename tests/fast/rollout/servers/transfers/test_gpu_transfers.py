@@ -22,6 +22,7 @@ from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.servers.lost import ServerLost
 from gapo_mega.rollout.servers.transfers import ipc, nccl
+from gapo_mega.rollout.servers.transfers.nccl_library import NcclError
 from tests.helpers.emulated_nccl import GROUPS, EmulatedCommunicator, EmulatedLibrary
 from tests.helpers.fake_engine import END
 from tests.helpers.fake_runs import configuration
@@ -161,6 +162,27 @@ def test_a_server_that_refuses_is_named_and_nobody_waits_for_it(tmp_path: Path, 
         np.testing.assert_array_equal(server.table, engine.table.double().numpy())
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_nccl_says_is_told_and_what_it_refuses_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    with serving(NcclServer) as server:
+        rollouts = backend([server.url], tmp_path, TablePolicy(), "nccl")
+        monkeypatch.setattr(EmulatedCommunicator, "error", NcclError("GPU 0 twice", refused=refused))
+        with pytest.raises(ValueError if refused else ServerLost, match=rf"{server.url}.*NCCL: GPU 0 twice"):
+            rollouts.update_weights()
+
+
+def test_a_server_that_does_not_let_go_has_its_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(NcclServer) as server:
+        rollouts = backend([server.url], tmp_path, TablePolicy(), "nccl")
+        server.fail = lambda asked, content: (500, {"error": "busy"}) if "shutdown" in asked else None
+        rollouts.update_weights()
+    assert "busy" in caplog.text and "after its weights were taken" in caplog.text
+
+
 @pytest.mark.parametrize("path", ["/init_weight_transfer_engine", "/update_weights"])
 def test_a_wait_for_a_server_s_gpus_ends(tmp_path: Path, path: str) -> None:
     """It says that it is done, and never was there: NCCL alone would wait for ever."""
@@ -196,6 +218,21 @@ def test_what_does_not_fit_a_transfer_is_refused(tmp_path: Path) -> None:
         Vllm.check(both)
     with pytest.raises(ValueError, match=r"^rollout.vllm.transfer: found ipc with .*other:1, accepted"):
         Vllm.check(configuration(tmp_path, **settings(transfer="ipc")))
+
+
+def test_servers_of_the_run_s_own_have_gpus_of_their_own(tmp_path: Path) -> None:
+    vllm = {"python": "/bin/true", "transfer": "nccl"}
+    with pytest.raises(ValueError, match=r"^rollout.vllm.transfer: found nccl without CUDA_VISIBLE_DEVICES"):
+        Vllm.check(configuration(tmp_path, rollout={"backend": "vllm", "vllm": vllm}))
+    given = {**vllm, "environment": {"CUDA_VISIBLE_DEVICES": "1"}}
+    Vllm.check(configuration(tmp_path, rollout={"backend": "vllm", "vllm": given}))
+
+
+def test_memory_that_a_server_may_not_map_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipc, "check_gpu", lambda engine: None)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(ValueError, match=r"^rollout.vllm.transfer: found ipc with expandable_segments in "):
+        Vllm.check_here(configuration(tmp_path, **settings(transfer="ipc")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
