@@ -64,8 +64,8 @@ class VllmConfig(Section):
     timeout: float = Field(
         1200.0,
         gt=0,
-        description="longest time of one request in seconds, such as a whole response, and of an update of the "
-        "weights; as the next two, at most five sixths of parallel.timeout_minutes",
+        description="longest time of one request in seconds, such as a whole response, and of an update of "
+        "the weights; as the next two, at most five sixths of parallel.timeout_minutes",
     )
     patience: float = Field(
         60.0,
