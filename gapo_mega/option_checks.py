@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from math import isqrt
 from typing import Any
 
 # People type preferences, and write 1/3 as 0.3333.
@@ -33,6 +34,15 @@ def as_one_line(text: str, most: int = 2000) -> str:
     half = (most - len(_LEFT_OUT)) // 2
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= most else f"{text[:half]}{_LEFT_OUT}{text[-half:]}"
+
+
+def divisors(number: int) -> list[int]:
+    """Those of ``number`` >= 1, ascending: what a count may be that must divide it.
+
+    Beyond 2^40 some may be missing, for which nobody has so many sequences, layers or ranks.
+    """
+    small = [d for d in range(1, min(isqrt(number), 1 << 20) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def without_password(text: str) -> str:

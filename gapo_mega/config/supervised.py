@@ -25,6 +25,7 @@ from gapo_mega.config import (
 from gapo_mega.config.checks import check_instances
 from gapo_mega.config.fields import MOST_ROWS, Name
 from gapo_mega.config.lora import LoraConfig, check_adapter_export
+from gapo_mega.option_checks import divisors
 
 
 class SupervisedData(Section):
@@ -313,7 +314,7 @@ def check_batches(config: SupervisedConfig, data_ranks: int) -> None:
     share = size // data_ranks
     if share % micro:
         # Pipeline stages exchange tensors of one size, so all microbatches are alike.
-        fitting = [str(d) for d in range(1, share + 1) if share % d == 0]
+        fitting = map(str, divisors(share))
         raise ValueError(
             f"micro_batch_size: found {micro}, accepted for a batch_size of {share} on a data-parallel rank: "
             f"{', '.join(fitting)}"

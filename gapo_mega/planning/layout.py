@@ -12,6 +12,7 @@ from gapo_mega.config import Config, ParallelConfig, strategies
 from gapo_mega.config.lora import TARGET_MODULES, LoraConfig
 from gapo_mega.models.adapters import linear_of
 from gapo_mega.models.shape import ModelShape
+from gapo_mega.option_checks import divisors
 from gapo_mega.optional import einops, transformer_engine_layers
 from gapo_mega.planning.strategy import (
     microbatches,
@@ -43,13 +44,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         raise ValueError(
             f"parallel: found tensor {parallel.tensor}{context} x pipeline {parallel.pipeline} = {model} "
             "processes on a world of "
-            f"{world_size}, accepted: a product that divides it ({_listed(_divisors(world_size))})"
+            f"{world_size}, accepted: a product that divides it ({_listed(divisors(world_size))})"
         )
     data, instances = world_size // model, parallel.distributed_optimizer_instances
     if data % instances:
         raise ValueError(
             f"parallel.distributed_optimizer_instances: found {instances}, accepted for {data} data-parallel "
-            f"ranks: {_listed(_divisors(data))}"
+            f"ranks: {_listed(divisors(data))}"
         )
     return data
 
@@ -96,12 +97,12 @@ def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
         )
     if count % expert:
         raise ValueError(
-            f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(_divisors(count))}"
+            f"parallel.expert: found {expert}, accepted for {count} experts: {_listed(divisors(count))}"
         )
     if shape.ffn % split:
         raise ValueError(
             f"parallel.expert_tensor: found {split}, accepted for experts of width {shape.ffn}: "
-            f"{_listed(_divisors(shape.ffn))}"
+            f"{_listed(divisors(shape.ffn))}"
         )
 
 
@@ -115,7 +116,7 @@ def _check_sharing(parallel: ParallelConfig, data: int) -> None:
 
     if fits(parallel.sharing):
         return
-    fitting = [number for number in _divisors(ranks) if fits(number * split)]
+    fitting = [number for number in divisors(ranks) if fits(number * split)]
     raise ValueError(
         f"parallel.expert: found {parallel.expert} with parallel.expert_tensor {split}, together "
         f"{parallel.sharing} ranks, on stages of {ranks} (tensor {tensor} x data {data}), accepted: "
@@ -133,7 +134,7 @@ def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
         split_by_tensor["feed-forward width"] = shape.ffn
     if any(size % tensor for size in split_by_tensor.values()):
         fitting = [
-            d for d in _divisors(shape.kv_groups) if not any(size % d for size in split_by_tensor.values())
+            d for d in divisors(shape.kv_groups) if not any(size % d for size in split_by_tensor.values())
         ]
         sizes = ", ".join(f"{size} {name}" for name, size in split_by_tensor.items())
         raise ValueError(
@@ -147,7 +148,7 @@ def _check_model_split(parallel: ParallelConfig, shape: ModelShape) -> None:
     if shape.num_layers % pipeline:
         raise ValueError(
             f"parallel.pipeline: found {pipeline}, accepted for {shape.num_layers} layers: "
-            f"{_listed(_divisors(shape.num_layers))}"
+            f"{_listed(divisors(shape.num_layers))}"
         )
 
 
@@ -163,7 +164,7 @@ def check_interleaving(parallel: ParallelConfig, shape: ModelShape, microbatches
     if layers % virtual:
         raise ValueError(
             f"parallel.virtual_pipeline: found {virtual}, accepted for the {layers} layers of a pipeline "
-            f"stage: {_listed(_divisors(layers))}"
+            f"stage: {_listed(divisors(layers))}"
         )
     if microbatches < pipeline:
         raise ValueError(
@@ -186,7 +187,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
         raise ValueError(
             f"algorithm.minibatches: found {algorithm.minibatches}, accepted for the {sequences} sequences "
             "of a "
-            f"data-parallel rank: {_listed(_divisors(sequences))}"
+            f"data-parallel rank: {_listed(divisors(sequences))}"
         )
     minibatch = sequences // algorithm.minibatches
     if config.micro_batch_tokens is None and minibatch % config.micro_batch_size:
@@ -194,7 +195,7 @@ def _check_batches(config: Config, data_parallel: int) -> None:
         raise ValueError(
             f"micro_batch_size: found {config.micro_batch_size}, accepted for minibatches of {minibatch} "
             "sequences on "
-            f"a data-parallel rank: {_listed(_divisors(minibatch))}"
+            f"a data-parallel rank: {_listed(divisors(minibatch))}"
         )
 
 
@@ -309,10 +310,6 @@ def _check_samples(config: Config, estimator: AdvantageEstimator) -> None:
             f"advantages.filter_flat: found true with advantages.name {config.advantages.name}, accepted: "
             "false (it does not compare the samples of a prompt, so equal scores teach it something)"
         )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _listed(numbers: list[int]) -> str:
