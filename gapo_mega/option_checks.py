@@ -11,6 +11,7 @@ from typing import Any
 # People type preferences, and write 1/3 as 0.3333.
 _SUM_TOLERANCE = 1e-3
 HIDDEN = "***"
+LARGEST = 1e30  # so that fp32 holds what is computed with it
 _LEFT_OUT = " [...] "
 _USER_AND_PASSWORD = re.compile(r"(?<=//)[^/@\s]*@")
 
@@ -65,12 +66,16 @@ def require_bool(option: str, value: object) -> None:
 def require_number(
     option: str, value: float, least: float | None = None, most: float | None = None, *, above: bool = False
 ) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number from ``least`` (or above it) to ``most``."""
+    """Raise ``ValueError`` unless ``value`` is a finite number from ``least`` (or above it) to ``most``.
+
+    None is larger than ``LARGEST``, whatever ``most`` is.
+    """
     fits = is_number(value) and (least is None or (value > least if above else value >= least))
-    if fits and (most is None or value <= most):
+    too_large = is_number(value) and abs(value) > LARGEST
+    if fits and not too_large and (most is None or value <= most):
         return
     limits = [] if least is None else [f"{'>' if above else '>='} {least:g}"]
-    limits += [] if most is None else [f"<= {most:g}"]
+    limits += [f"<= {most:g}"] if most is not None else [f"of up to {LARGEST:g}"] if too_large else []
     accepted = f"a finite number {' and '.join(limits)}".rstrip()
     raise ValueError(f"{option}: found {shown(value)}, accepted: {accepted}")
 

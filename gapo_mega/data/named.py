@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _ENDINGS = ".jsonl, .json, .parquet, .jsonl.gz, .json.gz"
 _LONGEST = 193  # characters: the hub allows 96 for the owner and for the name
+_MOST_FILES = 20_000  # of a directory
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ODD = re.compile(r"[^\w./ -]")  # what datasets, or fsspec below it, may read as more than a name
 _VARIABLE = re.compile(r"[$~%]")  # in a file's name, the part of this that matters
@@ -69,6 +70,7 @@ def read_named(
             found = "no such directory" if not os.path.isfile(directory) else "a file with another ending"
             raise ValueError(f"{wanted.parameter}: found {wanted.name!r}, accepted: {_accepted()} ({found})")
         return _loaded(wanted, _Place(wanted.name, wanted.subset, None), limit)
+    _check_count(wanted, directory)
     if _is_saved(directory):
         return _saved(wanted, directory, limit)
     with ExitStack() as stack:
@@ -79,6 +81,18 @@ def read_named(
         if not isinstance(rows, list):  # rows are read from there as long as somebody has them
             weakref.finalize(rows, _remove, stack.pop_all())
     return columns, rows
+
+
+def _check_count(wanted: NamedSplit, directory: Path) -> None:
+    """Refuse what holds more than data: ``datasets`` would look at every file below, some times over."""
+    count = 0
+    for _, folders, files in os.walk(directory):
+        count += len(folders) + len(files)
+        if count > _MOST_FILES:
+            raise ValueError(
+                f"{wanted.parameter}: found {wanted.name!r} with more than {_MOST_FILES} files and directories "
+                "below it, accepted: a directory with the data files alone"
+            )
 
 
 def _remove(kept: ExitStack) -> None:

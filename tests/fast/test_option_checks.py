@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gapo_mega.option_checks import as_one_line, divisors
+from gapo_mega.option_checks import as_one_line, divisors, require_number
 
 
 def test_divisors_are_all_and_in_order() -> None:
@@ -30,3 +30,10 @@ def test_one_line_is_printable_and_short() -> None:
     )
     cut = as_one_line("a" * 5000 + "z")
     assert len(cut) <= 2000 and cut.startswith("aaa") and cut.endswith("aaz") and " [...] " in cut
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38, 10**40])
+def test_no_option_is_larger_than_fp32_computes_with(value: float) -> None:
+    require_number("threshold", -1e30)
+    with pytest.raises(ValueError, match=r"^threshold: found .*, accepted: a finite number of up to 1e\+30$"):
+        require_number("threshold", value)

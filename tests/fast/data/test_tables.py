@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,11 @@ def test_a_name_that_no_file_system_takes_is_one_line(name: str) -> None:
     assert not source(name).is_on_the_hub
     assert failure(source(name)).endswith("(no such directory)")
     assert failure(source(f"{name}.jsonl")).endswith("not found")
+
+
+def test_a_directory_of_many_other_files_is_refused_before_all_are_looked_at() -> None:
+    """As the root, or a home."""
+    begun = time.process_time()
+    found = failure(source("/"))
+    assert found.startswith("data.source: found '/' with more than 20000 files and directories below it, acc")
+    assert time.process_time() - begun < 5  # a tenth of it; all files take minutes
