@@ -90,8 +90,8 @@ def _check_count(wanted: NamedSplit, directory: Path) -> None:
         count += len(folders) + len(files)
         if count > _MOST_FILES:
             raise ValueError(
-                f"{wanted.parameter}: found {wanted.name!r} with more than {_MOST_FILES} files and directories "
-                "below it, accepted: a directory with the data files alone"
+                f"{wanted.parameter}: found {wanted.name!r} with more than {_MOST_FILES} files and "
+                "directories below it, accepted: a directory with the data files alone"
             )
 
 
