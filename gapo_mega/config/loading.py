@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, overload
 
@@ -20,20 +19,18 @@ from pydantic_core import ErrorDetails
 from gapo_mega.config import Config, Section
 from gapo_mega.config.core_schema import check_size, parse_document, parse_value, written
 from gapo_mega.config.supervised import SupervisedConfig
+from gapo_mega.config.unusable import Location, first_unusable
 from gapo_mega.credentials import first_written_out, names_a_secret
 from gapo_mega.files import local, read_text, write_private
 from gapo_mega.option_checks import HIDDEN, shown, without_password
 from gapo_mega.user_code import is_subclass
 
-Location = tuple[int | str, ...]
 # (value of ``method``, folders with the user's own code) -> sections
 Expand = Callable[[object, Sequence[Path]], dict[str, Any]]
 Kind = TypeVar("Kind", bound=Section)
 
 logger = logging.getLogger(__name__)
 
-_LARGEST = 2**63 - 1
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool)$")
 _LONGEST_PATH = 160  # characters of a key's path that an error shows
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -263,21 +260,11 @@ def _step(node: Any, part: str, override: str, where: str) -> int | str:
 
 def _refuse_unusable(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
     """``ValueError`` for the first number of ``data`` that no type holds, or text that no file can hold."""
-    for location, value in _leaves(data, ()):
-        accepted = None
-        if isinstance(value, float) and not math.isfinite(value):
-            found, accepted = str(value), "a finite number"
-        elif (
-            isinstance(value, int) and abs(value) > _LARGEST
-        ):  # also in options, which have types of their own
-            found, accepted = shown(value), "a whole number of 64 bits"
-        elif isinstance(value, str) and _SURROGATE.search(value):
-            # Half a character, escaped; or a byte of the command line that is no UTF-8.
-            found, accepted = ascii(value)[:80], "UTF-8 text"
-        if accepted is not None:
-            origin = _origin(location, applied, source).encode("ascii", "backslashreplace").decode()
-            where = _dotted(location)
-            raise ValueError(f"{where}: found {found}, accepted: {accepted} ({origin})")
+    unusable = first_unusable(data)
+    if unusable is not None:
+        location, found, accepted = unusable
+        origin = _origin(location, applied, source).encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"{_dotted(location)}: found {found}, accepted: {accepted} ({origin})")
 
 
 def _refuse_written_out(data: Any, applied: Sequence[tuple[Location, str]], source: str | Path) -> None:
@@ -288,14 +275,6 @@ def _refuse_written_out(data: Any, applied: Sequence[tuple[Location, str]], sour
         keys = [(place, f"{override.partition('=')[0]}={HIDDEN}") for place, override in applied]
         origin = _origin(location, keys, source)
         raise ValueError(f"{_dotted(location)}: found {what}, accepted: {accepted} ({origin})")
-
-
-def _leaves(data: Any, location: Location) -> Iterator[tuple[Location, Any]]:
-    if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from _leaves(value, (*location, key))
-    else:
-        yield location, data
 
 
 def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]:

@@ -163,6 +163,15 @@ def test_numbers_that_are_not_finite_are_named(file: Path, override: str, found:
 
 
 @pytest.mark.parametrize(
+    "given", ['{"\\ud800": null}', '{headers: {"\\ud800": a}}', '{a: [{"\\ud800": {}}]}']
+)
+def test_half_a_character_is_no_key_either(file: Path, given: str) -> None:
+    """Also in options, which are any mapping."""
+    message = failure(file, f"objectives.0.options={given}")
+    assert "found '\\ud800', accepted: UTF-8 text" in message and message.isascii()
+
+
+@pytest.mark.parametrize(
     "key", ["output_dir", "data.system_prompt", "aggregation.options.x.y", "objectives.0.name"]
 )
 def test_bytes_of_the_command_line_that_are_no_text_are_named(file: Path, key: str) -> None:
