@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from gapo_mega.aggregation.canonical import Problem
@@ -95,6 +94,8 @@ def worst_mixture(problem: Problem, c: float) -> Tensor:
     # ||g_p|| is below 1 and above the rounding of the shortest gradient: between these ends lies the root.
     highest = -math.log(c) + 1.0
     lowest = math.log(float(problem.norms.min())) + math.log(_ROUNDING) - 1.0
+    from scipy.optimize import brentq  # a third of a second, of which other methods need none
+
     root = brentq(excess, lowest, highest, xtol=1e-14, rtol=8.9e-16)
     return mixture(float(root))
 

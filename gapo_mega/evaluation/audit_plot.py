@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gapo_mega.evaluation.colours import CONFLICT, FAINT, INK, MUTED, colour
 from gapo_mega.evaluation.files import replacing
-from gapo_mega.evaluation.plot_parts import CONFLICT, FAINT, INK, MUTED, colour
 from gapo_mega.evaluation.plots import STYLE
 from gapo_mega.evaluation.series import Array, Series
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gapo_mega.evaluation.answers import Answer
+from gapo_mega.evaluation.colours import colour
 from gapo_mega.evaluation.comparison import Comparison
 from gapo_mega.evaluation.comparison_tables import FORMATS, as_json, interval, notes, text_tables
 from gapo_mega.evaluation.files import write_text
 from gapo_mega.evaluation.intervals import Estimate
 from gapo_mega.evaluation.pages import page_of
-from gapo_mega.evaluation.plot_parts import colour
 
 JSON_FILE, PAGE = "evaluation.json", "index.html"
 

@@ -13,9 +13,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gapo_mega.evaluation.colours import INK, MUTED, colour
 from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.front import nondominated
-from gapo_mega.evaluation.plot_parts import INK, MUTED, colour, put_title
+from gapo_mega.evaluation.plot_parts import put_title
 from gapo_mega.evaluation.plots import STYLE
 
 _MARKERS = "osD^vPX*<>"

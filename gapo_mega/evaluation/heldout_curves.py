@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from gapo_mega.evaluation.plot_parts import INK, MUTED, colour, put_title, step_axis
+from gapo_mega.evaluation.colours import INK, MUTED, colour
+from gapo_mega.evaluation.plot_parts import put_title, step_axis
 from gapo_mega.evaluation.series import Array, Series
 
 

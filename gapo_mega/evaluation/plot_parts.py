@@ -1,29 +1,14 @@
-"""What the report's pictures are made of: colours, lines, axes and titles."""
+"""What the report's pictures are made of: lines, axes and titles."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
+from gapo_mega.evaluation.colours import CONFLICT, MUTED
 from gapo_mega.evaluation.series import Array, Series
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, MUTED, FAINT = "#1f2933", "#64707d", "#e4e8ec"
-CONFLICT = "#D55E00"
-
-
-def colour(index: int) -> str:
-    """An objective's colour, the same in every picture."""
-    return PALETTE[index % len(PALETTE)]
-
-
-def row_colour(row: str, names: Sequence[str]) -> str:
-    """The colour of a gradient: an objective's own, and a neutral one for a scalarizer's."""
-    return colour(names.index(row)) if row in names else INK
 
 
 def dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:

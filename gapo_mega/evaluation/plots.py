@@ -19,13 +19,10 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.config import GradientConfig
+from gapo_mega.evaluation.colours import FAINT, INK, MUTED, colour, row_colour
 from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.heldout_curves import draw_heldout, has_curves
 from gapo_mega.evaluation.plot_parts import (
-    FAINT,
-    INK,
-    MUTED,
-    colour,
     dots_and_line,
     has_lone_points,
     mark_below_zero,
@@ -34,7 +31,6 @@ from gapo_mega.evaluation.plot_parts import (
     put_legend,
     put_title,
     ratio_of,
-    row_colour,
     step_axis,
     where_taken,
 )

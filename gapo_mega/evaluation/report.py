@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gapo_mega.config import Config
 from gapo_mega.config.core_schema import parse_document
+from gapo_mega.evaluation.colours import colour
 from gapo_mega.evaluation.files import config_file, write_text
 from gapo_mega.evaluation.pages import page_of
-from gapo_mega.evaluation.plot_parts import colour
-from gapo_mega.evaluation.plots import Picture, write_pictures
 from gapo_mega.evaluation.series import Array, Series, read_series
 from gapo_mega.evaluation.standing import Standing
 from gapo_mega.evaluation.summary import (
@@ -33,6 +32,9 @@ from gapo_mega.evaluation.summary import (
     read_summary,
 )
 from gapo_mega.evaluation.terms import in_metric, parameters_measured
+
+if TYPE_CHECKING:
+    from gapo_mega.evaluation.plots import Picture
 
 REPORT_FOLDER = "report"
 REPORT_PAGE = "index.html"
@@ -70,6 +72,9 @@ def write_report(
     gradients = config.gradients
     rows = _rows(config, series)
     # The first picture is made of others that stand below it.
+    # Half a second, of which ranks that write no page, and commands that refuse, need none.
+    from gapo_mega.evaluation.plots import write_pictures
+
     _, *pictures = write_pictures(directory, series, names, summary, gradients, rows, label)
     page = page_of(
         "report.html.jinja",

@@ -13,6 +13,7 @@ from tests.helpers.ranks.check_engine import parameters
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import tiny_llama
 
+STEPS = 2  # the second from another Gram matrix, and with Adam's moments of the first
 SGD = {"name": "sgd", "distributed": False, "lr": 0.05}
 ADAM = {"name": "adam", "lr": 0.01, "eps": 1e-4}
 GATHER = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -243,7 +244,7 @@ def _arguments(case: Case, folder: Path) -> dict[str, Any]:
         "optimizer": optimizer,
         "sections": sections,
         "clip_epsilon": 0.1 if case.measured != "unclipped" else 100.0,
-        "steps": 3,
+        "steps": STEPS,
         "export": str(folder / case.name),
     }
 
@@ -283,13 +284,13 @@ class TestAgainstSingleProcess:
         """A sum over all ranks' parameters; of steps that Adam lets differ by up to 1e-3."""
         mine, single = (_result(runs, name)["actual_change"] for name in (case.name, case.reference))
         if case.measured != "adam":
-            assert mine == single == [None] * 3
+            assert mine == single == [None] * STEPS
             return
         found, expected = (torch.tensor(changes, dtype=torch.float64) for changes in (mine, single))
         size = expected.abs().amax(dim=1, keepdim=True)
         assert bool((size > 0).all()) and bool(((found - expected).abs() <= 1e-3 * size).all())
 
-    def test_parameters_after_three_steps(self, runs: dict[str, Any], case: Case) -> None:
+    def test_parameters_after_the_steps(self, runs: dict[str, Any], case: Case) -> None:
         """SGD: the parameters to 1e-5. Adam divides by small numbers, hence 1e-3 of the update."""
         mine, single = parameters(runs[case.name]["export"]), parameters(runs[case.reference]["export"])
         start = parameters(runs[case.name]["start"])
