@@ -59,6 +59,10 @@ class TableServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def updating(self) -> list[str]:
+        """``calls`` without those that ask how it is."""
+        return [call for call in self.calls if call not in ("/health", "/weight_info")]
+
     def close(self) -> None:
         """No longer listen."""
         self._server.shutdown()

@@ -71,7 +71,7 @@ def test_weights_come_after_their_memory_and_before_the_cache_s(server: TableSer
     rollouts.rest()  # has nothing to do
     server.calls.clear()
     rollouts.update_weights()  # of the same policy
-    assert [call for call in server.calls if call not in ("/health", "/weight_info")] == [
+    assert server.updating() == [
         *("/wake_up?tags=weights", "/pause?mode=abort", "/start_weight_update", "/update_weights"),
         *("/finish_weight_update", "/wake_up?tags=kv_cache"),
         *("/reset_prefix_cache", "/update_weight_version", "/resume"),

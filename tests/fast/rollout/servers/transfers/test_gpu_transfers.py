@@ -116,10 +116,6 @@ def backend(urls: list[str], tmp_path: Path, engine: TablePolicy, transfer: str,
     return Vllm(Policy(engine, tmp_path, 0, (END,)), config)
 
 
-def calls(server: TableServer) -> list[str]:
-    return [call for call in server.calls if call not in ("/health", "/weight_info")]
-
-
 @pytest.mark.parametrize(
     ("transfer", "kind", "before", "after"),
     [
@@ -138,7 +134,7 @@ def test_weights_arrive_whole_and_again_after_a_change(
             for server in (first, second):
                 np.testing.assert_array_equal(server.table, engine.table.double().numpy())
                 assert server.pieces == [["norm", "table"], ["large"], ["last"]]
-                assert calls(server) == ["/get_world_size", *before, *UPDATE, *READY, *after]
+                assert server.updating() == ["/get_world_size", *before, *UPDATE, *READY, *after]
                 server.calls.clear()
                 server.pieces.clear()
             engine.learn(1)
