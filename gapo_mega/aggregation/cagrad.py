@@ -78,6 +78,8 @@ def worst_mixture(problem: Problem, c: float) -> Tensor:
     / ||g_0||``, since ``min ||g_p||^2 / (2 c s) + c s / 2 = ||g_p||``. The ratio ``||g_p|| / s`` falls with
     s, so that the s at which it is c is the root of a monotone function of one number.
     """
+    from scipy.optimize import brentq  # a third of a second, of which other methods need none
+
     gram = problem.gram
     unit = problem.numbers / length(problem, problem.numbers)
     along = gram @ unit
@@ -94,8 +96,6 @@ def worst_mixture(problem: Problem, c: float) -> Tensor:
     # ||g_p|| is below 1 and above the rounding of the shortest gradient: between these ends lies the root.
     highest = -math.log(c) + 1.0
     lowest = math.log(float(problem.norms.min())) + math.log(_ROUNDING) - 1.0
-    from scipy.optimize import brentq  # a third of a second, of which other methods need none
-
     root = brentq(excess, lowest, highest, xtol=1e-14, rtol=8.9e-16)
     return mixture(float(root))
 

@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gapo_mega.config.fields import LocalPath, Section
-from gapo_mega.option_checks import without_password
+from gapo_mega.option_checks import shown, without_password
 
 
 def _address(url: str) -> str:
     if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url) is None:
-        raise ValueError(
-            f"found {without_password(url)!r}, accepted: http://HOST:PORT, without user, query and fragment"
-        )
+        found = shown(without_password(url), 200)
+        raise ValueError(f"found {found}, accepted: http://HOST:PORT, without user, query and fragment")
     return url.rstrip("/")
 
 

@@ -15,6 +15,7 @@ from gapo_mega.data.conversations import Unusable, check_turns, hold_out, openin
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
+from gapo_mega.option_checks import as_one_line
 from gapo_mega.types import Message
 
 logger = logging.getLogger(__name__)
@@ -150,12 +151,13 @@ def _detected(data: PreferenceData, table: Table) -> str:
     if {*PKU_RESPONSES} <= {*table.columns}:
         found = "pku"
     elif not {data.chosen_column, data.rejected_column} <= {*table.columns}:
-        raise ValueError(
+        told = (
             f"data.format: found auto for {source!r} with the columns "
             f"{', '.join(sorted(table.columns))}, accepted: columns {data.chosen_column} and "
             f"{data.rejected_column} (data.chosen_column, data.rejected_column), or {PKU_RESPONSES[0]} and "
             f"{PKU_RESPONSES[1]}"
         )
+        raise ValueError(as_one_line(told))
     else:
         found = "hh" if transcripts.is_transcript(_first(table, data.chosen_column)) else "columns"
     if found != "pku" and data.objective is not None:

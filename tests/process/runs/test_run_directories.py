@@ -186,7 +186,7 @@ def test_supervised_commands_too(folder: Path, kind: str) -> None:
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(config))
     output_of(command(kind, "--config", path))
-    options = ("--nproc", 2) if kind == "sft" else ()  # one check is behind both
-    assert "where a run has ended" in error_of(command(kind, "--config", path, *options))
+    for options in ((), ("--nproc", 2)):
+        assert "where a run has ended" in error_of(command(kind, "--config", path, *options))
     output_of(command(kind, "--config", path, "--overwrite", "seed=3"))
     assert yaml.safe_load((folder / kind / "config.yaml").read_text())["seed"] == 3
