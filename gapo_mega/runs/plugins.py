@@ -11,13 +11,15 @@ from gapo_mega.advantages.base import AdvantageEstimator
 from gapo_mega.config import Config
 from gapo_mega.types import Experience
 
+_MOST_SAMPLES = 256  # of a made-up prompt: a plan of absurdly many would not fit into memory
+
 
 def check_estimator(config: Config, estimator: AdvantageEstimator) -> None:
     """Raise ``ValueError`` unless the estimator gives advantages of the shape of the rewards.
 
     Those of the user's own are not known to.
     """
-    objectives, samples = len(config.objectives), config.rollout.samples_per_prompt
+    objectives, samples = len(config.objectives), min(config.rollout.samples_per_prompt, _MOST_SAMPLES)
     batch = made_up_batch(objectives, prompts=2, samples=samples)
     # The score is the reward of the last token.
     rewards_MBT = batch.token_rewards_MBT * torch.tensor([0.0, 0.0, 0.0, 1.0])

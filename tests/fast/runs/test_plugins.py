@@ -80,3 +80,9 @@ def test_the_package_s_own_pass(tmp_path: Path, name: str, samples: int) -> None
     estimator = advantages.build(name)
     rollout = {"prompts_per_step": 4, "samples_per_prompt": max(samples, estimator.least_samples)}
     check_estimator(configuration(tmp_path, rollout=rollout), estimator)
+
+
+def test_a_plan_of_absurdly_many_samples_asks_with_fewer(tmp_path: Path) -> None:
+    """A made-up batch of them all would not fit into memory."""
+    config = configuration(tmp_path, rollout={"samples_per_prompt": 2**31 - 1})
+    check_estimator(config, advantages.build("group"))
