@@ -62,6 +62,8 @@ def _named(path: str, info: ValidationInfo) -> str:
         raise PydanticCustomError("path", "a name")
     if info.context and not _has_room(path):
         raise PydanticCustomError("path", "a name that file systems take, of 255 bytes between slashes")
+    if info.context and path.splitlines() != [path]:  # errors and logs repeat it, a line each
+        raise PydanticCustomError("path", "a name in one line")
     return expanded(path)
 
 

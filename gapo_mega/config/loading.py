@@ -282,10 +282,14 @@ def explain(error: ValidationError, kind: type[Section]) -> tuple[str, Location]
     details = error.errors(include_url=False)
     # A misspelled key often causes a "missing" elsewhere, so it comes first.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    # A value of one of several types has a complaint of each; together they say what is accepted.
+    # A value of one of several types has a complaint of each. One about an item of it knows the type that was
+    # meant; without such a one they say together what is accepted.
+    around = _place(first)
+    items = (d for d in details if _place(d) != around and _place(d)[: len(around)] == around)
+    first = next(items, first)
     place = _place(first)
     same = [d for d in details if _place(d) == place]
-    rest = len(details) - len(same)
+    rest = sum(_place(d) not in (place, around) for d in details)
     more = f"; {rest} more after this one" if rest else ""
     return " or ".join([_sentence(first, kind), *map(_accepted, same[1:])]) + more, place
 

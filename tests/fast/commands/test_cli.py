@@ -64,9 +64,11 @@ def test_dry_run_reads_the_first_rows_of_every_source(file: Path, here: Here, tm
 
 
 def test_an_error_shows_no_control_characters_of_a_path(file: Path, here: Here, tmp_path: Path) -> None:
-    name = f"{tmp_path}/a\n\x1b[2Jb.jsonl"
+    name = f"{tmp_path}/a\x1b[2Jb.jsonl"
     found = here.refused("train", "-c", str(file), "--dry-run", f"data.source={json.dumps(name)}")
-    assert f"{tmp_path}/a\\n\\x1b[2Jb.jsonl" in found and found.isprintable()
+    assert f"{tmp_path}/a\\x1b[2Jb.jsonl" in found and found.isprintable()
+    found = here.refused("train", "-c", f"{tmp_path}/a\nb.yaml")
+    assert f"{tmp_path}/a\\nb.yaml" in found and found.isprintable()
 
 
 def test_an_error_of_a_long_value_keeps_its_beginning_and_its_end(file: Path, here: Here) -> None:
