@@ -12,8 +12,7 @@ from gapo_mega.data import transcripts
 from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt_of, usable
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
-from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
-from gapo_mega.option_checks import as_one_line
+from gapo_mega.data.tables import Source, Table, check_column, listed_names, read_rows, tell_unread
 from gapo_mega.types import Message
 
 logger = logging.getLogger(__name__)
@@ -76,14 +75,15 @@ def _detected(data: ChatData, table: Table) -> str:
         if {getattr(data, name) for name in names} <= {*table.columns}:
             logger.info("data.format: %s is read as %s", table.source.name, kind)
             return kind
-    told = (
-        f"data.format: found auto for {table.source.name!r} with the columns "
-        f"{', '.join(sorted(table.columns))}, "
-        f"accepted: {data.messages_column} (data.messages_column), {data.prompt_column} and "
-        f"{data.response_column} (data.prompt_column, data.response_column), or {data.transcript_column} "
-        "(data.transcript_column)"
+    accepted = [
+        f"{' and '.join(listed_names([getattr(data, name)]) for name in names)} "
+        f"({', '.join(f'data.{name}' for name in names)})"
+        for names in FORMATS.values()
+    ]
+    raise ValueError(
+        f"data.format: found auto for {table.source.name!r} with the columns {listed_names(table.columns)}, "
+        f"accepted: {', '.join(accepted[:-1])}, or {accepted[-1]}"
     )
-    raise ValueError(as_one_line(told))
 
 
 def _answered(prompt: Messages, response: Any) -> Messages:

@@ -14,8 +14,7 @@ from gapo_mega.data import transcripts
 from gapo_mega.data.conversations import Unusable, check_turns, hold_out, opening, prompt_of, usable
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
-from gapo_mega.data.tables import Source, Table, check_column, read_rows, tell_unread
-from gapo_mega.option_checks import as_one_line
+from gapo_mega.data.tables import Source, Table, check_column, listed_names, read_rows, tell_unread
 from gapo_mega.types import Message
 
 logger = logging.getLogger(__name__)
@@ -151,13 +150,12 @@ def _detected(data: PreferenceData, table: Table) -> str:
     if {*PKU_RESPONSES} <= {*table.columns}:
         found = "pku"
     elif not {data.chosen_column, data.rejected_column} <= {*table.columns}:
-        told = (
-            f"data.format: found auto for {source!r} with the columns "
-            f"{', '.join(sorted(table.columns))}, accepted: columns {data.chosen_column} and "
-            f"{data.rejected_column} (data.chosen_column, data.rejected_column), or {PKU_RESPONSES[0]} and "
-            f"{PKU_RESPONSES[1]}"
+        chosen, rejected = listed_names([data.chosen_column]), listed_names([data.rejected_column])
+        raise ValueError(
+            f"data.format: found auto for {source!r} with the columns {listed_names(table.columns)}, "
+            f"accepted: columns {chosen} and {rejected} (data.chosen_column, data.rejected_column), or "
+            f"{PKU_RESPONSES[0]} and {PKU_RESPONSES[1]}"
         )
-        raise ValueError(as_one_line(told))
     else:
         found = "hh" if transcripts.is_transcript(_first(table, data.chosen_column)) else "columns"
     if found != "pku" and data.objective is not None:

@@ -121,7 +121,8 @@ def check_column(column_key: str, column: str, table: Table) -> None:
     """``ValueError`` with the columns that there are, unless ``table`` has ``column``."""
     if column not in table.columns:
         raise ValueError(
-            f"{column_key}: found {column!r}, accepted for {table.source.name!r}: {_some(table.columns)}"
+            f"{column_key}: found {column!r}, accepted for {table.source.name!r}: "
+            f"{listed_names(table.columns)}"
         )
 
 
@@ -129,7 +130,7 @@ def tell_unread(table: Table, read: Sequence[str]) -> None:
     """Say in the log which columns a command does not read."""
     unread = sorted({*table.columns} - {*read, SPLIT_COLUMN})
     if unread:
-        logger.info("%s: columns that are not read: %s", table.source, ", ".join(unread))
+        logger.info("%s: columns that are not read: %s", table.source, listed_names(unread))
 
 
 def _file_rows(source: Source, path: Path, limit: int | None) -> Table:
@@ -181,7 +182,8 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
             break
     if marks and not rows:
         raise _NoSuchSplit(
-            f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: {_some(marks)}"
+            f"{source.split_parameter}: found {source.split!r}, accepted for {source.name!r}: "
+            f"{listed_names(marks)}"
         )
     if SPLIT_COLUMN not in columns and _PART.search(source.split):
         raise _NoSuchSplit(
@@ -196,11 +198,11 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
     return Table(source, list(columns), rows, numbers)
 
 
-def _some(names: Iterable[str]) -> str:
-    """Names from a file, which may be anything, on one line."""
-    listed = sorted(names)
+def listed_names(names: Iterable[str]) -> str:
+    """Names of columns and splits, which may be anything, on one line; not all of very many."""
+    ordered = sorted(names)
     found = [
-        name if name.isprintable() and len(name) <= _LONGEST else shown(name, _LONGEST) for name in listed
+        name if name.isprintable() and len(name) <= _LONGEST else shown(name, _LONGEST) for name in ordered
     ]
     more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
     return ", ".join(found[:_MOST_NAMES]) + more

@@ -84,6 +84,12 @@ def test_wrong_columns_are_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "answer": "Hello."}])
     with pytest.raises(ValueError, match=r"^data.format: found auto .* answer, prompt, accepted: messages"):
         load_chats(data(source), seed=0)
+    odd = data(source, messages_column="x" * 5000, prompt_column="a\x85b")
+    with pytest.raises(
+        ValueError, match=r"accepted: 'x{36}\.\.\. \(data\.mes.*, 'a\\x85b' and response \(data"
+    ) as told:
+        load_chats(odd, seed=0)
+    assert len(str(told.value)) < 500
     with pytest.raises(
         ValueError, match=r"^data.response_column: found 'response', accepted .* answer, prompt"
     ):

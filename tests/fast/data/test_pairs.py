@@ -129,6 +129,12 @@ def test_columns_of_texts_and_of_messages(tmp_path: Path) -> None:
         ValueError, match=r"^data.format: found auto .* ask, lose, win, accepted: columns chosen"
     ):
         load_pairs(data(texts), seed=0)
+    odd = {"chosen_column": "x" * 5000, "rejected_column": "a\x85b"}
+    with pytest.raises(
+        ValueError, match=r"accepted: columns 'x{36}\.\.\. and 'a\\x85b' \(data\.chosen"
+    ) as told:
+        load_pairs(data(texts, **odd), seed=0)
+    assert len(str(told.value)) < 500
     with pytest.raises(
         ValueError, match=r"^data.objective: found helpful .* format is columns; accepted: null"
     ):
