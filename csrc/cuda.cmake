@@ -69,6 +69,8 @@ if(CMAKE_CUDA_COMPILER)
   set_target_properties(gapo_cuda PROPERTIES
     CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
   target_link_libraries(gapo_cuda PRIVATE gapo_cpu)
+  # The architectures of one file side by side: gramian.cu takes longer than all others together.
+  target_compile_options(gapo_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=4>)
   # The solver must round as on the host.
   set_source_files_properties(csrc/cuda/min_norm.cu PROPERTIES COMPILE_OPTIONS "--fmad=false")
   set(GAPO_CUDA_TARGET gapo_cuda)
