@@ -174,6 +174,20 @@ def test_exit_codes(
         assert any(fault.startswith("exit code") for fault in faults) == (code not in accepted), code
 
 
+@pytest.mark.parametrize(
+    ("signal", "place", "accepted"),
+    [("SIGHUP", "start", {-1, 0}), ("SIGINT", "start", {130, 0}), ("SIGTERM", "step 3, checkpoint", {0})],
+)
+def test_exit_codes_of_a_run_that_was_finished_before(
+    reference: Path, signal: str, place: str, accepted: set[int]
+) -> None:
+    kill = replace(KILL, signal=signal)
+    attempt = Attempt(None, "", 1.0, hit={"phase": "resume", "place": place})
+    for code in (-15, -9, -1, 0, 1, 2, 75, 76, 130):
+        faults = after_kill(case(), kill, replace(attempt, code=code), reference, reference)
+        assert any(fault.startswith("exit code") for fault in faults) == (code not in accepted), code
+
+
 def test_a_run_that_has_gone_on_is_the_same(tmp_path: Path, killed: Path, reference: Path) -> None:
     before = Standing(killed)
     run = write_run(tmp_path / "run", 3, [2, 3])

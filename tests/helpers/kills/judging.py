@@ -104,11 +104,13 @@ def _codes_by_first(case: Case, kill: Kill, attempt: Attempt, standing: Standing
         if kill.signal == "SIGKILL":
             return accepted
         return accepted | ({STOPPED, SECOND_CTRL_C} if kill.signal == "SIGINT" else {STOPPED})
+    begun = attempt.hit is None or attempt.hit["place"] not in _BEFORE_STEPS
+    # Nothing is to be lost there: signals end a process as they end any command.
+    ended_by_it = 130 if kill.signal == "SIGINT" else -int(kill.number)
     if standing.finished:
-        return {0}  # nothing was left to stop
-    if attempt.hit is not None and attempt.hit["place"] in _BEFORE_STEPS:
-        # Nothing is to be lost there: signals end a process as they end any command.
-        return {130} if kill.signal == "SIGINT" else {-int(kill.number)}
+        return {0} if begun else {0, ended_by_it}  # nothing was left to stop
+    if not begun:
+        return {ended_by_it}
     return {STOPPED, SECOND_CTRL_C} if kill.signal == "SIGINT" and kill.again is not None else {STOPPED}
 
 
