@@ -26,6 +26,11 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def shown_name(name: str, most: int = 40) -> str:
+    """``name`` as it is if it is printable and no longer than ``most`` characters, else as ``shown`` does."""
+    return name if name.isprintable() and len(name) <= most else shown(name, most)
+
+
 def as_one_line(text: str, most: int = 2000) -> str:
     """``text`` as a terminal may show it, whatever names and paths are in it.
 

@@ -57,14 +57,19 @@ Code = Annotated[str, AfterValidator(_resolved)]
 
 
 def _named(path: str, info: ValidationInfo) -> str:
-    # The empty name would be the working directory. In a section built in Python it may say "none".
-    if info.context and (not path.strip() or "\0" in path):
-        raise PydanticCustomError("path", "a name")
-    if info.context and not _has_room(path):
-        raise PydanticCustomError("path", "a name that file systems take, of 255 bytes between slashes")
-    if info.context and path.splitlines() != [path]:  # errors and logs repeat it, a line each
-        raise PydanticCustomError("path", "a name in one line")
+    if info.context:
+        _check_path(path)
     return expanded(path)
+
+
+def _check_path(path: str) -> None:
+    # The empty name would be the working directory. In a section built in Python it may say "none".
+    if not path.strip() or "\0" in path:
+        raise PydanticCustomError("path", "a name")
+    if not _has_room(path):
+        raise PydanticCustomError("path", "a name that file systems take, of 255 bytes between slashes")
+    if path.splitlines() != [path]:  # errors and logs repeat it, a line each
+        raise PydanticCustomError("path", "a name in one line")
 
 
 def _has_room(path: str) -> bool:

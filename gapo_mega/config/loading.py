@@ -22,7 +22,7 @@ from gapo_mega.config.supervised import SupervisedConfig
 from gapo_mega.config.unusable import Location, first_unusable
 from gapo_mega.credentials import first_written_out, names_a_secret
 from gapo_mega.files import local, read_text, write_private
-from gapo_mega.option_checks import HIDDEN, shown, without_password
+from gapo_mega.option_checks import HIDDEN, shown, shown_name, without_password
 from gapo_mega.user_code import is_subclass
 
 # (value of ``method``, folders with the user's own code) -> sections
@@ -312,8 +312,7 @@ def _said(override: str) -> str:
 
 def _dotted(location: Sequence[object]) -> str:
     """The path that errors show: on one line, also where a key is not."""
-    path = ".".join(map(str, location))
-    return path if path.isprintable() and len(path) <= _LONGEST_PATH else shown(path, _LONGEST_PATH)
+    return shown_name(".".join(map(str, location)), _LONGEST_PATH)
 
 
 def _sentence(detail: ErrorDetails, kind: type[Section]) -> str:

@@ -13,6 +13,7 @@ from gapo_mega.data.conversations import Unusable, check_turns, hold_out, prompt
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, listed_names, read_rows, tell_unread
+from gapo_mega.option_checks import shown_name
 from gapo_mega.types import Message
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _detected(data: ChatData, table: Table) -> str:
             logger.info("data.format: %s is read as %s", table.source.name, kind)
             return kind
     accepted = [
-        f"{' and '.join(listed_names([getattr(data, name)]) for name in names)} "
+        f"{' and '.join(shown_name(getattr(data, name)) for name in names)} "
         f"({', '.join(f'data.{name}' for name in names)})"
         for names in FORMATS.values()
     ]

@@ -15,6 +15,7 @@ from gapo_mega.data.conversations import Unusable, check_turns, hold_out, openin
 from gapo_mega.data.json_rows import Row
 from gapo_mega.data.messages import Messages, check_no_list, conversation
 from gapo_mega.data.tables import Source, Table, check_column, listed_names, read_rows, tell_unread
+from gapo_mega.option_checks import shown_name
 from gapo_mega.types import Message
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def _detected(data: PreferenceData, table: Table) -> str:
     if {*PKU_RESPONSES} <= {*table.columns}:
         found = "pku"
     elif not {data.chosen_column, data.rejected_column} <= {*table.columns}:
-        chosen, rejected = listed_names([data.chosen_column]), listed_names([data.rejected_column])
+        chosen, rejected = shown_name(data.chosen_column), shown_name(data.rejected_column)
         raise ValueError(
             f"data.format: found auto for {source!r} with the columns {listed_names(table.columns)}, "
             f"accepted: columns {chosen} and {rejected} (data.chosen_column, data.rejected_column), or "

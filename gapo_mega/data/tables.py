@@ -15,7 +15,7 @@ from typing import Any
 from gapo_mega.data.json_rows import Row, json_rows
 from gapo_mega.data.named import NamedSplit, is_hub_name, read_named
 from gapo_mega.files import local
-from gapo_mega.option_checks import shown
+from gapo_mega.option_checks import shown_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ PACKAGE_PREFIX = "package:"
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 SPLIT_COLUMN = "split"
 _PART = re.compile(r"[\[+]")  # in datasets' names of splits: train[:10%], train+test
-_MOST_NAMES, _LONGEST = 20, 40  # names of splits or columns in an error, and characters of each
+_MOST_NAMES = 20  # of splits or columns in an error
 _SHOWN = 5  # rows that the log names
 _AT_ONCE = 1000  # rows of a parquet file that are turned into Python objects together
 
@@ -201,11 +201,8 @@ def _split(source: Source, numbered: Iterator[tuple[int, Row]], limit: int | Non
 def listed_names(names: Iterable[str]) -> str:
     """Names of columns and splits, which may be anything, on one line; not all of very many."""
     ordered = sorted(names)
-    found = [
-        name if name.isprintable() and len(name) <= _LONGEST else shown(name, _LONGEST) for name in ordered
-    ]
-    more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
-    return ", ".join(found[:_MOST_NAMES]) + more
+    more = f" and {len(ordered) - _MOST_NAMES} more" if len(ordered) > _MOST_NAMES else ""
+    return ", ".join(map(shown_name, ordered[:_MOST_NAMES])) + more
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -25,7 +25,7 @@ from gapo_mega.credentials import credential_in_query
 from gapo_mega.files import local
 from gapo_mega.objectives.credentials import Credentials
 from gapo_mega.objectives.limited_request import Answer, Limits, NotTaken, NotWhole, Route, limited_post
-from gapo_mega.option_checks import as_one_line, shown, without_password
+from gapo_mega.option_checks import shown, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,13 @@ class ServiceOptions(Section):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
+        found = shown(without_password(url), _EXCERPT)
         if re.fullmatch(r"https?://[^\s/]+\S*", url) is None:
-            found = without_password(url)
-            raise ValueError(
-                f"url: found {shown(found, _EXCERPT)}, accepted: http://HOST[:PORT]/PATH or https://..."
-            )
+            raise ValueError(f"url: found {found}, accepted: http://HOST[:PORT]/PATH or https://...")
         try:
             auth = parse_url(url).auth
         except LocationParseError:
-            found = without_password(url)
-            raise ValueError(
-                f"url: found {shown(found, _EXCERPT)}, accepted: a host and a port of 0 to 65535"
-            ) from None
+            raise ValueError(f"url: found {found}, accepted: a host and a port of 0 to 65535") from None
         if auth is not None:  # the configuration is written to the run's folder
             raise ValueError(
                 "url: found a password in it, accepted: none (use headers with env:NAME or file:PATH)"
@@ -160,8 +155,7 @@ class JsonService:
             return None
         path = local(self._options.certificates)
         if not os.path.isfile(path):
-            name = as_one_line(str(path), _EXCERPT)
-            raise self._error(f"options: certificates: file {name} not found, accepted: a PEM file")
+            raise self._error(f"options: certificates: file {path} not found, accepted: a PEM file")
         return str(path)
 
     def _ask(self, content: Any) -> Answer:

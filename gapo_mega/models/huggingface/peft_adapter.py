@@ -14,7 +14,6 @@ from torch import Tensor
 from gapo_mega.config.lora import TARGET_MODULES, LoraConfig
 from gapo_mega.models.casting import is_finite
 from gapo_mega.models.huggingface.writing import complete_or_absent
-from gapo_mega.option_checks import as_one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json by which PEFT computes something else, with what is computed here. Others that
@@ -100,9 +99,8 @@ class PeftAdapter:
 def _read_settings(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
     if not file.is_file():
-        name = as_one_line(str(directory))
         raise ValueError(
-            f"model.lora.path: {name} has no {CONFIG}; accepted: a local directory of a PEFT adapter"
+            f"model.lora.path: {directory} has no {CONFIG}; accepted: a local directory of a PEFT adapter"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
