@@ -205,4 +205,7 @@ def _remove(directory: Path) -> None:
 
 
 def _last_change(directory: Path) -> float:
-    return max(path.lstat().st_mtime for path in [directory, *directory.rglob("*")])
+    try:
+        return max(path.lstat().st_mtime for path in [directory, *directory.rglob("*")])
+    except FileNotFoundError:  # what is removed meanwhile is a change
+        return time.time()

@@ -173,8 +173,9 @@ class TokenCache:
 
 def _remove_unfinished(folder: Path) -> None:
     for path in folder.glob(".*.npz"):
-        if time.time() - path.stat().st_mtime > _OLD:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another rank, or another run, has finished or removed it since
+            if time.time() - path.stat().st_mtime > _OLD:
+                path.unlink()
 
 
 def digest_of(

@@ -38,7 +38,8 @@ def noted() -> Iterator[None]:
 
 def left_in(folder: Path) -> list[int]:
     """The codes that workers have left there; there is none of those that a signal ended."""
-    return [int(path.read_text(encoding="ascii")) for path in folder.glob("[0-9]*")]
+    left = [path.read_text(encoding="ascii") for path in folder.glob("[0-9]*")]
+    return [int(code) for code in left if code]  # a signal may come before it is written
 
 
 def status_of(codes: Collection[int]) -> int:

@@ -90,6 +90,16 @@ def test_another_hosts_counts_as_left_after_an_hour_without_a_change(tmp_path: P
     assert not path.exists()
 
 
+def test_what_another_host_removes_meanwhile_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = killed(tmp_path / ".hf.partial-abcdefgh", host="elsewhere")
+    removed = path / "removed"  # by its maker, between listing and looking
+    monkeypatch.setattr(Path, "rglob", lambda *_: iter([removed]))
+    remove_left(tmp_path, ".hf.partial-")
+    assert path.is_dir() and caplog.messages == []
+
+
 def test_what_lasts_on_another_machine_stays_however_quiet(tmp_path: Path) -> None:
     """Nobody can tell from here that its process has ended; a container of this machine has its boot."""
     killed(tmp_path / "gapo-mega-data-a", host="elsewhere", boot="another", lasting=True)

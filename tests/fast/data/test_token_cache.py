@@ -229,6 +229,19 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
     assert not old.exists() and new.exists() and mine.exists()
 
 
+def test_what_another_process_finishes_meanwhile_is_not_in_the_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between listing the unfinished files and looking at one it gets its name: a link to nothing stands for it."""
+    source(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    finished = tmp_path / "prompts" / ".a.b.npz"
+    finished.symlink_to(tmp_path / "nowhere")
+    assert load(tmp_path, TokenCache(tmp_path)) == load(tmp_path, None)
+    finished.unlink()
+    assert len(files(tmp_path)) == 5 and "not kept" not in caplog.text
+
+
 def test_small_tables_are_not_worth_a_file(tmp_path: Path) -> None:
     source(tmp_path, rows()[:10])
     load(tmp_path, TokenCache(tmp_path))
