@@ -68,6 +68,9 @@ def quiet_other_ranks() -> None:
         logging.getLogger("gapo_mega").setLevel(logging.INFO)
         # Megatron says at every import which accelerators are missing; `gapo-mega info` says it once.
         warnings.filterwarnings("ignore", module=r"megatron\.")
+        # Of Megatron's optimizer, too; without a GPU its calls of torch pass through a module of ours.
+        message = r"The \.grad attribute of a Tensor that is not a leaf"
+        warnings.filterwarnings("ignore", message, module=r"gapo_mega\.engine\.megatron\.runtime\.cpu")
         notice = other_launcher()
         if notice is not None:
             logging.getLogger(__name__).warning("%s", notice)

@@ -232,7 +232,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
 def test_what_another_process_finishes_meanwhile_is_not_in_the_way(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between listing the unfinished files and looking at one it gets its name: a link to nothing stands for it."""
+    """Between listing the unfinished files and looking at one it is gone: a link to nothing stands for it."""
     source(tmp_path)
     (tmp_path / "prompts").mkdir()
     finished = tmp_path / "prompts" / ".a.b.npz"

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
+from tests.helpers import forking
 from tests.helpers.environment import ROOT, SETTINGS
-from tests.helpers.kills import forking
+from tests.helpers.kills import observer
 from tests.helpers.kills.cases import LAYOUTS, Kill
 from tests.helpers.kills.observer import COUNTS, HIT, VARIABLE, ranks_file
 from tests.helpers.kills.phases import THREADED, TIMED, places
@@ -128,7 +129,10 @@ class Run:
             words += ["--nproc", str(self._layout.nproc)]
         variables = {**self._variables, VARIABLE: json.dumps(plan)}
         if self._start == "forked":
-            return forking.start(words, variables, self.folder, log, self._layout.nproc)
+            environment = {**os.environ, **variables}
+            folder, output = str(self.folder), str(log)
+            order = forking.Order(words, environment, folder, output, output, self._layout.nproc)
+            return forking.start(order, observer.begin)
         variables["PYTHONPATH"] = f"{_SITE}:{ROOT}"
         with log.open("ab") as file:
             return subprocess.Popen(

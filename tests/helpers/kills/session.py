@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from tests.helpers.kills import forking
+from tests.helpers import forking
 from tests.helpers.kills.cases import LAYOUTS, PARALLEL, STARTS, Case, draw
 from tests.helpers.kills.judging import STEPS, Standing, after_kill, at_end
 from tests.helpers.kills.phases import of_runs

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 
-from tests.helpers.environment import environment
+from tests.helpers.commands import Command
 from tests.helpers.perturbed import perturbed
 from tests.helpers.run_files import write_run_file
 
 BATCH = 4  # lines: two responses on each of two data ranks
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "gapo_mega.cli", "evaluate", "--config", str(folder / "run.yaml")]
+def start(folder: Path, *arguments: str) -> Command:
+    words = ["evaluate", "--config", folder / "run.yaml"]
     models = ["--model", f"base={folder / 'model'}", "--model", f"tuned={folder / 'tuned'}"]
     settings = ["data.heldout_prompts=31", "evaluation.samples_per_prompt=2", "rollout.batch_size=2"]
-    return subprocess.Popen(
-        [*words, *models, *arguments, "--nproc", "2", *settings],
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return Command(*words, *models, *arguments, "--nproc", 2, *settings)
 
 
 def lines(path: Path) -> list[bytes]:
@@ -52,7 +44,7 @@ def test_killed_it_loses_a_batch_at_most(tmp_path: Path) -> None:
     before = {name: lines(out / name / "responses.jsonl") for name in ("base", "tuned")}
     assert len(before["base"]) == 62 > len(before["tuned"]) >= 2 * BATCH
     process = start(tmp_path, "--threshold", "plain=0.5")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate()
     assert process.returncode == 0, output[-6000:]
     kept = len(before["tuned"]) // BATCH * BATCH
     assert lines(out / "base" / "responses.jsonl") == before["base"]
@@ -72,7 +64,7 @@ def test_what_is_wrong_is_one_line_before_processes_start(tmp_path: Path) -> Non
     write_run_file(tmp_path)
     perturbed(tmp_path / "model", tmp_path / "tuned", seed=1)
     process = start(tmp_path, "--threshold", "plane=1")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate()
     assert process.returncode == 2
     assert output.splitlines()[-1] == "error: --threshold: found 'plane', accepted: concise, plain"
     assert not (tmp_path / "run").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from gapo_mega.config.supervised import PairsConfig, RewardModelConfig, SftConfig
 from gapo_mega.runs.pairs import PairsRun
 from gapo_mega.runs.supervised import RewardRun, SftRun
-from tests.helpers.environment import environment
+from tests.helpers.commands import run
 from tests.helpers.tiny import tiny_chat_model
 
 HELD_OUT = 7  # of an odd number, data ranks hold different shares
@@ -60,19 +58,18 @@ def command(
     """The summary's held-out measures of a run on two processes; ``whole`` has all of its settings."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(whole or settings(folder, name, **changes)))
-    words = [sys.executable, "-m", "gapo_mega.cli", verb, "--config", str(path), "--nproc", "2"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+    done = run(verb, "--config", path, "--nproc", 2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.stdout.count("held-out data") == 1
     measured: dict[str, float] = json.loads((folder / name / "summary.json").read_text())["heldout"]
     return measured
 
 
-def one_process(run: RewardRun | SftRun | PairsRun) -> dict[str, float]:
+def one_process(alone: RewardRun | SftRun | PairsRun) -> dict[str, float]:
     try:
-        return run.run()
+        return alone.run()
     finally:
-        run.engine.close()
+        alone.engine.close()
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

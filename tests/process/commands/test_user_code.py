@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers.environment import environment
+from tests.helpers.commands import run
 from tests.helpers.tiny import tiny_chat_model
 
 # Such that what a run logs tells which parts were used: losses -5 and -10, weights 1/4 and 3/4, reward 7.
@@ -94,19 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     return folder
 
 
-def command(working_directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gapo_mega.cli", *arguments],
-        cwd=working_directory,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 def test_two_processes_train_with_a_users_file_from_another_directory(folder: Path, tmp_path: Path) -> None:
-    done = command(tmp_path, "train", "--config", str(folder / "run.yaml"), "--nproc", "2")
+    done = run("train", "--config", folder / "run.yaml", "--nproc", 2, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     (record,) = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert (record["weight/constant"], record["weight/long"]) == (0.25, 0.75)
@@ -121,20 +108,20 @@ def test_two_processes_train_with_a_users_file_from_another_directory(folder: Pa
     assert recorded["loss"] == {"name": f"{mine}:Linear", "options": {"factor": 5.0}}
     assert [o["kind"] for o in recorded["objectives"]] == [f"{mine}:Constant", "python"]
     assert recorded["objectives"][1]["function"] == f"{mine}:length"
-    audit = command(tmp_path, "audit", str(folder / "run"))
+    audit = run("audit", folder / "run", cwd=tmp_path)
     assert audit.returncode == 0, audit.stderr
     assert "Quarters" in audit.stdout
 
 
 def test_what_is_wrong_with_the_file_is_told_before_processes_start(folder: Path, tmp_path: Path) -> None:
-    run = ("train", "--config", str(folder / "run.yaml"), "--nproc", "2")
-    done = command(tmp_path, *run, "loss.name=mine.py:Lienar")
+    train = ("train", "--config", folder / "run.yaml", "--nproc", 2)
+    done = run(*train, "loss.name=mine.py:Lienar", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: loss.name: file {folder / 'mine.py'} has no 'Lienar' (did you mean 'Linear'?)\n"
     )
     (tmp_path / "broken.py").write_text("import torch\nimport no_such_dependency\n")
-    done = command(tmp_path, *run, "loss.name=broken.py:Linear")
+    done = run(*train, "loss.name=broken.py:Linear", cwd=tmp_path)
     assert done.returncode == 1
     assert f'File "{tmp_path / "broken.py"}", line 2' in done.stderr
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'no_such_dependency'\n")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 from transformers import MixtralConfig, MixtralForSequenceClassification
 
-from tests.helpers.environment import environment
+from tests.helpers.commands import run
 from tests.helpers.rank_runs import prepare, settings
 from tests.helpers.tiny import byte_tokenizer, tiny_mixtral
 
@@ -46,14 +44,8 @@ def test_every_rank_ends_with_the_error_of_the_one_that_failed(tmp_path: Path) -
         {"name": "failing", "function": f"{tmp_path / 'fails.py'}:fails"},
     ]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "gapo_mega.cli", "train", "--nproc", "2", "--config", "config.yaml"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,  # under load; without it the run takes seconds
-    )
+    # Within the time that a command may take, which is shorter.
+    done = run("train", "--nproc", 2, "--config", "config.yaml", cwd=tmp_path, timeout=500.0)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2, done.stderr[-4000:]

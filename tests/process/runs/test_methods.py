@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import yaml
 from scipy.optimize import nnls
 
 from gapo_mega.planning.methods import names
-from tests.helpers.environment import ROOT, environment
+from tests.helpers.commands import run
+from tests.helpers.environment import ROOT
 from tests.helpers.ranks.launch import launch
 from tests.helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
@@ -189,12 +188,12 @@ def test_a_safe_scalarizer_raises_the_weights_it_starts_from(
 def test_the_command_takes_a_method_by_name(config: Path, tmp_path: Path) -> None:
     """The demo's configuration with another method, its reports and its audit."""
     settings = yaml.safe_load(config.read_text())
-    run = tmp_path / "run"
+    directory = tmp_path / "run"
     overrides = [
         "method=safe_rlhf",
         "scalarization.options.costs=[plain]",
         "gradients.audit_every=1",
-        f"output_dir={run}",
+        f"output_dir={directory}",
         f"model.path={settings['model']['path']}",
         "steps=2",
         "data.heldout_prompts=2",
@@ -206,21 +205,17 @@ def test_the_command_takes_a_method_by_name(config: Path, tmp_path: Path) -> Non
         "logging.tensorboard=false",
         "checkpoint.export_hf=false",
     ]
-    command = [sys.executable, "-m", "gapo_mega.cli"]
-    train = [*command, "train", "--config", str(ROOT / "examples" / "demo.yaml"), *overrides]
-    done = subprocess.run(train, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = run("train", "--config", ROOT / "examples" / "demo.yaml", *overrides, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["conflict"] in (0.0, 1.0) for line in lines] == [True, True]
     assert lines[0]["reward_weight/concise"] + lines[0]["reward_weight/plain"] == pytest.approx(1.0)
-    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    recorded = yaml.safe_load((directory / "config.yaml").read_text())
     assert recorded["scalarization"] == {"name": "safe_rlhf", "options": {"costs": ["plain"]}}
     assert "method" not in recorded and recorded["aggregation"]["options"] == {}
-    page = (run / "report" / "index.html").read_text()
+    page = (directory / "report" / "index.html").read_text()
     assert "safe_rlhf(costs=[&#39;plain&#39;]), one gradient" in page
-    assert (run / "report" / "reward_weights.png").exists()
-    done = subprocess.run(
-        [*command, "audit", str(run)], env=environment(), capture_output=True, text=True, timeout=600
-    )
+    assert (directory / "report" / "reward_weights.png").exists()
+    done = run("audit", directory)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "safe_rlhf" in done.stdout and "gapo p=1" in done.stdout

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from gapo_mega.runs.lock import LOCK_FILE, OWNER_FILE, DirectoryLock
+from tests.helpers.commands import Command
 from tests.helpers.environment import environment
 from tests.helpers.tiny import tiny_chat_model
 
@@ -47,27 +48,15 @@ def write_config(folder: Path, path: Path, **changes: Any) -> Path:
     return path
 
 
-def command(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "gapo_mega.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        words,
-        cwd=cwd,
-        env={**environment(), **variables},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def output_of(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output[-6000:]
+def output_of(command: Command, code: int = 0) -> str:
+    output, _ = command.communicate()
+    assert command.returncode == code, output[-6000:]
     return output
 
 
-def error_of(process: subprocess.Popen[str]) -> str:
+def error_of(command: Command) -> str:
     """The one line of a refusal, which ends the command before it has begun."""
-    (line,) = [line for line in output_of(process, 2).splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in output_of(command, 2).splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -83,7 +72,7 @@ def test_a_directory_in_use_is_refused_in_every_way_to_start(folder: Path) -> No
     with DirectoryLock(run, "gapo-mega train"):
         owner = f"process {os.getpid()} on host {socket.gethostname()}"
         for options in ((), ("--nproc", 2)):
-            assert owner in error_of(command(*train, *options))
+            assert owner in error_of(Command(*train, *options))
         words = [
             "-m",
             "torch.distributed.run",
@@ -107,19 +96,19 @@ def test_a_finished_run_needs_overwrite_and_the_users_files_stay(folder: Path) -
     run.mkdir()
     own = write_config(folder, run / "config.yaml", output_dir=str(run))
     content = own.read_bytes()
-    output = output_of(command("train", "--config", own))
+    output = output_of(Command("train", "--config", own))
     assert f"the run's configuration is in {run / 'config.resolved.yaml'}" in output
     assert own.read_bytes() == content
     assert not {LOCK_FILE, OWNER_FILE} & {path.name for path in run.iterdir()}
     (run / "notes.txt").write_text("mine")
 
     model = (run / "hf" / "model.safetensors").read_bytes()
-    line = error_of(command("train", "--config", own, "steps=5"))
+    line = error_of(Command("train", "--config", own, "steps=5"))
     assert f"output_dir: found {run}, where a run has ended" in line and "--overwrite" in line
     assert (run / "hf" / "model.safetensors").read_bytes() == model and steps_of(run) == [1, 2]
 
-    assert "every method" in output_of(command("audit", run))
-    output_of(command("train", "--config", own, "--nproc", 2, "--overwrite", "seed=7", "optimizer.lr=1e-3"))
+    assert "every method" in output_of(Command("audit", run))
+    output_of(Command("train", "--config", own, "--nproc", 2, "--overwrite", "seed=7", "optimizer.lr=1e-3"))
     assert (run / "hf" / "model.safetensors").read_bytes() != model and steps_of(run) == [1, 2]
     assert own.read_bytes() == content and (run / "notes.txt").read_text() == "mine"
     assert yaml.safe_load((run / "config.resolved.yaml").read_text())["seed"] == 7
@@ -137,7 +126,7 @@ def test_two_ranks_in_two_working_directories(folder: Path, tmp_path: Path) -> N
         (tmp_path / rank).mkdir()
         variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(command("train", "--config", config, cwd=tmp_path / rank, **variables))
+        ranks.append(Command("train", "--config", config, cwd=tmp_path / rank, **variables))
     first, second = map(error_of, ranks)
     assert first == second
     assert (
@@ -157,11 +146,11 @@ def test_two_ranks_train_over_the_environment(folder: Path) -> None:
     for rank in ("0", "1"):
         variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(command("train", "--config", config, **variables))
+        ranks.append(Command("train", "--config", config, **variables))
     for process in ranks:
         output_of(process)
     assert steps_of(folder / "env") == [1, 2]
-    line = error_of(command("train", "--config", config, "--nproc", 2, "steps=3", "algorithm.kl_beta=0.9"))
+    line = error_of(Command("train", "--config", config, "--nproc", 2, "steps=3", "algorithm.kl_beta=0.9"))
     assert "algorithm.kl_beta: found 0.9, but" in line and "was written with 0.05" in line
     shutil.rmtree(folder / "env")
 
@@ -185,8 +174,8 @@ def test_supervised_commands_too(folder: Path, kind: str) -> None:
     }
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(config))
-    output_of(command(kind, "--config", path))
+    output_of(Command(kind, "--config", path))
     for options in ((), ("--nproc", 2)):
-        assert "where a run has ended" in error_of(command(kind, "--config", path, *options))
-    output_of(command(kind, "--config", path, "--overwrite", "seed=3"))
+        assert "where a run has ended" in error_of(Command(kind, "--config", path, *options))
+    output_of(Command(kind, "--config", path, "--overwrite", "seed=3"))
     assert yaml.safe_load((folder / kind / "config.yaml").read_text())["seed"] == 3

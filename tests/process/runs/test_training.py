@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.environment import environment
+from tests.helpers.commands import Command, run
 from tests.helpers.metrics_log import metrics
 from tests.helpers.tiny import tiny_chat_model
 
@@ -63,22 +61,19 @@ def write_config(folder: Path, name: str, **sections: Any) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str) -> Command:
     """``gapo-mega train`` as one process, in its own process group."""
-    command = [sys.executable, "-m", "gapo_mega.cli", "train", "--config", str(config), *overrides]
-    return subprocess.Popen(
-        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return Command("train", "--config", config, *overrides)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def finish(process: Command, code: int = 0) -> str:
     """Its output, after it ended with ``code``."""
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate()
     assert process.returncode == code, output[-6000:]
     return output
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: Command, run: Path, step: int) -> None:
     """Until the checkpoint of ``step`` is complete."""
     marker = run / "checkpoints" / f"step_{step:08d}" / "complete.json"
     deadline = time.monotonic() + 600
@@ -134,10 +129,8 @@ def test_sigkill_and_resume_is_bit_for_bit(folder: Path, uninterrupted: Path) ->
     output = finish(start(config))
     assert "resumed from" in output
     assert metrics(folder / "killed") == metrics(uninterrupted)
-    for run in ("killed", "straight"):
-        assert (folder / run / "hf" / "model.safetensors").exists()
-    same = [(folder / run / "hf" / "model.safetensors").read_bytes() for run in ("killed", "straight")]
-    assert same[0] == same[1]
+    killed, straight = (folder / name / "hf" / "model.safetensors" for name in ("killed", "straight"))
+    assert killed.read_bytes() == straight.read_bytes()
 
 
 def test_sigterm_saves_and_resume_goes_on(folder: Path, uninterrupted: Path) -> None:
@@ -218,7 +211,7 @@ def test_stops_after_nonfinite_gradients_in_a_row(folder: Path) -> None:
         checkpoint={"every_steps": 0},
     )
     process = start(config)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate()
     assert process.returncode != 0
     assert "the gradient of broken was not finite in 2 updates in a row" in output
     records = metrics(folder / "nonfinite")
@@ -231,9 +224,7 @@ def test_throughput_tool(folder: Path) -> None:
     """Phases add up to no more than the step; utilisation follows from the numbers beside it."""
     config = write_config(folder, "throughput", checkpoint={"every_steps": 0})
     out = folder / "throughput.json"
-    tool = [sys.executable, "-m", "gapo_mega.cli", "benchmark", "throughput"]
-    command = [*tool, "--config", str(config), "--steps", "2", "--out", str(out)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    done = run("benchmark", "throughput", "--config", config, "--steps", 2, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens/s" in done.stdout and "backward" in done.stdout
     result = json.loads(out.read_text())

@@ -20,10 +20,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NoReturn
-
-from tests.helpers.kills import observer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a run imports on its way, so that its forks need not.
@@ -43,24 +41,44 @@ _LOADED = (
 )
 
 
-def load() -> None:
-    """Import what runs need. Raises ``RuntimeError`` where that starts threads: forks would lack them."""
-    for module in _LOADED:
+def load(*more: str) -> None:
+    """Import what runs need, and ``more`` modules.
+
+    Raises ``RuntimeError`` where that starts threads: forks would lack them.
+    """
+    for module in (*_LOADED, *more):
         importlib.import_module(module)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread: OMP_NUM_THREADS=1 keeps libraries from that")
 
 
-def start(arguments: Sequence[str], variables: Mapping[str, str], folder: Path, log: Path, ranks: int) -> int:
-    """``gapo-mega ARGUMENTS`` in ``folder``, with these variables more; the process's number.
+@dataclass(frozen=True)
+class Order:
+    """A command to start.
 
-    ``ranks``: processes that it may start; 0: it starts none.
+    Attributes:
+        arguments: of ``gapo-mega``.
+        environment: all variables of its process.
+        folder: where it works.
+        output, errors: files that standard output and standard error are appended to.
+        ranks: processes that it may start; 0: it starts none.
     """
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    folder: str
+    output: str
+    errors: str
+    ranks: int
+
+
+def start(order: Order, begin: Callable[[], object] = lambda: None) -> int:
+    """Start the command; the number of its process. ``begin``: what it and each of its ranks call first."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
-        _alone(lambda: _command(arguments, variables, folder, log, ranks))
+        _alone(lambda: _command(order, begin))
     return process
 
 
@@ -104,37 +122,36 @@ def _exit_code(work: Callable[[], object]) -> int:
     return code
 
 
-def _command(
-    arguments: Sequence[str], variables: Mapping[str, str], folder: Path, log: Path, ranks: int
-) -> None:
+def _command(order: Order, begin: Callable[[], object]) -> None:
     from gapo_mega.cli import main
 
     os.setsid()
-    _redirect(log)
-    os.chdir(folder)
-    _fresh(dict(os.environ) | dict(variables))
+    _redirect(order)
+    os.chdir(order.folder)
+    sys.path[0] = order.folder  # as `python -m` has it
+    _fresh(order.environment)
     waiting: list[_Waiting] = []
-    for _ in range(ranks):
-        waiting.append(_Waiting(waiting))
+    for _ in range(order.ranks):
+        waiting.append(_Waiting(waiting, begin))
     if waiting:
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
         assert subprocess_handler.Popen is subprocess.Popen, "this release starts ranks in another way"
         subprocess_handler.Popen = _popen(waiting)  # type: ignore[misc]
         os.execv = _become  # type: ignore[assignment]
-    sys.argv = ["gapo-mega", *arguments]
-    observer.begin()
+    sys.argv = ["gapo-mega", *order.arguments]
+    begin()
     main()
 
 
-def _redirect(log: Path) -> None:
-    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(opened, 1)
-    os.dup2(opened, 2)
-    os.close(opened)
-    os.close(nothing)
+def _redirect(order: Order) -> None:
+    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, (path, mode) in enumerate(
+        ((os.devnull, os.O_RDONLY), (order.output, write), (order.errors, write))
+    ):
+        opened = os.open(path, mode, 0o644)
+        os.dup2(opened, number)
+        os.close(opened)
 
 
 def _fresh(environment: Mapping[str, str]) -> None:
@@ -156,28 +173,28 @@ def _fresh(environment: Mapping[str, str]) -> None:
 class _Waiting:
     """A fork that waits for the arguments and the environment of a rank."""
 
-    def __init__(self, earlier: Sequence[_Waiting]) -> None:
+    def __init__(self, earlier: Sequence[_Waiting], begin: Callable[[], object]) -> None:
         read, self._write = os.pipe()
         self.process = os.fork()
         if self.process == 0:
             for pipe in (self._write, *(other._write for other in earlier)):
                 os.close(pipe)
             os.setsid()
-            _alone(lambda: self._wait(read))
+            _alone(lambda: self._wait(read, begin))
         os.close(read)
 
-    def begin(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def go(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         with os.fdopen(self._write, "w") as pipe:
             pipe.write(json.dumps([list(arguments), dict(environment)]))
 
-    def _wait(self, read: int) -> None:
+    def _wait(self, read: int, begin: Callable[[], object]) -> None:
         with os.fdopen(read) as pipe:
             text = pipe.read()
         if not text:  # the launcher has ended before it started ranks
             return
         arguments, environment = json.loads(text)
         _fresh(environment)
-        observer.begin()
+        begin()
         _module(arguments)
 
 
@@ -188,7 +205,7 @@ def _popen(waiting: list[_Waiting]) -> type:
         def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
             (environment,) = [other for other in others if isinstance(other, dict) and "RANK" in other]
             fork = waiting.pop(0)
-            fork.begin(args, environment)
+            fork.go(args, environment)
             self.pid = fork.process
             self._child_created = True
 
