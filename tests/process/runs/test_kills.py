@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,49 @@ SEED = "10492"
 BACKGROUND_SEED = "7601"
 
 
-def kill(folder: Path, *words: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every kill that hit, with its case; nothing is lost by any."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.kills", *words, "--start", "forked", "--out", str(folder)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1200,  # under load; ten times what it takes on an idle machine
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert of_cases(read(folder / RESULTS)) == [of_code()]
-    kills = kills_of(read(folder / RESULTS))
-    assert all(case["resumed"] and case["equal"] and not case["faults"] for _, case in kills)
-    return kills
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tells processes apart as Linux does")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="tells processes apart as Linux does")
-def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
-    kills = kill(tmp_path, "--kills", "10", "--seed", SEED, "--layouts", "alone,2", "--again", "1")
+class Session:
+    """Kills with ``words``, in a process that works beside the test."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self._results = folder / RESULTS
+        self._log = folder / "log"
+        command = [sys.executable, "-m", "tests.helpers.kills", *words, "--start", "forked"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--out", str(folder)], cwd=ROOT, env=environment(), stdout=log, stderr=log
+            )
+
+    def kills(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Every kill that hit, with its case; nothing is lost by any."""
+        code = self.process.wait(timeout=1200)  # under load; ten times what it takes on an idle machine
+        assert code == 0, self._log.read_text()[-6000:]
+        assert of_cases(read(self._results)) == [of_code()]
+        kills = kills_of(read(self._results))
+        assert all(case["resumed"] and case["equal"] and not case["faults"] for _, case in kills)
+        return kills
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Session]]:
+    """Side by side: half of their time they wait for ranks that miss others."""
+    words = {
+        "random": ["--kills", "10", "--seed", SEED, "--layouts", "alone,2"],
+        "background": ["--kills", "2", "--seed", BACKGROUND_SEED, "--layouts", "2-background"],
+    }
+    started = {
+        name: Session(tmp_path_factory.mktemp(name), *more, "--again", "1") for name, more in words.items()
+    }
+    yield started
+    for session in started.values():
+        session.process.terminate()  # which ends what it has started
+        session.process.wait()
+
+
+def test_ten_kills_lose_nothing(sessions: dict[str, Session]) -> None:
+    kills = sessions["random"].kills()
     assert len(kills) >= 10
     assert {case["ranks"] for _, case in kills} == {1, 2}
     signals = {kill["signal"].split()[0] for kill, _ in kills}
@@ -49,10 +73,8 @@ def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
     assert len({kill["hit"]["phase"] for kill, _ in kills}) > 5
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="tells processes apart as Linux does")
-def test_kills_while_a_checkpoint_is_written_in_the_background(tmp_path: Path) -> None:
-    words = ["--kills", "2", "--seed", BACKGROUND_SEED, "--layouts", "2-background", "--again", "1"]
-    kills = kill(tmp_path, *words)
+def test_kills_while_a_checkpoint_is_written_in_the_background(sessions: dict[str, Session]) -> None:
+    kills = sessions["background"].kills()
     assert [kill["hit"]["phase"] for kill, _ in kills] == ["background write", "background index"]
     assert [kill["signal"] for kill, _ in kills] == ["SIGKILL", "SIGHUP"]
     first, second = (kill["checkpoint"] for kill, _ in kills)
