@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Nothing here asserts a time: by default an example may take 0.2 s, and a busy machine takes longer.
     hypothesis.settings.register_profile("suite", deadline=None)
     hypothesis.settings.load_profile("suite")
+    # Torch asks for the name of every address that connects to its stores, and waits 5 s for a lost answer.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     config.addinivalue_line("markers", "every(kind): for every plug-in of the kind, and those of --plugin")
     for given in config.getoption("--plugin"):
         kind, _, reference = given.partition("=")

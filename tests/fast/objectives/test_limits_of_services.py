@@ -102,7 +102,7 @@ def test_a_body_that_cannot_be_unpacked_is_told(service: Any, encoding: str, bod
 
 @contextmanager
 def trickling(first: bytes) -> Iterator[str]:
-    """A service that takes a request and answers ``first`` one byte every 20 ms, for ever."""
+    """A service that takes a request and answers ``first`` one byte every 2 ms, for ever."""
     stop = threading.Event()
 
     def serve(listener: socket.socket) -> None:
@@ -112,7 +112,7 @@ def trickling(first: bytes) -> Iterator[str]:
                 try:
                     connection.recv(1 << 16)
                     for place in range(1 << 20):
-                        if stop.wait(0.02):
+                        if stop.wait(0.002):
                             break
                         connection.sendall(first[place : place + 1] or b"x")
                 except OSError:
@@ -139,9 +139,9 @@ def trickling(first: bytes) -> Iterator[str]:
 )
 def test_the_time_of_an_attempt_is_limited_whatever_trickles_in(first: bytes) -> None:
     """Before, every byte began the time anew."""
-    late = r"after 2 attempts.*, no whole answer within 1\.5 s; accepted"
+    late = r"after 2 attempts.*, no whole answer within 0\.7 s; accepted"
     with trickling(first) as url, pytest.raises(ValueError, match=late):
-        score(url, timeout=60.0, total_timeout=1.5, retries=1)
+        score(url, timeout=60.0, total_timeout=0.7, retries=1)
 
 
 @pytest.mark.parametrize("first", [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b""])
@@ -150,8 +150,8 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_what_trickles_in(first: b
     with trickling(first) as url, asked_by(lambda: True):
         with pytest.raises(StoppedWaiting):
             limited_post(url, {}, {}, Limits(60.0, 60.0, 10**6, stopping=0.3), Route())
-        with pytest.raises(NotWhole, match=r"within 1\.5 s"):
-            limited_post(url, {}, {}, Limits(60.0, 1.5, 10**6), Route())
+        with pytest.raises(NotWhole, match=r"within 0\.7 s"):
+            limited_post(url, {}, {}, Limits(60.0, 0.7, 10**6), Route())
 
 
 def test_what_comes_soon_enough_counts_although_the_run_is_asked_to_stop(service: Any) -> None:

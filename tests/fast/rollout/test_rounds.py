@@ -9,11 +9,19 @@ from itertools import islice
 
 import pytest
 
+from gapo_mega.rollout import rounds
 from gapo_mega.rollout.rounds import gathered, pauses, still_waits, wait_for_all
 from tests.helpers.team import Member, Team
 
-LIMIT = timedelta(seconds=3)  # of a team's wait for one another, in the place of half an hour
-LONG = 5.0  # seconds
+LIMIT = timedelta(seconds=1.5)  # of a team's wait for one another, in the place of half an hour
+PAUSE = 0.3  # seconds before each round, far below the limit on a busy machine too
+LONG = 2.5  # seconds
+
+
+@pytest.fixture
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_FIRST", PAUSE)
+    monkeypatch.setattr(rounds, "_FURTHER", PAUSE)
 
 
 def test_pauses_are_far_below_the_limit_of_a_collective() -> None:
@@ -21,6 +29,7 @@ def test_pauses_are_far_below_the_limit_of_a_collective() -> None:
     assert list(islice(pauses(timedelta(seconds=6)), 3)) == [2, 2, 2]
 
 
+@pytest.mark.usefixtures("_short_pauses")
 def test_replicas_wait_for_the_slowest(caplog: pytest.LogCaptureFixture) -> None:
     def work(member: Member) -> list[int]:
         end = time.monotonic() + LONG * member.layout.data_rank
@@ -36,6 +45,7 @@ def test_replicas_wait_for_the_slowest(caplog: pytest.LogCaptureFixture) -> None
     assert {record.getMessage() for record in caplog.records} == {"replica 1 waits"}
 
 
+@pytest.mark.usefixtures("_short_pauses")
 def test_all_wait_until_the_first_rank_of_every_replica_has_what_it_waits_for() -> None:
     done: list[int] = []
 

@@ -18,7 +18,7 @@ from gapo_mega.runs.own_watch import OwnWatch
 from gapo_mega.runs.processes import Alone, watched
 from gapo_mega.whereabouts import START, enter, get_on, within
 
-LIMIT = timedelta(seconds=1)
+LIMIT = timedelta(seconds=1)  # far more than the 0.05 and 0.1 s between looks, on a busy machine too
 
 
 class Watched:
@@ -32,6 +32,12 @@ class Watched:
     def _end(self, message: str) -> None:
         self.said.append(message)
         self.ended.set()
+
+
+@pytest.fixture(autouse=True)
+def _looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_watch, "_FASTEST", 0.05)
+    monkeypatch.setattr(stopping, "BETWEEN_LOOKS", 0.1)
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_who_does_not_get_on_ends(watched_rank: Watched) -> None:
 def test_who_gets_on_does_not(watched_rank: Watched, kind: str) -> None:
     enter("rollout", 2)
     watched_rank.watch.start()
-    end = time.monotonic() + 3 * LIMIT.total_seconds()
+    end = time.monotonic() + 2 * LIMIT.total_seconds()
     while time.monotonic() < end:
         if kind == "tokens":
             get_on()

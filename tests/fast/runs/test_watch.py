@@ -16,7 +16,8 @@ from gapo_mega.runs import watch
 from gapo_mega.runs.watch import Sign, Watch
 from gapo_mega.whereabouts import Place
 
-LIMIT = timedelta(seconds=1.5)  # far more than the 0.2 s between signs, on a busy machine too
+PERIOD = 0.1  # seconds between two signs
+LIMIT = timedelta(seconds=1.2)  # far more than that, on a busy machine too
 
 
 class Rank:
@@ -25,7 +26,7 @@ class Rank:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.said: list[str] = []
         self.ended = threading.Event()
-        self.watch = Watch(store, rank, size, LIMIT, self._end, to_leave=1.5)
+        self.watch = Watch(store, rank, size, LIMIT, self._end, to_leave=0.3)
 
     def _end(self, message: str) -> None:
         self.said.append(message)
@@ -43,7 +44,8 @@ def store() -> Any:
 
 
 @pytest.fixture
-def ranks(store: Any) -> Iterator[list[Rank]]:
+def ranks(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rank]]:
+    monkeypatch.setattr(watch, "_FASTEST", PERIOD)
     found = [Rank(store, rank, 3) for rank in range(3)]
     for rank in found:
         rank.watch.start()
@@ -69,7 +71,7 @@ def test_a_silent_rank_is_named_with_host_process_step_and_phase(ranks: list[Ran
     ranks[1].go_silent()
     assert ranks[0].ended.wait(30)
     (said,) = ranks[0].said
-    assert "has not heard of rank 1 for 1.5 s (parallel.silence_minutes); last heard: rank 1 (host " in said
+    assert "has not heard of rank 1 for 1.2 s (parallel.silence_minutes); last heard: rank 1 (host " in said
     assert "is in step 7, score since " in said and "\n" not in said and "rank 2" not in said
     # Rank 2 does not watch rank 1, and hears of it.
     assert ranks[2].ended.wait(30)
@@ -102,6 +104,7 @@ def test_a_rank_that_failed_ends_those_that_would_wait_for_it(ranks: list[Rank])
 
 
 def test_a_rank_that_ends_by_itself_after_another_one_failed_is_left_alone(ranks: list[Rank]) -> None:
+    ranks[0].watch._to_leave = LIMIT.total_seconds()
     ranks[2].watch.stop("rank 2 failed")
     ranks[0].watch.stop()
     assert not ranks[0].ended.wait(2 * LIMIT.total_seconds())
@@ -114,9 +117,10 @@ def test_a_long_phase_is_no_silence(ranks: list[Rank]) -> None:
 
 
 def test_a_store_that_does_not_answer_is_found_though_its_call_never_returns(
-    store: Any, ranks: list[Rank]
+    store: Any, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As over a link that is cut: no error comes."""
+    monkeypatch.setattr(watch, "_TO_TELL", 0.3)
     settle(ranks)
     forever = threading.Event()
 
@@ -130,7 +134,7 @@ def test_a_store_that_does_not_answer_is_found_though_its_call_never_returns(
     ranks[2].watch._store = Mute()
     assert ranks[2].ended.wait(30)
     forever.set()
-    assert "has not heard of the job's store, and with it rank 0 for 1.5 s" in ranks[2].said[0]
+    assert "has not heard of the job's store, and with it rank 0 for 1.2 s" in ranks[2].said[0]
     assert "last heard: rank 0 (host " in ranks[2].said[0]
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from gapo_mega.config import Config
 from gapo_mega.config.parallel import ParallelConfig
 from gapo_mega.engine.base import SamplingParameters
+from gapo_mega.rollout import rounds
 from gapo_mega.rollout.backends import Policy
 from gapo_mega.rollout.backends.vllm import Vllm
 from gapo_mega.rollout.recovery import recovered
+from gapo_mega.rollout.servers import client
 from gapo_mega.rollout.servers.client import Patience, VllmServer
 from gapo_mega.rollout.servers.lost import ServerLost
 from tests.helpers.fake_engine import END
@@ -26,8 +28,9 @@ from tests.helpers.table_policy import TablePolicy
 from tests.helpers.team import Member, Team
 from tests.helpers.vllm_protocol import TableServer, table_server
 
-SECONDS = 3.0  # that ranks wait for one another, in the place of half an hour
-LONG = 5.0  # a rollout
+SECONDS = 1.6  # that ranks wait for one another, in the place of half an hour
+PAUSE = 0.3  # before each round, far below that on a busy machine too
+LONG = 2.4  # a rollout
 
 
 @pytest.fixture
@@ -58,9 +61,11 @@ class OnTeam(TablePolicy):
 
 
 def test_a_rollout_may_take_longer_than_ranks_wait_for_one_another(
-    server: TableServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: TableServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second replica's responses take long; then weights wait for those of the first."""
+    monkeypatch.setattr(rounds, "_FIRST", PAUSE)
+    monkeypatch.setattr(rounds, "_FURTHER", PAUSE)
     with table_server() as second:
         config = settings(tmp_path, url=[server.url, second.url])
         short = ParallelConfig.model_construct(timeout_minutes=SECONDS / 60)
@@ -93,21 +98,23 @@ def test_a_rollout_may_take_longer_than_ranks_wait_for_one_another(
     assert f"the next weights wait: rank 0 waits for 2 of 2 responses of {server.url} {limit}" in lines
 
 
-def test_a_connection_that_is_lost_late_in_a_response_is_made_again(server: TableServer) -> None:
+def test_a_connection_that_is_lost_late_in_a_response_is_made_again(
+    server: TableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Patience counts from the loss on, not from the question."""
-    client = VllmServer(server.url, Patience(20, 1, 2))
-
+    monkeypatch.setattr(client, "_BETWEEN_LOOKS", 0.1)
+    asked = VllmServer(server.url, Patience(20, 0.3, 2))
     lost: list[str] = []
 
     def lose(path: str, content: Any) -> tuple[int, Any]:
         if lost:
             return 200, {"choices": [{"token_ids": [1]}]}
         lost.append(path)
-        time.sleep(2)
+        time.sleep(0.6)  # longer than the patience
         return 0, None
 
     server.fail = lose
-    assert client.generate([3], {}) == {"token_ids": [1]}
+    assert asked.generate([3], {}) == {"token_ids": [1]}
 
 
 def test_a_server_that_hangs_is_not_asked_again_as_one_that_is_away(server: TableServer) -> None:
@@ -129,9 +136,13 @@ def test_a_server_that_hangs_is_not_asked_again_as_one_that_is_away(server: Tabl
 def test_a_server_that_starts_is_waited_for_and_the_log_says_so(
     server: TableServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gapo_mega.rollout.servers.client._SILENT", 0.5)
-    begun = time.monotonic()
-    server.fail = lambda path, content: (503, None) if time.monotonic() < begun + 3 else None
+    """Once: further looks find no server either, and say nothing."""
+    monkeypatch.setattr(client, "_SILENT", 0.3)
+    monkeypatch.setattr(client, "_BETWEEN_LOOKS", 0.1)
+    further = iter(range(3))
+    server.fail = lambda path, content: (
+        (503, None) if not caplog.records or next(further, None) is not None else None
+    )
     with caplog.at_level(logging.INFO):
         assert VllmServer(server.url, Patience(20, 0, 600)).wait_until_up(lambda: None, 600) == "default"
     (line,) = [record.getMessage() for record in caplog.records]
