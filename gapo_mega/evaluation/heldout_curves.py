@@ -9,7 +9,7 @@ from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.evaluation.colours import INK, MUTED, colour
-from gapo_mega.evaluation.plot_parts import put_title, step_axis
+from gapo_mega.evaluation.plot_parts import put_name, put_title, step_axis
 from gapo_mega.evaluation.series import Array, Series
 
 
@@ -52,11 +52,10 @@ def draw_heldout(figure: FigureBase, series: Series, names: Sequence[str]) -> No
                 steps[at], scores[at], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK,
                 label="best" if index == 0 else None,
             )  # fmt: skip
-        axes.set_ylabel(name, color=colour(index), fontweight="bold")
+        put_name(axes, name, colour(index))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     if best is not None:
         panels[0].legend(loc="best", fontsize=9)
-    figure.align_ylabels(list(panels))
     step_axis(panels[-1], series)
     panels[-1].set_xlim(left=-0.5)
 

@@ -10,12 +10,27 @@ from matplotlib.ticker import MaxNLocator
 from gapo_mega.evaluation.colours import CONFLICT, MUTED
 from gapo_mega.evaluation.series import Array, Series
 
+_FEW = 6  # lines whose legend has room among them
 
-def dots_and_line(axes: Axes, series: Series, key: str, shade: str, label: str | None = None) -> None:
+
+def short(name: str, most: int) -> str:
+    """``name``, of a long one the beginning."""
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def put_name(axes: Axes, name: str, shade: str) -> None:
+    """An objective's name over its panel, where a long one has room."""
+    axes.set_title(short(name, 50), loc="left", color=shade, fontweight="bold", fontsize=10, pad=3)
+
+
+def dots_and_line(
+    axes: Axes, series: Series, key: str, shade: str, label: str | None = None, line_style: str = "-"
+) -> None:
     """The steps' values as dots, and their moving average as a line."""
     axes.plot(series.steps, series[key], "o", color=shade, alpha=0.3, markersize=3.5, markeredgewidth=0)
     line = series.smooth(key)
-    axes.plot(series.steps, line, color=shade, label=label, marker="o" if has_lone_points(line) else "")
+    marker = "o" if has_lone_points(line) else ""
+    axes.plot(series.steps, line, line_style, color=shade, label=label, marker=marker)
 
 
 def where_taken(series: Series, values: Array) -> Array:
@@ -73,6 +88,15 @@ def step_axis(axes: Axes, series: Series) -> None:
     axes.set_xlim(first - pad, last + pad)
 
 
-def put_legend(axes: Axes) -> None:
-    """A legend where it hides least."""
-    axes.legend(loc="best", fontsize=9)
+def put_legend(figure: FigureBase, axes: Axes) -> None:
+    """A legend where it hides least; one of many lines below the panel, in two columns."""
+    lines, labels = axes.get_legend_handles_labels()
+    if len(lines) <= _FEW:
+        axes.legend(lines, [short(label, 40) for label in labels], loc="best", fontsize=9)
+    else:
+        figure.legend(lines, labels, loc="outside lower left", ncols=2, fontsize=8)
+
+
+def legend_height(lines: int) -> float:
+    """Inches that ``put_legend`` takes below the panel."""
+    return 0.0 if lines <= _FEW else 0.3 + 0.17 * ((lines + 1) // 2)

@@ -19,18 +19,21 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from gapo_mega.config import GradientConfig
-from gapo_mega.evaluation.colours import FAINT, INK, MUTED, colour, row_colour
+from gapo_mega.evaluation.colours import FAINT, INK, MUTED, PALETTE, colour, row_colour
 from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.heldout_curves import draw_heldout, has_curves
 from gapo_mega.evaluation.plot_parts import (
     dots_and_line,
     has_lone_points,
+    legend_height,
     mark_below_zero,
     nested_width,
     point_marker,
     put_legend,
+    put_name,
     put_title,
     ratio_of,
+    short,
     step_axis,
     where_taken,
 )
@@ -63,6 +66,8 @@ STYLE: dict[str, Any] = {
 
 
 WIDTH = 5.6  # inches of a single picture: its texts can be read on a phone
+_ABREAST = 3  # objectives whose bars stand side by side
+_STYLES = ("-", "--", ":")  # of lines whose colours come again
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,15 @@ def write_pictures(
     pairs = list(combinations(rows, 2))
     over = f"over {parameters_measured(gradients)}{in_metric(gradients)}"
     height = 1.2 + 1.5 * len(names)
+    abreast, rows_of_bars = min(_ABREAST, len(names)), -(-len(names) // _ABREAST)
+    more = legend_height(len(pairs))
+    top = max(4.4, 0.95 * len(names), 3.4 * rows_of_bars if summary else 0.0)
     plans: list[tuple[str, str, tuple[float, float], Callable[[FigureBase], None]]] = [
         (
             "overview.png",
             "The run in one picture.",
-            (12.0, 8.4),
-            lambda f: draw_overview(f, series, names, summary, gradients, rows, label),
+            (12.0, top + 4.0 + more),
+            lambda f: draw_overview(f, series, names, summary, gradients, rows, label, top / (4.0 + more)),
         ),
         (
             "rewards.png",
@@ -152,7 +160,7 @@ def write_pictures(
         cosines = (
             "cosines.png",
             f"Cosine between the objectives' gradients {over}: below zero they are opposed.",
-            (WIDTH, 3.6),
+            (WIDTH, 3.6 + more),
             lambda f: draw_cosines(f, series, pairs),
         )
         plans.insert(3, cosines)
@@ -162,7 +170,7 @@ def write_pictures(
             f"Mean reward on held-out prompts before training and {label}, the change, in brackets in "
             "standard errors (s.e.), and the finding; whiskers span two standard errors of the paired "
             "difference either way.",
-            (max(WIDTH, 2.2 * len(names)), 3.6),
+            (max(WIDTH, 2.2 * abreast), 3.6 * rows_of_bars),
             lambda f: draw_before_after(f, summary, label),
         )
         plans.insert(1, before_after)
@@ -192,12 +200,14 @@ def draw_overview(
     gradients: GradientConfig,
     rows: Sequence[str],
     label: str = "after",
+    ratio: float = 1.1,
 ) -> None:
     """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines.
 
-    A run with a single gradient that is not an objective's has its KL in place of cosines.
+    ``ratio``: height of the first row over that of the second. A run with a single gradient that is not an
+    objective's has its KL in place of cosines.
     """
-    panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[1.1, 1.0]))
+    panels = np.asarray(figure.subfigures(2, 2, wspace=0.04, hspace=0.04, height_ratios=[ratio, 1.0]))
     draw_rewards(panels[0, 0], series, names)
     if summary:
         draw_before_after(panels[0, 1], summary, label)
@@ -220,9 +230,8 @@ def draw_rewards(figure: FigureBase, series: Series, names: Sequence[str]) -> No
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (name, axes) in enumerate(zip(names, panels, strict=True)):
         dots_and_line(axes, series, f"reward/{name}", colour(index))
-        axes.set_ylabel(name, color=colour(index), fontweight="bold")
+        put_name(axes, name, colour(index))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    figure.align_ylabels(list(panels))
     step_axis(panels[-1], series)
 
 
@@ -242,7 +251,7 @@ def draw_norms(
         axes.set_yscale("log")
     axes.set_ylabel("‖g‖")
     step_axis(axes, series)
-    put_legend(axes)
+    put_legend(figure, axes)
 
 
 def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, str]]) -> None:
@@ -252,11 +261,13 @@ def draw_cosines(figure: FigureBase, series: Series, pairs: Sequence[tuple[str, 
     for index, (a, b) in enumerate(pairs):
         # A single pair would take the first objective's colour, so it gets a neutral one.
         shade = INK if len(pairs) == 1 else colour(index)
-        dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label=f"{a} · {b}")
+        label = f"{short(a, 14)} · {short(b, 14)}"
+        style_of_line = _STYLES[index // len(PALETTE) % len(_STYLES)]
+        dots_and_line(axes, series, f"cosine/{a}/{b}", shade, label, style_of_line)
     mark_below_zero(axes, "opposed")
     axes.set_ylabel("cosine")
     step_axis(axes, series)
-    put_legend(axes)
+    put_legend(figure, axes)
 
 
 def draw_progress(
@@ -284,7 +295,7 @@ def draw_progress(
     mark_below_zero(axes, "hurt")
     axes.set_ylabel("cosine")
     step_axis(axes, series)
-    put_legend(axes)
+    put_legend(figure, axes)
 
 
 def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> None:
@@ -298,7 +309,7 @@ def draw_weights(figure: FigureBase, series: Series, names: Sequence[str]) -> No
     floor = np.zeros(len(series.steps))
     for index, name in enumerate(names):
         top = floor + shares[index]
-        left.stairs(top, edges, baseline=floor, fill=True, color=colour(index), label=name)
+        left.stairs(top, edges, baseline=floor, fill=True, color=colour(index), label=short(name, 26))
         floor = top
         width = nested_width(index, len(names))
         right.plot(
@@ -329,7 +340,7 @@ def draw_reward_weights(figure: FigureBase, series: Series, names: Sequence[str]
         axes.plot(series.steps, values, color=colour(index), label=name, marker=point_marker(series))
     axes.set_ylabel("weight")
     step_axis(axes, series)
-    put_legend(axes)
+    put_legend(figure, axes)
 
 
 def draw_kl(figure: FigureBase, series: Series) -> None:
@@ -349,14 +360,17 @@ def draw_before_after(figure: FigureBase, summary: Summary, label: str = "after"
         "Before and after training" if label == "after" else f"Before and {label}",
         f"{prompts} prompts · ±2 standard errors",
     )
-    panels = figure.subplots(1, len(summary), squeeze=False)[0]
-    for index, ((name, found), axes) in enumerate(zip(summary.items(), panels, strict=True)):
+    abreast = min(_ABREAST, len(summary))
+    panels = figure.subplots(-(-len(summary) // abreast), abreast, squeeze=False).ravel()
+    for axes in panels[len(summary) :]:
+        axes.remove()
+    for index, ((name, found), axes) in enumerate(zip(summary.items(), panels[: len(summary)], strict=True)):
         _bars(axes, found, colour(index), label)
         ratio = found.in_standard_errors
         change = f"{found.difference:+.3g}"
         note = (change if ratio is None else f"{change}  ({ratio:+.1f} s.e.)").replace("-", "\N{MINUS SIGN}")
         note = f"{note}\n{found.finding}"
-        axes.set_title(f"{name}\n\n", color=colour(index), fontweight="bold", fontsize=10)
+        axes.set_title(f"{short(name, 20)}\n\n", color=colour(index), fontweight="bold", fontsize=10)
         axes.text(0.5, 1.03, note, transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)
 
 
@@ -379,7 +393,7 @@ def _bars(axes: Axes, found: Change, shade: str, label: str) -> None:
             va="bottom" if up else "top",
             fontsize=9,
         )
-    axes.set_xticks([0, 1], ["before", label])
+    axes.set_xticks([0, 1], ["before", label.replace(" (", "\n(")])
     axes.set_xlim(-0.6, 1.6)
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(5))
