@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_loa
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
+
+from gapo_mega.engine.megatron.checkpoint.failures import Files, interrupts
 
 BACKEND = "torch_dist"
 FORMAT = 1  # version of the data that this package writes besides the tensors
@@ -91,12 +93,13 @@ def write(
     distributed = dist.is_initialized()
     write_files(
         {},
-        storage_writer=FileSystemWriter(directory, thread_count=1, sync_files=True),
+        storage_writer=Files(directory, thread_count=1, sync_files=True),
         planner=_LazySave(chunks, empty_objects),
         no_dist=not distributed,
     )
     if not distributed or dist.get_rank() == 0:
-        torch.save(common, directory / COMMON_STATE_FNAME)
+        with interrupts():
+            torch.save(common, directory / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig(BACKEND), str(directory))  # last: marks the checkpoint as complete
     if distributed:
         dist.barrier()

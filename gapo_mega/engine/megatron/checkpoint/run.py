@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 from gapo_mega.engine.base import Layout
 from gapo_mega.engine.megatron.checkpoint import model_state
 from gapo_mega.engine.megatron.checkpoint.dist_format import FORMAT
-from gapo_mega.engine.megatron.checkpoint.failures import cause_in_words
+from gapo_mega.engine.megatron.checkpoint.failures import Files, cause_in_words, interrupts
 from gapo_mega.engine.megatron.checkpoint.optimizer_state import OptimizerState
 from gapo_mega.engine.megatron.gradients.averages import AveragedRows
 from gapo_mega.engine.megatron.model.optimizer import Trainable
@@ -159,11 +159,12 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         )
         write_files(
             mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=self._writer or FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=self._writer or Files(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         if common is not None and dist.get_rank() == 0:
-            torch.save(common, Path(checkpoint_dir) / COMMON_STATE_FNAME)
+            with interrupts():
+                torch.save(common, Path(checkpoint_dir) / COMMON_STATE_FNAME)
 
 
 def _optimizer_state(

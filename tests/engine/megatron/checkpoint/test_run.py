@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -137,6 +138,32 @@ def test_ctrl_c_while_saving_is_no_failure_of_the_disk(tmp_path: Path, world: No
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, run.trainables, {}, alone)
     waiting.join()
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, OSError])
+def test_ctrl_c_within_a_tensor_is_no_failure_of_the_disk(
+    raised: type[BaseException], tmp_path: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There torch closes the archive that is cut short, and raises that this fails."""
+    alone = worlds.enter(1, 1)
+    run = Run({}, alone, seed=1)
+    saving = torch.save
+
+    class Interrupted(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 500:
+                raise raised
+            return super().write(data)
+
+    def save(value: Any, file: Any) -> None:
+        saving(value, Interrupted() if isinstance(value, torch.Tensor) else file)
+
+    monkeypatch.setattr(torch, "save", save)
+    try:
+        raise KeyboardInterrupt  # of before, which is none of the block's
+    except KeyboardInterrupt:
+        with pytest.raises(raised):
+            checkpoint.save(tmp_path, run.trainables, {}, alone)
 
 
 def test_a_failure_of_the_disk_names_the_rank(tmp_path: Path, world: None) -> None:
