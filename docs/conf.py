@@ -102,6 +102,7 @@ benchmarks/results/2026-11-29-testbed-cpu
 docs/comparison
 docs/throughput
 benchmarks/results/2026-11-29-survive-cpu
+benchmarks/results/2026-11-30-survive-cpu
 docs/choosing
 docs/architecture
 docs/adr/README
