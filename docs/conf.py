@@ -22,6 +22,7 @@ include_patterns = [
     "docs/**.md",
     "docker/*.md",
     "benchmarks/results/2026-11-29-*.md",  # tables that pages name
+    "benchmarks/results/2026-11-30-*.md",
 ]
 exclude_patterns = [".*", "build", "models", "runs", "**/__pycache__", "**/*.egg-info"]
 
