@@ -11,6 +11,7 @@ from gapo_mega.evaluation.colours import CONFLICT, MUTED
 from gapo_mega.evaluation.series import Array, Series
 
 _FEW = 6  # lines whose legend has room among them
+_ABREAST = 3  # objectives whose bars stand side by side
 
 
 def short(name: str, most: int) -> str:
@@ -86,6 +87,11 @@ def step_axis(axes: Axes, series: Series) -> None:
     first, last = series.steps[0], series.steps[-1]
     pad = max(0.5, 0.015 * (last - first))
     axes.set_xlim(first - pad, last + pad)
+
+
+def grid_of_bars(objectives: int) -> tuple[int, int]:
+    """How many of their bars stand below one another, and side by side."""
+    return -(-objectives // _ABREAST), min(objectives, _ABREAST)
 
 
 def put_legend(figure: FigureBase, axes: Axes) -> None:

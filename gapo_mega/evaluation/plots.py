@@ -24,6 +24,7 @@ from gapo_mega.evaluation.files import replacing
 from gapo_mega.evaluation.heldout_curves import draw_heldout, has_curves
 from gapo_mega.evaluation.plot_parts import (
     dots_and_line,
+    grid_of_bars,
     has_lone_points,
     legend_height,
     mark_below_zero,
@@ -66,7 +67,6 @@ STYLE: dict[str, Any] = {
 
 
 WIDTH = 5.6  # inches of a single picture: its texts can be read on a phone
-_ABREAST = 3  # objectives whose bars stand side by side
 _STYLES = ("-", "--", ":")  # of lines whose colours come again
 
 
@@ -97,15 +97,15 @@ def write_pictures(
     pairs = list(combinations(rows, 2))
     over = f"over {parameters_measured(gradients)}{in_metric(gradients)}"
     height = 1.2 + 1.5 * len(names)
-    abreast, rows_of_bars = min(_ABREAST, len(names)), -(-len(names) // _ABREAST)
+    down, abreast = grid_of_bars(len(names))
     more = legend_height(len(pairs))
-    top = max(4.4, 0.95 * len(names), 3.4 * rows_of_bars if summary else 0.0)
+    top, bottom = max(4.4, 0.95 * len(names), 3.4 * down if summary else 0.0), 4.0 + more
     plans: list[tuple[str, str, tuple[float, float], Callable[[FigureBase], None]]] = [
         (
             "overview.png",
             "The run in one picture.",
-            (12.0, top + 4.0 + more),
-            lambda f: draw_overview(f, series, names, summary, gradients, rows, label, top / (4.0 + more)),
+            (12.0, top + bottom),
+            lambda f: draw_overview(f, series, names, summary, gradients, rows, label, top / bottom),
         ),
         (
             "rewards.png",
@@ -170,7 +170,7 @@ def write_pictures(
             f"Mean reward on held-out prompts before training and {label}, the change, in brackets in "
             "standard errors (s.e.), and the finding; whiskers span two standard errors of the paired "
             "difference either way.",
-            (max(WIDTH, 2.2 * abreast), 3.6 * rows_of_bars),
+            (max(WIDTH, 2.2 * abreast), 3.6 * down),
             lambda f: draw_before_after(f, summary, label),
         )
         plans.insert(1, before_after)
@@ -199,8 +199,8 @@ def draw_overview(
     summary: Summary,
     gradients: GradientConfig,
     rows: Sequence[str],
-    label: str = "after",
-    ratio: float = 1.1,
+    label: str,
+    ratio: float,
 ) -> None:
     """2 x 2: rewards, held-out before and after (KL without held-out prompts), norms, cosines.
 
@@ -360,8 +360,7 @@ def draw_before_after(figure: FigureBase, summary: Summary, label: str = "after"
         "Before and after training" if label == "after" else f"Before and {label}",
         f"{prompts} prompts · ±2 standard errors",
     )
-    abreast = min(_ABREAST, len(summary))
-    panels = figure.subplots(-(-len(summary) // abreast), abreast, squeeze=False).ravel()
+    panels = figure.subplots(*grid_of_bars(len(summary)), squeeze=False).ravel()
     for axes in panels[len(summary) :]:
         axes.remove()
     for index, ((name, found), axes) in enumerate(zip(summary.items(), panels[: len(summary)], strict=True)):

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +27,6 @@ from tests.helpers import forking
 from tests.helpers.environment import ROOT, environment
 
 _SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-_MORE_LOADED = (
-    "gapo_mega.commands.launch",
-    "gapo_mega.evaluation.audit_plot",
-    "gapo_mega.runs.evaluate",
-    "gapo_mega.runs.pairs",
-    "gapo_mega.runs.supervised",
-)
 
 
 class Command:
@@ -43,7 +37,7 @@ class Command:
     ) -> None:
         """``variables``: more than this process has; ``apart``: standard error is kept beside the output."""
         words = list(map(str, arguments))
-        folder = Path(tempfile.mkdtemp(prefix="command-"))
+        folder = Path(tempfile.mkdtemp(dir=_outputs()))
         self._output, self._errors = folder / "output", folder / ("errors" if apart else "output")
         for path in (self._output, self._errors):
             path.touch()
@@ -127,12 +121,25 @@ def _forked(order: forking.Order) -> Started:
 @contextmanager
 def _adopting() -> Iterator[None]:
     """What loses its parent among the children of this process's children becomes this process's child."""
+    _adopt(True)
+    try:
+        yield
+    finally:
+        _adopt(False)
+
+
+def _adopt(orphans: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    for adopts in (1, 0):
-        if libc.prctl(_SET_CHILD_SUBREAPER, adopts, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
-        if adopts:
-            yield
+    if libc.prctl(_SET_CHILD_SUBREAPER, int(orphans), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
+
+
+@functools.cache
+def _outputs() -> str:
+    """A directory for what commands print, which goes with this process."""
+    folder = tempfile.mkdtemp(prefix="commands-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 @functools.cache
@@ -152,7 +159,7 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     """Start what standard input orders, a line each, and answer with the numbers of the processes."""
-    forking.load(*_MORE_LOADED)
+    forking.load()
     answers = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:

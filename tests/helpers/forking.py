@@ -28,9 +28,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOADED = (
     "gapo_mega.cli",
     "gapo_mega.runs.start",
+    "gapo_mega.runs.evaluate",
+    "gapo_mega.runs.pairs",
+    "gapo_mega.runs.supervised",
     "gapo_mega.runs.local_torchrun",
     "gapo_mega.engine.megatron.engine",
     "gapo_mega.commands.plan",
+    "gapo_mega.evaluation.audit_plot",
     "gapo_mega.evaluation.plots",
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d",
@@ -41,12 +45,9 @@ _LOADED = (
 )
 
 
-def load(*more: str) -> None:
-    """Import what runs need, and ``more`` modules.
-
-    Raises ``RuntimeError`` where that starts threads: forks would lack them.
-    """
-    for module in (*_LOADED, *more):
+def load() -> None:
+    """Import what runs need. Raises ``RuntimeError`` where that starts threads: forks would lack them."""
+    for module in _LOADED:
         importlib.import_module(module)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread: OMP_NUM_THREADS=1 keeps libraries from that")
