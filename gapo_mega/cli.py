@@ -28,9 +28,8 @@ from gapo_mega.commands.sweep import sweep
 from gapo_mega.commands.train import train
 from gapo_mega.commands.train_pairs import train_pairs
 from gapo_mega.commands.train_reward import train_reward
-from gapo_mega.credentials import hidden
-from gapo_mega.option_checks import as_one_line
 from gapo_mega.rollout.servers.lost import SERVER_LOST, ServerLost
+from gapo_mega.runs.error_output import show_error, show_traceback
 from gapo_mega.runs.exits import noted
 from gapo_mega.whereabouts import PEERS_LOST, LostPeersError
 
@@ -67,8 +66,11 @@ app.add_typer(benchmark.app, name="benchmark")
 
 def main() -> None:
     """Entry point of the command and of ``python -m gapo_mega.cli``."""
-    with noted():
-        _main()
+    try:
+        with noted():
+            _main()
+    finally:
+        sys.excepthook = show_traceback  # after typer, which sets its own
 
 
 def _main() -> None:
@@ -79,7 +81,7 @@ def _main() -> None:
             raise
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
-        print(f"error: {as_one_line(hidden(str(error)))}", file=sys.stderr)
+        show_error(error)
         sys.exit(_exit_code(error))
 
 

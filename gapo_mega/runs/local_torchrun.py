@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from gapo_mega.runs import exits
+from gapo_mega.runs.error_output import show
 from gapo_mega.scratch import TEMPORARY, scratch
 
 BACKEND = "loopback"
@@ -100,7 +101,7 @@ def main() -> None:
             torchrun([*meeting, *sys.argv[1:]])
             return
         except ChildFailedError as error:
-            print(error, file=sys.stderr)
+            show(str(error))
             codes = [failure.exitcode for failure in error.failures.values()]
         except SignalException:
             codes = exits.left_in(folder)

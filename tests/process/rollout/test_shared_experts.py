@@ -11,12 +11,16 @@ from tests.helpers.commands import run
 from tests.helpers.rank_runs import prepare, settings
 from tests.helpers.tiny import byte_tokenizer, tiny_mixtral
 
+# Torchrun ends the other rank when the first has ended: it is the one that had only to hear of the failure.
 REWARDS = """
+import atexit
 import os
+import time
 
 
 def fails(prompts, responses):
     if os.environ["RANK"] == "1":
+        atexit.register(time.sleep, 60)
         raise ValueError("this answer is not for me")
     return [1.0] * len(responses)
 """
