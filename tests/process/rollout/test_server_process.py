@@ -136,7 +136,7 @@ def test_a_living_server_that_does_not_answer_is_ended_and_started_again(
 ) -> None:
     engine = TablePolicy()
     own = {"FIRST": str(python.parent / "first"), "DOES": does}
-    built = backend(python, engine, environment=own, timeout=2)
+    built = backend(python, engine, environment=own, timeout=5)
     try:
         built.update_weights()
         (process,) = built._processes
