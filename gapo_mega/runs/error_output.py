@@ -20,8 +20,10 @@ def show_error(error: BaseException) -> None:
 
 
 def show(text: str) -> None:
-    """``text`` and an end of line on standard error."""
-    sys.stderr.write(f"{text}\n")
+    """``text`` and an end of line on standard error; where that is closed on standard output, as ``print``."""
+    stream = sys.stderr or sys.stdout
+    if stream is not None:  # with both closed nobody listens
+        stream.write(f"{text}\n")
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

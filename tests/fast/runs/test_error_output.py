@@ -59,6 +59,20 @@ def test_an_error_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pieces_of(act) == ["error: config: file /nowhere/run.yaml not found; accepted: a YAML file\n"]
 
 
+def test_without_standard_error_the_exit_code_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under ``2>&-`` there is none."""
+    monkeypatch.setattr(sys, "argv", ["gapo-mega", "plan", "--config", "/nowhere/run.yaml"])
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().out == "error: config: file /nowhere/run.yaml not found; accepted: a YAML file\n"
+    )
+
+
 def test_a_traceback_is_one_piece_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     monkeypatch.setenv("GAPO_MEGA_TRACEBACK", "1")
