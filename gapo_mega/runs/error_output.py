@@ -20,7 +20,7 @@ def show_error(error: BaseException) -> None:
 
 
 def show(text: str) -> None:
-    """``text`` and an end of line on standard error; where that is closed on standard output, as ``print``."""
+    """``text`` and an end of line on standard error; where that is closed, on standard output."""
     stream = sys.stderr or sys.stdout
     if stream is not None:  # with both closed nobody listens
         stream.write(f"{text}\n")
